@@ -67,8 +67,9 @@ func (r *resolver) running(ctx context.Context, id string) (Container, error) {
 		PodUID:        kubelettypes.GetPodUID(labels),
 	}}
 	if err := r.addFacts(ctx, &container, response.GetInfo()); err != nil {
-		if _, ok := status.FromError(err); ok {
-			return Container{}, err // the upstream's, or that it cannot be reached
+		switch status.Code(err) {
+		case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+			return Container{}, err
 		}
 		// What cannot be found out may be known at the next call: not cached.
 		r.warnRelayed(container, err)
