@@ -145,17 +145,13 @@ func (s *Server) portForward(ctx context.Context, raw []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	forwarder, err := s.engine.Forwarder(sandbox)
-	if err != nil {
-		return nil, status.Errorf(codes.Internal, "port-forward into pod sandbox %q: %v", sandbox.SandboxID, err)
-	}
 	url, err := s.streams.PortForward(&streaming.PortForwardRequest{
-		Target:    sandbox.Target,
-		Ports:     request.GetPort(),
-		Forwarder: forwarder,
+		Target: sandbox.Target,
+		Ports:  request.GetPort(),
+		Open:   func() (streaming.PortForwarder, error) { return s.engine.Forwarder(sandbox) },
 	})
 	if err != nil {
-		return nil, s.streamError(errors.Join(err, forwarder.Close()))
+		return nil, s.streamError(err)
 	}
 	return &runtimeapi.PortForwardResponse{Url: url}, nil
 }

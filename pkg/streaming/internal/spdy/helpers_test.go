@@ -10,11 +10,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
-
-	"github.com/streamshim/streamshim/pkg/streaming"
 )
-
-var _ streaming.Stream = (*Stream)(nil)
 
 func TestMain(m *testing.M) {
 	// spdystream waits a second for somebody to collect the error of a close.

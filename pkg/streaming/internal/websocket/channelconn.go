@@ -149,6 +149,10 @@ func (c *ChannelConn) LocalAddr() net.Addr { return c.network.LocalAddr() }
 // RemoteAddr is the client's address.
 func (c *ChannelConn) RemoteAddr() net.Addr { return c.network.RemoteAddr() }
 
+// NetConn is the connection underneath, to ask it about its state; bytes must not be read from it or
+// written to it.
+func (c *ChannelConn) NetConn() net.Conn { return c.network }
+
 // Channel returns a channel, nil for one that is not in Config.Channels.
 func (c *ChannelConn) Channel(number byte) *Channel {
 	if int(number) >= len(c.channels) {
