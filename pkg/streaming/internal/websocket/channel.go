@@ -2,7 +2,10 @@ package websocket
 
 import (
 	"errors"
+	"fmt"
 	"io"
+	"net"
+	"os"
 	"sync/atomic"
 	"syscall"
 
@@ -172,6 +175,9 @@ func (ch *Channel) readFromFile(raw syscall.RawConn) (int64, error) {
 	}
 	for {
 		if err := raw.Read(read); err != nil {
+			if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, net.ErrClosed) {
+				err = fmt.Errorf("%w: %w", os.ErrClosed, err) // a file says this with an internal error
+			}
 			return total, err
 		}
 		if readErr != nil || n <= 0 {
@@ -242,7 +248,7 @@ func (ch *Channel) send(wire []byte, payload int) error {
 
 // lock takes the connection's write lock if the channel may still be written to.
 func (ch *Channel) lock() error {
-	if err := ch.conn.lock(nil); err != nil {
+	if err := ch.conn.lock(); err != nil {
 		return err
 	}
 	if ch.writeClosed.Load() {

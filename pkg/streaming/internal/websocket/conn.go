@@ -211,6 +211,10 @@ func (c *conn) readError(err error) error {
 	var closed *websocket.CloseError
 	var violation *protocolError
 	switch {
+	case errors.As(err, &closed) && closed.Code == websocket.CloseAbnormalClosure:
+		// Gorilla's word for an end of the stream without a Close; the code is never sent.
+		c.finish(errClientVanished)
+		return errClientVanished
 	case errors.As(err, &closed):
 		reason := ErrClientClosed
 		if closed.Code != CloseNormal && closed.Code != CloseGoingAway && closed.Code != closeNoStatus {
@@ -254,15 +258,11 @@ func (c *conn) linger() {
 	io.Copy(io.Discard, c.network)
 }
 
-// lock takes the write lock, unless the connection or the context ends first. ctx may be nil.
-func (c *conn) lock(ctx context.Context) error {
-	var cancelled <-chan struct{}
-	if ctx != nil {
-		cancelled = ctx.Done()
-	}
+// lock takes the write lock, unless the connection ends first.
+func (c *conn) lock() error {
 	select {
-	case c.writeLock <- struct{}{}:
-		return nil
+	case <-c.done:
+		return c.doneErr
 	default:
 	}
 	select {
@@ -270,8 +270,6 @@ func (c *conn) lock(ctx context.Context) error {
 		return nil
 	case <-c.done:
 		return c.doneErr
-	case <-cancelled:
-		return context.Cause(ctx)
 	}
 }
 

@@ -98,7 +98,7 @@ func (t *TunnelConn) Write(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	if err := t.lock(nil); err != nil {
+	if err := t.lock(); err != nil {
 		return 0, err
 	}
 	defer t.unlock()
