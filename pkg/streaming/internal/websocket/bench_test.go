@@ -39,7 +39,7 @@ func drain(client *net.TCPConn) {
 	}
 }
 
-// BenchmarkWrite writes one message at a time, by one system call.
+// BenchmarkWrite writes from the caller's memory, by one system call.
 func BenchmarkWrite(b *testing.B) {
 	for _, protocol := range []Protocol{ChannelV5, ChannelV4Base64} {
 		for _, size := range []int{16, 4 << 10, 32 << 10, 256 << 10} {
@@ -140,13 +140,13 @@ func (u *untilCount) Write(p []byte) (int, error) {
 
 // BenchmarkIdle reports what an idle session holds, with Serve waiting for the client and a
 // goroutine waiting for output of a process. net/http's own parts of a connection, measured with a
-// handler that hijacks and does nothing, are in bytes/hijacked.
+// handler that hijacks and does nothing, are in the "hijacked" numbers.
 func BenchmarkIdle(b *testing.B) {
 	const count = 300
-	measure := func(handler http.HandlerFunc, wait func()) float64 {
+	measure := func(name string, handler http.HandlerFunc, wait func()) {
 		s := httptest.NewServer(handler)
 		clients := make([]net.Conn, count)
-		before := memory()
+		heapBefore, stackBefore := memory()
 		for i := range clients {
 			client, err := net.Dial("tcp", s.Listener.Addr().String())
 			if err != nil {
@@ -156,18 +156,19 @@ func BenchmarkIdle(b *testing.B) {
 			clients[i] = client
 		}
 		wait()
-		per := float64(memory()-before) / count
+		heap, stack := memory()
+		b.ReportMetric((heap-heapBefore)/count, "heap-bytes/"+name)
+		b.ReportMetric((stack-stackBefore)/count, "stack-bytes/"+name)
 		for _, client := range clients {
 			client.Close()
 		}
 		s.Close()
-		return per
 	}
 	for range b.N {
 		var arrived, left sync.WaitGroup
 		arrived.Add(count)
 		left.Add(count)
-		hijacked := measure(func(w http.ResponseWriter, r *http.Request) {
+		measure("hijacked", func(w http.ResponseWriter, r *http.Request) {
 			defer left.Done()
 			c, _, err := http.NewResponseController(w).Hijack()
 			if err != nil {
@@ -182,7 +183,7 @@ func BenchmarkIdle(b *testing.B) {
 
 		arrived.Add(count)
 		left.Add(count)
-		served := measure(func(w http.ResponseWriter, r *http.Request) {
+		measure("session", func(w http.ResponseWriter, r *http.Request) {
 			defer left.Done()
 			c, err := Accept(w, r, ChannelV5, execConfig())
 			if err != nil {
@@ -203,18 +204,16 @@ func BenchmarkIdle(b *testing.B) {
 			copiers.Wait()
 		}, arrived.Wait)
 		left.Wait()
-		b.ReportMetric(hijacked, "bytes/hijacked")
-		b.ReportMetric(served, "bytes/session")
 	}
 }
 
-func memory() uint64 {
+func memory() (heap, stack float64) {
 	var stats runtime.MemStats
 	for range 3 {
 		runtime.GC()
 	}
 	runtime.ReadMemStats(&stats)
-	return stats.HeapInuse + stats.StackInuse
+	return float64(stats.HeapAlloc), float64(stats.StackInuse)
 }
 
 func growPipe(f *os.File) {

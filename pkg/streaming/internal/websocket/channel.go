@@ -67,7 +67,7 @@ func (ch *Channel) WriteTo(w io.Writer) (int64, error) {
 	}
 }
 
-// Write sends p in messages of at most 32 KiB, by one system call each. It blocks while the client
+// Write sends p in messages of at most 32 KiB, up to eight by one system call. It blocks while the client
 // does not read; the end of the connection unblocks it.
 func (ch *Channel) Write(p []byte) (int, error) {
 	if err := ch.writable(); err != nil {
@@ -91,20 +91,27 @@ func (ch *Channel) Write(p []byte) (int, error) {
 	return written, nil
 }
 
-// writeParts sends the beginning of p as one message, straight from p.
+// writeParts sends the beginning of p, up to eight messages, straight from p.
 func (ch *Channel) writeParts(p []byte) (int, error) {
-	p = p[:min(len(p), maxPayload)]
 	if err := ch.lock(); err != nil {
 		return 0, err
 	}
 	defer ch.conn.unlock()
-	size := putFrameHeader(ch.conn.header[:], opBinary, 1+len(p))
-	ch.conn.header[size] = ch.number
-	if err := ch.conn.writeParts(ch.conn.header[:size+1], p); err != nil {
+	n, parts := 0, 0
+	for n < len(p) && parts < len(ch.conn.vector) {
+		payload := p[n:min(len(p), n+maxPayload)]
+		header := ch.conn.headers[parts/2*cellHeader:]
+		size := putFrameHeader(header, opBinary, 1+len(payload))
+		header[size] = ch.number
+		ch.conn.vector[parts], ch.conn.vector[parts+1] = header[:size+1], payload
+		n += len(payload)
+		parts += 2
+	}
+	if err := ch.conn.writeVector(parts); err != nil {
 		return 0, ch.failed(err)
 	}
-	ch.count(len(p))
-	return len(p), nil
+	ch.count(n)
+	return n, nil
 }
 
 // writeCopy sends the beginning of p as one write, framed in a buffer.

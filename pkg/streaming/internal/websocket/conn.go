@@ -58,9 +58,9 @@ type conn struct {
 	writeLock chan struct{}
 	writeErr  error       // the first write that failed; the byte stream is cut there
 	closeSent atomic.Bool // set by the lock's owner, read by all
-	header    [maxFrameHeader + 1]byte
+	headers   [cellsPerBatch * cellHeader]byte
 	control   [2 + maxControlPayload]byte
-	vector    [2][]byte
+	vector    [2 * cellsPerBatch][]byte
 	buffers   net.Buffers
 
 	// Control frames that wait for the write lock.
@@ -377,16 +377,17 @@ func (c *conn) write(frames []byte) error {
 	return c.wrote(err)
 }
 
-// writeParts is write for a frame whose header and payload are apart. The payload is not copied.
-func (c *conn) writeParts(header, payload []byte) error {
-	if err := c.writable(); err != nil {
-		return err
+// writeVector is write for the first n slices of vector: frames whose headers and payload are apart.
+// The payload is not copied.
+func (c *conn) writeVector(n int) error {
+	err := c.writable()
+	if err == nil {
+		c.buffers = c.vector[:n]
+		_, err = c.buffers.WriteTo(c.network)
+		err = c.wrote(err)
 	}
-	c.vector = [2][]byte{header, payload}
-	c.buffers = c.vector[:]
-	_, err := c.buffers.WriteTo(c.network)
-	c.vector = [2][]byte{}
-	return c.wrote(err)
+	clear(c.vector[:n])
+	return err
 }
 
 func (c *conn) writable() error {
