@@ -142,6 +142,8 @@ func (ch *Channel) writeEmpty() error {
 // by one system call into their places behind the headers, and writes them by one more; no buffer
 // is held meanwhile. EIO, by which the master of a pseudo-terminal reports that nobody has the other
 // end, counts as r's end. Any other reader is read into one message's place.
+//
+// The end of the connection shows when r has something to send; close r to return sooner.
 func (ch *Channel) ReadFrom(r io.Reader) (int64, error) {
 	if err := ch.writable(); err != nil {
 		return 0, err

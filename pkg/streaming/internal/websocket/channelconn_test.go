@@ -235,6 +235,32 @@ func TestViolationsAreClosedWithTheirCode(t *testing.T) {
 	}
 }
 
+// TestViolationIsToldBehindOutput: the Close is still in our kernel, behind output, when the
+// connection ends with input that nobody read.
+func TestViolationIsToldBehindOutput(t *testing.T) {
+	const size = 200 << 10
+	written := make(chan struct{})
+	s := newTestServer(t, execConfig(), func(c *ChannelConn) {
+		if _, err := c.Channel(Stdout).Write(make([]byte, size)); err != nil {
+			t.Errorf("write: %v", err)
+		}
+		close(written)
+		<-c.Done()
+	})
+	client := s.dialTCP(t)
+	client.SetReadBuffer(16 << 10)
+	fmt.Fprintf(client, rawHandshake, s.Listener.Addr(), ChannelV5)
+	skipHead(t, client)
+	<-written
+	client.Write(append(clientFrame(opBinary, true, "\xff\x09"), clientFrame(opBinary, true, "\x00"+strings.Repeat("x", 60<<10))...))
+	frames := readUntilClose(t, client)
+	if closing := frames[len(frames)-1].payload; string(closing[:2]) != "\x03\xea" {
+		t.Errorf("closed with %q", closing)
+	}
+	client.Close()
+	s.waitEnded(t)
+}
+
 func TestClientsCloseIsAnswered(t *testing.T) {
 	for _, test := range []struct {
 		payload string
@@ -450,7 +476,7 @@ func TestClientGoneBehindBlockedStdin(t *testing.T) {
 
 // TestBudgetIsKept: what is not read is not kept beyond the budget, in how many channels ever.
 func TestBudgetIsKept(t *testing.T) {
-	config := Config{Channels: []Direction{Read, Read, Read, Read}, Budget: 256 << 10, ChannelBuffer: 64 << 10}
+	config := Config{Channels: []Direction{Read, Read, Read, Read}, Budget: 256 << 10, ChannelBuffer: 1 << 20}
 	blocked := make(chan struct{})
 	s := newTestServer(t, config, func(c *ChannelConn) {
 		<-blocked
@@ -800,6 +826,37 @@ func TestClientVanishesAtAnyByte(t *testing.T) {
 	if err := goleak.Find(goleak.IgnoreCurrent()); err != nil {
 		t.Error(err)
 	}
+}
+
+// FuzzServe sends anything at all behind the handshake. Whatever it is, the connection ends, orderly
+// or not, when the client has said it all.
+func FuzzServe(f *testing.F) {
+	for _, seed := range [][]byte{
+		nil,
+		clientFrame(opBinary, true, "\x00hello"),
+		append(clientFrame(opBinary, false, "\xff"), clientFrame(0, true, "\x00")...),
+		append(clientFrame(opPing, true, "p"), clientFrame(opClose, true, "\x03\xe8")...),
+		{0x82, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0, 0, 0, 0},
+		{0x82, 0xFE, 0xFF, 0xFF, 1, 2, 3, 4, 5},
+		{0xFF, 0xFF},
+	} {
+		f.Add(true, seed)
+		f.Add(false, seed)
+	}
+	s := newTestServer(f, execConfig(), echo)
+	f.Fuzz(func(t *testing.T, base64 bool, wire []byte) {
+		protocol := ChannelV5
+		if base64 {
+			protocol = ChannelV4Base64
+		}
+		client := s.dialRaw(t, protocol)
+		client.Write(wire)
+		client.CloseWrite()
+		client.SetReadDeadline(time.Now().Add(patience))
+		io.Copy(io.Discard, client)
+		client.Close()
+		s.waitEnded(t)
+	})
 }
 
 // TestClientVanishesDuringOutput cuts it after more and more of the server's bytes.

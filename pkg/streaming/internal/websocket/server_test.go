@@ -45,6 +45,8 @@ func newTestServer(t testing.TB, config Config, session func(*ChannelConn)) *tes
 	t.Helper()
 	s := &testServer{ended: make(chan error, 1000)}
 	var handlers sync.WaitGroup
+	var mu sync.Mutex
+	var accepted []*ChannelConn
 	s.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		handlers.Add(1)
 		defer handlers.Done()
@@ -62,6 +64,9 @@ func newTestServer(t testing.TB, config Config, session func(*ChannelConn)) *tes
 			s.ended <- err // the client went away before the greeting
 			return
 		}
+		mu.Lock()
+		accepted = append(accepted, c)
+		mu.Unlock()
 		finished := make(chan struct{})
 		go func() {
 			defer close(finished)
@@ -78,6 +83,11 @@ func newTestServer(t testing.TB, config Config, session func(*ChannelConn)) *tes
 	}))
 	t.Cleanup(func() {
 		s.Close()
+		mu.Lock()
+		for _, c := range accepted { // a test that failed may leave some
+			c.CloseNow()
+		}
+		mu.Unlock()
 		handlers.Wait()
 	})
 	return s
