@@ -362,6 +362,23 @@ func TestForwardLargeMessages(t *testing.T) {
 	}
 }
 
+func TestForwardMessageAboveTheLimit(t *testing.T) {
+	upstream := newFakeUpstream(t, func(*grpc.Server) {}, grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
+		return stream.RecvMsg(text(""))
+	}))
+	narrow, err := NewUpstream(upstream.path, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer narrow.Close()
+	_, fromClient := startServer(t, upstream.path, func(config *Config) { config.MaxMessageSize = 1 << 20 })
+	_, toUpstream := startServer(t, upstream.path, func(config *Config) { config.Upstream = narrow })
+	for _, conn := range []*grpc.ClientConn{fromClient, toUpstream} {
+		err := conn.Invoke(testContext(t), strangeMethod+"Unary", wrapperspb.Bytes(make([]byte, 2<<20)), text(""))
+		wantCode(t, err, codes.ResourceExhausted, "larger than max")
+	}
+}
+
 // Fields and bytes that no cri-api knows must arrive.
 func TestForwardUnknownFields(t *testing.T) {
 	fake := &fakeRuntime{listContainers: func(request *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
