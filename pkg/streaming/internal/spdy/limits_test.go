@@ -196,7 +196,7 @@ func TestFinWithSynStream(t *testing.T) {
 
 func TestUnidirectionalStream(t *testing.T) {
 	streams := make(chan *Stream, 1)
-	peer, _ := newRawPeer(t, Config{OnStream: func(s *Stream) { streams <- s }})
+	peer, ours := newRawPeer(t, Config{OnStream: func(s *Stream) { streams <- s }})
 	peer.send(appendSynStream(nil, 1, flagUnidirectional, appendHeaderBlock(nil, true, nil)))
 	peer.data(1, flagFin, []byte("one way"))
 	s := await(t, streams, "the stream")
@@ -208,6 +208,10 @@ func TestUnidirectionalStream(t *testing.T) {
 	}
 	peer.send(ping(1))
 	peer.expect(typePing, 1) // and no SYN_REPLY before it
+
+	peer.send(appendSynStream(nil, 3, flagUnidirectional|flagFin, emptyHeaderBlock))
+	await(t, await(t, streams, "the stream").Done(), "the end of the stream")
+	eventually(t, "the streams to be forgotten", func() bool { return streamCount(ours) == 0 })
 }
 
 // TestReplyComesBeforeData has OnStream start a writer that may be faster than the read loop.
@@ -245,12 +249,10 @@ func TestOpenAndDrop(t *testing.T) {
 	}
 	open(1, 100)
 	goroutines := runtime.NumGoroutine()
-	runtime.GC()
-	runtime.ReadMemStats(&before)
+	collect(&before)
 	open(201, 10_000)
 	eventually(t, "the goroutines to go", func() bool { return runtime.NumGoroutine() <= goroutines })
-	runtime.GC()
-	runtime.ReadMemStats(&after)
+	collect(&after)
 	if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc); grown > 1<<20 {
 		t.Errorf("10000 streams left %d bytes", grown)
 	}
@@ -310,4 +312,11 @@ func TestServeEndsWithContext(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	c.Close()
+}
+
+// collect reads the statistics when nothing is left in pools: it takes two collections to empty them.
+func collect(m *runtime.MemStats) {
+	runtime.GC()
+	runtime.GC()
+	runtime.ReadMemStats(m)
 }
