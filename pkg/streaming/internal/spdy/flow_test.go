@@ -91,8 +91,8 @@ func TestDoneWhileBlocked(t *testing.T) {
 		"killed while sending": func(p *rawPeer) { p.expect(typeSynReply, 1); floodUntilStuck(p); p.Close() },
 		"reset":                func(p *rawPeer) { floodUntilStuck(p); p.SetLinger(0); p.Close() },
 		"closed": func(p *rawPeer) {
-			frame := make([]byte, headerLen+1<<20+256<<10)
-			putDataHeader(frame, 1, 0, 1<<20+256<<10)
+			frame := make([]byte, headerLen+1<<20+160<<10)
+			putDataHeader(frame, 1, 0, 1<<20+160<<10)
 			p.send(frame)
 			p.expect(typeSynReply, 1)
 			p.Close()
@@ -103,6 +103,10 @@ func TestDoneWhileBlocked(t *testing.T) {
 			end(peer)
 			await(t, ours.Done(), "the end to be noticed")
 			if name == "closed" {
+				// Seen at the socket, and not only by the probe a second later.
+				if err := ours.Err(); !errors.Is(err, ErrPeerClosed) {
+					t.Errorf("got %v", err)
+				}
 				// All that had come can still be read.
 				var got int
 				buf := make([]byte, 100_000)
@@ -111,11 +115,39 @@ func TestDoneWhileBlocked(t *testing.T) {
 					n, err = s.Read(buf)
 					got += n
 				}
-				if got != 1<<20+256<<10 {
+				if got != 1<<20+160<<10 {
 					t.Errorf("read %d bytes", got)
 				}
 			}
 		})
+	}
+}
+
+// TestClientDoesNotProbe has a server close right after its last byte, as those of containerd and
+// CRI-O do, while this side is blocked: nothing may be lost, however late it is read.
+func TestClientDoesNotProbe(t *testing.T) {
+	a, b := tcpPair(t)
+	client := serve(t, NewClient(b, nil, Config{StreamBuffer: 64 << 10, ConnBuffer: 256 << 10}))
+	s, err := client.OpenStream(headers())
+	if err != nil {
+		t.Fatal(err)
+	}
+	synStream := make([]byte, headerLen)
+	if _, err := io.ReadFull(a, synStream); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.CopyN(io.Discard, a, int64(parseFrameHeader(synStream).length)); err != nil {
+		t.Fatal(err)
+	}
+	a.SetWriteBuffer(4 << 20)
+	const size = 2 << 20
+	frame := make([]byte, headerLen+size)
+	putDataHeader(frame, 1, flagFin, size)
+	goDo(t, func() { a.Write(frame); a.Close() })
+	eventually(t, "the read loop to be blocked", client.block.blocked.Load)
+	time.Sleep(probeInterval + probeInterval/2) // when a probe would have gone out
+	if n, err := io.Copy(io.Discard, s); err != nil || n != size {
+		t.Errorf("read %d bytes of %d, %v", n, size, err)
 	}
 }
 
@@ -194,9 +226,10 @@ func TestCloseUnblocksWriters(t *testing.T) {
 	go func() { _, err := s.Read(make([]byte, 1)); ended <- err }()
 	eventually(t, "the writers to wait", func() bool { return ours.out.senders.Load() == 3 })
 	// A PING meanwhile must not make the read loop wait for them.
-	peer.send(ping(1))
-	eventually(t, "the PING to be read", func() bool { return ours.out.queued.Load() > 0 })
-	peer.data(1, 0, nil)
+	eventually(t, "a PING to wait for them", func() bool {
+		peer.send(ping(1))
+		return ours.out.queued.Load() > 0
+	})
 	ours.Close()
 	for range 4 {
 		if err := await(t, ended, "a reader or writer"); !errors.Is(err, ErrClosed) {
