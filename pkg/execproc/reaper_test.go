@@ -191,10 +191,10 @@ func TestContainerWatchIsShared(t *testing.T) {
 
 // Shutdown refuses, ends what runs as the policy says, and leaves nothing (newRunner checks).
 func TestShutdown(t *testing.T) {
-	r := newRunner(t)
+	r := newRunner(t, func(config *Config) { config.TermAfter, config.KillAfter = patience, patience })
 	c := newContainer(t)
 	marker := newMarker()
-	p := startFamily(t, r, c, "trap 'exit 41' HUP; trap '' PIPE; sleep %s & echo ready; while :; do sleep 0.05; done", marker, false)
+	p := startFamily(t, r, c, "trap 'exit 41' HUP; trap '' PIPE; (trap - HUP; exec sleep %s) & echo ready; while :; do sleep 0.05; done", marker, false)
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	if err := r.Shutdown(ctx); err != nil {
