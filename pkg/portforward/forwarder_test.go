@@ -6,7 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
-	"strings"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -75,8 +75,17 @@ func TestGone(t *testing.T) {
 			f := newForwarder(t, pod.path, Config{Watcher: newWatcher(t)})
 			return f, pod.listen("127.0.0.1:0", echo), func() {
 				pod.remove()
-				os.RemoveAll(strings.TrimSuffix(pod.path, "/netns"))
+				os.RemoveAll(filepath.Dir(pod.path))
 			}
+		}, lookInterval / 2},
+		{"namespace removed, its folder reached by a symbolic link", func(t *testing.T) (*Forwarder, uint16, func()) {
+			pod := newSandbox(t)
+			link := filepath.Join(t.TempDir(), "run") // as /var/run is one
+			if err := os.Symlink(filepath.Dir(pod.path), link); err != nil {
+				t.Fatal(err)
+			}
+			f := newForwarder(t, filepath.Join(link, "netns"), Config{Watcher: newWatcher(t)})
+			return f, pod.listen("127.0.0.1:0", echo), pod.remove
 		}, lookInterval / 2},
 		{"namespace unmounted only", func(t *testing.T) (*Forwarder, uint16, func()) {
 			pod := newSandbox(t)
