@@ -167,7 +167,7 @@ func (p *Process) endTree() {
 	t := newTree(p.leader, p.container.InitPid, p.ends)
 	// Before anything is closed or signalled: later the leader may be gone, and with it the trace to
 	// its children.
-	living := t.living()
+	living := p.firstLook(t)
 	if config := p.runner.config; p.await(config.HangupAfter, nil) {
 		p.closeStreams()
 		// A stopped process gets no signal but KILL before it is continued.
@@ -183,6 +183,22 @@ func (p *Process) endTree() {
 		return
 	}
 	<-p.watch.exited // it is a zombie now, and the reaper knows
+}
+
+// firstLook finds the tree while the terminal is certain to be still the process's own. Once its
+// master is closed the kernel may give the same number to the next terminal, whose users are
+// strangers, so that later looks do without it.
+func (p *Process) firstLook(t *tree) []procStat {
+	defer func() { t.ends.terminal = false }()
+	if t.ends.terminal {
+		master, err := duplicate(p.tty)
+		if err != nil { // closed already
+			t.ends.terminal = false
+		} else {
+			defer master.Close()
+		}
+	}
+	return t.living()
 }
 
 // graceOver waits until the grace is over and returns what lives then: nothing, when all have ended
