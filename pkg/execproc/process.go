@@ -36,8 +36,9 @@ type Process struct {
 	killNow chan struct{} // closed by Kill
 	ended   chan struct{} // closed when the ending is over
 
-	mu     sync.Mutex
-	closed bool
+	mu      sync.Mutex
+	closed  bool
+	looking bool // the ending looks for the tree; Close leaves the streams open until it has
 }
 
 // Stdin is the process's standard input, nil when the command did not ask for it. Without a terminal
@@ -120,7 +121,9 @@ func (p *Process) Close() error {
 		return nil
 	}
 	p.closed = true
-	p.closeStreams()
+	if !p.looking {
+		p.closeStreams()
+	}
 	if p.init != nil {
 		p.runner.reaper.dropContainer(p.init)
 	}
@@ -148,6 +151,9 @@ func (p *Process) hasExited() bool {
 
 func (p *Process) beginEnd() {
 	r := p.runner
+	p.mu.Lock()
+	p.looking = true
+	p.mu.Unlock()
 	r.mu.Lock()
 	r.ending[p] = struct{}{}
 	r.mu.Unlock()
@@ -158,6 +164,7 @@ func (p *Process) beginEnd() {
 		close(p.ended)
 	}
 	if !r.background(func() { defer over(); p.endTree() }) {
+		p.endLook()
 		over()
 	}
 }
@@ -188,7 +195,11 @@ func (p *Process) endTree() {
 // firstLook finds the tree while the terminal is certain to be still the process's own. Once its
 // master is closed the kernel may give the same number to the next terminal, whose users are
 // strangers, so that later looks do without it.
+//
+// A Close that follows Disconnect or Kill at once takes effect after this look: closing a terminal
+// ends its leader, and with it the trace to children in sessions of their own.
 func (p *Process) firstLook(t *tree) []procStat {
+	defer p.endLook()
 	defer func() { t.ends.terminal = false }()
 	if t.ends.terminal {
 		master, err := duplicate(p.tty)
@@ -199,6 +210,15 @@ func (p *Process) firstLook(t *tree) []procStat {
 		}
 	}
 	return t.living()
+}
+
+func (p *Process) endLook() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.looking = false
+	if p.closed {
+		p.closeStreams()
+	}
 }
 
 // graceOver waits until the grace is over and returns what lives then: nothing, when all have ended
