@@ -194,7 +194,7 @@ func TestShutdown(t *testing.T) {
 	r := newRunner(t, func(config *Config) { config.TermAfter, config.KillAfter = patience, patience })
 	c := newContainer(t)
 	marker := newMarker()
-	p := startFamily(t, r, c, "trap 'exit 41' HUP; trap '' PIPE; (trap - HUP; exec sleep %s) & echo ready; while :; do sleep 0.05; done", marker, false)
+	p := startFamily(t, r, c, "trap 'exit 41' HUP; trap '' PIPE; echo ready; while :; do sleep 0.05; done #%s", marker, false)
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	if err := r.Shutdown(ctx); err != nil {
