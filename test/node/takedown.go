@@ -131,10 +131,10 @@ func commandLines() map[int][]string {
 // deleteContainers removes what runc still has, together with all processes in it.
 func (n *Node) deleteContainers() error {
 	entries, err := os.ReadDir(n.RuncRoot())
-	if err != nil {
+	if errors.Is(err, os.ErrNotExist) {
 		return nil // never made
 	}
-	var errs []error
+	errs := []error{err}
 	for _, entry := range entries {
 		n.logf("deleting a container that was left: %s", entry.Name())
 		ctx, cancel := context.WithTimeout(context.Background(), removeTimeout)
@@ -260,7 +260,7 @@ func (n *Node) unmountAll() error {
 }
 
 func (n *Node) removeBridge() error {
-	if _, err := os.Stat(filepath.Join("/sys/class/net", n.bridge())); err != nil {
+	if _, err := os.Stat(filepath.Join("/sys/class/net", n.bridge())); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	_, err := run("ip", "link", "delete", n.bridge())
@@ -272,10 +272,10 @@ func (n *Node) removeBridge() error {
 func (n *Node) removePortRules() error {
 	const common = "CNI-HOSTPORT-DNAT"
 	rules, err := run("iptables", "-w", "10", "-t", "nat", "-S")
+	if errors.Is(err, exec.ErrNotFound) || errors.Is(err, os.ErrNotExist) {
+		return nil // without iptables portmap could not make any either
+	}
 	if err != nil {
-		if _, lookErr := lookPath("iptables"); lookErr != nil {
-			return nil // then portmap could not make any either
-		}
 		return err
 	}
 	if !strings.Contains(rules, common) {
@@ -355,10 +355,10 @@ func splitRule(line string) []string {
 // of the loopback network, which all nodes share, by sandbox ID.
 func (n *Node) removeResults(ids []string) error {
 	entries, err := os.ReadDir(resultsCache)
-	if err != nil {
+	if errors.Is(err, os.ErrNotExist) {
 		return nil // nobody has used CNI here
 	}
-	var errs []error
+	errs := []error{err}
 	for _, entry := range entries {
 		ours := strings.HasPrefix(entry.Name(), n.network()+"-") ||
 			slices.ContainsFunc(ids, func(id string) bool { return strings.Contains(entry.Name(), id) })
