@@ -128,7 +128,8 @@ func commandLines() map[int][]string {
 	return all
 }
 
-// deleteContainers removes what runc still has, together with all processes in it.
+// deleteContainers removes what runc still has, together with all processes in it, wherever the
+// cgroups are: a kubelet chooses parents of its own.
 func (n *Node) deleteContainers() error {
 	entries, err := os.ReadDir(n.RuncRoot())
 	if errors.Is(err, os.ErrNotExist) {
