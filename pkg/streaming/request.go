@@ -37,9 +37,11 @@ type AttachRequest struct {
 // dialled. Ports is what the CRI request named; current clients name none and say the port with
 // each stream.
 type PortForwardRequest struct {
-	Target    session.Target
-	Ports     []int32
-	Forwarder PortForwarder
+	Target session.Target
+	Ports  []int32
+	// Open is called at redemption, so that a URL that nobody uses holds nothing of the pod. The
+	// session closes the forwarder.
+	Open func() (PortForwarder, error)
 }
 
 // Command is a command line and the streams its caller wants.
@@ -122,4 +124,7 @@ type Stream interface {
 	CloseRead()
 	// Reset ends both directions at once, telling the client.
 	Reset() error
+	// Received and Sent count the payload bytes that have come from and gone to the client.
+	Received() int64
+	Sent() int64
 }

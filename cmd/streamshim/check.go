@@ -1,0 +1,49 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/streamshim/streamshim/pkg/check"
+)
+
+func newCheckCommand() *cobra.Command {
+	command := &cobra.Command{
+		Use:   "check",
+		Short: "Is this node ready for streamshim? What is missing, and how to mend it",
+		Long: `check looks at the runtime behind streamshim, its OCI runtime, the kernel, the sockets and the kubelet's
+configuration, and says what to do about what is wrong. It changes nothing. It fails when streamshim
+could not work.`,
+		Args: cobra.NoArgs,
+	}
+	settings := addSettings(command.Flags())
+	kubeletConfig := command.Flags().String("kubelet-config", check.DefaultKubeletConfig, "the kubelet's configuration `file`")
+	command.RunE = func(cmd *cobra.Command, _ []string) error {
+		c, err := settings.load(cmd.Flags())
+		if err != nil {
+			return err
+		}
+		bad := 0
+		table := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
+		for _, r := range check.Run(cmd.Context(), c, *kubeletConfig) {
+			fmt.Fprintf(table, "%s\t%s\t%s\n", r.Level, r.Name, r.Detail)
+			if r.Level != check.OK && r.Mend != "" {
+				fmt.Fprintf(table, "\t\t-> %s\n", r.Mend)
+			}
+			if r.Level == check.Failed {
+				bad++
+			}
+		}
+		if err := table.Flush(); err != nil {
+			return err
+		}
+		if bad > 0 {
+			return errors.New("this node is not ready, see the checks that failed")
+		}
+		return nil
+	}
+	return command
+}

@@ -1,0 +1,38 @@
+// Command streamshim serves kubectl's exec, attach and port-forward in front of a container runtime.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	err := newCommand().ExecuteContext(ctx)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "streamshim:", err)
+		os.Exit(1)
+	}
+}
+
+func newCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "streamshim",
+		Short: "exec, attach and port-forward for Kubernetes nodes, in front of containerd or CRI-O",
+		Long: `streamshim sits between the kubelet (or crictl) and the container runtime. It serves exec, attach,
+port-forward and ExecSync itself, and passes every other CRI call on untouched.
+
+Start it with "streamshim serve" and point the kubelet's containerRuntimeEndpoint, or crictl's
+--runtime-endpoint, at its socket. "streamshim check" tells whether this node is ready for it.`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.AddCommand(newServeCommand(), newCheckCommand(), newVersionCommand())
+	return root
+}

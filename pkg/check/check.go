@@ -1,0 +1,281 @@
+// Package check looks at a node and says whether streamshim can serve it, what is missing, and how
+// to mend it. It changes nothing.
+package check
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	kubeletconfig "k8s.io/kubelet/config/v1beta1"
+	"sigs.k8s.io/yaml"
+
+	"github.com/streamshim/streamshim/pkg/config"
+)
+
+// Level is how a check went.
+type Level string
+
+// A failed check means that streamshim cannot work here, a warning that something will be missing.
+const (
+	OK      Level = "ok"
+	Warning Level = "warning"
+	Failed  Level = "failed"
+)
+
+// Result is what one check found.
+type Result struct {
+	Name   string
+	Level  Level
+	Detail string // what was found
+	Mend   string // what to do about it, empty when all is well
+}
+
+// callTimeout bounds every call to the upstream and every program run.
+const callTimeout = 5 * time.Second
+
+// DefaultKubeletConfig is where kubeadm puts the kubelet's configuration.
+const DefaultKubeletConfig = "/var/lib/kubelet/config.yaml"
+
+// Run does all checks, in the order in which they matter.
+func Run(ctx context.Context, c config.Config, kubeletConfig string) []Result {
+	results := []Result{privileges(), pidfd(), networkNamespaces(), subreaper()}
+	upstream, version := upstreamAnswers(ctx, c)
+	results = append(results, upstream)
+	if version != nil {
+		results = append(results, upstreamConditions(ctx, c))
+	}
+	return append(results,
+		ociRuntime(ctx, c),
+		listenSocket(c),
+		stateDir(c),
+		openFiles(),
+		kubelet(c, kubeletConfig),
+	)
+}
+
+func ok(name, format string, args ...any) Result {
+	return Result{Name: name, Level: OK, Detail: fmt.Sprintf(format, args...)}
+}
+
+func failed(name, mend, format string, args ...any) Result {
+	return Result{Name: name, Level: Failed, Detail: fmt.Sprintf(format, args...), Mend: mend}
+}
+
+func warning(name, mend, format string, args ...any) Result {
+	return Result{Name: name, Level: Warning, Detail: fmt.Sprintf(format, args...), Mend: mend}
+}
+
+func privileges() Result {
+	const name = "privileges"
+	if uid := os.Geteuid(); uid != 0 {
+		return failed(name, "run it as root, as the runtime is", "running as uid %d", uid)
+	}
+	return ok(name, "running as root")
+}
+
+// pidfd finds out whether processes can be waited for without racing for their pid (Linux 5.4).
+func pidfd() Result {
+	const name = "pidfd"
+	fd, err := unix.PidfdOpen(os.Getpid(), unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return failed(name, "use Linux 5.10 or later; in a sandbox allow pidfd_open(2)", "pidfd_open: %v", err)
+	}
+	unix.Close(fd) //nolint:errcheck // only opened to see that it can be
+	return ok(name, "available")
+}
+
+// networkNamespaces finds out whether a thread may enter a namespace, in which ports are dialled.
+func networkNamespaces() Result {
+	const name = "network namespaces"
+	fd, err := unix.Open("/proc/self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return failed(name, "use a kernel with network namespaces and mount /proc", "%v", err)
+	}
+	defer unix.Close(fd) //nolint:errcheck // only read
+	// Entering the namespace one is in changes nothing but needs the same privilege.
+	if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+		return failed(name, "give the process CAP_SYS_ADMIN; in the systemd unit do not restrict namespaces", "setns: %v", err)
+	}
+	return ok(name, "may be entered")
+}
+
+func subreaper() Result {
+	const name = "child subreaper"
+	var was int32
+	if err := unix.Prctl(unix.PR_GET_CHILD_SUBREAPER, uintptr(unsafe.Pointer(&was)), 0, 0, 0); err != nil {
+		return failed(name, "use a kernel with PR_SET_CHILD_SUBREAPER (Linux 3.4)", "%v", err)
+	}
+	return ok(name, "available")
+}
+
+func dial(c config.Config) (*grpc.ClientConn, error) {
+	path, err := config.SocketPath(c.Upstream)
+	if err != nil {
+		return nil, err
+	}
+	return grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"))
+}
+
+func upstreamAnswers(ctx context.Context, c config.Config) (Result, *runtimeapi.VersionResponse) {
+	const name = "upstream"
+	const mend = "start the runtime, or name its CRI socket with --upstream or the key upstream"
+	conn, err := dial(c)
+	if err != nil {
+		return failed(name, mend, "%v", err), nil
+	}
+	defer conn.Close() //nolint:errcheck // nothing runs on it
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	version, err := runtimeapi.NewRuntimeServiceClient(conn).Version(ctx, &runtimeapi.VersionRequest{})
+	if err != nil {
+		return failed(name, mend, "%s does not answer: %v", c.Upstream, err), nil
+	}
+	if version.GetRuntimeApiVersion() != "v1" {
+		return failed(name, "use a runtime that speaks CRI v1", "%s speaks CRI %s", c.Upstream, version.GetRuntimeApiVersion()), nil
+	}
+	return ok(name, "%s %s at %s", version.GetRuntimeName(), version.GetRuntimeVersion(), c.Upstream), version
+}
+
+func upstreamConditions(ctx context.Context, c config.Config) Result {
+	const name = "upstream conditions"
+	conn, err := dial(c)
+	if err != nil {
+		return failed(name, "see above", "%v", err)
+	}
+	defer conn.Close() //nolint:errcheck // nothing runs on it
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	status, err := runtimeapi.NewRuntimeServiceClient(conn).Status(ctx, &runtimeapi.StatusRequest{})
+	if err != nil {
+		return warning(name, "look at the runtime's log", "no status: %v", err)
+	}
+	for _, condition := range status.GetStatus().GetConditions() {
+		if !condition.GetStatus() {
+			return warning(name, "mend the runtime first; pods cannot start before", "%s is false: %s", condition.GetType(), condition.GetMessage())
+		}
+	}
+	return ok(name, "ready")
+}
+
+// ociRuntime runs the OCI runtime's --version. Which one a container uses is found out for each.
+func ociRuntime(ctx context.Context, c config.Config) Result {
+	const name = "OCI runtime"
+	binary := c.Runtime.Binary
+	if binary == "" {
+		binary = "runc"
+	}
+	path, err := exec.LookPath(binary)
+	if err != nil {
+		return warning(name, "install runc, or name the runtime's binary with the key runtime.binary; harmless when the containers' "+
+			"runtime handlers name another one", "%v", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, path, "--version").Output() //nolint:gosec // the operator names it
+	if err != nil {
+		return failed(name, "reinstall "+path, "%s --version: %v", path, err)
+	}
+	first, _, _ := strings.Cut(string(out), "\n")
+	return ok(name, "%s (%s)", first, path)
+}
+
+// listenSocket says whether serve could listen.
+func listenSocket(c config.Config) Result {
+	const name = "listen socket"
+	path, err := config.SocketPath(c.Listen)
+	if err != nil {
+		return failed(name, "write unix:///path", "%v", err)
+	}
+	conn, err := net.DialTimeout("unix", path, callTimeout)
+	if err == nil {
+		conn.Close() //nolint:errcheck // only dialled to see who answers
+		return ok(name, "%s is being served", path)
+	}
+	if info, statErr := os.Stat(path); statErr == nil && info.Mode().Type() != os.ModeSocket {
+		return failed(name, "remove the file or choose another socket with --listen", "%s exists and is no socket", path)
+	}
+	if err := writable(filepath.Dir(path)); err != nil {
+		return failed(name, "choose another socket with --listen", "%v", err)
+	}
+	return ok(name, "%s can be made", path)
+}
+
+// stateDir says whether files can be kept, and whether they vanish with the next boot as they should.
+func stateDir(c config.Config) Result {
+	const name = "state directory"
+	if err := writable(c.StateDir); err != nil {
+		return failed(name, "choose another one with --state-dir", "%v", err)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(existing(c.StateDir), &fs); err == nil && fs.Type != unix.TMPFS_MAGIC {
+		return warning(name, "use a directory on a tmpfs, such as /run/streamshim: starts are faster and nothing survives a boot",
+			"%s is not on a tmpfs", c.StateDir)
+	}
+	return ok(name, "%s", c.StateDir)
+}
+
+// writable tells why files cannot be made in dir, or in the directory in which dir itself would be.
+func writable(dir string) error {
+	there := existing(dir)
+	if err := unix.Access(there, unix.W_OK|unix.X_OK); err != nil {
+		return &os.PathError{Op: "write in", Path: there, Err: err}
+	}
+	return nil
+}
+
+// existing is the nearest directory upwards that exists.
+func existing(dir string) string {
+	for {
+		if _, err := os.Stat(dir); err == nil || dir == "/" || dir == "." {
+			return dir
+		}
+		dir = filepath.Dir(dir)
+	}
+}
+
+// openFiles: a session holds about six descriptors.
+func openFiles() Result {
+	const name, enough = "open files", 16384
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return warning(name, "", "%v", err)
+	}
+	if limit.Max < enough {
+		return warning(name, "set LimitNOFILE=1048576 in the systemd unit", "at most %d, enough for about %d sessions", limit.Max, limit.Max/8)
+	}
+	return ok(name, "%s", strconv.FormatUint(limit.Max, 10))
+}
+
+// kubelet says whether the kubelet talks to streamshim.
+func kubelet(c config.Config, file string) Result {
+	const name = "kubelet"
+	text, err := os.ReadFile(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return warning(name, "name the kubelet's configuration with --kubelet-config, or ignore this when there is no kubelet", "%s is not there", file)
+	}
+	if err != nil {
+		return warning(name, "", "%v", err)
+	}
+	var k kubeletconfig.KubeletConfiguration
+	if err := yaml.Unmarshal(text, &k); err != nil {
+		return warning(name, "mend "+file, "%s: %v", file, err)
+	}
+	if k.ContainerRuntimeEndpoint != c.Listen {
+		return warning(name, fmt.Sprintf("set containerRuntimeEndpoint: %s in %s and restart the kubelet", c.Listen, file),
+			"it talks to %q, not to streamshim", k.ContainerRuntimeEndpoint)
+	}
+	return ok(name, "talks to streamshim")
+}

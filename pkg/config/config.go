@@ -1,0 +1,367 @@
+// Package config is streamshim's configuration: its defaults, the TOML file, and the checks that
+// turn a mistake into a message with the line and a hint.
+package config
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// DefaultFile is read when no file is named and it exists.
+const DefaultFile = "/etc/streamshim/config.toml"
+
+// Config is everything that can be set. The toml names are the file's keys.
+type Config struct {
+	// Listen is the Unix socket on which CRI is served.
+	Listen string `toml:"listen"`
+	// Upstream is the runtime's CRI socket; empty means that the usual places are tried.
+	Upstream string `toml:"upstream"`
+	// StreamAddress is where the streaming server listens, a loopback address; port 0 takes any
+	// free one.
+	StreamAddress string `toml:"stream_address"`
+	// StateDir holds what is needed while processes run: process files, console sockets, records.
+	StateDir string `toml:"state_dir"`
+	// LogLevel is debug, info, warn or error; LogFormat is text or json.
+	LogLevel  string `toml:"log_level"`
+	LogFormat string `toml:"log_format"`
+
+	Runtime     Runtime     `toml:"runtime"`
+	Exec        Exec        `toml:"exec"`
+	Attach      Attach      `toml:"attach"`
+	PortForward PortForward `toml:"portforward"`
+	Shutdown    Shutdown    `toml:"shutdown"`
+}
+
+// Runtime overrides what the upstream says about its OCI runtime.
+type Runtime struct {
+	Binary string `toml:"binary"` // path of runc or a compatible runtime
+	Root   string `toml:"root"`   // its state root, the value of --root
+}
+
+// Exec is how commands run in containers.
+type Exec struct {
+	OnDisconnect string   `toml:"on_disconnect"` // hangup, kill or keep
+	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
+	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
+	StartTimeout Duration `toml:"start_timeout"` // for the OCI runtime to start the command
+	DrainIdle    Duration `toml:"drain_idle"`    // silence after which output held by a background child is complete
+	DrainMax     Duration `toml:"drain_max"`     // the same wait while output still flows
+	Linger       Duration `toml:"linger"`        // without progress, for a client to take the rest
+	IdleTimeout  Duration `toml:"idle_timeout"`  // 0 is off
+	MaxLifetime  Duration `toml:"max_lifetime"`  // 0 is off
+	SyncOutput   int      `toml:"sync_output"`   // bytes of output that an ExecSync returns
+}
+
+// Attach is how attach sessions behave.
+type Attach struct {
+	Buffer      int      `toml:"buffer"` // bytes kept for a client that reads too slowly
+	IdleTimeout Duration `toml:"idle_timeout"`
+	MaxLifetime Duration `toml:"max_lifetime"`
+}
+
+// PortForward is how port-forward sessions behave.
+type PortForward struct {
+	Refused     string   `toml:"refused"` // reset or report
+	IdleTimeout Duration `toml:"idle_timeout"`
+	MaxLifetime Duration `toml:"max_lifetime"`
+}
+
+// Shutdown is how a running streamshim ends.
+type Shutdown struct {
+	Drain Duration `toml:"drain"` // how long sessions may go on after SIGTERM
+}
+
+// Duration is a time.Duration written as "1m30s".
+type Duration time.Duration
+
+// UnmarshalText reads a duration as time.ParseDuration does.
+func (d *Duration) UnmarshalText(text []byte) error {
+	parsed, err := time.ParseDuration(string(text))
+	if err != nil {
+		return fmt.Errorf("%q is not a duration such as \"30s\" or \"1h30m\"", text)
+	}
+	if parsed < 0 {
+		return fmt.Errorf("%q is negative", text)
+	}
+	*d = Duration(parsed)
+	return nil
+}
+
+// MarshalText writes the duration as UnmarshalText reads it.
+func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
+
+// Default is the configuration of an empty file.
+func Default() Config {
+	return Config{
+		Listen:        "unix:///run/streamshim/streamshim.sock",
+		StreamAddress: "127.0.0.1:0",
+		StateDir:      "/run/streamshim",
+		LogLevel:      "info",
+		LogFormat:     "text",
+		Exec: Exec{
+			OnDisconnect: "hangup",
+			TermAfter:    Duration(5 * time.Second),
+			KillAfter:    Duration(10 * time.Second),
+			StartTimeout: Duration(30 * time.Second),
+			DrainIdle:    Duration(2 * time.Second),
+			DrainMax:     Duration(10 * time.Minute),
+			Linger:       Duration(10 * time.Minute),
+			IdleTimeout:  Duration(4 * time.Hour),
+			SyncOutput:   maxSyncOutput,
+		},
+		Attach:      Attach{Buffer: 1 << 20, IdleTimeout: Duration(4 * time.Hour)},
+		PortForward: PortForward{Refused: "reset", IdleTimeout: Duration(4 * time.Hour)},
+		Shutdown:    Shutdown{Drain: Duration(10 * time.Second)},
+	}
+}
+
+// maxSyncOutput keeps the answer of an ExecSync below the 16 MiB that the kubelet's client takes
+// (CVE-2022-1708).
+const maxSyncOutput = 15 << 20
+
+// Read puts the file's settings into c. Unknown keys and values of the wrong type are refused, with
+// their line.
+func (c *Config) Read(file string) error {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return fmt.Errorf("read the configuration: %w", err)
+	}
+	if err := c.parse(text); err != nil {
+		return fmt.Errorf("%s:%w", file, err)
+	}
+	return nil
+}
+
+// parse returns errors that begin with the line, for "file:line: message".
+func (c *Config) parse(text []byte) error {
+	decoder := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields()
+	err := decoder.Decode(c)
+	var unknown *toml.StrictMissingError
+	if errors.As(err, &unknown) && len(unknown.Errors) > 0 {
+		first := unknown.Errors[0]
+		line, _ := first.Position()
+		key := strings.Join(first.Key(), ".")
+		return fmt.Errorf("%d: unknown key %q%s", line, key, suggestion(key))
+	}
+	var bad *toml.DecodeError
+	if errors.As(err, &bad) {
+		line, _ := bad.Position()
+		key := ""
+		if k := strings.Join(bad.Key(), "."); k != "" {
+			key = k + ": "
+		}
+		return fmt.Errorf("%d: %s%s", line, key, strings.TrimPrefix(bad.Error(), "toml: "))
+	}
+	if err != nil {
+		return fmt.Errorf("1: %w", err)
+	}
+	if problem := c.validate(); problem != nil {
+		return fmt.Errorf("%d: %w", lineOf(text, problem.key), problem)
+	}
+	return nil
+}
+
+// ValueError is a setting whose value cannot be used.
+type ValueError struct {
+	key     string // as in the file, with dots
+	problem string
+}
+
+func (e *ValueError) Error() string { return e.key + ": " + e.problem }
+
+// Validate checks the values themselves. It is called again when flags have changed some.
+func (c *Config) Validate() error {
+	if problem := c.validate(); problem != nil {
+		return problem
+	}
+	return nil
+}
+
+func (c *Config) validate() *ValueError {
+	choice := func(key, value string, choices ...string) *ValueError {
+		if slices.Contains(choices, value) {
+			return nil
+		}
+		return &ValueError{key, fmt.Sprintf("%q is none of %s%s", value, strings.Join(choices, ", "), nearest(value, choices))}
+	}
+	socket := func(key, value string) *ValueError {
+		path, err := SocketPath(value)
+		if err != nil {
+			return &ValueError{key, err.Error()}
+		}
+		if len(path) > maxSocketPath {
+			return &ValueError{key, fmt.Sprintf("the path has %d characters; a Unix socket's may have %d", len(path), maxSocketPath)}
+		}
+		return nil
+	}
+	checks := []*ValueError{
+		socket("listen", c.Listen),
+		choice("log_level", c.LogLevel, "debug", "info", "warn", "error"),
+		choice("log_format", c.LogFormat, "text", "json"),
+		choice("exec.on_disconnect", c.Exec.OnDisconnect, "hangup", "kill", "keep"),
+		choice("portforward.refused", c.PortForward.Refused, "reset", "report"),
+		loopback("stream_address", c.StreamAddress),
+	}
+	if c.Upstream != "" {
+		checks = append(checks, socket("upstream", c.Upstream))
+		if c.Upstream == c.Listen {
+			checks = append(checks, &ValueError{"upstream", "is the socket that streamshim itself serves; name the runtime's"})
+		}
+	}
+	if !strings.HasPrefix(c.StateDir, "/") {
+		checks = append(checks, &ValueError{"state_dir", "must be an absolute path"})
+	}
+	if c.Exec.KillAfter < c.Exec.TermAfter {
+		checks = append(checks, &ValueError{"exec.kill_after", fmt.Sprintf("%v is before exec.term_after (%v); both count from the hang-up",
+			time.Duration(c.Exec.KillAfter), time.Duration(c.Exec.TermAfter))})
+	}
+	if c.Exec.SyncOutput < 1 || c.Exec.SyncOutput > maxSyncOutput {
+		checks = append(checks, &ValueError{"exec.sync_output", fmt.Sprintf("must be between 1 and %d bytes, which the kubelet's client takes", maxSyncOutput)})
+	}
+	if c.Attach.Buffer < minAttachBuffer {
+		checks = append(checks, &ValueError{"attach.buffer", fmt.Sprintf("must be at least %d bytes", minAttachBuffer)})
+	}
+	for _, problem := range checks {
+		if problem != nil {
+			return problem
+		}
+	}
+	return nil
+}
+
+const (
+	maxSocketPath   = 107 // unix(7): 108 with the terminating zero
+	minAttachBuffer = 4 << 10
+)
+
+// SocketPath takes the path out of unix:///path; a bare absolute path is good too.
+func SocketPath(address string) (string, error) {
+	path, ok := strings.CutPrefix(address, "unix://")
+	if !ok && strings.Contains(address, "://") {
+		return "", fmt.Errorf("%q is not a Unix socket; write unix:///path", address)
+	}
+	if !strings.HasPrefix(path, "/") {
+		return "", fmt.Errorf("%q needs an absolute path, as in unix:///run/streamshim/streamshim.sock", address)
+	}
+	return path, nil
+}
+
+// loopback refuses addresses that other machines could reach: the token in the URL is the only
+// credential (containerd#2483, cri-dockerd#106).
+func loopback(key, address string) *ValueError {
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return &ValueError{key, fmt.Sprintf("%q is not HOST:PORT, as in 127.0.0.1:0", address)}
+	}
+	if ip := net.ParseIP(host); ip == nil || !ip.IsLoopback() {
+		return &ValueError{key, fmt.Sprintf("%q is not a loopback address such as 127.0.0.1 or [::1]: whoever can reach the "+
+			"streaming server and learns a token has a shell", host)}
+	}
+	return nil
+}
+
+// Level is the log level as slog has it.
+func (c *Config) Level() slog.Level {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(c.LogLevel)); err != nil {
+		return slog.LevelInfo // Validate has seen it
+	}
+	return level
+}
+
+// lineOf is the line that sets a key, or 1 when no line does.
+func lineOf(text []byte, key string) int {
+	table, name := "", key
+	if i := strings.LastIndex(key, "."); i >= 0 {
+		table, name = key[:i], key[i+1:]
+	}
+	current := ""
+	for i, line := range strings.Split(string(text), "\n") {
+		line = strings.TrimSpace(line)
+		if header, ok := strings.CutPrefix(line, "["); ok {
+			current = strings.TrimSpace(strings.SplitN(header, "]", 2)[0])
+			continue
+		}
+		left, _, ok := strings.Cut(line, "=")
+		left = strings.TrimSpace(left)
+		if ok && ((current == table && left == name) || (current == "" && left == key)) {
+			return i + 1
+		}
+	}
+	return 1
+}
+
+// suggestion is a hint at the key that was probably meant.
+func suggestion(key string) string {
+	var known []string
+	collectKeys("", Default(), &known)
+	return nearest(key, known)
+}
+
+func collectKeys(prefix string, value any, keys *[]string) {
+	text, err := toml.Marshal(value)
+	if err != nil {
+		return // cannot happen: the struct is made of plain types
+	}
+	var tree map[string]any
+	if err := toml.Unmarshal(text, &tree); err != nil {
+		return // as above
+	}
+	for name, v := range tree {
+		if sub, ok := v.(map[string]any); ok {
+			collectKeys(prefix+name+".", sub, keys)
+			continue
+		}
+		*keys = append(*keys, prefix+name)
+	}
+	slices.Sort(*keys)
+}
+
+// nearest says which of the choices the value resembles, if one does.
+func nearest(value string, choices []string) string {
+	best, distance := "", 4 // more changes than this is no resemblance
+	last := value[strings.LastIndex(value, ".")+1:]
+	for _, choice := range choices {
+		d := editDistance(value, choice)
+		if choice[strings.LastIndex(choice, ".")+1:] == last {
+			d = min(d, 1) // the right name in the wrong table
+		}
+		if d < distance {
+			best, distance = choice, d
+		}
+	}
+	if best == "" {
+		return ""
+	}
+	return fmt.Sprintf("; did you mean %q?", best)
+}
+
+// editDistance is the Levenshtein distance of two short strings.
+func editDistance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := 1; i <= len(a); i++ {
+		diagonal := row[0]
+		row[0] = i
+		for j := 1; j <= len(b); j++ {
+			change := diagonal
+			if a[i-1] != b[j-1] {
+				change++
+			}
+			diagonal = row[j]
+			row[j] = min(change, row[j]+1, row[j-1]+1)
+		}
+	}
+	return row[len(b)]
+}

@@ -1,0 +1,98 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestDefaultIsValid(t *testing.T) {
+	c := Default()
+	if err := c.Validate(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestFileOverridesDefaults(t *testing.T) {
+	c := Default()
+	err := c.parse([]byte("listen = 'unix:///tmp/s.sock'\n[exec]\non_disconnect = 'keep'\ndrain_idle = '0s'\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Listen != "unix:///tmp/s.sock" || c.Exec.OnDisconnect != "keep" || c.Exec.DrainIdle != 0 {
+		t.Errorf("not taken over: %+v", c)
+	}
+	if want := Duration(10 * time.Minute); c.Exec.DrainMax != want {
+		t.Errorf("DrainMax = %v, want the default %v", c.Exec.DrainMax, want)
+	}
+}
+
+// A mistake is refused with its line and a hint.
+func TestMistakes(t *testing.T) {
+	tests := []struct {
+		name, text string
+		want       []string // parts of the message
+	}{
+		{"unknown key", "\nlissten = 'unix:///x'\n", []string{"2: ", `unknown key "lissten"`, `did you mean "listen"?`}},
+		{"unknown key in a table", "[exec]\n\ndrain_iddle = '1s'\n", []string{"3: ", `"exec.drain_iddle"`, `"exec.drain_idle"`}},
+		{"key in the wrong table", "drain_idle = '1s'\n", []string{"1: ", `did you mean "exec.drain_idle"?`}},
+		{"unknown table", "[exek]\nx = 1\n", []string{"unknown key"}},
+		{"not a duration", "[exec]\ndrain_idle = '2'\n", []string{"2: ", `"2" is not a duration`}},
+		{"negative duration", "[exec]\ndrain_idle = '-2s'\n", []string{"2: ", "negative"}},
+		{"wrong type", "listen = 5\n", []string{"1: "}},
+		{"not TOML", "listen\n", []string{"1: "}},
+		{"choice", "[exec]\nterm_after='1s'\non_disconnect = 'hangupp'\n", []string{"3: ", "hangup, kill, keep", `did you mean "hangup"?`}},
+		{"log level", "log_level = 'loud'\n", []string{"1: ", "debug, info, warn, error"}},
+		{"not a socket", "listen = 'tcp://1.2.3.4:5'\n", []string{"1: ", "unix:///path"}},
+		{"relative socket", "listen = 'unix://x.sock'\n", []string{"1: ", "absolute"}},
+		{"long socket", "listen = 'unix:///" + strings.Repeat("x", 120) + "'\n", []string{"1: ", "107"}},
+		{"upstream is ourselves", "\n\nupstream = 'unix:///run/streamshim/streamshim.sock'\n", []string{"3: ", "the runtime's"}},
+		{"not loopback", "stream_address = '0.0.0.0:0'\n", []string{"1: ", "loopback"}},
+		{"no port", "stream_address = '127.0.0.1'\n", []string{"1: ", "HOST:PORT"}},
+		{"kill before term", "[exec]\nterm_after = '5s'\nkill_after = '1s'\n", []string{"3: ", "term_after"}},
+		{"sync output", "[exec]\nsync_output = 99999999\n", []string{"2: ", "exec.sync_output"}},
+		{"attach buffer", "[attach]\nbuffer = 1\n", []string{"2: ", "attach.buffer"}},
+		{"relative state", "state_dir = 'x'\n", []string{"1: ", "absolute"}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c := Default()
+			err := c.parse([]byte(tt.text))
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			for _, want := range tt.want {
+				if !strings.Contains(err.Error(), want) {
+					t.Errorf("message %q lacks %q", err, want)
+				}
+			}
+		})
+	}
+}
+
+func TestReadNamesTheFile(t *testing.T) {
+	c := Default()
+	missing := filepath.Join(t.TempDir(), "none.toml")
+	if err := c.Read(missing); err == nil || !strings.Contains(err.Error(), missing) {
+		t.Errorf("missing file: %v", err)
+	}
+	file := filepath.Join(t.TempDir(), "config.toml")
+	if err := os.WriteFile(file, []byte("x = 1"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Read(file); err == nil || !strings.HasPrefix(err.Error(), file+":1: ") {
+		t.Errorf("bad file: %v", err)
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add("listen = 'unix:///x'\n[exec]\ndrain_idle = '1s'\n")
+	f.Add("[exec\n")
+	f.Add("exec = 1")
+	f.Fuzz(func(_ *testing.T, text string) {
+		c := Default()
+		c.parse([]byte(text)) //nolint:errcheck // must only not panic
+	})
+}

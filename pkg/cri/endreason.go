@@ -1,0 +1,68 @@
+package cri
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+const (
+	// endReasonRetry is the pause before the upstream is asked again: it learns of a container's end
+	// a little later than we do.
+	endReasonRetry = 50 * time.Millisecond
+	// oomKilledReason is the reason both containerd and CRI-O give.
+	oomKilledReason = "OOMKilled"
+	// Exit codes of a process that was ended by SIGKILL or SIGTERM.
+	exitCodeKilled, exitCodeTerminated = 128 + 9, 128 + 15
+)
+
+// endReason says in a few words why a container is no longer there. It asks until the upstream has
+// noticed the end or ctx is done.
+func (r *resolver) endReason(ctx context.Context, target session.Target) string {
+	retry := time.NewTicker(endReasonRetry)
+	defer retry.Stop()
+	for {
+		response, err := r.upstream.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: target.ContainerID})
+		switch found := response.GetStatus(); {
+		case status.Code(err) == codes.NotFound:
+			return "container was removed"
+		case err != nil:
+			// The upstream may be restarting.
+		case found.GetState() == runtimeapi.ContainerState_CONTAINER_EXITED:
+			return r.exitReason(ctx, target, found)
+		}
+		select {
+		case <-retry.C:
+		case <-ctx.Done():
+			return "container is no longer running"
+		}
+	}
+}
+
+func (r *resolver) exitReason(ctx context.Context, target session.Target, exited *runtimeapi.ContainerStatus) string {
+	if exited.GetReason() == oomKilledReason {
+		return "container was OOM-killed"
+	}
+	code := exited.GetExitCode()
+	if (code == exitCodeKilled || code == exitCodeTerminated) && r.sandboxStopped(ctx, target.SandboxID) {
+		return "pod sandbox was stopped"
+	}
+	return fmt.Sprintf("container exited with code %d", code)
+}
+
+func (r *resolver) sandboxStopped(ctx context.Context, id string) bool {
+	if id == "" {
+		return false
+	}
+	response, err := r.upstream.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: id})
+	if err != nil {
+		return status.Code(err) == codes.NotFound
+	}
+	return response.GetStatus().GetState() == runtimeapi.PodSandboxState_SANDBOX_NOTREADY
+}

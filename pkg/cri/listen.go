@@ -1,0 +1,150 @@
+package cri
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// A Unix socket's path must fit in sockaddr_un.sun_path with its NUL (unix(7)).
+	maxSocketPath = 107
+	// listenLockTimeout is how long Listen waits for another Listen in the same directory.
+	listenLockTimeout = 2 * time.Second
+	// probeTimeout is how long Listen asks an existing socket whether somebody is there.
+	probeTimeout = 2 * time.Second
+)
+
+// Listen creates the Unix socket at path, readable and writable for its owner alone (0600), and its
+// directory when there is none (0755). A socket left behind by a process that has ended is replaced;
+// a socket on which somebody accepts connections, and anything that is no socket, is an error.
+// Closing the listener removes the socket, unless another process has put its own there.
+func Listen(path string) (net.Listener, error) {
+	if !filepath.IsAbs(path) {
+		return nil, fmt.Errorf("listen on %q: the path of a socket must be absolute", path)
+	}
+	if len(path) > maxSocketPath {
+		return nil, fmt.Errorf("listen on %s: the path has %d characters, a Unix socket's may have %d", path, len(path), maxSocketPath)
+	}
+	directory := filepath.Dir(path)
+	if err := os.MkdirAll(directory, 0o755); err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	unlock, err := lockDirectory(directory)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	defer unlock()
+
+	if err := removeStaleSocket(path); err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	config := net.ListenConfig{Control: func(_, _ string, conn syscall.RawConn) error {
+		// bind(2) takes the socket's own mode, so that there is no moment in which others may
+		// connect. umask would do too, but it belongs to the whole process.
+		var chmodErr error
+		if err := conn.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) }); err != nil {
+			return err
+		}
+		return chmodErr
+	}}
+	listener, err := config.Listen(context.Background(), "unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	unixListener := listener.(*net.UnixListener)
+	unixListener.SetUnlinkOnClose(false)
+	created, err := os.Lstat(path)
+	if err != nil {
+		listener.Close()
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	return &socketListener{UnixListener: unixListener, path: path, created: created}, nil
+}
+
+// socketListener removes its own socket, and only its own, when it is closed.
+type socketListener struct {
+	*net.UnixListener
+	path    string
+	created fs.FileInfo
+	once    sync.Once
+}
+
+// Close stops accepting and removes the socket.
+func (l *socketListener) Close() error {
+	err := l.UnixListener.Close()
+	l.once.Do(func() {
+		now, statErr := os.Lstat(l.path)
+		if statErr == nil && os.SameFile(now, l.created) {
+			statErr = os.Remove(l.path)
+		}
+		if statErr != nil && !errors.Is(statErr, fs.ErrNotExist) {
+			err = errors.Join(err, statErr)
+		}
+	})
+	return err
+}
+
+func removeStaleSocket(path string) error {
+	info, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if info.Mode().Type() != fs.ModeSocket {
+		return errors.New("there is a file at this path that is no socket: remove it, or choose another path")
+	}
+	conn, err := net.DialTimeout("unix", path, probeTimeout)
+	if err == nil {
+		conn.Close()
+		return errors.New("another process is serving this socket: stop it, or choose another path")
+	}
+	// Any other answer, such as a full backlog, comes from a socket that is in use.
+	if !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("the socket seems to be in use: %w", err)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the socket left behind by another process: %w", err)
+	}
+	return nil
+}
+
+// lockDirectory keeps two processes from taking each other's fresh socket for a stale one. The
+// directory itself is the lock, so that no lock file is left behind.
+func lockDirectory(directory string) (unlock func(), err error) {
+	file, err := os.Open(directory)
+	if err != nil {
+		return nil, err
+	}
+	timeout := time.NewTimer(listenLockTimeout)
+	defer timeout.Stop()
+	retry := time.NewTicker(10 * time.Millisecond) // flock(2) cannot wait with a limit
+	defer retry.Stop()
+	for {
+		err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { file.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			file.Close()
+			return nil, fmt.Errorf("lock %s: %w", directory, err)
+		}
+		select {
+		case <-retry.C:
+		case <-timeout.C:
+			file.Close()
+			return nil, fmt.Errorf("another process has kept %s locked for %v", directory, listenLockTimeout)
+		}
+	}
+}

@@ -1,0 +1,121 @@
+package cri
+
+import (
+	"context"
+	"errors"
+	"io"
+	"strings"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+)
+
+// forwardDesc makes every forwarded call a bidirectional stream, of which unary, client-streaming
+// and server-streaming calls are special cases on the wire.
+var forwardDesc = &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}
+
+// forward carries one call of any kind to the upstream and back without decoding it. Deadline and
+// cancellation travel with the context, a client's half-close with CloseSend, and the upstream's
+// status is returned as it is.
+func (s *Server) forward(_ any, client grpc.ServerStream) error {
+	method, ok := grpc.MethodFromServerStream(client)
+	if !ok {
+		return status.Error(codes.Internal, "forward: the stream has no method")
+	}
+	ctx, cancel := context.WithCancel(outgoing(client.Context()))
+	defer cancel()
+	upstream, err := s.upstream.conn.NewStream(ctx, forwardDesc, method, grpc.ForceCodecV2(s.codec))
+	if err != nil {
+		return err
+	}
+
+	// The upstream may answer, or end the call, before the client has said everything. This
+	// goroutine is not waited for: when forward returns, gRPC ends the client's stream and with it
+	// RecvMsg, and cancel ends SendMsg.
+	go func() {
+		if err := copyRequests(upstream, client); err != nil {
+			cancel()
+		}
+	}()
+	return copyResponses(client, upstream)
+}
+
+// copyRequests returns nil after the client's half-close, or when the upstream has ended the call
+// and copyResponses is about to learn why.
+func copyRequests(upstream grpc.ClientStream, client grpc.ServerStream) error {
+	for {
+		var message frame
+		err := client.RecvMsg(&message)
+		if errors.Is(err, io.EOF) {
+			return upstream.CloseSend()
+		}
+		if err != nil {
+			return err
+		}
+		err = upstream.SendMsg(&message)
+		message.free()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func copyResponses(client grpc.ServerStream, upstream grpc.ClientStream) error {
+	// Sent at once and not with the first message: a watch may have its first message hours later.
+	// nil means that the answer has trailers only, and so shall ours.
+	header, err := upstream.Header()
+	if err != nil {
+		return err
+	}
+	if header != nil {
+		if err := client.SendHeader(withoutReserved(header)); err != nil {
+			return err
+		}
+	}
+	for {
+		var message frame
+		err := upstream.RecvMsg(&message)
+		if err != nil {
+			client.SetTrailer(withoutReserved(upstream.Trailer()))
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			return err
+		}
+		err = client.SendMsg(&message)
+		message.free()
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// outgoing turns the metadata a client sent into metadata for the upstream.
+func outgoing(ctx context.Context) context.Context {
+	received, ok := metadata.FromIncomingContext(ctx)
+	if !ok {
+		return ctx
+	}
+	return metadata.NewOutgoingContext(ctx, withoutReserved(received))
+}
+
+// withoutReserved drops what belongs to one connection and not to the call: HTTP/2 pseudo headers
+// and what gRPC itself writes (gRPC over HTTP2, "Requests": names with the prefix grpc- are
+// reserved). The binary ones, such as grpc-trace-bin, belong to the call.
+func withoutReserved(md metadata.MD) metadata.MD {
+	out := make(metadata.MD, len(md))
+	for key, values := range md {
+		switch {
+		case strings.HasPrefix(key, ":"), key == "content-type", key == "user-agent", key == "te":
+		case strings.HasPrefix(key, "grpc-") && !strings.HasSuffix(key, "-bin"):
+		default:
+			out[key] = values
+		}
+	}
+	return out
+}

@@ -1,0 +1,230 @@
+package cri
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os/exec"
+	"path/filepath"
+	"sync"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	kubelettypes "k8s.io/kubelet/pkg/types"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+// resolver finds out about containers and sandboxes by asking the upstream.
+type resolver struct {
+	upstream   *Upstream
+	log        *slog.Logger
+	containers *containerCache
+	lookPath   func(string) (string, error) // absolute path of a binary
+
+	mu          sync.Mutex
+	runtimeName string              // of Version, "" until it is known
+	warned      map[string]struct{} // container IDs warnRelayed has written about
+}
+
+// maxWarned bounds resolver.warned.
+const maxWarned = 1024
+
+func newResolver(upstream *Upstream, log *slog.Logger) *resolver {
+	return &resolver{upstream: upstream, log: log, containers: newContainerCache(), lookPath: lookPath, warned: make(map[string]struct{})}
+}
+
+func lookPath(binary string) (string, error) {
+	path, err := exec.LookPath(binary)
+	if err != nil {
+		return "", err
+	}
+	return filepath.Abs(path)
+}
+
+// running resolves a container, by its full ID or as much of it as is unique, and makes sure that it
+// runs. The error is a gRPC status: the upstream's own for an ID it does not know, FailedPrecondition
+// for a container that does not run.
+func (r *resolver) running(ctx context.Context, id string) (Container, error) {
+	if container, ok := r.containers.get(id); ok {
+		return container, nil
+	}
+	response, err := r.upstream.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id, Verbose: true})
+	if err != nil {
+		return Container{}, err
+	}
+	found := response.GetStatus()
+	if state := found.GetState(); state != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		return Container{}, status.Errorf(codes.FailedPrecondition, "container %q is in %s state, it must be running", id, state)
+	}
+	labels := found.GetLabels()
+	container := Container{Target: session.Target{
+		ContainerID:   found.GetId(),
+		ContainerName: kubelettypes.GetContainerName(labels),
+		PodName:       kubelettypes.GetPodName(labels),
+		PodNamespace:  kubelettypes.GetPodNamespace(labels),
+		PodUID:        kubelettypes.GetPodUID(labels),
+	}}
+	if err := r.addFacts(ctx, &container, response.GetInfo()); err != nil {
+		switch status.Code(err) {
+		case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+			return Container{}, err
+		}
+		// What cannot be found out may be known at the next call: not cached.
+		r.warnRelayed(container, err)
+		return container, nil
+	}
+	r.containers.put(container)
+	return container, nil
+}
+
+// warnRelayed writes once about a container that should have been served here and is not. Such a
+// container may have a probe a second.
+func (r *resolver) warnRelayed(container Container, reason error) {
+	r.mu.Lock()
+	_, done := r.warned[container.ContainerID]
+	if len(r.warned) >= maxWarned {
+		clear(r.warned)
+	}
+	r.warned[container.ContainerID] = struct{}{}
+	r.mu.Unlock()
+	if !done {
+		r.log.Warn("the container's OCI runtime is not known, its sessions are relayed to the upstream",
+			"container", container.ContainerID, "error", reason)
+	}
+}
+
+// addFacts adds what the verbose status says. After an error the container has no Runtime.
+func (r *resolver) addFacts(ctx context.Context, container *Container, verbose map[string]string) error {
+	info, err := parseContainerInfo(verbose)
+	if err != nil {
+		return err
+	}
+	container.SandboxID = info.SandboxID
+	container.InitPid = info.Pid
+
+	runtime, err := r.ociRuntime(ctx, container.ContainerID, info)
+	container.RuntimeType = runtime.kind
+	if err != nil {
+		return err
+	}
+	if runtime.binary == "" {
+		return nil
+	}
+	if info.RuntimeSpec == nil || info.RuntimeSpec.Process == nil {
+		return errors.New("the verbose status has no process spec")
+	}
+	container.Runtime = runtime.binary
+	container.Root = runtime.root
+	container.Process = info.RuntimeSpec.Process
+	if linux := info.RuntimeSpec.Linux; linux != nil {
+		container.UIDMappings = linux.UIDMappings
+		container.GIDMappings = linux.GIDMappings
+	}
+	container.InitStartTime, err = initStartTime(container.InitPid, container.ContainerID)
+	if err != nil {
+		// Not seen in our /proc: usable, but to be asked for again at every call.
+		r.log.Debug("the container's init process cannot be watched", "container", container.ContainerID, "error", err)
+	}
+	return nil
+}
+
+func (r *resolver) ociRuntime(ctx context.Context, id string, info containerInfo) (ociRuntime, error) {
+	if info.RuntimeType != "" {
+		return r.containerdRuntime(info)
+	}
+	name, err := r.upstreamName(ctx)
+	if err != nil {
+		return ociRuntime{}, err
+	}
+	if name == crioRuntimeName {
+		return r.crioRuntime(ctx, id, info)
+	}
+	return ociRuntime{kind: name}, nil
+}
+
+// upstreamName is the name the upstream gives itself, asked for once.
+func (r *resolver) upstreamName(ctx context.Context) (string, error) {
+	r.mu.Lock()
+	name := r.runtimeName
+	r.mu.Unlock()
+	if name != "" {
+		return name, nil
+	}
+	response, err := r.upstream.runtime.Version(ctx, &runtimeapi.VersionRequest{})
+	if err != nil {
+		return "", err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.runtimeName = response.GetRuntimeName()
+	return r.runtimeName, nil
+}
+
+// readySandbox resolves a pod sandbox and makes sure that it is ready. The error is a gRPC status:
+// the upstream's own for an ID it does not know, FailedPrecondition for a sandbox that is not ready
+// or whose network namespace cannot be found.
+func (r *resolver) readySandbox(ctx context.Context, id string) (Sandbox, error) {
+	response, err := r.upstream.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: id, Verbose: true})
+	if err != nil {
+		return Sandbox{}, err
+	}
+	found := response.GetStatus()
+	if state := found.GetState(); state != runtimeapi.PodSandboxState_SANDBOX_READY {
+		return Sandbox{}, status.Errorf(codes.FailedPrecondition, "pod sandbox %q is in %s state, it must be ready", id, state)
+	}
+	labels := found.GetLabels()
+	sandbox := Sandbox{Target: session.Target{
+		SandboxID:    found.GetId(),
+		PodName:      kubelettypes.GetPodName(labels),
+		PodNamespace: kubelettypes.GetPodNamespace(labels),
+		PodUID:       kubelettypes.GetPodUID(labels),
+	}}
+	info, infoErr := parseSandboxInfo(response.GetInfo())
+	sandbox.Pid = info.Pid
+	if found.GetLinux().GetNamespaces().GetOptions().GetNetwork() == runtimeapi.NamespaceMode_NODE {
+		return sandbox, nil
+	}
+	if info.Metadata != nil {
+		sandbox.NetworkNamespace = info.Metadata.Metadata.NetNSPath
+	}
+	if sandbox.NetworkNamespace == "" {
+		sandbox.NetworkNamespace = info.RuntimeSpec.networkNamespace()
+	}
+	if sandbox.NetworkNamespace == "" {
+		// A sandbox that is no container of its own, as with containerd's external sandbox
+		// controllers: its containers join the same namespace.
+		sandbox.NetworkNamespace, err = r.containerNetworkNamespace(ctx, sandbox.SandboxID)
+		if err != nil {
+			return Sandbox{}, status.Errorf(codes.FailedPrecondition, "the network namespace of pod sandbox %q cannot be found: %v", id, errors.Join(infoErr, err))
+		}
+	}
+	return sandbox, nil
+}
+
+// containerNetworkNamespace is the network namespace that the first running container of a sandbox
+// joined.
+func (r *resolver) containerNetworkNamespace(ctx context.Context, sandboxID string) (string, error) {
+	list, err := r.upstream.runtime.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
+		PodSandboxId: sandboxID,
+		State:        &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_RUNNING},
+	}})
+	if err != nil {
+		return "", err
+	}
+	for _, member := range list.GetContainers() {
+		response, err := r.upstream.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: member.GetId(), Verbose: true})
+		if err != nil {
+			return "", err
+		}
+		info, err := parseContainerInfo(response.GetInfo())
+		if err != nil {
+			return "", err
+		}
+		if path := info.RuntimeSpec.networkNamespace(); path != "" {
+			return path, nil
+		}
+	}
+	return "", errors.New("no running container of the pod names one")
+}

@@ -1,0 +1,286 @@
+package cri
+
+import (
+	"context"
+	"errors"
+	"math"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/streamshim/streamshim/pkg/streaming"
+)
+
+// runtimeServiceDesc names the methods that are answered here and no others: a method that is
+// missing from it reaches the UnknownServiceHandler, while one that is registered and not written
+// would be answered with Unimplemented.
+var runtimeServiceDesc = grpc.ServiceDesc{
+	ServiceName: runtimeapi.RuntimeService_ServiceDesc.ServiceName,
+	HandlerType: (*any)(nil),
+	Methods: []grpc.MethodDesc{
+		unaryMethod(runtimeapi.RuntimeService_Exec_FullMethodName, "Exec", (*Server).exec),
+		unaryMethod(runtimeapi.RuntimeService_ExecSync_FullMethodName, "ExecSync", (*Server).execSync),
+		unaryMethod(runtimeapi.RuntimeService_Attach_FullMethodName, "Attach", (*Server).attach),
+		unaryMethod(runtimeapi.RuntimeService_PortForward_FullMethodName, "PortForward", (*Server).portForward),
+	},
+}
+
+// unaryMethod describes a method whose handler gets the request as bytes: it may have to pass them
+// on, and fields newer than our cri-api are read from them.
+func unaryMethod(fullName, name string, handle func(*Server, context.Context, []byte) (any, error)) grpc.MethodDesc {
+	return grpc.MethodDesc{
+		MethodName: name,
+		Handler: func(server any, ctx context.Context, decode func(any) error, interceptor grpc.UnaryServerInterceptor) (any, error) {
+			var message frame
+			if err := decode(&message); err != nil {
+				return nil, err
+			}
+			request := message.data.Materialize()
+			message.free()
+			info := &grpc.UnaryServerInfo{Server: server, FullMethod: fullName}
+			return interceptor(ctx, request, info, func(ctx context.Context, request any) (any, error) {
+				return handle(server.(*Server), ctx, request.([]byte))
+			})
+		},
+	}
+}
+
+func (s *Server) exec(ctx context.Context, raw []byte) (any, error) {
+	var request runtimeapi.ExecRequest
+	envs, err := decode(raw, &request, execRequestEnvs)
+	if err != nil {
+		return nil, err
+	}
+	if request.GetContainerId() == "" {
+		return nil, status.Error(codes.InvalidArgument, "missing required container_id")
+	}
+	if len(request.GetCmd()) == 0 {
+		return nil, status.Error(codes.InvalidArgument, "missing required cmd")
+	}
+	if err := validateStreams(&request); err != nil {
+		return nil, err
+	}
+	container, err := s.resolver.running(ctx, request.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	session := &streaming.ExecRequest{
+		Target: container.Target,
+		Command: streaming.Command{
+			Args:   request.GetCmd(),
+			Env:    envs,
+			Stdin:  request.GetStdin(),
+			Stdout: request.GetStdout(),
+			Stderr: request.GetStderr(),
+			TTY:    request.GetTty(),
+		},
+		EndReason: s.endReason(container),
+	}
+	if container.Runtime != "" {
+		session.Executor = s.engine.Executor(container)
+	} else {
+		session.UpstreamURL = func(ctx context.Context) (string, error) {
+			var response runtimeapi.ExecResponse
+			err := s.upstream.conn.Invoke(ctx, runtimeapi.RuntimeService_Exec_FullMethodName, newFrame(raw), &response, grpc.ForceCodecV2(s.codec))
+			return response.GetUrl(), err
+		}
+	}
+	url, err := s.streams.Exec(session)
+	if err != nil {
+		return nil, s.streamError(err)
+	}
+	return &runtimeapi.ExecResponse{Url: url}, nil
+}
+
+func (s *Server) attach(ctx context.Context, raw []byte) (any, error) {
+	var request runtimeapi.AttachRequest
+	if err := proto.Unmarshal(raw, &request); err != nil {
+		return nil, status.Errorf(codes.Internal, "AttachRequest: %v", err)
+	}
+	if request.GetContainerId() == "" {
+		return nil, status.Error(codes.InvalidArgument, "missing required container_id")
+	}
+	if err := validateStreams(&request); err != nil {
+		return nil, err
+	}
+	container, err := s.resolver.running(ctx, request.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	url, err := s.streams.Attach(&streaming.AttachRequest{
+		Target: container.Target,
+		Stdin:  request.GetStdin(),
+		Stdout: request.GetStdout(),
+		Stderr: request.GetStderr(),
+		TTY:    request.GetTty(),
+		UpstreamURL: func(ctx context.Context) (string, error) {
+			var response runtimeapi.AttachResponse
+			err := s.upstream.conn.Invoke(ctx, runtimeapi.RuntimeService_Attach_FullMethodName, newFrame(raw), &response, grpc.ForceCodecV2(s.codec))
+			return response.GetUrl(), err
+		},
+		EndReason: s.endReason(container),
+	})
+	if err != nil {
+		return nil, s.streamError(err)
+	}
+	return &runtimeapi.AttachResponse{Url: url}, nil
+}
+
+func (s *Server) portForward(ctx context.Context, raw []byte) (any, error) {
+	var request runtimeapi.PortForwardRequest
+	if err := proto.Unmarshal(raw, &request); err != nil {
+		return nil, status.Errorf(codes.Internal, "PortForwardRequest: %v", err)
+	}
+	if request.GetPodSandboxId() == "" {
+		return nil, status.Error(codes.InvalidArgument, "missing required pod_sandbox_id")
+	}
+	sandbox, err := s.resolver.readySandbox(ctx, request.GetPodSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	url, err := s.streams.PortForward(&streaming.PortForwardRequest{
+		Target: sandbox.Target,
+		Ports:  request.GetPort(),
+		Open:   func() (streaming.PortForwarder, error) { return s.engine.Forwarder(sandbox) },
+	})
+	if err != nil {
+		return nil, s.streamError(err)
+	}
+	return &runtimeapi.PortForwardResponse{Url: url}, nil
+}
+
+func (s *Server) execSync(ctx context.Context, raw []byte) (any, error) {
+	var request runtimeapi.ExecSyncRequest
+	envs, err := decode(raw, &request, execSyncRequestEnvs)
+	if err != nil {
+		return nil, err
+	}
+	if request.GetContainerId() == "" {
+		return nil, status.Error(codes.InvalidArgument, "missing required container_id")
+	}
+	if len(request.GetCmd()) == 0 {
+		return nil, status.Error(codes.InvalidArgument, "missing required cmd")
+	}
+	if request.GetTimeout() < 0 {
+		return nil, status.Error(codes.InvalidArgument, "timeout must not be negative")
+	}
+	// The upstream checks the state itself.
+	if known, ok := s.resolver.containers.peek(request.GetContainerId()); ok && known.Runtime == "" {
+		return s.forwardUnary(ctx, runtimeapi.RuntimeService_ExecSync_FullMethodName, raw)
+	}
+	container, err := s.resolver.running(ctx, request.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	if container.Runtime == "" {
+		return s.forwardUnary(ctx, runtimeapi.RuntimeService_ExecSync_FullMethodName, raw)
+	}
+	timeout := time.Duration(min(request.GetTimeout(), math.MaxInt64/int64(time.Second))) * time.Second
+	result, err := s.engine.ExecSync(ctx, container, SyncRequest{
+		Args:        request.GetCmd(),
+		Env:         envs,
+		Timeout:     timeout,
+		OutputLimit: s.outputLimit,
+	})
+	if err != nil {
+		return nil, execSyncError(ctx, timeout, err)
+	}
+	return &runtimeapi.ExecSyncResponse{Stdout: result.Stdout, Stderr: result.Stderr, ExitCode: int32(result.ExitCode)}, nil
+}
+
+// execSyncError says why a command has no exit code.
+//
+// A command that could not be started is an error and not an exit code of 127: the kubelet throws a
+// probe's result away after an error and counts an exit code as a failed probe (prober.runProbe), so
+// that the exit code would restart containers that have run for years with a mistyped liveness
+// probe. containerd and CRI-O answer Unknown, too.
+func execSyncError(ctx context.Context, timeout time.Duration, err error) error {
+	if ctx.Err() != nil {
+		return status.FromContextError(ctx.Err()).Err()
+	}
+	// The kubelet takes DeadlineExceeded for a probe that failed by timeout (ExecProbeTimeout).
+	if errors.Is(err, context.DeadlineExceeded) {
+		return status.Errorf(codes.DeadlineExceeded, "failed to exec in container: timeout %v exceeded: %v", timeout, context.DeadlineExceeded)
+	}
+	var start interface{ ExitCode() int }
+	if errors.As(err, &start) {
+		return status.Errorf(codes.Unknown, "failed to exec in container: %v", err)
+	}
+	return status.Errorf(codes.Internal, "failed to exec in container: %v", err)
+}
+
+// forwardUnary sends a request to the upstream as it came and returns the answer as it is.
+func (s *Server) forwardUnary(ctx context.Context, method string, raw []byte) (any, error) {
+	var reply frame
+	var header, trailer metadata.MD
+	err := s.upstream.conn.Invoke(outgoing(ctx), method, newFrame(raw), &reply,
+		grpc.ForceCodecV2(s.codec), grpc.Header(&header), grpc.Trailer(&trailer))
+	if headerErr := grpc.SetHeader(ctx, withoutReserved(header)); err == nil {
+		err = headerErr
+	}
+	if trailerErr := grpc.SetTrailer(ctx, withoutReserved(trailer)); err == nil {
+		err = trailerErr
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &reply, nil
+}
+
+func (s *Server) endReason(container Container) func(context.Context) string {
+	return func(ctx context.Context) string { return s.resolver.endReason(ctx, container.Target) }
+}
+
+func (s *Server) streamError(err error) error {
+	code := codes.OK
+	if s.streamErrorCode != nil {
+		code = s.streamErrorCode(err)
+	}
+	if code == codes.OK {
+		code = codes.Internal
+	}
+	return status.Error(code, err.Error())
+}
+
+// decode decodes a request and the environment variables in it.
+func decode(raw []byte, request proto.Message, envsField protowire.Number) ([]string, error) {
+	name := request.ProtoReflect().Descriptor().Name()
+	if err := proto.Unmarshal(raw, request); err != nil {
+		return nil, status.Errorf(codes.Internal, "%s: %v", name, err)
+	}
+	envs, err := parseEnvs(raw, envsField)
+	if err != nil {
+		return nil, status.Errorf(codes.InvalidArgument, "%s: %v", name, err)
+	}
+	return envs, nil
+}
+
+// streamsRequest is what Exec and Attach requests have in common.
+type streamsRequest interface {
+	GetStdin() bool
+	GetStdout() bool
+	GetStderr() bool
+	GetTty() bool
+}
+
+// validateStreams keeps to the CRI's comments on ExecRequest and AttachRequest.
+func validateStreams(request streamsRequest) error {
+	if request.GetTty() && request.GetStderr() {
+		return status.Error(codes.InvalidArgument, "tty and stderr cannot both be true")
+	}
+	if !request.GetStdin() && !request.GetStdout() && !request.GetStderr() {
+		return status.Error(codes.InvalidArgument, "one of stdin, stdout, or stderr must be set")
+	}
+	return nil
+}
+
+func newFrame(raw []byte) *frame {
+	return &frame{data: mem.BufferSlice{mem.SliceBuffer(raw)}}
+}

@@ -1,0 +1,153 @@
+package cri
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+)
+
+// DefaultExecSyncOutputLimit is how many bytes of output, stdout and stderr together, an ExecSync
+// answer carries. The kubelet takes messages of up to 16 MiB; one that is larger is an error for it,
+// and the caller sees nothing of the output at all.
+const DefaultExecSyncOutputLimit = 16<<20 - 64<<10
+
+// keepaliveMinTime is how often a client may ping. gRPC's own default, five minutes, ends
+// connections that the upstream itself might allow.
+const keepaliveMinTime = time.Second
+
+// Config is what a Server needs. Upstream, Streams and Engine are required.
+type Config struct {
+	Upstream *Upstream
+	Streams  StreamServer
+	Engine   Engine
+
+	// StreamErrorCode says which code an error of Streams is for a client: ResourceExhausted when
+	// too many URLs wait to be redeemed, Unavailable when the server is shutting down. Nil, and
+	// codes.OK, mean that the error is an internal one.
+	StreamErrorCode func(error) codes.Code
+
+	// MaxMessageSize bounds one message from a client, in bytes; 0 means DefaultMaxMessageSize.
+	MaxMessageSize int
+	// ExecSyncOutputLimit bounds the output in one ExecSync answer, in bytes; 0 means
+	// DefaultExecSyncOutputLimit.
+	ExecSyncOutputLimit int
+
+	// Logger gets one debug record for each call. Nil means none.
+	Logger *slog.Logger
+	// Observe is called at the end of each call with its full method ("/runtime.v1.RuntimeService/Exec"),
+	// also of methods that nobody knows: bound the names before they become labels. It must not
+	// block. Nil means none.
+	Observe func(method string, code codes.Code, duration time.Duration)
+}
+
+// Server serves the CRI. Its methods may be called from several goroutines.
+type Server struct {
+	upstream        *Upstream
+	streams         StreamServer
+	engine          Engine
+	streamErrorCode func(error) codes.Code
+	outputLimit     int
+	log             *slog.Logger
+	observe         func(string, codes.Code, time.Duration)
+
+	codec    rawCodec
+	resolver *resolver
+	grpc     *grpc.Server
+}
+
+// NewServer makes a server that does not listen yet. It does not own what is in the config: the
+// caller closes the Upstream after the server has stopped.
+func NewServer(config Config) (*Server, error) {
+	if config.Upstream == nil || config.Streams == nil || config.Engine == nil {
+		return nil, errors.New("cri: a server needs an upstream, a stream server and an engine")
+	}
+	s := &Server{
+		upstream:        config.Upstream,
+		streams:         config.Streams,
+		engine:          config.Engine,
+		streamErrorCode: config.StreamErrorCode,
+		outputLimit:     config.ExecSyncOutputLimit,
+		log:             config.Logger,
+		observe:         config.Observe,
+		codec:           newRawCodec(),
+	}
+	if s.outputLimit == 0 {
+		s.outputLimit = DefaultExecSyncOutputLimit
+	}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	s.resolver = newResolver(s.upstream, s.log)
+	maxMessageSize := config.MaxMessageSize
+	if maxMessageSize == 0 {
+		maxMessageSize = DefaultMaxMessageSize
+	}
+	s.grpc = grpc.NewServer(
+		grpc.ForceServerCodecV2(s.codec),
+		grpc.UnknownServiceHandler(s.forward),
+		grpc.MaxRecvMsgSize(maxMessageSize),
+		// What the upstream connection let in may go out.
+		grpc.MaxSendMsgSize(max(maxMessageSize, DefaultMaxMessageSize)),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveMinTime, PermitWithoutStream: true}),
+		grpc.UnaryInterceptor(s.observeUnary),
+		grpc.StreamInterceptor(s.observeStream),
+	)
+	s.grpc.RegisterService(&runtimeServiceDesc, s)
+	return s, nil
+}
+
+// Serve answers calls until Shutdown, then returns nil. It closes the listener.
+func (s *Server) Serve(listener net.Listener) error {
+	if err := s.grpc.Serve(listener); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		return fmt.Errorf("serve the CRI on %s: %w", listener.Addr(), err)
+	}
+	return nil
+}
+
+// Shutdown stops accepting calls and waits for those that run until ctx is done, then breaks them
+// off. Watches such as GetContainerEvents never end by themselves.
+func (s *Server) Shutdown(ctx context.Context) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.grpc.GracefulStop()
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+		s.grpc.Stop()
+		<-done
+	}
+}
+
+func (s *Server) observeUnary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	start := time.Now()
+	response, err := handle(ctx, request)
+	s.observed(ctx, info.FullMethod, err, time.Since(start))
+	return response, err
+}
+
+func (s *Server) observeStream(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+	start := time.Now()
+	err := handle(server, stream)
+	s.observed(stream.Context(), info.FullMethod, err, time.Since(start))
+	return err
+}
+
+func (s *Server) observed(ctx context.Context, method string, err error, duration time.Duration) {
+	code := status.Code(err)
+	if s.observe != nil {
+		s.observe(method, code, duration)
+	}
+	if s.log.Enabled(ctx, slog.LevelDebug) {
+		s.log.LogAttrs(ctx, slog.LevelDebug, "CRI call", slog.String("method", method), slog.String("code", code.String()), slog.Duration("duration", duration))
+	}
+}

@@ -1,0 +1,159 @@
+package cri
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+const (
+	// DefaultMaxMessageSize bounds one gRPC message in either direction, in bytes. The kubelet takes
+	// at most 16 MiB; the room above is for other clients.
+	DefaultMaxMessageSize = 64 << 20
+
+	// A restarted runtime must be found again within about a second.
+	reconnectBaseDelay = 100 * time.Millisecond
+	reconnectMaxDelay  = time.Second
+	// connectTimeout bounds one attempt to connect, including the HTTP/2 preface.
+	connectTimeout = 3 * time.Second
+	// readyTimeout is how long a call waits for a connection to an upstream that accepts again.
+	readyTimeout = time.Second
+)
+
+// Upstream is the connection to the container runtime's own CRI socket. It is made at the first
+// call and survives restarts of the runtime: while the runtime is away calls fail at once with
+// codes.Unavailable, and the first call after its return works. Its methods may be called from
+// several goroutines.
+type Upstream struct {
+	endpoint string
+	path     string
+	conn     *grpc.ClientConn
+	runtime  runtimeapi.RuntimeServiceClient
+}
+
+// NewUpstream prepares the connection to a runtime endpoint, "unix:///run/containerd/containerd.sock"
+// or a plain absolute path. It does not connect. maxMessageSize is in bytes; 0 means
+// DefaultMaxMessageSize. The caller closes the Upstream.
+func NewUpstream(endpoint string, maxMessageSize int) (*Upstream, error) {
+	path, err := SocketPath(endpoint)
+	if err != nil {
+		return nil, fmt.Errorf("upstream endpoint: %w", err)
+	}
+	if maxMessageSize == 0 {
+		maxMessageSize = DefaultMaxMessageSize
+	}
+	u := &Upstream{endpoint: "unix://" + path, path: path}
+	u.conn, err = grpc.NewClient(u.endpoint,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		// What the kubelet sends; the default, the escaped path of the socket, is refused by servers
+		// that check it.
+		grpc.WithAuthority("localhost"),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff: backoff.Config{
+				BaseDelay:  reconnectBaseDelay,
+				Multiplier: 1.6,
+				Jitter:     0.2,
+				MaxDelay:   reconnectMaxDelay,
+			},
+			MinConnectTimeout: connectTimeout,
+		}),
+		grpc.WithIdleTimeout(0),
+		// A call may change the node's state: whether to repeat it is the caller's decision. What gRPC
+		// knows the upstream has not seen is still sent again.
+		grpc.WithDisableRetry(),
+		grpc.WithDisableServiceConfig(),
+		grpc.WithDefaultCallOptions(
+			grpc.MaxCallRecvMsgSize(maxMessageSize),
+			grpc.MaxCallSendMsgSize(maxMessageSize),
+		),
+		grpc.WithUnaryInterceptor(func(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			if err := u.ready(ctx); err != nil {
+				return err
+			}
+			return u.nameEndpoint(invoke(ctx, method, req, reply, conn, opts...))
+		}),
+		grpc.WithStreamInterceptor(func(ctx context.Context, desc *grpc.StreamDesc, conn *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+			if err := u.ready(ctx); err != nil {
+				return nil, err
+			}
+			stream, err := open(ctx, desc, conn, method, opts...)
+			return stream, u.nameEndpoint(err)
+		}),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("upstream endpoint %q: %w", endpoint, err)
+	}
+	u.runtime = runtimeapi.NewRuntimeServiceClient(u.conn)
+	return u, nil
+}
+
+// Endpoint is the upstream's address, always in the form unix:///path.
+func (u *Upstream) Endpoint() string { return u.endpoint }
+
+// Close ends the connection and every call on it.
+func (u *Upstream) Close() error { return u.conn.Close() }
+
+// ready makes a call not suffer from a pause between connection attempts: gRPC would fail it with
+// the previous attempt's error for up to a second after the runtime is back. A refused connection to
+// a Unix socket costs some microseconds, so the calls themselves find out.
+func (u *Upstream) ready(ctx context.Context) error {
+	if u.conn.GetState() != connectivity.TransientFailure {
+		return nil
+	}
+	dialer := net.Dialer{Timeout: readyTimeout}
+	probe, err := dialer.DialContext(ctx, "unix", u.path)
+	if err != nil {
+		return u.unavailable(err.Error())
+	}
+	probe.Close()
+
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	u.conn.ResetConnectBackoff()
+	for {
+		state := u.conn.GetState()
+		switch state {
+		case connectivity.Ready:
+			return nil
+		case connectivity.Idle:
+			u.conn.Connect()
+		}
+		if !u.conn.WaitForStateChange(ctx, state) {
+			return u.unavailable("it accepts connections and does not answer")
+		}
+	}
+}
+
+// nameEndpoint says in a failure to reach the upstream whom it was that could not be reached.
+func (u *Upstream) nameEndpoint(err error) error {
+	if s, ok := status.FromError(err); ok && s.Code() == codes.Unavailable && u.conn.GetState() != connectivity.Ready && !strings.Contains(s.Message(), u.endpoint) {
+		return u.unavailable(s.Message())
+	}
+	return err
+}
+
+func (u *Upstream) unavailable(reason string) error {
+	return status.Errorf(codes.Unavailable, "container runtime at %s cannot be reached: %s", u.endpoint, reason)
+}
+
+// SocketPath takes the path out of an endpoint in the form unix:///path, unix:/path or /path.
+func SocketPath(endpoint string) (string, error) {
+	path := strings.TrimPrefix(endpoint, "unix:")
+	if strings.HasPrefix(path, "//") {
+		path = strings.TrimPrefix(path, "//")
+	}
+	if !strings.HasPrefix(path, "/") {
+		return "", fmt.Errorf("%q is not a Unix socket: write unix:///path/to/socket", endpoint)
+	}
+	return path, nil
+}

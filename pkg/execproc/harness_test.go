@@ -1,0 +1,345 @@
+package execproc
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// The tests run real commands in real containers: runc, and a root file system made of busybox.
+// Both come from test/peers/build.sh; STREAMSHIM_PEERS names another folder that has them.
+
+var rootfs string // made once, shared by all containers
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv("EXECPROC_TEST_PREDECESSOR"); dir != "" {
+		predecessor(dir) // does not return
+	}
+	// What the Go runtime opens or starts once and keeps is no leak.
+	signal.Stop(func() chan os.Signal { c := make(chan os.Signal, 1); signal.Notify(c, unix.SIGUSR1); return c }())
+	if r, w, err := os.Pipe(); err == nil {
+		r.Close()
+		w.Close()
+	}
+	dir, err := os.MkdirTemp("", "execproc")
+	if err != nil {
+		panic(err)
+	}
+	os.Chmod(dir, 0o755)
+	rootfs = filepath.Join(dir, "rootfs")
+	code := m.Run()
+	os.RemoveAll(dir)
+	os.Exit(code)
+}
+
+// peer returns the path of a program that test/peers/build.sh builds.
+func peer(t testing.TB, name string) string {
+	t.Helper()
+	dir := os.Getenv("STREAMSHIM_PEERS")
+	if dir == "" {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir = filepath.Join(home, ".cache", "streamshim", "peers", "bin")
+	}
+	path := filepath.Join(dir, name)
+	if _, err := os.Stat(path); err != nil {
+		t.Fatalf("%s is missing: run test/peers/build.sh, or set STREAMSHIM_PEERS to a folder that has it (%v)", name, err)
+	}
+	return path
+}
+
+// makeRootfs unpacks busybox with the libraries it needs, once.
+func makeRootfs(t testing.TB) string {
+	t.Helper()
+	if _, err := os.Stat(rootfs); err == nil {
+		return rootfs
+	}
+	if os.Getuid() != 0 {
+		t.Fatal("these tests run containers and need root")
+	}
+	for _, dir := range []string{"bin", "dev", "proc", "sys", "tmp", "etc", "root"} {
+		if err := os.MkdirAll(filepath.Join(rootfs, dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Chmod(filepath.Join(rootfs, "tmp"), 0o777|os.ModeSticky); err != nil {
+		t.Fatal(err)
+	}
+	busybox := peer(t, "busybox")
+	copyFile(t, busybox, filepath.Join(rootfs, "bin/busybox"), 0o755)
+	libraries, _ := exec.Command("ldd", busybox).CombinedOutput() // fails for a static one, which needs none
+	for _, library := range regexp.MustCompile(`/\S+\.so\S*`).FindAllString(string(libraries), -1) {
+		copyFile(t, library, filepath.Join(rootfs, library), 0o755)
+	}
+	applets, err := exec.Command(busybox, "--list").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, applet := range strings.Fields(string(applets)) {
+		if applet != "busybox" {
+			if err := os.Symlink("busybox", filepath.Join(rootfs, "bin", applet)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	writeFile(t, filepath.Join(rootfs, "etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n", 0o644)
+	writeFile(t, filepath.Join(rootfs, "bin/not-executable"), "#!/bin/sh\n", 0o644)
+	writeFile(t, filepath.Join(rootfs, "bin/missing-interpreter"), "#!/nope\n", 0o755)
+	// An ELF header for a machine that this one is not.
+	other := []byte("\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\x16\x00\x01\x00\x00\x00")
+	writeFile(t, filepath.Join(rootfs, "bin/wrong-machine"), string(append(other, make([]byte, 64)...)), 0o755)
+	return rootfs
+}
+
+func copyFile(t testing.TB, from, to string, mode os.FileMode) {
+	t.Helper()
+	data, err := os.ReadFile(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, to, string(data), mode)
+}
+
+func writeFile(t testing.TB, path, content string, mode os.FileMode) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(content), mode); err != nil {
+		t.Fatal(err)
+	}
+}
+
+var containers atomic.Int64
+
+// newContainer runs a container whose main process sleeps, changed by the functions.
+func newContainer(t testing.TB, changes ...func(*specs.Spec)) Container {
+	t.Helper()
+	fs, binary := makeRootfs(t), peer(t, "runc")
+	bundle, root := t.TempDir(), t.TempDir()
+	spec := exec.Command(binary, "spec")
+	spec.Dir = bundle
+	if out, err := spec.CombinedOutput(); err != nil {
+		t.Fatalf("runc spec: %v: %s", err, out)
+	}
+	data, err := os.ReadFile(filepath.Join(bundle, "config.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var config specs.Spec
+	if err := json.Unmarshal(data, &config); err != nil {
+		t.Fatal(err)
+	}
+	id := fmt.Sprintf("execproc-test-%d-%d", os.Getpid(), containers.Add(1))
+	config.Root = &specs.Root{Path: fs}
+	config.Process.Terminal = false
+	config.Process.Args = []string{"sleep", "100000"}
+	config.Process.Env = []string{"PATH=/bin", "GREETING=hello"}
+	config.Linux.CgroupsPath = "/" + id
+	for _, change := range changes {
+		change(&config)
+	}
+	if data, err = json.Marshal(config); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, filepath.Join(bundle, "config.json"), string(data), 0o644)
+	pidFile := filepath.Join(bundle, "pid")
+	run := exec.Command(binary, "--root", root, "run", "--detach", "--bundle", bundle, "--pid-file", pidFile, id)
+	run.SysProcAttr = &unix.SysProcAttr{Setsid: false}
+	log, err := os.Create(filepath.Join(bundle, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	run.Stdout, run.Stderr = log, log
+	if err := run.Run(); err != nil {
+		text, _ := os.ReadFile(log.Name())
+		t.Fatalf("runc run: %v: %s", err, text)
+	}
+	pid, err := readPidFile(pidFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		runc(t, Container{Runtime: binary, Root: root}, "delete", "--force", id)
+		// Once a subreaper, always: without a Runner nobody else reaps it.
+		eventually(t, "the container's main process is reaped", func() bool {
+			_, err := unix.Wait4(pid, nil, unix.WNOHANG, nil)
+			return err == unix.ECHILD
+		})
+	})
+	return Container{
+		ID: id, Runtime: binary, Root: root, InitPid: pid, Process: config.Process,
+		UIDMappings: config.Linux.UIDMappings, GIDMappings: config.Linux.GIDMappings,
+	}
+}
+
+func runc(t testing.TB, c Container, args ...string) {
+	t.Helper()
+	if out, err := exec.Command(c.Runtime, append([]string{"--root", c.Root}, args...)...).CombinedOutput(); err != nil {
+		t.Errorf("runc %v: %v: %s", args, err, out)
+	}
+}
+
+// noLeaks fails the test when, after all its clean-up, more goroutines, descriptors or children are
+// there than before.
+func noLeaks(t testing.TB) {
+	t.Helper()
+	before := resources(t)
+	t.Cleanup(func() {
+		var now [3]int
+		deadline := time.Now().Add(20 * time.Second)
+		for {
+			if now = resources(t); now[0] <= before[0] && now[1] <= before[1] && now[2] <= before[2] {
+				return
+			}
+			if time.Now().After(deadline) {
+				break
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		buffer := make([]byte, 1<<20)
+		t.Errorf("goroutines, descriptors, children: %v, at the start %v\n%s", now, before, buffer[:runtime.Stack(buffer, true)])
+	})
+}
+
+func resources(t testing.TB) [3]int {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	children, err := ownChildren()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return [3]int{runtime.NumGoroutine(), len(fds), len(children)}
+}
+
+// newRunner returns a Runner with short graces that is closed at the test's end and must not leak.
+func newRunner(t testing.TB, changes ...func(*Config)) *Runner {
+	t.Helper()
+	noLeaks(t)
+	config := Config{
+		StateDir:  filepath.Join(t.TempDir(), "exec"),
+		TermAfter: 300 * time.Millisecond,
+		KillAfter: 600 * time.Millisecond,
+		DrainIdle: 200 * time.Millisecond,
+		Logger:    slog.New(slog.NewTextHandler(testLog{t}, nil)),
+	}
+	for _, change := range changes {
+		change(&config)
+	}
+	r, err := NewRunner(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		r.Close()
+		left, err := os.ReadDir(config.StateDir)
+		if err != nil || (len(left) > 0 && config.OnDisconnect != PolicyKeep) {
+			t.Errorf("left in the state directory: %v, %v", left, err)
+		}
+	})
+	return r
+}
+
+type testLog struct{ testing.TB }
+
+func (l testLog) Write(line []byte) (int, error) {
+	l.Logf("%s", bytes.TrimSpace(line))
+	return len(line), nil
+}
+
+func start(t testing.TB, r *Runner, c Container, command Command) *Process {
+	t.Helper()
+	p, err := r.Start(context.Background(), c, command)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Close() })
+	return p
+}
+
+func shell(script string) []string { return []string{"sh", "-c", script} }
+
+// output runs a command to its end and returns what it wrote to stdout and its exit code.
+func output(t testing.TB, r *Runner, c Container, command Command) (string, int) {
+	t.Helper()
+	command.Stdout = true
+	p := start(t, r, c, command)
+	defer p.Close()
+	data, err := io.ReadAll(p.Stdout())
+	if err != nil {
+		t.Error(err)
+	}
+	return string(data), exitCode(t, p)
+}
+
+func exitCode(t testing.TB, p *Process) int {
+	t.Helper()
+	closes(t, p.Exited(), "the process's exit")
+	return p.ExitCode()
+}
+
+// patience is for what should happen soon, on a machine that is busy with other things.
+const patience = 20 * time.Second
+
+func closes(t testing.TB, c <-chan struct{}, what string) {
+	t.Helper()
+	select {
+	case <-c:
+	case <-time.After(patience):
+		t.Fatalf("waited in vain for %s", what)
+	}
+}
+
+func eventually(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !condition(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited in vain: %s", what)
+		}
+	}
+}
+
+// marked finds the living processes that have the marker among their arguments.
+func marked(t testing.TB, marker string) []int {
+	t.Helper()
+	all, err := allProcesses()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found []int
+	for _, p := range all {
+		args, err := os.ReadFile("/proc/" + strconv.Itoa(p.pid) + "/cmdline")
+		if err == nil && !p.zombie() && strings.Contains(string(args), marker) {
+			found = append(found, p.pid)
+		}
+	}
+	return found
+}
+
+var markers atomic.Int64
+
+// newMarker returns a number of seconds to sleep that nobody else sleeps.
+func newMarker() string { return fmt.Sprintf("3%05d%03d", os.Getpid(), markers.Add(1)) }

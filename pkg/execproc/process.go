@@ -1,0 +1,285 @@
+package execproc
+
+import (
+	"context"
+	"io"
+	"os"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Process is a process that was started in a container. Its methods may be called from several
+// goroutines. Close it when done with it, whether it has ended or not.
+type Process struct {
+	runner    *Runner
+	container Container
+	leader    identity
+	record    string // path of its recovery record
+	watch     *watch
+	init      *watch // nil when the container's main process is not known
+
+	stdin  io.WriteCloser
+	stdout io.ReadCloser
+	stderr io.ReadCloser
+	pipes  *stdio    // nil with a terminal
+	tty    *terminal // nil without
+	ends   streamEnds
+
+	policy  Policy
+	keep    sync.Once
+	end     sync.Once
+	kill    sync.Once
+	killNow chan struct{} // closed by Kill
+	ended   chan struct{} // closed when the ending is over
+
+	mu     sync.Mutex
+	closed bool
+}
+
+// Stdin is the process's standard input, nil when the command did not ask for it. Without a terminal
+// it is the *os.File of a pipe, and Close is the end of input. With a terminal Close types the
+// terminal's end-of-file character and leaves the terminal open.
+func (p *Process) Stdin() io.WriteCloser { return p.stdin }
+
+// Stdout is the process's standard output, nil when the command did not ask for it. Without a
+// terminal it is the *os.File of a pipe. With a terminal it is the terminal, and closing it hangs up.
+// Reading ends with io.EOF when nobody holds the other end any more.
+func (p *Process) Stdout() io.ReadCloser { return p.stdout }
+
+// Stderr is the process's standard error, an *os.File; nil when the command did not ask for it and
+// always with a terminal.
+func (p *Process) Stderr() io.ReadCloser { return p.stderr }
+
+// Resize sets the terminal's size in characters. A zero in either is ignored, and so is everything
+// for a process without a terminal.
+func (p *Process) Resize(width, height uint16) error {
+	if p.tty == nil || width == 0 || height == 0 {
+		return nil
+	}
+	return p.tty.resize(width, height)
+}
+
+// Exited is closed as soon as the process has ended and was reaped, independent of all I/O.
+func (p *Process) Exited() <-chan struct{} { return p.watch.exited }
+
+// ExitCode is the exit status, 0-255, 128+n after signal n. It is valid once Exited is closed, and
+// -1 before.
+func (p *Process) ExitCode() int {
+	select {
+	case <-p.watch.exited:
+		return p.watch.status
+	default:
+		return -1
+	}
+}
+
+// ContainerExited is closed when the main process of the container has ended, unless the process
+// was closed before. It is nil, and so never ready, when Container.InitPid was 0.
+func (p *Process) ContainerExited() <-chan struct{} {
+	if p.init == nil {
+		return nil
+	}
+	return p.init.exited
+}
+
+// Disconnect begins the end of a process whose client has gone, as Config.OnDisconnect says: with
+// PolicyHangup its streams are closed and the whole tree gets SIGHUP, then SIGTERM, then SIGKILL;
+// with PolicyKill it gets SIGKILL at once; with PolicyKeep it lives on, its output read and thrown
+// away, its stdin at its end unless that is a terminal. It returns at once; may be called more than
+// once, and after Close.
+func (p *Process) Disconnect() {
+	switch p.policy {
+	case PolicyKeep:
+		p.keep.Do(p.discardOutput)
+	case PolicyKill:
+		p.Kill()
+	default:
+		p.end.Do(p.beginEnd)
+	}
+}
+
+// Kill sends SIGKILL to the whole tree now, also when a gentler end is under way or the policy is to
+// keep the process. It returns at once; may be called more than once.
+func (p *Process) Kill() {
+	p.kill.Do(func() { close(p.killNow) })
+	p.end.Do(p.beginEnd)
+}
+
+// Close releases the streams and everything kept for the process. It does not end the process and
+// does not wait for it; a process that still runs goes on being watched and reaped. But what it
+// writes from then on meets a closed pipe, and a terminal hangs up, unless Disconnect with
+// PolicyKeep came first.
+func (p *Process) Close() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil
+	}
+	p.closed = true
+	p.closeStreams()
+	if p.init != nil {
+		p.runner.reaper.dropContainer(p.init)
+	}
+	return nil
+}
+
+func (p *Process) closeStreams() {
+	if p.tty != nil {
+		p.tty.Close()
+	}
+	if p.pipes != nil {
+		p.pipes.closeOurs()
+	}
+}
+
+// hasExited reports whether the process itself has ended.
+func (p *Process) hasExited() bool {
+	select {
+	case <-p.watch.exited:
+		return true
+	default:
+		return false
+	}
+}
+
+func (p *Process) beginEnd() {
+	r := p.runner
+	r.mu.Lock()
+	r.ending[p] = struct{}{}
+	r.mu.Unlock()
+	over := func() {
+		r.mu.Lock()
+		delete(r.ending, p)
+		r.mu.Unlock()
+		close(p.ended)
+	}
+	if !r.background(func() { defer over(); p.endTree() }) {
+		over()
+	}
+}
+
+// endTree is the end of a process and of everything that descends from it.
+func (p *Process) endTree() {
+	t := newTree(p.leader, p.container.InitPid, p.ends)
+	// Before anything is closed or signalled: later the leader may be gone, and with it the trace to
+	// its children.
+	living := t.living()
+	if config := p.runner.config; p.await(config.HangupAfter, nil) {
+		p.closeStreams()
+		// A stopped process gets no signal but KILL before it is continued.
+		signalAll(living, unix.SIGHUP, unix.SIGCONT)
+		if living = p.graceOver(t, config.TermAfter-config.HangupAfter); len(living) > 0 {
+			signalAll(living, unix.SIGTERM, unix.SIGCONT)
+			p.graceOver(t, config.KillAfter-config.TermAfter)
+		}
+	}
+	if !t.kill() {
+		p.runner.log.Warn("processes of an exec survived SIGKILL; is the container paused, or I/O stuck?",
+			"container", p.container.ID, "pid", p.leader.pid)
+		return
+	}
+	<-p.watch.exited // it is a zombie now, and the reaper knows
+}
+
+// graceOver waits until the grace is over and returns what lives then: nothing, when all have ended
+// before or when Kill was called, and so there is nobody to be asked any more.
+func (p *Process) graceOver(t *tree, grace time.Duration) []procStat {
+	deadline := time.Now().Add(grace)
+	exited := p.watch.exited
+	for {
+		if p.hasExited() {
+			exited = nil // from now on only the deadline is worth waiting for
+			if len(t.living()) == 0 {
+				return nil
+			}
+		}
+		if !p.await(time.Until(deadline), exited) {
+			return nil
+		}
+		if !time.Now().Before(deadline) {
+			return t.living()
+		}
+	}
+}
+
+// await waits for the duration or, if not nil, for the channel. It answers false at once when the
+// time for patience is over: Kill was called.
+func (p *Process) await(duration time.Duration, early <-chan struct{}) bool {
+	timer := time.NewTimer(duration)
+	defer timer.Stop()
+	select {
+	case <-p.killNow:
+	case <-early:
+	case <-timer.C:
+	}
+	select {
+	case <-p.killNow: // also when the other came at the same moment
+		return false
+	default:
+		return true
+	}
+}
+
+// discardOutput keeps reading what the process writes, so that it neither blocks nor meets a closed
+// pipe, until it ends or the Runner does. It works on descriptors of its own, as the caller is going
+// to Close the others.
+func (p *Process) discardOutput() {
+	if p.tty != nil {
+		if file, err := duplicate(p.tty); err == nil {
+			p.discard(newTerminal(file, p.watch.exited))
+		} else {
+			p.runner.log.Warn("cannot keep a terminal open for a process whose client has gone", "pid", p.leader.pid, "error", err)
+		}
+		return
+	}
+	if p.pipes.stdin != nil {
+		p.pipes.stdin.Close()
+	}
+	for _, output := range []*os.File{p.pipes.stdout, p.pipes.stderr} {
+		if output == nil {
+			continue
+		}
+		file, err := duplicate(output)
+		if err != nil {
+			p.runner.log.Warn("cannot keep the output open of a process whose client has gone", "pid", p.leader.pid, "error", err)
+			continue
+		}
+		p.discard(file)
+	}
+}
+
+// discard reads the output to its end in the background and closes it.
+func (p *Process) discard(output io.ReadCloser) {
+	started := p.runner.background(func() {
+		stop := context.AfterFunc(p.runner.ctx, func() { output.Close() })
+		_, _ = io.Copy(io.Discard, output)
+		if stop() {
+			output.Close()
+		}
+	})
+	if !started {
+		output.Close()
+	}
+}
+
+func duplicate(from syscall.Conn) (*os.File, error) {
+	raw, err := from.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	copied := -1
+	ctlErr := raw.Control(func(fd uintptr) {
+		copied, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
+	})
+	if ctlErr != nil {
+		return nil, ctlErr
+	}
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(copied), "kept "+strconv.Itoa(copied)), nil
+}

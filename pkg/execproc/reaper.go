@@ -1,0 +1,372 @@
+package execproc
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// A reaper waits for processes: for those that were started here, to collect their status the
+// moment they end, and for the main processes of containers, to know that they have ended. It also
+// collects the zombies that fall to this process because it is a child subreaper.
+//
+// Being slow is not an option: a process that joined a container's pid namespace and is dead but not
+// yet waited for keeps the container's init in the kernel (zap_pid_ns_processes), and with it the
+// pod. So a goroutine of its own waits on pidfds, independent of all I/O.
+//
+// Nobody here calls wait4(-1): it would take the statuses that os/exec, in this same process, is
+// waiting for. Whose zombie is it, then?
+//
+//   - A pid that a Start has registered is reaped when its pidfd says so, and by nobody else.
+//   - A child in our own session was started by os/exec in this process and is left to it. Runtimes
+//     are started in a session of their own (setsid), and a process can join no session it was not
+//     born into, so nothing that descends from a runtime is ever in ours. The other way round, code
+//     in this process that starts children with Setsid would lose their status; there is none.
+//   - Any other zombie is an orphan: of the runtime, or of a process in a container that shares the
+//     host's pid namespace. But it may also be a process that died before the Start that wanted it
+//     had read its pid. So it is reaped only when every Start that was under way when the zombie was
+//     first seen has ended, by registering a pid or by failing. Until then the zombie keeps its pid.
+type reaper struct {
+	session int // ours
+	epoll   *os.File
+	signals chan os.Signal
+	stop    chan struct{}
+	loops   sync.WaitGroup
+
+	mu         sync.Mutex
+	watches    map[int32]*watch // by token
+	nextToken  int32
+	processes  map[int]*watch      // by pid, those to be reaped
+	containers map[int]*watch      // by pid, shared by all processes in a container
+	starts     map[uint64]struct{} // under way
+	lastStart  uint64
+	orphans    map[int]uint64 // zombies seen, with the last Start begun by then
+	names      uint64
+}
+
+// watch is one process being waited for.
+type watch struct {
+	pid    int
+	pidfd  int
+	token  int32
+	refs   int           // containers only
+	exited chan struct{} // closed once the process has ended, and was reaped if it is ours
+	onExit func()        // called by the reaper after exited was closed; must not block
+	status int           // exit code, valid after exited
+}
+
+// The children of this process belong to the process, not to a Runner, so that all Runners of a
+// process share one reaper. It lives as long as one of them does.
+var shared struct {
+	mu     sync.Mutex
+	reaper *reaper
+	users  int
+}
+
+// acquireReaper makes this process a child subreaper (prctl(2)) and returns its reaper.
+func acquireReaper() (*reaper, error) {
+	shared.mu.Lock()
+	defer shared.mu.Unlock()
+	if shared.reaper == nil {
+		r, err := newReaper()
+		if err != nil {
+			return nil, err
+		}
+		shared.reaper = r
+	}
+	shared.users++
+	return shared.reaper, nil
+}
+
+// release gives up what acquireReaper returned. The process stays a subreaper.
+func (r *reaper) release() {
+	shared.mu.Lock()
+	defer shared.mu.Unlock()
+	if shared.users--; shared.users > 0 {
+		return
+	}
+	shared.reaper = nil
+	signal.Stop(r.signals)
+	close(r.stop)
+	r.epoll.Close()
+	r.loops.Wait()
+}
+
+func newReaper() (*reaper, error) {
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return nil, fmt.Errorf("become child subreaper: %w", err)
+	}
+	self, err := readStat(os.Getpid())
+	if err != nil {
+		return nil, fmt.Errorf("read own session from /proc: %w", err)
+	}
+	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("epoll_create: %w", err)
+	}
+	// An epoll descriptor can itself be waited for, by Go's own poller. So no thread is held, and
+	// closing the file ends the loop.
+	if err := unix.SetNonblock(epfd, true); err != nil {
+		unix.Close(epfd)
+		return nil, fmt.Errorf("epoll non-blocking: %w", err)
+	}
+	r := &reaper{
+		session:    self.session,
+		epoll:      os.NewFile(uintptr(epfd), "epoll"),
+		signals:    make(chan os.Signal, 1), // one is enough: it says "look", not who
+		stop:       make(chan struct{}),
+		watches:    map[int32]*watch{},
+		processes:  map[int]*watch{},
+		containers: map[int]*watch{},
+		starts:     map[uint64]struct{}{},
+		orphans:    map[int]uint64{},
+	}
+	raw, err := r.epoll.SyscallConn()
+	if err != nil {
+		r.epoll.Close()
+		return nil, fmt.Errorf("epoll: %w", err)
+	}
+	signal.Notify(r.signals, unix.SIGCHLD)
+	r.loops.Add(2)
+	go r.waitForExits(raw)
+	go r.waitForOrphans()
+	return r, nil
+}
+
+func (r *reaper) waitForExits(raw syscall.RawConn) {
+	defer r.loops.Done()
+	events := make([]unix.EpollEvent, 64)
+	for {
+		n := 0
+		err := raw.Read(func(fd uintptr) bool {
+			var err error
+			n, err = unix.EpollWait(int(fd), events, 0)
+			return n > 0 || (err != nil && err != unix.EINTR)
+		})
+		if err != nil {
+			return // closed by release
+		}
+		for _, event := range events[:max(n, 0)] {
+			r.exited(event.Fd)
+		}
+	}
+}
+
+func (r *reaper) waitForOrphans() {
+	defer r.loops.Done()
+	for {
+		select {
+		case <-r.signals:
+			r.reapOrphans()
+		case <-r.stop:
+			return
+		}
+	}
+}
+
+// neverExecuted is how runc and youki name the process that is about to become the command. The
+// kernel replaces the name when execve succeeds, and a zombie keeps the last one.
+const neverExecuted = ":[2:INIT]"
+
+// exited handles a pidfd that has become readable: the process has ended.
+func (r *reaper) exited(token int32) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	w := r.watches[token]
+	if w == nil {
+		return
+	}
+	if r.processes[w.pid] == w {
+		stat, statErr := readStat(w.pid)
+		var status unix.WaitStatus
+		pid, err := unix.Wait4(w.pid, &status, unix.WNOHANG, nil)
+		for err == unix.EINTR {
+			pid, err = unix.Wait4(w.pid, &status, unix.WNOHANG, nil)
+		}
+		switch {
+		case err != nil:
+			w.status = 255 // not our child any more: nobody knows
+		case pid == 0:
+			return // not yet; the event is level-triggered and comes again
+		case status.Signaled():
+			w.status = 128 + int(status.Signal())
+		default:
+			w.status = status.ExitStatus()
+			// runc reports what it finds before execve. What execve itself finds (a binary for another
+			// machine, a script whose interpreter is missing) comes as exit 255 of a process that never
+			// became the command; a shell calls that 126.
+			if w.status == 255 && statErr == nil && strings.HasSuffix(stat.comm, neverExecuted) {
+				w.status = exitNotExecutable
+			}
+		}
+		delete(r.processes, w.pid)
+	} else {
+		delete(r.containers, w.pid)
+	}
+	r.forget(w)
+	close(w.exited)
+	if w.onExit != nil {
+		w.onExit()
+	}
+}
+
+// forget stops watching. The caller holds the lock.
+func (r *reaper) forget(w *watch) {
+	delete(r.watches, w.token)
+	unix.Close(w.pidfd) // which also takes it out of the epoll set
+}
+
+// add begins to watch. The caller holds the lock.
+func (r *reaper) add(pid int) (*watch, error) {
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("pidfd_open: %w", err)
+	}
+	w := &watch{pid: pid, pidfd: pidfd, exited: make(chan struct{})}
+	for w.token = r.nextToken; r.watches[w.token] != nil; w.token++ {
+	}
+	r.nextToken = w.token + 1
+	raw, err := r.epoll.SyscallConn()
+	if err == nil {
+		ctlErr := raw.Control(func(epfd uintptr) {
+			event := unix.EpollEvent{Events: unix.EPOLLIN, Fd: w.token}
+			err = unix.EpollCtl(int(epfd), unix.EPOLL_CTL_ADD, pidfd, &event)
+		})
+		err = errors.Join(err, ctlErr)
+	}
+	if err != nil {
+		unix.Close(pidfd)
+		return nil, fmt.Errorf("watch pidfd: %w", err)
+	}
+	r.watches[w.token] = w
+	return w, nil
+}
+
+// beginStart notes that a process is about to be started. What it returns must be given to endStart
+// once the process is registered, or will not be.
+func (r *reaper) beginStart() uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.lastStart++
+	r.starts[r.lastStart] = struct{}{}
+	return r.lastStart
+}
+
+func (r *reaper) endStart(start uint64) {
+	r.mu.Lock()
+	delete(r.starts, start)
+	waiting := len(r.orphans) > 0
+	r.mu.Unlock()
+	if waiting {
+		r.reapOrphans()
+	}
+}
+
+// watchProcess registers a process for reaping. It must be a child of this process.
+func (r *reaper) watchProcess(pid int, onExit func()) (*watch, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	w, err := r.add(pid)
+	if err != nil {
+		return nil, err
+	}
+	w.onExit = onExit
+	r.processes[pid] = w
+	delete(r.orphans, pid)
+	return w, nil
+}
+
+// dropProcess stops waiting for a process that is to outlive this one. It is not reaped any more.
+func (r *reaper) dropProcess(w *watch) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.processes[w.pid] == w {
+		delete(r.processes, w.pid)
+		r.forget(w)
+	}
+}
+
+// watchContainer watches a container's main process, together with everybody else who does. It
+// answers unix.ESRCH when there is no such process.
+func (r *reaper) watchContainer(pid int) (*watch, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if w := r.containers[pid]; w != nil {
+		w.refs++
+		return w, nil
+	}
+	w, err := r.add(pid)
+	if err != nil {
+		return nil, err
+	}
+	w.refs = 1
+	r.containers[pid] = w
+	return w, nil
+}
+
+func (r *reaper) dropContainer(w *watch) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if w.refs--; w.refs == 0 && r.containers[w.pid] == w {
+		delete(r.containers, w.pid)
+		r.forget(w)
+	}
+}
+
+// name returns a name for files that no other Runner of this process uses.
+func (r *reaper) name() uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.names++
+	return r.names
+}
+
+// reapOrphans reaps what nobody waits for; the comment on reaper says how that is known. It holds
+// the lock throughout, so that no pid changes its meaning in between.
+func (r *reaper) reapOrphans() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var info unix.Siginfo
+	err := unix.Waitid(unix.P_ALL, 0, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+	if err == unix.ECHILD || (err == nil && info.Signo == 0) {
+		clear(r.orphans)
+		return // no zombie at all: the usual case, as the process was reaped through its pidfd
+	}
+	children, err := ownChildren()
+	if err != nil {
+		return // no descriptor free; the next SIGCHLD looks again
+	}
+	seen := make(map[int]uint64)
+	for _, child := range children {
+		if !child.zombie() || child.session == r.session || r.processes[child.pid] != nil {
+			continue
+		}
+		last, known := r.orphans[child.pid]
+		if !known {
+			last = r.lastStart
+		}
+		if r.underWay(last) {
+			seen[child.pid] = last
+			continue
+		}
+		// 0 means that other threads of it still run; it signals again when they have ended.
+		_, _ = unix.Wait4(child.pid, nil, unix.WNOHANG, nil)
+	}
+	r.orphans = seen
+}
+
+// underWay reports whether a Start up to and including last has not ended yet.
+func (r *reaper) underWay(last uint64) bool {
+	for start := range r.starts {
+		if start <= last {
+			return true
+		}
+	}
+	return false
+}

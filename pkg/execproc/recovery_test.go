@@ -1,0 +1,163 @@
+package execproc
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// predecessor is the test binary playing a streamshim that is going to be killed: it starts the
+// commands it is given, says so, and waits.
+func predecessor(dir string) {
+	fail := func(err error) {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	var c Container
+	if err := json.Unmarshal([]byte(os.Getenv("EXECPROC_TEST_CONTAINER")), &c); err != nil {
+		fail(err)
+	}
+	r, err := NewRunner(Config{StateDir: dir, OnDisconnect: Policy(os.Getenv("EXECPROC_TEST_POLICY"))})
+	if err != nil {
+		fail(err)
+	}
+	marker := os.Getenv("EXECPROC_TEST_MARKER")
+	for _, script := range []string{
+		"sleep " + marker,
+		"trap '' HUP TERM; setsid sleep " + marker + " & sleep " + marker + "; sleep " + marker,
+	} {
+		if _, err := r.Start(context.Background(), c, Command{Args: shell(script), Stdin: true, Stdout: true, Stderr: true}); err != nil {
+			fail(err)
+		}
+	}
+	fmt.Println("started")
+	time.Sleep(time.Hour)
+}
+
+func startPredecessor(t *testing.T, c Container, dir, marker string, policy Policy) *exec.Cmd {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	encoded, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	command := exec.Command(self)
+	command.Env = append(os.Environ(), "EXECPROC_TEST_PREDECESSOR="+dir, "EXECPROC_TEST_CONTAINER="+string(encoded),
+		"EXECPROC_TEST_MARKER="+marker, "EXECPROC_TEST_POLICY="+string(policy))
+	command.Stderr = os.Stderr
+	out, err := command.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		command.Process.Kill()
+		command.Wait()
+	})
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "started\n" {
+		t.Fatalf("predecessor: %q, %v", line, err)
+	}
+	return command
+}
+
+// What a streamshim that was killed has left running is ended by the next one, unless the policy is
+// to keep it, and never while the other still lives.
+func TestKilledPredecessor(t *testing.T) {
+	for _, policy := range []Policy{PolicyHangup, PolicyKill, PolicyKeep} {
+		t.Run(string(policy), func(t *testing.T) {
+			c := newContainer(t)
+			dir, marker := filepath.Join(t.TempDir(), "exec"), newMarker()
+			command := startPredecessor(t, c, dir, marker, policy)
+			successor := func() *Runner {
+				return newRunner(t, func(config *Config) { config.StateDir, config.OnDisconnect = dir, policy })
+			}
+			eventually(t, "all processes run", func() bool { return len(marked(t, "sleep\x00"+marker)) == 3 })
+			before := marked(t, marker)
+
+			first := successor()
+			records, _ := filepath.Glob(filepath.Join(dir, "*.record"))
+			if len(records) != 2 || !slices.Equal(marked(t, marker), before) {
+				t.Errorf("processes of a living streamshim were touched: %v", records)
+			}
+			first.Close()
+
+			command.Process.Kill()
+			command.Wait()
+			second := successor()
+			if policy == PolicyKeep {
+				if len(marked(t, marker)) == 0 {
+					t.Error("a process to be kept was ended")
+				}
+				for _, pid := range marked(t, marker) {
+					unix.Kill(pid, unix.SIGKILL)
+				}
+			}
+			eventually(t, "nothing of the predecessor is left", func() bool {
+				entries, err := os.ReadDir(dir)
+				return len(marked(t, marker)) == 0 && err == nil && len(entries) == 0
+			})
+			second.Close()
+		})
+	}
+}
+
+// A record whose pid now belongs to somebody else must hurt nobody.
+func TestRecordOfReusedPid(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "exec")
+	stranger := exec.Command("sleep", "1000")
+	if err := stranger.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stranger.Process.Kill(); stranger.Wait() })
+	stat, err := readStat(stranger.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, left := range []record{
+		{Pid: stat.pid, Start: stat.start - 1, Boot: bootID(), Policy: PolicyKill}, // another process
+		{Pid: stat.pid, Start: stat.start, Boot: "another", Policy: PolicyKill},    // another boot
+	} {
+		data, _ := json.Marshal(left)
+		writeFile(t, filepath.Join(dir, fmt.Sprintf("1-1-%d.record", i)), string(data), 0o600)
+	}
+	writeFile(t, filepath.Join(dir, "1-1-2.record"), "{", 0o600)
+	writeFile(t, filepath.Join(dir, "1-1-3.process"), "{}", 0o600)
+	writeFile(t, filepath.Join(dir, ".1-1-3.pid"), "", 0o600)
+	writeFile(t, filepath.Join(dir, "not-ours"), "", 0o600)
+	r := newRunner(t, func(config *Config) { config.StateDir = dir; config.OnDisconnect = PolicyKeep })
+	defer r.Close()
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 1 || entries[0].Name() != "not-ours" {
+		t.Errorf("left: %v, %v", entries, err)
+	}
+	if !stat.identity.alive() {
+		t.Error("a stranger was killed")
+	}
+}
+
+func FuzzParseRecord(f *testing.F) {
+	f.Add(`{"container":"c","initPid":7,"pid":8,"start":9,"boot":"b","policy":"hangup"}`)
+	f.Fuzz(func(t *testing.T, text string) {
+		if found, err := parseRecord([]byte(text)); err == nil && found.Pid <= 1 {
+			t.Errorf("pid %d of %q", found.Pid, text)
+		}
+		if owner, ok := ownerOf(text); ok && (owner.pid <= 0 || !strings.Contains(text, "-")) {
+			t.Errorf("owner %v of %q", owner, text)
+		}
+	})
+}

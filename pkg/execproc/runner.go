@@ -1,0 +1,473 @@
+package execproc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// Policy says what becomes of a process whose client has gone.
+type Policy string
+
+const (
+	PolicyHangup Policy = "hangup" // hang-up, then TERM, then KILL, each for the whole tree
+	PolicyKill   Policy = "kill"   // KILL for the whole tree at once
+	PolicyKeep   Policy = "keep"   // it lives on
+)
+
+// Config is how a Runner works. Zero values mean the defaults.
+type Config struct {
+	// StateDir holds the files of starts and the recovery records; made with mode 0700. It belongs
+	// on a tmpfs, such as /run/streamshim/exec. Required.
+	StateDir string
+	// StartTimeout bounds one start, as far as the caller's context does not; default 30 s.
+	StartTimeout time.Duration
+	// OnDisconnect is what Disconnect, Shutdown and recovery do; default PolicyHangup.
+	OnDisconnect Policy
+	// HangupAfter, TermAfter and KillAfter say when, counted from Disconnect, the tree gets SIGHUP,
+	// SIGTERM and SIGKILL with PolicyHangup; defaults 0, 5 s and 10 s.
+	HangupAfter, TermAfter, KillAfter time.Duration
+	// OutputLimit is how much of stdout and stderr together RunSync returns at most; the default is
+	// 16 MiB less 64 KiB, so that a reply with it stays below gRPC's 16 MiB message.
+	OutputLimit int
+	// DrainIdle is for how long the output must be silent until RunSync, its command having ended,
+	// no longer waits for whoever else holds the pipe; default 2 s.
+	DrainIdle time.Duration
+	// DrainMax ends that wait also while data flows; default 10 s.
+	DrainMax time.Duration
+	// Logger gets what an operator should know; default slog.Default.
+	Logger *slog.Logger
+}
+
+func (c Config) withDefaults() (Config, error) {
+	if c.StateDir == "" {
+		return c, errors.New("execproc: Config.StateDir is required")
+	}
+	dir, err := filepath.Abs(c.StateDir) // the runtime does not share our working directory
+	if err != nil {
+		return c, fmt.Errorf("execproc: Config.StateDir: %w", err)
+	}
+	c.StateDir = dir
+	for _, d := range []struct {
+		value *time.Duration
+		first time.Duration
+	}{
+		{&c.StartTimeout, 30 * time.Second},
+		{&c.TermAfter, 5 * time.Second},
+		{&c.KillAfter, 10 * time.Second},
+		{&c.DrainIdle, 2 * time.Second},
+		{&c.DrainMax, 10 * time.Second},
+	} {
+		if *d.value == 0 {
+			*d.value = d.first
+		}
+	}
+	if c.HangupAfter < 0 || c.TermAfter < c.HangupAfter || c.KillAfter < c.TermAfter {
+		return c, errors.New("execproc: hang-up, TERM and KILL must come in this order")
+	}
+	switch c.OnDisconnect {
+	case "":
+		c.OnDisconnect = PolicyHangup
+	case PolicyHangup, PolicyKill, PolicyKeep:
+	default:
+		return c, fmt.Errorf("execproc: on_disconnect is hangup, kill or keep, not %q", c.OnDisconnect)
+	}
+	if c.OutputLimit <= 0 {
+		c.OutputLimit = 16<<20 - 64<<10
+	}
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	return c, nil
+}
+
+// Runner starts processes in containers and keeps an eye on them.
+type Runner struct {
+	config Config
+	log    *slog.Logger
+	reaper *reaper
+	owner  identity // this process, part of the names of its files
+	boot   string   // bootID
+
+	ctx  context.Context // done when the Runner gives up waiting: starts and drains end
+	stop context.CancelFunc
+	done chan struct{} // closed last
+
+	mu      sync.Mutex
+	idle    *sync.Cond // tasks has become 0
+	tasks   int        // starts, RunSyncs and goroutines under way
+	closing bool       // no new starts
+	closed  bool       // no new tasks at all
+	running map[*Process]struct{}
+	ending  map[*Process]struct{} // their trees; a process may have ended already
+}
+
+// NewRunner makes this process a child subreaper, starts the reaper, and ends what a predecessor
+// that was killed has left running (unless the policy was to keep it), in the background. Close or
+// Shutdown releases it.
+func NewRunner(config Config) (*Runner, error) {
+	config, err := config.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(config.StateDir, 0o700); err != nil {
+		return nil, fmt.Errorf("execproc: make state directory: %w", err)
+	}
+	if err := os.Chmod(config.StateDir, 0o700); err != nil {
+		return nil, fmt.Errorf("execproc: protect state directory: %w", err)
+	}
+	self, err := readStat(os.Getpid())
+	if err != nil {
+		return nil, fmt.Errorf("execproc: is /proc mounted? %w", err)
+	}
+	reaper, err := acquireReaper()
+	if err != nil {
+		return nil, fmt.Errorf("execproc: %w", err)
+	}
+	r := &Runner{
+		config:  config,
+		log:     config.Logger,
+		reaper:  reaper,
+		owner:   self.identity,
+		boot:    bootID(),
+		done:    make(chan struct{}),
+		running: map[*Process]struct{}{},
+		ending:  map[*Process]struct{}{},
+	}
+	r.ctx, r.stop = context.WithCancel(context.Background())
+	r.idle = sync.NewCond(&r.mu)
+	r.recover()
+	return r, nil
+}
+
+// Start runs a command in a container and returns when it runs. The context bounds the start alone,
+// not the process; so does Config.StartTimeout. When either is over, the runtime is killed with
+// whatever it has started.
+//
+// The error is a *StartError when the command could not be executed in a container that is fine. It
+// wraps ErrNotRunning when the container is not running, ErrStartTimeout when the runtime took too
+// long, ErrClosed when the Runner is shutting down.
+func (r *Runner) Start(ctx context.Context, container Container, command Command) (*Process, error) {
+	if !r.enter() {
+		return nil, ErrClosed
+	}
+	defer r.leave()
+	return r.start(ctx, container, command, r.config.OnDisconnect)
+}
+
+func (r *Runner) start(ctx context.Context, c Container, command Command, policy Policy) (_ *Process, err error) {
+	ctx, cancelTimeout := context.WithTimeoutCause(ctx, r.config.StartTimeout, ErrStartTimeout)
+	defer cancelTimeout()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(r.ctx, func() { cancel(ErrClosed) })()
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("start command: %w", context.Cause(ctx))
+	}
+	spec, err := processSpec(c.Process, command)
+	if err != nil {
+		return nil, fmt.Errorf("start command: %w", err)
+	}
+	files := filesOf(r.base())
+	defer files.removeStart()
+
+	p := &Process{
+		runner:    r,
+		container: c,
+		record:    files.record,
+		policy:    policy,
+		killNow:   make(chan struct{}),
+		ended:     make(chan struct{}),
+	}
+	if c.InitPid > 0 {
+		p.init, err = r.reaper.watchContainer(c.InitPid)
+		if errors.Is(err, unix.ESRCH) {
+			return nil, fmt.Errorf("start command: %w: its main process %d has ended", ErrNotRunning, c.InitPid)
+		} else if err != nil {
+			return nil, fmt.Errorf("watch the container's main process: %w", err)
+		}
+	}
+	defer func() {
+		if err != nil {
+			p.Close()
+		}
+	}()
+	if command.TTY {
+		err = r.startWithTerminal(ctx, p, spec, command, files)
+	} else {
+		err = r.startWithPipes(ctx, p, spec, command, files)
+	}
+	if err != nil {
+		var startError *StartError
+		if errors.As(err, &startError) {
+			return nil, err // in its own words, for the client
+		}
+		if p.init != nil && !errors.Is(err, ErrNotRunning) {
+			select {
+			case <-p.init.exited: // whatever the runtime stumbled over
+				err = fmt.Errorf("%w: its main process has ended (%w)", ErrNotRunning, err)
+			default:
+			}
+		}
+		return nil, fmt.Errorf("start command: %w", err)
+	}
+	return p, nil
+}
+
+// base is the path of a start's files without their endings.
+func (r *Runner) base() string {
+	name := strconv.Itoa(r.owner.pid) + "-" + strconv.FormatUint(r.owner.start, 10) + "-" + strconv.FormatUint(r.reaper.name(), 10)
+	return filepath.Join(r.config.StateDir, name)
+}
+
+func (r *Runner) startWithPipes(ctx context.Context, p *Process, spec *specs.Process, command Command, f files) error {
+	owner, err := processOwner(p.container, spec.User)
+	if err != nil {
+		return err
+	}
+	pipes, err := newStdio(command, owner)
+	if err != nil {
+		return err
+	}
+	p.pipes, p.ends = pipes, pipes.ends
+	err = r.execAndWatch(ctx, p, spec, f, pipes.process, pipes.stderr)
+	pipes.closeProcessEnds()
+	if err != nil {
+		return err
+	}
+	// Not the nil pointers themselves, which would make interfaces that are not nil.
+	if pipes.stdin != nil {
+		p.stdin = pipes.stdin
+	}
+	if pipes.stdout != nil {
+		p.stdout = pipes.stdout
+	}
+	if pipes.stderr != nil {
+		p.stderr = pipes.stderr
+	}
+	return nil
+}
+
+func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.Process, command Command, f files) error {
+	// The runtime's own streams: what it says on stderr is wanted if it fails.
+	own, err := newStdio(Command{Stderr: true}, owner{})
+	if err != nil {
+		return err
+	}
+	defer own.closeOurs()
+	defer own.closeProcessEnds()
+	socket, err := newConsoleSocket(f.socket)
+	if err != nil {
+		return err
+	}
+	defer socket.close()
+	f.socket = socket.path
+	if err := r.execAndWatch(ctx, p, spec, f, own.process, own.stderr); err != nil {
+		return err
+	}
+	file, err := socket.receive(consoleTimeout)
+	if err != nil {
+		p.Kill() // nobody could talk to it
+		return err
+	}
+	p.tty = newTerminal(file, p.watch.exited)
+	if ends, err := p.tty.slave(); err == nil { // fails when everybody has hung up already
+		p.ends = ends
+	}
+	if command.Stdin {
+		p.stdin = &terminalInput{terminal: p.tty}
+	}
+	if command.Stdout {
+		p.stdout = p.tty
+	} else {
+		p.discard(p.tty) // or the process would block once the terminal's buffer is full
+	}
+	return nil
+}
+
+// consoleTimeout bounds the wait for a terminal that should have been sent already.
+const consoleTimeout = 5 * time.Second
+
+// execAndWatch starts the process and registers it with the reaper.
+func (r *Runner) execAndWatch(ctx context.Context, p *Process, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) error {
+	start := r.reaper.beginStart()
+	defer r.reaper.endStart(start)
+	pid, err := execInContainer(ctx, p.container, spec, f, streams, stderr)
+	if err != nil {
+		return err
+	}
+	stat, err := readStat(pid)
+	if err != nil {
+		return fmt.Errorf("the process the OCI runtime started, %d, is not there: %w", pid, err)
+	}
+	if stat.ppid != os.Getpid() {
+		return fmt.Errorf("the process the OCI runtime started, %d, is no child of streamshim (its parent is %d); does the runtime support exec --detach?", pid, stat.ppid)
+	}
+	p.leader = stat.identity
+	// Before the reaper knows of it, which removes the record when the process ends.
+	if err := p.writeRecord(); err != nil {
+		r.log.Warn("cannot write the recovery record of an exec; were streamshim killed now, the process would stay", "error", err)
+	}
+	p.watch, err = r.reaper.watchProcess(pid, func() { r.exited(p) })
+	if err != nil {
+		os.Remove(p.record)
+		newTree(p.leader, p.container.InitPid, p.ends).kill()
+		return fmt.Errorf("watch process %d: %w", pid, err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !p.hasExited() { // if it has, nobody would remove it
+		r.running[p] = struct{}{}
+	}
+	return nil
+}
+
+// exited is called by the reaper once p.Exited is closed.
+func (r *Runner) exited(p *Process) {
+	os.Remove(p.record)
+	r.mu.Lock()
+	delete(r.running, p)
+	r.mu.Unlock()
+}
+
+// enter counts a start, unless there are to be no more.
+func (r *Runner) enter() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closing {
+		return false
+	}
+	r.tasks++
+	return true
+}
+
+func (r *Runner) leave() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.tasks--; r.tasks == 0 {
+		r.idle.Broadcast()
+	}
+}
+
+// background runs a goroutine that Shutdown waits for, unless the Runner is closed.
+func (r *Runner) background(f func()) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return false
+	}
+	r.tasks++
+	go func() {
+		defer r.leave()
+		f()
+	}()
+	return true
+}
+
+// Shutdown refuses new starts, does with the running processes what the policy says, and waits for
+// their end; when the context is done it kills those that are left. Processes to be kept live on, but
+// their output meets a closed pipe from now on. No goroutine and, once every Process is closed, no
+// descriptor stays.
+func (r *Runner) Shutdown(ctx context.Context) error {
+	r.mu.Lock()
+	if r.closing {
+		r.mu.Unlock()
+		<-r.done
+		return nil
+	}
+	r.closing = true
+	r.mu.Unlock()
+
+	r.each(func(p *Process) {
+		if p.policy != PolicyKeep {
+			p.Disconnect()
+		}
+	})
+	graceful := r.waitForEnds(ctx)
+	r.stop() // starts, RunSyncs and drains end
+	for r.killRest() {
+	}
+	r.mu.Lock()
+	r.closed = true
+	left := r.running
+	r.running = map[*Process]struct{}{}
+	r.mu.Unlock()
+	for p := range left {
+		r.reaper.dropProcess(p.watch)
+	}
+	close(r.done)
+	r.reaper.release()
+	if !graceful {
+		return fmt.Errorf("processes were killed at shutdown: %w", context.Cause(ctx))
+	}
+	return nil
+}
+
+// killRest kills what is not to be kept and waits for all tasks, each of which is bounded. It
+// reports whether a start that had been under way has brought something new.
+func (r *Runner) killRest() bool {
+	r.each(func(p *Process) {
+		if p.policy != PolicyKeep {
+			p.Kill()
+		}
+	})
+	r.mu.Lock()
+	for r.tasks > 0 {
+		r.idle.Wait()
+	}
+	r.mu.Unlock()
+	more := false
+	r.each(func(p *Process) {
+		select {
+		case <-p.ended:
+		default:
+			more = more || p.policy != PolicyKeep
+		}
+	})
+	return more
+}
+
+// Close is Shutdown without patience.
+func (r *Runner) Close() error {
+	now, cancel := context.WithCancel(context.Background())
+	cancel()
+	_ = r.Shutdown(now) // that it was not graceful is what the caller asked for
+	return nil
+}
+
+// each calls f for every process that runs or whose tree is being ended.
+func (r *Runner) each(f func(*Process)) {
+	r.mu.Lock()
+	processes := maps.Clone(r.running)
+	maps.Copy(processes, r.ending)
+	r.mu.Unlock()
+	for p := range processes {
+		f(p)
+	}
+}
+
+// waitForEnds waits for the processes that are being ended, and reports whether they did in time.
+func (r *Runner) waitForEnds(ctx context.Context) bool {
+	graceful := true
+	r.each(func(p *Process) {
+		if p.policy == PolicyKeep {
+			return
+		}
+		select {
+		case <-p.ended:
+		case <-ctx.Done():
+			graceful = false
+		}
+	})
+	return graceful
+}

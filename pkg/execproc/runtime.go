@@ -1,0 +1,177 @@
+package execproc
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// maxRuntimeLog is how much of the end of a runtime's log is read for its reason.
+	maxRuntimeLog = 64 << 10
+	// maxRuntimeStderr is how much of a runtime's stderr is read when its log says nothing.
+	maxRuntimeStderr = 8 << 10
+)
+
+// files are the files of one start, all in the state directory.
+type files struct{ process, pid, log, socket, record string }
+
+func filesOf(base string) files {
+	return files{
+		process: base + ".process", pid: base + ".pid", log: base + ".log",
+		socket: base + ".sock", record: base + ".record",
+	}
+}
+
+// removeStart removes what only the start needs.
+func (f files) removeStart() {
+	os.Remove(f.process)
+	os.Remove(f.pid)
+	os.Remove(filepath.Join(filepath.Dir(f.pid), "."+filepath.Base(f.pid))) // from a runc killed while it wrote it
+	os.Remove(f.log)
+}
+
+// passedEnvironment is all that the runtime sees of our environment. LISTEN_FDS in particular must
+// not be among it: runc would hand those descriptors on to the container.
+var passedEnvironment = []string{"PATH", "HOME", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "TMPDIR"}
+
+func runtimeEnvironment() []string {
+	var env []string
+	for _, name := range passedEnvironment {
+		if value, set := os.LookupEnv(name); set {
+			env = append(env, name+"="+value)
+		} else if name == "PATH" {
+			env = append(env, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+		}
+	}
+	return env
+}
+
+// execInContainer runs `RUNTIME exec --detach` and returns the process's pid. The process is then a
+// child of ours, as the runtime has ended and this process is a subreaper. The streams are the
+// process's, or, with a terminal, the runtime's own; stderr, if not nil, is the other side of the
+// third, where the reason of a failure may stand.
+//
+// When the context is done the runtime is killed with all that it has started.
+func execInContainer(ctx context.Context, c Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
+	encoded, err := json.Marshal(spec)
+	if err != nil {
+		return 0, fmt.Errorf("encode process spec: %w", err)
+	}
+	if err := os.WriteFile(f.process, encoded, 0o600); err != nil {
+		return 0, fmt.Errorf("write process spec: %w", err)
+	}
+	binary, err := exec.LookPath(c.Runtime)
+	if err != nil {
+		return 0, fmt.Errorf("find the container's OCI runtime: %w (is it installed, and in $PATH or configured with its full path?)", err)
+	}
+	var args []string
+	if c.Root != "" {
+		args = append(args, "--root", c.Root)
+	}
+	args = append(args, "--log", f.log, "--log-format", "json",
+		"exec", "--process", f.process, "--detach", "--pid-file", f.pid)
+	if spec.Terminal {
+		args = append(args, "--console-socket", f.socket)
+	}
+	args = append(args, c.ID)
+
+	command := exec.CommandContext(ctx, binary, args...)
+	command.Env = runtimeEnvironment()
+	command.Dir = "/"
+	// Files, so that os/exec starts no copying goroutines and Wait waits for the runtime alone.
+	command.Stdin, command.Stdout, command.Stderr = streams[0], streams[1], streams[2]
+	// A session of its own is how the reaper tells the runtime's orphans from os/exec's children.
+	command.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	var runtime identity
+	known := make(chan struct{})
+	command.Cancel = func() error {
+		<-known
+		newTree(runtime, 0, streamEnds{}).kill()
+		return command.Process.Kill() // in case /proc could not be read
+	}
+	if err := command.Start(); err != nil {
+		return 0, fmt.Errorf("run the OCI runtime: %w", err)
+	}
+	// The pid is the runtime's until Wait below.
+	if stat, err := readStat(command.Process.Pid); err == nil {
+		runtime = stat.identity
+	} else {
+		runtime = identity{pid: command.Process.Pid}
+	}
+	close(known)
+	runErr := command.Wait()
+	pid, pidErr := readPidFile(f.pid)
+	if runErr == nil && ctx.Err() == nil {
+		if pidErr != nil {
+			return 0, fmt.Errorf("the OCI runtime said it started the command, but gave no pid: %w", pidErr)
+		}
+		return pid, nil
+	}
+	// It may have come as far as starting the process.
+	if pidErr == nil {
+		if stat, err := readStat(pid); err == nil && stat.ppid == os.Getpid() && stat.start >= runtime.start {
+			newTree(stat.identity, c.InitPid, streamEnds{}).kill()
+		}
+	}
+	if ctx.Err() != nil {
+		return 0, context.Cause(ctx)
+	}
+	var exit *exec.ExitError
+	if !errors.As(runErr, &exit) {
+		return 0, fmt.Errorf("wait for the OCI runtime: %w", runErr)
+	}
+	reason := lastError(readTail(f.log, maxRuntimeLog))
+	if reason == "" && stderr != nil {
+		reason = readPending(stderr, maxRuntimeStderr)
+	}
+	if reason == "" {
+		reason = exit.Error() + " without a word"
+	}
+	return 0, classify(reason)
+}
+
+func readPidFile(path string) (int, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	return parsePid(data)
+}
+
+func parsePid(data []byte) (int, error) {
+	pid, err := strconv.Atoi(string(bytes.TrimSpace(data)))
+	if err != nil || pid <= 1 {
+		return 0, fmt.Errorf("the pid file does not hold a pid (%d bytes)", len(data))
+	}
+	return pid, nil
+}
+
+// readTail returns the last bytes of a file, nothing when it cannot be read.
+func readTail(path string, limit int64) []byte {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil
+	}
+	defer file.Close()
+	if size, err := file.Seek(0, io.SeekEnd); err != nil || size <= limit {
+		_, err = file.Seek(0, io.SeekStart)
+		if err != nil {
+			return nil
+		}
+	} else if _, err := file.Seek(-limit, io.SeekEnd); err != nil {
+		return nil
+	}
+	data, _ := io.ReadAll(io.LimitReader(file, limit))
+	return data
+}

@@ -1,0 +1,129 @@
+package execproc
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"strings"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// Container is a running container as its OCI runtime knows it.
+type Container struct {
+	ID string
+	// Runtime is the OCI runtime's binary, a path or a name to be found in $PATH: runc, crun,
+	// youki, or whatever else understands runc's command line.
+	Runtime string
+	// Root is the runtime's state directory (runc --root); empty for the runtime's own default.
+	Root string
+	// InitPid is the container's main process in the pid namespace of this process.
+	InitPid int
+	// Process is the main process's part of the container's OCI spec. It is only read.
+	Process *specs.Process
+	// UIDMappings and GIDMappings are the container's user namespace; empty without one.
+	UIDMappings, GIDMappings []specs.LinuxIDMapping
+}
+
+// Command is a command line and the streams its caller wants.
+type Command struct {
+	Args []string
+	Env  []string // "NAME=value", added to the container's own, the last of a name wins (KEP-6035)
+
+	Stdin, Stdout, Stderr, TTY bool
+
+	// Width and Height are the terminal's first size in characters, zero when it is not known.
+	Width, Height uint16
+}
+
+// processSpec is the spec of a process that joins the container: the container's own process, copied
+// as it is, so that user, groups, capabilities, no-new-privileges, AppArmor, SELinux, rlimits,
+// scheduler and CPU affinity are the container's (kubernetes#73275: exec paths that built the spec
+// anew forgot some of them). Only what makes it another command is set.
+func processSpec(container *specs.Process, command Command) (*specs.Process, error) {
+	if container == nil {
+		return nil, errors.New("the container's OCI spec has no process")
+	}
+	if len(command.Args) == 0 {
+		return nil, errors.New("the command is empty")
+	}
+	for _, arg := range command.Args {
+		if strings.ContainsRune(arg, 0) {
+			return nil, errors.New("an argument contains a NUL byte")
+		}
+	}
+	env, err := mergeEnv(container.Env, command.Env)
+	if err != nil {
+		return nil, err
+	}
+	spec := *container
+	spec.Args = command.Args
+	spec.CommandLine = ""
+	spec.Env = env
+	spec.Terminal = command.TTY
+	spec.ConsoleSize = nil
+	if command.TTY {
+		if !hasEnv(env, "TERM") {
+			spec.Env = append(spec.Env, "TERM=xterm")
+		}
+		// Without it a program that asks for the size at once gets 0x0 (kubernetes#47990).
+		if command.Width > 0 && command.Height > 0 {
+			spec.ConsoleSize = &specs.Box{Width: uint(command.Width), Height: uint(command.Height)}
+		}
+	}
+	return &spec, nil
+}
+
+// mergeEnv returns base with extra laid over it in a slice of its own. A name that extra sets keeps
+// its place in base; names that only base repeats are left as they are.
+func mergeEnv(base, extra []string) ([]string, error) {
+	merged := append(make([]string, 0, len(base)+len(extra)+1), base...)
+	for i, variable := range extra {
+		name, _, found := strings.Cut(variable, "=")
+		if !found || name == "" || strings.ContainsRune(variable, 0) {
+			// Not the variable itself: its value may be a secret.
+			return nil, fmt.Errorf("environment variable %d of the command is not NAME=value", i)
+		}
+		kept := merged[:0]
+		replaced := false
+		for _, old := range merged {
+			if oldName, _, _ := strings.Cut(old, "="); oldName != name {
+				kept = append(kept, old)
+			} else if !replaced {
+				kept = append(kept, variable)
+				replaced = true
+			}
+		}
+		if !replaced {
+			kept = append(kept, variable)
+		}
+		merged = kept
+	}
+	return merged, nil
+}
+
+func hasEnv(env []string, name string) bool {
+	for _, variable := range env {
+		if strings.HasPrefix(variable, name+"=") {
+			return true
+		}
+	}
+	return false
+}
+
+// hostID translates an ID inside the container's user namespace to one of the host's.
+func hostID(id uint32, mappings []specs.LinuxIDMapping) (int, error) {
+	if len(mappings) == 0 {
+		return int(id), nil
+	}
+	for _, m := range mappings {
+		if id >= m.ContainerID && uint64(id) < uint64(m.ContainerID)+uint64(m.Size) {
+			host := uint64(m.HostID) + uint64(id-m.ContainerID)
+			if host >= math.MaxUint32 {
+				break
+			}
+			return int(host), nil
+		}
+	}
+	return 0, fmt.Errorf("ID %d is not mapped into the container's user namespace", id)
+}

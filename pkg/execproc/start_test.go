@@ -1,0 +1,412 @@
+package execproc
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// The exit code of a command that ran is its own; of one that could not be run, a shell's
+// (kubernetes#40820).
+func TestExitCodes(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	for _, test := range []struct {
+		name string
+		args []string
+		want int
+		text string // of the error, when the start fails
+	}{
+		{"success", []string{"true"}, 0, ""},
+		{"three", shell("exit 3"), 3, ""},
+		{"real 255", shell("exit 255"), 255, ""},
+		{"real 127", shell("exit 127"), 127, ""},
+		{"kill -9", shell("kill -9 $$"), 137, ""},
+		{"kill -15", shell("kill -15 $$"), 143, ""},
+		{"not in PATH", []string{"nope"}, 127, `exec: "nope": executable file not found in $PATH`},
+		{"no such file", []string{"/bin/nope"}, 127, `exec: "/bin/nope": stat /bin/nope: no such file or directory`},
+		{"directory", []string{"/etc"}, 126, `exec: "/etc": is a directory`},
+		{"no x bit", []string{"/bin/not-executable"}, 126, `exec: "/bin/not-executable": permission denied`},
+		{"wrong machine", []string{"wrong-machine"}, 126, ""},
+		{"missing interpreter", []string{"missing-interpreter"}, 126, ""},
+	} {
+		for _, tty := range []bool{false, true} {
+			t.Run(test.name, func(t *testing.T) {
+				p, err := r.Start(context.Background(), c, Command{Args: test.args, TTY: tty, Stdout: true, Stderr: !tty})
+				if test.text != "" {
+					var failed interface{ ExitCode() int }
+					if !errors.As(err, &failed) {
+						t.Fatalf("error %v has no exit code", err)
+					}
+					if failed.ExitCode() != test.want || err.Error() != test.text {
+						t.Errorf("%d, %q", failed.ExitCode(), err)
+					}
+					return
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer p.Close()
+				if code := exitCode(t, p); code != test.want {
+					t.Errorf("exit code %d, want %d", code, test.want)
+				}
+			})
+		}
+	}
+}
+
+// Not the command's fault: an error without an exit code, which says what to do.
+func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
+	script := func(t *testing.T, text string) string {
+		path := filepath.Join(t.TempDir(), "runtime")
+		writeFile(t, path, "#!/bin/sh\n"+text, 0o755)
+		return path
+	}
+	for _, test := range []struct {
+		name   string
+		change func(t *testing.T, r *Runner, c *Container, command *Command)
+		is     error
+		text   string
+	}{
+		{"cwd missing", func(t *testing.T, _ *Runner, c *Container, _ *Command) {
+			process := *c.Process
+			process.Cwd = "/nope"
+			c.Process = &process
+		}, nil, `chdir to cwd ("/nope")`},
+		{"unknown container", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.ID = "unknown" }, ErrNotRunning, "does not exist"},
+		{"state is gone", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.Root = t.TempDir() }, ErrNotRunning, "does not exist"},
+		{"main process has ended", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.InitPid = 1<<22 - 1 }, ErrNotRunning, "has ended"},
+		{"paused", func(t *testing.T, _ *Runner, c *Container, _ *Command) {
+			runc(t, *c, "pause", c.ID)
+			t.Cleanup(func() { runc(t, *c, "resume", c.ID) })
+		}, ErrNotRunning, "paused"},
+		{"runtime missing", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.Runtime = "/usr/local/bin/runc-nope" }, os.ErrNotExist, "installed"},
+		{"runtime fails without a word", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.Runtime = script(t, "exit 7") }, nil, "exit status 7"},
+		{"runtime fails on stderr", func(t *testing.T, _ *Runner, c *Container, _ *Command) {
+			c.Runtime = script(t, "echo 'flag provided but not defined' >&2; exit 1")
+		}, nil, "flag provided"},
+		{"runtime hangs", func(t *testing.T, r *Runner, c *Container, _ *Command) {
+			r.config.StartTimeout = 300 * time.Millisecond
+			c.Runtime = script(t, "sleep 3041 & sleep 3041")
+		}, ErrStartTimeout, "did not start the command in time"},
+		{"pid file empty", func(t *testing.T, _ *Runner, c *Container, _ *Command) {
+			c.Runtime = script(t, `while [ "$1" != --pid-file ]; do shift; done; : >"$2"`)
+		}, nil, "pid file does not hold a pid"},
+		{"pid file missing", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.Runtime = script(t, "exit 0") }, os.ErrNotExist, "gave no pid"},
+		{"pid of a stranger", func(t *testing.T, _ *Runner, c *Container, _ *Command) {
+			c.Runtime = script(t, `while [ "$1" != --pid-file ]; do shift; done; echo 2 >"$2"`)
+		}, nil, "no child of streamshim"},
+		{"no terminal was sent", func(t *testing.T, _ *Runner, c *Container, command *Command) {
+			command.TTY, command.Stderr = true, false
+			c.Runtime = script(t, "exit 3")
+		}, nil, "exit status 3"},
+		{"command is empty", func(t *testing.T, _ *Runner, c *Container, command *Command) { command.Args = nil }, nil, "command is empty"},
+		{"no process spec", func(t *testing.T, _ *Runner, c *Container, command *Command) { c.Process = nil }, nil, "no process"},
+		{"disk full", func(t *testing.T, r *Runner, c *Container, command *Command) {
+			dir := t.TempDir()
+			if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=4k"); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { unix.Unmount(dir, 0) })
+			writeFile(t, filepath.Join(dir, "filler"), strings.Repeat("x", 4096), 0o600)
+			r.config.StateDir = dir
+		}, unix.ENOSPC, "write process spec"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			r := newRunner(t)
+			c := newContainer(t)
+			command := Command{Args: []string{"true"}, Stdin: true, Stdout: true, Stderr: true}
+			test.change(t, r, &c, &command)
+			p, err := r.Start(context.Background(), c, command)
+			if err == nil {
+				p.Close()
+				t.Fatal("it started")
+			}
+			var withCode interface{ ExitCode() int }
+			if errors.As(err, &withCode) {
+				t.Errorf("%v blames the command", err)
+			}
+			if test.is != nil && !errors.Is(err, test.is) {
+				t.Errorf("%v is no %v", err, test.is)
+			}
+			if test.is != ErrNotRunning && errors.Is(err, ErrNotRunning) {
+				t.Errorf("%v blames the container", err)
+			}
+			if !strings.Contains(err.Error(), test.text) || strings.Contains(err.Error(), "\n") {
+				t.Errorf("%q does not say %q in one line", err, test.text)
+			}
+			eventually(t, "nothing is left of a hanging runtime", func() bool { return len(marked(t, "3041")) == 0 })
+		})
+	}
+}
+
+// Whatever the moment, a start that is given up leaves nothing behind.
+func TestCancelledStartLeavesNothing(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	before := len(marked(t, c.ID))
+	marker := newMarker()
+	cancelled := 0
+	for i := range 60 {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Duration(i)*time.Millisecond)
+		p, err := r.Start(ctx, c, Command{Args: []string{"sleep", marker}, Stdin: true, Stdout: true, TTY: i%2 == 0})
+		cancel()
+		if err == nil {
+			p.Kill()
+			exitCode(t, p)
+			p.Close()
+			continue
+		}
+		cancelled++
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(err)
+		}
+	}
+	if cancelled == 0 {
+		t.Error("no start was slow enough to be cancelled; the test proves nothing")
+	}
+	eventually(t, "no process is left", func() bool { return len(marked(t, marker)) == 0 && len(marked(t, c.ID)) == before })
+}
+
+// No descriptor free: an error, no crash, and the next start works.
+func TestNoDescriptorFree(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	failed := 0
+	for spare := uint64(0); spare < 16; spare++ {
+		low := old
+		low.Cur = uint64(resources(t)[1]) + spare
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &low); err != nil {
+			t.Fatal(err)
+		}
+		p, err := r.Start(context.Background(), c, Command{Args: []string{"true"}, Stdin: true, Stdout: true, Stderr: true})
+		if restore := unix.Setrlimit(unix.RLIMIT_NOFILE, &old); restore != nil {
+			t.Fatal(restore)
+		}
+		if err != nil {
+			failed++
+			continue
+		}
+		if code := exitCode(t, p); code != 0 {
+			t.Errorf("exit code %d", code)
+		}
+		p.Close()
+	}
+	if failed == 0 {
+		t.Error("the limit was never too low; the test proves nothing")
+	}
+	if _, code := output(t, r, c, Command{Args: []string{"true"}}); code != 0 {
+		t.Errorf("exit code %d afterwards", code)
+	}
+}
+
+// The three streams are what they should be, and each lives its own life: stdin goes on when the
+// process has closed its stdout (containerd#12734 cut uploads short).
+func TestStdinSurvivesStdoutEOF(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	p := start(t, r, c, Command{Args: shell("exec >&-; n=$(wc -c); echo $n >&2; exit 4"), Stdin: true, Stdout: true, Stderr: true})
+	if data, err := io.ReadAll(p.Stdout()); len(data) > 0 || err != nil {
+		t.Errorf("stdout: %q, %v", data, err)
+	}
+	const size = 8 << 20
+	if n, err := p.Stdin().Write(make([]byte, size)); n != size || err != nil {
+		t.Fatalf("stdin: %d, %v", n, err)
+	}
+	p.Stdin().Close()
+	data, err := io.ReadAll(p.Stderr())
+	if string(data) != "8388608\n" || err != nil {
+		t.Errorf("stderr: %q, %v", data, err)
+	}
+	if code := exitCode(t, p); code != 4 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+// Streams that were not asked for are /dev/null, and nil here.
+func TestStreamsNotAskedFor(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	p := start(t, r, c, Command{Args: shell("read x; echo to nobody && echo to nobody >&2 && exit 5")})
+	if p.Stdin() != nil || p.Stdout() != nil || p.Stderr() != nil {
+		t.Error("streams that nobody asked for")
+	}
+	if code := exitCode(t, p); code != 5 {
+		t.Errorf("exit code %d", code)
+	}
+	var file *os.File
+	p = start(t, r, c, Command{Args: []string{"true"}, Stdin: true, Stdout: true, Stderr: true})
+	for _, stream := range []any{p.Stdin(), p.Stdout(), p.Stderr()} {
+		if _, ok := stream.(*os.File); !ok {
+			t.Errorf("%T is no %T", stream, file)
+		}
+	}
+}
+
+// With everything that the kernel knows of a process compared, an exec is the container's main
+// process again (kubernetes#73275, kata#1500).
+func TestIdentityIsTheContainers(t *testing.T) {
+	umask := uint32(0o027)
+	user := func(spec *specs.Spec) {
+		spec.Process.User = specs.User{UID: 1000, GID: 2000, AdditionalGids: []uint32{3000, 4000}, Umask: &umask}
+	}
+	for name, changes := range map[string][]func(*specs.Spec){
+		"root":             nil,
+		"user 1000":        {user},
+		"user namespace":   {userNamespace},
+		"userns user 1000": {userNamespace, user},
+		"read-only rootfs": {func(spec *specs.Spec) { spec.Root.Readonly = true }},
+		"privileges may grow": {func(spec *specs.Spec) {
+			spec.Process.NoNewPrivileges = false
+			caps := spec.Process.Capabilities
+			for _, set := range []*[]string{&caps.Bounding, &caps.Effective, &caps.Permitted} {
+				*set = append(*set, "CAP_CHOWN")
+			}
+			spec.Process.Cwd = "/tmp"
+		}},
+		"seccomp": {func(spec *specs.Spec) {
+			errno := uint(unix.EPERM)
+			spec.Linux.Seccomp = &specs.LinuxSeccomp{
+				DefaultAction: specs.ActAllow,
+				Syscalls:      []specs.LinuxSyscall{{Names: []string{"swapon"}, Action: specs.ActErrno, ErrnoRet: &errno}},
+			}
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRunner(t)
+			c := newContainer(t, changes...)
+			// Written by the shell itself, not by a child, and read of pid 1 with what pid 1 may read.
+			script := `
+				p=$1
+				grep -E '^(Uid|Gid|Groups|Umask|Cap...|NoNewPrivs|Seccomp|Seccomp_filters|Cpus_allowed):' /proc/$p/status
+				cat /proc/$p/limits /proc/$p/cgroup /proc/$p/oom_score_adj
+				readlink /proc/$p/cwd
+				for n in cgroup ipc mnt net pid user uts; do readlink /proc/$p/ns/$n; done`
+			ours, code := output(t, r, c, Command{Args: []string{"sh", "-c", strings.ReplaceAll(script, "$1", "$$")}})
+			if code != 0 {
+				t.Fatalf("exit code %d: %s", code, ours)
+			}
+			theirs, code := output(t, r, c, Command{Args: []string{"sh", "-c", strings.ReplaceAll(script, "$1", "1")}})
+			if code != 0 {
+				t.Fatalf("exit code %d: %s", code, theirs)
+			}
+			if ours != theirs || strings.Count(ours, "\n") < 30 {
+				t.Errorf("exec:\n%s\nmain process:\n%s", ours, theirs)
+			}
+			env, _ := output(t, r, c, Command{Args: []string{"env"}, Env: []string{"EXTRA=1", "EXTRA=2", "GREETING=a=b"}})
+			for _, line := range []string{"PATH=/bin\n", "GREETING=a=b\n", "EXTRA=2\n"} {
+				if !strings.Contains("\n"+env, "\n"+line) {
+					t.Errorf("no %q in %q", line, env)
+				}
+			}
+		})
+	}
+}
+
+func userNamespace(spec *specs.Spec) {
+	spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+	spec.Linux.UIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100000, Size: 65536}}
+	spec.Linux.GIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 200000, Size: 65536}}
+	spec.Mounts = slicesDelete(spec.Mounts, "/sys/fs/cgroup")
+}
+
+func slicesDelete(mounts []specs.Mount, destination string) []specs.Mount {
+	var kept []specs.Mount
+	for _, mount := range mounts {
+		if mount.Destination != destination {
+			kept = append(kept, mount)
+		}
+	}
+	return kept
+}
+
+// A program may open /dev/stdin and the like by name, whoever it runs as (cri-o#5391,
+// containerd#10598, moby#31243).
+func TestStreamsCanBeReopened(t *testing.T) {
+	user := func(spec *specs.Spec) { spec.Process.User = specs.User{UID: 1000, GID: 2000} }
+	for name, changes := range map[string][]func(*specs.Spec){
+		"root":             nil,
+		"user 1000":        {user},
+		"user namespace":   {userNamespace},
+		"userns user 1000": {userNamespace, user},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRunner(t)
+			c := newContainer(t, changes...)
+			p := start(t, r, c, Command{Args: shell("cat /dev/stdin >/dev/stdout && echo fine >/dev/stderr"), Stdin: true, Stdout: true, Stderr: true})
+			io.WriteString(p.Stdin(), "hello")
+			p.Stdin().Close()
+			out, _ := io.ReadAll(p.Stdout())
+			text, _ := io.ReadAll(p.Stderr())
+			if code := exitCode(t, p); code != 0 || string(out) != "hello" || string(text) != "fine\n" {
+				t.Errorf("exit code %d, stdout %q, stderr %q", code, out, text)
+			}
+		})
+	}
+	t.Run("terminal of user 1000", func(t *testing.T) {
+		r := newRunner(t)
+		c := newContainer(t, user)
+		if out, code := output(t, r, c, Command{Args: shell("echo one >/dev/stdout; echo two >/dev/tty"), TTY: true}); code != 0 || out != "one\r\ntwo\r\n" {
+			t.Errorf("exit code %d, %q", code, out)
+		}
+	})
+}
+
+// The end of the container is seen at once, and is the end of the process (kubernetes#129144).
+func TestContainerExitEndsProcess(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	p := start(t, r, c, Command{Args: []string{"sleep", "1000"}, Stdin: true, Stdout: true, Stderr: true})
+	other := start(t, r, c, Command{Args: []string{"sleep", "1000"}, TTY: true, Stdin: true, Stdout: true})
+	select {
+	case <-p.ContainerExited():
+		t.Fatal("the container has not ended yet")
+	case <-p.Exited():
+		t.Fatal("the process has not ended yet")
+	default:
+	}
+	runc(t, c, "kill", c.ID, "KILL")
+	for _, p := range []*Process{p, other} {
+		closes(t, p.ContainerExited(), "the end of the container")
+		if code := exitCode(t, p); code != 137 {
+			t.Errorf("exit code %d", code)
+		}
+	}
+	if _, err := r.Start(context.Background(), c, Command{Args: []string{"true"}}); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("start in a container that has ended: %v", err)
+	}
+}
+
+// A process that is dead is reaped although nobody reads what it wrote: unreaped, it would keep the
+// container from stopping.
+func TestSlowReaderDoesNotDelayReaping(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	p := start(t, r, c, Command{Args: []string{"yes"}, Stdout: true})
+	buffer := make([]byte, 1<<10)
+	if _, err := io.ReadFull(p.Stdout(), buffer); err != nil {
+		t.Fatal(err)
+	}
+	runc(t, c, "kill", c.ID, "KILL")
+	closes(t, p.Exited(), "the exit, unread output or not")
+	eventually(t, "the container's init is gone or a zombie", func() bool {
+		stat, err := readStat(c.InitPid)
+		return err != nil || stat.zombie()
+	})
+	rest, err := io.ReadAll(p.Stdout())
+	if err != nil || len(rest) < 64<<10 {
+		t.Errorf("output after the exit: %d bytes, %v", len(rest), err)
+	}
+}

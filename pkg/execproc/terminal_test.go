@@ -1,0 +1,198 @@
+package execproc
+
+import (
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The first command already sees the size (kubernetes#47990, cri-o#9246).
+func TestTerminalSizeOnFirstCommand(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	for range 100 {
+		out, code := output(t, r, c, Command{Args: []string{"stty", "size"}, TTY: true, Stdin: true, Width: 123, Height: 45})
+		if out != "45 123\r\n" || code != 0 {
+			t.Fatalf("%q, exit code %d", out, code)
+		}
+	}
+}
+
+func TestResize(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	p := start(t, r, c, Command{Args: shell("read x; stty size; read x; stty size"), TTY: true, Stdin: true, Stdout: true})
+	for _, size := range [][2]uint16{{100, 30}, {0, 0}, {0, 9}, {9, 0}} { // zeros are ignored
+		if err := p.Resize(size[0], size[1]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	io.WriteString(p.Stdin(), "\n\n")
+	out, _ := io.ReadAll(p.Stdout())
+	if strings.Count(string(out), "30 100\r\n") != 2 {
+		t.Errorf("%q", out)
+	}
+	exitCode(t, p)
+	p = start(t, r, c, Command{Args: []string{"true"}})
+	if err := p.Resize(1, 1); err != nil {
+		t.Errorf("resize without a terminal: %v", err)
+	}
+}
+
+// TERM is set for those who have none, and left alone for those who have.
+func TestTerminalName(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	for _, test := range []struct {
+		env  []string
+		tty  bool
+		want string
+	}{{nil, true, "xterm"}, {[]string{"TERM=vt100"}, true, "vt100"}, {nil, false, ""}} {
+		out, _ := output(t, r, c, Command{Args: []string{"env"}, Env: test.env, TTY: test.tty})
+		_, term, _ := strings.Cut("\n"+strings.ReplaceAll(out, "\r", ""), "\nTERM=")
+		if term, _, _ = strings.Cut(term, "\n"); term != test.want {
+			t.Errorf("TERM is %q, want %q", term, test.want)
+		}
+	}
+}
+
+// A short command with a terminal loses none of its output (cri-o#8483: about one in a hundred).
+func TestShortTerminalCommandsLoseNothing(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	for range 300 {
+		if out, code := output(t, r, c, Command{Args: []string{"echo", "complete"}, TTY: true}); out != "complete\r\n" || code != 0 {
+			t.Fatalf("%q, exit code %d", out, code)
+		}
+	}
+	out, code := output(t, r, c, Command{Args: []string{"seq", "20000"}, TTY: true})
+	if strings.Count(out, "\r\n") != 20000 || !strings.HasSuffix(out, "20000\r\n") || code != 0 {
+		t.Errorf("%d lines, exit code %d", strings.Count(out, "\r\n"), code)
+	}
+}
+
+// Output of a terminal that nobody wants does not stop the process.
+func TestTerminalWithoutStdout(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	p := start(t, r, c, Command{Args: []string{"seq", "20000"}, TTY: true})
+	if p.Stdout() != nil || p.Stdin() != nil || p.Stderr() != nil {
+		t.Error("streams that nobody asked for")
+	}
+	if code := exitCode(t, p); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+// The end of input reaches a program with a terminal, and its output still comes (cri-tools#269).
+func TestTerminalStdinEOF(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	for _, input := range []string{"", "a\n", "a"} {
+		p := start(t, r, c, Command{Args: shell("stty -echo; echo ready; cat | wc -c; echo end"), TTY: true, Stdin: true, Stdout: true})
+		buffer := make([]byte, 7)
+		if _, err := io.ReadFull(p.Stdout(), buffer); err != nil || string(buffer) != "ready\r\n" {
+			t.Fatalf("%q, %v", buffer, err)
+		}
+		io.WriteString(p.Stdin(), input)
+		if err := errors.Join(p.Stdin().Close(), p.Stdin().Close()); err != nil {
+			t.Fatal(err)
+		}
+		out, err := io.ReadAll(p.Stdout())
+		if want := string(rune('0'+len(input))) + "\r\nend\r\n"; string(out) != want || err != nil {
+			t.Errorf("after %q: %q, %v", input, out, err)
+		}
+		if code := exitCode(t, p); code != 0 {
+			t.Errorf("exit code %d", code)
+		}
+		p.Close()
+	}
+}
+
+// A program may close its terminal and open it again.
+func TestTerminalReopened(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	out, code := output(t, r, c, Command{Args: shell("exec <&- >&- 2>&-; sleep 1; echo again >/dev/tty; exit 3"), TTY: true})
+	if out != "again\r\n" || code != 3 {
+		t.Errorf("%q, exit code %d", out, code)
+	}
+}
+
+// Closing interrupts a read, and does not wait for it.
+func TestCloseInterruptsRead(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	for _, tty := range []bool{false, true} {
+		p := start(t, r, c, Command{Args: []string{"sleep", "1000"}, TTY: tty, Stdin: true, Stdout: true})
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			io.Copy(io.Discard, p.Stdout())
+		}()
+		p.Disconnect()
+		p.Close()
+		closes(t, ended, "the interrupted read")
+		exitCode(t, p)
+	}
+}
+
+// A Unix socket's path has at most 107 bytes, a state directory's may have more.
+func TestLongStateDirectory(t *testing.T) {
+	r := newRunner(t, func(config *Config) {
+		config.StateDir = filepath.Join(config.StateDir, strings.Repeat("long", 30))
+	})
+	c := newContainer(t)
+	if out, code := output(t, r, c, Command{Args: []string{"echo", "hi"}, TTY: true}); out != "hi\r\n" || code != 0 {
+		t.Errorf("%q, exit code %d", out, code)
+	}
+}
+
+// Whatever a runtime sends over the console socket, no descriptor of it stays open.
+func TestConsoleSocketClosesWhatElseArrives(t *testing.T) {
+	noLeaks(t)
+	for count := range 4 {
+		socket, err := newConsoleSocket(filepath.Join(t.TempDir(), "s"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Connect(fd, &unix.SockaddrUnix{Name: socket.path}); err != nil {
+			t.Fatal(err)
+		}
+		null, err := os.Open(os.DevNull)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var control []byte
+		fds := make([]int, count)
+		for i := range fds {
+			fds[i] = int(null.Fd())
+		}
+		if count > 0 {
+			control = unix.UnixRights(fds...)
+		}
+		if err := unix.Sendmsg(fd, []byte("/dev/pts/0"), control, nil, 0); err != nil {
+			t.Fatal(err)
+		}
+		file, err := socket.receive(5 * time.Second)
+		if (err == nil) != (count == 1) {
+			t.Errorf("%d descriptors: %v", count, err)
+		}
+		if file != nil {
+			file.Close()
+		}
+		null.Close()
+		unix.Close(fd)
+		socket.close()
+	}
+}

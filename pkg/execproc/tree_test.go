@@ -1,0 +1,214 @@
+package execproc
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// family is a shell script that makes the processes of a row, all of which sleep for the marker,
+// and then goes on itself. It says "ready" once they are there.
+var families = []struct {
+	name     string
+	script   string // %[1]s is the marker
+	sleepers int
+}{
+	{"alone", "echo ready; exec sleep %[1]s", 1},
+	{"child", "sleep %[1]s & echo ready; wait", 1},
+	{"grandchildren", "sh -c 'sleep %[1]s & sleep %[1]s' & sleep %[1]s & sleep 0.3; echo ready; wait", 3},
+	{"session of its own", "setsid sleep %[1]s & sleep 0.3; echo ready; wait", 1},
+	{"double fork", "(sleep %[1]s &) ; sleep 0.3; echo ready; sleep %[1]s", 2},
+	{"double fork holding a stream, session of its own", "(setsid sh -c 'sleep %[1]s & sleep 0.1') ; sleep 0.3; echo ready; sleep %[1]s", 2},
+	{"ignores HUP", "trap '' HUP; sleep %[1]s & echo ready; wait; sleep %[1]s", 1},
+	{"ignores HUP and TERM", "trap '' HUP TERM; sleep %[1]s & echo ready; wait; sleep %[1]s", 1},
+	{"leader goes with HUP, child does not", "(trap '' HUP; exec setsid sleep %[1]s) & sleep 0.3; echo ready; wait", 1},
+	{"stopped", "sleep %[1]s & sleep 0.3; kill -STOP $!; echo ready; kill -STOP $$; wait", 1},
+	{"stopped with handlers", "trap 'exit 9' HUP; sleep %[1]s & echo ready; kill -STOP $$; wait", 1},
+}
+
+// The client has gone: so does everything that it started (kubernetes#89031, runc#3359).
+func TestDisconnectEndsTree(t *testing.T) {
+	for _, hostPID := range []bool{false, true} {
+		r := newRunner(t)
+		c := newContainer(t, func(spec *specs.Spec) {
+			if hostPID {
+				shareHostPID(spec)
+			}
+		})
+		for _, family := range families {
+			for _, tty := range []bool{false, true} {
+				for _, kill := range []bool{false, true} {
+					t.Run(fmt.Sprintf("%s, tty %v, kill %v, hostPID %v", family.name, tty, kill, hostPID), func(t *testing.T) {
+						t.Parallel()
+						marker := newMarker()
+						p := startFamily(t, r, c, family.script, marker, tty)
+						eventually(t, "all are there", func() bool { return len(marked(t, "sleep\x00"+marker)) == family.sleepers })
+						if kill {
+							p.Kill()
+						} else {
+							p.Disconnect()
+						}
+						p.Close()
+						closes(t, p.Exited(), "the process's end")
+						closes(t, p.ended, "the tree's end")
+						if left := marked(t, marker); len(left) > 0 {
+							t.Errorf("left: %v", left)
+						}
+						if !(identity{c.InitPid, mustStat(t, c.InitPid).start}).alive() {
+							t.Error("the container's main process is gone")
+						}
+					})
+				}
+			}
+		}
+	}
+}
+
+func mustStat(t *testing.T, pid int) procStat {
+	t.Helper()
+	stat, err := readStat(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return stat
+}
+
+func shareHostPID(spec *specs.Spec) {
+	var kept []specs.LinuxNamespace
+	for _, namespace := range spec.Linux.Namespaces {
+		if namespace.Type != specs.PIDNamespace {
+			kept = append(kept, namespace)
+		}
+	}
+	spec.Linux.Namespaces = kept
+}
+
+func startFamily(t *testing.T, r *Runner, c Container, script, marker string, tty bool) *Process {
+	t.Helper()
+	p := start(t, r, c, Command{Args: shell(fmt.Sprintf(script, marker)), Stdin: true, Stdout: true, Stderr: !tty, TTY: tty})
+	line, err := bufio.NewReader(p.Stdout()).ReadString('\n')
+	if err != nil || strings.TrimSpace(line) != "ready" {
+		t.Fatalf("%q, %v", line, err)
+	}
+	return p
+}
+
+// Each step in its turn: who heeds the hang-up is not bothered with TERM.
+func TestHangupComesFirst(t *testing.T) {
+	for _, tty := range []bool{false, true} {
+		r := newRunner(t, func(config *Config) { config.TermAfter, config.KillAfter = time.Minute, 2*time.Minute })
+		c := newContainer(t)
+		p := startFamily(t, r, c, "trap '' PIPE; trap 'exit 41' HUP; trap 'exit 42' TERM; echo ready; while :; do sleep 0.05; done #%s", "", tty)
+		p.Disconnect()
+		p.Disconnect()
+		if code := exitCode(t, p); code != 41 {
+			t.Errorf("tty %v: exit code %d", tty, code)
+		}
+		p = startFamily(t, r, c, "trap '' HUP; echo ready; while :; do sleep 0.05; done #%s", "", tty)
+		p.Disconnect()
+		p.Kill() // does not wait for the rest of the grace
+		if code := exitCode(t, p); code != 137 {
+			t.Errorf("tty %v: exit code %d", tty, code)
+		}
+	}
+	r := newRunner(t, func(config *Config) { config.KillAfter = time.Minute })
+	c := newContainer(t)
+	p := startFamily(t, r, c, "trap '' HUP PIPE; trap 'exit 42' TERM; echo ready; while :; do sleep 0.05; done #%s", "", false)
+	p.Disconnect()
+	if code := exitCode(t, p); code != 42 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+// A daemon started on purpose outlives the command that started it, which ended by itself.
+func TestNormalEndKillsNobody(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	marker := newMarker()
+	p := start(t, r, c, Command{Args: shell("sleep " + marker + " >/dev/null 2>&1 & exit 3"), Stdout: true, Stderr: true})
+	if code := exitCode(t, p); code != 3 {
+		t.Errorf("exit code %d", code)
+	}
+	p.Close()
+	if len(marked(t, marker)) != 1 {
+		t.Error("the daemon is gone")
+	}
+	p.Kill() // asked for, and found by its session although the leader has gone
+	eventually(t, "the daemon is gone", func() bool { return len(marked(t, marker)) == 0 })
+}
+
+// Only the tree: neither other execs in the container nor the daemons of other commands.
+func TestKillHurtsNobodyElse(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	marker := newMarker()
+	for _, tty := range []bool{false, true} {
+		bystander := startFamily(t, r, c, "sleep %[1]s & echo ready; wait", marker, tty)
+		victim := startFamily(t, r, c, "sleep 1%[1]s & echo ready; wait", marker, tty)
+		victim.Kill()
+		closes(t, victim.ended, "the tree's end")
+		if len(marked(t, "1"+marker)) > 0 || len(marked(t, marker)) != 2 || bystander.hasExited() {
+			t.Errorf("living: %v of the victim, %v of all", marked(t, "1"+marker), marked(t, marker))
+		}
+		bystander.Kill()
+		closes(t, bystander.ended, "the tree's end")
+	}
+}
+
+// A process to be kept neither blocks nor dies when nobody reads any more.
+func TestKeep(t *testing.T) {
+	for _, tty := range []bool{false, true} {
+		r := newRunner(t, func(config *Config) { config.OnDisconnect = PolicyKeep })
+		c := newContainer(t)
+		p := start(t, r, c, Command{Args: shell("read x; seq 200000; exit 7"), Stdin: true, Stdout: true, Stderr: !tty, TTY: tty})
+		io.WriteString(p.Stdin(), "go on\n")
+		p.Disconnect()
+		p.Disconnect()
+		p.Close()
+		if code := exitCode(t, p); code != 7 {
+			t.Errorf("tty %v: exit code %d", tty, code)
+		}
+		// It outlives even the Runner.
+		marker := newMarker()
+		p = startFamily(t, r, c, "echo ready; exec sleep %s", marker, tty)
+		p.Disconnect()
+		p.Close()
+		r.Close()
+		if len(marked(t, marker)) == 0 && !tty { // a terminal's end cannot outlive its master's
+			t.Error("the process did not outlive the Runner")
+		}
+		for _, pid := range marked(t, marker) {
+			unix.Kill(pid, unix.SIGKILL)
+		}
+		eventually(t, "the process is gone", func() bool {
+			unix.Wait4(p.leader.pid, nil, unix.WNOHANG, nil)
+			return len(marked(t, marker)) == 0
+		})
+	}
+}
+
+// The kernel's list of processes may hold anything as a name.
+func FuzzParseStat(f *testing.F) {
+	f.Add("42 (a b) c) S 1 42 43 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 12345 0 0")
+	f.Add("42 () Z 1 42 43")
+	f.Fuzz(func(t *testing.T, line string) {
+		stat, err := parseStat([]byte(line))
+		if err == nil && (stat.state == 0 || !strings.Contains(line, "("+stat.comm+")")) {
+			t.Errorf("%+v of %q", stat, line)
+		}
+	})
+}
+
+func TestParseStat(t *testing.T) {
+	stat, err := parseStat([]byte("42 (a b) c) S 1 42 43 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 12345 0 0\n"))
+	want := procStat{identity: identity{42, 12345}, comm: "a b) c", state: 'S', ppid: 1, session: 43}
+	if err != nil || stat != want {
+		t.Errorf("%+v, %v", stat, err)
+	}
+}

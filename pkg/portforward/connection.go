@@ -1,0 +1,244 @@
+package portforward
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// connection joins one TCP connection into a pod with one stream. Two goroutines run it, one for
+// each direction:
+//
+//	client's FIN              -> CloseWrite towards the pod, the answer goes on
+//	pod's FIN                 -> CloseWrite on the stream at once, the upload goes on
+//	client's reset            -> both ended, reset towards the pod
+//	pod's reset               -> what it sent before is delivered, then the stream is reset
+//	pod's reset after its FIN -> the answer is complete and stays so; the rest of the upload is discarded
+type connection struct {
+	pod    *net.TCPConn
+	stream Stream
+
+	clientFinished atomic.Bool // the pod was sent the client's FIN
+	podFinished    atomic.Bool // the client was sent the pod's FIN
+
+	// The result of the copy towards the pod, valid once copied is closed.
+	copied  chan struct{}
+	sent    int64
+	copyErr error
+
+	idle halfClosedTimer
+
+	endOnce sync.Once
+	err     error // why both directions were ended; valid after endOnce
+}
+
+func newConnection(pod *net.TCPConn, stream Stream, halfClosedIdle time.Duration) *connection {
+	c := &connection{pod: pod, stream: stream, copied: make(chan struct{})}
+	c.idle = halfClosedTimer{limit: halfClosedIdle, progress: c.progress, expired: func() { c.abort(ErrHalfClosedIdle) }}
+	return c
+}
+
+// forward moves bytes until both directions have ended, and releases the connection.
+func (c *connection) forward(ctx context.Context) (sent, received int64, err error) {
+	stop := context.AfterFunc(ctx, func() { c.abort(context.Cause(ctx)) })
+	defer stop()
+
+	uploadEnded := make(chan struct{})
+	go func() {
+		defer close(uploadEnded)
+		c.upload()
+	}()
+	received = c.download()
+	<-uploadEnded
+
+	c.idle.stop()
+	// After an abort this only waits for it to be through; after this an abort does nothing.
+	c.endOnce.Do(func() { c.pod.Close() })
+	return c.sent, received, c.err
+}
+
+// upload moves the client's bytes to the pod.
+func (c *connection) upload() {
+	c.sent, c.copyErr = c.stream.WriteTo(c.pod)
+	close(c.copied)
+	switch {
+	case c.copyErr == nil:
+		c.clientFinished.Store(true)
+		c.idle.start()
+		// It fails only when the pod has reset the connection meanwhile, which download meets too.
+		c.pod.CloseWrite()
+	case c.podEnded():
+		// The pod takes no more. What it has sent before may still be on its way to the client, so
+		// it is for download to end the stream.
+		c.stream.CloseRead()
+	case c.podFinished.Load():
+		// client-go resets every stream whose end it has seen. To the pod it is a reset still: a
+		// FIN would make an upload that was cut off look complete.
+		c.abort(nil)
+	default:
+		c.abort(fmt.Errorf("%w: %w", ErrResetByClient, c.copyErr))
+	}
+}
+
+// download moves the pod's bytes to the client.
+func (c *connection) download() (received int64) {
+	received, err := c.stream.ReadFrom(c.pod)
+	switch {
+	case err == nil && c.finReceived():
+		c.podFinished.Store(true) // before the FIN, whose receipt may make the client reset
+		c.idle.start()
+		if err := c.stream.CloseWrite(); err != nil {
+			c.abort(fmt.Errorf("%w: %w", ErrResetByClient, err))
+		}
+	case err == nil:
+		c.abort(ErrResetByPod)
+	case c.podEnded():
+		c.abort(fmt.Errorf("%w: %w", ErrResetByPod, err))
+	default:
+		c.abort(fmt.Errorf("%w: %w", ErrResetByClient, err))
+	}
+	return received
+}
+
+// abort ends both directions at once, the pod first, because that never blocks.
+func (c *connection) abort(reason error) {
+	c.endOnce.Do(func() {
+		c.err = reason
+		c.pod.SetLinger(0) // makes Close send a reset
+		c.pod.Close()
+		c.stream.Reset()
+	})
+}
+
+// podEnded reports whether the connection to the pod is dead. Asked after a copy has failed it says
+// on which side, without depending on how the stream passes errors on.
+func (c *connection) podEnded() bool {
+	info, err := c.tcpInfo()
+	return err == nil && info.State == unix.BPF_TCP_CLOSE
+}
+
+// finReceived reports whether the end of the pod's bytes was a FIN. It may have been a reset: the
+// kernel tells a reset just once, and when it was told to the upload's write, a read finds the same
+// end that a FIN makes. To take that for a FIN would make an answer that was cut off look complete.
+func (c *connection) finReceived() bool {
+	// The order matters: having sent the client's FIN is a reason for the connection to be over.
+	if !c.podEnded() || c.clientFinished.Load() {
+		return true
+	}
+	// A reset, then. The kernel calls it EPIPE when it came after a FIN, else ECONNRESET.
+	reset := c.socketError()
+	if reset == nil { // told to the upload's write, so that the upload is at its end
+		<-c.copied
+		reset = c.copyErr
+	}
+	return errors.Is(reset, unix.EPIPE)
+}
+
+// progress is a value that changes whenever bytes have moved. The kernel's counters serve, because
+// a copy under way has none to look at.
+func (c *connection) progress() (progress, bool) {
+	info, err := c.tcpInfo()
+	if err != nil {
+		return progress{}, false
+	}
+	return progress{acknowledged: info.Bytes_acked, taken: info.Bytes_received - uint64(c.unread())}, true
+}
+
+type progress struct {
+	acknowledged uint64 // by the pod
+	taken        uint64 // from the kernel, having come from the pod
+}
+
+func (c *connection) tcpInfo() (info *unix.TCPInfo, err error) {
+	raw, err := c.pod.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var infoErr error
+	if err := raw.Control(func(fd uintptr) {
+		info, infoErr = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+	}); err != nil {
+		return nil, err
+	}
+	return info, infoErr
+}
+
+// socketError takes the error that the kernel has not told anybody yet.
+func (c *connection) socketError() (reset error) {
+	if raw, err := c.pod.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) {
+			if code, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
+				reset = unix.Errno(code)
+			}
+		})
+	}
+	return reset
+}
+
+// unread is how many of the pod's bytes wait in the kernel.
+func (c *connection) unread() (bytes int) {
+	if raw, err := c.pod.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) { bytes, _ = unix.IoctlGetInt(int(fd), unix.SIOCINQ) })
+	}
+	return bytes
+}
+
+// halfClosedTimer calls expired when a connection has made no progress for limit, to a quarter of
+// that exact, counted from the first call of start.
+type halfClosedTimer struct {
+	limit    time.Duration
+	progress func() (progress, bool) // false when the connection is closed
+	expired  func()
+
+	mu      sync.Mutex
+	timer   *time.Timer // nil before start
+	stopped bool
+	last    progress
+	since   time.Time // when last was first seen
+}
+
+func (t *halfClosedTimer) start() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.timer != nil || t.stopped {
+		return
+	}
+	t.last, _ = t.progress()
+	t.since = time.Now()
+	t.timer = time.AfterFunc(t.limit/4, t.look)
+}
+
+func (t *halfClosedTimer) look() {
+	t.mu.Lock()
+	now, open := t.progress()
+	if !open || t.stopped {
+		t.mu.Unlock()
+		return
+	}
+	if now != t.last {
+		t.last, t.since = now, time.Now()
+	}
+	idle := time.Since(t.since) >= t.limit
+	if !idle {
+		t.timer.Reset(t.limit / 4)
+	}
+	t.mu.Unlock()
+	if idle {
+		t.expired()
+	}
+}
+
+func (t *halfClosedTimer) stop() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.stopped = true
+	if t.timer != nil {
+		t.timer.Stop()
+	}
+}

@@ -1,0 +1,184 @@
+package portforward
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Limits of one dial. A connection to a listener on the same machine takes microseconds; what takes
+// seconds is a listener whose queue of connections is full.
+const (
+	DefaultTryTimeout   = 5 * time.Second
+	DefaultTotalTimeout = 10 * time.Second
+	// maxPodAddresses bounds the tries after both loopback addresses have refused.
+	maxPodAddresses = 8
+)
+
+// A peer that vanished without a word is noticed within four minutes. Probing at Go's own pace of
+// 15 s would be most of the cost of an idle connection.
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 2 * time.Minute, Interval: 30 * time.Second, Count: 4}
+
+// The loopback addresses in the order they are tried, by number: the name localhost would be looked
+// up in the host's files, or even in DNS (kubernetes#99850, k3s#5767).
+var loopback = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}
+
+// Dialer connects to ports inside pods. The zero value is ready for use; a Dialer may be used by
+// several goroutines.
+type Dialer struct {
+	TryTimeout   time.Duration // for one address; DefaultTryTimeout when zero
+	TotalTimeout time.Duration // for all addresses; DefaultTotalTimeout when zero
+}
+
+// Dial connects to a port in the network namespace mounted at netnsPath, or in this process's own
+// when netnsPath is empty (a host-network pod). It tries 127.0.0.1, then ::1, then the pod's own
+// addresses, since programs that listen on the pod's address alone are otherwise out of reach
+// (kubernetes#72488). In the host's namespace only the loopback addresses are tried.
+//
+// The error is a *RefusedError when nobody listens, ErrSandboxGone when there is no such namespace
+// any more, the context's cause when the context ended first, else whatever hindered the first
+// try that was not refused, which matches os.ErrDeadlineExceeded when it was a timeout. The connection has Nagle's
+// algorithm off and keepalive on; the caller closes it. It keeps the namespace alive.
+func (d Dialer) Dial(ctx context.Context, netnsPath string, port uint16) (*net.TCPConn, error) {
+	pod, err := openNamespace(netnsPath)
+	if err != nil {
+		return nil, err
+	}
+	defer pod.close()
+	return d.dial(ctx, pod, port)
+}
+
+func (d Dialer) dial(ctx context.Context, pod *namespace, port uint16) (*net.TCPConn, error) {
+	end := time.Now().Add(orDefault(d.TotalTimeout, DefaultTotalTimeout))
+	refused := &RefusedError{Port: port}
+	var obstacle error // the first error that is not a refusal
+	try := func(addresses []netip.Addr) (*net.TCPConn, error) {
+		for _, address := range addresses {
+			deadline := time.Now().Add(orDefault(d.TryTimeout, DefaultTryTimeout))
+			if end.Before(deadline) {
+				deadline = end
+			}
+			conn, err := connect(ctx, pod, netip.AddrPortFrom(address, port), deadline)
+			switch {
+			case err == nil:
+				return conn, nil
+			case ctx.Err() != nil:
+				return nil, fmt.Errorf("connect to port %d of the pod: %w", port, context.Cause(ctx))
+			case !nobodyListens(err) && obstacle == nil:
+				obstacle = fmt.Errorf("connect to %s of the pod: %w", netip.AddrPortFrom(address, port), err)
+			}
+			refused.Tried = append(refused.Tried, address)
+		}
+		return nil, nil
+	}
+
+	conn, err := try(loopback)
+	if conn == nil && err == nil && pod.file != nil {
+		var own []netip.Addr
+		if own, err = pod.addresses(maxPodAddresses); err == nil {
+			conn, err = try(own)
+		}
+	}
+	switch {
+	case conn != nil || err != nil:
+		return conn, err
+	case obstacle != nil:
+		return nil, obstacle
+	}
+	return nil, refused
+}
+
+// connect makes one connection, the socket in the pod's namespace and everything else outside.
+func connect(ctx context.Context, pod *namespace, to netip.AddrPort, deadline time.Time) (*net.TCPConn, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	domain, address := socketAddress(to)
+	fd, err := pod.socket(domain)
+	if err != nil {
+		return nil, err
+	}
+	file := os.NewFile(uintptr(fd), "tcp") // non-blocking, so it waits in Go's poller
+	defer file.Close()
+	raw, err := file.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	if err := file.SetWriteDeadline(deadline); err != nil {
+		return nil, err
+	}
+	interrupted := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(interrupted)
+		file.SetWriteDeadline(time.Unix(1, 0))
+	})
+
+	// Linux lets connect be asked again for the state of a connection under way: EALREADY while it
+	// is, 0 or EISCONN once it is there, else what it failed with. So a wakeup of the poller that
+	// means nothing does no harm (golang/go#14548, golang/go#19289).
+	var connectErr error
+	waitErr := raw.Write(func(fd uintptr) (done bool) {
+		connectErr = unix.Connect(int(fd), address)
+		return connectErr != unix.EINPROGRESS && connectErr != unix.EALREADY && connectErr != unix.EINTR
+	})
+	if !stop() {
+		<-interrupted
+	}
+	switch {
+	case waitErr != nil:
+		return nil, waitErr
+	case connectErr != nil && connectErr != unix.EISCONN:
+		return nil, os.NewSyscallError("connect", connectErr)
+	}
+
+	general, err := net.FileConn(file) // on a duplicate of the descriptor
+	if err != nil {
+		return nil, err
+	}
+	conn := general.(*net.TCPConn) // has TCP_NODELAY, as all of Go's
+	// A port without a listener may be the very one that the kernel picks for our end; then the
+	// socket is connected to itself.
+	if conn.LocalAddr().(*net.TCPAddr).AddrPort() == conn.RemoteAddr().(*net.TCPAddr).AddrPort() {
+		conn.SetLinger(0)
+		conn.Close()
+		return nil, os.NewSyscallError("connect", unix.ECONNREFUSED)
+	}
+	if err := conn.SetKeepAliveConfig(keepAlive); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return conn, nil
+}
+
+// nobodyListens reports whether the error says that there is no listener at an address: refused, or
+// no such address or address family in the namespace (IPv6 switched off, loopback not up).
+func nobodyListens(err error) bool {
+	for _, each := range []error{
+		unix.ECONNREFUSED, unix.EADDRNOTAVAIL, unix.EAFNOSUPPORT, unix.ENETUNREACH, unix.EHOSTUNREACH,
+	} {
+		if errors.Is(err, each) {
+			return true
+		}
+	}
+	return false
+}
+
+func socketAddress(to netip.AddrPort) (domain int, address unix.Sockaddr) {
+	if to.Addr().Is4() {
+		return unix.AF_INET, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}
+	}
+	return unix.AF_INET6, &unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()}
+}
+
+func orDefault(value, standard time.Duration) time.Duration {
+	if value == 0 {
+		return standard
+	}
+	return value
+}

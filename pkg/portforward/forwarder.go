@@ -1,0 +1,234 @@
+// Package portforward connects to ports inside one pod and moves bytes between such a connection and
+// a client's stream, both directions on their own.
+package portforward
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// DefaultHalfClosedIdle is Config.HalfClosedIdle when that is zero.
+const DefaultHalfClosedIdle = time.Hour
+
+// Stream is one client connection's bytes, whatever transport they come by.
+type Stream interface {
+	io.Reader
+	io.Writer
+	// WriteTo moves what the client sends into w until the client's FIN, for which it returns nil.
+	io.WriterTo
+	// ReadFrom sends r's bytes to the client until r's end, without a FIN.
+	io.ReaderFrom
+	// CloseWrite sends FIN.
+	CloseWrite() error
+	// CloseRead discards what is buffered and whatever else the client sends; WriteTo may go on or
+	// return.
+	CloseRead()
+	// Reset ends both directions at once, so that WriteTo and ReadFrom return, and tells the client.
+	Reset() error
+}
+
+// Config is what a Forwarder needs to know beside the namespace. The zero value is usable, but
+// notices the end of the sandbox only at the next Forward.
+type Config struct {
+	Dialer Dialer
+
+	// HalfClosedIdle bounds how long a connection of which one side has ended may go without moving
+	// a byte in the other direction. DefaultHalfClosedIdle when zero. Connections open on both
+	// sides have no such limit.
+	HalfClosedIdle time.Duration
+
+	// Watcher notices that the network namespace is gone. Of no use for a host-network sandbox.
+	Watcher *Watcher
+
+	// SandboxPID is the sandbox's own process (the pause process), whose end is the end of the
+	// sandbox; for a host-network sandbox it is the only sign. Zero when there is none.
+	SandboxPID int
+}
+
+// Forwarder forwards connections to the ports of one pod sandbox. Its methods may be called from
+// several goroutines.
+type Forwarder struct {
+	pod            *namespace
+	dialer         Dialer
+	halfClosedIdle time.Duration
+	stopWatching   func()
+	process        *os.File      // pidfd of the sandbox's process; nil when there is none
+	processWatched chan struct{} // closed when its goroutine has ended
+
+	// life ends with the sandbox or with Close, ErrSandboxGone or ErrClosed being its cause. It is no
+	// child of any caller's context: forwards with contexts of their own come and go in it.
+	life context.Context
+	end  context.CancelCauseFunc
+
+	goneOnce sync.Once
+	gone     chan struct{}
+}
+
+// NewForwarder opens the network namespace at netnsPath (empty for a host-network sandbox) and
+// starts to watch over the sandbox. The error is ErrSandboxGone when it does not exist any more. The
+// open namespace is kept, to save opening it for each connection, until the sandbox is gone or the
+// caller calls Close. It uses at most two descriptors and, with a SandboxPID, one goroutine.
+func NewForwarder(netnsPath string, config Config) (*Forwarder, error) {
+	pod, err := openNamespace(netnsPath)
+	if err != nil {
+		return nil, err
+	}
+	var process *os.File
+	if config.SandboxPID != 0 {
+		if process, err = openProcess(config.SandboxPID); err != nil {
+			pod.close()
+			return nil, err
+		}
+	}
+	f := &Forwarder{
+		pod:            pod,
+		dialer:         config.Dialer,
+		halfClosedIdle: orDefault(config.HalfClosedIdle, DefaultHalfClosedIdle),
+		stopWatching:   func() {},
+		process:        process,
+		processWatched: make(chan struct{}),
+		gone:           make(chan struct{}),
+	}
+	f.life, f.end = context.WithCancelCause(context.Background())
+	if pod.file != nil && config.Watcher != nil {
+		f.stopWatching = config.Watcher.watch(pod, f.sandboxGone)
+	}
+	if process != nil {
+		go f.watchProcess()
+	} else {
+		close(f.processWatched)
+	}
+	if err := pod.check(); err != nil { // gone between the opening and the watch
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// openProcess returns a pidfd, which becomes readable when the process ends. Unlike the number it
+// never comes to mean another process.
+func openProcess(pid int) (*os.File, error) {
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if errors.Is(err, unix.ESRCH) {
+		return nil, fmt.Errorf("%w: its process %d has ended", ErrSandboxGone, pid)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("watch the sandbox's process %d: %w", pid, os.NewSyscallError("pidfd_open", err))
+	}
+	return os.NewFile(uintptr(fd), "pidfd"), nil
+}
+
+// watchProcess waits in Go's poller for the end of the sandbox's process or for Close.
+func (f *Forwarder) watchProcess() {
+	defer close(f.processWatched)
+	raw, err := f.process.SyscallConn()
+	if err != nil {
+		return // closed
+	}
+	err = raw.Read(func(fd uintptr) (ended bool) {
+		ready, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+		return err == nil && ready > 0
+	})
+	if err == nil {
+		f.sandboxGone()
+	}
+}
+
+// Gone is closed when the sandbox no longer exists. All forwards have been told to end by then.
+// It stays open when the Forwarder is closed first.
+func (f *Forwarder) Gone() <-chan struct{} { return f.gone }
+
+func (f *Forwarder) sandboxGone() {
+	f.goneOnce.Do(func() {
+		f.end(ErrSandboxGone)
+		f.pod.close() // else the namespace, and what is in it, would live on
+		close(f.gone)
+	})
+}
+
+// Close ends all forwards, which return ErrClosed, without waiting for them, and releases the namespace
+// and the watch over the sandbox. It may be called more than once.
+func (f *Forwarder) Close() error {
+	f.end(ErrClosed)
+	f.stopWatching()
+	f.pod.close()
+	if f.process != nil {
+		f.process.Close()
+	}
+	<-f.processWatched
+	return nil
+}
+
+// Dial connects to a port of the pod, as Dialer.Dial does, with the errors it has, and ErrSandboxGone
+// or ErrClosed once the Forwarder has come to its end. The caller closes the connection; the end of
+// the sandbox does not.
+func (f *Forwarder) Dial(ctx context.Context, port uint16) (*net.TCPConn, error) {
+	ctx, done := f.bind(ctx)
+	defer done()
+	return f.dial(ctx, port)
+}
+
+func (f *Forwarder) dial(ctx context.Context, port uint16) (*net.TCPConn, error) {
+	// One stat, so that it is certain, without waiting for the watch, that nothing is dialled in a
+	// sandbox that has been stopped.
+	if err := f.pod.check(); errors.Is(err, ErrSandboxGone) {
+		f.sandboxGone()
+	}
+	var conn *net.TCPConn
+	err := f.life.Err() // asked for here, because the bound context hears of it a little later
+	if err == nil {
+		conn, err = f.dialer.dial(ctx, f.pod, port)
+	}
+	if err != nil && f.life.Err() != nil {
+		return nil, fmt.Errorf("connect to port %d of the pod: %w", port, context.Cause(f.life))
+	}
+	return conn, err
+}
+
+// Forward connects to a port of the pod and moves bytes between the connection and the stream: the
+// client's FIN becomes a FIN to the pod and the other way round, each direction going on without
+// the other for as long as it moves bytes (see Config.HalfClosedIdle). It returns when both directions have
+// ended; the one besides the caller's goroutine that it uses has ended then too.
+//
+// sent is what went from the client to the pod, received what went from the pod to the client;
+// both are right also with an error.
+//
+// Forward owns the stream from the call on. When it returns nil, the stream is closed: the client
+// has the pod's FIN, and its own FIN has been passed on, or what it sends is being discarded because
+// the pod has closed for good, or it has itself reset the stream after the pod's FIN, as client-go does
+// each time. When it returns an error, the stream has been reset, also when there was no connection in
+// the first place, and the pod has got a reset. So the caller resets nothing; what it may do is say
+// more by other means, such as port-forward's error stream. The errors are those of Dial, then
+// ErrResetByPod, ErrResetByClient, ErrHalfClosedIdle, ErrSandboxGone, ErrClosed, and the context's cause.
+//
+// When the context ends, the connection to the pod is reset at once. A ReadFrom that hangs
+// because the client reads nothing ends when the stream's Reset, or the owner of the client's
+// connection, can make it.
+func (f *Forwarder) Forward(ctx context.Context, port uint16, stream Stream) (sent, received int64, err error) {
+	ctx, done := f.bind(ctx)
+	defer done()
+	conn, err := f.dial(ctx, port)
+	if err != nil {
+		stream.Reset()
+		return 0, 0, err
+	}
+	return newConnection(conn, stream, f.halfClosedIdle).forward(ctx)
+}
+
+// bind returns a context that ends with the Forwarder's life too.
+func (f *Forwarder) bind(ctx context.Context) (bound context.Context, done func()) {
+	bound, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(f.life, func() { cancel(context.Cause(f.life)) })
+	return bound, func() {
+		stop()
+		cancel(nil)
+	}
+}

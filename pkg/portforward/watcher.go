@@ -1,0 +1,198 @@
+package portforward
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// pollInterval is how often a namespace is looked at whose folder inotify cannot watch: one
+	// below /proc, or any when the node is out of inotify instances or watches.
+	pollInterval = time.Second
+	// lookInterval is how often the others are looked at all the same: an unmount that is not
+	// followed by the removal of the file is no event in the folder.
+	lookInterval = 15 * time.Second
+)
+
+// Watcher notices that network namespaces are gone from their paths, for all the Forwarders of a
+// process with one inotify instance (a node has but 128 of them by default) and one goroutine. Its
+// methods may be called from several goroutines.
+type Watcher struct {
+	file *os.File // inotify
+	done chan struct{}
+
+	mu      sync.Mutex
+	watched map[*watchedNamespace]struct{}
+	folders map[string]*watchedFolder
+	polled  int // how many of watched inotify knows nothing of
+}
+
+type watchedNamespace struct {
+	namespace *namespace
+	folder    *watchedFolder // nil when inotify knows nothing of it
+	gone      func()
+}
+
+type watchedFolder struct {
+	path       string
+	descriptor int
+	users      int
+}
+
+// NewWatcher starts a Watcher. When inotify is not to be had it logs that and polls. The caller
+// closes it, after the Forwarders that use it.
+func NewWatcher(log *slog.Logger) (*Watcher, error) {
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		log.Warn("inotify is not available: the end of a pod is noticed by polling, up to a second late; "+
+			"raising fs.inotify.max_user_instances helps", "error", err)
+		// A file that never has anything to read, so that only the deadlines wake the goroutine.
+		if fd, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+			return nil, fmt.Errorf("watch network namespaces: %w", os.NewSyscallError("eventfd", err))
+		}
+	}
+	return startWatcher(fd), nil
+}
+
+func startWatcher(fd int) *Watcher {
+	w := &Watcher{
+		file:    os.NewFile(uintptr(fd), "inotify"),
+		done:    make(chan struct{}),
+		watched: map[*watchedNamespace]struct{}{},
+		folders: map[string]*watchedFolder{},
+	}
+	go w.run()
+	return w
+}
+
+// Close ends the watching and waits for its goroutine. No namespace is reported gone afterwards.
+func (w *Watcher) Close() error {
+	err := w.file.Close()
+	<-w.done
+	return err
+}
+
+// watch calls gone, once and from the Watcher's goroutine, when the namespace is no longer at its
+// path. What happened before the watch stands may go unnoticed for lookInterval; callers check once
+// themselves. stop ends the watching; a call of gone may be under way when it returns.
+func (w *Watcher) watch(n *namespace, gone func()) (stop func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	entry := &watchedNamespace{namespace: n, gone: gone}
+	entry.folder = w.useFolder(n.path)
+	w.watched[entry] = struct{}{}
+	if entry.folder == nil {
+		w.polled++
+	}
+	// Wakes the goroutine, so that it sets its deadline anew.
+	w.file.SetReadDeadline(time.Unix(1, 0))
+	return func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.forget(entry)
+	}
+}
+
+// run looks at all the namespaces whenever something was removed from one of their folders. What
+// the events say is of no interest: they only say when to look, which also copes with events that
+// were dropped, and with folders removed as a whole.
+func (w *Watcher) run() {
+	defer close(w.done)
+	events := make([]byte, 16<<10)
+	for {
+		w.rest()
+		if _, err := w.file.Read(events); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			return // closed
+		}
+		for _, entry := range w.takeGone() {
+			entry.gone()
+		}
+	}
+}
+
+// rest sets how long the next read may wait.
+func (w *Watcher) rest() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var deadline time.Time
+	switch {
+	case w.polled > 0:
+		deadline = time.Now().Add(pollInterval)
+	case len(w.watched) > 0:
+		deadline = time.Now().Add(lookInterval)
+	}
+	w.file.SetReadDeadline(deadline)
+}
+
+// takeGone removes the entries whose namespace is gone and returns them.
+func (w *Watcher) takeGone() (gone []*watchedNamespace) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for entry := range w.watched {
+		if errors.Is(entry.namespace.check(), ErrSandboxGone) {
+			w.forget(entry)
+			gone = append(gone, entry)
+		}
+	}
+	return gone
+}
+
+func (w *Watcher) forget(entry *watchedNamespace) {
+	if _, ok := w.watched[entry]; !ok {
+		return
+	}
+	delete(w.watched, entry)
+	if entry.folder == nil {
+		w.polled--
+		return
+	}
+	entry.folder.users--
+	if entry.folder.users == 0 {
+		delete(w.folders, entry.folder.path)
+		w.control(func(fd int) error {
+			_, err := unix.InotifyRmWatch(fd, uint32(entry.folder.descriptor)) // fails when the folder is gone
+			return err
+		})
+	}
+}
+
+// useFolder watches the folder that holds the namespace's file. A watch on the file itself would
+// be one on the namespace's inode: that hears nothing of an unmount, and keeps the namespace alive.
+func (w *Watcher) useFolder(path string) *watchedFolder {
+	path, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return nil // such as the links in /proc/PID/ns, which lead to no path
+	}
+	path = filepath.Dir(path)
+	folder := w.folders[path]
+	if folder == nil {
+		folder = &watchedFolder{path: path}
+		err := w.control(func(fd int) (err error) {
+			folder.descriptor, err = unix.InotifyAddWatch(fd, path,
+				unix.IN_DELETE|unix.IN_MOVED_FROM|unix.IN_DELETE_SELF|unix.IN_MOVE_SELF|unix.IN_ONLYDIR)
+			return err
+		})
+		if err != nil {
+			return nil
+		}
+		w.folders[path] = folder
+	}
+	folder.users++
+	return folder
+}
+
+func (w *Watcher) control(do func(fd int) error) error {
+	raw, err := w.file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var doErr error
+	return errors.Join(raw.Control(func(fd uintptr) { doErr = do(int(fd)) }), doErr)
+}

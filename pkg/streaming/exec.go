@@ -1,0 +1,174 @@
+package streaming
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"strings"
+
+	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
+)
+
+func (s *Server) serveExec(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
+	exec := request.(*ExecRequest)
+	start := func(ctx context.Context, c Command) (Process, error) { return exec.Executor.Start(ctx, c) }
+	if exec.Executor == nil {
+		start = func(ctx context.Context, c Command) (Process, error) {
+			return startRelay(ctx, exec.UpstreamURL, c, 0)
+		}
+	}
+	s.serveRemoteCommand(w, r, up, session.Info{Kind: session.Exec, Target: exec.Target},
+		remoteCommand{command: exec.Command, start: start, endReason: exec.EndReason})
+}
+
+func (s *Server) serveAttach(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
+	attach := request.(*AttachRequest)
+	s.serveRemoteCommand(w, r, up, session.Info{Kind: session.Attach, Target: attach.Target}, remoteCommand{
+		command: Command{Stdin: attach.Stdin, Stdout: attach.Stdout, Stderr: attach.Stderr, TTY: attach.TTY},
+		start: func(ctx context.Context, c Command) (Process, error) {
+			return startRelay(ctx, attach.UpstreamURL, c, s.config.AttachBuffer)
+		},
+		endReason: attach.EndReason,
+	})
+}
+
+// serveRemoteCommand upgrades the connection and runs the session in a goroutine of its own, so
+// that net/http's goroutine and buffers are free while the session lasts.
+func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up upgrade, info session.Info, rc remoteCommand) {
+	var (
+		client  *remoteCommandClient
+		network net.Conn
+		err     error
+	)
+	if up.websocket {
+		client, network, err = s.acceptWebSocketRemoteCommand(w, r, websocket.Protocol(up.protocol), rc.command)
+	} else {
+		client, network, err = s.acceptSPDYRemoteCommand(w, up.protocol, rc.command)
+	}
+	if err != nil {
+		s.config.Log.Debug("client left during the upgrade", "kind", info.Kind, "error", err)
+		return
+	}
+	info.Protocol = strings.TrimSpace(up.name() + " " + up.protocol)
+	info.Peer = r.RemoteAddr
+	info.Command = rc.command.Args
+	info.TTY = rc.command.TTY
+	live, err := s.config.Sessions.Begin(s.ctx, info, client)
+	if err != nil {
+		client.Close() //nolint:errcheck // refused
+		return
+	}
+	s.sessions.Go(func() {
+		defer s.watch.add(live, client, network)()
+		running := &remoteCommandSession{config: s.config, session: live, client: client, remoteCommand: rc}
+		live.End(running.run())
+	})
+}
+
+// acceptSPDYRemoteCommand takes the connection over. The client opens one stream for each of those
+// that the command wants, and says with the header streamtype which it is.
+func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, protocol string, c Command) (*remoteCommandClient, net.Conn, error) {
+	network, buffered, err := hijackSPDY(w, protocol)
+	if err != nil {
+		return nil, nil, err
+	}
+	ready := make(chan struct{})
+	client := &remoteCommandClient{
+		protocol: remoteCommandProtocolByName(protocol), ready: ready, failureOpened: make(chan Stream, 1),
+	}
+	expected := map[string]*Stream{streamTypeError: &client.failure}
+	for name, s := range map[string]struct {
+		wanted bool
+		stream *Stream
+	}{
+		streamTypeStdin:  {c.Stdin, &client.stdin},
+		streamTypeStdout: {c.Stdout, &client.stdout},
+		streamTypeStderr: {c.Stderr && !c.TTY, &client.stderr},
+		streamTypeResize: {c.TTY && client.protocol.resize, &client.resize},
+	} {
+		if s.wanted {
+			expected[name] = s.stream
+		}
+	}
+	var conn *spdy.Conn
+	conn = spdy.NewServer(network, buffered, spdy.Config{
+		Stall: -1, // all streams serve one command, which may leave its stdin unread for as long as it likes
+		// Called by the connection's reader alone, so that it needs no lock; ready publishes the streams.
+		OnStream: func(stream *spdy.Stream) {
+			name := strings.ToLower(stream.Header().Get(headerStreamType))
+			slot, ok := expected[name]
+			if !ok {
+				stream.Reset() //nolint:errcheck // a stream that nobody asked for, or a second one
+				return
+			}
+			delete(expected, name)
+			*slot = stream
+			if name == streamTypeError {
+				client.failureOpened <- stream
+			}
+			if len(expected) == 0 {
+				conn.RefuseStreams()
+				close(ready)
+			}
+		},
+	})
+	client.connection = conn
+	client.farewell = func(ctx context.Context) { awaitClose(ctx, conn) }
+	return client, network, nil
+}
+
+// awaitClose waits for the client to close its connection. The reader goes on reading and answers
+// pings meanwhile; closing first would make the client's kernel throw away what it has not delivered
+// (kubernetes#60140). The watcher bounds the wait.
+func awaitClose(ctx context.Context, c connection) {
+	select {
+	case <-c.Done():
+	case <-ctx.Done():
+	}
+}
+
+// acceptWebSocketRemoteCommand upgrades the connection. The channels are there from the start.
+func (s *Server) acceptWebSocketRemoteCommand(w http.ResponseWriter, r *http.Request, protocol websocket.Protocol, c Command) (*remoteCommandClient, net.Conn, error) {
+	conn, err := websocket.Accept(w, r, protocol, websocket.Config{
+		Channels: websocket.RemoteCommandChannels(c.Stdin, c.Stdout, c.Stderr && !c.TTY),
+		Greeting: true,
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	ready := make(chan struct{})
+	close(ready)
+	client := &remoteCommandClient{
+		connection: webSocketConnection{conn},
+		protocol:   remoteCommandProtocol{name: string(protocol), resize: true, jsonStatus: protocol.StatusVersion() >= 4},
+		ready:      ready,
+		failure:    conn.Channel(websocket.Error),
+		// The close handshake is the protocol's end of output: there is no FIN of a channel.
+		farewell: func(ctx context.Context) { conn.CloseAndWait(ctx) }, //nolint:errcheck // the session is over either way
+	}
+	for number, s := range map[byte]struct {
+		wanted bool
+		stream *Stream
+	}{
+		websocket.Stdin:  {c.Stdin, &client.stdin},
+		websocket.Stdout: {c.Stdout, &client.stdout},
+		websocket.Stderr: {c.Stderr && !c.TTY, &client.stderr},
+		websocket.Resize: {c.TTY, &client.resize},
+	} {
+		if s.wanted {
+			*s.stream = conn.Channel(number)
+		}
+	}
+	return client, conn.NetConn(), nil
+}
+
+// webSocketConnection is a connection of numbered channels.
+type webSocketConnection struct{ *websocket.ChannelConn }
+
+// Close implements connection.
+func (c webSocketConnection) Close() error {
+	c.CloseNow()
+	return nil
+}

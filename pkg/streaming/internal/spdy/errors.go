@@ -1,0 +1,52 @@
+package spdy
+
+import (
+	"errors"
+	"fmt"
+)
+
+var (
+	// ErrClosed is the end of a connection that this side closed.
+	ErrClosed = errors.New("spdy: connection closed")
+	// ErrGoAway is the end of a connection whose peer said goodbye with GOAWAY.
+	ErrGoAway = errors.New("spdy: peer closed the connection with GOAWAY")
+	// ErrPeerClosed is the end of a connection whose peer closed it without GOAWAY.
+	ErrPeerClosed = errors.New("spdy: peer closed the connection")
+	// ErrWriteClosed is returned for writes after CloseWrite.
+	ErrWriteClosed = errors.New("spdy: write after FIN")
+	// ErrReadClosed is returned for reads after CloseRead.
+	ErrReadClosed = errors.New("spdy: read after CloseRead")
+	// ErrTooManyStreams is returned by OpenStream when Config.MaxStreams streams are open, or when
+	// the stream ids of the connection are used up.
+	ErrTooManyStreams = errors.New("spdy: too many streams")
+)
+
+// ConnectionError is a fault after which the connection cannot go on: the peer broke the protocol
+// or a limit. The connection is closed with a GOAWAY that carries Status.
+type ConnectionError struct {
+	Status GoAwayStatus
+	Reason string
+}
+
+func (e *ConnectionError) Error() string { return "spdy: " + e.Reason }
+
+func protocolErrorf(format string, args ...any) *ConnectionError {
+	return &ConnectionError{Status: GoAwayProtocolError, Reason: "peer broke the protocol: " + fmt.Sprintf(format, args...)}
+}
+
+// ResetError is the end of one stream by RST_STREAM, from the peer or from this side.
+type ResetError struct {
+	Status ResetStatus
+	Remote bool   // the peer sent it
+	Reason string // why this side sent it, when it was not asked to
+}
+
+func (e *ResetError) Error() string {
+	switch {
+	case e.Remote:
+		return fmt.Sprintf("spdy: stream reset by peer (%v)", e.Status)
+	case e.Reason != "":
+		return fmt.Sprintf("spdy: stream reset (%v): %s", e.Status, e.Reason)
+	}
+	return fmt.Sprintf("spdy: stream reset (%v)", e.Status)
+}

@@ -1,0 +1,114 @@
+package spdy
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) {
+	// spdystream waits a second for somebody to collect the error of a close.
+	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("github.com/moby/spdystream.(*Connection).shutdown"))
+}
+
+// testTimeout only bounds tests that would hang.
+const testTimeout = 60 * time.Second
+
+// tcpPair returns both ends of a TCP connection on loopback.
+func tcpPair(t testing.TB) (a, b *net.TCPConn) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	dialled, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { dialled.Close(); accepted.Close() })
+	return dialled.(*net.TCPConn), accepted.(*net.TCPConn)
+}
+
+// serve runs Serve until the test ends, and closes the connection then.
+func serve(t testing.TB, c *Conn) *Conn {
+	t.Helper()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		c.Serve(context.Background())
+	}()
+	t.Cleanup(func() {
+		c.Close()
+		await(t, ended, "the end of Serve")
+	})
+	return c
+}
+
+// await fails the test when the channel does not get ready.
+func await[T any](t testing.TB, ch <-chan T, what string) T {
+	t.Helper()
+	select {
+	case v := <-ch:
+		return v
+	case <-time.After(testTimeout):
+		t.Fatalf("timed out waiting for %s", what)
+		panic("unreachable")
+	}
+}
+
+// eventually polls for a state that has no event of its own.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(testTimeout); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("timed out waiting for %s", what)
+		}
+	}
+}
+
+// goDo runs f in a goroutine that the test waits for.
+func goDo(t testing.TB, f func()) {
+	t.Helper()
+	var wg sync.WaitGroup
+	wg.Go(f)
+	t.Cleanup(func() {
+		done := make(chan struct{})
+		go func() { wg.Wait(); close(done) }()
+		await(t, done, "a goroutine of the test")
+	})
+}
+
+// echo answers each stream with what comes in, then FIN.
+func echo(s *Stream) {
+	io.Copy(s, s)
+	s.CloseWrite()
+}
+
+func echoConfig() Config {
+	return Config{OnStream: func(s *Stream) { go echo(s) }}
+}
+
+// pair connects two ends of this package.
+func pair(t testing.TB, server, client Config) (*Conn, *Conn) {
+	a, b := tcpPair(t)
+	return serve(t, NewServer(a, nil, server)), serve(t, NewClient(b, nil, client))
+}
+
+func headers(kv ...string) http.Header {
+	h := http.Header{}
+	for i := 0; i < len(kv); i += 2 {
+		h.Add(kv[i], kv[i+1])
+	}
+	return h
+}

@@ -1,0 +1,561 @@
+package spdy
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// blockedPiece is how much WriteTo writes at once while the read loop waits for room, so that a slow
+// reader is told from one that stands still.
+const blockedPiece = 4 << 10
+
+// Stream is one bidirectional stream. Reading and writing may go on at once from two goroutines;
+// all other methods may be called at any time from any goroutine.
+type Stream struct {
+	conn   *Conn
+	id     uint32
+	header http.Header
+	done   chan struct{}
+
+	received, sent atomic.Int64
+	moved          atomic.Int64 // Unix nanoseconds: when data was last taken, or began to wait
+
+	mu         sync.Mutex
+	arrived    sync.Cond // something to read, or the end
+	head, tail *buffer   // received and not read
+	buffered   int       // the sizes of these buffers
+	readErr    error     // what follows the data: io.EOF after FIN, a *ResetError, or the connection's end
+	readClosed bool      // CloseRead was called
+	writeErr   error     // a *ResetError or the connection's end
+	localFin   bool      // we have sent FIN
+	replied    bool      // SYN_REPLY is queued, or not to be sent
+	over       bool      // done is closed
+}
+
+func newStream(c *Conn, id uint32, header http.Header) *Stream {
+	s := &Stream{conn: c, id: id, header: header, done: make(chan struct{})}
+	s.arrived.L = &s.mu
+	s.moved.Store(time.Now().UnixNano())
+	return s
+}
+
+// ID is the stream's number on the wire.
+func (s *Stream) ID() uint32 { return s.id }
+
+// Header returns the headers that the stream was opened with; it must not be changed.
+func (s *Stream) Header() http.Header { return s.header }
+
+// Received is how many bytes of payload have come in, read or not.
+func (s *Stream) Received() int64 { return s.received.Load() }
+
+// Sent is how many bytes of payload were written to the connection.
+func (s *Stream) Sent() int64 { return s.sent.Load() }
+
+// Done is closed when both directions have ended: by FIN, by a reset from either side, or with the
+// connection. There may still be data to read.
+func (s *Stream) Done() <-chan struct{} { return s.done }
+
+// Err says how a stream that is Done has ended: a *ResetError, the connection's error, or nil for
+// FIN in both directions. It is nil also before.
+func (s *Stream) Err() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.writeErr
+}
+
+// Read reads what has come, waiting for the first byte. The data that came before the end of the
+// stream is always read first. Then follows io.EOF after the peer's FIN, a *ResetError after a
+// reset, or the reason why the connection is gone.
+func (s *Stream) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	s.mu.Lock()
+	if err := s.awaitLocked(); err != nil {
+		s.mu.Unlock()
+		return 0, err
+	}
+	b := s.head
+	n := copy(p, b.payload())
+	b.start += n
+	if b.start == b.end {
+		s.detachLocked()
+		b.free()
+	}
+	s.mu.Unlock()
+	s.madeRoom()
+	return n, nil
+}
+
+// WriteTo writes all that comes to w, up to 64 KiB with one write, until the peer's FIN. For the
+// rest of what it returns see Read. When w fails, the data of that write is lost.
+func (s *Stream) WriteTo(w io.Writer) (int64, error) {
+	var written int64
+	to, relay := w.(*Stream)
+	for {
+		b, err := s.take()
+		if err == io.EOF {
+			return written, nil
+		}
+		if err != nil {
+			return written, err
+		}
+		var n int
+		if relay {
+			n, err = to.send(b, false)
+		} else {
+			n, err = s.writeBuffer(w, b)
+		}
+		b.free()
+		written += int64(n)
+		if err != nil {
+			return written, err
+		}
+	}
+}
+
+func (s *Stream) writeBuffer(w io.Writer, b *buffer) (written int, err error) {
+	for b.start < b.end {
+		p := b.payload()
+		if len(p) > blockedPiece && s.conn.block.blocked.Load() {
+			p = p[:blockedPiece]
+		}
+		n, err := w.Write(p)
+		b.start += n
+		written += n
+		if err == nil && n < len(p) {
+			err = io.ErrShortWrite
+		}
+		if err != nil {
+			return written, err
+		}
+		s.moved.Store(time.Now().UnixNano())
+	}
+	return written, nil
+}
+
+// take waits for data and takes the oldest buffer of it out of the stream.
+func (s *Stream) take() (*buffer, error) {
+	s.mu.Lock()
+	if err := s.awaitLocked(); err != nil {
+		s.mu.Unlock()
+		return nil, err
+	}
+	b := s.detachLocked()
+	s.mu.Unlock()
+	s.madeRoom()
+	return b, nil
+}
+
+// awaitLocked waits until there is data, and returns the stream's end if there will be none.
+func (s *Stream) awaitLocked() error {
+	for s.head == nil && s.readErr == nil && !s.readClosed {
+		s.arrived.Wait()
+	}
+	if s.readClosed {
+		return ErrReadClosed
+	}
+	if s.head == nil {
+		return s.readErr
+	}
+	return nil
+}
+
+func (s *Stream) detachLocked() *buffer {
+	b := s.head
+	s.head = b.next
+	b.next = nil
+	if s.head == nil {
+		s.tail = nil
+	}
+	s.returnRoomLocked(b.size())
+	s.settleLocked()
+	return b
+}
+
+func (s *Stream) dropLocked() {
+	for s.head != nil {
+		s.detachLocked().free()
+	}
+}
+
+func (s *Stream) madeRoom() {
+	s.moved.Store(time.Now().UnixNano())
+	s.conn.block.kick()
+}
+
+// put stores as much of p as there is room for. A stream that wants no more data swallows it.
+func (s *Stream) put(p []byte) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.readErr != nil || s.readClosed {
+		s.received.Add(int64(len(p)))
+		return len(p)
+	}
+	stored := 0
+	for stored < len(p) {
+		if s.tail == nil || len(s.tail.spare()) == 0 {
+			class := classFor(len(p)-stored, receiveClass)
+			if s.tail != nil {
+				// Nobody is keeping up: fewer, larger buffers.
+				class = max(class, min(s.tail.class+1, receiveClass))
+			}
+			if !s.takeRoomLocked(bufferSizes[class]) {
+				break
+			}
+			s.appendLocked(newBuffer(class))
+		}
+		n := copy(s.tail.spare(), p[stored:])
+		s.tail.end += n
+		stored += n
+	}
+	s.received.Add(int64(stored))
+	s.arrived.Signal()
+	return stored
+}
+
+func (s *Stream) appendLocked(b *buffer) {
+	if s.tail == nil {
+		s.head = b
+		s.moved.Store(time.Now().UnixNano())
+	} else {
+		s.tail.next = b
+	}
+	s.tail = b
+}
+
+// takeRoomLocked counts n more bytes against the stream's own room and, past that, against the
+// connection's. A stream that holds nothing always gets its first buffer.
+func (s *Stream) takeRoomLocked(n int) bool {
+	own := s.conn.cfg.StreamBuffer
+	borrow := int64(max(0, s.buffered+n-own) - max(0, s.buffered-own))
+	if borrow > 0 && s.conn.borrowed.Add(borrow) > int64(s.conn.cfg.ConnBuffer) && s.buffered > 0 {
+		s.conn.borrowed.Add(-borrow)
+		return false
+	}
+	s.buffered += n
+	return true
+}
+
+func (s *Stream) returnRoomLocked(n int) {
+	own := s.conn.cfg.StreamBuffer
+	if lent := max(0, s.buffered-own) - max(0, s.buffered-n-own); lent > 0 {
+		s.conn.borrowed.Add(-int64(lent))
+	}
+	s.buffered -= n
+}
+
+// hasRoom says whether put would store something.
+func (s *Stream) hasRoom() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.readErr != nil || s.readClosed || s.buffered == 0 {
+		return true
+	}
+	n := bufferSizes[receiveClass]
+	if !s.takeRoomLocked(n) {
+		return false
+	}
+	s.returnRoomLocked(n)
+	return true
+}
+
+func (s *Stream) held() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.buffered
+}
+
+func (s *Stream) lastMoved() time.Time { return time.Unix(0, s.moved.Load()) }
+
+// Write sends p. It returns when the connection has taken it all, and fails with ErrWriteClosed
+// after CloseWrite, a *ResetError after a reset, or the reason why the connection is gone.
+func (s *Stream) Write(p []byte) (int, error) {
+	s.conn.out.senders.Add(1)
+	defer s.conn.out.senders.Add(-1)
+	written := 0
+	for written < len(p) {
+		b := newBuffer(classFor(len(p)-written, largestClass))
+		b.end += copy(b.spare(), p[written:])
+		n, err := s.conn.out.send(s, b, false)
+		b.free()
+		written += n
+		if err != nil {
+			return written, err
+		}
+	}
+	return written, nil
+}
+
+func (s *Stream) send(b *buffer, fin bool) (int, error) {
+	s.conn.out.senders.Add(1)
+	defer s.conn.out.senders.Add(-1)
+	return s.conn.out.send(s, b, fin)
+}
+
+// ReadFrom sends what r gives until its end, with one read and one write for up to 256 KiB. It sends
+// no FIN. A reader with SyscallConn, such as a pipe, a terminal or a TCP connection, is read
+// directly, and while it has nothing no memory is held; such a reader must not have a buffer of its
+// own. ReadFrom ends with r or when a write fails: to end it earlier, close r.
+func (s *Stream) ReadFrom(r io.Reader) (int64, error) {
+	if from, ok := r.(*Stream); ok {
+		return from.WriteTo(s)
+	}
+	source := newSource(r)
+	var sent int64
+	for {
+		b, readErr := source.read()
+		if b != nil {
+			n, err := s.send(b, false)
+			b.free()
+			sent += int64(n)
+			if err != nil {
+				return sent, err
+			}
+		}
+		if readErr == io.EOF {
+			return sent, nil
+		}
+		if readErr != nil {
+			return sent, fmt.Errorf("spdy: reading what is to be sent: %w", readErr)
+		}
+	}
+}
+
+// CloseWrite sends FIN: nothing more will be sent. Like Write it waits for the connection to take
+// it. Further calls do nothing.
+func (s *Stream) CloseWrite() error {
+	b := newBuffer(smallestClass)
+	defer b.free()
+	_, err := s.send(b, true)
+	if errors.Is(err, ErrWriteClosed) {
+		return nil
+	}
+	return err
+}
+
+// CloseRead discards what is buffered and what the peer still sends, without telling it.
+func (s *Stream) CloseRead() {
+	s.mu.Lock()
+	s.readClosed = true
+	s.dropLocked()
+	s.settleLocked()
+	s.arrived.Broadcast()
+	s.mu.Unlock()
+	s.madeRoom()
+}
+
+// Reset ends both directions at once, discards what is buffered, and sends RST_STREAM (CANCEL)
+// unless the stream has ended anyway. Called within Config.OnStream it refuses the stream. It does
+// not block.
+func (s *Stream) Reset() error { return s.reset(ResetCancel, "") }
+
+func (s *Stream) reset(status ResetStatus, reason string) error {
+	err := s.resetLocally(&ResetError{Status: status, Reason: reason})
+	s.madeRoom()
+	s.conn.out.flush()
+	return err
+}
+
+func (s *Stream) resetLocally(reset *ResetError) (err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.readErr == nil || s.head != nil {
+		s.dropLocked()
+		s.readErr = reset
+	}
+	if !s.over {
+		s.writeErr = reset
+		s.replied = true
+		err = s.conn.out.enqueue(unlimited, func(b []byte) []byte {
+			return appendRstStream(b, s.id, reset.Status)
+		})
+	}
+	s.settleLocked()
+	s.arrived.Broadcast()
+	return err
+}
+
+// accept queues the SYN_REPLY if it is due.
+func (s *Stream) accept() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.replied {
+		return nil
+	}
+	s.replied = true
+	return s.conn.out.reply(s.id)
+}
+
+// startFrame says whether a data frame may be sent, and notes FIN.
+func (s *Stream) startFrame(fin bool) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.writeErr != nil {
+		return s.writeErr
+	}
+	if s.localFin {
+		return ErrWriteClosed
+	}
+	if fin {
+		s.localFin = true
+		s.settleLocked()
+	}
+	return nil
+}
+
+func (s *Stream) peerFinished() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.readErr == io.EOF
+}
+
+func (s *Stream) peerFin() { s.end(io.EOF, nil) }
+
+func (s *Stream) peerReset(status ResetStatus) {
+	err := &ResetError{Status: status, Remote: true}
+	s.end(err, err)
+}
+
+// connEnded is told that the connection is gone.
+func (s *Stream) connEnded(err error, discard bool) {
+	if discard {
+		s.mu.Lock()
+		if s.head != nil {
+			s.dropLocked()
+			s.readErr = err
+		}
+		s.mu.Unlock()
+	}
+	s.end(err, err)
+}
+
+// end notes the end of reading and, if not nil, of writing. What ended first stays: after FIN and
+// RST_STREAM a reader still sees all data and io.EOF.
+func (s *Stream) end(readErr, writeErr error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.readErr == nil {
+		s.readErr = readErr
+	}
+	if s.writeErr == nil && !s.over {
+		s.writeErr = writeErr
+	}
+	s.settleLocked()
+	s.arrived.Broadcast()
+}
+
+func (s *Stream) settle() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.settleLocked()
+}
+
+// settleLocked closes done when both directions have ended, and makes the connection forget the
+// stream once it holds no data either.
+func (s *Stream) settleLocked() {
+	if s.readErr == nil || (s.writeErr == nil && !s.localFin) {
+		return
+	}
+	if !s.over {
+		s.over = true
+		close(s.done)
+	}
+	if s.head == nil {
+		s.conn.removeStream(s.id)
+	}
+}
+
+// source reads what is to be sent, into buffers that grow and shrink with what there is: a terminal
+// never gets more than 4 KiB at once, a pipe may have a megabyte.
+type source struct {
+	r     io.Reader
+	raw   syscall.RawConn // nil: only r can be read
+	class int
+	limit int
+
+	tryRead func(fd uintptr) bool // (*source).readSocket, made once
+	b       *buffer
+	n       int
+	err     error
+}
+
+func newSource(r io.Reader) *source {
+	src := &source{r: r, limit: receiveClass}
+	if conn, ok := r.(syscall.Conn); ok {
+		if raw, err := conn.SyscallConn(); err == nil {
+			src.raw, src.limit = raw, largestClass
+			src.tryRead = src.readSocket
+		}
+	}
+	return src
+}
+
+// read waits for bytes and returns them in a buffer that is the caller's; or none with an error, or
+// both.
+func (src *source) read() (*buffer, error) {
+	var err error
+	if src.raw != nil {
+		err = src.raw.Read(src.tryRead)
+		if err == nil {
+			err = src.err
+		}
+		if err == nil && src.n == 0 {
+			err = io.EOF
+		}
+	}
+	// A terminal whose other side is closed fails with EIO. What that means is for the reader to
+	// say, which may wait for somebody to open it again.
+	if src.raw == nil || errors.Is(err, unix.EIO) {
+		src.takeBuffer()
+		src.n, err = src.r.Read(src.b.spare())
+	}
+	b := src.b
+	src.b = nil
+	if b == nil {
+		return nil, err
+	}
+	n := src.n
+	src.n = 0
+	if n <= 0 {
+		b.free()
+		return nil, err
+	}
+	b.end += n
+	switch {
+	case n == b.size() && src.class < src.limit:
+		src.class++
+	case src.class > smallestClass && n < bufferSizes[src.class-1]:
+		src.class--
+	}
+	return b, err
+}
+
+func (src *source) takeBuffer() {
+	if src.b == nil {
+		src.b = newBuffer(src.class)
+	}
+}
+
+func (src *source) readSocket(fd uintptr) bool {
+	src.takeBuffer()
+	src.n, src.err = readFD(fd, src.b.spare())
+	if src.err == unix.EAGAIN {
+		src.b.free()
+		src.b = nil
+		return false
+	}
+	if src.err != nil {
+		src.err = os.NewSyscallError("read", src.err)
+	}
+	return true
+}

@@ -1,0 +1,311 @@
+package websocket
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync/atomic"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Channel is one numbered channel of a connection. Read and WriteTo are for one goroutine at a time,
+// and so are Write and ReadFrom; the two sides are independent of each other.
+type Channel struct {
+	conn        *ChannelConn
+	number      byte
+	direction   Direction
+	writeClosed atomic.Bool
+	sent        atomic.Int64
+}
+
+// Received is the number of payload bytes that arrived, read or not; base64 is not counted.
+func (ch *Channel) Received() int64 { return ch.conn.inbound.receivedBytes(int(ch.number)) }
+
+// Sent is the number of payload bytes that were handed to the kernel.
+func (ch *Channel) Sent() int64 { return ch.sent.Load() }
+
+// Read reads what the client sent. io.EOF is the client's half-close, which only v5 has. When the
+// connection ends, what arrived before is given out first and then ChannelConn.Err.
+func (ch *Channel) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	c, piece, err := ch.conn.inbound.next(int(ch.number))
+	if err != nil {
+		return 0, err
+	}
+	n := copy(p, piece)
+	ch.conn.inbound.taken(int(ch.number), c, n)
+	return n, nil
+}
+
+// WriteTo writes what the client sends to w, without a copy in between, until the client's
+// half-close, the end of the connection, or an error from w.
+func (ch *Channel) WriteTo(w io.Writer) (int64, error) {
+	var total int64
+	for {
+		c, piece, err := ch.conn.inbound.next(int(ch.number))
+		if err == io.EOF {
+			return total, nil
+		}
+		if err != nil {
+			return total, err
+		}
+		n, err := w.Write(piece)
+		ch.conn.inbound.taken(int(ch.number), c, n)
+		total += int64(n)
+		if err != nil {
+			return total, err
+		}
+		if n < len(piece) {
+			return total, io.ErrShortWrite
+		}
+	}
+}
+
+// Write sends p in messages of at most 32 KiB, up to eight by one system call. It blocks while the client
+// does not read; the end of the connection unblocks it.
+func (ch *Channel) Write(p []byte) (int, error) {
+	if err := ch.writable(); err != nil {
+		return 0, err
+	}
+	copied := ch.conn.protocol.Base64() || !ch.conn.vectored
+	written := 0
+	for written < len(p) {
+		var n int
+		var err error
+		if copied {
+			n, err = ch.writeCopy(p[written:])
+		} else {
+			n, err = ch.writeParts(p[written:])
+		}
+		written += n
+		if err != nil {
+			return written, err
+		}
+	}
+	return written, nil
+}
+
+// writeParts sends the beginning of p, up to eight messages, straight from p.
+func (ch *Channel) writeParts(p []byte) (int, error) {
+	if err := ch.lock(); err != nil {
+		return 0, err
+	}
+	defer ch.conn.unlock()
+	n, parts := 0, 0
+	for n < len(p) && parts < len(ch.conn.vector) {
+		payload := p[n:min(len(p), n+maxPayload)]
+		header := ch.conn.headers[parts/2*cellHeader:]
+		size := putFrameHeader(header, opBinary, 1+len(payload))
+		header[size] = ch.number
+		ch.conn.vector[parts], ch.conn.vector[parts+1] = header[:size+1], payload
+		n += len(payload)
+		parts += 2
+	}
+	if err := ch.conn.writeVector(parts); err != nil {
+		return 0, ch.failed(err)
+	}
+	ch.count(n)
+	return n, nil
+}
+
+// writeCopy sends the beginning of p as one write, framed in a buffer.
+func (ch *Channel) writeCopy(p []byte) (int, error) {
+	b := batches.Get().(*batch)
+	defer batches.Put(b)
+	if ch.conn.protocol.Base64() {
+		p = p[:min(len(p), maxBase64Payload)]
+		return len(p), ch.send(b.frameBase64(ch.number, p), len(p))
+	}
+	p = p[:min(len(p), maxPayload)]
+	copy(b.payloads[0], p)
+	return len(p), ch.send(b.frameBinary(ch.number, len(p)), len(p))
+}
+
+// writeEmpty sends a message without payload.
+func (ch *Channel) writeEmpty() error {
+	message := []byte{finalFrame | opBinary, 1, ch.number}
+	if ch.conn.protocol.Base64() {
+		message = []byte{finalFrame | opText, 1, '0' + ch.number}
+	}
+	return ch.send(message, 0)
+}
+
+// ReadFrom sends what r gives, as it comes, until r's end. It does not half-close.
+//
+// From what has a file descriptor it reads when there is something to read, up to eight messages
+// by one system call into their places behind the headers, and writes them by one more; no buffer
+// is held meanwhile. EIO, by which the master of a pseudo-terminal reports that nobody has the other
+// end, counts as r's end. Any other reader is read into one message's place.
+//
+// The end of the connection shows when r has something to send; close r to return sooner.
+func (ch *Channel) ReadFrom(r io.Reader) (int64, error) {
+	if err := ch.writable(); err != nil {
+		return 0, err
+	}
+	if file, ok := r.(syscall.Conn); ok {
+		if raw, err := file.SyscallConn(); err == nil {
+			return ch.readFromFile(raw)
+		}
+	}
+	return ch.readFromReader(r)
+}
+
+func (ch *Channel) readFromFile(raw syscall.RawConn) (int64, error) {
+	var (
+		total   int64
+		b       *batch
+		n       int
+		readErr error
+	)
+	base64 := ch.conn.protocol.Base64()
+	read := func(fd uintptr) bool {
+		b = batches.Get().(*batch)
+		for {
+			if base64 {
+				n, readErr = unix.Read(int(fd), b.base64Source())
+			} else {
+				n, readErr = unix.Readv(int(fd), b.payloads[:])
+			}
+			if readErr != unix.EINTR {
+				break
+			}
+		}
+		if readErr == unix.EAGAIN {
+			batches.Put(b)
+			return false
+		}
+		return true
+	}
+	for {
+		if err := raw.Read(read); err != nil {
+			if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, net.ErrClosed) {
+				err = fmt.Errorf("%w: %w", os.ErrClosed, err) // a file says this with an internal error
+			}
+			return total, err
+		}
+		if readErr != nil || n <= 0 {
+			batches.Put(b)
+			if readErr == nil || readErr == unix.EIO {
+				return total, nil
+			}
+			return total, readErr
+		}
+		var wire []byte
+		if base64 {
+			wire = b.frameBase64(ch.number, b.base64Source()[:n])
+		} else {
+			wire = b.frameBinary(ch.number, n)
+		}
+		err := ch.send(wire, n)
+		batches.Put(b)
+		if err != nil {
+			return total, err
+		}
+		total += int64(n)
+	}
+}
+
+func (ch *Channel) readFromReader(r io.Reader) (int64, error) {
+	var total int64
+	b := batches.Get().(*batch)
+	defer batches.Put(b)
+	place := b.payloads[0]
+	if ch.conn.protocol.Base64() {
+		place = b.base64Source()
+	}
+	for {
+		n, readErr := r.Read(place)
+		if n > 0 {
+			wire := b.data[:0]
+			if ch.conn.protocol.Base64() {
+				wire = b.frameBase64(ch.number, place[:n])
+			} else {
+				wire = b.frameBinary(ch.number, n)
+			}
+			if err := ch.send(wire, n); err != nil {
+				return total, err
+			}
+			total += int64(n)
+		}
+		if readErr == io.EOF {
+			return total, nil
+		}
+		if readErr != nil {
+			return total, readErr
+		}
+	}
+}
+
+// send writes whole messages that carry this much payload.
+func (ch *Channel) send(wire []byte, payload int) error {
+	if err := ch.lock(); err != nil {
+		return err
+	}
+	defer ch.conn.unlock()
+	if err := ch.conn.write(wire); err != nil {
+		return ch.failed(err)
+	}
+	ch.count(payload)
+	return nil
+}
+
+// lock takes the connection's write lock if the channel may still be written to.
+func (ch *Channel) lock() error {
+	if err := ch.conn.lock(); err != nil {
+		return err
+	}
+	if ch.writeClosed.Load() {
+		ch.conn.unlock()
+		return errWriteClosed
+	}
+	return nil
+}
+
+func (ch *Channel) writable() error {
+	if ch.writeClosed.Load() || !ch.direction.writable() {
+		return errWriteClosed
+	}
+	return ch.conn.Err()
+}
+
+// failed ends the connection after a write that failed on the wire.
+func (ch *Channel) failed(err error) error {
+	if !errors.Is(err, errWriteClosed) {
+		ch.conn.finish(err)
+		ch.conn.network.Close()
+		return ch.conn.doneErr // who ended it before the write failed knows better why
+	}
+	return err
+}
+
+func (ch *Channel) count(payload int) {
+	ch.sent.Add(int64(payload))
+	if payload > 0 {
+		ch.conn.active()
+	}
+}
+
+// CloseWrite makes further writes fail. Nothing is sent: no version of the protocol has a half-close
+// from the server. client-go takes [255, channel] from a server for an unknown channel and prints an
+// error; what ends its streams is the connection's Close.
+func (ch *Channel) CloseWrite() error {
+	ch.writeClosed.Store(true)
+	return nil
+}
+
+// CloseRead discards what is buffered and whatever else the client sends on the channel. A Read that
+// waits returns an error.
+func (ch *Channel) CloseRead() { ch.conn.inbound.discardChannel(int(ch.number)) }
+
+// Reset ends both directions. The protocol has no way to tell the client; a legacy port-forward's
+// client learns it from the error channel or from the end of the connection.
+func (ch *Channel) Reset() error {
+	ch.CloseRead()
+	return ch.CloseWrite()
+}

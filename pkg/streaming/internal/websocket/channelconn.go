@@ -1,0 +1,316 @@
+package websocket
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+)
+
+const (
+	// maxChannels leaves the byte 255 to the half-close.
+	maxChannels = 255
+
+	defaultMaxMessage    = 32 << 20 // as the stock server
+	defaultChannelBuffer = 256 << 10
+	defaultBudget        = 16 << 20
+	minBudget            = 64 << 10
+
+	// blockedPoll is how often a read loop without room asks whether the client is still there, and
+	// blockedPong how often it sends a Pong nobody asked for (RFC 6455 section 5.5.3). The Pong
+	// makes the kernel of a killed client answer with RST, where its FIN waits behind data that we
+	// do not take in; and it keeps a client-go client, whose pings we cannot see, from giving up
+	// after 61 seconds.
+	blockedPoll = 250 * time.Millisecond
+	blockedPong = time.Second
+)
+
+// Channels of exec and attach.
+const (
+	Stdin  byte = 0
+	Stdout byte = 1
+	Stderr byte = 2
+	Error  byte = 3
+	Resize byte = 4
+)
+
+// RemoteCommandChannels returns the channels of an exec or attach with these streams, for Config.
+func RemoteCommandChannels(stdin, stdout, stderr bool) []Direction {
+	channels := []Direction{Stdin: Ignore, Stdout: Ignore, Stderr: Ignore, Error: Write, Resize: Read}
+	if stdin {
+		channels[Stdin] = Read
+	}
+	if stdout {
+		channels[Stdout] = Write
+	}
+	if stderr {
+		channels[Stderr] = Write
+	}
+	return channels
+}
+
+// Config is what Accept needs to know. Zero limits are replaced by their defaults.
+type Config struct {
+	// Channels are the connection's channels by number, at most 255; 10 with a base64 protocol is
+	// all that digits can name, but the bytes behind '9' are taken as further digits.
+	Channels []Direction
+	// Greeting sends an empty message on the lowest writable channel, by which the stock server and
+	// the API server tell a client, of v5 too, that the connection stands.
+	Greeting bool
+
+	// MaxMessage is the most bytes of one received message, as sent. A larger one ends the
+	// connection with code 1009. Default 32 MiB. Messages are not kept whole.
+	MaxMessage int64
+	// ChannelBuffer is the most payload of one channel that is kept for a reader that is not slower
+	// than 640 KiB/s; what a slower one does not take counts only against Budget. Default 256 KiB.
+	ChannelBuffer int
+	// Budget is the most payload of all channels together. At this limit the connection is not read
+	// until somebody takes something out. Default 16 MiB, at least 64 KiB.
+	Budget int
+}
+
+// ChannelConn is a WebSocket connection with numbered channels. Its methods may be called from
+// several goroutines.
+//
+// The caller runs Serve until it returns and owns the connection until then; CloseAndWait, Close and
+// CloseNow make it return.
+type ChannelConn struct {
+	*conn
+	protocol Protocol
+	inbound  *inbound
+	channels []Channel
+	config   Config
+
+	// Owned by Serve.
+	timer    *time.Timer // for waiting without room
+	lastPong time.Time
+}
+
+// Accept answers the handshake of a request that Negotiate chose the protocol for. After an error
+// the request has been answered.
+func Accept(w http.ResponseWriter, r *http.Request, protocol Protocol, config Config) (*ChannelConn, error) {
+	if len(config.Channels) > maxChannels || protocol.Tunnel() {
+		http.Error(w, "too many channels, or a protocol without channels", http.StatusInternalServerError)
+		return nil, fmt.Errorf("accept %q with %d channels: not a channel protocol, or more than %d channels", protocol, len(config.Channels), maxChannels)
+	}
+	if config.MaxMessage == 0 {
+		config.MaxMessage = defaultMaxMessage
+	}
+	if config.ChannelBuffer == 0 {
+		config.ChannelBuffer = defaultChannelBuffer
+	}
+	if config.Budget == 0 {
+		config.Budget = defaultBudget
+	}
+	config.Budget = max(config.Budget, minBudget)
+
+	c := &ChannelConn{
+		protocol: protocol,
+		config:   config,
+		inbound:  newInbound(protocol, config.Channels, config.ChannelBuffer, config.Budget),
+		channels: make([]Channel, len(config.Channels)),
+	}
+	c.inbound.wait = c.waitForRoom
+	for i := range c.channels {
+		c.channels[i] = Channel{conn: c, number: byte(i), direction: config.Channels[i]}
+	}
+	base, err := accept(w, r, protocol, c.inbound.fail)
+	if err != nil {
+		return nil, err
+	}
+	c.conn = base
+	c.ws.SetReadLimit(config.MaxMessage)
+	if config.Greeting {
+		if err := c.greet(); err != nil {
+			c.CloseNow()
+			return nil, fmt.Errorf("greet the client: %w", err)
+		}
+	}
+	return c, nil
+}
+
+func (c *ChannelConn) greet() error {
+	for i := range c.channels {
+		if c.channels[i].direction.writable() {
+			return c.channels[i].writeEmpty()
+		}
+	}
+	return nil
+}
+
+// Protocol is the one given to Accept.
+func (c *ChannelConn) Protocol() Protocol { return c.protocol }
+
+// LocalAddr is our address of the connection.
+func (c *ChannelConn) LocalAddr() net.Addr { return c.network.LocalAddr() }
+
+// RemoteAddr is the client's address.
+func (c *ChannelConn) RemoteAddr() net.Addr { return c.network.RemoteAddr() }
+
+// NetConn is the connection underneath, to ask it about its state; bytes must not be read from it or
+// written to it.
+func (c *ChannelConn) NetConn() net.Conn { return c.network }
+
+// Channel returns a channel, nil for one that is not in Config.Channels.
+func (c *ChannelConn) Channel(number byte) *Channel {
+	if int(number) >= len(c.channels) {
+		return nil
+	}
+	return &c.channels[number]
+}
+
+// Serve reads from the client until the connection is over, in the caller's goroutine, and releases
+// the socket before it returns. It must be called once; without it nothing is received, no Ping is
+// answered and no client is missed. The context's end is CloseNow.
+//
+// The error is nil when the client sent Close, or closed its end after ours; otherwise it is Err.
+func (c *ChannelConn) Serve(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, c.CloseNow)
+	defer stop()
+	defer c.release()
+	for {
+		_, message, err := c.ws.NextReader()
+		if err != nil {
+			return c.ended(err)
+		}
+		c.received()
+		n, err := c.inbound.receive(message)
+		if n > 0 {
+			c.active()
+		}
+		if err != nil {
+			return c.ended(err)
+		}
+	}
+}
+
+// ended turns the error that ended the read loop into Serve's.
+func (c *ChannelConn) ended(err error) error {
+	if c.timer != nil {
+		c.timer.Stop()
+	}
+	select {
+	case <-c.done: // somebody else ended it, and knows better why
+		err = c.doneErr
+	default:
+		err = c.readError(err)
+	}
+	if err == ErrClientClosed || errors.Is(err, errClientVanished) && c.closeSent.Load() {
+		return nil
+	}
+	return err
+}
+
+// waitForRoom waits until room is signalled or the time is up, and notices meanwhile that the client
+// went away (kubernetes#89031: its process would otherwise stay for ever behind a stuck stdin).
+func (c *ChannelConn) waitForRoom(room <-chan struct{}, atMost time.Duration) error {
+	var deadline time.Time
+	if atMost > 0 {
+		deadline = time.Now().Add(atMost)
+	}
+	for {
+		tick := blockedPoll
+		if atMost > 0 {
+			tick = min(tick, time.Until(deadline))
+			if tick <= 0 {
+				return nil
+			}
+		}
+		if c.timer == nil {
+			c.timer = time.NewTimer(tick)
+		} else {
+			c.timer.Reset(tick)
+		}
+		select {
+		case <-room:
+			c.timer.Stop()
+			return nil
+		case <-c.done:
+			return c.doneErr
+		case now := <-c.timer.C:
+			if c.peerGone() {
+				return errClientVanished
+			}
+			if now.Sub(c.lastPong) >= blockedPong {
+				c.lastPong = now
+				c.heartbeat()
+			}
+		}
+	}
+}
+
+// Done is closed as soon as the connection is over: the client's Close or end of stream, an error,
+// or the end of a close from our side.
+func (c *ChannelConn) Done() <-chan struct{} { return c.done }
+
+// Err says why the connection is over, nil while it is not. ErrClientClosed and ErrClosed are the
+// orderly reasons.
+func (c *ChannelConn) Err() error {
+	select {
+	case <-c.done:
+		return c.doneErr
+	default:
+		return nil
+	}
+}
+
+// LastActivity is when payload was last received or sent; before that, when the connection began.
+func (c *ChannelConn) LastActivity() time.Time { return time.Unix(0, c.lastActivity.Load()) }
+
+// LastReceived is when anything was last received, Ping and Pong included.
+func (c *ChannelConn) LastReceived() time.Time { return time.Unix(0, c.lastReceived.Load()) }
+
+// Ping sends a Ping frame behind the message that is being written, if there is one. It does not
+// block and does not wait for the Pong, which shows in LastReceived.
+func (c *ChannelConn) Ping() error {
+	if err := c.Err(); err != nil {
+		return err
+	}
+	c.ping()
+	return nil
+}
+
+// CloseAndWait ends the session in order: it sends Close with code 1000 behind everything written
+// before, discards what the client still sends, and waits for the client to close. The read loop
+// goes on meanwhile, because bytes that are unread when we close make the kernel send RST, which
+// throws away what the client has not received yet (kubernetes#60140).
+//
+// When the context ends first the connection is closed and the error says so. There is no other
+// limit: a slow client may need minutes for what is under way to it, and LastReceived shows whether
+// it is there. Channels must not be written to any more.
+func (c *ChannelConn) CloseAndWait(ctx context.Context) error {
+	return c.close(ctx, CloseNormal, "")
+}
+
+// Close does the close handshake with this code and reason (of which at most 123 bytes are sent),
+// and waits for the client at most 2 seconds, a writer that is stuck included. Then the connection
+// is closed, and writers and readers of its channels return.
+func (c *ChannelConn) Close(code int, reason string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	return c.close(ctx, code, reason)
+}
+
+func (c *ChannelConn) close(ctx context.Context, code int, reason string) error {
+	c.inbound.discardAll()
+	if err := c.sendClose(ctx, code, reason); err != nil {
+		c.CloseNow()
+		return err
+	}
+	select {
+	case <-c.done:
+		return nil
+	case <-ctx.Done():
+		c.CloseNow()
+		return fmt.Errorf("wait for the client's Close: %w", context.Cause(ctx))
+	}
+}
+
+// CloseNow ends the connection without a word to the client. It does not block; may be called more
+// than once.
+func (c *ChannelConn) CloseNow() {
+	c.finish(ErrClosed)
+	c.network.Close()
+}

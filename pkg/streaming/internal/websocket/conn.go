@@ -1,0 +1,493 @@
+package websocket
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unicode/utf8"
+
+	"github.com/gorilla/websocket"
+	"golang.org/x/sys/unix"
+)
+
+// Close codes of RFC 6455 section 7.4.1.
+const (
+	CloseNormal          = 1000
+	CloseGoingAway       = 1001
+	closeProtocolError   = 1002
+	closeUnsupportedData = 1003
+	closeNoStatus        = 1005
+	closeInvalidPayload  = 1007
+	CloseInternalError   = 1011
+)
+
+// closeTimeout bounds each step of ending a connection that has no context of its own: the answer
+// to a client's Close, the Close after a protocol violation, and the whole of Close.
+const closeTimeout = 2 * time.Second
+
+var (
+	// ErrClientClosed is why a connection is over after the client's Close frame.
+	ErrClientClosed = errors.New("websocket: the client closed the connection")
+	// ErrClosed is why a connection is over that was closed from our side.
+	ErrClosed = fmt.Errorf("websocket: connection closed: %w", net.ErrClosed)
+
+	errClientVanished = fmt.Errorf("websocket: the client went away without a Close: %w", io.ErrUnexpectedEOF)
+	errWriteClosed    = errors.New("websocket: write after CloseWrite, Reset or Close")
+	errReadClosed     = errors.New("websocket: read after CloseRead or Reset")
+)
+
+// conn is one upgraded connection: gorilla's for reading, our own frames for writing.
+type conn struct {
+	// Immutable.
+	ws       *websocket.Conn // for reading only
+	network  net.Conn
+	vectored bool // network takes several slices in one system call
+
+	// writeLock has one place; whoever filled it owns the fields below. A channel and not a mutex,
+	// so that it can be waited for together with a context.
+	writeLock chan struct{}
+	writeErr  error       // the first write that failed; the byte stream is cut there
+	closeSent atomic.Bool // set by the lock's owner, read by all
+	headers   [cellsPerBatch * cellHeader]byte
+	control   [2 + maxControlPayload]byte
+	vector    [2 * cellsPerBatch][]byte
+	buffers   net.Buffers
+
+	// Control frames that wait for the write lock.
+	controlMu   sync.Mutex
+	pingDue     bool
+	pongDue     bool
+	pongSize    int
+	pongPayload [maxControlPayload]byte // of the latest Ping; RFC 6455 section 5.5.3 lets us skip others
+	released    bool                    // no control writer may be started any more
+	writers     sync.WaitGroup          // control writers
+
+	lastReceived atomic.Int64 // Unix nanoseconds
+	lastActivity atomic.Int64
+
+	done     chan struct{}
+	doneOnce sync.Once
+	doneErr  error       // valid once done is closed
+	onDone   func(error) // called once, before done is closed
+}
+
+// accept answers the handshake and takes the connection over from net/http. After an error the
+// request has been answered.
+func accept(w http.ResponseWriter, r *http.Request, protocol Protocol, onDone func(error)) (*conn, error) {
+	c := &conn{
+		writeLock: make(chan struct{}, 1),
+		done:      make(chan struct{}),
+		onDone:    onDone,
+	}
+	upgrader := websocket.Upgrader{
+		// Zero takes net/http's own read buffer, which lives as long as the handler in any case.
+		ReadBufferSize: 0,
+		// Nothing but the handshake is written through gorilla's buffer; see libraryConn.
+		WriteBufferPool: noBufferPool{},
+		CheckOrigin:     sameOrigin,
+		Error: func(w http.ResponseWriter, _ *http.Request, status int, reason error) {
+			http.Error(w, reason.Error(), status)
+		},
+	}
+	var header http.Header
+	if protocol != ChannelUnnamed {
+		header = http.Header{"Sec-Websocket-Protocol": {string(protocol)}}
+	}
+	taken := &takeover{ResponseWriter: w, conn: c}
+	ws, err := upgrader.Upgrade(taken, r, header)
+	if err != nil {
+		return nil, fmt.Errorf("upgrade to WebSocket: %w", err)
+	}
+	taken.library.upgraded = true
+	c.ws = ws
+	_, c.vectored = c.network.(*net.TCPConn)
+	now := time.Now().UnixNano()
+	c.lastReceived.Store(now)
+	c.lastActivity.Store(now)
+	ws.SetPingHandler(func(payload string) error {
+		c.received()
+		c.pong(payload)
+		return nil
+	})
+	ws.SetPongHandler(func(string) error {
+		c.received()
+		return nil
+	})
+	// The answer to Close is ours to send: first everybody must know that the client is gone.
+	ws.SetCloseHandler(func(int, string) error { return nil })
+	return c, nil
+}
+
+// noBufferPool keeps gorilla from holding a write buffer that is never used.
+type noBufferPool struct{}
+
+func (noBufferPool) Get() any { return nil }
+func (noBufferPool) Put(any)  {}
+
+// takeover passes net/http's connection to gorilla with our hand on the writing side.
+type takeover struct {
+	http.ResponseWriter
+	conn    *conn
+	library *libraryConn
+}
+
+func (t *takeover) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	network, buffered, err := http.NewResponseController(t.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	if buffered.Reader.Buffered() == 0 {
+		// Past net/http's own reader, which takes a lock for each read.
+		buffered.Reader.Reset(network)
+	}
+	t.conn.network = network
+	t.library = &libraryConn{Conn: network, conn: t.conn}
+	return t.library, buffered, nil
+}
+
+// libraryConn is what gorilla writes to: the answer to the handshake, and afterwards by its own
+// decision only a Close frame for something that RFC 6455 or the size limit forbids.
+type libraryConn struct {
+	net.Conn
+	conn     *conn
+	upgraded bool
+}
+
+func (l *libraryConn) Write(p []byte) (int, error) {
+	if !l.upgraded {
+		return l.Conn.Write(p)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	if err := l.conn.writeClose(ctx, p); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// SetWriteDeadline does nothing: a deadline for a Close frame would hit a write in progress.
+func (l *libraryConn) SetWriteDeadline(t time.Time) error {
+	if !l.upgraded {
+		return l.Conn.SetWriteDeadline(t)
+	}
+	return nil
+}
+
+func (c *conn) received() { c.lastReceived.Store(time.Now().UnixNano()) }
+func (c *conn) active()   { c.lastActivity.Store(time.Now().UnixNano()) }
+
+// finish notes why the connection is over, the first time it is called.
+func (c *conn) finish(err error) {
+	c.doneOnce.Do(func() {
+		c.doneErr = err
+		if c.onDone != nil {
+			c.onDone(err)
+		}
+		close(c.done)
+	})
+}
+
+// release closes the socket and waits for the control writers. finish was called before.
+func (c *conn) release() {
+	c.network.Close()
+	c.controlMu.Lock()
+	c.released = true
+	c.controlMu.Unlock()
+	c.writers.Wait()
+}
+
+// readError says why reading failed, and answers the client's Close, if that is the reason.
+func (c *conn) readError(err error) error {
+	var closed *websocket.CloseError
+	var violation *protocolError
+	switch {
+	case errors.As(err, &closed) && closed.Code == websocket.CloseAbnormalClosure:
+		// Gorilla's word for an end of the stream without a Close; the code is never sent.
+		c.finish(errClientVanished)
+		return errClientVanished
+	case errors.As(err, &closed):
+		reason := ErrClientClosed
+		if closed.Code != CloseNormal && closed.Code != CloseGoingAway && closed.Code != closeNoStatus {
+			reason = fmt.Errorf("%w with code %d: %q", ErrClientClosed, closed.Code, closed.Text)
+		}
+		c.finish(reason)
+		c.sendCloseWithin(closeTimeout, closed.Code, "")
+		return reason
+	case errors.As(err, &violation):
+		c.sendCloseWithin(closeTimeout, violation.code, violation.reason)
+		c.finish(err)
+		c.linger()
+		return err
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET):
+		c.finish(errClientVanished)
+		return errClientVanished
+	case errors.Is(err, net.ErrClosed):
+		c.finish(ErrClosed)
+		return c.doneErr
+	default:
+		err = fmt.Errorf("read from the client: %w", err)
+		c.finish(err)
+		if c.closeSent.Load() { // by gorilla, which says why in its Close
+			c.linger()
+		}
+		return err
+	}
+}
+
+// lingerTimeout bounds how long what a client still sends is read after a Close that it is to see.
+// net/http gives a client the same time, for the same reason (rstAvoidanceDelay).
+const lingerTimeout = 500 * time.Millisecond
+
+// linger lets the client receive our Close although it has sent more than we read: bytes that are
+// unread at the close make the kernel send RST, which overtakes the Close.
+func (c *conn) linger() {
+	if half, ok := c.network.(interface{ CloseWrite() error }); ok {
+		half.CloseWrite()
+	}
+	c.network.SetReadDeadline(time.Now().Add(lingerTimeout))
+	io.Copy(io.Discard, c.network)
+}
+
+// lock takes the write lock, unless the connection ends first.
+func (c *conn) lock() error {
+	select {
+	case <-c.done:
+		return c.doneErr
+	default:
+	}
+	select {
+	case c.writeLock <- struct{}{}:
+		return nil
+	case <-c.done:
+		return c.doneErr
+	}
+}
+
+// unlock sends the control frames that have come due and gives the write lock back. One that comes
+// due between the two is sent by whoever sees it first: its maker, the next owner, or this loop.
+func (c *conn) unlock() {
+	for {
+		c.writeControlFrames()
+		<-c.writeLock
+		if !c.controlDue() {
+			return
+		}
+		select {
+		case c.writeLock <- struct{}{}:
+		default:
+			return
+		}
+	}
+}
+
+// pong answers a Ping, now or right after the message that is being written. Only the latest
+// unanswered Ping is answered.
+func (c *conn) pong(payload string) {
+	c.controlMu.Lock()
+	c.pongDue = true
+	c.pongSize = copy(c.pongPayload[:], payload)
+	c.controlMu.Unlock()
+	c.startControlWriter()
+}
+
+// heartbeat sends a Pong that answers nothing, unless one is due that does.
+func (c *conn) heartbeat() {
+	c.controlMu.Lock()
+	if !c.pongDue {
+		c.pongDue = true
+		c.pongSize = 0
+	}
+	c.controlMu.Unlock()
+	c.startControlWriter()
+}
+
+// ping sends a Ping frame, now or right after the message that is being written.
+func (c *conn) ping() {
+	c.controlMu.Lock()
+	c.pingDue = true
+	c.controlMu.Unlock()
+	c.startControlWriter()
+}
+
+// startControlWriter sends what is due in a goroutine, if no writer is at work that will: neither
+// the read loop nor a caller of Ping may be held up by a client that does not read. There is never
+// more than one, as it owns the write lock, and release waits for it.
+func (c *conn) startControlWriter() {
+	select {
+	case c.writeLock <- struct{}{}:
+	default:
+		return
+	}
+	c.controlMu.Lock()
+	released := c.released
+	if !released {
+		c.writers.Add(1)
+	}
+	c.controlMu.Unlock()
+	if released {
+		<-c.writeLock
+		return
+	}
+	go func() {
+		defer c.writers.Done()
+		c.unlock()
+	}()
+}
+
+func (c *conn) controlDue() bool {
+	c.controlMu.Lock()
+	defer c.controlMu.Unlock()
+	return c.pingDue || c.pongDue
+}
+
+// writeControlFrames sends the Ping and Pong that are due. Called with the write lock.
+func (c *conn) writeControlFrames() {
+	c.controlMu.Lock()
+	ping, pong := c.pingDue, c.pongDue
+	c.pingDue, c.pongDue = false, false
+	payload := c.control[2 : 2+copy(c.control[2:], c.pongPayload[:c.pongSize])]
+	c.controlMu.Unlock()
+	if pong {
+		putFrameHeader(c.control[:], opPong, len(payload))
+		c.write(c.control[:2+len(payload)])
+	}
+	if ping {
+		putFrameHeader(c.control[:], opPing, 0)
+		c.write(c.control[:2])
+	}
+}
+
+// write puts whole frames on the wire. Called with the write lock. A failed write ends the
+// connection, because nobody knows how much of the frame was sent.
+func (c *conn) write(frames []byte) error {
+	if err := c.writable(); err != nil {
+		return err
+	}
+	_, err := c.network.Write(frames)
+	return c.wrote(err)
+}
+
+// writeVector is write for the first n slices of vector: frames whose headers and payload are apart.
+// The payload is not copied.
+func (c *conn) writeVector(n int) error {
+	err := c.writable()
+	if err == nil {
+		c.buffers = c.vector[:n]
+		_, err = c.buffers.WriteTo(c.network)
+		err = c.wrote(err)
+	}
+	clear(c.vector[:n])
+	return err
+}
+
+func (c *conn) writable() error {
+	if c.writeErr != nil {
+		return c.writeErr
+	}
+	if c.closeSent.Load() {
+		return errWriteClosed
+	}
+	return nil
+}
+
+func (c *conn) wrote(err error) error {
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, net.ErrClosed) {
+		c.writeErr = ErrClosed
+	} else {
+		c.writeErr = fmt.Errorf("write to the client: %w", err)
+	}
+	return c.writeErr
+}
+
+// writeClose sends a Close frame, unless one was sent. Waiting for the write lock and writing end
+// with the context; a write that ends so cuts the byte stream.
+func (c *conn) writeClose(ctx context.Context, frame []byte) error {
+	// Not lock: after the client's Close done is closed, and the answer is still to be sent.
+	select {
+	case c.writeLock <- struct{}{}:
+	case <-ctx.Done():
+		return fmt.Errorf("send Close: %w", context.Cause(ctx))
+	}
+	defer c.unlock()
+	if c.closeSent.Load() {
+		return nil
+	}
+	stop := context.AfterFunc(ctx, func() {
+		c.network.SetWriteDeadline(time.Unix(1, 0))
+	})
+	defer stop()
+	err := c.write(frame)
+	c.closeSent.Store(true)
+	if err != nil {
+		return fmt.Errorf("send Close: %w", err)
+	}
+	return nil
+}
+
+// sendClose is writeClose with a code and a reason, of which at most 123 bytes are sent.
+func (c *conn) sendClose(ctx context.Context, code int, reason string) error {
+	frame := make([]byte, 2+maxControlPayload)
+	return c.writeClose(ctx, frame[:putClose(frame, code, reason)])
+}
+
+// putClose writes a Close frame to b, which has room for any control frame, and returns its length.
+func putClose(b []byte, code int, reason string) int {
+	if code == closeNoStatus {
+		return putFrameHeader(b, opClose, 0) // 1005 means "no code" and must not be sent
+	}
+	const most = maxControlPayload - 2
+	if len(reason) > most {
+		reason = reason[:most]
+		for len(reason) > 0 && !utf8.ValidString(reason) {
+			reason = reason[:len(reason)-1]
+		}
+	}
+	size := putFrameHeader(b, opClose, 2+len(reason))
+	binary.BigEndian.PutUint16(b[size:], uint16(code))
+	copy(b[size+2:], reason)
+	return size + 2 + len(reason)
+}
+
+// sendCloseWithin is a best effort to tell the client, when the connection ends in any case.
+func (c *conn) sendCloseWithin(timeout time.Duration, code int, reason string) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	_ = c.sendClose(ctx, code, reason)
+}
+
+// peerGone asks the kernel whether the client's end of the connection is closed, without reading.
+// It is for when nothing can be read because there is no room; a FIN behind unread data shows.
+func (c *conn) peerGone() bool {
+	network := c.network
+	if secure, ok := network.(*tls.Conn); ok {
+		network = secure.NetConn()
+	}
+	socket, ok := network.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return false
+	}
+	gone := false
+	err = raw.Control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		n, err := unix.Poll(fds, 0)
+		gone = err == nil && n > 0 && fds[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
+	})
+	return gone || err != nil
+}

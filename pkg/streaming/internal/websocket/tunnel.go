@@ -1,0 +1,158 @@
+package websocket
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/gorilla/websocket"
+)
+
+// TunnelConn is a byte stream in binary messages, whose boundaries mean nothing: the tunnel of
+// KEP-4006, for a SPDY server to run on. It is a net.Conn: one goroutine may read while others
+// write.
+//
+// Pings are answered, and the client's Close is noticed, only while somebody reads.
+type TunnelConn struct {
+	*conn
+	message   io.Reader // what is left of the message being read; owned by Read
+	closeOnce sync.Once
+}
+
+var _ net.Conn = (*TunnelConn)(nil)
+
+// AcceptTunnel answers the handshake of a request for which Negotiate chose PortForwardTunnel. After
+// an error the request has been answered. The caller closes the connection.
+func AcceptTunnel(w http.ResponseWriter, r *http.Request) (*TunnelConn, error) {
+	base, err := accept(w, r, PortForwardTunnel, nil)
+	if err != nil {
+		return nil, err
+	}
+	return &TunnelConn{conn: base}, nil
+}
+
+// Read reads bytes of the stream. It returns io.EOF after the client's Close with a normal code, and
+// io.ErrUnexpectedEOF, wrapped, when the client went away without one. A read deadline that passes
+// ends the reading side: frames are cut by it, and further reads return the same error.
+func (t *TunnelConn) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if err := t.ended(); err != nil {
+		return 0, err
+	}
+	for {
+		if t.message == nil {
+			kind, message, err := t.ws.NextReader()
+			if err == nil && kind != websocket.BinaryMessage {
+				err = &protocolError{closeUnsupportedData, "a text message in the tunnel"}
+			}
+			if err != nil {
+				return 0, t.failed(err)
+			}
+			t.received()
+			t.message = message
+		}
+		n, err := t.message.Read(p)
+		if err == io.EOF {
+			t.message = nil
+		} else if err != nil {
+			return n, t.failed(err)
+		}
+		if n > 0 {
+			t.active()
+			return n, nil
+		}
+	}
+}
+
+// ended is the error of a Read after the end, nil before.
+func (t *TunnelConn) ended() error {
+	select {
+	case <-t.done:
+	default:
+		return nil
+	}
+	if t.doneErr == ErrClientClosed {
+		return io.EOF
+	}
+	return t.doneErr
+}
+
+func (t *TunnelConn) failed(err error) error {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		t.finish(err)
+		return err
+	}
+	t.readError(err)
+	return t.ended()
+}
+
+// Write sends p as one message, without copying it.
+func (t *TunnelConn) Write(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if err := t.lock(); err != nil {
+		return 0, err
+	}
+	defer t.unlock()
+	size := putFrameHeader(t.headers[:], opBinary, len(p))
+	t.vector[0], t.vector[1] = t.headers[:size], p
+	if err := t.writeVector(2); err != nil {
+		return 0, err
+	}
+	t.active()
+	return len(p), nil
+}
+
+// CloseWrite sends Close with code 1000: nothing more comes from us. Reading goes on until the
+// client closes. It waits at most 2 seconds for a write in progress.
+func (t *TunnelConn) CloseWrite() error {
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	return t.sendClose(ctx, CloseNormal, "")
+}
+
+// Close sends Close with code 1000, if it can within 2 seconds, and closes the connection. What the
+// client has sent and nobody read then makes the kernel throw away what the client has not received
+// (kubernetes#60140): to end in order call CloseWrite, read until the end, and then Close.
+func (t *TunnelConn) Close() error {
+	t.closeOnce.Do(func() {
+		t.sendCloseWithin(closeTimeout, CloseNormal, "")
+		t.finish(ErrClosed)
+		t.release()
+	})
+	return nil
+}
+
+// NetConn is the connection underneath, to ask it about its state; bytes must not be read from it
+// or written to it.
+func (t *TunnelConn) NetConn() net.Conn { return t.network }
+
+// LastActivity is when bytes of the stream were last received or sent.
+func (t *TunnelConn) LastActivity() time.Time { return time.Unix(0, t.lastActivity.Load()) }
+
+// LastReceived is when anything was last received, Ping and Pong included.
+func (t *TunnelConn) LastReceived() time.Time { return time.Unix(0, t.lastReceived.Load()) }
+
+// LocalAddr is our address of the connection.
+func (t *TunnelConn) LocalAddr() net.Addr { return t.network.LocalAddr() }
+
+// RemoteAddr is the client's address.
+func (t *TunnelConn) RemoteAddr() net.Addr { return t.network.RemoteAddr() }
+
+// SetDeadline sets both deadlines.
+func (t *TunnelConn) SetDeadline(at time.Time) error { return t.network.SetDeadline(at) }
+
+// SetReadDeadline sets the read deadline, which can pass only once; see Read.
+func (t *TunnelConn) SetReadDeadline(at time.Time) error { return t.network.SetReadDeadline(at) }
+
+// SetWriteDeadline sets the write deadline. One that passes during a write cuts a frame, and all
+// further writes fail.
+func (t *TunnelConn) SetWriteDeadline(at time.Time) error { return t.network.SetWriteDeadline(at) }

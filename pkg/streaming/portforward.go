@@ -1,0 +1,326 @@
+package streaming
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
+)
+
+// portForwardSession is one port-forward session: many connections into one pod over one client
+// connection.
+type portForwardSession struct {
+	config    Config
+	session   *session.Session
+	forwarder PortForwarder
+	client    connection
+
+	connections sync.WaitGroup
+
+	mu      sync.Mutex
+	waiting map[string]*forwardedConnection // pairs of which one stream has come
+	open    map[*forwardedConnection]struct{}
+	// What connections that have ended moved, in bytes.
+	received, sent int64
+
+	// legacy are the connections of a WebSocket client that names its ports in the CRI request: one
+	// for each port, open from the start.
+	legacy     []*forwardedConnection
+	legacyDone chan struct{} // closed when all of them have ended
+	farewell   func(context.Context)
+
+	ctx context.Context // of the forwards; ends with run
+}
+
+// forwardedConnection is one local connection of the client: two streams, one for the bytes and one
+// for an error message.
+type forwardedConnection struct {
+	port          uint16
+	data, failure Stream
+	timeout       *time.Timer // until the other stream has come
+}
+
+// run serves the session from the upgraded connection to its end.
+func (s *portForwardSession) run() session.Outcome {
+	ctx, cancel := context.WithCancel(s.session.Context())
+	s.ctx = ctx
+	s.session.SetPhase(session.Running)
+	// Not the session's context: the client is to be told why the session ends.
+	s.connections.Go(func() { s.client.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done and Err
+	s.startLegacy()
+	defer func() {
+		cancel()
+		s.client.Close() //nolint:errcheck // the session is over
+		s.dropWaiting()
+		s.connections.Wait()
+		s.forwarder.Close() //nolint:errcheck // as above
+	}()
+	idle := newIdleTimer(s.config.idleTimeout(s.session.Kind), false, s.session)
+	defer idle.stop()
+	for {
+		select {
+		case <-s.client.Done():
+			return clientGone(s.client.Err())
+		case <-s.forwarder.Gone():
+			// kubectl would only notice at its next connection (kubernetes#59816, kubectl#686).
+			err := errors.New("the pod is gone: its sandbox was stopped")
+			s.tellAndClose(err)
+			return session.Outcome{Reason: "sandbox-gone", ExitCode: -1, Err: err}
+		case <-s.session.Context().Done():
+			outcome := stopped(s.session.Context())
+			s.tellAndClose(outcome.Err)
+			return outcome
+		case <-s.legacyDone:
+			s.session.SetPhase(session.Lingering)
+			s.farewell(s.session.Context())
+			return session.Outcome{Reason: "exited", ExitCode: -1}
+		case <-idle.C():
+			idle.check()
+		}
+	}
+}
+
+// startLegacy begins to forward the connections that are open from the start.
+func (s *portForwardSession) startLegacy() {
+	if len(s.legacy) == 0 {
+		return
+	}
+	s.legacyDone = make(chan struct{})
+	var left atomic.Int32
+	left.Store(int32(len(s.legacy))) //nolint:gosec // at most websocket.MaxPorts
+	for _, c := range s.legacy {
+		s.mu.Lock()
+		s.open[c] = struct{}{}
+		s.mu.Unlock()
+		s.connections.Go(func() {
+			s.forward(c)
+			if left.Add(-1) == 0 {
+				close(s.legacyDone)
+			}
+		})
+	}
+}
+
+// onStream pairs a client's streams. It is called by the connection's reader.
+func (s *portForwardSession) onStream(stream *spdy.Stream) {
+	kind := strings.ToLower(stream.Header().Get(headerStreamType))
+	port, err := strconv.ParseUint(stream.Header().Get(headerPort), 10, 16)
+	if err != nil || port == 0 || (kind != streamTypeData && kind != streamTypeError) {
+		s.session.Log().Debug("stream without a usable port or type", "port", stream.Header().Get(headerPort), "type", kind)
+		stream.Reset() //nolint:errcheck // the client made a mistake; it sees the reset
+		return
+	}
+	id := stream.Header().Get(headerRequestID)
+	if id == "" {
+		// Clients before 1.2 send none: they open the error stream and then the data stream.
+		n := stream.ID()
+		if kind == streamTypeData {
+			n -= 2
+		}
+		id = strconv.FormatUint(uint64(n), 10)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c, ok := s.waiting[id]
+	if !ok {
+		c = &forwardedConnection{port: uint16(port)}
+		c.timeout = time.AfterFunc(s.config.StreamCreationTimeout, func() { s.abandon(id, c) })
+		s.waiting[id] = c
+	}
+	slot := &c.data
+	if kind == streamTypeError {
+		slot = &c.failure
+	}
+	if *slot != nil || c.port != uint16(port) {
+		stream.Reset() //nolint:errcheck // as above
+		return
+	}
+	*slot = stream
+	if c.data != nil && c.failure != nil {
+		c.timeout.Stop()
+		delete(s.waiting, id)
+		s.start(c)
+	}
+}
+
+// start begins to forward; s.mu is held.
+func (s *portForwardSession) start(c *forwardedConnection) {
+	s.open[c] = struct{}{}
+	s.connections.Go(func() { s.forward(c) })
+}
+
+// abandon resets half a pair whose other half did not come.
+func (s *portForwardSession) abandon(id string, c *forwardedConnection) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.waiting[id] != c {
+		return
+	}
+	delete(s.waiting, id)
+	for _, stream := range []Stream{c.data, c.failure} {
+		if stream != nil {
+			stream.Reset() //nolint:errcheck // the client sees the reset
+		}
+	}
+}
+
+func (s *portForwardSession) dropWaiting() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range s.waiting {
+		c.timeout.Stop()
+	}
+	clear(s.waiting)
+}
+
+// forward serves one connection. Whatever becomes of it concerns this connection alone: the error
+// stream stays empty, because kubectl answers any text there by ending the whole port-forward
+// (kubernetes#74551, kubernetes#111825).
+func (s *portForwardSession) forward(c *forwardedConnection) {
+	_, _, err := s.forwarder.Forward(s.ctx, c.port, c.data)
+	received, sent := transferred(c.data)
+	s.mu.Lock()
+	delete(s.open, c)
+	s.received += received
+	s.sent += sent
+	s.mu.Unlock()
+	if err != nil {
+		s.session.Log().Debug("forwarded connection failed", "port", c.port, "error", err)
+		var dial interface{ DialFailed() bool }
+		if s.config.ReportRefused && errors.As(err, &dial) && dial.DialFailed() {
+			fmt.Fprintf(c.failure, "forwarding port %d failed: %v", c.port, err) //nolint:errcheck // best effort
+		}
+	}
+	c.failure.CloseRead()
+	c.failure.CloseWrite() //nolint:errcheck // a client that has gone is noticed in run
+}
+
+// tellAndClose tells the client through the error stream of any open connection that all is over,
+// and closes.
+func (s *portForwardSession) tellAndClose(reason error) {
+	s.mu.Lock()
+	var told Stream
+	for c := range s.open {
+		told = c.failure
+		break
+	}
+	s.mu.Unlock()
+	if told == nil {
+		return // closing the connection is all that can be said
+	}
+	stopWatching := time.AfterFunc(shutdownGrace, func() { s.client.Close() }) //nolint:errcheck // see run
+	defer stopWatching.Stop()
+	told.Write([]byte(reason.Error())) //nolint:errcheck // best effort
+	told.CloseWrite()                  //nolint:errcheck // as above
+	ctx, cancel := context.WithTimeout(context.Background(), shutdownGrace)
+	defer cancel()
+	awaitClose(ctx, s.client) // the client closes when it reads the message
+}
+
+// LastActivity implements session.Connection.
+func (s *portForwardSession) LastActivity() time.Time { return s.client.LastActivity() }
+
+// LastReceived implements watchedClient.
+func (s *portForwardSession) LastReceived() time.Time { return s.client.LastReceived() }
+
+// Close implements watchedClient.
+func (s *portForwardSession) Close() error { return s.client.Close() }
+
+// Transferred implements session.Connection.
+func (s *portForwardSession) Transferred() (received, sent int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	received, sent = s.received, s.sent
+	for c := range s.open {
+		r, w := transferred(c.data)
+		received, sent = received+r, sent+w
+	}
+	return received, sent
+}
+
+// servePortForward upgrades the connection and runs the session in a goroutine of its own.
+func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
+	forward := request.(*PortForwardRequest)
+	forwarder, err := forward.Open()
+	if err != nil {
+		http.Error(w, "port-forward into the pod: "+err.Error(), http.StatusInternalServerError)
+		return
+	}
+	running := &portForwardSession{
+		config: s.config, forwarder: forwarder,
+		waiting: make(map[string]*forwardedConnection), open: make(map[*forwardedConnection]struct{}),
+	}
+	info := session.Info{
+		Kind: session.PortForward, Target: forward.Target, Peer: r.RemoteAddr,
+		Protocol: strings.TrimSpace(up.name() + " " + up.protocol),
+	}
+	network, err := running.accept(w, r, up, forward.Ports)
+	if err != nil {
+		forwarder.Close() //nolint:errcheck // of no use
+		s.config.Log.Debug("client left during the upgrade", "kind", info.Kind, "error", err)
+		return
+	}
+	live, err := s.config.Sessions.Begin(s.ctx, info, running)
+	if err != nil {
+		running.client.Close() //nolint:errcheck // refused
+		forwarder.Close()      //nolint:errcheck // refused
+		return
+	}
+	running.session = live
+	s.sessions.Go(func() {
+		defer s.watch.add(live, running, network)()
+		live.End(running.run())
+	})
+}
+
+// accept upgrades the connection to the transport that was negotiated. Nothing is read from it
+// before run.
+func (s *portForwardSession) accept(w http.ResponseWriter, r *http.Request, up upgrade, ports []int32) (net.Conn, error) {
+	config := spdy.Config{OnStream: s.onStream}
+	if !up.websocket {
+		network, buffered, err := hijackSPDY(w, up.protocol)
+		if err == nil {
+			s.client = spdy.NewServer(network, buffered, config)
+		}
+		return network, err
+	}
+	protocol := websocket.Protocol(up.protocol)
+	if protocol.Tunnel() {
+		tunnel, err := websocket.AcceptTunnel(w, r)
+		if err != nil {
+			return nil, err
+		}
+		s.client = spdy.NewServer(tunnel, nil, config)
+		return tunnel.NetConn(), nil
+	}
+	named := make([]uint16, 0, len(ports))
+	for _, port := range ports {
+		if port <= 0 || port > math.MaxUint16 {
+			err := fmt.Errorf("%d is no port", port)
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return nil, err
+		}
+		named = append(named, uint16(port))
+	}
+	conn, err := websocket.AcceptPortForward(w, r, protocol, named, websocket.Config{})
+	if err != nil {
+		return nil, err
+	}
+	s.client = webSocketConnection{conn.ChannelConn}
+	s.farewell = func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
+	for _, c := range conn.Ports() {
+		s.legacy = append(s.legacy, &forwardedConnection{port: c.Port, data: c.Data, failure: c.Error})
+	}
+	return conn.NetConn(), nil
+}

@@ -1,0 +1,337 @@
+package streaming
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"sync"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
+)
+
+const (
+	relayDialTimeout   = 30 * time.Second // to connect to the upstream and be upgraded
+	maxUpstreamStatus  = 64 << 10         // bytes read of the upstream's error stream
+	maxUpstreamMessage = 1 << 10          // bytes shown of an upstream's refusal
+	skipBufferKeep     = 64 << 10         // bytes of an empty skipBuffer that are not given back
+)
+
+// relay is a process that the upstream's own streaming server serves: the main process of a
+// container one attaches to, or a command in a container whose runtime is not run by us. To the
+// session it is a Process like any other.
+type relay struct {
+	conn                   *spdy.Conn
+	stdin, resize          *spdy.Stream
+	stdout, stderr         io.ReadCloser
+	upstream               sync.WaitGroup
+	exited                 chan struct{}
+	result                 *status // valid once exited is closed
+	closeOnce              sync.Once
+	stdoutSkip, stderrSkip *skipBuffer
+}
+
+// startRelay asks the upstream for a URL and redeems it. With a buffer limit the upstream is always
+// read and a client that is too slow misses output, instead of stopping the container (moby#41827);
+// with none the client's pace is the command's, as it is for an exec.
+func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, error), c Command, buffer int) (Process, error) {
+	ctx, cancel := context.WithTimeout(ctx, relayDialTimeout)
+	defer cancel()
+	target, err := upstreamURL(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("ask the upstream for its streaming URL: %w", err)
+	}
+	conn, protocol, err := dialUpstream(ctx, target)
+	if err != nil {
+		return nil, fmt.Errorf("connect to the upstream's streaming server: %w", err)
+	}
+	r := &relay{conn: conn, exited: make(chan struct{})}
+	r.upstream.Go(func() { conn.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done
+	if err := r.open(c, protocol, buffer); err != nil {
+		r.Close() //nolint:errcheck // of no use
+		return nil, fmt.Errorf("open the upstream's streams: %w", err)
+	}
+	return r, nil
+}
+
+// dialUpstream connects to a runtime's streaming server and upgrades the connection to SPDY, the
+// protocol that every runtime speaks.
+func dialUpstream(ctx context.Context, target string) (*spdy.Conn, remoteCommandProtocol, error) {
+	u, err := url.Parse(target)
+	if err != nil {
+		return nil, remoteCommandProtocol{}, err
+	}
+	var dialer interface {
+		DialContext(ctx context.Context, network, address string) (net.Conn, error)
+	} = &net.Dialer{}
+	port := "80"
+	if u.Scheme == "https" {
+		dialer, port = &tls.Dialer{}, "443" // verified against the system's roots, as the kubelet does
+	}
+	address := u.Host
+	if u.Port() == "" {
+		address = net.JoinHostPort(u.Hostname(), port)
+	}
+	network, err := dialer.DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, remoteCommandProtocol{}, err
+	}
+	conn, protocol, err := upgradeUpstream(ctx, network, target)
+	if err != nil {
+		network.Close() //nolint:errcheck // of no use
+		return nil, remoteCommandProtocol{}, err
+	}
+	return conn, protocol, nil
+}
+
+func upgradeUpstream(ctx context.Context, network net.Conn, target string) (*spdy.Conn, remoteCommandProtocol, error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, target, http.NoBody)
+	if err != nil {
+		return nil, remoteCommandProtocol{}, err
+	}
+	request.Header.Set("Connection", "Upgrade")
+	request.Header.Set("Upgrade", spdyUpgrade)
+	for _, p := range remoteCommandProtocols {
+		request.Header.Add(headerProtocolVersion, p.name)
+	}
+	stop := context.AfterFunc(ctx, func() { network.SetDeadline(time.Unix(1, 0)) }) //nolint:errcheck // only to wake us
+	defer stop()
+	if err := request.Write(network); err != nil {
+		return nil, remoteCommandProtocol{}, err
+	}
+	reader := bufio.NewReader(network)
+	response, err := http.ReadResponse(reader, request)
+	if err != nil {
+		return nil, remoteCommandProtocol{}, err
+	}
+	if response.StatusCode != http.StatusSwitchingProtocols {
+		text, _ := io.ReadAll(io.LimitReader(response.Body, maxUpstreamMessage)) //nolint:errcheck // what could be read
+		response.Body.Close()                                                    //nolint:errcheck // nothing is left in it
+		return nil, remoteCommandProtocol{}, fmt.Errorf("the upgrade was refused: %s: %s", response.Status, bytes.TrimSpace(text))
+	}
+	if !stop() {
+		return nil, remoteCommandProtocol{}, ctx.Err()
+	}
+	var buffered []byte
+	if n := reader.Buffered(); n > 0 {
+		peeked, _ := reader.Peek(n) //nolint:errcheck // n bytes are there
+		buffered = append(buffered, peeked...)
+	}
+	protocol := remoteCommandProtocolByName(response.Header.Get(headerProtocolVersion))
+	return spdy.NewClient(network, buffered, spdy.Config{Stall: -1}), protocol, nil
+}
+
+// open opens the streams that the command wants and starts to follow them.
+func (r *relay) open(c Command, protocol remoteCommandProtocol, buffer int) error {
+	var failure, stdout, stderr *spdy.Stream
+	for _, s := range []struct {
+		name   string
+		wanted bool
+		stream **spdy.Stream
+	}{
+		{streamTypeError, true, &failure},
+		{streamTypeStdin, c.Stdin, &r.stdin},
+		{streamTypeStdout, c.Stdout, &stdout},
+		{streamTypeStderr, c.Stderr && !c.TTY, &stderr},
+		{streamTypeResize, c.TTY && protocol.resize, &r.resize},
+	} {
+		if !s.wanted {
+			continue
+		}
+		stream, err := r.conn.OpenStream(http.Header{headerStreamType: {s.name}})
+		if err != nil {
+			return err
+		}
+		*s.stream = stream
+	}
+	if stdout != nil {
+		r.stdout = r.output(stdout, c.TTY, buffer)
+	}
+	if stderr != nil {
+		r.stderr = r.output(stderr, c.TTY, buffer)
+	}
+	failure.CloseWrite() //nolint:errcheck // we have nothing to say on it
+	r.upstream.Go(func() {
+		defer close(r.exited)
+		message, err := io.ReadAll(io.LimitReader(failure, maxUpstreamStatus))
+		if len(message) == 0 && err != nil {
+			r.result = internalErrorStatus("the connection to the upstream's streaming server was lost: " + err.Error())
+			return
+		}
+		r.result = parseStatus(message, protocol)
+	})
+	return r.Resize(c.Width, c.Height)
+}
+
+// output is a stream of the upstream as the session reads it.
+func (r *relay) output(stream *spdy.Stream, tty bool, buffer int) io.ReadCloser {
+	if buffer == 0 {
+		return relayOutput{stream}
+	}
+	skip := newSkipBuffer(buffer, tty)
+	r.upstream.Go(func() {
+		stream.WriteTo(skip) //nolint:errcheck // its end is the end of output
+		skip.end()
+	})
+	return skip
+}
+
+type relayOutput struct{ *spdy.Stream }
+
+func (o relayOutput) Close() error {
+	o.CloseRead()
+	return nil
+}
+
+type relayInput struct{ *spdy.Stream }
+
+func (i relayInput) Close() error { return i.CloseWrite() }
+
+// Stdin implements Process.
+func (r *relay) Stdin() io.WriteCloser {
+	if r.stdin == nil {
+		return nil
+	}
+	return relayInput{r.stdin}
+}
+
+// Stdout implements Process.
+func (r *relay) Stdout() io.ReadCloser { return r.stdout }
+
+// Stderr implements Process.
+func (r *relay) Stderr() io.ReadCloser { return r.stderr }
+
+// Resize implements Process.
+func (r *relay) Resize(width, height uint16) error {
+	if r.resize == nil || width == 0 || height == 0 {
+		return nil
+	}
+	message, err := json.Marshal(terminalSize{Width: width, Height: height})
+	if err != nil {
+		return err
+	}
+	_, err = r.resize.Write(append(message, '\n'))
+	return err
+}
+
+// Exited implements Process: it is closed when the upstream has said how the command ended, or can
+// say no more.
+func (r *relay) Exited() <-chan struct{} { return r.exited }
+
+// ExitCode implements Process.
+func (r *relay) ExitCode() int { return r.result.exitCode() }
+
+// Status is what the upstream said.
+func (r *relay) Status() *status { return r.result }
+
+// ContainerExited implements Process: the upstream watches its containers itself.
+func (r *relay) ContainerExited() <-chan struct{} { return nil }
+
+// Disconnect implements Process: what becomes of the process is the upstream's affair.
+func (r *relay) Disconnect() { r.conn.Close() } //nolint:errcheck // seen through Exited
+
+// Kill implements Process.
+func (r *relay) Kill() { r.Disconnect() }
+
+// Close implements Process.
+func (r *relay) Close() error {
+	r.closeOnce.Do(func() {
+		r.conn.Close() //nolint:errcheck // nothing is left to say to the upstream
+		r.upstream.Wait()
+	})
+	return nil
+}
+
+// skipBuffer holds output for a reader that may be slower than its writer. The writer never waits:
+// what does not fit is skipped, and the reader finds a line that says how much.
+type skipBuffer struct {
+	max     int
+	newline string
+
+	mu      sync.Mutex
+	changed *sync.Cond
+	data    bytes.Buffer
+	skipped int64
+	ended   bool
+}
+
+func newSkipBuffer(limit int, tty bool) *skipBuffer {
+	b := &skipBuffer{max: limit, newline: "\n"}
+	if tty {
+		b.newline = "\r\n"
+	}
+	b.changed = sync.NewCond(&b.mu)
+	return b
+}
+
+// Write never blocks and takes everything, if only to skip it.
+func (b *skipBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ended {
+		return 0, errors.New("nobody reads any more")
+	}
+	room := b.max - b.data.Len()
+	if b.skipped > 0 && room < b.max/2 {
+		room = 0 // one long gap is better than many short ones
+	} else {
+		b.mark()
+	}
+	n := min(len(p), room)
+	b.data.Write(p[:n])
+	b.skipped += int64(len(p) - n)
+	b.changed.Signal()
+	return len(p), nil
+}
+
+// mark writes down the gap before what follows; b.mu is held.
+func (b *skipBuffer) mark() {
+	if b.skipped > 0 {
+		fmt.Fprintf(&b.data, "%s[streamshim: %d bytes skipped because the client reads too slowly]%s", b.newline, b.skipped, b.newline)
+		b.skipped = 0
+	}
+}
+
+// end says that no more will be written. What is there can still be read.
+func (b *skipBuffer) end() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.mark()
+	b.ended = true
+	b.changed.Broadcast()
+}
+
+// Read waits for output; it returns io.EOF after the end.
+func (b *skipBuffer) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for b.data.Len() == 0 {
+		if b.ended {
+			return 0, io.EOF
+		}
+		b.changed.Wait()
+	}
+	n, err := b.data.Read(p)
+	if b.data.Len() == 0 && b.data.Cap() > skipBufferKeep {
+		b.data = bytes.Buffer{}
+	}
+	return n, err
+}
+
+// Close makes the writer fail and the reader end.
+func (b *skipBuffer) Close() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.ended = true
+	b.data.Reset()
+	b.changed.Broadcast()
+	return nil
+}

@@ -1,0 +1,480 @@
+package streaming
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+// remoteCommand is what an exec or attach session is to do, independent of its transport.
+type remoteCommand struct {
+	command   Command
+	start     func(context.Context, Command) (Process, error)
+	endReason func(context.Context) string
+}
+
+// remoteCommandClient is the client's side of an exec or attach: its connection and the streams it
+// asked for, nil those it did not.
+type remoteCommandClient struct {
+	connection
+	protocol remoteCommandProtocol
+	// ready is closed when all streams are there; they are valid from then on.
+	ready                          <-chan struct{}
+	stdin, stdout, stderr, failure Stream // failure is the protocol's error stream
+	resize                         Stream
+	// failureOpened holds the error stream as soon as it is there, before the others may be.
+	failureOpened chan Stream
+	// farewell tells the client that the session is over, after everything was sent, and returns
+	// when the client has closed the connection or the context is done.
+	farewell func(context.Context)
+}
+
+// Transferred implements session.Connection.
+func (c *remoteCommandClient) Transferred() (received, sent int64) {
+	select {
+	case <-c.ready:
+		return transferred(c.stdin, c.stdout, c.stderr, c.resize)
+	default:
+		return 0, 0
+	}
+}
+
+// transferred is the payload that streams have moved; some may be nil.
+func transferred(streams ...Stream) (received, sent int64) {
+	for _, s := range streams {
+		if s != nil {
+			received += s.Received()
+			sent += s.Sent()
+		}
+	}
+	return received, sent
+}
+
+// Waits within one session that are not configuration.
+const (
+	reapTimeout      = 5 * time.Second        // for a killed process to be gone
+	disconnectWait   = 30 * time.Second       // for a process whose client has gone to follow
+	endReasonTimeout = 700 * time.Millisecond // to learn why a container ended
+	containerEndWait = 200 * time.Millisecond // between a process killed with its container and the container's end
+	exitCodeKilled   = 128 + 9
+)
+
+// remoteCommandSession is one exec or attach session while it runs.
+type remoteCommandSession struct {
+	config  Config
+	session *session.Session
+	client  *remoteCommandClient
+	remoteCommand
+
+	process  Process
+	terminal terminal
+	outputs  sync.WaitGroup // the copiers of stdout and stderr
+	others   sync.WaitGroup // connection reader, stdin, resize, warnings
+	drain    drain
+}
+
+// run serves the session from the upgraded connection to its end. When it returns, the connection
+// is closed and every goroutine of the session has ended.
+func (s *remoteCommandSession) run() session.Outcome {
+	ctx := s.session.Context()
+	// Not the session's context: a session that is told to end still has a status to deliver.
+	s.others.Go(func() { s.client.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done and Err
+	defer s.others.Wait()
+	defer s.client.Close() //nolint:errcheck // the session is over
+
+	if outcome, ok := s.waitForStreams(ctx); !ok {
+		return outcome
+	}
+	command := s.command
+	command.Width, command.Height = s.firstSize(ctx)
+	process, err := s.start(ctx, command)
+	if err != nil {
+		return s.startFailed(ctx, err)
+	}
+	s.process = process
+	s.session.SetPhase(session.Running)
+	s.terminal.attach(process)
+	s.copyStreams()
+	return s.wait(ctx)
+}
+
+// waitForStreams returns false, and how the session ended, if the client did not open its streams.
+func (s *remoteCommandSession) waitForStreams(ctx context.Context) (session.Outcome, bool) {
+	timeout := time.NewTimer(s.config.StreamCreationTimeout)
+	defer timeout.Stop()
+	select {
+	case <-s.client.ready:
+		return session.Outcome{}, true
+	case <-s.client.Done():
+		return clientGone(s.client.Err()), false
+	case <-ctx.Done():
+		outcome := stopped(ctx)
+		s.sayNotStarted(endedStatus(outcome.Err.Error()))
+		return outcome, false
+	case <-timeout.C:
+		err := fmt.Errorf("the client did not open all streams of the command within %v", s.config.StreamCreationTimeout)
+		s.sayNotStarted(internalErrorStatus(err.Error()))
+		return session.Outcome{Reason: "no-streams", ExitCode: -1, Err: err}, false
+	}
+}
+
+// sayNotStarted gives a client whose streams are not all there a status, if it has opened the stream
+// for it: an error stream that ends empty counts as success (kubectl#1208).
+func (s *remoteCommandSession) sayNotStarted(result *status) {
+	select {
+	case failure := <-s.client.failureOpened:
+		failure.Write(result.encode(s.client.protocol)) //nolint:errcheck // best effort
+		failure.CloseWrite()                            //nolint:errcheck // as above
+		ctx, cancel := context.WithTimeout(context.Background(), shutdownGrace)
+		defer cancel()
+		s.client.farewell(ctx)
+	default:
+	}
+}
+
+// firstSize waits a moment for the terminal's size, which clients send at once, so that the command
+// never sees a wrong one.
+func (s *remoteCommandSession) firstSize(ctx context.Context) (width, height uint16) {
+	if !s.command.TTY || s.client.resize == nil {
+		return 0, 0
+	}
+	s.terminal.known = make(chan struct{})
+	s.others.Go(func() { s.terminal.follow(s.client.resize) })
+	timeout := time.NewTimer(s.config.FirstSizeWait)
+	defer timeout.Stop()
+	select {
+	case <-s.terminal.known:
+	case <-timeout.C:
+	case <-s.client.Done():
+	case <-ctx.Done():
+	}
+	return s.terminal.size()
+}
+
+// startFailed tells the client why the command did not start: a command that is not there is the
+// user's mistake and gets a line on stderr and an exit code as a shell would give it, anything else
+// is an internal error (kubernetes#40820).
+func (s *remoteCommandSession) startFailed(ctx context.Context, err error) session.Outcome {
+	outcome := session.Outcome{Reason: "start-failed", ExitCode: -1, Err: err}
+	if ctx.Err() != nil {
+		outcome = stopped(ctx)
+		s.sayEnd(ctx, endedStatus(outcome.Err.Error()))
+		return outcome
+	}
+	var exit interface{ ExitCode() int }
+	if !errors.As(err, &exit) {
+		s.sayEnd(ctx, internalErrorStatus("error executing command in container: "+err.Error()))
+		return outcome
+	}
+	outcome.ExitCode = exit.ExitCode()
+	line, to := err.Error()+"\n", s.client.stderr
+	if s.command.TTY {
+		line, to = err.Error()+"\r\n", s.client.stdout
+	}
+	if to != nil {
+		io.WriteString(to, line) //nolint:errcheck // a client that has gone is noticed in sayEnd
+	}
+	s.sayEnd(ctx, exitStatus(outcome.ExitCode, err.Error()))
+	return outcome
+}
+
+func (s *remoteCommandSession) copyStreams() {
+	if stdin := s.process.Stdin(); stdin != nil && s.client.stdin != nil {
+		s.others.Go(func() { copyInput(stdin, s.client.stdin) })
+	}
+	s.drain.idle = s.config.DrainIdle
+	for _, o := range []struct {
+		to   Stream
+		from io.ReadCloser
+	}{{s.client.stdout, s.process.Stdout()}, {s.client.stderr, s.process.Stderr()}} {
+		if o.to == nil || o.from == nil {
+			continue
+		}
+		s.drain.sources = append(s.drain.sources, o.from)
+		s.outputs.Go(func() { s.drain.copyOutput(o.to, o.from) })
+	}
+}
+
+// wait sees the process and its client to their end. The four things that can end a session are in
+// one place.
+func (s *remoteCommandSession) wait(ctx context.Context) session.Outcome {
+	idle := newIdleTimer(s.config.idleTimeout(s.session.Kind), s.command.TTY, s.session)
+	defer idle.stop()
+	for {
+		select {
+		case <-s.process.Exited():
+			return s.exited(ctx)
+		case <-s.process.ContainerExited():
+			// Without a pid namespace of its own the process outlives its container (kubernetes#89233).
+			s.process.Kill()
+			if !waitFor(s.process.Exited(), reapTimeout) {
+				return s.stop(ctx, session.Outcome{Reason: "container-exited", ExitCode: -1,
+					Err: errors.New(s.containerEnd(ctx))})
+			}
+			return s.exited(ctx)
+		case <-s.client.Done():
+			return s.disconnected()
+		case <-ctx.Done():
+			return s.stop(ctx, stopped(ctx))
+		case <-idle.C():
+			if warning := idle.check(); warning != "" && s.client.stdout != nil {
+				s.others.Go(func() { io.WriteString(s.client.stdout, warning) }) //nolint:errcheck // best effort
+			}
+		}
+	}
+}
+
+// exited ends a session whose process has been reaped: all output, then the status, then the client
+// closes.
+func (s *remoteCommandSession) exited(ctx context.Context) session.Outcome {
+	s.session.SetPhase(session.Lingering)
+	stopWatching := context.AfterFunc(ctx, func() { // shutdown does not wait for slow readers
+		time.AfterFunc(shutdownGrace, func() { s.client.Close() }) //nolint:errcheck // see run
+	})
+	defer stopWatching()
+	s.stopInput()
+	s.drain.begin(s.config.DrainMax)
+	s.outputs.Wait()
+	s.process.Close() //nolint:errcheck // nothing is left in it that anybody wants
+
+	outcome := session.Outcome{Reason: "exited", ExitCode: s.process.ExitCode()}
+	result := exitStatus(outcome.ExitCode, "")
+	if relayed, ok := s.process.(interface{ Status() *status }); ok {
+		result = relayed.Status()
+	} else if outcome.ExitCode == exitCodeKilled && waitFor(s.process.ContainerExited(), containerEndWait) {
+		outcome.Reason = "container-exited"
+		outcome.Err = errors.New(s.containerEnd(ctx))
+		result = exitStatus(outcome.ExitCode, outcome.Err.Error())
+	}
+	s.sayEnd(ctx, result)
+	return outcome
+}
+
+// containerEnd says why the container is gone.
+func (s *remoteCommandSession) containerEnd(ctx context.Context) string {
+	if s.endReason != nil {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endReasonTimeout)
+		defer cancel()
+		if reason := s.endReason(ctx); reason != "" {
+			return reason
+		}
+	}
+	return "the container's main process has ended"
+}
+
+// disconnected ends a session whose client has gone: its process follows (kubernetes#89031).
+func (s *remoteCommandSession) disconnected() session.Outcome {
+	outcome := clientGone(s.client.Err())
+	s.process.Disconnect()
+	s.client.Close() //nolint:errcheck // wakes the copiers
+	s.stopInput()
+	if waitFor(s.process.Exited(), disconnectWait) {
+		outcome.ExitCode = s.process.ExitCode()
+	}
+	s.process.Close() //nolint:errcheck // nobody is left to tell
+	s.outputs.Wait()
+	return outcome
+}
+
+// stop ends a session from outside: the client gets a status at once, the process is treated as if
+// the client had gone.
+func (s *remoteCommandSession) stop(ctx context.Context, outcome session.Outcome) session.Outcome {
+	stopWatching := time.AfterFunc(shutdownGrace, func() { s.client.Close() }) //nolint:errcheck // see run
+	defer stopWatching.Stop()
+	s.process.Disconnect()
+	s.stopInput()
+	s.drain.begin(0)
+	s.outputs.Wait()
+	s.sayEnd(ctx, endedStatus(outcome.Err.Error()))
+	if waitFor(s.process.Exited(), disconnectWait) {
+		outcome.ExitCode = s.process.ExitCode()
+	}
+	s.process.Close() //nolint:errcheck // the session is over
+	return outcome
+}
+
+// stopInput makes the stdin copier end and throws away what the client still sends: a client that
+// goes on writing must not fill the connection up. The process's stdin is not closed: for one that
+// is kept alive the client's end is not the end of input.
+func (s *remoteCommandSession) stopInput() {
+	if s.client.stdin != nil {
+		s.client.stdin.CloseRead()
+	}
+	if stdin, ok := s.process.Stdin().(interface{ SetWriteDeadline(time.Time) error }); ok {
+		stdin.SetWriteDeadline(time.Unix(1, 0)) //nolint:errcheck // a stdin that is closed blocks nobody
+	}
+}
+
+// sayEnd ends the streams in the order the protocol wants and lets the client close the connection.
+func (s *remoteCommandSession) sayEnd(ctx context.Context, result *status) {
+	s.session.SetPhase(session.Lingering)
+	for _, stream := range []Stream{s.client.stdout, s.client.stderr} {
+		if stream != nil {
+			stream.CloseWrite() //nolint:errcheck // a client that has gone is noticed in farewell
+		}
+	}
+	if message := result.encode(s.client.protocol); len(message) > 0 {
+		s.client.failure.Write(message) //nolint:errcheck // as above
+	}
+	s.client.failure.CloseWrite() //nolint:errcheck // as above
+	if ctx.Err() != nil {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
+		defer cancel()
+	}
+	s.client.farewell(ctx)
+}
+
+// copyInput moves the client's bytes into the process until the client's FIN, which is the end of
+// input; the loss of the connection is not. When the process closes its stdin early, the rest is
+// thrown away and the session goes on.
+func copyInput(stdin io.WriteCloser, from Stream) {
+	if _, err := from.WriteTo(stdin); err == nil {
+		stdin.Close() //nolint:errcheck // the process may have closed it first
+	}
+	from.CloseRead()
+}
+
+// drain decides when the output of a process that has exited is complete. Usually that is the end
+// of the pipe; but a background child may hold the pipe open for ever, and then it is complete when
+// the pipe has been silent for a while (kubernetes#44371, containerd#7802).
+type drain struct {
+	idle    time.Duration
+	sources []io.ReadCloser
+	until   atomic.Int64 // Unix nanoseconds; 0 while the process runs
+}
+
+// deadliner is a pipe or a pty of ours, whose reads can be given a limit.
+type deadliner interface{ SetReadDeadline(time.Time) error }
+
+// begin starts the wait; it lasts no longer than limit.
+func (d *drain) begin(limit time.Duration) {
+	d.until.Store(time.Now().Add(limit).UnixNano())
+	for _, source := range d.sources {
+		if s, ok := source.(deadliner); ok && (d.idle > 0 || limit == 0) {
+			s.SetReadDeadline(time.Unix(1, 0)) //nolint:errcheck // a source that is closed has ended already
+		}
+	}
+}
+
+// copyOutput sends a source to the client until it ends, is complete, or cannot be sent.
+func (d *drain) copyOutput(to Stream, from io.ReadCloser) {
+	watched := false // a whole idle period lies behind the read that just ended
+	for {
+		n, err := to.ReadFrom(from)
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			from.Close() //nolint:errcheck // the process sees EPIPE, as in a shell's pipe
+			return
+		}
+		if err == nil || (watched && n == 0) || time.Now().UnixNano() >= d.until.Load() {
+			to.CloseWrite() //nolint:errcheck // a client that has gone is noticed elsewhere
+			return
+		}
+		watched = true
+		from.(deadliner).SetReadDeadline(time.Now().Add(d.idle)) //nolint:errcheck // as in begin
+	}
+}
+
+// terminal carries the client's terminal sizes to the process, also those that came before it.
+type terminal struct {
+	known chan struct{} // closed with the first size
+
+	mu            sync.Mutex
+	process       Process
+	width, height uint16
+	started       bool // known has been closed
+}
+
+// follow applies the sizes of the resize stream until it ends.
+func (t *terminal) follow(resize Stream) {
+	resize.WriteTo(&sizeWriter{terminal: t}) //nolint:errcheck // sizes that cannot be read end the resizing, not the session
+	resize.CloseRead()
+}
+
+type sizeWriter struct {
+	terminal *terminal
+	sizes    terminalSizes
+}
+
+func (w *sizeWriter) Write(b []byte) (int, error) {
+	sizes, err := w.sizes.feed(b)
+	for _, size := range sizes {
+		w.terminal.resize(size)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
+
+func (t *terminal) resize(size terminalSize) {
+	if size.Width == 0 || size.Height == 0 {
+		return // a client that does not know its size says 0x0
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.width, t.height = size.Width, size.Height
+	if !t.started {
+		t.started = true
+		close(t.known)
+	}
+	if t.process != nil {
+		t.process.Resize(t.width, t.height) //nolint:errcheck // a process that has ended has no terminal
+	}
+}
+
+func (t *terminal) size() (width, height uint16) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.width, t.height
+}
+
+// attach gives the terminal its process. A size that came in while the process started is applied.
+func (t *terminal) attach(p Process) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.process = p
+	if t.started {
+		p.Resize(t.width, t.height) //nolint:errcheck // as in resize
+	}
+}
+
+func clientGone(err error) session.Outcome {
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return session.Outcome{Reason: "client-gone", ExitCode: -1, Err: err}
+}
+
+// stopped is the outcome of a session whose context has ended.
+func stopped(ctx context.Context) session.Outcome {
+	var end *session.EndError
+	if errors.As(context.Cause(ctx), &end) {
+		return session.Outcome{Reason: end.Reason, ExitCode: -1, Err: end}
+	}
+	return session.Outcome{Reason: "stopped", ExitCode: -1, Err: context.Cause(ctx)}
+}
+
+// waitFor reports whether the channel was closed within the limit.
+func waitFor(done <-chan struct{}, limit time.Duration) bool {
+	select {
+	case <-done:
+		return true
+	default:
+	}
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case <-done:
+		return true
+	case <-timer.C:
+		return false
+	}
+}

@@ -1,0 +1,234 @@
+package streaming
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"sync"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+// Config is what a Server needs to know. Zero durations take the default named with each field;
+// a negative one turns the limit off where the field says so.
+type Config struct {
+	Log      *slog.Logger
+	Sessions *session.Registry
+
+	// StreamCreationTimeout is how long a client may take to open its streams after the upgrade.
+	// Default 30 s.
+	StreamCreationTimeout time.Duration
+	// FirstSizeWait is how long the start of a command with a terminal waits for the terminal's
+	// size, so that the command finds it right from its first instruction (kubernetes#47990).
+	// Default 150 ms.
+	FirstSizeWait time.Duration
+	// DrainIdle is how long the output of a command that has exited must be silent before it is
+	// taken to be complete although some background child still holds it (kubernetes#44371).
+	// Default 2 s; negative waits for the end of output for ever, as other runtimes do.
+	DrainIdle time.Duration
+	// DrainMax bounds the same wait while output still flows. Default 10 min.
+	DrainMax time.Duration
+	// LingerIdle is how long a finished session waits without any progress for the client to take
+	// what is left and to close the connection. Default 10 min.
+	LingerIdle time.Duration
+	// IdleTimeout ends a session in which no payload has moved for this long. Pings do not count
+	// (containerd#5563). Default 4 h; negative is off.
+	IdleTimeout map[session.Kind]time.Duration
+	// MaxLifetime ends a session this long after its start. Default off.
+	MaxLifetime map[session.Kind]time.Duration
+	// PeerTimeout is how long the network may stay silent, although an answer is due, before the
+	// client is taken to be gone. Default 45 s.
+	PeerTimeout time.Duration
+	// ReportRefused makes port-forward write a refused or failed dial on the error stream. Off by
+	// default: kubectl ends the whole port-forward on any text there (kubernetes#111825).
+	ReportRefused bool
+	// AttachBuffer is how many bytes of output wait for an attached client that reads too slowly;
+	// what comes beyond is skipped. Default 1 MiB.
+	AttachBuffer int
+}
+
+const (
+	defaultStreamCreationTimeout = 30 * time.Second
+	defaultFirstSizeWait         = 150 * time.Millisecond
+	defaultDrainIdle             = 2 * time.Second
+	defaultDrainMax              = 10 * time.Minute
+	defaultLingerIdle            = 10 * time.Minute
+	defaultIdleTimeout           = 4 * time.Hour
+	defaultPeerTimeout           = 45 * time.Second
+	defaultAttachBuffer          = 1 << 20
+
+	readHeaderTimeout = 10 * time.Second // of an HTTP request
+	keepAliveTimeout  = 60 * time.Second // of an HTTP connection between requests
+	maxHeaderBytes    = 64 << 10
+
+	idleWarning   = time.Minute     // before an idle session with a terminal ends
+	shutdownGrace = 2 * time.Second // for clients to read the status at shutdown
+)
+
+func (c Config) withDefaults() Config {
+	duration := func(d *time.Duration, def time.Duration) {
+		if *d == 0 {
+			*d = def
+		}
+	}
+	duration(&c.StreamCreationTimeout, defaultStreamCreationTimeout)
+	duration(&c.FirstSizeWait, defaultFirstSizeWait)
+	duration(&c.DrainIdle, defaultDrainIdle)
+	duration(&c.DrainMax, defaultDrainMax)
+	duration(&c.LingerIdle, defaultLingerIdle)
+	duration(&c.PeerTimeout, defaultPeerTimeout)
+	if c.AttachBuffer == 0 {
+		c.AttachBuffer = defaultAttachBuffer
+	}
+	return c
+}
+
+func (c Config) idleTimeout(k session.Kind) time.Duration {
+	if d, ok := c.IdleTimeout[k]; ok && d != 0 {
+		return max(d, 0)
+	}
+	return defaultIdleTimeout
+}
+
+// Server gives out streaming URLs and serves them.
+type Server struct {
+	config Config
+	tokens *tokenCache
+	http   *http.Server
+	base   url.URL // scheme and address of the URLs
+
+	ctx      context.Context // of all sessions
+	cancel   context.CancelCauseFunc
+	sessions sync.WaitGroup // one for each session's goroutine
+	watch    *watcher
+
+	mu     sync.Mutex
+	closed bool
+}
+
+// NewServer returns a server whose URLs point to the listener's address, which must be one that
+// clients on this node can dial. Serve starts it.
+func NewServer(config Config, listener net.Addr) *Server {
+	s := &Server{
+		config: config.withDefaults(),
+		tokens: newTokenCache(),
+		base:   url.URL{Scheme: "http", Host: listener.String()},
+	}
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	s.watch = newWatcher(s.config)
+	s.http = &http.Server{
+		Handler:           s.handler(),
+		ReadHeaderTimeout: readHeaderTimeout,
+		IdleTimeout:       keepAliveTimeout,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          slog.NewLogLogger(s.config.Log.Handler(), slog.LevelDebug),
+	}
+	return s
+}
+
+// Exec keeps the request and returns the one-time URL at which a client may have it served. The
+// error is ErrTooManyRequests or ErrShuttingDown.
+func (s *Server) Exec(r *ExecRequest) (string, error) { return s.insert(session.Exec, r) }
+
+// Attach is Exec's twin for an attach.
+func (s *Server) Attach(r *AttachRequest) (string, error) { return s.insert(session.Attach, r) }
+
+// PortForward is Exec's twin for a port-forward.
+func (s *Server) PortForward(r *PortForwardRequest) (string, error) {
+	return s.insert(session.PortForward, r)
+}
+
+func (s *Server) insert(kind session.Kind, request any) (string, error) {
+	s.mu.Lock()
+	closed := s.closed
+	s.mu.Unlock()
+	if closed {
+		return "", ErrShuttingDown
+	}
+	token, err := s.tokens.insert(kind, request)
+	if err != nil {
+		return "", err
+	}
+	return s.base.JoinPath(string(kind), token).String(), nil
+}
+
+// Serve serves the listener until Shutdown. It closes the listener.
+func (s *Server) Serve(listener net.Listener) error {
+	watching := make(chan struct{})
+	go func() {
+		defer close(watching)
+		s.watch.run(s.ctx)
+	}()
+	err := s.http.Serve(listener)
+	<-s.ctx.Done()
+	<-watching
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return err
+}
+
+// Shutdown ends the server in three steps: it takes no new requests and connections, lets sessions
+// go on until the context is done, and then ends those that are left with a status that says so.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.config.Sessions.Close()
+	err := s.http.Close() // idle and half-read connections; upgraded ones are ours, not net/http's
+	select {
+	case <-s.config.Sessions.Drained():
+	case <-ctx.Done():
+	}
+	s.cancel(&session.EndError{Reason: "shutdown", Message: ErrShuttingDown.Error()})
+	s.sessions.Wait()
+	return err
+}
+
+func (s *Server) handler() http.Handler {
+	mux := http.NewServeMux()
+	for kind, serve := range map[session.Kind]serveFunc{
+		session.Exec:        s.serveExec,
+		session.Attach:      s.serveAttach,
+		session.PortForward: s.servePortForward,
+	} {
+		handle := func(w http.ResponseWriter, r *http.Request) { s.redeem(w, r, kind, serve) }
+		mux.HandleFunc(fmt.Sprintf("GET /%s/{token}", kind), handle)
+		mux.HandleFunc(fmt.Sprintf("POST /%s/{token}", kind), handle)
+	}
+	return mux
+}
+
+// serveFunc upgrades the connection and starts the session of a redeemed request.
+type serveFunc func(w http.ResponseWriter, r *http.Request, up upgrade, request any)
+
+// redeem hands a request that can be upgraded over to its verb. One that cannot is answered without
+// using its token up.
+func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kind, serve serveFunc) {
+	token := r.PathValue("token")
+	if !s.tokens.holds(kind, token) {
+		s.tokenNotFound(w, kind)
+		return
+	}
+	up, err := negotiateUpgrade(r, kind)
+	if err != nil {
+		writeUpgradeError(w, kind, err)
+		return
+	}
+	request, ok := s.tokens.consume(kind, token)
+	if !ok {
+		s.tokenNotFound(w, kind)
+		return
+	}
+	serve(w, r, up, request)
+}
+
+func (s *Server) tokenNotFound(w http.ResponseWriter, kind session.Kind) {
+	http.Error(w, fmt.Sprintf("no %s request waits at this URL: its token is unknown, has been used, or has expired "+
+		"(a token is good for one connection within %v of the CRI call)", kind, s.tokens.ttl), http.StatusNotFound)
+}

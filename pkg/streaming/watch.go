@@ -1,0 +1,179 @@
+package streaming
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+const watchInterval = 5 * time.Second
+
+// TCP keepalive of clients' connections: a client whose network is gone is noticed within
+// keepAliveIdle + keepAliveCount*keepAliveInterval = 45 s even if nothing is sent.
+const (
+	keepAliveIdle     = 15 * time.Second
+	keepAliveInterval = 5 * time.Second
+	keepAliveCount    = 6
+)
+
+// watcher looks at all sessions every few seconds for what only time can tell: a client whose
+// network is gone while data is on its way, a finished session that makes no progress, a session
+// that has lived too long. One goroutine serves all sessions.
+type watcher struct {
+	config Config
+
+	mu      sync.Mutex
+	watched map[*watchedSession]struct{}
+}
+
+// watchedClient is the client's side of a session.
+type watchedClient interface {
+	session.Connection
+	LastReceived() time.Time
+	Close() error
+}
+
+// watchedSession is one session's entry. Its fields below the first group belong to the watcher's
+// goroutine.
+type watchedSession struct {
+	session *session.Session
+	client  watchedClient
+	network net.Conn
+
+	progress progress
+	since    time.Time // when progress was last seen to change
+}
+
+// progress is everything that moves when a client takes what it was sent.
+type progress struct {
+	received, sent int64
+	lastReceived   time.Time
+	unsent         int // bytes that the peer's kernel has not acknowledged
+}
+
+func newWatcher(c Config) *watcher {
+	return &watcher{config: c, watched: make(map[*watchedSession]struct{})}
+}
+
+// add watches a session until the returned function is called.
+func (w *watcher) add(s *session.Session, client watchedClient, network net.Conn) (remove func()) {
+	setKeepAlive(network)
+	entry := &watchedSession{session: s, client: client, network: network, since: time.Now()}
+	w.mu.Lock()
+	w.watched[entry] = struct{}{}
+	w.mu.Unlock()
+	return func() {
+		w.mu.Lock()
+		delete(w.watched, entry)
+		w.mu.Unlock()
+	}
+}
+
+func (w *watcher) run(ctx context.Context) {
+	ticker := time.NewTicker(watchInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-ticker.C:
+			w.mu.Lock()
+			entries := make([]*watchedSession, 0, len(w.watched))
+			for e := range w.watched {
+				entries = append(entries, e)
+			}
+			w.mu.Unlock()
+			for _, e := range entries {
+				w.look(e, now)
+			}
+		}
+	}
+}
+
+func (w *watcher) look(e *watchedSession, now time.Time) {
+	if peerIsDead(e.network, w.config.PeerTimeout) {
+		e.session.Log().Debug("client does not answer any more", "limit", w.config.PeerTimeout)
+		e.client.Close() //nolint:errcheck // the session sees the end of the connection
+		return
+	}
+	if limit := w.config.MaxLifetime[e.session.Kind]; limit > 0 && now.Sub(e.session.Start) >= limit {
+		e.session.Stop(&session.EndError{
+			Reason:  "max-lifetime",
+			Message: fmt.Sprintf("the session was ended because sessions may last %v at most", limit),
+		})
+	}
+	if e.session.Phase() != session.Lingering {
+		e.since = now
+		return
+	}
+	p := progress{lastReceived: e.client.LastReceived(), unsent: unacknowledged(e.network)}
+	p.received, p.sent = e.client.Transferred()
+	if p != e.progress {
+		e.progress, e.since = p, now
+	} else if now.Sub(e.since) >= w.config.LingerIdle {
+		e.session.Log().Debug("finished session makes no progress", "limit", w.config.LingerIdle)
+		e.client.Close() //nolint:errcheck // as above
+	}
+}
+
+func setKeepAlive(c net.Conn) {
+	if tcp, ok := c.(*net.TCPConn); ok {
+		tcp.SetKeepAliveConfig(net.KeepAliveConfig{ //nolint:errcheck // a dead peer is then noticed later
+			Enable: true, Idle: keepAliveIdle, Interval: keepAliveInterval, Count: keepAliveCount,
+		})
+		control(tcp, func(fd int) {
+			// Probes of a closed window back off to two minutes otherwise (Linux 6.15 and later).
+			unix.SetsockoptInt(fd, unix.IPPROTO_TCP, tcpRTOMaxMs, int(maxProbeInterval/time.Millisecond)) //nolint:errcheck // older kernels do not know it
+		})
+	}
+}
+
+const (
+	tcpRTOMaxMs      = 44 // TCP_RTO_MAX_MS, include/uapi/linux/tcp.h; not in x/sys yet
+	maxProbeInterval = 10 * time.Second
+)
+
+// peerIsDead tells whether the client's kernel owes an answer for longer than the limit. A client
+// that merely does not read answers: its kernel acknowledges the probes of the closed window. That
+// is why TCP_USER_TIMEOUT, which ends such connections too, is not used.
+func peerIsDead(c net.Conn, limit time.Duration) bool {
+	tcp, ok := c.(*net.TCPConn)
+	if !ok {
+		return false
+	}
+	dead := false
+	control(tcp, func(fd int) {
+		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+		if err != nil {
+			return
+		}
+		owed := info.Unacked > 0 || info.Probes > 0
+		silent := time.Duration(info.Last_ack_recv) * time.Millisecond
+		dead = owed && silent >= limit
+	})
+	return dead
+}
+
+// unacknowledged is how many bytes were written to the connection and have not arrived yet.
+func unacknowledged(c net.Conn) int {
+	tcp, ok := c.(*net.TCPConn)
+	if !ok {
+		return 0
+	}
+	n := 0
+	control(tcp, func(fd int) { n, _ = unix.IoctlGetInt(fd, unix.SIOCOUTQ) }) //nolint:errcheck // 0 is a good guess
+	return n
+}
+
+func control(c syscall.Conn, f func(fd int)) {
+	if raw, err := c.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) { f(int(fd)) }) //nolint:errcheck // fails on a closed connection, whose session ends anyway
+	}
+}

@@ -1,0 +1,148 @@
+// Package leak fails a test that leaves something behind in its process: goroutines, descriptors,
+// child processes, threads in another network namespace.
+package leak
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+const (
+	// settleTime bounds the wait for what is on its way out: a goroutine between its last word and its end,
+	// a child between its death and being reaped. Only a test that fails ever waits so long.
+	settleTime = 10 * time.Second
+	settlePoll = 10 * time.Millisecond
+)
+
+// Check takes account of the process now and compares at the test's cleanup, failing the test with
+// the differences. Call it first, so that its cleanup runs last. It is no use in parallel tests, which see
+// each other's things.
+func Check(t testing.TB) {
+	t.Helper()
+	startPoller()
+	before := takeAccount()
+	goroutines := goleak.IgnoreCurrent()
+	t.Cleanup(func() {
+		if t.Failed() {
+			return // what a test leaves behind that was cut short says nothing
+		}
+		if found := settle(before, goroutines, settleTime); found != "" {
+			t.Errorf("left behind after %v:\n%s", settleTime, found)
+		}
+	})
+}
+
+// settle waits until nothing is left behind, and returns what is when the limit is over.
+func settle(before account, goroutines goleak.Option, limit time.Duration) string {
+	for end := time.Now().Add(limit); ; time.Sleep(settlePoll) {
+		found := takeAccount().difference(before)
+		if found == "" {
+			// Last, because it does its own waiting.
+			if err := goleak.Find(goroutines); err != nil {
+				found = err.Error()
+			}
+		}
+		if found == "" || time.Now().After(end) {
+			return found
+		}
+	}
+}
+
+// account is what a process has: for each kind of thing its description by its key.
+type account struct {
+	descriptors map[string]string // number -> target
+	children    map[string]string // pid -> name and state
+	namespaces  map[string]string // namespace -> the threads in it, one of them
+}
+
+func takeAccount() account {
+	return account{descriptors: descriptors(), children: children(), namespaces: namespaces()}
+}
+
+// difference lists what a has and before has not, a line each.
+func (a account) difference(before account) string {
+	var lines []string
+	for _, kind := range []struct {
+		name        string
+		now, before map[string]string
+	}{
+		{"descriptor", a.descriptors, before.descriptors},
+		{"child process", a.children, before.children},
+		{"threads in network namespace", a.namespaces, before.namespaces},
+	} {
+		for key, what := range kind.now {
+			if was, ok := kind.before[key]; !ok {
+				lines = append(lines, fmt.Sprintf("\t%s %s: %s", kind.name, key, what))
+			} else if was != what && kind.name == "descriptor" {
+				lines = append(lines, fmt.Sprintf("\t%s %s: %s, was %s", kind.name, key, what, was))
+			}
+		}
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "\n")
+}
+
+// startPoller makes the Go runtime open the two descriptors of its poller, which it does with the
+// first file that waits, and keeps.
+func startPoller() {
+	if r, w, err := os.Pipe(); err == nil {
+		r.Close()
+		w.Close()
+	}
+}
+
+func descriptors() map[string]string {
+	found := map[string]string{}
+	entries, _ := os.ReadDir("/proc/self/fd")
+	for _, entry := range entries {
+		target, err := os.Readlink("/proc/self/fd/" + entry.Name())
+		if err != nil || target == fmt.Sprintf("/proc/%d/fd", os.Getpid()) {
+			continue // the descriptor of the listing itself
+		}
+		found[entry.Name()] = target
+	}
+	return found
+}
+
+// children finds the processes whose parent is this one, zombies among them.
+func children() map[string]string {
+	found := map[string]string{}
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, path := range stats {
+		content, err := os.ReadFile(path)
+		if err != nil {
+			continue // it has ended meanwhile
+		}
+		// pid (name, which may hold anything) state parent ...
+		open, end := strings.IndexByte(string(content), '('), strings.LastIndexByte(string(content), ')')
+		if open < 0 || end < open {
+			continue
+		}
+		fields := strings.Fields(string(content[end+1:]))
+		if len(fields) > 1 && fields[1] == strconv.Itoa(os.Getpid()) {
+			pid := strings.TrimSpace(string(content[:open]))
+			found[pid] = fmt.Sprintf("%s, state %s", content[open:end+1], fields[0])
+		}
+	}
+	return found
+}
+
+// namespaces finds the network namespaces that this process has threads in.
+func namespaces() map[string]string {
+	found := map[string]string{}
+	links, _ := filepath.Glob("/proc/self/task/*/ns/net")
+	for _, link := range links {
+		if namespace, err := os.Readlink(link); err == nil {
+			found[namespace] = "thread " + strings.Split(link, "/")[4]
+		}
+	}
+	return found
+}
