@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/test/images"
@@ -177,7 +178,11 @@ func testFolder(t *testing.T) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := errors.Join(node.Cleanup(dir, t.Logf), os.RemoveAll(dir)); err != nil {
+		err := node.Cleanup(dir, t.Logf)
+		if err == nil { // or else something may still be mounted there
+			err = os.RemoveAll(dir)
+		}
+		if err != nil {
 			t.Error(err)
 		}
 	})
@@ -305,6 +310,26 @@ func TestPodsSurviveContainerd(t *testing.T) {
 	output, err := n.Crictl("exec", "-s", container, "sh", "-c", "echo $COLOUR").CombinedOutput()
 	if strings.TrimSpace(string(output)) != "green" || err != nil {
 		t.Errorf("got %q, %v", output, err)
+	}
+}
+
+// TestCleanupWithoutRecord: whoever removes the folder after Cleanup must not remove what is mounted
+// there.
+func TestCleanupWithoutRecord(t *testing.T) {
+	node.Require(t)
+	dir := testFolder(t)
+	point := filepath.Join(dir, "mounted")
+	if err := os.Mkdir(point, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("none", point, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := node.Cleanup(dir, t.Logf); err != nil {
+		t.Fatal(err)
+	}
+	if mounts := traces(t, dir, "unrecorded")["mount"]; len(mounts) > 0 {
+		t.Errorf("still mounted: %s", mounts)
 	}
 }
 

@@ -29,7 +29,9 @@ const resultsCache = "/var/lib/cni/results"
 // errors and returns them all.
 func (n *Node) takeDown() error {
 	if n.state.Name == "" {
-		return nil // never started
+		// Never started, or node.json was lost. Callers may remove the folder next, so that at least
+		// nothing may be mounted below it.
+		return n.unmountAll()
 	}
 	ids := n.knownIDs() // while containerd's folders still tell
 	errs := []error{n.stopProcess(streamshimProcess, stopGrace)}
