@@ -75,7 +75,7 @@ func up(ctx context.Context, dir, streamshim string) error {
 	switch {
 	case errors.Is(err, node.ErrNotRunning):
 		progress("starting an image server, containerd and streamshim in %s", dir)
-		n, err = node.Start(ctx, node.Config{Dir: dir, Name: "lab", Streamshim: streamshim, Logf: progress})
+		n, err = node.Start(ctx, node.Config{Dir: dir, Streamshim: streamshim, Logf: progress})
 	case err == nil:
 		progress("it is up already in %s", dir)
 	}
