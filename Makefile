@@ -13,7 +13,7 @@ LAB_DIR ?= .lab
 # Go packages under test, for instance: make test PACKAGES=./pkg/execproc
 PACKAGES ?= ./...
 
-say = @printf '\033[1m== %s\033[0m\n' "$(1)"
+say = @echo '== $(1)'
 
 .PHONY: help
 help: ## list the targets
