@@ -35,6 +35,14 @@ type Container struct {
 	UIDMappings, GIDMappings []specs.LinuxIDMapping
 }
 
+// user is whom a process runs as in the container, nil when that is not known.
+func (c Container) user() *session.User {
+	if c.Process == nil {
+		return nil
+	}
+	return &session.User{UID: c.Process.User.UID, GID: c.Process.User.GID}
+}
+
 // Sandbox is what was found out about a ready pod sandbox. ContainerID and ContainerName of its
 // Target are empty.
 type Sandbox struct {

@@ -12,6 +12,8 @@ import (
 type ExecRequest struct {
 	Target  session.Target
 	Command Command
+	// User is whom the command runs as, nil when that is not known. It is for audit records.
+	User *session.User
 	// Executor starts the command. Nil when the container's runtime is not one whose processes can
 	// be started from here; then UpstreamURL is set and the session is relayed.
 	Executor Executor
@@ -24,13 +26,25 @@ type ExecRequest struct {
 	EndReason func(context.Context) string
 }
 
+func (r *ExecRequest) info() session.Info {
+	return session.Info{
+		Kind: session.Exec, Target: r.Target, Command: r.Command.Args, TTY: r.Command.TTY,
+		User: r.User, AuditID: session.AuditID(r.Command.Env),
+	}
+}
+
 // AttachRequest is what a token for /attach/ stands for: the streams of a running container's main
 // process, reached through the upstream's streaming server.
 type AttachRequest struct {
 	Target                     session.Target
 	Stdin, Stdout, Stderr, TTY bool
+	User                       *session.User // as ExecRequest.User
 	UpstreamURL                func(context.Context) (string, error)
 	EndReason                  func(context.Context) string
+}
+
+func (r *AttachRequest) info() session.Info {
+	return session.Info{Kind: session.Attach, Target: r.Target, TTY: r.TTY, User: r.User}
 }
 
 // PortForwardRequest is what a token for /portforward/ stands for: a pod sandbox whose ports may be
@@ -42,6 +56,10 @@ type PortForwardRequest struct {
 	// Open is called at redemption, so that a URL that nobody uses holds nothing of the pod. The
 	// session closes the forwarder.
 	Open func() (PortForwarder, error)
+}
+
+func (r *PortForwardRequest) info() session.Info {
+	return session.Info{Kind: session.PortForward, Target: r.Target}
 }
 
 // Command is a command line and the streams its caller wants.
