@@ -102,6 +102,11 @@ func newReaper() (*reaper, error) {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return nil, fmt.Errorf("become child subreaper: %w", err)
 	}
+	probe, err := unix.PidfdOpen(os.Getpid(), 0)
+	if err != nil {
+		return nil, fmt.Errorf("pidfd_open (it needs Linux 5.4 or later): %w", err)
+	}
+	unix.Close(probe)
 	self, err := readStat(os.Getpid())
 	if err != nil {
 		return nil, fmt.Errorf("read own session from /proc: %w", err)

@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // record is what a successor must know of a running process, should this one be killed. It is one
@@ -42,9 +44,10 @@ func parseRecord(data []byte) (record, error) {
 	return found, nil
 }
 
-// ownerOf reads which process a file of the state directory belongs to: PID-START-NUMBER.ending.
+// ownerOf reads which process a file of the state directory belongs to: PID-START-NUMBER.ending, with a
+// dot in front where runc was writing it.
 func ownerOf(name string) (identity, bool) {
-	base, _, hasEnding := strings.Cut(name, ".")
+	base, _, hasEnding := strings.Cut(strings.TrimPrefix(name, "."), ".")
 	parts := strings.Split(base, "-")
 	if !hasEnding || len(parts) != 3 {
 		return identity{}, false
@@ -103,8 +106,12 @@ func (r *Runner) endLeftover(left record, path string) {
 	}
 	var err error
 	p.watch, err = r.reaper.watchContainer(left.Pid)
+	if err == nil && !p.leader.alive() {
+		r.reaper.dropContainer(p.watch) // not the process any more, or about to say so
+		err = unix.ESRCH
+	}
 	if err != nil {
-		os.Remove(path) // gone meanwhile
+		os.Remove(path)
 		return
 	}
 	r.background(func() {
