@@ -14,6 +14,8 @@ import (
 // container's life and are shared between its sessions: nobody writes to what they point to.
 type Container struct {
 	session.Target
+	// PodLabels are the labels of the pod's sandbox, nil when they are not known.
+	PodLabels map[string]string
 
 	// RuntimeType is the upstream's word for the runtime, such as "io.containerd.runc.v2" with
 	// containerd, or "oci" or "vm" with CRI-O. For logs.
@@ -47,6 +49,8 @@ func (c Container) user() *session.User {
 // Target are empty.
 type Sandbox struct {
 	session.Target
+	// PodLabels are the labels of the pod's sandbox, nil when they are not known.
+	PodLabels map[string]string
 
 	// NetworkNamespace is the path of the pod's network namespace, empty when the pod uses the
 	// host's.

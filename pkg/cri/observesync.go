@@ -19,7 +19,7 @@ func (s *Server) beginSync(ctx context.Context, c Container, request *runtimeapi
 		return func(session.Outcome, int64) {}, nil
 	}
 	return s.askSync(ctx, session.Info{
-		Kind: session.ExecSync, Target: c.Target, Protocol: "CRI", Command: request.GetCmd(),
+		Kind: session.ExecSync, Target: c.Target, PodLabels: c.PodLabels, Protocol: "CRI", Command: request.GetCmd(),
 		User: c.user(), AuditID: session.AuditID(envs),
 	})
 }

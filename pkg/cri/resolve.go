@@ -229,8 +229,7 @@ func (r *resolver) readySandbox(ctx context.Context, id string) (Sandbox, error)
 		PodName:      kubelettypes.GetPodName(labels),
 		PodNamespace: kubelettypes.GetPodNamespace(labels),
 		PodUID:       kubelettypes.GetPodUID(labels),
-		PodLabels:    knownLabels(labels),
-	}}
+	}, PodLabels: knownLabels(labels)}
 	info, infoErr := parseSandboxInfo(response.GetInfo())
 	sandbox.Pid = info.Pid
 	if found.GetLinux().GetNamespaces().GetOptions().GetNetwork() == runtimeapi.NamespaceMode_NODE {

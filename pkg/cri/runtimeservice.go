@@ -73,7 +73,8 @@ func (s *Server) exec(ctx context.Context, raw []byte) (any, error) {
 		return nil, err
 	}
 	exec := &streaming.ExecRequest{
-		Target: container.Target,
+		Target:    container.Target,
+		PodLabels: container.PodLabels,
 		Command: streaming.Command{
 			Args:   request.GetCmd(),
 			Env:    envs,
@@ -117,12 +118,13 @@ func (s *Server) attach(ctx context.Context, raw []byte) (any, error) {
 		return nil, err
 	}
 	url, err := s.streams.Attach(&streaming.AttachRequest{
-		Target: container.Target,
-		Stdin:  request.GetStdin(),
-		Stdout: request.GetStdout(),
-		Stderr: request.GetStderr(),
-		TTY:    request.GetTty(),
-		User:   container.user(),
+		Target:    container.Target,
+		PodLabels: container.PodLabels,
+		Stdin:     request.GetStdin(),
+		Stdout:    request.GetStdout(),
+		Stderr:    request.GetStderr(),
+		TTY:       request.GetTty(),
+		User:      container.user(),
 		UpstreamURL: func(ctx context.Context) (string, error) {
 			var response runtimeapi.AttachResponse
 			err := s.upstream.conn.Invoke(ctx, runtimeapi.RuntimeService_Attach_FullMethodName, newFrame(raw), &response, grpc.ForceCodecV2(s.codec))
@@ -149,9 +151,10 @@ func (s *Server) portForward(ctx context.Context, raw []byte) (any, error) {
 		return nil, err
 	}
 	url, err := s.streams.PortForward(&streaming.PortForwardRequest{
-		Target: sandbox.Target,
-		Ports:  request.GetPort(),
-		Open:   func() (streaming.PortForwarder, error) { return s.engine.Forwarder(sandbox) },
+		Target:    sandbox.Target,
+		PodLabels: sandbox.PodLabels,
+		Ports:     request.GetPort(),
+		Open:      func() (streaming.PortForwarder, error) { return s.engine.Forwarder(sandbox) },
 	})
 	if err != nil {
 		return nil, s.streamError(err)

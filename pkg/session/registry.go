@@ -40,12 +40,15 @@ const (
 
 // Info is what is known of a session when it begins. It does not change.
 type Info struct {
-	Kind     Kind
-	Target   Target
-	Protocol string   // such as "SPDY/3.1 v4.channel.k8s.io"
-	Peer     string   // the client's network address
-	Command  []string // of an exec; never logged
-	TTY      bool
+	Kind   Kind
+	Target Target
+	// PodLabels are the labels of the pod's sandbox, nil when they are not known. They are shared:
+	// nobody writes to the map.
+	PodLabels map[string]string
+	Protocol  string   // such as "SPDY/3.1 v4.channel.k8s.io"
+	Peer      string   // the client's network address
+	Command   []string // of an exec; never logged
+	TTY       bool
 	// User is whom the process runs as, inside the container; nil when that is not known.
 	User *User
 	// AuditID is the API server's id of the request, as KEP-6035 hands it down; empty when the

@@ -31,11 +31,11 @@ func (s Selector) Matches(info Info) (matches, unknown bool) {
 	}) {
 		return false, false
 	}
-	if len(s.PodLabels) > 0 && info.Target.PodLabels == nil {
+	if len(s.PodLabels) > 0 && info.PodLabels == nil {
 		return false, true
 	}
 	for name, pattern := range s.PodLabels {
-		value, ok := info.Target.PodLabels[name]
+		value, ok := info.PodLabels[name]
 		if !ok || !matchesPattern(pattern, value) {
 			return false, false
 		}

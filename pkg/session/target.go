@@ -12,8 +12,4 @@ type Target struct {
 	PodName       string
 	PodNamespace  string
 	PodUID        string
-
-	// PodLabels are the labels of the pod's sandbox, nil when they are not known. They are shared:
-	// nobody writes to the map.
-	PodLabels map[string]string
 }
