@@ -20,6 +20,21 @@ type containerInfo struct {
 	RuntimeType    string          `json:"runtimeType"`
 	RuntimeOptions json.RawMessage `json:"runtimeOptions"`
 	RuntimeSpec    *specInfo       `json:"runtimeSpec"`
+	// Config is containerd's copy of the CRI's ContainerConfig, with the names of the proto fields.
+	Config *struct {
+		StdinOnce bool `json:"stdin_once"`
+	} `json:"config"`
+}
+
+// crioStdinOnceAnnotation of a container's spec is the stdin_once of its ContainerConfig.
+const crioStdinOnceAnnotation = "io.kubernetes.cri-o.StdinOnce"
+
+// stdinOnce is stdin_once of the ContainerConfig, false when it is not known.
+func (i containerInfo) stdinOnce() bool {
+	if i.Config != nil {
+		return i.Config.StdinOnce
+	}
+	return i.RuntimeSpec != nil && i.RuntimeSpec.Annotations[crioStdinOnceAnnotation] == "true"
 }
 
 // sandboxInfo is what we need of the verbose status of a pod sandbox.

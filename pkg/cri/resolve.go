@@ -103,6 +103,7 @@ func (r *resolver) addFacts(ctx context.Context, container *Container, verbose m
 	}
 	container.SandboxID = info.SandboxID
 	container.InitPid = info.Pid
+	container.StdinOnce = info.stdinOnce()
 
 	runtime, err := r.ociRuntime(ctx, container.ContainerID, info)
 	container.RuntimeType = runtime.kind

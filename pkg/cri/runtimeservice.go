@@ -115,11 +115,12 @@ func (s *Server) attach(ctx context.Context, raw []byte) (any, error) {
 		return nil, err
 	}
 	url, err := s.streams.Attach(&streaming.AttachRequest{
-		Target: container.Target,
-		Stdin:  request.GetStdin(),
-		Stdout: request.GetStdout(),
-		Stderr: request.GetStderr(),
-		TTY:    request.GetTty(),
+		Target:    container.Target,
+		Stdin:     request.GetStdin(),
+		Stdout:    request.GetStdout(),
+		Stderr:    request.GetStderr(),
+		TTY:       request.GetTty(),
+		StdinOnce: container.StdinOnce,
 		UpstreamURL: func(ctx context.Context) (string, error) {
 			var response runtimeapi.AttachResponse
 			err := s.upstream.conn.Invoke(ctx, runtimeapi.RuntimeService_Attach_FullMethodName, newFrame(raw), &response, grpc.ForceCodecV2(s.codec))

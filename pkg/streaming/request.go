@@ -29,8 +29,13 @@ type ExecRequest struct {
 type AttachRequest struct {
 	Target                     session.Target
 	Stdin, Stdout, Stderr, TTY bool
-	UpstreamURL                func(context.Context) (string, error)
-	EndReason                  func(context.Context) string
+	// StdinOnce is stdin_once of the CRI's ContainerConfig: the runtime closes the process's stdin
+	// after the first attach session that had one has sent its end. It comes from the verbose
+	// ContainerStatus (containerd: info.config.stdin_once; CRI-O: an annotation of the OCI spec).
+	// False also means that the runtime does not say.
+	StdinOnce   bool
+	UpstreamURL func(context.Context) (string, error)
+	EndReason   func(context.Context) string
 }
 
 // PortForwardRequest is what a token for /portforward/ stands for: a pod sandbox whose ports may be
