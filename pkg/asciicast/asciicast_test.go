@@ -31,7 +31,7 @@ func TestWriteAndRead(t *testing.T) {
 		if e.Code == Resize {
 			at = time.Second // back in time
 		}
-		if err := w.Write(at, e.Code, e.Data); err != nil {
+		if err := w.Write(at, e.Code, []byte(e.Data)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -101,18 +101,40 @@ func FuzzText(f *testing.F) {
 		for chunk := data; len(chunk) > 0; {
 			n := min(int(size)%7+1, len(chunk))
 			piece := text.Next(chunk[:n])
-			if utf8.Valid(data) && !utf8.ValidString(piece) {
+			if utf8.Valid(data) && !utf8.Valid(piece) {
 				t.Errorf("%q is cut into %q", data, piece)
 			}
-			whole.WriteString(piece)
+			whole.Write(piece)
 			if len(text.pending) >= utf8.UTFMax {
 				t.Errorf("%d bytes are kept", len(text.pending))
 			}
 			chunk = chunk[n:]
 		}
-		whole.WriteString(text.Rest())
+		whole.Write(text.Rest())
 		if whole.String() != string(data) {
 			t.Errorf("%q became %q", data, whole.String())
+		}
+	})
+}
+
+// What is written is what encoding/json reads, except that what is no character is replaced.
+func FuzzWriter(f *testing.F) {
+	f.Add([]byte("a\x00\"\\\n\r\t\x1b\x7fü€😀\u2028\xff\xe2\x82\uFFFD"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var line bytes.Buffer
+		w := &Writer{w: &line}
+		if err := w.Write(time.Second, Output, data); err != nil {
+			t.Fatal(err)
+		}
+		var fields []any
+		if err := json.Unmarshal(line.Bytes(), &fields); err != nil || len(fields) != 3 {
+			t.Fatalf("%q: %v", line.Bytes(), err)
+		}
+		if !utf8.Valid(line.Bytes()) || bytes.Count(line.Bytes(), []byte("\n")) != 1 {
+			t.Errorf("line %q", line.Bytes())
+		}
+		if want := string([]rune(string(data))); fields[2] != want {
+			t.Errorf("%q became %q", want, fields[2])
 		}
 	})
 }
