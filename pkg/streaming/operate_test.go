@@ -54,32 +54,33 @@ func TestTokenBucket(t *testing.T) {
 	}
 }
 
-// BenchmarkTapPoint measures what listening costs a session, all in one run: the output of a
-// terminal, and of a pipe, sent over a real connection as it is, past a tap point that nobody uses,
-// to a listener, and recorded on the disk. The ratio is to the first of its kind.
+// BenchmarkTapPoint measures what listening costs a session: the output of a terminal, and of a pipe,
+// sent over a real connection as it is, past a tap point that nobody uses, to a listener, and
+// recorded on the disk. The ways take turns, and the best time of each counts, so that they are
+// measured under the same conditions. A ratio of 1 costs nothing.
 func BenchmarkTapPoint(b *testing.B) {
 	for _, from := range []string{"terminal", "pipe"} {
-		var plain float64
-		for _, way := range []string{"as it is", "tap point", "listener", "recorded"} {
-			b.Run(from+"/"+way, func(b *testing.B) {
-				const amount = 128 << 20
-				b.SetBytes(amount)
-				for b.Loop() {
-					measureTap(b, from, way, amount)
+		b.Run(from, func(b *testing.B) {
+			const amount = 64 << 20
+			best := make(map[string]time.Duration)
+			for b.Loop() {
+				for _, way := range []string{"plain", "tap-point", "listener", "recorded"} {
+					took := measureTap(b, from, way, amount)
+					if best[way] == 0 || took < best[way] {
+						best[way] = took
+					}
 				}
-				speed := float64(amount) * float64(b.N) / b.Elapsed().Seconds() / 1e6
-				if way == "as it is" {
-					plain = speed
-				}
-				if plain > 0 {
-					b.ReportMetric(speed/plain, "of-plain")
-				}
-			})
-		}
+			}
+			b.ReportMetric(amount/best["plain"].Seconds()/1e6, "plain-MB/s")
+			for _, way := range []string{"tap-point", "listener", "recorded"} {
+				b.ReportMetric(best["plain"].Seconds()/best[way].Seconds(), way+"/plain")
+			}
+		})
 	}
 }
 
-func measureTap(b *testing.B, from, way string, amount int64) {
+// measureTap returns how long it takes until the client has everything.
+func measureTap(b *testing.B, from, way string, amount int64) time.Duration {
 	source := produce(b, from, amount)
 	defer source.Close()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -113,7 +114,7 @@ func measureTap(b *testing.B, from, way string, amount int64) {
 	}
 	var to Stream = stream
 	taps := &session.Taps{}
-	if way != "as it is" {
+	if way != "plain" {
 		to = tappedStream{Stream: stream, sent: func(p []byte) { taps.Output(session.Stdout, p) }}
 	}
 	done := make(chan struct{})
@@ -128,9 +129,7 @@ func measureTap(b *testing.B, from, way string, amount int64) {
 		taps = &live.Taps
 		defer func() {
 			live.End(session.Outcome{})
-			b.StopTimer() // the session has ended; what waits is written behind its back
 			recorder.Close()
-			b.StartTimer()
 		}()
 	}
 	if way == "listener" {
@@ -145,12 +144,14 @@ func measureTap(b *testing.B, from, way string, amount int64) {
 		}()
 		defer func() { queue.Close(); <-done }()
 	}
+	began := time.Now()
 	// A terminal ends with EIO.
 	if n, err := to.ReadFrom(source); n != amount || (err != nil && !errors.Is(err, unix.EIO)) {
 		b.Fatalf("%d bytes, %v", n, err)
 	}
 	stream.CloseWrite()
 	<-drained
+	return time.Since(began)
 }
 
 // produce starts a process that writes to a pipe or to a terminal.
