@@ -21,6 +21,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/admin"
 	"github.com/streamshim/streamshim/pkg/config"
 	"github.com/streamshim/streamshim/pkg/cri"
+	"github.com/streamshim/streamshim/pkg/endpoint"
 	"github.com/streamshim/streamshim/pkg/execproc"
 	"github.com/streamshim/streamshim/pkg/portforward"
 	"github.com/streamshim/streamshim/pkg/session"
@@ -152,7 +153,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	signal.Notify(hangups, syscall.SIGHUP)
 	defer signal.Stop(hangups)
 	log, level := newLogger(c)
-	socket, err := config.SocketPath(c.Listen)
+	socket, err := endpoint.Path(c.Listen)
 	if err != nil {
 		return err
 	}
@@ -274,7 +275,7 @@ func listenAdmin(c config.Config) (net.Listener, error) {
 	if c.Admin == "" {
 		return nil, nil
 	}
-	socket, err := config.SocketPath(c.Admin)
+	socket, err := endpoint.Path(c.Admin)
 	if err != nil {
 		return nil, err
 	}

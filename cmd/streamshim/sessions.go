@@ -21,6 +21,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/admin"
 	"github.com/streamshim/streamshim/pkg/asciicast"
 	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/pkg/endpoint"
 )
 
 func newSessionsCommand() *cobra.Command {
@@ -34,7 +35,7 @@ An ID may be shortened as long as it is unique.`,
 	address := command.PersistentFlags().String("admin", config.Default().Admin, "admin `socket` of the running streamshim")
 	withClient := func(run func(cmd *cobra.Command, c *admin.Client, args []string) error) func(*cobra.Command, []string) error {
 		return func(cmd *cobra.Command, args []string) error {
-			path, err := config.SocketPath(*address)
+			path, err := endpoint.Path(*address)
 			if err != nil {
 				return fmt.Errorf("--admin: %w", err)
 			}

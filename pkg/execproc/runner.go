@@ -19,6 +19,7 @@ import (
 // Policy says what becomes of a process whose client has gone.
 type Policy string
 
+// The policies.
 const (
 	PolicyHangup Policy = "hangup" // hang-up, then TERM, then KILL, each for the whole tree
 	PolicyKill   Policy = "kill"   // KILL for the whole tree at once
