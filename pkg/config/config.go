@@ -384,7 +384,9 @@ func lineOf(text []byte, key string) int {
 // suggestion is a hint at the key that was probably meant.
 func suggestion(key string) string {
 	var known []string
-	collectKeys("", Default(), &known)
+	example := Default()
+	example.Deny, example.Recording.Rule = []Deny{{TTY: new(bool)}}, []Rule{{}} // tables of which there may be none
+	collectKeys("", example, &known)
 	return nearest(key, known)
 }
 
@@ -398,6 +400,12 @@ func collectTreeKeys(prefix string, tree map[string]any, keys *[]string) {
 		if sub, ok := v.(map[string]any); ok {
 			collectTreeKeys(prefix+name+".", sub, keys)
 			continue
+		}
+		if array, ok := v.([]any); ok && len(array) > 0 {
+			if table, ok := array[0].(map[string]any); ok {
+				collectTreeKeys(prefix+name+".", table, keys)
+				continue
+			}
 		}
 		*keys = append(*keys, prefix+name)
 	}
