@@ -36,7 +36,6 @@ type relay struct {
 	exited                 chan struct{}
 	result                 *status // valid once exited is closed
 	closeOnce              sync.Once
-	stdoutSkip, stderrSkip *skipBuffer
 }
 
 // startRelay asks the upstream for a URL and redeems it. With a buffer limit the upstream is always

@@ -3,6 +3,7 @@ package symptoms
 import (
 	"context"
 	"fmt"
+	"hash/fnv"
 	"os"
 	"path/filepath"
 	"sync/atomic"
@@ -48,7 +49,10 @@ func runTests(m *testing.M) int {
 		}
 		return 0
 	}
-	folder := filepath.Join(os.TempDir(), "streamshim-test", fmt.Sprintf("symptoms-%d", os.Getppid()))
+	// The same for each run in this working copy, so that a run that was killed is cleaned up after.
+	name := fnv.New32a()
+	name.Write([]byte(binary)) //nolint:errcheck // never fails
+	folder := filepath.Join(os.TempDir(), "streamshim-test", fmt.Sprintf("symptoms-%08x", name.Sum32()))
 	ctx := context.Background()
 	n, err := node.Start(ctx, node.Config{Dir: folder, Streamshim: binary})
 	if err != nil {

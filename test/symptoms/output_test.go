@@ -197,7 +197,7 @@ func TestEndOfStdin(t *testing.T) {
 		for _, transport := range []string{"spdy", "websocket"} {
 			command := shared.shim.crictl("exec", "--transport", transport, "-i", container, "cat")
 			command.Stdin = strings.NewReader("hello\n")
-			if output, err := command.CombinedOutput(); err != nil || string(output) != "hello\n" {
+			if output, err := command.Output(); err != nil || string(output) != "hello\n" {
 				t.Errorf("%s: %q, %v", transport, output, err)
 			}
 		}
