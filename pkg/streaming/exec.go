@@ -108,6 +108,7 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, protocol string,
 			delete(expected, name)
 			*slot = stream
 			if name == streamTypeError {
+				client.statusRefused = stream.Done()
 				client.failureOpened <- stream
 			}
 			if len(expected) == 0 {

@@ -25,7 +25,8 @@ type Config struct {
 	StreamCreationTimeout time.Duration
 	// FirstSizeWait is how long the start of a command with a terminal waits for the terminal's
 	// size, so that the command finds it right from its first instruction (kubernetes#47990).
-	// Default 150 ms.
+	// A client that sends none waits as long. Default 500 ms, which a busy node with two proxies
+	// between needs.
 	FirstSizeWait time.Duration
 	// DrainIdle is how long the output of a command that has exited must be silent before it is
 	// taken to be complete although some background child still holds it (kubernetes#44371).
@@ -59,7 +60,7 @@ type Config struct {
 
 const (
 	defaultStreamCreationTimeout = 30 * time.Second
-	defaultFirstSizeWait         = 150 * time.Millisecond
+	defaultFirstSizeWait         = 500 * time.Millisecond
 	defaultDrainIdle             = 2 * time.Second
 	defaultDrainMax              = 10 * time.Minute
 	defaultLingerIdle            = 10 * time.Minute
