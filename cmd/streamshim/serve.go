@@ -242,6 +242,7 @@ func streamingConfig(c config.Config, log *slog.Logger) streaming.Config {
 			session.Attach:      time.Duration(c.Attach.MaxLifetime),
 			session.PortForward: time.Duration(c.PortForward.MaxLifetime),
 		},
+		Stall:         orOff(c.PortForward.Stall),
 		ReportRefused: c.PortForward.Refused == "report",
 		AttachBuffer:  c.Attach.Buffer,
 	}

@@ -62,6 +62,7 @@ func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up u
 	}
 	s.sessions.Go(func() {
 		defer s.watch.add(live, client, network)()
+		defer limitLifetime(s.config, live)()
 		running := &remoteCommandSession{config: s.config, session: live, client: client, remoteCommand: rc}
 		live.End(running.run())
 	})

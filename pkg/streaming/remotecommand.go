@@ -205,8 +205,8 @@ func (s *remoteCommandSession) copyStreams() {
 // wait sees the process and its client to their end. The four things that can end a session are in
 // one place.
 func (s *remoteCommandSession) wait(ctx context.Context) session.Outcome {
-	idle := newIdleTimer(s.config.idleTimeout(s.session.Kind), s.command.TTY, s.session)
-	defer idle.stop()
+	limits := newTimeouts(s.config, s.session)
+	defer limits.stop()
 	for {
 		select {
 		case <-s.process.Exited():
@@ -223,8 +223,8 @@ func (s *remoteCommandSession) wait(ctx context.Context) session.Outcome {
 			return s.disconnected()
 		case <-ctx.Done():
 			return s.stop(ctx, stopped(ctx))
-		case <-idle.C():
-			if warning := idle.check(); warning != "" && s.client.stdout != nil {
+		case <-limits.C():
+			if warning := limits.check(); warning != "" && s.client.stdout != nil {
 				s.others.Go(func() { io.WriteString(s.client.stdout, warning) }) //nolint:errcheck // best effort
 			}
 		}

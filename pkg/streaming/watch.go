@@ -2,7 +2,6 @@ package streaming
 
 import (
 	"context"
-	"fmt"
 	"net"
 	"sync"
 	"syscall"
@@ -24,8 +23,8 @@ const (
 )
 
 // watcher looks at all sessions every few seconds for what only time can tell: a client whose
-// network is gone while data is on its way, a finished session that makes no progress, a session
-// that has lived too long. One goroutine serves all sessions.
+// network is gone while data is on its way, and a finished session that makes no progress. One
+// goroutine serves all sessions.
 type watcher struct {
 	config Config
 
@@ -102,12 +101,6 @@ func (w *watcher) look(e *watchedSession, now time.Time) {
 		e.session.Log().Debug("client does not answer any more", "limit", w.config.PeerTimeout)
 		e.client.Close() //nolint:errcheck // the session sees the end of the connection
 		return
-	}
-	if limit := w.config.MaxLifetime[e.session.Kind]; limit > 0 && now.Sub(e.session.Start) >= limit {
-		e.session.Stop(&session.EndError{
-			Reason:  "max-lifetime",
-			Message: fmt.Sprintf("the session was ended because sessions may last %v at most", limit),
-		})
 	}
 	if e.session.Phase() != session.Lingering {
 		e.since = now
