@@ -55,6 +55,10 @@ type forwardedConnection struct {
 	timeout       *time.Timer // until the other stream has come
 }
 
+// maxWaiting bounds the streams that wait for their other half: a client that opens and resets streams
+// leaves them waiting here although they do not count as open any more.
+const maxWaiting = 1024
+
 // run serves the session from the upgraded connection to its end.
 func (s *portForwardSession) run() session.Outcome {
 	// Not a child of the session's context: when the session is told to end, the reason comes first
@@ -148,6 +152,10 @@ func (s *portForwardSession) onStream(stream *spdy.Stream) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	c, ok := s.waiting[id]
+	if !ok && len(s.waiting) == maxWaiting {
+		stream.Reset() //nolint:errcheck // as above
+		return
+	}
 	if !ok {
 		c = &forwardedConnection{port: uint16(port)}
 		c.timeout = time.AfterFunc(s.config.StreamCreationTimeout, func() { s.abandon(id, c) })
