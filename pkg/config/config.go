@@ -83,6 +83,7 @@ type Attach struct {
 // PortForward is how port-forward sessions behave.
 type PortForward struct {
 	Refused     string   `toml:"refused"` // reset or report
+	Stall       Duration `toml:"stall"`   // for one connection to hold up the others; 0 is for ever
 	IdleTimeout Duration `toml:"idle_timeout"`
 	MaxLifetime Duration `toml:"max_lifetime"`
 }
@@ -192,7 +193,7 @@ func Default() Config {
 			SyncOutput:   maxSyncOutput,
 		},
 		Attach:      Attach{Buffer: 1 << 20, IdleTimeout: Duration(4 * time.Hour)},
-		PortForward: PortForward{Refused: "reset", IdleTimeout: Duration(4 * time.Hour)},
+		PortForward: PortForward{Refused: "reset", Stall: Duration(30 * time.Second), IdleTimeout: Duration(4 * time.Hour)},
 		Shutdown:    Shutdown{Drain: Duration(10 * time.Second)},
 		Audit: Audit{
 			Destination: "off", File: "/var/log/streamshim/audit.log", MaxSize: 100 << 20, MaxFiles: 10,

@@ -63,7 +63,8 @@ func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up u
 	config := s.current()
 	rc.start = startWhenAllowed(config.Starts, rc.start)
 	s.sessions.Go(func() {
-		defer s.watch.add(live, client, network, config.MaxLifetime[info.Kind])()
+		defer s.watch.add(live, client, network)()
+		defer limitLifetime(config, live)()
 		running := &remoteCommandSession{config: config, session: live, client: client, remoteCommand: rc}
 		live.End(running.run())
 	})

@@ -232,8 +232,8 @@ func (s *remoteCommandSession) copyStreams() {
 // wait sees the process and its client to their end. All that can end a session is in one place.
 func (s *remoteCommandSession) wait(ctx context.Context) session.Outcome {
 	refused := s.client.statusRefused
-	idle := newIdleTimer(s.config.idleTimeout(s.session.Kind), s.command.TTY, s.session)
-	defer idle.stop()
+	limits := newTimeouts(s.config, s.session)
+	defer limits.stop()
 	for {
 		select {
 		case <-s.process.Exited():
@@ -255,8 +255,8 @@ func (s *remoteCommandSession) wait(ctx context.Context) session.Outcome {
 			refused = nil
 		case <-ctx.Done():
 			return s.stop(ctx, stopped(ctx))
-		case <-idle.C():
-			if warning := idle.check(); warning != "" && s.client.stdout != nil {
+		case <-limits.C():
+			if warning := limits.check(); warning != "" && s.client.stdout != nil {
 				s.others.Go(func() { io.WriteString(s.client.stdout, warning) }) //nolint:errcheck // best effort
 			}
 		}

@@ -47,6 +47,13 @@ type Config struct {
 	Bandwidth int64
 	// Starts bounds how many commands start at the same time. Default no bound.
 	Starts StartGate
+	// Warning is how long before the end by IdleTimeout or MaxLifetime a line on the terminal says
+	// so, when the limit is more than twice as long. Default 1 min.
+	Warning time.Duration
+	// Stall is how long one forwarded connection whose pod reads nothing may hold up its neighbours,
+	// once it has used up the room that all of them share, before it is reset (kubernetes#78446).
+	// Default 30 s; negative is never.
+	Stall time.Duration
 	// PeerTimeout is how long the network may stay silent, although an answer is due, before the
 	// client is taken to be gone. Default 45 s.
 	PeerTimeout time.Duration
@@ -65,6 +72,8 @@ const (
 	defaultDrainMax              = 10 * time.Minute
 	defaultLingerIdle            = 10 * time.Minute
 	defaultIdleTimeout           = 4 * time.Hour
+	defaultWarning               = time.Minute
+	defaultStall                 = 30 * time.Second
 	defaultPeerTimeout           = 45 * time.Second
 	defaultAttachBuffer          = 1 << 20
 
@@ -72,7 +81,6 @@ const (
 	keepAliveTimeout  = 60 * time.Second // of an HTTP connection between requests
 	maxHeaderBytes    = 64 << 10
 
-	idleWarning   = time.Minute     // before an idle session with a terminal ends
 	shutdownGrace = 2 * time.Second // for clients to read the status at shutdown
 )
 
@@ -87,6 +95,8 @@ func (c Config) withDefaults() Config {
 	duration(&c.DrainIdle, defaultDrainIdle)
 	duration(&c.DrainMax, defaultDrainMax)
 	duration(&c.LingerIdle, defaultLingerIdle)
+	duration(&c.Warning, defaultWarning)
+	duration(&c.Stall, defaultStall)
 	duration(&c.PeerTimeout, defaultPeerTimeout)
 	if c.AttachBuffer == 0 {
 		c.AttachBuffer = defaultAttachBuffer
