@@ -2,10 +2,7 @@ module github.com/streamshim/streamshim/test/peers/critools
 
 go 1.26.2
 
-tool (
-	sigs.k8s.io/cri-tools/cmd/crictl
-	sigs.k8s.io/cri-tools/cmd/critest
-)
+tool sigs.k8s.io/cri-tools/cmd/crictl
 
 require (
 	github.com/Azure/go-ansiterm v0.0.0-20250102033503-faa5f7b0171c // indirect
