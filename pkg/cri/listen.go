@@ -24,7 +24,7 @@ const (
 	probeTimeout = 2 * time.Second
 )
 
-// Listen creates the Unix socket at path, readable and writable for root alone (0600), and its
+// Listen creates the Unix socket at path, readable and writable for its owner alone (0600), and its
 // directory when there is none (0755). A socket left behind by a process that has ended is replaced;
 // a socket on which somebody accepts connections, and anything that is no socket, is an error.
 // Closing the listener removes the socket, unless another process has put its own there.

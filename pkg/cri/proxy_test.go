@@ -42,7 +42,7 @@ func startStrange(t testing.TB, handle func(method string, stream grpc.ServerStr
 	return conn
 }
 
-func receive(t testing.TB, stream interface{ RecvMsg(any) error }) string {
+func receive(t testing.TB, stream grpc.ClientStream) string {
 	t.Helper()
 	var message wrapperspb.StringValue
 	if err := stream.RecvMsg(&message); err != nil {
@@ -157,9 +157,12 @@ func TestForwardKindsOfStreams(t *testing.T) {
 	conn := startStrange(t, func(method string, stream grpc.ServerStream) error {
 		switch method {
 		case "Server": // one request, many answers
-			request := receive(t, stream)
+			request := text("")
+			if err := stream.RecvMsg(request); err != nil {
+				return err
+			}
 			for range 3 {
-				if err := stream.SendMsg(text(request)); err != nil {
+				if err := stream.SendMsg(request); err != nil {
 					return err
 				}
 			}
@@ -179,13 +182,16 @@ func TestForwardKindsOfStreams(t *testing.T) {
 			if err := stream.SendMsg(text("hello")); err != nil {
 				return err
 			}
-			return stream.SendMsg(text("you said " + receive(t, stream)))
+			request := text("")
+			if err := stream.RecvMsg(request); err != nil {
+				return err
+			}
+			return stream.SendMsg(text("you said " + request.GetValue()))
 		case "HeaderFirst": // a watch with nothing to say for the moment
 			if err := stream.SendHeader(metadata.Pairs("watching", "yes")); err != nil {
 				return err
 			}
-			receive(t, stream)
-			return nil
+			return stream.RecvMsg(text(""))
 		case "EndsEarly": // an answer without having read the request
 			return status.Error(codes.FailedPrecondition, "not listening")
 		}
@@ -265,7 +271,9 @@ func TestForwardDeadline(t *testing.T) {
 			<-stream.Context().Done()
 			return stream.Context().Err()
 		}
-		receive(t, stream)
+		if err := stream.RecvMsg(text("")); err != nil {
+			return err
+		}
 		return stream.SendMsg(text("done"))
 	})
 	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
@@ -290,10 +298,18 @@ func TestForwardDeadline(t *testing.T) {
 }
 
 func TestForwardCancellation(t *testing.T) {
+	t.Run("sending", func(t *testing.T) { testForwardCancellation(t, false) })
+	t.Run("half-closed", func(t *testing.T) { testForwardCancellation(t, true) })
+}
+
+func testForwardCancellation(t *testing.T, halfClosed bool) {
 	ended := make(chan error, 1)
-	started := make(chan struct{}, 1)
+	started, eof := make(chan struct{}), make(chan struct{})
 	conn := startStrange(t, func(_ string, stream grpc.ServerStream) error {
-		started <- struct{}{}
+		close(started)
+		if err := stream.RecvMsg(text("")); errors.Is(err, io.EOF) {
+			close(eof)
+		}
 		<-stream.Context().Done()
 		ended <- stream.Context().Err()
 		return stream.Context().Err()
@@ -304,6 +320,13 @@ func TestForwardCancellation(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-started
+	// Nothing is read from the client any more, so that only the context can tell.
+	if halfClosed {
+		if err := stream.CloseSend(); err != nil {
+			t.Fatal(err)
+		}
+		<-eof
+	}
 	cancel()
 	wantCode(t, stream.RecvMsg(text("")), codes.Canceled, "")
 	select {
@@ -328,14 +351,36 @@ func TestForwardLargeMessages(t *testing.T) {
 	for i := range payload {
 		payload[i] = byte(i * 7 / 3)
 	}
-	for _, option := range [][]grpc.CallOption{nil, {grpc.UseCompressor(gzip.Name)}} {
+	echo := func(payload []byte, options ...grpc.CallOption) {
+		t.Helper()
+		start := time.Now()
 		var reply wrapperspb.BytesValue
-		if err := conn.Invoke(testContext(t), strangeMethod+"Echo", wrapperspb.Bytes(payload), &reply, option...); err != nil {
+		if err := conn.Invoke(testContext(t), strangeMethod+"Echo", wrapperspb.Bytes(payload), &reply, options...); err != nil {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(reply.GetValue(), payload) {
-			t.Error("32 MiB came back changed")
+			t.Errorf("%d bytes came back changed", len(payload))
 		}
+		t.Logf("%d bytes there and back in %v", len(payload), time.Since(start))
+	}
+	echo(payload)
+	echo(payload[:1<<20], grpc.UseCompressor(gzip.Name))
+}
+
+func TestForwardMessageAboveTheLimit(t *testing.T) {
+	upstream := newFakeUpstream(t, func(*grpc.Server) {}, grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
+		return stream.RecvMsg(text(""))
+	}))
+	narrow, err := NewUpstream(upstream.path, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer narrow.Close()
+	_, fromClient := startServer(t, upstream.path, func(config *Config) { config.MaxMessageSize = 1 << 20 })
+	_, toUpstream := startServer(t, upstream.path, func(config *Config) { config.Upstream = narrow })
+	for _, conn := range []*grpc.ClientConn{fromClient, toUpstream} {
+		err := conn.Invoke(testContext(t), strangeMethod+"Unary", wrapperspb.Bytes(make([]byte, 2<<20)), text(""))
+		wantCode(t, err, codes.ResourceExhausted, "larger than max")
 	}
 }
 

@@ -68,13 +68,13 @@ func NewUpstream(endpoint string, maxMessageSize int) (*Upstream, error) {
 			MinConnectTimeout: connectTimeout,
 		}),
 		grpc.WithIdleTimeout(0),
-		// A call may change the node's state: whether to repeat it is the caller's decision.
+		// A call may change the node's state: whether to repeat it is the caller's decision. What gRPC
+		// knows the upstream has not seen is still sent again.
 		grpc.WithDisableRetry(),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithDefaultCallOptions(
 			grpc.MaxCallRecvMsgSize(maxMessageSize),
 			grpc.MaxCallSendMsgSize(maxMessageSize),
-			grpc.MaxRetryRPCBufferSize(0),
 		),
 		grpc.WithUnaryInterceptor(func(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 			if err := u.ready(ctx); err != nil {

@@ -42,9 +42,9 @@ func TestUpstreamRestart(t *testing.T) {
 		_, err := client.Version(ctx, &runtimeapi.VersionRequest{})
 		return err
 	}
-	for round := range 5 {
+	for round := range 4 {
 		// Long enough for the backoff to grow to its longest.
-		for end := time.Now().Add(time.Duration(round) * 500 * time.Millisecond); ; {
+		for end := time.Now().Add(time.Duration(round) * 400 * time.Millisecond); ; {
 			start := time.Now()
 			err := call()
 			wantCode(t, err, codes.Unavailable, "unix://"+upstream.path)

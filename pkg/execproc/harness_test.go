@@ -302,7 +302,7 @@ func exitCode(t testing.TB, p *Process) int {
 }
 
 // patience is for what should happen soon, on a machine that is busy with other things.
-const patience = 30 * time.Second
+const patience = 20 * time.Second
 
 func closes(t testing.TB, c <-chan struct{}, what string) {
 	t.Helper()

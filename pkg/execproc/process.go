@@ -168,19 +168,13 @@ func (p *Process) endTree() {
 	// Before anything is closed or signalled: later the leader may be gone, and with it the trace to
 	// its children.
 	living := t.living()
-	select {
-	case <-p.killNow:
-	default:
-		config := p.runner.config
-		if p.await(config.HangupAfter, nil) {
-			p.closeStreams()
-			// A stopped process gets no signal but KILL before it is continued.
-			signalAll(living, unix.SIGHUP, unix.SIGCONT)
-			living = p.graceOver(t, config.TermAfter-config.HangupAfter)
+	if config := p.runner.config; p.await(config.HangupAfter, nil) {
+		p.closeStreams()
+		// A stopped process gets no signal but KILL before it is continued.
+		signalAll(living, unix.SIGHUP, unix.SIGCONT)
+		if living = p.graceOver(t, config.TermAfter-config.HangupAfter); len(living) > 0 {
 			signalAll(living, unix.SIGTERM, unix.SIGCONT)
-			if len(living) > 0 {
-				p.graceOver(t, config.KillAfter-config.TermAfter)
-			}
+			p.graceOver(t, config.KillAfter-config.TermAfter)
 		}
 	}
 	if !t.kill() {
@@ -191,18 +185,22 @@ func (p *Process) endTree() {
 	<-p.watch.exited // it is a zombie now, and the reaper knows
 }
 
-// graceOver waits until the grace is over or nothing of the tree lives, and returns what does.
+// graceOver waits until the grace is over and returns what lives then: nothing, when all have ended
+// before or when Kill was called, and so there is nobody to be asked any more.
 func (p *Process) graceOver(t *tree, grace time.Duration) []procStat {
 	deadline := time.Now().Add(grace)
 	exited := p.watch.exited
 	for {
 		if p.hasExited() {
 			exited = nil // from now on only the deadline is worth waiting for
-			if living := t.living(); len(living) == 0 {
+			if len(t.living()) == 0 {
 				return nil
 			}
 		}
-		if !p.await(time.Until(deadline), exited) || time.Now().After(deadline) {
+		if !p.await(time.Until(deadline), exited) {
+			return nil
+		}
+		if !time.Now().Before(deadline) {
 			return t.living()
 		}
 	}
@@ -215,11 +213,15 @@ func (p *Process) await(duration time.Duration, early <-chan struct{}) bool {
 	defer timer.Stop()
 	select {
 	case <-p.killNow:
-		return false
 	case <-early:
 	case <-timer.C:
 	}
-	return true
+	select {
+	case <-p.killNow: // also when the other came at the same moment
+		return false
+	default:
+		return true
+	}
 }
 
 // discardOutput keeps reading what the process writes, so that it neither blocks nor meets a closed

@@ -42,9 +42,10 @@ func parseRecord(data []byte) (record, error) {
 	return found, nil
 }
 
-// ownerOf reads which process a file of the state directory belongs to: PID-START-NUMBER.ending.
+// ownerOf reads which process a file of the state directory belongs to: PID-START-NUMBER.ending, with a
+// dot in front where runc was writing it.
 func ownerOf(name string) (identity, bool) {
-	base, _, hasEnding := strings.Cut(name, ".")
+	base, _, hasEnding := strings.Cut(strings.TrimPrefix(name, "."), ".")
 	parts := strings.Split(base, "-")
 	if !hasEnding || len(parts) != 3 {
 		return identity{}, false

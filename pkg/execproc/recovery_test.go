@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -85,12 +86,12 @@ func TestKilledPredecessor(t *testing.T) {
 			successor := func() *Runner {
 				return newRunner(t, func(config *Config) { config.StateDir, config.OnDisconnect = dir, policy })
 			}
-			eventually(t, "all processes run", func() bool { return len(marked(t, marker)) >= 3 })
-			before := len(marked(t, marker))
+			eventually(t, "all processes run", func() bool { return len(marked(t, "sleep\x00"+marker)) == 3 })
+			before := marked(t, marker)
 
 			first := successor()
 			records, _ := filepath.Glob(filepath.Join(dir, "*.record"))
-			if len(records) != 2 || len(marked(t, marker)) != before {
+			if len(records) != 2 || !slices.Equal(marked(t, marker), before) {
 				t.Errorf("processes of a living streamshim were touched: %v", records)
 			}
 			first.Close()
@@ -136,6 +137,7 @@ func TestRecordOfReusedPid(t *testing.T) {
 	}
 	writeFile(t, filepath.Join(dir, "1-1-2.record"), "{", 0o600)
 	writeFile(t, filepath.Join(dir, "1-1-3.process"), "{}", 0o600)
+	writeFile(t, filepath.Join(dir, ".1-1-3.pid"), "", 0o600)
 	writeFile(t, filepath.Join(dir, "not-ours"), "", 0o600)
 	r := newRunner(t, func(config *Config) { config.StateDir = dir; config.OnDisconnect = PolicyKeep })
 	defer r.Close()

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -36,6 +37,7 @@ func filesOf(base string) files {
 func (f files) removeStart() {
 	os.Remove(f.process)
 	os.Remove(f.pid)
+	os.Remove(filepath.Join(filepath.Dir(f.pid), "."+filepath.Base(f.pid))) // from a runc killed while it wrote it
 	os.Remove(f.log)
 }
 

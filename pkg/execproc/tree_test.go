@@ -15,21 +15,21 @@ import (
 // family is a shell script that makes the processes of a row, all of which sleep for the marker,
 // and then goes on itself. It says "ready" once they are there.
 var families = []struct {
-	name   string
-	script string // %[1]s is the marker
-	least  int    // processes with the marker in their arguments, the shell itself included
+	name     string
+	script   string // %[1]s is the marker
+	sleepers int
 }{
 	{"alone", "echo ready; exec sleep %[1]s", 1},
-	{"child", "sleep %[1]s & echo ready; wait", 2},
-	{"grandchildren", "sh -c 'sleep %[1]s & sleep %[1]s' & sleep %[1]s & sleep 0.3; echo ready; wait", 4},
-	{"session of its own", "setsid sleep %[1]s & sleep 0.3; echo ready; wait", 2},
-	{"double fork", "(sleep %[1]s &) ; sleep 0.3; echo ready; sleep %[1]s", 3},
-	{"double fork holding a stream, session of its own", "(setsid sh -c 'sleep %[1]s & sleep 0.1') ; sleep 0.3; echo ready; sleep %[1]s", 3},
-	{"ignores HUP", "trap '' HUP; sleep %[1]s & echo ready; wait; sleep %[1]s", 2},
-	{"ignores HUP and TERM", "trap '' HUP TERM; sleep %[1]s & echo ready; wait; sleep %[1]s", 2},
-	{"leader goes with HUP, child does not", "(trap '' HUP; exec setsid sleep %[1]s) & sleep 0.3; echo ready; wait", 2},
-	{"stopped", "sleep %[1]s & kill -STOP $!; echo ready; kill -STOP $$; wait", 2},
-	{"stopped with handlers", "trap 'exit 9' HUP; sleep %[1]s & echo ready; kill -STOP $$; wait", 2},
+	{"child", "sleep %[1]s & echo ready; wait", 1},
+	{"grandchildren", "sh -c 'sleep %[1]s & sleep %[1]s' & sleep %[1]s & sleep 0.3; echo ready; wait", 3},
+	{"session of its own", "setsid sleep %[1]s & sleep 0.3; echo ready; wait", 1},
+	{"double fork", "(sleep %[1]s &) ; sleep 0.3; echo ready; sleep %[1]s", 2},
+	{"double fork holding a stream, session of its own", "(setsid sh -c 'sleep %[1]s & sleep 0.1') ; sleep 0.3; echo ready; sleep %[1]s", 2},
+	{"ignores HUP", "trap '' HUP; sleep %[1]s & echo ready; wait; sleep %[1]s", 1},
+	{"ignores HUP and TERM", "trap '' HUP TERM; sleep %[1]s & echo ready; wait; sleep %[1]s", 1},
+	{"leader goes with HUP, child does not", "(trap '' HUP; exec setsid sleep %[1]s) & sleep 0.3; echo ready; wait", 1},
+	{"stopped", "sleep %[1]s & sleep 0.3; kill -STOP $!; echo ready; kill -STOP $$; wait", 1},
+	{"stopped with handlers", "trap 'exit 9' HUP; sleep %[1]s & echo ready; kill -STOP $$; wait", 1},
 }
 
 // The client has gone: so does everything that it started (kubernetes#89031, runc#3359).
@@ -48,7 +48,7 @@ func TestDisconnectEndsTree(t *testing.T) {
 						t.Parallel()
 						marker := newMarker()
 						p := startFamily(t, r, c, family.script, marker, tty)
-						eventually(t, "all are there", func() bool { return len(marked(t, marker)) >= family.least })
+						eventually(t, "all are there", func() bool { return len(marked(t, "sleep\x00"+marker)) == family.sleepers })
 						if kill {
 							p.Kill()
 						} else {
@@ -104,7 +104,7 @@ func TestHangupComesFirst(t *testing.T) {
 	for _, tty := range []bool{false, true} {
 		r := newRunner(t, func(config *Config) { config.TermAfter, config.KillAfter = time.Minute, 2*time.Minute })
 		c := newContainer(t)
-		p := startFamily(t, r, c, "trap 'exit 41' HUP; trap 'exit 42' TERM; echo ready; while :; do sleep 0.05; done #%s", "", tty)
+		p := startFamily(t, r, c, "trap '' PIPE; trap 'exit 41' HUP; trap 'exit 42' TERM; echo ready; while :; do sleep 0.05; done #%s", "", tty)
 		p.Disconnect()
 		p.Disconnect()
 		if code := exitCode(t, p); code != 41 {
@@ -119,7 +119,7 @@ func TestHangupComesFirst(t *testing.T) {
 	}
 	r := newRunner(t, func(config *Config) { config.KillAfter = time.Minute })
 	c := newContainer(t)
-	p := startFamily(t, r, c, "trap '' HUP; trap 'exit 42' TERM; echo ready; while :; do sleep 0.05; done #%s", "", false)
+	p := startFamily(t, r, c, "trap '' HUP PIPE; trap 'exit 42' TERM; echo ready; while :; do sleep 0.05; done #%s", "", false)
 	p.Disconnect()
 	if code := exitCode(t, p); code != 42 {
 		t.Errorf("exit code %d", code)

@@ -182,7 +182,11 @@ func (f *Forwarder) dial(ctx context.Context, port uint16) (*net.TCPConn, error)
 	if err := f.pod.check(); errors.Is(err, ErrSandboxGone) {
 		f.sandboxGone()
 	}
-	conn, err := f.dialer.dial(ctx, f.pod, port)
+	var conn *net.TCPConn
+	err := f.life.Err() // asked for here, because the bound context hears of it a little later
+	if err == nil {
+		conn, err = f.dialer.dial(ctx, f.pod, port)
+	}
 	if err != nil && f.life.Err() != nil {
 		return nil, fmt.Errorf("connect to port %d of the pod: %w", port, context.Cause(f.life))
 	}

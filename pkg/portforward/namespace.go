@@ -123,11 +123,14 @@ func (n *namespace) do(work func() error) error {
 // inNamespace runs work on a thread that is in the target namespace for just as long. restore puts
 // a thread back into its own namespace; it is netns.Set but in tests.
 //
-// The work has a goroutine of its own, which lives for a few microseconds: when the thread cannot be put
-// back, this goroutine ends without unlocking it, and the runtime destroys the thread with the goroutine.
-// (The process's first thread cannot be destroyed; the runtime parks it for good, so that nothing
-// runs on it either.) Threads that the runtime starts meanwhile are not born in the pod's
+// The work has a goroutine of its own, which lives for a few microseconds: when the thread cannot be
+// put back, this goroutine ends without unlocking it, and the runtime destroys the thread with the
+// goroutine. (The process's first thread cannot be destroyed; the runtime parks it for good, so that
+// nothing runs on it either.) Threads that the runtime starts meanwhile are not born in the pod's
 // namespace: it never clones a thread from a locked one.
+//
+// A worker locked to a thread for each sandbox would make a socket in 9 us instead of 8, or, asked by
+// 64 goroutines at a time, in 3 instead of 6, at the price of a thread that lives in the pod's namespace.
 func inNamespace(target netns.NsHandle, restore func(netns.NsHandle) error, work func() error) error {
 	result := make(chan error, 1)
 	go func() {

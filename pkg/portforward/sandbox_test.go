@@ -107,6 +107,17 @@ func (s *sandbox) addPodAddresses(addresses ...string) {
 		}
 		return nil
 	})
+	// The kernel notices by and by that the link is up, and only then makes the route to an IPv6 address.
+	for _, address := range addresses {
+		waitFor(s.t, "route to "+address, func() (found bool) {
+			s.run(func() error {
+				output, err := exec.Command("ip", "route", "get", address).CombinedOutput()
+				found = err == nil && strings.HasPrefix(string(output), "local ")
+				return nil
+			})
+			return found
+		})
+	}
 }
 
 // listen listens in the sandbox and serves each connection with serve, which owns it.

@@ -75,7 +75,9 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, protocol string,
 		return nil, nil, err
 	}
 	ready := make(chan struct{})
-	client := &remoteCommandClient{protocol: remoteCommandProtocolByName(protocol), ready: ready}
+	client := &remoteCommandClient{
+		protocol: remoteCommandProtocolByName(protocol), ready: ready, failureOpened: make(chan Stream, 1),
+	}
 	expected := map[string]*Stream{streamTypeError: &client.failure}
 	for name, s := range map[string]struct {
 		wanted bool
@@ -103,6 +105,9 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, protocol string,
 			}
 			delete(expected, name)
 			*slot = stream
+			if name == streamTypeError {
+				client.failureOpened <- stream
+			}
 			if len(expected) == 0 {
 				conn.RefuseStreams()
 				close(ready)

@@ -56,7 +56,8 @@ func (s *portForwardSession) run() session.Outcome {
 	ctx, cancel := context.WithCancel(s.session.Context())
 	s.ctx = ctx
 	s.session.SetPhase(session.Running)
-	s.connections.Go(func() { s.client.Serve(ctx) }) //nolint:errcheck // the client's end is seen through Done and Err
+	// Not the session's context: the client is to be told why the session ends.
+	s.connections.Go(func() { s.client.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done and Err
 	s.startLegacy()
 	defer func() {
 		cancel()

@@ -29,6 +29,8 @@ type remoteCommandClient struct {
 	ready                          <-chan struct{}
 	stdin, stdout, stderr, failure Stream // failure is the protocol's error stream
 	resize                         Stream
+	// failureOpened holds the error stream as soon as it is there, before the others may be.
+	failureOpened chan Stream
 	// farewell tells the client that the session is over, after everything was sent, and returns
 	// when the client has closed the connection or the context is done.
 	farewell func(context.Context)
@@ -82,7 +84,8 @@ type remoteCommandSession struct {
 // is closed and every goroutine of the session has ended.
 func (s *remoteCommandSession) run() session.Outcome {
 	ctx := s.session.Context()
-	s.others.Go(func() { s.client.Serve(ctx) }) //nolint:errcheck // the client's end is seen through Done and Err
+	// Not the session's context: a session that is told to end still has a status to deliver.
+	s.others.Go(func() { s.client.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done and Err
 	defer s.others.Wait()
 	defer s.client.Close() //nolint:errcheck // the session is over
 
@@ -112,10 +115,27 @@ func (s *remoteCommandSession) waitForStreams(ctx context.Context) (session.Outc
 	case <-s.client.Done():
 		return clientGone(s.client.Err()), false
 	case <-ctx.Done():
-		return stopped(ctx), false
+		outcome := stopped(ctx)
+		s.sayNotStarted(endedStatus(outcome.Err.Error()))
+		return outcome, false
 	case <-timeout.C:
 		err := fmt.Errorf("the client did not open all streams of the command within %v", s.config.StreamCreationTimeout)
+		s.sayNotStarted(internalErrorStatus(err.Error()))
 		return session.Outcome{Reason: "no-streams", ExitCode: -1, Err: err}, false
+	}
+}
+
+// sayNotStarted gives a client whose streams are not all there a status, if it has opened the stream
+// for it: an error stream that ends empty counts as success (kubectl#1208).
+func (s *remoteCommandSession) sayNotStarted(result *status) {
+	select {
+	case failure := <-s.client.failureOpened:
+		failure.Write(result.encode(s.client.protocol)) //nolint:errcheck // best effort
+		failure.CloseWrite()                            //nolint:errcheck // as above
+		ctx, cancel := context.WithTimeout(context.Background(), shutdownGrace)
+		defer cancel()
+		s.client.farewell(ctx)
+	default:
 	}
 }
 

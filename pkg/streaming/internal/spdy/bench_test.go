@@ -59,9 +59,9 @@ func flood(w io.Writer, n, size int) {
 func BenchmarkSend(b *testing.B) {
 	benchBoth(b, func(b *testing.B, size int) {
 		a, peer := tcpPair(b)
+		goDo(b, func() { drain(peer) })
 		streams := make(chan *Stream, 1)
 		serve(b, NewServer(a, nil, Config{OnStream: func(s *Stream) { streams <- s }}))
-		goDo(b, func() { drain(peer) })
 		peer.Write(openRaw())
 		s := <-streams
 		p := make([]byte, size)
@@ -74,9 +74,9 @@ func BenchmarkSend(b *testing.B) {
 		}
 	}, func(b *testing.B, size int) {
 		a, peer := tcpPair(b)
+		goDo(b, func() { drain(peer) })
 		streams := make(chan *spdystream.Stream, 1)
 		mobyConn(b, a, true, func(s *spdystream.Stream) { s.SendReply(http.Header{}, false); streams <- s })
-		goDo(b, func() { drain(peer) })
 		peer.Write(openRaw())
 		s := <-streams
 		p := make([]byte, size)
@@ -157,9 +157,9 @@ func BenchmarkPipeToPeer(b *testing.B) {
 	}
 	b.Run("streamshim", func(b *testing.B) {
 		a, peer := tcpPair(b)
+		goDo(b, func() { drain(peer) })
 		streams := make(chan *Stream, 1)
 		serve(b, NewServer(a, nil, Config{OnStream: func(s *Stream) { streams <- s }}))
-		goDo(b, func() { drain(peer) })
 		peer.Write(openRaw())
 		s := <-streams
 		b.SetBytes(size)
@@ -171,9 +171,9 @@ func BenchmarkPipeToPeer(b *testing.B) {
 	})
 	b.Run("spdystream", func(b *testing.B) {
 		a, peer := tcpPair(b)
+		goDo(b, func() { drain(peer) })
 		streams := make(chan *spdystream.Stream, 1)
 		mobyConn(b, a, true, func(s *spdystream.Stream) { s.SendReply(http.Header{}, false); streams <- s })
-		goDo(b, func() { drain(peer) })
 		peer.Write(openRaw())
 		s := <-streams
 		b.SetBytes(size)

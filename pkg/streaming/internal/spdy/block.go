@@ -15,6 +15,10 @@ import (
 // kernel answers anything sent to it with RST, and RST needs no window. The probe is an empty
 // SETTINGS and not a PING: the client library answers PING under the lock that its stuck writer
 // holds, and five of them stop all its streams.
+//
+// Only a server probes, since RST also throws away what the peer had still to deliver. A client of
+// these protocols that closes while it sends has died. A server closes right after its last byte,
+// and its kernel delivers the rest for as long as nobody disturbs it.
 const probeInterval = time.Second
 
 // aLongTimeAgo as a deadline ends a wait at once.
@@ -92,7 +96,7 @@ func (k *blocker) wait(s *Stream) error {
 		now := time.Now()
 		if !now.Before(nextProbe) {
 			nextProbe = now.Add(probeInterval)
-			k.c.out.probe()
+			k.probe()
 		}
 		if k.c.cfg.Stall > 0 && !now.Before(nextStall) {
 			if moved := s.lastMoved(); now.Sub(moved) < k.c.cfg.Stall {
@@ -102,6 +106,16 @@ func (k *blocker) wait(s *Stream) error {
 			nextStall = now.Add(k.c.cfg.Stall)
 			k.c.stalledStream(s, now).reset(ResetFlowControlError, "its data was not read for too long")
 			k.c.out.flush()
+		}
+	}
+}
+
+func (k *blocker) probe() {
+	select {
+	case <-k.c.done: // there is nothing to find out
+	default:
+		if k.c.peerOdd {
+			k.c.out.probe()
 		}
 	}
 }

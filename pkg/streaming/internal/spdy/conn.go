@@ -219,16 +219,6 @@ func (c *Conn) closeWith(reason error, status GoAwayStatus) {
 	})
 }
 
-// GoAway tells the peer that this side is about to close, and refuses streams from then on. The
-// peer is expected to close the connection, which shows at Done. It does not block.
-func (c *Conn) GoAway() {
-	c.refusing.Store(true)
-	c.out.enqueue(mustSend, func(b []byte) []byte {
-		return appendGoAway(b, c.read.lastPeerStream.Load(), GoAwayOK)
-	})
-	c.out.flush()
-}
-
 // Ping sends a PING and returns without waiting for the answer, which shows in LastReceived. It
 // does not block; while an earlier PING has not left, it does nothing. An error means that the
 // connection has ended.

@@ -252,6 +252,25 @@ func TestInteropPings(t *testing.T) {
 	eventually(t, "the answer to our PING", func() bool { return ours.LastReceived().After(received) })
 }
 
+// TestInteropProbeIsHarmless sends what a blocked connection sends, many times.
+func TestInteropProbeIsHarmless(t *testing.T) {
+	client, ours := mobyClient(t, echoConfig())
+	for range 20 {
+		ours.out.probe()
+	}
+	s := mobyOpen(t, client, http.Header{})
+	for range 20 {
+		ours.out.probe()
+		s.Write([]byte("x"))
+		if _, err := io.ReadFull(s, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := client.Ping(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestInteropGoAwayIsTheEnd(t *testing.T) {
 	streams := make(chan *Stream, 1)
 	client, ours := mobyClient(t, Config{OnStream: func(s *Stream) { streams <- s }})

@@ -227,10 +227,10 @@ func (r *reader) wasOpened(id uint32) bool {
 
 // deliver hands payload to the stream of the frame, and waits if the stream has no room.
 func (r *reader) deliver(p []byte) error {
-	r.c.lastActivity.Store(r.now)
 	if r.stream == nil {
 		return nil
 	}
+	r.c.lastActivity.Store(r.now)
 	for {
 		p = p[r.stream.put(p):]
 		if len(p) == 0 {
@@ -329,6 +329,7 @@ func (r *reader) handleSynStream(flags byte, payload []byte) error {
 		return err
 	}
 	c.cfg.OnStream(s)
+	s.settle() // it may have come complete: one way, and without data
 	return s.accept()
 }
 

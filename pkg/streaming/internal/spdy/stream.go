@@ -111,7 +111,7 @@ func (s *Stream) WriteTo(w io.Writer) (int64, error) {
 		}
 		var n int
 		if relay {
-			n, err = to.conn.out.send(to, b, false)
+			n, err = to.send(b, false)
 		} else {
 			n, err = s.writeBuffer(w, b)
 		}
@@ -280,6 +280,8 @@ func (s *Stream) lastMoved() time.Time { return time.Unix(0, s.moved.Load()) }
 // Write sends p. It returns when the connection has taken it all, and fails with ErrWriteClosed
 // after CloseWrite, a *ResetError after a reset, or the reason why the connection is gone.
 func (s *Stream) Write(p []byte) (int, error) {
+	s.conn.out.senders.Add(1)
+	defer s.conn.out.senders.Add(-1)
 	written := 0
 	for written < len(p) {
 		b := newBuffer(classFor(len(p)-written, largestClass))
@@ -292,6 +294,12 @@ func (s *Stream) Write(p []byte) (int, error) {
 		}
 	}
 	return written, nil
+}
+
+func (s *Stream) send(b *buffer, fin bool) (int, error) {
+	s.conn.out.senders.Add(1)
+	defer s.conn.out.senders.Add(-1)
+	return s.conn.out.send(s, b, fin)
 }
 
 // ReadFrom sends what r gives until its end, with one read and one write for up to 256 KiB. It sends
@@ -307,7 +315,7 @@ func (s *Stream) ReadFrom(r io.Reader) (int64, error) {
 	for {
 		b, readErr := source.read()
 		if b != nil {
-			n, err := s.conn.out.send(s, b, false)
+			n, err := s.send(b, false)
 			b.free()
 			sent += int64(n)
 			if err != nil {
@@ -328,7 +336,7 @@ func (s *Stream) ReadFrom(r io.Reader) (int64, error) {
 func (s *Stream) CloseWrite() error {
 	b := newBuffer(smallestClass)
 	defer b.free()
-	_, err := s.conn.out.send(s, b, true)
+	_, err := s.send(b, true)
 	if errors.Is(err, ErrWriteClosed) {
 		return nil
 	}
@@ -444,6 +452,12 @@ func (s *Stream) end(readErr, writeErr error) {
 	}
 	s.settleLocked()
 	s.arrived.Broadcast()
+}
+
+func (s *Stream) settle() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.settleLocked()
 }
 
 // settleLocked closes done when both directions have ended, and makes the connection forget the

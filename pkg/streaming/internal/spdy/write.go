@@ -11,7 +11,7 @@ import (
 )
 
 const (
-	// sharedFrame is the largest payload of a data frame while other senders wait.
+	// sharedFrame is the largest payload of a data frame while several streams send.
 	sharedFrame = 64 << 10
 
 	// Control frames wait in a queue while somebody else writes. Past maxBestEffort bytes PING is
@@ -38,12 +38,13 @@ const (
 type writer struct {
 	c *Conn
 
-	senders atomic.Int32          // writers of data, waiting or writing
+	senders atomic.Int32          // calls that write data now, on any stream
 	failed  atomic.Pointer[error] // nothing can be written any more
 	queued  atomic.Int64          // bytes in queue and unsent
 
 	mu     sync.Mutex // the write lock: held for one frame
 	unsent []byte     // taken off the queue, partly written perhaps
+	last   uint32     // the stream of the last data frame
 
 	queueMu    sync.Mutex
 	queue      []byte
@@ -285,13 +286,12 @@ func (w *writer) failLocked(err error) {
 }
 
 // send writes the payload of b as one frame or, when others want to write too, as several. It
-// advances b past what was written. With fin the last frame carries FIN.
+// advances b past what was written. With fin the last frame carries FIN. The caller is counted in
+// senders.
 func (w *writer) send(s *Stream, b *buffer, fin bool) (sent int, err error) {
 	if err := s.accept(); err != nil {
 		return 0, err
 	}
-	w.senders.Add(1)
-	defer w.senders.Add(-1)
 	for {
 		w.mu.Lock()
 		n, err := w.sendFrameLocked(s, b, fin)
@@ -316,9 +316,12 @@ func (w *writer) sendFrameLocked(s *Stream, b *buffer, fin bool) (int, error) {
 		return 0, err
 	}
 	n := b.end - b.start
-	if w.senders.Load() > 1 {
+	// A stream that sends what it reads is no sender while it reads. That it was there shows in the
+	// frame before.
+	if w.senders.Load() > 1 || w.last != s.id {
 		n = min(n, sharedFrame)
 	}
+	w.last = s.id
 	var flags byte
 	if fin && n == b.end-b.start {
 		flags = flagFin

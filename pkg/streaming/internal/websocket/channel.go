@@ -2,7 +2,10 @@ package websocket
 
 import (
 	"errors"
+	"fmt"
 	"io"
+	"net"
+	"os"
 	"sync/atomic"
 	"syscall"
 
@@ -64,7 +67,7 @@ func (ch *Channel) WriteTo(w io.Writer) (int64, error) {
 	}
 }
 
-// Write sends p in messages of at most 32 KiB, by one system call each. It blocks while the client
+// Write sends p in messages of at most 32 KiB, up to eight by one system call. It blocks while the client
 // does not read; the end of the connection unblocks it.
 func (ch *Channel) Write(p []byte) (int, error) {
 	if err := ch.writable(); err != nil {
@@ -88,20 +91,27 @@ func (ch *Channel) Write(p []byte) (int, error) {
 	return written, nil
 }
 
-// writeParts sends the beginning of p as one message, straight from p.
+// writeParts sends the beginning of p, up to eight messages, straight from p.
 func (ch *Channel) writeParts(p []byte) (int, error) {
-	p = p[:min(len(p), maxPayload)]
 	if err := ch.lock(); err != nil {
 		return 0, err
 	}
 	defer ch.conn.unlock()
-	size := putFrameHeader(ch.conn.header[:], opBinary, 1+len(p))
-	ch.conn.header[size] = ch.number
-	if err := ch.conn.writeParts(ch.conn.header[:size+1], p); err != nil {
+	n, parts := 0, 0
+	for n < len(p) && parts < len(ch.conn.vector) {
+		payload := p[n:min(len(p), n+maxPayload)]
+		header := ch.conn.headers[parts/2*cellHeader:]
+		size := putFrameHeader(header, opBinary, 1+len(payload))
+		header[size] = ch.number
+		ch.conn.vector[parts], ch.conn.vector[parts+1] = header[:size+1], payload
+		n += len(payload)
+		parts += 2
+	}
+	if err := ch.conn.writeVector(parts); err != nil {
 		return 0, ch.failed(err)
 	}
-	ch.count(len(p))
-	return len(p), nil
+	ch.count(n)
+	return n, nil
 }
 
 // writeCopy sends the beginning of p as one write, framed in a buffer.
@@ -132,6 +142,8 @@ func (ch *Channel) writeEmpty() error {
 // by one system call into their places behind the headers, and writes them by one more; no buffer
 // is held meanwhile. EIO, by which the master of a pseudo-terminal reports that nobody has the other
 // end, counts as r's end. Any other reader is read into one message's place.
+//
+// The end of the connection shows when r has something to send; close r to return sooner.
 func (ch *Channel) ReadFrom(r io.Reader) (int64, error) {
 	if err := ch.writable(); err != nil {
 		return 0, err
@@ -172,6 +184,9 @@ func (ch *Channel) readFromFile(raw syscall.RawConn) (int64, error) {
 	}
 	for {
 		if err := raw.Read(read); err != nil {
+			if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, net.ErrClosed) {
+				err = fmt.Errorf("%w: %w", os.ErrClosed, err) // a file says this with an internal error
+			}
 			return total, err
 		}
 		if readErr != nil || n <= 0 {
@@ -242,7 +257,7 @@ func (ch *Channel) send(wire []byte, payload int) error {
 
 // lock takes the connection's write lock if the channel may still be written to.
 func (ch *Channel) lock() error {
-	if err := ch.conn.lock(nil); err != nil {
+	if err := ch.conn.lock(); err != nil {
 		return err
 	}
 	if ch.writeClosed.Load() {

@@ -58,9 +58,9 @@ type conn struct {
 	writeLock chan struct{}
 	writeErr  error       // the first write that failed; the byte stream is cut there
 	closeSent atomic.Bool // set by the lock's owner, read by all
-	header    [maxFrameHeader + 1]byte
+	headers   [cellsPerBatch * cellHeader]byte
 	control   [2 + maxControlPayload]byte
-	vector    [2][]byte
+	vector    [2 * cellsPerBatch][]byte
 	buffers   net.Buffers
 
 	// Control frames that wait for the write lock.
@@ -211,6 +211,10 @@ func (c *conn) readError(err error) error {
 	var closed *websocket.CloseError
 	var violation *protocolError
 	switch {
+	case errors.As(err, &closed) && closed.Code == websocket.CloseAbnormalClosure:
+		// Gorilla's word for an end of the stream without a Close; the code is never sent.
+		c.finish(errClientVanished)
+		return errClientVanished
 	case errors.As(err, &closed):
 		reason := ErrClientClosed
 		if closed.Code != CloseNormal && closed.Code != CloseGoingAway && closed.Code != closeNoStatus {
@@ -254,15 +258,11 @@ func (c *conn) linger() {
 	io.Copy(io.Discard, c.network)
 }
 
-// lock takes the write lock, unless the connection or the context ends first. ctx may be nil.
-func (c *conn) lock(ctx context.Context) error {
-	var cancelled <-chan struct{}
-	if ctx != nil {
-		cancelled = ctx.Done()
-	}
+// lock takes the write lock, unless the connection ends first.
+func (c *conn) lock() error {
 	select {
-	case c.writeLock <- struct{}{}:
-		return nil
+	case <-c.done:
+		return c.doneErr
 	default:
 	}
 	select {
@@ -270,8 +270,6 @@ func (c *conn) lock(ctx context.Context) error {
 		return nil
 	case <-c.done:
 		return c.doneErr
-	case <-cancelled:
-		return context.Cause(ctx)
 	}
 }
 
@@ -379,16 +377,17 @@ func (c *conn) write(frames []byte) error {
 	return c.wrote(err)
 }
 
-// writeParts is write for a frame whose header and payload are apart. The payload is not copied.
-func (c *conn) writeParts(header, payload []byte) error {
-	if err := c.writable(); err != nil {
-		return err
+// writeVector is write for the first n slices of vector: frames whose headers and payload are apart.
+// The payload is not copied.
+func (c *conn) writeVector(n int) error {
+	err := c.writable()
+	if err == nil {
+		c.buffers = c.vector[:n]
+		_, err = c.buffers.WriteTo(c.network)
+		err = c.wrote(err)
 	}
-	c.vector = [2][]byte{header, payload}
-	c.buffers = c.vector[:]
-	_, err := c.buffers.WriteTo(c.network)
-	c.vector = [2][]byte{}
-	return c.wrote(err)
+	clear(c.vector[:n])
+	return err
 }
 
 func (c *conn) writable() error {

@@ -98,12 +98,13 @@ func (t *TunnelConn) Write(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	if err := t.lock(nil); err != nil {
+	if err := t.lock(); err != nil {
 		return 0, err
 	}
 	defer t.unlock()
-	size := putFrameHeader(t.header[:], opBinary, len(p))
-	if err := t.writeParts(t.header[:size], p); err != nil {
+	size := putFrameHeader(t.headers[:], opBinary, len(p))
+	t.vector[0], t.vector[1] = t.headers[:size], p
+	if err := t.writeVector(2); err != nil {
 		return 0, err
 	}
 	t.active()

@@ -1,0 +1,64 @@
+package execproc
+
+import (
+	"context"
+	"io"
+	"os/exec"
+	"testing"
+)
+
+// The time from the call to the exit of `true`, with what a session wants: three pipes or a terminal.
+func BenchmarkStart(b *testing.B) {
+	r := newRunner(b)
+	c := newContainer(b)
+	for name, command := range map[string]Command{
+		"Pipes":    {Args: []string{"true"}, Stdin: true, Stdout: true, Stderr: true},
+		"Terminal": {Args: []string{"true"}, Stdin: true, Stdout: true, TTY: true},
+	} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				p, err := r.Start(context.Background(), c, command)
+				if err != nil {
+					b.Fatal(err)
+				}
+				<-p.Exited()
+				p.Close()
+			}
+		})
+	}
+}
+
+func BenchmarkRunSync(b *testing.B) {
+	r := newRunner(b)
+	c := newContainer(b)
+	for b.Loop() {
+		if result, err := r.RunSync(context.Background(), c, SyncCommand{Args: []string{"true"}}); err != nil || result.ExitCode != 0 {
+			b.Fatal(result, err)
+		}
+	}
+}
+
+// What the above is to be compared with: a plain runc exec in the foreground.
+func BenchmarkPlainRunc(b *testing.B) {
+	c := newContainer(b)
+	for b.Loop() {
+		if out, err := exec.Command(c.Runtime, "--root", c.Root, "exec", c.ID, "true").CombinedOutput(); err != nil {
+			b.Fatalf("%v: %s", err, out)
+		}
+	}
+}
+
+// Bytes of a process's stdout that arrive here.
+func BenchmarkStdout(b *testing.B) {
+	r := newRunner(b)
+	c := newContainer(b)
+	p := start(b, r, c, Command{Args: []string{"dd", "if=/dev/zero", "bs=256k"}, Stdout: true})
+	defer p.Kill()
+	buffer := make([]byte, 256<<10)
+	b.SetBytes(int64(len(buffer)))
+	for b.Loop() {
+		if _, err := io.ReadFull(p.Stdout(), buffer); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -1,0 +1,225 @@
+package execproc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os/exec"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Many short processes, os/exec's own children and orphans, all at once: everybody gets the status
+// that is theirs, and no zombie stays.
+func TestEveryStatusReachesItsOwner(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t, shareHostPID)
+	var all sync.WaitGroup
+	for worker := range 8 {
+		all.Go(func() { // processes in the container, every second of which leaves an orphan zombie
+			for i := range 40 {
+				code := (worker*40 + i) % 256
+				script := fmt.Sprintf("exit %d", code)
+				if i%2 == 0 {
+					script = "(setsid sh -c 'exit 9' &) & (sleep 0.02 &) & " + script
+				}
+				p, err := r.Start(context.Background(), c, Command{Args: shell(script)})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if got := exitCode(t, p); got != code {
+					t.Errorf("exit code %d, want %d", got, code)
+				}
+				p.Close()
+			}
+		})
+		all.Go(func() { // commands that failed to start
+			for range 20 {
+				var failed *StartError
+				if _, err := r.Start(context.Background(), c, Command{Args: []string{"nope"}, Stdout: true}); !errors.As(err, &failed) {
+					t.Error(err)
+				}
+			}
+		})
+		all.Go(func() { // somebody else's children in this process
+			for i := range 100 {
+				code := (worker*100 + i) % 256
+				err := exec.Command("sh", "-c", fmt.Sprintf("exit %d", code)).Run()
+				var exit *exec.ExitError
+				if code == 0 && err != nil || code != 0 && (!errors.As(err, &exit) || exit.ExitCode() != code) {
+					t.Errorf("os/exec: %v, want exit status %d", err, code)
+				}
+			}
+		})
+	}
+	all.Wait()
+	eventually(t, "no zombie is left", func() bool {
+		children, err := ownChildren()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, child := range children {
+			if child.zombie() {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// A process may be dead before its pid is known. While a start is under way, its zombie waits.
+func TestZombieWaitsForStartUnderWay(t *testing.T) {
+	noLeaks(t)
+	r, err := acquireReaper()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.release()
+	die := func(code int) int {
+		command := exec.Command("sh", "-c", fmt.Sprintf("exit %d", code))
+		command.SysProcAttr = &unix.SysProcAttr{Setsid: true} // as if from a runtime
+		if err := command.Start(); err != nil {
+			t.Fatal(err)
+		}
+		pid := command.Process.Pid
+		command.Process.Release()
+		return pid
+	}
+	reaped := func(pid int) func() bool {
+		return func() bool { _, err := readStat(pid); return err != nil }
+	}
+	isZombie := func(pid int) func() bool {
+		return func() bool { stat, err := readStat(pid); return err == nil && stat.zombie() }
+	}
+
+	first := r.beginStart()
+	wanted, orphan := die(33), die(1)
+	eventually(t, "it is a zombie", isZombie(wanted))
+	eventually(t, "it is a zombie", isZombie(orphan))
+	r.reapOrphans()
+	second := r.beginStart() // began later: no reason to wait for this one
+	if !isZombie(wanted)() || !isZombie(orphan)() {
+		t.Fatal("reaped while a start was under way that may want it")
+	}
+	w, err := r.watchProcess(wanted, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	closes(t, w.exited, "the exit")
+	if w.status != 33 {
+		t.Errorf("exit code %d", w.status)
+	}
+	if !isZombie(orphan)() {
+		t.Error("the orphan was reaped too early")
+	}
+	r.endStart(first)
+	eventually(t, "the orphan is reaped", reaped(orphan))
+	r.endStart(second)
+	orphan = die(2)
+	eventually(t, "an orphan is reaped at once when nothing is under way", reaped(orphan))
+}
+
+// Good and failing, with and without terminal: nothing stays (containerd#9668).
+func TestThousandExecsLeaveNothing(t *testing.T) {
+	count := 1000
+	if testing.Short() {
+		count = 100
+	}
+	r := newRunner(t)
+	c := newContainer(t)
+	if _, code := output(t, r, c, Command{Args: []string{"true"}}); code != 0 {
+		t.Fatalf("exit code %d", code)
+	}
+	before := resources(t)
+	var all sync.WaitGroup
+	for worker := range 4 {
+		all.Go(func() {
+			for i := range count / 4 {
+				command := Command{Args: shell("cat; exit 5"), Stdin: true, Stdout: true, TTY: i%3 == 0, Stderr: i%3 == 1}
+				if (i+worker)%4 == 0 {
+					command.Args = []string{"nope"}
+				}
+				p, err := r.Start(context.Background(), c, command)
+				if (err != nil) != ((i+worker)%4 == 0) {
+					t.Error(err)
+				}
+				if err != nil {
+					continue
+				}
+				p.Stdin().Close()
+				io.Copy(io.Discard, p.Stdout())
+				if code := exitCode(t, p); code != 5 {
+					t.Errorf("exit code %d", code)
+				}
+				p.Close()
+			}
+		})
+	}
+	all.Wait()
+	eventually(t, "everything is back at the start", func() bool {
+		now := resources(t)
+		return now[0] <= before[0] && now[1] <= before[1] && now[2] <= before[2]
+	})
+}
+
+// One descriptor watches a container, however many look.
+func TestContainerWatchIsShared(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	var processes []*Process
+	before := 0
+	for i := range 5 {
+		processes = append(processes, start(t, r, c, Command{Args: []string{"sleep", "1000"}}))
+		if now := resources(t)[1]; i > 0 && now != before+1 { // the process's own pidfd
+			t.Errorf("%d descriptors more", now-before)
+		}
+		before = resources(t)[1]
+	}
+	for _, p := range processes[1:] {
+		p.Kill()
+		exitCode(t, p)
+		p.Close()
+	}
+	runc(t, c, "kill", c.ID, "KILL")
+	closes(t, processes[0].ContainerExited(), "the end of the container, by the one that still looks")
+}
+
+// Shutdown refuses, ends what runs as the policy says, and leaves nothing (newRunner checks).
+func TestShutdown(t *testing.T) {
+	r := newRunner(t, func(config *Config) { config.TermAfter, config.KillAfter = patience, patience })
+	c := newContainer(t)
+	marker := newMarker()
+	p := startFamily(t, r, c, "trap 'exit 41' HUP; trap '' PIPE; (trap - HUP; exec sleep %s) & echo ready; while :; do sleep 0.05; done", marker, false)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := r.Shutdown(ctx); err != nil {
+		t.Error(err)
+	}
+	if code := p.ExitCode(); code != 41 || len(marked(t, marker)) > 0 {
+		t.Errorf("exit code %d, left %v", code, marked(t, marker))
+	}
+	if _, err := r.Start(context.Background(), c, Command{Args: []string{"true"}}); !errors.Is(err, ErrClosed) {
+		t.Errorf("start afterwards: %v", err)
+	}
+	if _, err := r.RunSync(context.Background(), c, SyncCommand{Args: []string{"true"}}); !errors.Is(err, ErrClosed) {
+		t.Errorf("RunSync afterwards: %v", err)
+	}
+	p.Disconnect()
+	p.Kill()
+
+	r = newRunner(t, func(config *Config) { config.TermAfter, config.KillAfter = time.Hour, 2*time.Hour })
+	p = startFamily(t, r, c, "trap '' HUP; echo ready; while :; do sleep 0.05; done #%s", marker, false)
+	ctx, cancel = context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	if err := r.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	if code := p.ExitCode(); code != 137 {
+		t.Errorf("exit code %d", code)
+	}
+}

@@ -1,0 +1,342 @@
+package streaming
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/creack/pty"
+	"golang.org/x/sys/unix"
+	"k8s.io/apimachinery/pkg/util/proxy"
+	apiserverproxy "k8s.io/apiserver/pkg/util/proxy"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/remotecommand"
+
+	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/test/leak"
+)
+
+// testTimeout only bounds what would hang.
+const testTimeout = 60 * time.Second
+
+// transports are the two ways in which clients speak to the server.
+var transports = []string{"SPDY", "WebSocket"}
+
+func forEachTransport(t *testing.T, f func(t *testing.T, transport string)) {
+	for _, transport := range transports {
+		t.Run(transport, func(t *testing.T) { f(t, transport) })
+	}
+}
+
+// testServer is a streaming server on loopback.
+type testServer struct {
+	*Server
+	t      *testing.T
+	served chan error
+}
+
+func startServer(t *testing.T, config Config) *testServer {
+	t.Helper()
+	leak.Check(t)
+	config.Log = slog.New(slog.DiscardHandler)
+	config.Sessions = session.NewRegistry(config.Log)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &testServer{Server: NewServer(config, listener.Addr()), t: t, served: make(chan error, 1)}
+	go func() { s.served <- s.Serve(listener) }()
+	t.Cleanup(s.stop)
+	return s
+}
+
+// stop ends the server at once; sessions that are left end with it.
+func (s *testServer) stop() {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	s.Shutdown(ctx) //nolint:errcheck // the listener may be closed already
+	if err := <-s.served; err != nil {
+		s.t.Errorf("Serve: %v", err)
+	}
+	s.served <- nil // for a second stop
+}
+
+// hostExecutor starts processes on the host: everything but the container is real.
+type hostExecutor struct {
+	t        *testing.T
+	startErr error
+
+	mu      sync.Mutex
+	started []*hostProcess
+}
+
+type hostProcess struct {
+	cmd                     *exec.Cmd
+	stdin, stdout, stderr   *os.File
+	exited                  chan struct{}
+	code                    int
+	containerExited         chan struct{}
+	disconnected, killed    chan struct{}
+	disconnectOnce, killed1 sync.Once
+}
+
+func (e *hostExecutor) Start(_ context.Context, c Command) (Process, error) {
+	if e.startErr != nil {
+		return nil, e.startErr
+	}
+	p := &hostProcess{
+		cmd: exec.Command(c.Args[0], c.Args[1:]...), exited: make(chan struct{}),
+		containerExited: make(chan struct{}), disconnected: make(chan struct{}), killed: make(chan struct{}),
+	}
+	p.cmd.Env = append(os.Environ(), c.Env...)
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if c.TTY {
+		master, err := pty.StartWithAttrs(p.cmd, &pty.Winsize{Cols: c.Width, Rows: c.Height}, &syscall.SysProcAttr{Setsid: true, Setctty: true})
+		if err != nil {
+			return nil, err
+		}
+		// creack/pty leaves the master in blocking mode, in which Close does not wake a Read.
+		fd, err := syscall.Dup(int(master.Fd()))
+		master.Close()
+		if err != nil {
+			return nil, err
+		}
+		syscall.CloseOnExec(fd)
+		syscall.SetNonblock(fd, true)
+		p.stdin = os.NewFile(uintptr(fd), "pty")
+		p.stdout = p.stdin
+	} else if err := p.pipes(c); err != nil {
+		return nil, err
+	}
+	go func() {
+		p.cmd.Wait() //nolint:errcheck // the code is what counts
+		p.code = p.cmd.ProcessState.ExitCode()
+		if status := p.cmd.ProcessState.Sys().(syscall.WaitStatus); status.Signaled() {
+			p.code = 128 + int(status.Signal())
+		}
+		close(p.exited)
+	}()
+	e.mu.Lock()
+	e.started = append(e.started, p)
+	e.mu.Unlock()
+	e.t.Cleanup(func() {
+		p.Kill()
+		<-p.exited
+		p.Close()
+	})
+	return p, nil
+}
+
+func (p *hostProcess) pipes(c Command) error {
+	for _, s := range []struct {
+		wanted bool
+		ours   **os.File
+		give   func(r, w *os.File) (ours, theirs *os.File)
+		set    func(*os.File)
+	}{
+		{c.Stdin, &p.stdin, func(r, w *os.File) (*os.File, *os.File) { return w, r }, func(f *os.File) { p.cmd.Stdin = f }},
+		{c.Stdout, &p.stdout, func(r, w *os.File) (*os.File, *os.File) { return r, w }, func(f *os.File) { p.cmd.Stdout = f }},
+		{c.Stderr, &p.stderr, func(r, w *os.File) (*os.File, *os.File) { return r, w }, func(f *os.File) { p.cmd.Stderr = f }},
+	} {
+		if !s.wanted {
+			continue
+		}
+		r, w, err := os.Pipe()
+		if err != nil {
+			return err
+		}
+		ours, theirs := s.give(r, w)
+		*s.ours = ours
+		s.set(theirs)
+		defer theirs.Close()
+	}
+	return p.cmd.Start()
+}
+
+func (p *hostProcess) Stdin() io.WriteCloser {
+	switch {
+	case p.stdin == nil:
+		return nil
+	case p.stdin == p.stdout:
+		return terminalInput{p.stdin}
+	}
+	return p.stdin
+}
+
+// terminalInput types the end of input instead of closing the terminal.
+type terminalInput struct{ *os.File }
+
+func (i terminalInput) Close() error {
+	_, err := i.Write([]byte{4})
+	return err
+}
+
+// output is a pty or pipe; EIO is how a pty says that nobody has the other end.
+type output struct{ *os.File }
+
+func (o output) Read(b []byte) (int, error) {
+	n, err := o.File.Read(b)
+	if errors.Is(err, syscall.EIO) {
+		err = io.EOF
+	}
+	return n, err
+}
+
+func (p *hostProcess) Stdout() io.ReadCloser {
+	if p.stdout == nil {
+		return nil
+	}
+	return output{p.stdout}
+}
+
+func (p *hostProcess) Stderr() io.ReadCloser {
+	if p.stderr == nil {
+		return nil
+	}
+	return p.stderr
+}
+
+func (p *hostProcess) Resize(width, height uint16) error {
+	if p.stdin == nil || p.stdin != p.stdout || width == 0 || height == 0 {
+		return nil
+	}
+	raw, err := p.stdin.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var sizeErr error
+	err = raw.Control(func(fd uintptr) {
+		sizeErr = unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &unix.Winsize{Col: width, Row: height})
+	})
+	return errors.Join(err, sizeErr)
+}
+
+func (p *hostProcess) Exited() <-chan struct{}          { return p.exited }
+func (p *hostProcess) ExitCode() int                    { return p.code }
+func (p *hostProcess) ContainerExited() <-chan struct{} { return p.containerExited }
+
+func (p *hostProcess) Disconnect() {
+	p.disconnectOnce.Do(func() { close(p.disconnected) })
+	p.Kill()
+}
+
+func (p *hostProcess) Kill() {
+	p.killed1.Do(func() {
+		close(p.killed)
+		syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
+	})
+}
+
+func (p *hostProcess) Close() error {
+	for _, f := range []*os.File{p.stdin, p.stdout, p.stderr} {
+		if f != nil {
+			f.Close()
+		}
+	}
+	return nil
+}
+
+func (e *hostExecutor) count() int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return len(e.started)
+}
+
+func (e *hostExecutor) last() *hostProcess {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if len(e.started) == 0 {
+		e.t.Fatal("no process was started")
+	}
+	return e.started[len(e.started)-1]
+}
+
+// execURL is the URL of a command that wants the streams of the options.
+func (s *testServer) execURL(e Executor, options remotecommand.StreamOptions, args ...string) *url.URL {
+	s.t.Helper()
+	raw, err := s.Exec(&ExecRequest{
+		Executor: e,
+		Command: Command{
+			Args: args, Stdin: options.Stdin != nil, Stdout: options.Stdout != nil,
+			Stderr: options.Stderr != nil, TTY: options.Tty,
+		},
+		EndReason: func(context.Context) string { return "the container was stopped by the test" },
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	u, err := url.Parse(raw)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return u
+}
+
+// stream runs a remote command with stock client-go.
+func stream(ctx context.Context, t *testing.T, transport string, u *url.URL, options remotecommand.StreamOptions) error {
+	t.Helper()
+	config := &rest.Config{Host: u.Host}
+	executor, err := remotecommand.NewSPDYExecutor(config, http.MethodPost, u)
+	if transport == "WebSocket" {
+		executor, err = remotecommand.NewWebSocketExecutor(config, http.MethodGet, u.String())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return executor.StreamWithContext(ctx, options)
+}
+
+// throughProxies puts upgrade proxies before the URL, as the kubelet and the API server are. The
+// one next to a WebSocket client translates to SPDY.
+func throughProxies(t *testing.T, target *url.URL, hops int, transport string, options remotecommand.StreamOptions) *url.URL {
+	for i := range hops {
+		upstream := *target
+		last := i == hops-1
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if last && transport == "WebSocket" {
+				apiserverproxy.NewStreamTranslatorHandler(&upstream, nil, 0, apiserverproxy.Options{
+					Stdin: options.Stdin != nil, Stdout: options.Stdout != nil, Stderr: options.Stderr != nil, Tty: options.Tty,
+				}).ServeHTTP(w, r)
+				return
+			}
+			proxy.NewUpgradeAwareHandler(&upstream, nil, false, true, proxyError{}).ServeHTTP(w, r)
+		}))
+		t.Cleanup(server.Close)
+		u, err := url.Parse(server.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		u.Path = "/exec"
+		target = u
+	}
+	return target
+}
+
+type proxyError struct{}
+
+func (proxyError) Error(w http.ResponseWriter, _ *http.Request, err error) {
+	http.Error(w, err.Error(), http.StatusBadGateway)
+}
+
+// eventually waits for a condition that is due to come true by itself.
+func eventually(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(testTimeout)
+	for !condition() {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s did not come true in %v", what, testTimeout)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}

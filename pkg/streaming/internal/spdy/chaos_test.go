@@ -1,0 +1,144 @@
+package spdy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"testing"
+)
+
+// sessionServer serves one connection; it reads every stream to its end and then answers "done".
+type sessionServer struct {
+	*Conn
+	wg   sync.WaitGroup
+	mu   sync.Mutex
+	data map[uint32]string
+	errs map[uint32]error
+}
+
+func newSessionServer(conn net.Conn) *sessionServer {
+	srv := &sessionServer{data: map[uint32]string{}, errs: map[uint32]error{}}
+	srv.Conn = NewServer(conn, nil, Config{OnStream: func(s *Stream) {
+		srv.wg.Go(func() {
+			p, err := io.ReadAll(s)
+			srv.mu.Lock()
+			srv.data[s.ID()], srv.errs[s.ID()] = string(p), err
+			srv.mu.Unlock()
+			s.Write([]byte("done"))
+			s.CloseWrite()
+		})
+	}})
+	return srv
+}
+
+func checkSession(t *testing.T, srv *sessionServer) {
+	t.Helper()
+	var reset *ResetError
+	for id, want := range map[uint32]string{1: "", 3: "hello world!", 5: "", 7: "lost"} {
+		if got := srv.data[id]; got != want {
+			t.Errorf("stream %d: got %q, want %q", id, got, want)
+		}
+	}
+	if srv.errs[3] != nil || !errors.As(srv.errs[7], &reset) {
+		t.Errorf("ends: %v, %v", srv.errs[3], srv.errs[7])
+	}
+	if !errors.Is(srv.Err(), ErrGoAway) {
+		t.Errorf("connection ended with %v", srv.Err())
+	}
+}
+
+// TestSessionInPieces plays the recorded session in pieces of every size, over a socket and over a
+// net.Pipe, which is no socket and hands over each piece by itself.
+func TestSessionInPieces(t *testing.T) {
+	session := recordedSession()
+	kinds := map[string]func(t *testing.T) (server, client net.Conn){
+		"tcp":  func(t *testing.T) (net.Conn, net.Conn) { return tcpPair(t) },
+		"pipe": func(t *testing.T) (net.Conn, net.Conn) { return net.Pipe() },
+	}
+	cuts := map[string]func() int{
+		"single": func() int { return 1 },
+		"three":  func() int { return 3 },
+		"random": func() int { return 1 + rand.IntN(40) },
+		"whole":  func() int { return len(session) },
+	}
+	for kind, connect := range kinds {
+		for name, cut := range cuts {
+			t.Run(kind+"/"+name, func(t *testing.T) {
+				server, client := connect(t)
+				srv := newSessionServer(server)
+				ended := make(chan error, 1)
+				go func() { ended <- srv.Serve(context.Background()) }()
+				goDo(t, func() { io.Copy(io.Discard, client) })
+				for rest := session; len(rest) > 0; {
+					n := min(len(rest), cut())
+					if _, err := client.Write(rest[:n]); err != nil {
+						t.Fatal(err)
+					}
+					rest = rest[n:]
+				}
+				await(t, srv.Done(), "GOAWAY")
+				client.Close()
+				await(t, ended, "the end of Serve")
+				srv.wg.Wait()
+				checkSession(t, srv)
+				srv.Close()
+			})
+		}
+	}
+}
+
+// TestSessionCutAnywhere ends the connection after every byte of the session, by FIN and by RST.
+// Nothing may hang or leak, and complete streams are complete.
+func TestSessionCutAnywhere(t *testing.T) {
+	session := recordedSession()
+	for cut := range len(session) + 1 {
+		for _, hard := range []bool{false, true} {
+			server, client := tcpPair(t)
+			srv := newSessionServer(server)
+			ended := make(chan error, 1)
+			go func() { ended <- srv.Serve(context.Background()) }()
+			client.Write(session[:cut])
+			if hard {
+				client.SetLinger(0)
+			}
+			client.Close()
+			await(t, ended, "the end of Serve")
+			await(t, srv.Done(), "Done")
+			finished := make(chan struct{})
+			go func() { srv.wg.Wait(); close(finished) }()
+			await(t, finished, "the streams")
+			srv.Close()
+			if !hard && cut == len(session) {
+				checkSession(t, srv)
+			}
+			if got := srv.data[3]; srv.errs[3] == nil && got != "" && got != "hello world!" {
+				t.Errorf("cut at %d: stream 3 ended well with %q", cut, got)
+			}
+			server.Close()
+		}
+	}
+}
+
+// TestSessionBuffered hands over any part of the session as read before the upgrade was done.
+func TestSessionBuffered(t *testing.T) {
+	session := recordedSession()
+	for n := 0; n <= len(session); n += 7 {
+		server, client := tcpPair(t)
+		srv := newSessionServer(server)
+		srv.read.init(srv.Conn, bytes.Clone(session[:n]))
+		goDo(t, func() { io.Copy(io.Discard, client) })
+		go client.Write(session[n:])
+		ended := make(chan error, 1)
+		go func() { ended <- srv.Serve(context.Background()) }()
+		await(t, srv.Done(), "GOAWAY")
+		client.Close()
+		await(t, ended, "the end of Serve")
+		srv.wg.Wait()
+		checkSession(t, srv)
+		srv.Close()
+	}
+}

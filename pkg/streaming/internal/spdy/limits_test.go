@@ -1,0 +1,322 @@
+package spdy
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+)
+
+// rawPeer is a client made by hand: it writes bytes and collects the control frames that come back.
+type rawPeer struct {
+	*net.TCPConn
+	t    testing.TB
+	buf  []byte
+	zlib bool
+}
+
+func newRawPeer(t testing.TB, cfg Config) (*rawPeer, *Conn) {
+	a, b := tcpPair(t)
+	return &rawPeer{TCPConn: b, t: t}, serve(t, NewServer(a, nil, cfg))
+}
+
+func (p *rawPeer) send(frames ...[]byte) {
+	p.t.Helper()
+	for _, frame := range frames {
+		if _, err := p.Write(frame); err != nil {
+			p.t.Fatal(err)
+		}
+	}
+}
+
+func (p *rawPeer) open(id uint32, kv ...string) {
+	p.t.Helper()
+	p.send(appendSynStream(nil, id, 0, appendHeaderBlock(nil, !p.zlib, headers(kv...))))
+	p.zlib = true
+}
+
+func (p *rawPeer) data(id uint32, flags byte, payload []byte) {
+	p.t.Helper()
+	header := make([]byte, headerLen)
+	putDataHeader(header, id, flags, len(payload))
+	p.send(append(header, payload...))
+}
+
+// next returns the next frame, without SETTINGS.
+func (p *rawPeer) next() (frameHeader, []byte) {
+	p.t.Helper()
+	p.SetReadDeadline(time.Now().Add(testTimeout))
+	for {
+		var head [headerLen]byte
+		if _, err := io.ReadFull(p, head[:]); err != nil {
+			p.t.Fatalf("waiting for a frame: %v", err)
+		}
+		h := parseFrameHeader(head[:])
+		payload := make([]byte, h.length)
+		if _, err := io.ReadFull(p, payload); err != nil {
+			p.t.Fatal(err)
+		}
+		if h.control && h.kind == typeSettings {
+			continue
+		}
+		return h, payload
+	}
+}
+
+func (p *rawPeer) expect(kind uint16, words ...uint32) {
+	p.t.Helper()
+	h, payload := p.next()
+	if !h.control || h.kind != kind {
+		p.t.Fatalf("got frame %+v %x, want kind %d", h, payload, kind)
+	}
+	for i, want := range words {
+		if got := binary.BigEndian.Uint32(payload[4*i:]); got != want {
+			p.t.Fatalf("frame kind %d, word %d: got %d, want %d", kind, i, got, want)
+		}
+	}
+}
+
+func (p *rawPeer) expectData(id uint32, want string) {
+	p.t.Helper()
+	h, payload := p.next()
+	if h.control || h.streamID != id || string(payload) != want {
+		p.t.Fatalf("got %+v %q, want %q on %d", h, payload, want, id)
+	}
+}
+
+func ping(id uint32) []byte { return appendPing(nil, id) }
+
+// TestProtocolViolations checks that each one is answered with GOAWAY and a typed error.
+func TestProtocolViolations(t *testing.T) {
+	block := appendHeaderBlock(nil, true, nil)
+	first := appendSynStream(nil, 5, 0, block)
+	for _, tt := range []struct {
+		name  string
+		bytes []byte
+	}{
+		{"data for stream 0", []byte{0, 0, 0, 0, 0, 0, 0, 0}},
+		{"other version", []byte{0x80, 2, 0, 6, 0, 0, 0, 4, 0, 0, 0, 1}},
+		{"control frame too long", []byte{0x80, 3, 0, 1, 0, 1, 0, 0}},
+		{"even stream id", appendSynStream(nil, 2, 0, block)},
+		{"stream id 0", appendSynStream(nil, 0, 0, block)},
+		{"stream id decreasing", appendSynStream(first, 3, 0, emptyHeaderBlock)},
+		{"broken header block", appendSynStream(nil, 1, 0, []byte{1, 2, 3})},
+		{"no header block", appendSynStream(nil, 1, 0, nil)},
+		{"too many headers", appendSynStream(nil, 1, 0, plainBlock(true, 10_000))},
+		{"short SYN_STREAM", []byte{0x80, 3, 0, 1, 0, 0, 0, 1, 0}},
+		{"short RST_STREAM", []byte{0x80, 3, 0, 3, 0, 0, 0, 1, 0}},
+		{"SETTINGS that lies", []byte{0x80, 3, 0, 4, 0, 0, 0, 4, 0x10, 0, 0, 0}},
+		{"short PING", []byte{0x80, 3, 0, 6, 0, 0, 0, 0}},
+		{"short GOAWAY", []byte{0x80, 3, 0, 7, 0, 0, 0, 0}},
+		{"short WINDOW_UPDATE", []byte{0x80, 3, 0, 9, 0, 0, 0, 0}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			peer, ours := newRawPeer(t, Config{OnStream: func(s *Stream) {}})
+			peer.send(tt.bytes)
+			for {
+				h, payload := peer.next()
+				if h.kind == typeSynReply {
+					continue
+				}
+				if h.kind != typeGoAway || binary.BigEndian.Uint32(payload[4:]) != uint32(GoAwayProtocolError) {
+					t.Fatalf("got %+v %x", h, payload)
+				}
+				break
+			}
+			await(t, ours.Done(), "the end")
+			var fault *ConnectionError
+			if !errors.As(ours.Err(), &fault) {
+				t.Errorf("got %v", ours.Err())
+			}
+		})
+	}
+}
+
+// TestStreamFaultsCostTheStream checks what a peer may do wrong without losing the connection.
+func TestStreamFaultsCostTheStream(t *testing.T) {
+	peer, _ := newRawPeer(t, Config{MaxStreams: 3, OnStream: func(s *Stream) {}})
+	alive := func() {
+		t.Helper()
+		peer.send(ping(1))
+		peer.expect(typePing, 1)
+	}
+	peer.open(1)
+	peer.expect(typeSynReply, 1)
+
+	peer.send(appendSynStream(nil, 1, 0, emptyHeaderBlock)) // twice
+	peer.expect(typeRstStream, 1, uint32(ResetProtocolError))
+	peer.data(1, 0, []byte("late")) // ignored
+	alive()
+
+	peer.data(77, 0, []byte("never opened"))
+	peer.expect(typeRstStream, 77, uint32(ResetInvalidStream))
+	peer.data(2, 0, []byte("ours to open"))
+	peer.expect(typeRstStream, 2, uint32(ResetInvalidStream))
+	peer.send(appendRstStream(nil, 77, ResetCancel)) // ignored
+	alive()
+
+	peer.send(appendSynStream(nil, 3, 0, plainBlock(false, 1, "Upper", "v")))
+	peer.expect(typeRstStream, 3, uint32(ResetProtocolError))
+
+	peer.open(5)
+	peer.expect(typeSynReply, 5)
+	peer.data(5, flagFin, []byte("end"))
+	peer.data(5, 0, []byte("more"))
+	peer.expect(typeRstStream, 5, uint32(ResetStreamAlreadyClosed))
+
+	for _, id := range []uint32{7, 9, 11} {
+		peer.open(id)
+		peer.expect(typeSynReply, id)
+	}
+	peer.open(13)
+	peer.expect(typeRstStream, 13, uint32(ResetRefusedStream))
+
+	peer.send(appendSynReply(nil, 2, 0, emptyHeaderBlock))                                  // to nothing we opened
+	peer.send([]byte{0x80, 3, 0, 99, 0, 0, 0, 2, 1, 2}, []byte{0x80, 3, 0, 10, 0, 0, 0, 0}) // unknown kinds
+	peer.send(ping(2))                                                                      // no answer to a PING we did not send
+	alive()
+}
+
+func TestFinWithSynStream(t *testing.T) {
+	peer, _ := newRawPeer(t, echoConfig())
+	peer.send(appendSynStream(nil, 1, flagFin, appendHeaderBlock(nil, true, nil)))
+	peer.expect(typeSynReply, 1)
+	if h, _ := peer.next(); h.control || h.flags != flagFin || h.length != 0 {
+		t.Errorf("got %+v, want FIN", h)
+	}
+}
+
+func TestUnidirectionalStream(t *testing.T) {
+	streams := make(chan *Stream, 1)
+	peer, ours := newRawPeer(t, Config{OnStream: func(s *Stream) { streams <- s }})
+	peer.send(appendSynStream(nil, 1, flagUnidirectional, appendHeaderBlock(nil, true, nil)))
+	peer.data(1, flagFin, []byte("one way"))
+	s := await(t, streams, "the stream")
+	if _, err := s.Write([]byte("x")); !errors.Is(err, ErrWriteClosed) {
+		t.Errorf("write: %v", err)
+	}
+	if got, err := io.ReadAll(s); err != nil || string(got) != "one way" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	peer.send(ping(1))
+	peer.expect(typePing, 1) // and no SYN_REPLY before it
+
+	peer.send(appendSynStream(nil, 3, flagUnidirectional|flagFin, emptyHeaderBlock))
+	await(t, await(t, streams, "the stream").Done(), "the end of the stream")
+	eventually(t, "the streams to be forgotten", func() bool { return streamCount(ours) == 0 })
+}
+
+// TestReplyComesBeforeData has OnStream start a writer that may be faster than the read loop.
+func TestReplyComesBeforeData(t *testing.T) {
+	peer, _ := newRawPeer(t, Config{OnStream: func(s *Stream) {
+		wrote := make(chan struct{})
+		go func() { s.Write([]byte("early")); close(wrote) }()
+		<-wrote
+	}})
+	for id := uint32(1); id < 10; id += 2 {
+		peer.open(id)
+		peer.expect(typeSynReply, id)
+		peer.expectData(id, "early")
+	}
+}
+
+// TestOpenAndDrop opens and resets ten thousand streams, and leaves no trace of them.
+func TestOpenAndDrop(t *testing.T) {
+	var before, after runtime.MemStats
+	peer, ours := newRawPeer(t, Config{OnStream: func(s *Stream) { go echo(s) }})
+	defer peer.Close()
+	goDo(t, func() { io.Copy(io.Discard, peer) })
+	open := func(from, n uint32) {
+		var b []byte
+		for id := from; id < from+2*n; id += 2 {
+			b = appendSynStream(b, id, 0, appendHeaderBlock(nil, !peer.zlib, http.Header{"Port": {"80"}}))
+			peer.zlib = true
+			b = append(b, 0, 0, byte(id>>8), byte(id), 0, 0, 0, 3, 'a', 'b', 'c')
+			b = appendRstStream(b, id, ResetCancel)
+		}
+		peer.send(b)
+		eventually(t, "the streams to go", func() bool {
+			return ours.read.lastPeerStream.Load() == from+2*n-2 && streamCount(ours) == 0
+		})
+	}
+	open(1, 100)
+	goroutines := runtime.NumGoroutine()
+	collect(&before)
+	open(201, 10_000)
+	eventually(t, "the goroutines to go", func() bool { return runtime.NumGoroutine() <= goroutines })
+	collect(&after)
+	if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc); grown > 1<<20 {
+		t.Errorf("10000 streams left %d bytes", grown)
+	}
+	if ours.borrowed.Load() != 0 {
+		t.Errorf("%d bytes still borrowed", ours.borrowed.Load())
+	}
+}
+
+// TestPingFlood sends PINGs and reads nothing: memory stays bounded, and the end is still noticed.
+func TestPingFlood(t *testing.T) {
+	peer, ours := newRawPeer(t, echoConfig())
+	peer.SetReadBuffer(4 << 10)
+	frames := bytes.Repeat(ping(1), 10_000)
+	for range 50 {
+		peer.send(frames)
+	}
+	if n := ours.out.queued.Load(); n > maxMustSend+100 {
+		t.Errorf("%d bytes queued", n)
+	}
+	peer.SetLinger(0)
+	peer.Close()
+	await(t, ours.Done(), "the end")
+}
+
+// TestOpenFloodWithoutReading ends a connection whose peer provokes answers and does not read them.
+func TestOpenFloodWithoutReading(t *testing.T) {
+	peer, ours := newRawPeer(t, Config{}) // refuses every stream
+	peer.SetReadBuffer(4 << 10)
+	go func() {
+		for id := uint32(1); id < 4_000_000; {
+			var b []byte
+			for range 1000 {
+				b = appendSynStream(b, id, 0, nil)
+				id += 2
+			}
+			if _, err := peer.Write(b); err != nil {
+				return
+			}
+		}
+	}()
+	await(t, ours.Done(), "the end")
+	var fault *ConnectionError
+	if !errors.As(ours.Err(), &fault) || !strings.Contains(fault.Reason, "does not read") {
+		t.Errorf("got %v", ours.Err())
+	}
+	peer.Close()
+}
+
+func TestServeEndsWithContext(t *testing.T) {
+	a, _ := tcpPair(t)
+	c := NewServer(a, nil, echoConfig())
+	ctx, cancel := context.WithCancelCause(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- c.Serve(ctx) }()
+	cancel(os.ErrProcessDone)
+	if err := await(t, ended, "the end of Serve"); !errors.Is(err, os.ErrProcessDone) {
+		t.Errorf("got %v", err)
+	}
+	c.Close()
+}
+
+// collect reads the statistics when nothing is left in pools: it takes two collections to empty them.
+func collect(m *runtime.MemStats) {
+	runtime.GC()
+	runtime.GC()
+	runtime.ReadMemStats(m)
+}
