@@ -104,11 +104,11 @@ func (a *authority) issue(path string, subject pkix.Name, usage x509.ExtKeyUsage
 }
 
 func writeKey(path string, key *ecdsa.PrivateKey) error {
-	der, err := x509.MarshalPKCS8PrivateKey(key)
+	der, err := x509.MarshalECPrivateKey(key) // the one form of an EC key that service accounts take
 	if err != nil {
 		return err
 	}
-	return writePEM(path, "PRIVATE KEY", der, 0o600)
+	return writePEM(path, "EC PRIVATE KEY", der, 0o600)
 }
 
 func writePEM(path, kind string, der []byte, mode os.FileMode) error {

@@ -159,7 +159,7 @@ func (c *Cluster) Close() error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	return errors.Join(os.RemoveAll(c.path("pki")), os.RemoveAll(c.path("home")), os.RemoveAll(c.path("kubeconfig")))
+	return removeFiles(c.dir)
 }
 
 // Detach gives the cluster up but leaves it running. Cleanup ends it.
@@ -181,6 +181,18 @@ func Cleanup(dir string, logf func(string, ...any)) error {
 	var errs []error
 	for _, record := range records {
 		errs = append(errs, node.Cleanup(filepath.Dir(record), logf))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	return removeFiles(dir)
+}
+
+// removeFiles removes what lies outside the nodes' folders.
+func removeFiles(dir string) error {
+	var errs []error
+	for _, name := range []string{"pki", "home", "kubeconfig"} {
+		errs = append(errs, os.RemoveAll(filepath.Join(dir, name)))
 	}
 	return errors.Join(errs...)
 }
