@@ -18,6 +18,7 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/config"
 	"github.com/streamshim/streamshim/pkg/cri"
+	"github.com/streamshim/streamshim/pkg/endpoint"
 	"github.com/streamshim/streamshim/pkg/execproc"
 	"github.com/streamshim/streamshim/pkg/portforward"
 	"github.com/streamshim/streamshim/pkg/session"
@@ -136,7 +137,7 @@ func newLogger(c config.Config) *slog.Logger {
 // serve builds the parts, runs them until the context ends, and takes them down in reverse order.
 func serve(ctx context.Context, c config.Config) (err error) {
 	log := newLogger(c)
-	socket, err := config.SocketPath(c.Listen)
+	socket, err := endpoint.Path(c.Listen)
 	if err != nil {
 		return err
 	}

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+
+	"github.com/streamshim/streamshim/pkg/endpoint"
 )
 
 // DefaultFile is read when no file is named and it exists.
@@ -194,12 +196,8 @@ func (c *Config) validate() *ValueError {
 		return &ValueError{key, fmt.Sprintf("%q is none of %s%s", value, strings.Join(choices, ", "), nearest(value, choices))}
 	}
 	socket := func(key, value string) *ValueError {
-		path, err := SocketPath(value)
-		if err != nil {
+		if _, err := endpoint.Path(value); err != nil {
 			return &ValueError{key, err.Error()}
-		}
-		if len(path) > maxSocketPath {
-			return &ValueError{key, fmt.Sprintf("the path has %d characters; a Unix socket's may have %d", len(path), maxSocketPath)}
 		}
 		return nil
 	}
@@ -238,22 +236,7 @@ func (c *Config) validate() *ValueError {
 	return nil
 }
 
-const (
-	maxSocketPath   = 107 // unix(7): 108 with the terminating zero
-	minAttachBuffer = 4 << 10
-)
-
-// SocketPath takes the path out of unix:///path; a bare absolute path is good too.
-func SocketPath(address string) (string, error) {
-	path, ok := strings.CutPrefix(address, "unix://")
-	if !ok && strings.Contains(address, "://") {
-		return "", fmt.Errorf("%q is not a Unix socket; write unix:///path", address)
-	}
-	if !strings.HasPrefix(path, "/") {
-		return "", fmt.Errorf("%q needs an absolute path, as in unix:///run/streamshim/streamshim.sock", address)
-	}
-	return path, nil
-}
+const minAttachBuffer = 4 << 10
 
 // loopback refuses addresses that other machines could reach: the token in the URL is the only
 // credential (containerd#2483, cri-dockerd#106).

@@ -294,12 +294,6 @@ func (fakeExecutor) Start(context.Context, streaming.Command) (streaming.Process
 
 type fakeForwarder struct {
 	streaming.PortForwarder
-	closed bool
-}
-
-func (f *fakeForwarder) Close() error {
-	f.closed = true
-	return nil
 }
 
 // testdata reads a recorded answer and puts values in the place of @NAME@.

@@ -91,6 +91,17 @@ func (s *portForwardSession) run() session.Outcome {
 	}
 }
 
+// fullCloseStream is for a protocol without half-close: when the pod has ended its side the client,
+// who cannot end his own, is not waited for.
+type fullCloseStream struct{ Stream }
+
+// CloseWrite implements Stream.
+func (s fullCloseStream) CloseWrite() error {
+	err := s.Stream.CloseWrite()
+	s.CloseRead()
+	return err
+}
+
 // startLegacy begins to forward the connections that are open from the start.
 func (s *portForwardSession) startLegacy() {
 	if len(s.legacy) == 0 {
@@ -197,8 +208,8 @@ func (s *portForwardSession) forward(c *forwardedConnection) {
 	s.mu.Unlock()
 	if err != nil {
 		s.session.Log().Debug("forwarded connection failed", "port", c.port, "error", err)
-		var dial interface{ DialFailed() bool }
-		if s.config.ReportRefused && errors.As(err, &dial) && dial.DialFailed() {
+		var refused interface{ Refused() bool }
+		if s.config.ReportRefused && errors.As(err, &refused) && refused.Refused() {
 			fmt.Fprintf(c.failure, "forwarding port %d failed: %v", c.port, err) //nolint:errcheck // best effort
 		}
 	}
@@ -320,7 +331,7 @@ func (s *portForwardSession) accept(w http.ResponseWriter, r *http.Request, up u
 	s.client = webSocketConnection{conn.ChannelConn}
 	s.farewell = func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
 	for _, c := range conn.Ports() {
-		s.legacy = append(s.legacy, &forwardedConnection{port: c.Port, data: c.Data, failure: c.Error})
+		s.legacy = append(s.legacy, &forwardedConnection{port: c.Port, data: fullCloseStream{c.Data}, failure: c.Error})
 	}
 	return conn.NetConn(), nil
 }

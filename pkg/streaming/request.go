@@ -101,7 +101,8 @@ type Process interface {
 type PortForwarder interface {
 	// Forward connects to the port and moves bytes both ways until both directions have ended, the
 	// context is done, or either side is reset. It owns the stream from the call on and leaves it
-	// closed or reset. The byte counts are valid also with an error.
+	// closed or reset. The byte counts are valid also with an error. An error with a method
+	// Refused() bool that returns true means that nobody listens on the port.
 	Forward(ctx context.Context, port uint16, stream Stream) (sent, received int64, err error)
 	// Gone is closed when the sandbox no longer exists.
 	Gone() <-chan struct{}

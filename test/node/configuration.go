@@ -5,9 +5,11 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"text/template"
 
 	"github.com/streamshim/streamshim/test/images"
@@ -172,8 +174,8 @@ func (n *Node) startContainerd() error {
 func (n *Node) startStreamshim() error {
 	return n.startProcess(streamshimProcess, n.state.Streamshim, append([]string{
 		"serve", "--listen", n.Socket(), "--upstream", n.ContainerdSocket(),
-		"--stream-address", "127.0.0.1:0", "--admin", "unix://" + n.AdminSocket(),
-		"--log-level", "debug", "--log-format", "text",
+		"--stream-address", "127.0.0.1:0",
+		"--state-dir", n.path("run/streamshim"), "--log-level", "debug", "--log-format", "text",
 	}, n.state.StreamshimArgs...))
 }
 
@@ -201,4 +203,25 @@ func (n *Node) startImageServer(ctx context.Context) error {
 	return n.startProcess(imageServerProcess, n.path("bin/imageserver"), []string{
 		"-busybox", n.Program("busybox"), "-actor", n.path("bin/actor"), "-listen-fd", "3",
 	}, file)
+}
+
+// ImageDigest asks the image server for the digest of one of its images, such as images.Busybox.
+func (n *Node) ImageDigest(ctx context.Context, reference string) (string, error) {
+	repository, tag, _ := strings.Cut(reference, ":")
+	request, err := http.NewRequestWithContext(ctx, http.MethodHead, "http://"+n.state.Registry+"/v2/"+repository+"/manifests/"+tag, nil)
+	if err != nil {
+		return "", err
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return "", fmt.Errorf("ask the image server for %s: %w", reference, err)
+	}
+	if err := response.Body.Close(); err != nil {
+		return "", err
+	}
+	digest := response.Header.Get("Docker-Content-Digest")
+	if response.StatusCode != http.StatusOK || digest == "" {
+		return "", fmt.Errorf("the image server has no %s: %s", reference, response.Status)
+	}
+	return digest, nil
 }

@@ -1,0 +1,96 @@
+package critest
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/streamshim/streamshim/test/node"
+)
+
+// artefacts is where reports are left for people and CI: $STREAMSHIM_ARTEFACTS, or .artefacts at
+// the top of the working copy.
+func artefacts(t *testing.T) string {
+	t.Helper()
+	folder := os.Getenv("STREAMSHIM_ARTEFACTS")
+	if folder == "" {
+		folder = filepath.Join("..", "..", ".artefacts")
+	}
+	folder, err := filepath.Abs(folder)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(folder, "critest")
+}
+
+func newSuite(t *testing.T, name string) (*node.Node, *Suite) {
+	t.Helper()
+	node.Require(t)
+	binary := node.Binary(t)
+	if err := requireFreePorts(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	n := node.StartForTest(t, node.Config{Name: name, Streamshim: binary})
+	suite, err := NewSuite(t.Context(), n, artefacts(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n, suite
+}
+
+// TestConformance is the whole suite at both endpoints: with streamshim in between nothing may be
+// worse than without.
+func TestConformance(t *testing.T) {
+	n, suite := newSuite(t, "critest")
+	bare, err := suite.Run(t.Context(), "containerd", n.ContainerdSocket())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("containerd alone: %s", bare.Summary())
+	front, err := suite.Run(t.Context(), "streamshim", n.Socket())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("streamshim:       %s", front.Summary())
+
+	for _, problem := range append(checkBaseline(bare), compare(bare, front)...) {
+		t.Error(problem)
+	}
+	writeReport(t, bare, front)
+}
+
+// writeReport leaves both runs as one markdown table and as JSON.
+func writeReport(t *testing.T, bare, front Results) {
+	t.Helper()
+	text, err := json.MarshalIndent(map[string]Results{"containerd": bare, "streamshim": front}, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range map[string][]byte{"report.json": text, "report.md": []byte(markdown(bare, front))} {
+		path := filepath.Join(artefacts(t), name)
+		if err := os.WriteFile(path, content, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("wrote %s", path)
+	}
+}
+
+// TestStreamingOverWebSocket runs the Streaming specs with critest's WebSocket clients. There is
+// nothing to compare with: containerd 2.4.2 passes none of them, since it knows neither
+// v5.channel.k8s.io nor SPDY tunnelled in a WebSocket (KEP-4006).
+func TestStreamingOverWebSocket(t *testing.T) {
+	n, suite := newSuite(t, "critestws")
+	results, err := suite.Run(t.Context(), "streamshim-websocket", n.Socket(),
+		"-ginkgo.focus", "Streaming", "-websocket-exec", "-websocket-attach", "-websocket-portforward")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("streamshim, WebSocket: %s", results.Summary())
+	for _, spec := range results.Failures() {
+		t.Errorf("%s %s: %s", spec.State, spec.Name, firstLine(spec.Message))
+	}
+	if passed := results.Count(Passed); passed != 5 {
+		t.Errorf("%d specs passed, want 5", passed)
+	}
+}
