@@ -18,12 +18,13 @@ import (
 )
 
 // workPod is the pod that the checks of a node share: two HTTP servers, a port that resets whoever
-// sends to it, and a main process that answers each line on its stdin.
+// sends to it, a port that never reads, and a main process that answers each line on its stdin.
 var workPod = podOptions{
 	command: `mkdir -p /srv/first /srv/second
 echo first >/srv/first/page; echo second >/srv/second/page; truncate -s 256M /srv/first/big
 httpd -p 8080 -h /srv/first; httpd -p 8081 -h /srv/second
 nc -ll -p 9001 -e /bin/true </dev/null >/dev/null 2>&1 &
+nc -ll -p 9002 -e sleep 2147483647 </dev/null >/dev/null 2>&1 &
 echo started
 while read -r line; do echo "you said: $line"; done
 exec sleep 2147483647`,

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"os/exec"
 	"regexp"
 	"strconv"
@@ -102,11 +103,19 @@ func (f *forwarding) expectPage(ctx context.Context, port int, want string) erro
 		lines := strings.Split(strings.TrimSpace(f.output.String()), "\n")
 		return fmt.Errorf("kubectl ended: %s", lines[len(lines)-1])
 	case err != nil:
-		return fmt.Errorf("port %d does not answer: %w", port, err)
+		return fmt.Errorf("port %d does not answer: %w", port, cause(err))
 	case got != want:
 		return fmt.Errorf("port %d answered %q", port, got)
 	}
 	return nil
+}
+
+// cause leaves out addresses, which differ from run to run.
+func cause(err error) error {
+	for inner := errors.Unwrap(err); inner != nil; inner = errors.Unwrap(err) {
+		err = inner
+	}
+	return err
 }
 
 func checkForward(ctx context.Context, t *target) (string, error) {
@@ -177,32 +186,64 @@ func useBadPort(ctx context.Context, address string) error {
 	return nil // any other end is an end
 }
 
-func checkForwardStalled(ctx context.Context, t *target) (string, error) {
-	f, err := t.forward(ctx, t.pod, 8080, 8081)
+// checkForwardStalledPod sends to a server in the pod that does not read, and looks at the one
+// beside it.
+func checkForwardStalledPod(ctx context.Context, t *target) (string, error) {
+	return t.forwardStalled(ctx, 9002, func(connection net.Conn) error {
+		// As much as the way takes: the last write runs into the deadline.
+		if err := connection.SetWriteDeadline(time.Now().Add(2 * time.Second)); err != nil {
+			return err
+		}
+		_, err := io.CopyN(connection, zeros{}, 64<<20)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil
+		}
+		return fmt.Errorf("64 MB to a server that does not read: %w", err)
+	})
+}
+
+// checkForwardStalledClient asks for much and does not read it. kubectl itself then reads nothing of
+// its other connections, because its SPDY library has no flow control, whatever the node does.
+func checkForwardStalledClient(ctx context.Context, t *target) (string, error) {
+	return t.forwardStalled(ctx, 8080, func(connection net.Conn) error {
+		if _, err := io.WriteString(connection, "GET /big HTTP/1.0\r\n\r\n"); err != nil {
+			return err
+		}
+		_, err := io.ReadFull(connection, make([]byte, 1<<10))
+		return err
+	})
+}
+
+// forwardStalled makes a connection stall and uses another one for some seconds.
+func (t *target) forwardStalled(ctx context.Context, port int, stall func(net.Conn) error) (string, error) {
+	f, err := t.forward(ctx, t.pod, port, 8081)
 	if err != nil {
 		return "", err
 	}
 	defer f.close()
-	stalled, err := (&net.Dialer{}).DialContext(ctx, "tcp", f.address[8080])
+	stalled, err := (&net.Dialer{}).DialContext(ctx, "tcp", f.address[port])
 	if err != nil {
 		return "", err
 	}
 	defer func() { _ = stalled.Close() }()
-	if _, err := io.WriteString(stalled, "GET /big HTTP/1.0\r\n\r\n"); err != nil {
-		return "", err
+	if err := stall(stalled); err != nil {
+		return "", fmt.Errorf("the stalled connection: %w", err)
 	}
-	if _, err := io.ReadFull(stalled, make([]byte, 1<<10)); err != nil {
-		return "", fmt.Errorf("the stalled connection did not begin: %w", err)
-	}
-	// Its 256 MB fill every buffer on the way in a fraction of these seconds.
 	const seconds, perSecond = 8, 4
 	tick := time.NewTicker(time.Second / perSecond)
 	defer tick.Stop()
-	for i := range seconds * perSecond {
+	for range seconds * perSecond {
 		if err := f.expectPage(ctx, 8081, "second"); err != nil {
-			return "", fmt.Errorf("after %.1f s: %w", float64(i)/perSecond, err)
+			return "", err
 		}
 		<-tick.C
 	}
 	return fmt.Sprintf("the other port answers for %d s", seconds), nil
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) {
+	clear(p)
+	return len(p), nil
 }

@@ -258,7 +258,8 @@ func (n *Node) StartKubelet(ctx context.Context, extendWebSocketsToKubelet bool)
 	})
 }
 
-// WaitReady waits until the node is Ready by a heartbeat that is newer than the call.
+// WaitReady waits until the API server knows the node as Ready. A kubelet that was restarted may not
+// have said anything yet.
 func (n *Node) WaitReady(ctx context.Context) error {
 	return n.waitFor(ctx, kubeletProcess, func(ctx context.Context) error {
 		ready, _, err := n.Condition(ctx)
