@@ -106,11 +106,12 @@ func checkBackgroundChild(ctx context.Context, t *target) (string, error) {
 	number := uniqueNumber()
 	defer killSleepers(number)
 	// Bounded by itself: without streamshim kubectl waits for the child.
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	const limit = 12 * time.Second
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	o := t.run(ctx, "exec", t.pod, "--", "sh", "-c", "sleep "+number+" & echo hi; exit 4")
 	if ctx.Err() != nil {
-		return "", errors.New("still open after 20 s")
+		return "", fmt.Errorf("still open after %v", limit)
 	}
 	return verdict(o.code == 4 && o.stdout == "hi\n", "exit code %d, stdout %q", o.code, o.stdout)
 }

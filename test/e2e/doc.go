@@ -3,8 +3,9 @@
 // containerd. Every check runs on both. On shim it must pass; on bare it is only reported, so that a
 // run makes a table of what streamshim changes.
 //
-// The tests run when STREAMSHIM_E2E is "quick" or "full" (make e2e sets it) and write the table to the
-// file that STREAMSHIM_E2E_REPORT names, if any.
+// The tests run when STREAMSHIM_E2E is "shim" (without the bare node), "quick" or "full" (every setting
+// of the feature gate, ten minutes of probes), and write the table to the file that
+// STREAMSHIM_E2E_REPORT names, if any. make e2e sets both.
 //
 //	checks_test.go    exec, attach, cp, logs
 //	forward_test.go   port-forward

@@ -229,16 +229,28 @@ func (t *target) forwardStalled(ctx context.Context, port int, stall func(net.Co
 	if err := stall(stalled); err != nil {
 		return "", fmt.Errorf("the stalled connection: %w", err)
 	}
-	const seconds, perSecond = 8, 4
-	tick := time.NewTicker(time.Second / perSecond)
-	defer tick.Stop()
-	for range seconds * perSecond {
+	// How long a connection may be held up by another one, with room for a page that waits meanwhile.
+	const limit = 50 * time.Second
+	start := time.Now()
+	err = within(ctx, limit, func(ctx context.Context) error {
+		return until(ctx, func() error {
+			err := f.expectPage(ctx, 8081, "second")
+			if err != nil && !f.alive() {
+				return fatal{err}
+			}
+			return err
+		})
+	})
+	held := time.Since(start)
+	if err != nil {
+		return "", fmt.Errorf("for %d s: %w", int(held.Seconds()), err)
+	}
+	for range 20 {
 		if err := f.expectPage(ctx, 8081, "second"); err != nil {
 			return "", err
 		}
-		<-tick.C
 	}
-	return fmt.Sprintf("the other port answers for %d s", seconds), nil
+	return fmt.Sprintf("the other port answers, held up for %d s", int(held.Seconds())), nil
 }
 
 type zeros struct{}

@@ -68,15 +68,15 @@ func (r *report) get(s *section, where cell) string {
 var nodeTitles = map[string]string{"bare": "bare containerd", "shim": "through streamshim"}
 
 // write writes the report as Markdown.
-func (r *report) write(path, mode string, duration time.Duration) error {
+func (r *report) write(path string, of *run, duration time.Duration) error {
 	var text strings.Builder
 	fmt.Fprintf(&text, `# Compatibility with Kubernetes
 
 What real kubectl, API server and kubelet see of a node, without streamshim and with it. This page is
-written by a run of %s, not by hand; %s on %s, in %d min.
+written by a run of `+"`make e2e E2E=%s`"+`, not by hand: on %s, in %d minutes, with
 
 %s
-`, "`make e2e"+map[string]string{"full": " E2E=full"}[mode]+"`", mode+" set of checks", time.Now().UTC().Format(time.DateOnly), int(duration.Minutes())+1, versions())
+`, of.mode, time.Now().UTC().Format(time.DateOnly), int(duration.Minutes())+1, versions())
 	text.WriteString("\n✓ as it should be, ✗ not so, – not possible on that machine, empty: not run.\n")
 	for _, s := range r.sections {
 		fmt.Fprintf(&text, "\n## %s\n\n%s\n\n| |", s.title, s.text)
@@ -84,7 +84,7 @@ written by a run of %s, not by hand; %s on %s, in %d min.
 		if len(protocols) == 0 {
 			protocols = []kubernetes.Protocol{""}
 		}
-		for _, name := range nodeNames {
+		for _, name := range of.nodes {
 			for _, protocol := range protocols {
 				heading := nodeTitles[name]
 				if protocol != "" {
@@ -93,10 +93,10 @@ written by a run of %s, not by hand; %s on %s, in %d min.
 				fmt.Fprintf(&text, " %s |", heading)
 			}
 		}
-		text.WriteString("\n|" + strings.Repeat(" --- |", 1+len(nodeNames)*len(protocols)) + "\n")
+		text.WriteString("\n|" + strings.Repeat(" --- |", 1+len(of.nodes)*len(protocols)) + "\n")
 		for _, row := range s.rows {
 			fmt.Fprintf(&text, "| %s |", row)
-			for _, name := range nodeNames {
+			for _, name := range of.nodes {
 				for _, protocol := range protocols {
 					fmt.Fprintf(&text, " %s |", s.cells[cell{row, name, protocol}])
 				}

@@ -7,8 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
-	"testing"
 	"time"
 
 	"github.com/streamshim/streamshim/test/node"
@@ -46,16 +44,4 @@ func Ready() error {
 		}
 	}
 	return nil
-}
-
-// Require skips a test that needs a cluster where none can be started, or fails it when
-// STREAMSHIM_E2E says "required", as make e2e does.
-func Require(t testing.TB) {
-	t.Helper()
-	if err := Ready(); err != nil {
-		if slices.Contains([]string{"quick", "full"}, os.Getenv("STREAMSHIM_E2E")) {
-			t.Fatal(err)
-		}
-		t.Skip(err)
-	}
 }

@@ -26,7 +26,7 @@ import (
 const startTimeout = 5 * time.Minute
 
 func main() {
-	dir := flag.String("dir", filepath.Join(os.TempDir(), "streamshim-lab-k8s"), "folder that everything lies under")
+	dir := flag.String("dir", ".lab-k8s", "folder that everything lies under")
 	streamshim := flag.String("streamshim", "bin/streamshim", "streamshim program; empty for a kubelet that talks to containerd itself")
 	flag.Parse()
 	var err error
