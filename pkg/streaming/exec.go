@@ -5,7 +5,6 @@ import (
 	"net"
 	"net/http"
 	"strings"
-	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
@@ -54,7 +53,7 @@ func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up u
 	if up.websocket {
 		client, network, err = s.acceptWebSocketRemoteCommand(w, r, websocket.Protocol(up.protocol), rc.command)
 	} else {
-		client, network, err = s.acceptSPDYRemoteCommand(w, r, up.protocol, rc.command)
+		client, network, err = s.acceptSPDYRemoteCommand(w, up.protocol, rc.command)
 	}
 	if err != nil {
 		live.End(clientGone(err))
@@ -72,7 +71,7 @@ func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up u
 
 // acceptSPDYRemoteCommand takes the connection over. The client opens one stream for each of those
 // that the command wants, and says with the header streamtype which it is.
-func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, r *http.Request, protocol string, c Command) (*remoteCommandClient, net.Conn, error) {
+func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, protocol string, c Command) (*remoteCommandClient, net.Conn, error) {
 	network, buffered, err := hijackSPDY(w, protocol)
 	if err != nil {
 		return nil, nil, err
@@ -119,12 +118,6 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, r *http.Request,
 	})
 	client.connection = conn
 	client.farewell = func(ctx context.Context) { awaitClose(ctx, conn) }
-	if translated(r) {
-		client.delivered = func(ctx context.Context) time.Duration {
-			_, sent := client.Transferred()
-			return awaitDelivery(ctx, conn, network, sent)
-		}
-	}
 	return client, network, nil
 }
 

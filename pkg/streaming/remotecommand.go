@@ -31,9 +31,6 @@ type remoteCommandClient struct {
 	resize                         Stream
 	// failureOpened holds the error stream as soon as it is there, before the others may be.
 	failureOpened chan Stream
-	// delivered waits, before the status is sent, until a client that reads slowly has what it was
-	// sent, or the context is done. Nil where that needs no waiting.
-	delivered func(context.Context) time.Duration
 	// farewell tells the client that the session is over, after everything was sent, and returns
 	// when the client has closed the connection or the context is done.
 	farewell func(context.Context)
@@ -258,11 +255,6 @@ func (s *remoteCommandSession) exited(ctx context.Context) session.Outcome {
 	s.drain.begin(s.config.DrainMax)
 	s.outputs.Wait()
 	s.process.Close() //nolint:errcheck // nothing is left in it that anybody wants
-	if s.client.delivered != nil {
-		if delay := s.client.delivered(ctx); delay > 0 {
-			s.session.Log().Debug("status waited for a client that reads slowly", "delay", delay)
-		}
-	}
 
 	outcome := session.Outcome{Reason: "exited", ExitCode: s.process.ExitCode()}
 	result := exitStatus(outcome.ExitCode, "")
