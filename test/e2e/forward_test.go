@@ -205,13 +205,17 @@ func checkForwardStalledPod(ctx context.Context, t *target) (string, error) {
 // checkForwardStalledClient asks for much and does not read it. kubectl itself then reads nothing of
 // its other connections, because its SPDY library has no flow control, whatever the node does.
 func checkForwardStalledClient(ctx context.Context, t *target) (string, error) {
-	return t.forwardStalled(ctx, 8080, func(connection net.Conn) error {
+	text, err := t.forwardStalled(ctx, 8080, func(connection net.Conn) error {
 		if _, err := io.WriteString(connection, "GET /big HTTP/1.0\r\n\r\n"); err != nil {
 			return err
 		}
 		_, err := io.ReadFull(connection, make([]byte, 1<<10))
 		return err
 	})
+	if err != nil {
+		err = beyondNode{err}
+	}
+	return text, err
 }
 
 // forwardStalled makes a connection stall and uses another one for some seconds.
@@ -230,9 +234,9 @@ func (t *target) forwardStalled(ctx context.Context, port int, stall func(net.Co
 		return "", fmt.Errorf("the stalled connection: %w", err)
 	}
 	// How long a connection may be held up by another one, with room for a page that waits meanwhile.
-	const limit = 50 * time.Second
+	const patience = 50 * time.Second
 	start := time.Now()
-	err = within(ctx, limit, func(ctx context.Context) error {
+	err = within(ctx, patience, func(ctx context.Context) error {
 		return until(ctx, func() error {
 			err := f.expectPage(ctx, 8081, "second")
 			if err != nil && !f.alive() {

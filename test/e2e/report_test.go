@@ -65,6 +65,19 @@ func (r *report) get(s *section, where cell) string {
 	return s.cells[where]
 }
 
+const legend = `
+✓ as it should be, ✗ not so, – not possible on that machine, empty: not run. The run fails if
+streamshim has a ✗, with two exceptions, which are beyond a node:
+
+1. Whoever translates WebSocket for kubectl, the kubelet or the API server, closes kubectl's connection
+   as soon as it has the exit code. What is still in the buffers between it and kubectl is thrown away
+   if kubectl's next ping comes first. Through streamshim the exit code travels behind all output, so
+   that kubectl then ends with an error, never with exit code 0. With
+   KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false nothing is lost.
+2. kubectl stops reading all connections of a port-forward when one of its local clients stops reading.
+   Its SPDY library has no flow control.
+`
+
 var nodeTitles = map[string]string{"bare": "bare containerd", "shim": "through streamshim"}
 
 // write writes the report as Markdown.
@@ -77,7 +90,7 @@ written by a run of `+"`make e2e E2E=%s`"+`, not by hand: on %s, in %d minutes, 
 
 %s
 `, of.mode, time.Now().UTC().Format(time.DateOnly), int(duration.Minutes())+1, versions())
-	text.WriteString("\n✓ as it should be, ✗ not so, – not possible on that machine, empty: not run.\n")
+	text.WriteString(legend)
 	for _, s := range r.sections {
 		fmt.Fprintf(&text, "\n## %s\n\n%s\n\n| |", s.title, s.text)
 		protocols := s.protocols
