@@ -95,7 +95,7 @@ func startServe(t *testing.T, dir string) *serving {
 	s := &serving{socket: filepath.Join(dir, "run", "s.sock"), stop: cancel, ended: make(chan error, 1)}
 	command := newCommand()
 	command.SetArgs([]string{"serve", "--listen", "unix://" + s.socket, "--upstream", "unix://" + filepath.Join(dir, "away.sock"),
-		"--state-dir", filepath.Join(dir, "state"), "--log-level", "error"})
+		"--admin", "unix://" + filepath.Join(dir, "run", "admin.sock"), "--state-dir", filepath.Join(dir, "state"), "--log-level", "error"})
 	go func() { s.ended <- command.ExecuteContext(ctx) }()
 	t.Cleanup(cancel)
 	return s
