@@ -198,7 +198,7 @@ func (s *remoteCommandSession) copyStreams() {
 	if stdin := s.process.Stdin(); stdin != nil && s.client.stdin != nil {
 		s.others.Go(func() { copyInput(stdin, s.operatedInput(s.client.stdin)) })
 	}
-	s.drain.idle = s.config.DrainIdle
+	s.drain.idle, s.drain.observe = s.config.DrainIdle, s.config.Observe
 	for _, o := range []struct {
 		to   Stream
 		from io.ReadCloser
@@ -359,8 +359,10 @@ func copyInput(stdin io.WriteCloser, from Stream) {
 // the pipe has been silent for a while (kubernetes#44371, containerd#7802).
 type drain struct {
 	idle    time.Duration
+	observe func(Event)
 	sources []io.ReadCloser
 	until   atomic.Int64 // Unix nanoseconds; 0 while the process runs
+	stopped atomic.Bool  // the session was told to end, and its output with it
 }
 
 // deadliner is a pipe or a pty of ours, whose reads can be given a limit.
@@ -368,6 +370,7 @@ type deadliner interface{ SetReadDeadline(time.Time) error }
 
 // begin starts the wait; it lasts no longer than limit.
 func (d *drain) begin(limit time.Duration) {
+	d.stopped.Store(limit == 0)
 	d.until.Store(time.Now().Add(limit).UnixNano())
 	for _, source := range d.sources {
 		if s, ok := source.(deadliner); ok && (d.idle > 0 || limit == 0) {
@@ -386,6 +389,9 @@ func (d *drain) copyOutput(to Stream, from io.ReadCloser) {
 			return
 		}
 		if err == nil || (watched && n == 0) || time.Now().UnixNano() >= d.until.Load() {
+			if err != nil && !d.stopped.Load() {
+				d.observe(DrainCut)
+			}
 			to.CloseWrite() //nolint:errcheck // a client that has gone is noticed elsewhere
 			return
 		}
