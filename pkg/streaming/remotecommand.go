@@ -182,7 +182,7 @@ func (s *remoteCommandSession) startFailed(ctx context.Context, err error) sessi
 		s.sayEnd(ctx, internalErrorStatus("error executing command in container: "+err.Error()))
 		return outcome
 	}
-	outcome.ExitCode = exit.ExitCode()
+	outcome.ExitCode, outcome.Err = exit.ExitCode(), nil // its text names the command, which is not for the log
 	line, to := err.Error()+"\n", s.client.stderr
 	if s.command.TTY {
 		line, to = err.Error()+"\r\n", s.client.stdout
