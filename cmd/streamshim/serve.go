@@ -301,6 +301,10 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation) streaming.
 	if drainIdle == 0 {
 		drainIdle = -1 // streaming's zero is its default
 	}
+	stall := time.Duration(c.PortForward.Stall)
+	if stall == 0 {
+		stall = -1 // as above
+	}
 	return streaming.Config{
 		Log:           log,
 		Sessions:      o.sessions,
@@ -311,6 +315,7 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation) streaming.
 		IdleTimeout:   settings.IdleTimeout,
 		MaxLifetime:   settings.MaxLifetime,
 		Bandwidth:     settings.Bandwidth,
+		Stall:         stall,
 		ReportRefused: c.PortForward.Refused == "report",
 		AttachBuffer:  c.Attach.Buffer,
 	}

@@ -89,6 +89,7 @@ type Attach struct {
 // PortForward is how port-forward sessions behave.
 type PortForward struct {
 	Refused     string   `toml:"refused"` // reset or report
+	Stall       Duration `toml:"stall"`   // for one connection to hold up the others; 0 is for ever
 	IdleTimeout Duration `toml:"idle_timeout"`
 	MaxLifetime Duration `toml:"max_lifetime"`
 }
@@ -205,7 +206,7 @@ func Default() Config {
 			SyncOutput:   maxSyncOutput,
 		},
 		Attach:      Attach{Buffer: 1 << 20, IdleTimeout: Duration(4 * time.Hour)},
-		PortForward: PortForward{Refused: "reset", IdleTimeout: Duration(4 * time.Hour)},
+		PortForward: PortForward{Refused: "reset", Stall: Duration(30 * time.Second), IdleTimeout: Duration(4 * time.Hour)},
 		Shutdown:    Shutdown{Drain: Duration(10 * time.Second)},
 		Audit: Audit{
 			Destination: "off", File: "/var/log/streamshim/audit.log", MaxSize: 100 << 20, MaxFiles: 10,
@@ -399,7 +400,9 @@ func lineOf(text []byte, key string) int {
 // suggestion is a hint at the key that was probably meant.
 func suggestion(key string) string {
 	var known []string
-	collectKeys("", Default(), &known)
+	example := Default()
+	example.Deny, example.Recording.Rule = []Deny{{TTY: new(bool)}}, []Rule{{}} // tables of which there may be none
+	collectKeys("", example, &known)
 	return nearest(key, known)
 }
 
@@ -413,6 +416,12 @@ func collectTreeKeys(prefix string, tree map[string]any, keys *[]string) {
 		if sub, ok := v.(map[string]any); ok {
 			collectTreeKeys(prefix+name+".", sub, keys)
 			continue
+		}
+		if array, ok := v.([]any); ok && len(array) > 0 {
+			if table, ok := array[0].(map[string]any); ok {
+				collectTreeKeys(prefix+name+".", table, keys)
+				continue
+			}
 		}
 		*keys = append(*keys, prefix+name)
 	}

@@ -127,6 +127,7 @@ func (s *Server) attach(ctx context.Context, raw []byte) (any, error) {
 		Stdout:    request.GetStdout(),
 		Stderr:    request.GetStderr(),
 		TTY:       request.GetTty(),
+		StdinOnce: container.StdinOnce,
 		User:      container.user(),
 		UpstreamURL: func(ctx context.Context) (string, error) {
 			var response runtimeapi.AttachResponse

@@ -96,7 +96,10 @@ func NewServer(config Config) (*Server, error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	s.resolver = newResolver(s.upstream, s.log)
+	var err error
+	if s.resolver, err = newResolver(s.upstream, s.log); err != nil {
+		return nil, err
+	}
 	maxMessageSize := config.MaxMessageSize
 	if maxMessageSize == 0 {
 		maxMessageSize = DefaultMaxMessageSize

@@ -44,9 +44,14 @@ type AttachRequest struct {
 	PodLabels                  map[string]string // as ExecRequest.PodLabels
 	Trace                      map[string]string // as ExecRequest.Trace
 	Stdin, Stdout, Stderr, TTY bool
-	User                       *session.User // as ExecRequest.User
-	UpstreamURL                func(context.Context) (string, error)
-	EndReason                  func(context.Context) string
+	// StdinOnce is stdin_once of the CRI's ContainerConfig: the runtime closes the process's stdin
+	// after the first attach session that had one has sent its end. It comes from the verbose
+	// ContainerStatus (containerd: info.config.stdin_once; CRI-O: an annotation of the OCI spec).
+	// False also means that the runtime does not say.
+	StdinOnce   bool
+	User        *session.User // as ExecRequest.User
+	UpstreamURL func(context.Context) (string, error)
+	EndReason   func(context.Context) string
 }
 
 func (r *AttachRequest) info() session.Info {

@@ -22,8 +22,8 @@ import (
 // Config has the callback and the limits of a connection. Zero limits take the defaults.
 type Config struct {
 	// OnStream is called for each stream that the peer opens, from the read loop, and must not
-	// block. The stream is accepted (SYN_REPLY) when OnStream returns or first writes to the
-	// stream, unless it has reset the stream by then. From the call on the stream belongs to the
+	// block. The stream is accepted (SYN_REPLY) when OnStream returns, calls Accept or first writes
+	// to the stream, unless it has reset the stream by then. From the call on the stream belongs to the
 	// callee, who reads it to its end or calls CloseRead, and calls CloseWrite; or calls Reset.
 	//
 	// With a nil OnStream every stream of the peer is refused.
