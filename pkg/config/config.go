@@ -40,6 +40,11 @@ type Config struct {
 	// NotifyWatch tells the user of a terminal when an operator watches it with "streamshim sessions
 	// watch".
 	NotifyWatch bool `toml:"notify_watch"`
+	// MetricsAddress is HOST:PORT, where /metrics, /healthz and /readyz are served; empty is none.
+	// There is no password: whoever can reach it can read the numbers.
+	MetricsAddress string `toml:"metrics_address"`
+	// Profiling also serves /debug/pprof/ there, which must then be a loopback address.
+	Profiling bool `toml:"profiling"`
 
 	Runtime     Runtime     `toml:"runtime"`
 	Exec        Exec        `toml:"exec"`
@@ -49,6 +54,7 @@ type Config struct {
 	Audit       Audit       `toml:"audit"`
 	Recording   Recording   `toml:"recording"`
 	Limits      Limits      `toml:"limits"`
+	Traces      Traces      `toml:"traces"`
 	// Deny refuses the sessions that any of these rules chooses.
 	Deny []Deny `toml:"deny"`
 }
@@ -133,6 +139,13 @@ type Rule struct {
 	PodLabels  map[string]string `toml:"pod_labels"` // all of these; the values may have * and ?
 }
 
+// Traces is where OpenTelemetry spans of exec, attach and port-forward go.
+type Traces struct {
+	Endpoint    string  `toml:"endpoint"`     // HOST:PORT of an OTLP/gRPC receiver; empty is no tracing
+	Insecure    bool    `toml:"insecure"`     // without TLS
+	SampleRatio float64 `toml:"sample_ratio"` // of the calls whose client sends no trace context; the others do as the client does
+}
+
 // Limits bound what sessions may use. 0 is no limit.
 type Limits struct {
 	Sessions             int   `toml:"sessions"`               // on this node
@@ -204,6 +217,7 @@ func Default() Config {
 			Buffer: 1 << 20, OnFailure: "allow",
 		},
 		Limits: Limits{Sessions: 4096, ConcurrentStarts: 32, WaitingStarts: 1024},
+		Traces: Traces{SampleRatio: 1},
 	}
 }
 
@@ -297,6 +311,7 @@ func (c *Config) validate() *ValueError {
 		}
 	}
 	checks = append(checks, c.validateOperation(choice)...)
+	checks = append(checks, c.validateTelemetry()...)
 	if c.Upstream != "" {
 		checks = append(checks, socket("upstream", c.Upstream))
 		if c.Upstream == c.Listen {

@@ -328,7 +328,7 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upg
 // accept upgrades the connection to the transport that was negotiated. Nothing is read from it
 // before run.
 func (s *portForwardSession) accept(w http.ResponseWriter, r *http.Request, up upgrade, ports []int32) (net.Conn, error) {
-	config := spdy.Config{OnStream: s.onStream, Stall: s.config.Stall}
+	config := spdy.Config{OnStream: s.onStream, Stall: s.config.Stall, OnStall: func() { s.config.Observe(StreamStalled) }}
 	if !up.websocket {
 		network, buffered, err := hijackSPDY(w, up.protocol)
 		if err == nil {

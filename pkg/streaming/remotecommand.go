@@ -213,7 +213,7 @@ func (s *remoteCommandSession) copyStreams() {
 	if stdin := s.process.Stdin(); stdin != nil && s.client.stdin != nil {
 		s.others.Go(func() { copyInput(stdin, s.operatedInput(s.client.stdin)) })
 	}
-	s.drain.idle = s.config.DrainIdle
+	s.drain.idle, s.drain.observe = s.config.DrainIdle, s.config.Observe
 	for _, o := range []struct {
 		to   Stream
 		from io.ReadCloser
@@ -379,8 +379,10 @@ func copyInput(stdin io.WriteCloser, from Stream) {
 // the pipe has been silent for a while (kubernetes#44371, containerd#7802).
 type drain struct {
 	idle    time.Duration
+	observe func(Event)
 	sources []io.ReadCloser
 	until   atomic.Int64 // Unix nanoseconds; 0 while the process runs
+	stopped atomic.Bool  // the session was told to end, and its output with it
 }
 
 // deadliner is a pipe or a pty of ours, whose reads can be given a limit.
@@ -388,6 +390,7 @@ type deadliner interface{ SetReadDeadline(time.Time) error }
 
 // begin starts the wait; it lasts no longer than limit.
 func (d *drain) begin(limit time.Duration) {
+	d.stopped.Store(limit == 0)
 	d.until.Store(time.Now().Add(limit).UnixNano())
 	for _, source := range d.sources {
 		if s, ok := source.(deadliner); ok && (d.idle > 0 || limit == 0) {
@@ -414,16 +417,28 @@ func (d *drain) copyOutput(to Stream, from io.ReadCloser) {
 		} else {
 			silent++
 		}
-		if err == nil || silent == drainLooks {
+		if err == nil {
+			break
+		}
+		if silent == drainLooks {
+			d.cut()
 			break
 		}
 		if time.Now().UnixNano() >= d.until.Load() {
+			d.cut()
 			copyPending(to, from)
 			break
 		}
 		from.(deadliner).SetReadDeadline(time.Now().Add(d.idle / drainLooks)) //nolint:errcheck // as in begin
 	}
 	to.CloseWrite() //nolint:errcheck // a client that has gone is noticed elsewhere
+}
+
+// cut notes that somebody still held an output when it was taken to be complete.
+func (d *drain) cut() {
+	if !d.stopped.Load() {
+		d.observe(DrainCut)
+	}
 }
 
 // copyPending sends what lies in a source now: the command wrote it before its time was over,

@@ -63,6 +63,9 @@ type Config struct {
 	// AttachBuffer is how many bytes of output wait for an attached client that reads too slowly;
 	// what comes beyond is skipped. Default 1 MiB.
 	AttachBuffer int
+	// Observe is told of each Event as it happens, from many goroutines; it must not block. Nil
+	// means that nobody asks.
+	Observe func(Event)
 }
 
 const (
@@ -100,6 +103,9 @@ func (c Config) withDefaults() Config {
 	duration(&c.PeerTimeout, defaultPeerTimeout)
 	if c.AttachBuffer == 0 {
 		c.AttachBuffer = defaultAttachBuffer
+	}
+	if c.Observe == nil {
+		c.Observe = func(Event) {}
 	}
 	return c
 }
@@ -155,12 +161,12 @@ func (s *Server) current() Config {
 func NewServer(config Config, listener net.Addr) *Server {
 	s := &Server{
 		config: config.withDefaults(),
-		tokens: newTokenCache(),
 		base:   url.URL{Scheme: "http", Host: listener.String()},
 		settings: Settings{
 			IdleTimeout: config.IdleTimeout, MaxLifetime: config.MaxLifetime, Bandwidth: config.Bandwidth,
 		},
 	}
+	s.tokens = newTokenCache(s.config.Observe)
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	s.watch = newWatcher(s.config)
 	s.http = &http.Server{
@@ -202,6 +208,9 @@ func (s *Server) insert(info session.Info, request any) (string, error) {
 	}
 	return s.base.JoinPath(string(info.Kind), token).String(), nil
 }
+
+// WaitingTokens is how many URLs have been given out that nobody has opened yet.
+func (s *Server) WaitingTokens() int { return s.tokens.waiting() }
 
 // Serve serves the listener until Shutdown. It closes the listener.
 func (s *Server) Serve(listener net.Listener) error {
@@ -275,6 +284,7 @@ func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kin
 }
 
 func (s *Server) tokenNotFound(w http.ResponseWriter, kind session.Kind) {
+	s.config.Observe(TokenUnknown)
 	http.Error(w, fmt.Sprintf("no %s request waits at this URL: its token is unknown, has been used, or has expired "+
 		"(a token is good for one connection within %v of the CRI call)", kind, s.tokens.ttl), http.StatusNotFound)
 }
