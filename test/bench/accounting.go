@@ -1,0 +1,185 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// account is a cgroup of one side's server processes. Its CPU time is that of all that ever ran in
+// it: children that were reaped long ago count too, unlike in /proc/PID/stat of those that live.
+type account struct{ dir string }
+
+// accountRoot finds where CPU time is accounted: cpuacct of cgroup v1, else cgroup v2, whose
+// cpu.stat has the time also where no controller is switched on.
+func accountRoot() (string, error) {
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return "", err
+	}
+	unified := ""
+	for line := range strings.Lines(string(mounts)) {
+		fields := strings.Fields(line)
+		if fields[2] == "cgroup" {
+			for _, option := range strings.Split(fields[3], ",") {
+				if option == "cpuacct" {
+					return fields[1], nil
+				}
+			}
+		}
+		if fields[2] == "cgroup2" {
+			unified = fields[1]
+		}
+	}
+	if unified == "" {
+		return "", errors.New("no cgroup file system is mounted")
+	}
+	return unified, nil
+}
+
+// newAccount makes a cgroup and moves the processes into it; what they start later is born there.
+func newAccount(name string, pids ...int) (*account, error) {
+	root, err := accountRoot()
+	if err != nil {
+		return nil, err
+	}
+	a := &account{filepath.Join(root, fmt.Sprintf("streamshim-bench-%d-%s", os.Getpid(), name))}
+	if err := os.Mkdir(a.dir, 0o755); err != nil {
+		return nil, err
+	}
+	for _, pid := range pids {
+		if err := os.WriteFile(filepath.Join(a.dir, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+			return nil, fmt.Errorf("move process %d to its account: %w", pid, errors.Join(err, a.remove()))
+		}
+	}
+	return a, nil
+}
+
+// accountOf returns the cgroup that a process is in.
+func accountOf(pid int) (*account, error) {
+	root, err := accountRoot()
+	if err != nil {
+		return nil, err
+	}
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return nil, err
+	}
+	own := ""
+	for line := range strings.Lines(string(text)) {
+		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		for _, controller := range strings.Split(fields[1], ",") {
+			if controller == "cpuacct" {
+				return &account{filepath.Join(root, fields[2])}, nil
+			}
+		}
+		if fields[1] == "" {
+			own = fields[2]
+		}
+	}
+	return &account{filepath.Join(root, own)}, nil
+}
+
+// used is the CPU time that was spent, user and system.
+func (a *account) used() (time.Duration, error) {
+	text, err := os.ReadFile(filepath.Join(a.dir, "cpuacct.usage"))
+	if err == nil {
+		nanoseconds, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+		return time.Duration(nanoseconds), err
+	}
+	text, err = os.ReadFile(filepath.Join(a.dir, "cpu.stat"))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		if value, ok := strings.CutPrefix(line, "usage_usec "); ok {
+			microseconds, err := strconv.ParseInt(strings.TrimSpace(value), 10, 64)
+			return time.Duration(microseconds) * time.Microsecond, err
+		}
+	}
+	return 0, fmt.Errorf("%s has no usage_usec", a.dir)
+}
+
+// processes are those that are in the cgroup now.
+func (a *account) processes() ([]int, error) {
+	text, err := os.ReadFile(filepath.Join(a.dir, "cgroup.procs"))
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, field := range strings.Fields(string(text)) {
+		pid, err := strconv.Atoi(field)
+		if err != nil {
+			return nil, err
+		}
+		pids = append(pids, pid)
+	}
+	return pids, nil
+}
+
+// memory is what the processes hold themselves in KiB: pages of files, such as of their programs,
+// are not counted.
+func (a *account) memory() (int64, error) {
+	pids, err := a.processes()
+	if err != nil {
+		return 0, err
+	}
+	total := int64(0)
+	for _, pid := range pids {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+			continue // ended meanwhile
+		}
+		if err != nil {
+			return 0, err
+		}
+		for lines := bufio.NewScanner(bytes.NewReader(text)); lines.Scan(); {
+			if value, ok := strings.CutPrefix(lines.Text(), "RssAnon:"); ok {
+				kib, err := strconv.ParseInt(strings.Fields(value)[0], 10, 64)
+				if err != nil {
+					return 0, err
+				}
+				total += kib
+			}
+		}
+	}
+	return total, nil
+}
+
+// remove removes the cgroup, once its processes have been moved or have ended.
+func (a *account) remove() error { return os.Remove(a.dir) }
+
+// accounts are several of them, added up.
+type accounts []*account
+
+func (all accounts) used() (time.Duration, error) {
+	total := time.Duration(0)
+	for _, a := range all {
+		used, err := a.used()
+		if err != nil {
+			return 0, err
+		}
+		total += used
+	}
+	return total, nil
+}
+
+func (all accounts) memory() (int64, error) {
+	total := int64(0)
+	for _, a := range all {
+		kib, err := a.memory()
+		if err != nil {
+			return 0, err
+		}
+		total += kib
+	}
+	return total, nil
+}
