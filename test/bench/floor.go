@@ -39,12 +39,8 @@ func copyDescriptors(size string) error {
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
-		if err != nil {
+		if err != nil || n == 0 {
 			return err
-		}
-		if n == 0 {
-			_ = unix.Shutdown(copyTo, unix.SHUT_WR) //nolint:errcheck // a pipe ends by itself
-			return nil
 		}
 		for p := buffer[:n]; len(p) > 0; {
 			n, err := unix.Write(copyTo, p)
@@ -265,7 +261,7 @@ func (f floors) upload(size int, bytes int64) (throughput, error) {
 	if err != nil {
 		return throughput{}, err
 	}
-	conn, err := f.dial(podRequest(modeSink, 0))
+	conn, err := f.dial(podRequest(modeSink, bytes))
 	if err != nil {
 		return throughput{}, err
 	}

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -20,7 +19,7 @@ import (
 const (
 	modeAnswer = 'a' // reads the request and answers with as many bytes, then closes
 	modeSource = 's' // eight bytes say how much it is to send
-	modeSink   = 'k' // reads to the end, then answers one byte
+	modeSink   = 'k' // eight bytes say how much it is to read before it answers one byte and closes
 	modeHold   = 'h' // answers one byte and keeps the connection until the client closes it
 )
 
@@ -99,15 +98,17 @@ func servePort(conn net.Conn) error {
 		}
 		return nil
 	case modeSink:
+		// Not until the client's FIN: containerd ends the connection then, and the answer is lost.
 		chunk := make([]byte, readBuffer)
-		for {
-			if _, err := conn.Read(chunk); errors.Is(err, io.EOF) {
-				_, err = conn.Write(request[:1])
-				return err
-			} else if err != nil {
+		for left := binary.BigEndian.Uint64(request[1:]); left > 0; {
+			n, err := conn.Read(chunk)
+			if err != nil {
 				return err
 			}
+			left -= uint64(n)
 		}
+		_, err := conn.Write(request[:1])
+		return err
 	case modeHold:
 		if _, err := conn.Write(request[:1]); err != nil {
 			return err

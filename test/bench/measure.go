@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -193,8 +194,11 @@ func (b *bench) stdout(ctx context.Context, s side) error {
 	})
 }
 
+// A shell around dd keeps stdout open, which dd itself closes: containerd ends a session's stdin as
+// soon as its stdout has ended.
 func (b *bench) stdin(ctx context.Context, s side) error {
-	session, err := startExec(ctx, s.client, b.containerID, command{args: append([]string{"dd"}, consumerArgs()...), stdin: true, stderr: true})
+	consumer := []string{"sh", "-c", "dd " + strings.Join(consumerArgs(), " ") + "; true"}
+	session, err := startExec(ctx, s.client, b.containerID, command{args: consumer, stdin: true, stderr: true})
 	if err != nil {
 		return err
 	}
@@ -232,16 +236,13 @@ func (b *bench) upload(ctx context.Context, s side) error {
 	}
 	defer t.Close() //nolint:errcheck // everything has been answered
 	return b.rate("up", s.name, func() error {
-		data, failure, err := t.connect(podRequest(modeSink, 0), false)
+		data, _, err := t.connect(podRequest(modeSink, b.scale.bytes), false)
 		if err != nil {
 			return err
 		}
 		uploaded := make(chan error, 1)
 		go func() { uploaded <- t.connection.upload(data, b.scale.bytes) }()
-		received, err := t.await(data, failure)
-		if err == nil && received != 1 {
-			err = errors.New("the pod did not answer")
-		}
+		err = t.expectByte(data)
 		return errors.Join(err, <-uploaded)
 	})
 }
@@ -367,7 +368,7 @@ func (b *bench) idleSessions(ctx context.Context, s side) (err error) {
 // what it has freed over some seconds.
 func (b *bench) settledMemory() (int64, error) {
 	least, err := b.servers.memory()
-	for range 8 {
+	for range 6 {
 		time.Sleep(500 * time.Millisecond)
 		now, err := b.servers.memory()
 		if err != nil {
