@@ -33,6 +33,8 @@ var figures = []figure{
 	{id: "sync.p50", title: "ExecSync, p50", unit: "ms", digits: 1, bar: 0.65},
 	{id: "sync.p99", title: "ExecSync, p99", unit: "ms", digits: 1},
 	{id: "sync.cpu", title: "CPU per ExecSync", unit: "ms", digits: 1, bar: 0.65},
+	{id: "seccomp.p50", title: "exec with a seccomp profile, p50", unit: "ms", digits: 1},
+	{id: "seccomp.cpu", title: "CPU per exec with a seccomp profile", unit: "ms", digits: 1},
 	{id: "storm.p99", title: "50 execs at once, p99", unit: "ms", digits: 0},
 	{id: "stdout.rate", title: "stdout", unit: "GB/s", digits: 2, bar: 2.5, higher: true, floor: true},
 	{id: "stdout.cpu", title: "stdout, CPU", unit: "s/GB", digits: 2, bar: 0.35},

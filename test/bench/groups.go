@@ -34,6 +34,7 @@ var groups = []group{
 	{name: "idle-forward", rounds: once, each: (*bench).idleConnections},
 	{name: "exec", each: (*bench).exec},
 	{name: "sync", each: (*bench).execSync},
+	{name: "seccomp", each: (*bench).execConfined},
 	{name: "storm", each: (*bench).storm},
 	{name: "floor", round: func(b *bench, _ context.Context) error { return b.floorRates() }},
 	{name: "stdout", each: (*bench).stdout},
@@ -56,7 +57,7 @@ func groupNames() []string {
 // warm fills both sides' caches; it is no figure.
 func (b *bench) warm(ctx context.Context, s side) error {
 	for range 5 {
-		if _, err := b.oneExec(ctx, s); err != nil {
+		if _, err := oneExec(ctx, s, b.containerID); err != nil {
 			return err
 		}
 	}

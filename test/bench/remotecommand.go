@@ -139,3 +139,19 @@ func (c *connection) expect(stream uint32, text string) error {
 		}
 	}
 }
+
+// first reads until something has come on the stream and says how many bytes.
+func (c *connection) first(stream uint32) (int, error) {
+	for {
+		e, err := c.read()
+		if err != nil {
+			return 0, err
+		}
+		if e.stream == stream && len(e.data) > 0 {
+			return len(e.data), nil
+		}
+		if e.fin || e.reset {
+			return 0, fmt.Errorf("stream %d ended before anything came on %d", e.stream, stream)
+		}
+	}
+}
