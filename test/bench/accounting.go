@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -16,33 +17,45 @@ import (
 
 // account is a cgroup of one side's server processes. Its CPU time is that of all that ever ran in
 // it: children that were reaped long ago count too, unlike in /proc/PID/stat of those that live.
-type account struct{ dir string }
+type account struct {
+	dir string
+	// group is its twin for the scheduler, where cgroup v1 has that apart: systemd gives services
+	// one, and without it the kernel would make a group of each session of processes (autogroup),
+	// which shares a busy CPU between the sides by how often they call setsid.
+	group string
+}
 
 // accountRoot finds where CPU time is accounted: cpuacct of cgroup v1, else cgroup v2, whose
 // cpu.stat has the time also where no controller is switched on.
 func accountRoot() (string, error) {
+	if root := mountOf("cpuacct"); root != "" {
+		return root, nil
+	}
 	mounts, err := os.ReadFile("/proc/self/mounts")
 	if err != nil {
 		return "", err
 	}
-	unified := ""
+	for line := range strings.Lines(string(mounts)) {
+		if fields := strings.Fields(line); fields[2] == "cgroup2" {
+			return fields[1], nil
+		}
+	}
+	return "", errors.New("no cgroup file system is mounted")
+}
+
+// mountOf is where a controller of cgroup v1 is mounted, empty if it is not.
+func mountOf(controller string) string {
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return ""
+	}
 	for line := range strings.Lines(string(mounts)) {
 		fields := strings.Fields(line)
-		if fields[2] == "cgroup" {
-			for _, option := range strings.Split(fields[3], ",") {
-				if option == "cpuacct" {
-					return fields[1], nil
-				}
-			}
-		}
-		if fields[2] == "cgroup2" {
-			unified = fields[1]
+		if fields[2] == "cgroup" && slices.Contains(strings.Split(fields[3], ","), controller) {
+			return fields[1]
 		}
 	}
-	if unified == "" {
-		return "", errors.New("no cgroup file system is mounted")
-	}
-	return unified, nil
+	return ""
 }
 
 // newAccount makes a cgroup and moves the processes into it; what they start later is born there.
@@ -51,16 +64,29 @@ func newAccount(name string, pids ...int) (*account, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &account{filepath.Join(root, fmt.Sprintf("streamshim-bench-%d-%s", os.Getpid(), name))}
-	if err := os.Mkdir(a.dir, 0o755); err != nil {
-		return nil, err
+	own := fmt.Sprintf("streamshim-bench-%d-%s", os.Getpid(), name)
+	a := &account{dir: filepath.Join(root, own)}
+	if mount := mountOf("cpu"); mount != "" && mount != root {
+		a.group = filepath.Join(mount, own)
 	}
-	for _, pid := range pids {
-		if err := os.WriteFile(filepath.Join(a.dir, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
-			return nil, fmt.Errorf("move process %d to its account: %w", pid, errors.Join(err, a.remove()))
+	for _, dir := range a.dirs() {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return nil, err
+		}
+		for _, pid := range pids {
+			if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+				return nil, fmt.Errorf("move process %d to its account: %w", pid, errors.Join(err, a.remove()))
+			}
 		}
 	}
 	return a, nil
+}
+
+func (a *account) dirs() []string {
+	if a.group == "" {
+		return []string{a.dir}
+	}
+	return []string{a.dir, a.group}
 }
 
 // accountOf returns the cgroup that a process is in.
@@ -78,14 +104,14 @@ func accountOf(pid int) (*account, error) {
 		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
 		for _, controller := range strings.Split(fields[1], ",") {
 			if controller == "cpuacct" {
-				return &account{filepath.Join(root, fields[2])}, nil
+				return &account{dir: filepath.Join(root, fields[2])}, nil
 			}
 		}
 		if fields[1] == "" {
 			own = fields[2]
 		}
 	}
-	return &account{filepath.Join(root, own)}, nil
+	return &account{dir: filepath.Join(root, own)}, nil
 }
 
 // used is the CPU time that was spent, user and system.
@@ -155,7 +181,13 @@ func (a *account) memory() (int64, error) {
 }
 
 // remove removes the cgroup, once its processes have been moved or have ended.
-func (a *account) remove() error { return os.Remove(a.dir) }
+func (a *account) remove() error {
+	var errs []error
+	for _, dir := range a.dirs() {
+		errs = append(errs, os.Remove(dir))
+	}
+	return errors.Join(errs...)
+}
 
 // accounts are several of them, added up.
 type accounts []*account
