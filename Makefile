@@ -13,7 +13,7 @@ LAB_DIR ?= .lab
 # Go packages under test, for instance: make test PACKAGES=./pkg/execproc
 PACKAGES ?= ./...
 
-say = @printf '\033[1m== %s\033[0m\n' "$(1)"
+say = @echo '== $(1)'
 
 .PHONY: help
 help: ## list the targets
@@ -27,7 +27,7 @@ build: ## build bin/streamshim
 test: peers build ## run all tests, with the race detector and against real containerd, runc and critest
 	$(call say,compiling the tests)
 	go build -race $(PACKAGES)
-	$(call say,testing: one package after the other because real containers share the host's ports)
+	$(call say,testing: one package after the other because real containers share host ports)
 	STREAMSHIM_REAL=required go test -race -p 1 -count 1 -timeout 30m $(PACKAGES)
 
 .PHONY: critest

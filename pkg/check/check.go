@@ -23,6 +23,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/pkg/endpoint"
 )
 
 // Level is how a check went.
@@ -122,7 +123,7 @@ func subreaper() Result {
 }
 
 func dial(c config.Config) (*grpc.ClientConn, error) {
-	path, err := config.SocketPath(c.Upstream)
+	path, err := endpoint.Path(c.Upstream)
 	if err != nil {
 		return nil, err
 	}
@@ -195,7 +196,7 @@ func ociRuntime(ctx context.Context, c config.Config) Result {
 // listenSocket says whether serve could listen.
 func listenSocket(c config.Config) Result {
 	const name = "listen socket"
-	path, err := config.SocketPath(c.Listen)
+	path, err := endpoint.Path(c.Listen)
 	if err != nil {
 		return failed(name, "write unix:///path", "%v", err)
 	}

@@ -46,7 +46,7 @@ func TestMistakes(t *testing.T) {
 		{"choice", "[exec]\nterm_after='1s'\non_disconnect = 'hangupp'\n", []string{"3: ", "hangup, kill, keep", `did you mean "hangup"?`}},
 		{"log level", "log_level = 'loud'\n", []string{"1: ", "debug, info, warn, error"}},
 		{"not a socket", "listen = 'tcp://1.2.3.4:5'\n", []string{"1: ", "unix:///path"}},
-		{"relative socket", "listen = 'unix://x.sock'\n", []string{"1: ", "absolute"}},
+		{"relative socket", "listen = 'unix://x.sock'\n", []string{"1: ", "unix:///path"}},
 		{"long socket", "listen = 'unix:///" + strings.Repeat("x", 120) + "'\n", []string{"1: ", "107"}},
 		{"upstream is ourselves", "\n\nupstream = 'unix:///run/streamshim/streamshim.sock'\n", []string{"3: ", "the runtime's"}},
 		{"not loopback", "stream_address = '0.0.0.0:0'\n", []string{"1: ", "loopback"}},

@@ -36,8 +36,9 @@ type Process struct {
 	killNow chan struct{} // closed by Kill
 	ended   chan struct{} // closed when the ending is over
 
-	mu     sync.Mutex
-	closed bool
+	mu      sync.Mutex
+	closed  bool
+	looking bool // the ending looks for the tree; Close leaves the streams open until it has
 }
 
 // Stdin is the process's standard input, nil when the command did not ask for it. Without a terminal
@@ -120,7 +121,9 @@ func (p *Process) Close() error {
 		return nil
 	}
 	p.closed = true
-	p.closeStreams()
+	if !p.looking {
+		p.closeStreams()
+	}
 	if p.init != nil {
 		p.runner.reaper.dropContainer(p.init)
 	}
@@ -148,6 +151,9 @@ func (p *Process) hasExited() bool {
 
 func (p *Process) beginEnd() {
 	r := p.runner
+	p.mu.Lock()
+	p.looking = true
+	p.mu.Unlock()
 	r.mu.Lock()
 	r.ending[p] = struct{}{}
 	r.mu.Unlock()
@@ -158,6 +164,7 @@ func (p *Process) beginEnd() {
 		close(p.ended)
 	}
 	if !r.background(func() { defer over(); p.endTree() }) {
+		p.endLook()
 		over()
 	}
 }
@@ -167,7 +174,7 @@ func (p *Process) endTree() {
 	t := newTree(p.leader, p.container.InitPid, p.ends)
 	// Before anything is closed or signalled: later the leader may be gone, and with it the trace to
 	// its children.
-	living := t.living()
+	living := p.firstLook(t)
 	if config := p.runner.config; p.await(config.HangupAfter, nil) {
 		p.closeStreams()
 		// A stopped process gets no signal but KILL before it is continued.
@@ -183,6 +190,35 @@ func (p *Process) endTree() {
 		return
 	}
 	<-p.watch.exited // it is a zombie now, and the reaper knows
+}
+
+// firstLook finds the tree while the terminal is certain to be still the process's own. Once its
+// master is closed the kernel may give the same number to the next terminal, whose users are
+// strangers, so that later looks do without it.
+//
+// A Close that follows Disconnect or Kill at once takes effect after this look: closing a terminal
+// ends its leader, and with it the trace to children in sessions of their own.
+func (p *Process) firstLook(t *tree) []procStat {
+	defer p.endLook()
+	defer func() { t.ends.terminal = false }()
+	if t.ends.terminal {
+		master, err := duplicate(p.tty)
+		if err != nil { // closed already
+			t.ends.terminal = false
+		} else {
+			defer master.Close()
+		}
+	}
+	return t.living()
+}
+
+func (p *Process) endLook() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.looking = false
+	if p.closed {
+		p.closeStreams()
+	}
 }
 
 // graceOver waits until the grace is over and returns what lives then: nothing, when all have ended
@@ -283,3 +319,10 @@ func duplicate(from syscall.Conn) (*os.File, error) {
 	}
 	return os.NewFile(uintptr(copied), "kept "+strconv.Itoa(copied)), nil
 }
+
+// PID is the process in our pid namespace. After the process has ended it may be another's.
+func (p *Process) PID() int { return p.leader.pid }
+
+// Signal sends a signal to the process itself, not to its tree. The error is unix.ESRCH when it has
+// ended.
+func (p *Process) Signal(signal syscall.Signal) error { return p.leader.sendSignal(signal) }

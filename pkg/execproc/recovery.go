@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // record is what a successor must know of a running process, should this one be killed. It is one
@@ -104,8 +106,12 @@ func (r *Runner) endLeftover(left record, path string) {
 	}
 	var err error
 	p.watch, err = r.reaper.watchContainer(left.Pid)
+	if err == nil && !p.leader.alive() {
+		r.reaper.dropContainer(p.watch) // not the process any more, or about to say so
+		err = unix.ESRCH
+	}
 	if err != nil {
-		os.Remove(path) // gone meanwhile
+		os.Remove(path)
 		return
 	}
 	r.background(func() {

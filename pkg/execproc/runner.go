@@ -19,6 +19,7 @@ import (
 // Policy says what becomes of a process whose client has gone.
 type Policy string
 
+// The policies.
 const (
 	PolicyHangup Policy = "hangup" // hang-up, then TERM, then KILL, each for the whole tree
 	PolicyKill   Policy = "kill"   // KILL for the whole tree at once
@@ -221,6 +222,12 @@ func (r *Runner) start(ctx context.Context, c Container, command Command, policy
 		}
 		return nil, fmt.Errorf("start command: %w", err)
 	}
+	// Complete only now, and so ready for what Shutdown may do to it.
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !p.hasExited() { // if it has, nobody would remove it
+		r.running[p] = struct{}{}
+	}
 	return p, nil
 }
 
@@ -323,11 +330,6 @@ func (r *Runner) execAndWatch(ctx context.Context, p *Process, spec *specs.Proce
 		os.Remove(p.record)
 		newTree(p.leader, p.container.InitPid, p.ends).kill()
 		return fmt.Errorf("watch process %d: %w", pid, err)
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if !p.hasExited() { // if it has, nobody would remove it
-		r.running[p] = struct{}{}
 	}
 	return nil
 }

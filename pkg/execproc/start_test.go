@@ -65,6 +65,7 @@ func TestExitCodes(t *testing.T) {
 
 // Not the command's fault: an error without an exit code, which says what to do.
 func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
+	marker := newMarker()
 	script := func(t *testing.T, text string) string {
 		path := filepath.Join(t.TempDir(), "runtime")
 		writeFile(t, path, "#!/bin/sh\n"+text, 0o755)
@@ -95,7 +96,7 @@ func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
 		}, nil, "flag provided"},
 		{"runtime hangs", func(t *testing.T, r *Runner, c *Container, _ *Command) {
 			r.config.StartTimeout = 300 * time.Millisecond
-			c.Runtime = script(t, "sleep 3041 & sleep 3041")
+			c.Runtime = script(t, "sleep "+marker+" & sleep "+marker)
 		}, ErrStartTimeout, "did not start the command in time"},
 		{"pid file empty", func(t *testing.T, _ *Runner, c *Container, _ *Command) {
 			c.Runtime = script(t, `while [ "$1" != --pid-file ]; do shift; done; : >"$2"`)
@@ -143,7 +144,7 @@ func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
 			if !strings.Contains(err.Error(), test.text) || strings.Contains(err.Error(), "\n") {
 				t.Errorf("%q does not say %q in one line", err, test.text)
 			}
-			eventually(t, "nothing is left of a hanging runtime", func() bool { return len(marked(t, "3041")) == 0 })
+			eventually(t, "nothing is left of a hanging runtime", func() bool { return len(marked(t, marker)) == 0 })
 		})
 	}
 }

@@ -161,6 +161,26 @@ func TestKillHurtsNobodyElse(t *testing.T) {
 	}
 }
 
+// The number of a terminal that was hung up soon belongs to the next one.
+func TestReusedTerminalNumber(t *testing.T) {
+	r := newRunner(t, func(config *Config) { config.TermAfter, config.KillAfter = 2*time.Second, 3*time.Second })
+	c := newContainer(t)
+	marker := newMarker()
+	number := func(p *Process) string { return fmt.Sprint(p.ends.dev, p.ends.ino) }
+	victim := startFamily(t, r, c, "(trap '' HUP TERM; exec setsid sleep %s >/dev/null 2>&1 </dev/null) & sleep 0.3; echo ready; wait", marker, true)
+	victim.Disconnect()
+	exitCode(t, victim)
+	victim.Close()
+	bystander := startFamily(t, r, c, "echo ready; exec sleep 1000 #%s", "", true)
+	if number(bystander) != number(victim) {
+		t.Errorf("terminal %s after %s; the test proves nothing", number(bystander), number(victim))
+	}
+	closes(t, victim.ended, "the tree's end")
+	if bystander.hasExited() || len(marked(t, marker)) > 0 {
+		t.Errorf("bystander gone: %v, left of the tree: %v", bystander.hasExited(), marked(t, marker))
+	}
+}
+
 // A process to be kept neither blocks nor dies when nobody reads any more.
 func TestKeep(t *testing.T) {
 	for _, tty := range []bool{false, true} {
@@ -187,8 +207,8 @@ func TestKeep(t *testing.T) {
 			unix.Kill(pid, unix.SIGKILL)
 		}
 		eventually(t, "the process is gone", func() bool {
-			unix.Wait4(p.leader.pid, nil, unix.WNOHANG, nil)
-			return len(marked(t, marker)) == 0
+			_, err := unix.Wait4(p.leader.pid, nil, unix.WNOHANG, nil) // no Runner does it any more
+			return err == unix.ECHILD && len(marked(t, marker)) == 0
 		})
 	}
 }

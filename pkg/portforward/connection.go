@@ -112,7 +112,7 @@ func (c *connection) abort(reason error) {
 		c.err = reason
 		c.pod.SetLinger(0) // makes Close send a reset
 		c.pod.Close()
-		c.stream.Reset()
+		c.stream.Reset() //nolint:errcheck // the stream ends either way
 	})
 }
 
@@ -172,7 +172,7 @@ func (c *connection) tcpInfo() (info *unix.TCPInfo, err error) {
 // socketError takes the error that the kernel has not told anybody yet.
 func (c *connection) socketError() (reset error) {
 	if raw, err := c.pod.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) {
+		raw.Control(func(fd uintptr) { //nolint:errcheck // fails on a closed connection, of which nothing is to be learnt
 			if code, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
 				reset = unix.Errno(code)
 			}
@@ -184,7 +184,7 @@ func (c *connection) socketError() (reset error) {
 // unread is how many of the pod's bytes wait in the kernel.
 func (c *connection) unread() (bytes int) {
 	if raw, err := c.pod.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) { bytes, _ = unix.IoctlGetInt(int(fd), unix.SIOCINQ) })
+		raw.Control(func(fd uintptr) { bytes, _ = unix.IoctlGetInt(int(fd), unix.SIOCINQ) }) //nolint:errcheck // as above
 	}
 	return bytes
 }

@@ -46,3 +46,6 @@ func (e *RefusedError) Error() string {
 }
 
 func (e *RefusedError) Unwrap() error { return syscall.ECONNREFUSED }
+
+// Refused lets callers that do not know this package tell the error from others.
+func (e *RefusedError) Refused() bool { return true }

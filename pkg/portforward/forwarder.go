@@ -217,7 +217,7 @@ func (f *Forwarder) Forward(ctx context.Context, port uint16, stream Stream) (se
 	defer done()
 	conn, err := f.dial(ctx, port)
 	if err != nil {
-		stream.Reset()
+		stream.Reset() //nolint:errcheck // the stream ends either way
 		return 0, 0, err
 	}
 	return newConnection(conn, stream, f.halfClosedIdle).forward(ctx)

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/creack/pty"
+	"github.com/gorilla/websocket"
 	"golang.org/x/sys/unix"
 	"k8s.io/apimachinery/pkg/util/proxy"
 	apiserverproxy "k8s.io/apiserver/pkg/util/proxy"
@@ -338,5 +339,44 @@ func eventually(t *testing.T, what string, condition func() bool) {
 			t.Fatalf("%s did not come true in %v", what, testTimeout)
 		}
 		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// webSocket is a WebSocket client that sees messages.
+type webSocket struct {
+	t    *testing.T
+	conn *websocket.Conn
+}
+
+func dialWebSocket(t *testing.T, u *url.URL, protocol string) *webSocket {
+	t.Helper()
+	dialer := websocket.Dialer{Subprotocols: []string{protocol}}
+	conn, response, err := dialer.Dial("ws://"+u.Host+u.Path, nil)
+	if err != nil {
+		t.Fatalf("%v: %+v", err, response)
+	}
+	response.Body.Close()
+	conn.SetReadDeadline(time.Now().Add(testTimeout))
+	t.Cleanup(func() { conn.Close() })
+	return &webSocket{t, conn}
+}
+
+// read returns a message, nil after an orderly close.
+func (w *webSocket) read() []byte {
+	w.t.Helper()
+	_, message, err := w.conn.ReadMessage()
+	if websocket.IsCloseError(err, websocket.CloseNormalClosure) {
+		return nil
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return message
+}
+
+func (w *webSocket) write(message []byte) {
+	w.t.Helper()
+	if err := w.conn.WriteMessage(websocket.BinaryMessage, message); err != nil {
+		w.t.Fatal(err)
 	}
 }

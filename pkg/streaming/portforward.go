@@ -26,6 +26,7 @@ type portForwardSession struct {
 	forwarder PortForwarder
 	client    connection
 
+	bandwidth   *bandwidth
 	connections sync.WaitGroup
 
 	mu      sync.Mutex
@@ -89,6 +90,17 @@ func (s *portForwardSession) run() session.Outcome {
 			idle.check()
 		}
 	}
+}
+
+// fullCloseStream is for a protocol without half-close: when the pod has ended its side the client,
+// who cannot end his own, is not waited for.
+type fullCloseStream struct{ Stream }
+
+// CloseWrite implements Stream.
+func (s fullCloseStream) CloseWrite() error {
+	err := s.Stream.CloseWrite()
+	s.CloseRead()
+	return err
 }
 
 // startLegacy begins to forward the connections that are open from the start.
@@ -188,7 +200,7 @@ func (s *portForwardSession) dropWaiting() {
 // stream stays empty, because kubectl answers any text there by ending the whole port-forward
 // (kubernetes#74551, kubernetes#111825).
 func (s *portForwardSession) forward(c *forwardedConnection) {
-	_, _, err := s.forwarder.Forward(s.ctx, c.port, c.data)
+	_, _, err := s.forwarder.Forward(s.ctx, c.port, s.bandwidth.stream(c.data))
 	received, sent := transferred(c.data)
 	s.mu.Lock()
 	delete(s.open, c)
@@ -197,8 +209,8 @@ func (s *portForwardSession) forward(c *forwardedConnection) {
 	s.mu.Unlock()
 	if err != nil {
 		s.session.Log().Debug("forwarded connection failed", "port", c.port, "error", err)
-		var dial interface{ DialFailed() bool }
-		if s.config.ReportRefused && errors.As(err, &dial) && dial.DialFailed() {
+		var refused interface{ Refused() bool }
+		if s.config.ReportRefused && errors.As(err, &refused) && refused.Refused() {
 			fmt.Fprintf(c.failure, "forwarding port %d failed: %v", c.port, err) //nolint:errcheck // best effort
 		}
 	}
@@ -252,34 +264,35 @@ func (s *portForwardSession) Transferred() (received, sent int64) {
 // servePortForward upgrades the connection and runs the session in a goroutine of its own.
 func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
 	forward := request.(*PortForwardRequest)
+	info := forward.info()
+	info.Peer = r.RemoteAddr
+	info.Protocol = strings.TrimSpace(up.name() + " " + up.protocol)
+	live, err := s.config.Sessions.Begin(s.ctx, info)
+	if err != nil {
+		writeRefused(w, err)
+		return
+	}
 	forwarder, err := forward.Open()
 	if err != nil {
+		live.End(session.Outcome{Reason: "start-failed", ExitCode: -1, Err: err})
 		http.Error(w, "port-forward into the pod: "+err.Error(), http.StatusInternalServerError)
 		return
 	}
+	config := s.current()
 	running := &portForwardSession{
-		config: s.config, forwarder: forwarder,
+		config: config, session: live, forwarder: forwarder,
 		waiting: make(map[string]*forwardedConnection), open: make(map[*forwardedConnection]struct{}),
-	}
-	info := session.Info{
-		Kind: session.PortForward, Target: forward.Target, Peer: r.RemoteAddr,
-		Protocol: strings.TrimSpace(up.name() + " " + up.protocol),
 	}
 	network, err := running.accept(w, r, up, forward.Ports)
 	if err != nil {
 		forwarder.Close() //nolint:errcheck // of no use
-		s.config.Log.Debug("client left during the upgrade", "kind", info.Kind, "error", err)
+		live.End(clientGone(err))
 		return
 	}
-	live, err := s.config.Sessions.Begin(s.ctx, info, running)
-	if err != nil {
-		running.client.Close() //nolint:errcheck // refused
-		forwarder.Close()      //nolint:errcheck // refused
-		return
-	}
-	running.session = live
+	running.bandwidth = newBandwidth(config.Bandwidth, running.client.Done())
+	live.Connect(running)
 	s.sessions.Go(func() {
-		defer s.watch.add(live, running, network)()
+		defer s.watch.add(live, running, network, config.MaxLifetime[info.Kind])()
 		live.End(running.run())
 	})
 }
@@ -320,7 +333,7 @@ func (s *portForwardSession) accept(w http.ResponseWriter, r *http.Request, up u
 	s.client = webSocketConnection{conn.ChannelConn}
 	s.farewell = func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
 	for _, c := range conn.Ports() {
-		s.legacy = append(s.legacy, &forwardedConnection{port: c.Port, data: c.Data, failure: c.Error})
+		s.legacy = append(s.legacy, &forwardedConnection{port: c.Port, data: fullCloseStream{c.Data}, failure: c.Error})
 	}
 	return conn.NetConn(), nil
 }

@@ -56,7 +56,7 @@ func (r *Registry) ServeHTTP(w http.ResponseWriter, request *http.Request) {
 }
 
 func (r *Registry) serveContent(w http.ResponseWriter, request *http.Request, path string) {
-	digest := ""
+	var digest string
 	if repository, reference, ok := strings.Cut(path, "/manifests/"); ok {
 		digest = r.manifests[repository+":"+reference]
 		if digest == "" {

@@ -75,7 +75,7 @@ func up(ctx context.Context, dir, streamshim string) error {
 	switch {
 	case errors.Is(err, node.ErrNotRunning):
 		progress("starting an image server, containerd and streamshim in %s", dir)
-		n, err = node.Start(ctx, node.Config{Dir: dir, Name: "lab", Streamshim: streamshim, Logf: progress})
+		n, err = node.Start(ctx, node.Config{Dir: dir, Streamshim: streamshim, Logf: progress})
 	case err == nil:
 		progress("it is up already in %s", dir)
 	}
@@ -144,14 +144,14 @@ func printHelp(dir string, n *node.Node, p pod) {
 The lab is up. streamshim serves CRI on %s
 and passes on to containerd on %s. Things to try:
 
-  %[3]s ps                               what runs
-  %[3]s exec -it %[4]s sh     a shell in the pod
-  %[3]s exec -s %[4]s date    the same without streaming (ExecSync)
-  %[3]s attach -i %[4]s       its main process: type a line, it answers; ctrl-C leaves
-  %[3]s port-forward %[5]s 8080:80   then: curl http://127.0.0.1:8080
-  %[3]s exec -r websocket -it %[4]s sh   over WebSocket (containerd alone cannot)
+  %[3]s ps                                    # what runs
+  %[3]s exec -it %[4]s sh               # a shell in the pod
+  %[3]s exec -s %[4]s date              # without streaming (ExecSync)
+  %[3]s attach -i %[4]s                 # the main process: type a line, it answers
+  %[3]s port-forward %[5]s 8080:80      # then: curl http://127.0.0.1:8080
+  %[3]s exec -r websocket -it %[4]s sh  # over WebSocket, which containerd 2.4 refuses
 
-  logs: %[6]s        the end: make lab-down
+Logs are in %[6]s. To end it: make lab-down
 
 `, n.Socket(), n.ContainerdSocket(), crictl, container, sandbox, filepath.Join(dir, "log"))
 }

@@ -79,8 +79,11 @@ func run(ctx context.Context, n *node.Node, stdin io.Reader, args ...string) (st
 }
 
 func expect(stdout, stderr string, err error, want string) error {
-	if err != nil || stdout != want {
-		return fmt.Errorf("stdout %.200q, stderr %.200q, %v; expected stdout %.200q", stdout, stderr, err, want)
+	if err == nil && stdout != want {
+		err = errors.New("not as expected")
+	}
+	if err != nil {
+		return fmt.Errorf("%w: stdout %.200q, stderr %.200q; expected stdout %.200q", err, stdout, stderr, want)
 	}
 	return nil
 }
@@ -96,8 +99,9 @@ func tryExec(ctx context.Context, n *node.Node, p pod) error {
 func tryExitCode(ctx context.Context, n *node.Node, p pod) error {
 	_, stderr, err := run(ctx, n, nil, "exec", p.container, "sh", "-c", "exit 3")
 	// crictl itself ends with 1 and says the code.
-	if err == nil || !strings.Contains(stderr, "exit code 3") {
-		return fmt.Errorf("got %v, stderr %q; expected exit code 3", err, stderr)
+	failed := new(exec.ExitError)
+	if !errors.As(err, &failed) || !strings.Contains(stderr, "exit code 3") {
+		return fmt.Errorf("crictl did not report exit code 3 but %.200q", stderr)
 	}
 	return nil
 }

@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/test/images"
@@ -36,7 +37,7 @@ func TestMain(m *testing.M) {
 
 // ownNode starts a node with pods, says so, and waits to be killed.
 func ownNode(dir string) error {
-	n, err := node.Start(context.Background(), node.Config{Dir: dir, Name: "owned"})
+	n, err := node.Start(context.Background(), node.Config{Dir: dir, Name: nameOf(dir)})
 	if err != nil {
 		return err
 	}
@@ -76,8 +77,9 @@ func populate(ctx context.Context, n *node.Node) error {
 }
 
 // traces returns what can be seen on this machine of a node, by kind.
-func traces(t *testing.T, dir, name string) map[string][]string {
+func traces(t *testing.T, dir string) map[string][]string {
 	t.Helper()
+	name := nameOf(dir)
 	found := map[string][]string{}
 	mounts, err := os.ReadFile("/proc/mounts")
 	if err != nil {
@@ -143,9 +145,9 @@ func traces(t *testing.T, dir, name string) map[string][]string {
 
 var kindsOfTraces = []string{"network namespace", "mount", "cgroup", "daemon", "container process", "bridge", "iptables rule", "CNI record"}
 
-func expectAllTraces(t *testing.T, dir, name string) {
+func expectAllTraces(t *testing.T, dir string) {
 	t.Helper()
-	found := traces(t, dir, name)
+	found := traces(t, dir)
 	for _, kind := range kindsOfTraces {
 		if len(found[kind]) == 0 {
 			t.Errorf("the running node shows no %s: this test would not see one that is left", kind)
@@ -153,9 +155,9 @@ func expectAllTraces(t *testing.T, dir, name string) {
 	}
 }
 
-func expectNoTraces(t *testing.T, dir, name string) {
+func expectNoTraces(t *testing.T, dir string) {
 	t.Helper()
-	for kind, list := range traces(t, dir, name) {
+	for kind, list := range traces(t, dir) {
 		t.Errorf("left: %d times %s:\n%s", len(list), kind, strings.Join(list, "\n"))
 	}
 	entries, err := os.ReadDir(dir)
@@ -177,29 +179,36 @@ func testFolder(t *testing.T) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := errors.Join(node.Cleanup(dir, t.Logf), os.RemoveAll(dir)); err != nil {
+		err := node.Cleanup(dir, t.Logf)
+		if err == nil { // or else something may still be mounted there
+			err = os.RemoveAll(dir)
+		}
+		if err != nil {
 			t.Error(err)
 		}
 	})
 	return dir
 }
 
+// nameOf is a node's name that nobody else on this machine has: the digits that os.MkdirTemp chose.
+func nameOf(dir string) string { return strings.TrimPrefix(filepath.Base(dir), "node") }
+
 func TestStartTwiceInARow(t *testing.T) {
 	node.Require(t)
 	dir := testFolder(t)
 	for range 2 {
-		n, err := node.Start(t.Context(), node.Config{Dir: dir, Name: "twice", Logf: t.Logf})
+		n, err := node.Start(t.Context(), node.Config{Dir: dir, Name: nameOf(dir), Logf: t.Logf})
 		if err != nil {
 			t.Fatal(err)
 		}
 		if err := populate(t.Context(), n); err != nil {
 			t.Error(err)
 		}
-		expectAllTraces(t, dir, "twice")
+		expectAllTraces(t, dir)
 		if err := n.Close(); err != nil {
 			t.Fatal(err)
 		}
-		expectNoTraces(t, dir, "twice")
+		expectNoTraces(t, dir)
 		if err := n.Close(); err != nil {
 			t.Errorf("the second Close: %v", err)
 		}
@@ -229,7 +238,7 @@ func TestCleanupAfterOwnerWasKilled(t *testing.T) {
 			if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "up\n" {
 				t.Errorf("the owner said %q, %v", line, err)
 			}
-			expectAllTraces(t, dir, "owned")
+			expectAllTraces(t, dir)
 			if err := node.Cleanup(dir, t.Logf); !errors.Is(err, node.ErrInUse) {
 				t.Errorf("Cleanup beside a living owner: %v, want ErrInUse", err)
 			}
@@ -250,7 +259,7 @@ func TestCleanupAfterOwnerWasKilled(t *testing.T) {
 			if err := node.Cleanup(dir, t.Logf); err != nil {
 				t.Fatal(err)
 			}
-			expectNoTraces(t, dir, "owned")
+			expectNoTraces(t, dir)
 		})
 	}
 }
@@ -261,7 +270,7 @@ func TestDetachAndOpen(t *testing.T) {
 	if _, err := node.Open(t.Context(), dir, nil); !errors.Is(err, node.ErrNotRunning) {
 		t.Errorf("Open of an empty folder: %v, want ErrNotRunning", err)
 	}
-	first, err := node.Start(t.Context(), node.Config{Dir: dir, Name: "detach", Logf: t.Logf})
+	first, err := node.Start(t.Context(), node.Config{Dir: dir, Name: nameOf(dir), Logf: t.Logf})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -280,7 +289,7 @@ func TestDetachAndOpen(t *testing.T) {
 	if err := second.Close(); err != nil {
 		t.Fatal(err)
 	}
-	expectNoTraces(t, dir, "detach")
+	expectNoTraces(t, dir)
 }
 
 func TestPodsSurviveContainerd(t *testing.T) {
@@ -305,6 +314,26 @@ func TestPodsSurviveContainerd(t *testing.T) {
 	output, err := n.Crictl("exec", "-s", container, "sh", "-c", "echo $COLOUR").CombinedOutput()
 	if strings.TrimSpace(string(output)) != "green" || err != nil {
 		t.Errorf("got %q, %v", output, err)
+	}
+}
+
+// TestCleanupWithoutRecord: whoever removes the folder after Cleanup must not remove what is mounted
+// there.
+func TestCleanupWithoutRecord(t *testing.T) {
+	node.Require(t)
+	dir := testFolder(t)
+	point := filepath.Join(dir, "mounted")
+	if err := os.Mkdir(point, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("none", point, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := node.Cleanup(dir, t.Logf); err != nil {
+		t.Fatal(err)
+	}
+	if mounts := traces(t, dir)["mount"]; len(mounts) > 0 {
+		t.Errorf("still mounted: %s", mounts)
 	}
 }
 

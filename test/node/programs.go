@@ -59,7 +59,7 @@ func Require(t testing.TB) {
 
 // StartForTest starts a node for one test and closes it when the test ends. Dir may be empty: it is
 // then always the same for the same Name and working copy, so that a run that was killed is cleaned
-// up after by the next one. When the test has failed, the logs' folder is named.
+// up after by the next one. When the test has failed, the logs stay and their folder is named.
 func StartForTest(t testing.TB, config Config) *Node {
 	t.Helper()
 	Require(t)
@@ -80,10 +80,14 @@ func StartForTest(t testing.TB, config Config) *Node {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
 		if t.Failed() {
 			t.Logf("the logs of containerd and streamshim are in %s", n.path("log"))
+			return
 		}
-		if err := n.Close(); err != nil {
+		if err := os.RemoveAll(n.dir); err != nil {
 			t.Error(err)
 		}
 	})

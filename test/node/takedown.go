@@ -29,7 +29,9 @@ const resultsCache = "/var/lib/cni/results"
 // errors and returns them all.
 func (n *Node) takeDown() error {
 	if n.state.Name == "" {
-		return nil // never started
+		// Never started, or node.json was lost. Callers may remove the folder next, so that at least
+		// nothing may be mounted below it.
+		return n.unmountAll()
 	}
 	ids := n.knownIDs() // while containerd's folders still tell
 	errs := []error{n.stopProcess(streamshimProcess, stopGrace)}
@@ -128,13 +130,14 @@ func commandLines() map[int][]string {
 	return all
 }
 
-// deleteContainers removes what runc still has, together with all processes in it.
+// deleteContainers removes what runc still has, together with all processes in it, wherever the
+// cgroups are: a kubelet chooses parents of its own.
 func (n *Node) deleteContainers() error {
 	entries, err := os.ReadDir(n.RuncRoot())
-	if err != nil {
+	if errors.Is(err, os.ErrNotExist) {
 		return nil // never made
 	}
-	var errs []error
+	errs := []error{err}
 	for _, entry := range entries {
 		n.logf("deleting a container that was left: %s", entry.Name())
 		ctx, cancel := context.WithTimeout(context.Background(), removeTimeout)
@@ -260,7 +263,7 @@ func (n *Node) unmountAll() error {
 }
 
 func (n *Node) removeBridge() error {
-	if _, err := os.Stat(filepath.Join("/sys/class/net", n.bridge())); err != nil {
+	if _, err := os.Stat(filepath.Join("/sys/class/net", n.bridge())); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	_, err := run("ip", "link", "delete", n.bridge())
@@ -272,10 +275,10 @@ func (n *Node) removeBridge() error {
 func (n *Node) removePortRules() error {
 	const common = "CNI-HOSTPORT-DNAT"
 	rules, err := run("iptables", "-w", "10", "-t", "nat", "-S")
+	if errors.Is(err, exec.ErrNotFound) || errors.Is(err, os.ErrNotExist) {
+		return nil // without iptables portmap could not make any either
+	}
 	if err != nil {
-		if _, lookErr := lookPath("iptables"); lookErr != nil {
-			return nil // then portmap could not make any either
-		}
 		return err
 	}
 	if !strings.Contains(rules, common) {
@@ -355,10 +358,10 @@ func splitRule(line string) []string {
 // of the loopback network, which all nodes share, by sandbox ID.
 func (n *Node) removeResults(ids []string) error {
 	entries, err := os.ReadDir(resultsCache)
-	if err != nil {
+	if errors.Is(err, os.ErrNotExist) {
 		return nil // nobody has used CNI here
 	}
-	var errs []error
+	errs := []error{err}
 	for _, entry := range entries {
 		ours := strings.HasPrefix(entry.Name(), n.network()+"-") ||
 			slices.ContainsFunc(ids, func(id string) bool { return strings.Contains(entry.Name(), id) })

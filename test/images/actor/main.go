@@ -56,7 +56,7 @@ func play(part string, arguments []string) error {
 	case "nginx":
 		// A process can choose its own command line only by running itself again.
 		title := nginxTitle + " nginx " + strings.Join(arguments, " ")
-		return syscall.Exec("/proc/self/exe", []string{title}, os.Environ())
+		return syscall.Exec("/proc/self/exe", []string{title}, os.Environ()) //nolint:gosec // runs only itself
 	case nginxTitle:
 		if err := writeProcessID("/var/run/nginx.pid"); err != nil {
 			return err

@@ -61,7 +61,9 @@ func run() error {
 		if err := server.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 			return err
 		}
-		<-ended
+		if err := <-ended; !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
 		return nil
 	}
 }

@@ -200,11 +200,11 @@ func (r *reader) startData(h frameHeader) error {
 	switch {
 	case s == nil && !r.wasOpened(h.streamID):
 		// The draft wants a stream error and lets the connection live (2.2.2).
-		r.c.out.enqueue(bestEffort, func(b []byte) []byte {
+		r.c.out.enqueue(bestEffort, func(b []byte) []byte { //nolint:errcheck // a connection that cannot be written to is noticed by its reader
 			return appendRstStream(b, h.streamID, ResetInvalidStream)
 		})
 	case s != nil && h.length > 0 && s.peerFinished():
-		s.reset(ResetStreamAlreadyClosed, "data after FIN")
+		s.reset(ResetStreamAlreadyClosed, "data after FIN") //nolint:errcheck // as above
 		s = nil
 	}
 	r.stream, r.remaining, r.fin = s, h.length, h.flags&flagFin != 0
@@ -274,7 +274,7 @@ func (r *reader) handleControl(h frameHeader, payload []byte) error {
 		}
 		// Pings of the peer have the parity of its streams; the others answer ours (2.6.5).
 		if c.peerOpens(id) {
-			c.out.enqueue(bestEffort, func(b []byte) []byte { return appendPing(b, id) })
+			c.out.enqueue(bestEffort, func(b []byte) []byte { return appendPing(b, id) }) //nolint:errcheck // as above
 		}
 	case typeGoAway:
 		if _, _, err := parseGoAway(payload); err != nil {
@@ -303,7 +303,7 @@ func (r *reader) handleSynStream(flags byte, payload []byte) error {
 	}
 	if id <= r.lastPeerStream.Load() {
 		if s := c.findStream(id); s != nil {
-			s.reset(ResetProtocolError, "opened twice")
+			s.reset(ResetProtocolError, "opened twice") //nolint:errcheck // as above
 			return nil
 		}
 		return protocolErrorf("SYN_STREAM with stream id %d after %d", id, r.lastPeerStream.Load())
@@ -371,7 +371,7 @@ func (r *reader) handleReplyOrHeaders(flags byte, payload []byte) error {
 		return nil
 	}
 	if fault != nil {
-		s.reset(ResetProtocolError, fault.Error())
+		s.reset(ResetProtocolError, fault.Error()) //nolint:errcheck // as above
 		return nil
 	}
 	if flags&flagFin != 0 {

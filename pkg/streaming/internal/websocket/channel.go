@@ -222,7 +222,7 @@ func (ch *Channel) readFromReader(r io.Reader) (int64, error) {
 	for {
 		n, readErr := r.Read(place)
 		if n > 0 {
-			wire := b.data[:0]
+			var wire []byte
 			if ch.conn.protocol.Base64() {
 				wire = b.frameBase64(ch.number, place[:n])
 			} else {
