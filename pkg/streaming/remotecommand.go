@@ -75,7 +75,6 @@ func transferred(streams ...Stream) (received, sent int64) {
 // Waits within one session that are not configuration.
 const (
 	reapTimeout      = 5 * time.Second        // for a killed process to be gone
-	disconnectWait   = 30 * time.Second       // for a process whose client has gone to follow
 	endReasonTimeout = 700 * time.Millisecond // to learn why a container ended
 	containerEndWait = 200 * time.Millisecond // between a process killed with its container and the container's end
 	exitCodeKilled   = 128 + 9
@@ -307,7 +306,7 @@ func (s *remoteCommandSession) disconnected() session.Outcome {
 	s.process.Disconnect()
 	s.client.Close() //nolint:errcheck // wakes the copiers
 	s.stopInput()
-	if waitFor(s.process.Exited(), disconnectWait) {
+	if waitFor(s.process.Exited(), s.config.DisconnectWait) {
 		outcome.ExitCode = s.process.ExitCode()
 	}
 	s.process.Close() //nolint:errcheck // nobody is left to tell
@@ -325,7 +324,7 @@ func (s *remoteCommandSession) stop(ctx context.Context, outcome session.Outcome
 	s.drain.begin(0)
 	s.outputs.Wait()
 	s.sayEnd(ctx, endedStatus(outcome.Err.Error()))
-	if waitFor(s.process.Exited(), disconnectWait) {
+	if waitFor(s.process.Exited(), s.config.DisconnectWait) {
 		outcome.ExitCode = s.process.ExitCode()
 	}
 	s.process.Close() //nolint:errcheck // the session is over
@@ -356,12 +355,20 @@ func (s *remoteCommandSession) sayEnd(ctx context.Context, result *status) {
 		s.client.failure.Write(message) //nolint:errcheck // as above
 	}
 	s.client.failure.CloseWrite() //nolint:errcheck // as above
-	if ctx.Err() != nil {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
-		defer cancel()
+	patience, cancel := withGrace(ctx)
+	defer cancel()
+	s.client.farewell(patience)
+}
+
+// withGrace is a context that outlasts ctx by shutdownGrace: a session that is told to end, before
+// or while its client takes the rest, still gets it to a client who reads.
+func withGrace(ctx context.Context) (context.Context, context.CancelFunc) {
+	patience, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(shutdownGrace, cancel) })
+	return patience, func() {
+		stop()
+		cancel()
 	}
-	s.client.farewell(ctx)
 }
 
 // copyInput moves the client's bytes into the process until the client's FIN, which is the end of
