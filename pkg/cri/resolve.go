@@ -79,17 +79,66 @@ func (r *resolver) running(ctx context.Context, id string) (Container, error) {
 		PodNamespace:  kubelettypes.GetPodNamespace(labels),
 		PodUID:        kubelettypes.GetPodUID(labels),
 	}}
-	if err := r.addFacts(ctx, &container, response.GetInfo()); err != nil {
-		switch status.Code(err) {
-		case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
-			return Container{}, err
-		}
+	factsErr := r.addFacts(ctx, &container, response.GetInfo())
+	if isTransient(factsErr) {
+		return Container{}, factsErr
+	}
+	if err := r.addPodLabels(ctx, &container); isTransient(err) {
+		return Container{}, err
+	} else if err != nil {
+		r.log.Debug("the labels of the container's pod are not known", "container", container.ContainerID, "error", err)
+	}
+	if factsErr != nil {
 		// What cannot be found out may be known at the next call: not cached.
-		r.warnRelayed(container, err)
+		r.warnRelayed(container, factsErr)
 		return container, nil
 	}
 	r.containers.put(container)
 	return container, nil
+}
+
+// isTransient tells whether a question may have an answer when asked again.
+func isTransient(err error) bool {
+	switch status.Code(err) {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+		return true
+	}
+	return false
+}
+
+// addPodLabels adds the labels of the container's sandbox, which do not change in its life. A
+// runtime whose verbose status does not name the sandbox is asked for it.
+func (r *resolver) addPodLabels(ctx context.Context, container *Container) error {
+	if container.SandboxID == "" {
+		list, err := r.upstream.runtime.ListContainers(ctx, &runtimeapi.ListContainersRequest{
+			Filter: &runtimeapi.ContainerFilter{Id: container.ContainerID},
+		})
+		if err != nil {
+			return err
+		}
+		for _, found := range list.GetContainers() {
+			if found.GetId() == container.ContainerID {
+				container.SandboxID = found.GetPodSandboxId()
+			}
+		}
+	}
+	if container.SandboxID == "" {
+		return errors.New("the runtime does not say which sandbox is the container's")
+	}
+	response, err := r.upstream.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: container.SandboxID})
+	if err != nil {
+		return err
+	}
+	container.PodLabels = knownLabels(response.GetStatus().GetLabels())
+	return nil
+}
+
+// knownLabels is never nil, which would mean that the labels are not known.
+func knownLabels(labels map[string]string) map[string]string {
+	if labels == nil {
+		return map[string]string{}
+	}
+	return labels
 }
 
 // warnRelayed writes once about a container that should have been served here and is not. Such a
@@ -216,7 +265,7 @@ func (r *resolver) readySandbox(ctx context.Context, id string) (Sandbox, error)
 		PodName:      kubelettypes.GetPodName(labels),
 		PodNamespace: kubelettypes.GetPodNamespace(labels),
 		PodUID:       kubelettypes.GetPodUID(labels),
-	}}
+	}, PodLabels: knownLabels(labels)}
 	info, infoErr := parseSandboxInfo(response.GetInfo())
 	sandbox.Pid = info.Pid
 	if found.GetLinux().GetNamespaces().GetOptions().GetNetwork() == runtimeapi.NamespaceMode_NODE {

@@ -42,6 +42,10 @@ type Config struct {
 
 	// Logger gets one debug record for each call. Nil means none.
 	Logger *slog.Logger
+	// BeginSync is asked before each ExecSync, whoever serves it. An error refuses it and is treated
+	// like one of Streams; end is called once with how it went and how many bytes of output it gave.
+	// Nil means that nobody asks.
+	BeginSync BeginSyncFunc
 	// Observe is called at the end of each call with its full method ("/runtime.v1.RuntimeService/Exec"),
 	// also of methods that nobody knows: bound the names before they become labels. It must not
 	// block. Nil means none.
@@ -57,6 +61,7 @@ type Server struct {
 	outputLimit     int
 	log             *slog.Logger
 	observe         func(string, codes.Code, time.Duration)
+	askSync         BeginSyncFunc
 
 	codec    rawCodec
 	resolver *resolver
@@ -77,6 +82,7 @@ func NewServer(config Config) (*Server, error) {
 		outputLimit:     config.ExecSyncOutputLimit,
 		log:             config.Logger,
 		observe:         config.Observe,
+		askSync:         config.BeginSync,
 		codec:           newRawCodec(),
 	}
 	if s.outputLimit == 0 {

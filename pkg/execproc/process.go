@@ -319,3 +319,10 @@ func duplicate(from syscall.Conn) (*os.File, error) {
 	}
 	return os.NewFile(uintptr(copied), "kept "+strconv.Itoa(copied)), nil
 }
+
+// PID is the process in our pid namespace. After the process has ended it may be another's.
+func (p *Process) PID() int { return p.leader.pid }
+
+// Signal sends a signal to the process itself, not to its tree. The error is unix.ESRCH when it has
+// ended.
+func (p *Process) Signal(signal syscall.Signal) error { return p.leader.sendSignal(signal) }

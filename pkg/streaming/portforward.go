@@ -26,6 +26,7 @@ type portForwardSession struct {
 	forwarder PortForwarder
 	client    connection
 
+	bandwidth   *bandwidth
 	connections sync.WaitGroup
 
 	mu      sync.Mutex
@@ -199,7 +200,7 @@ func (s *portForwardSession) dropWaiting() {
 // stream stays empty, because kubectl answers any text there by ending the whole port-forward
 // (kubernetes#74551, kubernetes#111825).
 func (s *portForwardSession) forward(c *forwardedConnection) {
-	_, _, err := s.forwarder.Forward(s.ctx, c.port, c.data)
+	_, _, err := s.forwarder.Forward(s.ctx, c.port, s.bandwidth.stream(c.data))
 	received, sent := transferred(c.data)
 	s.mu.Lock()
 	delete(s.open, c)
@@ -263,34 +264,35 @@ func (s *portForwardSession) Transferred() (received, sent int64) {
 // servePortForward upgrades the connection and runs the session in a goroutine of its own.
 func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
 	forward := request.(*PortForwardRequest)
+	info := forward.info()
+	info.Peer = r.RemoteAddr
+	info.Protocol = strings.TrimSpace(up.name() + " " + up.protocol)
+	live, err := s.config.Sessions.Begin(s.ctx, info)
+	if err != nil {
+		writeRefused(w, err)
+		return
+	}
 	forwarder, err := forward.Open()
 	if err != nil {
+		live.End(session.Outcome{Reason: "start-failed", ExitCode: -1, Err: err})
 		http.Error(w, "port-forward into the pod: "+err.Error(), http.StatusInternalServerError)
 		return
 	}
+	config := s.current()
 	running := &portForwardSession{
-		config: s.config, forwarder: forwarder,
+		config: config, session: live, forwarder: forwarder,
 		waiting: make(map[string]*forwardedConnection), open: make(map[*forwardedConnection]struct{}),
-	}
-	info := session.Info{
-		Kind: session.PortForward, Target: forward.Target, Peer: r.RemoteAddr,
-		Protocol: strings.TrimSpace(up.name() + " " + up.protocol),
 	}
 	network, err := running.accept(w, r, up, forward.Ports)
 	if err != nil {
 		forwarder.Close() //nolint:errcheck // of no use
-		s.config.Log.Debug("client left during the upgrade", "kind", info.Kind, "error", err)
+		live.End(clientGone(err))
 		return
 	}
-	live, err := s.config.Sessions.Begin(s.ctx, info, running)
-	if err != nil {
-		running.client.Close() //nolint:errcheck // refused
-		forwarder.Close()      //nolint:errcheck // refused
-		return
-	}
-	running.session = live
+	running.bandwidth = newBandwidth(config.Bandwidth, running.client.Done())
+	live.Connect(running)
 	s.sessions.Go(func() {
-		defer s.watch.add(live, running, network)()
+		defer s.watch.add(live, running, network, config.MaxLifetime[info.Kind])()
 		live.End(running.run())
 	})
 }

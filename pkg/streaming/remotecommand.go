@@ -78,6 +78,8 @@ type remoteCommandSession struct {
 	outputs  sync.WaitGroup // the copiers of stdout and stderr
 	others   sync.WaitGroup // connection reader, stdin, resize, warnings
 	drain    drain
+
+	bandwidth *bandwidth
 }
 
 // run serves the session from the upgraded connection to its end. When it returns, the connection
@@ -100,7 +102,8 @@ func (s *remoteCommandSession) run() session.Outcome {
 	}
 	s.process = process
 	s.session.SetPhase(session.Running)
-	s.terminal.attach(process)
+	s.beginOperating(process)
+	s.terminal.attach(s.announcingSizes(process))
 	s.copyStreams()
 	return s.wait(ctx)
 }
@@ -168,12 +171,18 @@ func (s *remoteCommandSession) startFailed(ctx context.Context, err error) sessi
 		s.sayEnd(ctx, endedStatus(outcome.Err.Error()))
 		return outcome
 	}
+	var refused *session.RefusedError
+	if errors.As(err, &refused) {
+		outcome.Reason = "refused"
+		s.sayEnd(ctx, refusedStatus(refused))
+		return outcome
+	}
 	var exit interface{ ExitCode() int }
 	if !errors.As(err, &exit) {
 		s.sayEnd(ctx, internalErrorStatus("error executing command in container: "+err.Error()))
 		return outcome
 	}
-	outcome.ExitCode = exit.ExitCode()
+	outcome.ExitCode, outcome.Err = exit.ExitCode(), nil // its text names the command, which is not for the log
 	line, to := err.Error()+"\n", s.client.stderr
 	if s.command.TTY {
 		line, to = err.Error()+"\r\n", s.client.stdout
@@ -187,13 +196,16 @@ func (s *remoteCommandSession) startFailed(ctx context.Context, err error) sessi
 
 func (s *remoteCommandSession) copyStreams() {
 	if stdin := s.process.Stdin(); stdin != nil && s.client.stdin != nil {
-		s.others.Go(func() { copyInput(stdin, s.client.stdin) })
+		s.others.Go(func() { copyInput(stdin, s.operatedInput(s.client.stdin)) })
 	}
 	s.drain.idle = s.config.DrainIdle
 	for _, o := range []struct {
 		to   Stream
 		from io.ReadCloser
-	}{{s.client.stdout, s.process.Stdout()}, {s.client.stderr, s.process.Stderr()}} {
+	}{
+		{s.operatedOutput(session.Stdout, s.client.stdout), s.process.Stdout()},
+		{s.operatedOutput(session.Stderr, s.client.stderr), s.process.Stderr()},
+	} {
 		if o.to == nil || o.from == nil {
 			continue
 		}

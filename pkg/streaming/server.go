@@ -41,6 +41,11 @@ type Config struct {
 	IdleTimeout map[session.Kind]time.Duration
 	// MaxLifetime ends a session this long after its start. Default off.
 	MaxLifetime map[session.Kind]time.Duration
+	// Bandwidth is how many bytes a second one session may move in each direction, its bursts
+	// included; default off. The sessions' counters and pings are not held up by it.
+	Bandwidth int64
+	// Starts bounds how many commands start at the same time. Default no bound.
+	Starts StartGate
 	// PeerTimeout is how long the network may stay silent, although an answer is due, before the
 	// client is taken to be gone. Default 45 s.
 	PeerTimeout time.Duration
@@ -107,8 +112,31 @@ type Server struct {
 	sessions sync.WaitGroup // one for each session's goroutine
 	watch    *watcher
 
-	mu     sync.Mutex
-	closed bool
+	mu       sync.Mutex
+	closed   bool
+	settings Settings
+}
+
+// Settings are the part of Config that may change while the server runs.
+type Settings struct {
+	IdleTimeout, MaxLifetime map[session.Kind]time.Duration
+	Bandwidth                int64
+}
+
+// Update takes over new settings. Sessions that live keep those they began with.
+func (s *Server) Update(settings Settings) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.settings = settings
+}
+
+// current is the configuration of a session that begins now.
+func (s *Server) current() Config {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := s.config
+	c.IdleTimeout, c.MaxLifetime, c.Bandwidth = s.settings.IdleTimeout, s.settings.MaxLifetime, s.settings.Bandwidth
+	return c
 }
 
 // NewServer returns a server whose URLs point to the listener's address, which must be one that
@@ -118,6 +146,9 @@ func NewServer(config Config, listener net.Addr) *Server {
 		config: config.withDefaults(),
 		tokens: newTokenCache(),
 		base:   url.URL{Scheme: "http", Host: listener.String()},
+		settings: Settings{
+			IdleTimeout: config.IdleTimeout, MaxLifetime: config.MaxLifetime, Bandwidth: config.Bandwidth,
+		},
 	}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	s.watch = newWatcher(s.config)
@@ -132,29 +163,33 @@ func NewServer(config Config, listener net.Addr) *Server {
 }
 
 // Exec keeps the request and returns the one-time URL at which a client may have it served. The
-// error is ErrTooManyRequests or ErrShuttingDown.
-func (s *Server) Exec(r *ExecRequest) (string, error) { return s.insert(session.Exec, r) }
+// error is ErrTooManyRequests, ErrShuttingDown or that of a guard of Config.Sessions, such as a
+// *session.RefusedError.
+func (s *Server) Exec(r *ExecRequest) (string, error) { return s.insert(r.info(), r) }
 
 // Attach is Exec's twin for an attach.
-func (s *Server) Attach(r *AttachRequest) (string, error) { return s.insert(session.Attach, r) }
+func (s *Server) Attach(r *AttachRequest) (string, error) { return s.insert(r.info(), r) }
 
 // PortForward is Exec's twin for a port-forward.
 func (s *Server) PortForward(r *PortForwardRequest) (string, error) {
-	return s.insert(session.PortForward, r)
+	return s.insert(r.info(), r)
 }
 
-func (s *Server) insert(kind session.Kind, request any) (string, error) {
+func (s *Server) insert(info session.Info, request any) (string, error) {
 	s.mu.Lock()
 	closed := s.closed
 	s.mu.Unlock()
 	if closed {
 		return "", ErrShuttingDown
 	}
-	token, err := s.tokens.insert(kind, request)
+	if err := s.config.Sessions.Check(info); err != nil {
+		return "", err
+	}
+	token, err := s.tokens.insert(info.Kind, request)
 	if err != nil {
 		return "", err
 	}
-	return s.base.JoinPath(string(kind), token).String(), nil
+	return s.base.JoinPath(string(info.Kind), token).String(), nil
 }
 
 // Serve serves the listener until Shutdown. It closes the listener.

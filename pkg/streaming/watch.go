@@ -46,6 +46,8 @@ type watchedSession struct {
 	session *session.Session
 	client  watchedClient
 	network net.Conn
+	// maxLifetime is what was configured when the session began, 0 is off.
+	maxLifetime time.Duration
 
 	progress progress
 	since    time.Time // when progress was last seen to change
@@ -63,9 +65,9 @@ func newWatcher(c Config) *watcher {
 }
 
 // add watches a session until the returned function is called.
-func (w *watcher) add(s *session.Session, client watchedClient, network net.Conn) (remove func()) {
+func (w *watcher) add(s *session.Session, client watchedClient, network net.Conn, maxLifetime time.Duration) (remove func()) {
 	setKeepAlive(network)
-	entry := &watchedSession{session: s, client: client, network: network, since: time.Now()}
+	entry := &watchedSession{session: s, client: client, network: network, maxLifetime: maxLifetime, since: time.Now()}
 	w.mu.Lock()
 	w.watched[entry] = struct{}{}
 	w.mu.Unlock()
@@ -103,7 +105,7 @@ func (w *watcher) look(e *watchedSession, now time.Time) {
 		e.client.Close() //nolint:errcheck // the session sees the end of the connection
 		return
 	}
-	if limit := w.config.MaxLifetime[e.session.Kind]; limit > 0 && now.Sub(e.session.Start) >= limit {
+	if limit := e.maxLifetime; limit > 0 && now.Sub(e.session.Start) >= limit {
 		e.session.Stop(&session.EndError{
 			Reason:  "max-lifetime",
 			Message: fmt.Sprintf("the session was ended because sessions may last %v at most", limit),

@@ -14,11 +14,17 @@ const module = "github.com/streamshim/streamshim/"
 // here may import nothing of it.
 var allowed = map[string][]string{
 	"cmd/streamshim": {
-		"pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/portforward", "pkg/session", "pkg/streaming",
+		"pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/portforward",
+		"pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming",
 	},
-	"pkg/check":  {"pkg/config", "pkg/endpoint"},
-	"pkg/config": {"pkg/endpoint"},
-	"pkg/cri":    {"pkg/endpoint", "pkg/session", "pkg/streaming"},
+	"pkg/admin":             {"pkg/asciicast", "pkg/session"},
+	"pkg/asciicast":         {"pkg/session"},
+	"pkg/session/audit":     {"pkg/session"},
+	"pkg/session/limits":    {"pkg/session"},
+	"pkg/session/recording": {"pkg/asciicast", "pkg/session"},
+	"pkg/check":             {"pkg/config", "pkg/endpoint"},
+	"pkg/config":            {"pkg/endpoint"},
+	"pkg/cri":               {"pkg/endpoint", "pkg/session", "pkg/streaming"},
 	"pkg/streaming": {
 		"pkg/session", "pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket",
 	},
