@@ -44,9 +44,8 @@ func (e *engine) ExecSync(ctx context.Context, c cri.Container, r cri.SyncReques
 	result, err := e.runner.RunSync(ctx, e.container(c), execproc.SyncCommand{
 		Args: r.Args, Env: r.Env, Timeout: r.Timeout, OutputLimit: r.OutputLimit,
 	})
-	if errors.Is(err, execproc.ErrTimeout) {
-		// Which the CRI's error code for a failed probe depends on.
-		err = fmt.Errorf("%w (%w)", err, context.DeadlineExceeded)
+	if errors.Is(err, execproc.ErrTimeout) && ctx.Err() == nil {
+		err = fmt.Errorf("%w: %w", context.DeadlineExceeded, err)
 	}
 	return cri.SyncResult{Stdout: result.Stdout, Stderr: result.Stderr, ExitCode: result.ExitCode}, err
 }

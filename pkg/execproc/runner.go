@@ -48,6 +48,10 @@ type Config struct {
 	DrainMax time.Duration
 	// Logger gets what an operator should know; default slog.Default.
 	Logger *slog.Logger
+	// OnKill is called when something of a process's tree still lived when its time after
+	// Disconnect was over and so had to be killed, or at once with PolicyKill. It must not block.
+	// May be nil.
+	OnKill func()
 }
 
 func (c Config) withDefaults() (Config, error) {
