@@ -178,12 +178,19 @@ func newRun(t *testing.T, mode string) *run {
 	if err != nil {
 		t.Fatal(err)
 	}
+	var names []string // that traces would have in them
+	for _, n := range nodes {
+		names = append(names, strings.TrimPrefix(cluster.Node(n.Name).CgroupRoot(), "/streamshim-"))
+	}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("logs are in %s/*/log", dir)
 		}
 		if err := cluster.Close(); err != nil {
 			t.Error(err)
+		}
+		for _, trace := range traces(t, append(names, dir)) {
+			t.Errorf("left behind: %s", trace)
 		}
 	})
 	r.cluster = cluster
@@ -410,4 +417,51 @@ func (r *run) usage(t *testing.T, name string) usage {
 		t.Fatal(err)
 	}
 	return u
+}
+
+// traces lists what is left on this machine with one of the names in it.
+func traces(t *testing.T, names []string) []string {
+	var found []string
+	look := func(kind, text string) {
+		for _, name := range names {
+			if strings.Contains(text, name) {
+				found = append(found, kind+" "+text)
+				return
+			}
+		}
+	}
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(mounts)) {
+		look("mount", strings.TrimSpace(line))
+	}
+	for pattern, kind := range map[string]string{
+		"/proc/[0-9]*/cmdline":   "process",
+		"/sys/fs/cgroup/*":       "cgroup",
+		"/sys/fs/cgroup/*/*":     "cgroup",
+		"/sys/class/net/*":       "network interface",
+		"/var/log/containers/*":  "link",
+		"/var/lib/cni/results/*": "CNI record",
+	} {
+		paths, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range paths {
+			text := path
+			if kind == "process" {
+				arguments, err := os.ReadFile(path)
+				if err != nil || filepath.Dir(path) == fmt.Sprintf("/proc/%d", os.Getpid()) {
+					continue
+				}
+				text = strings.ReplaceAll(string(arguments), "\x00", " ")
+			} else if target, err := os.Readlink(path); err == nil && kind == "link" {
+				text = target
+			}
+			look(kind, text)
+		}
+	}
+	return found
 }

@@ -88,6 +88,9 @@ func Start(ctx context.Context, config Config) (*Cluster, error) {
 	if err := Ready(); err != nil {
 		return nil, err
 	}
+	if err := checkNoKubelet(); err != nil {
+		return nil, err
+	}
 	if len(config.Nodes) == 0 {
 		return nil, errors.New("kubernetes: a cluster needs a node")
 	}
@@ -174,6 +177,10 @@ func (c *Cluster) Detach() {
 // Cleanup takes down what a dead owner left in the folder, or a cluster that was given up with
 // Detach. A folder without a cluster is no error. Logs stay.
 func Cleanup(dir string, logf func(string, ...any)) error {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return err
+	}
 	records, err := filepath.Glob(filepath.Join(dir, "*", "node.json"))
 	if err != nil {
 		return err
@@ -190,7 +197,7 @@ func Cleanup(dir string, logf func(string, ...any)) error {
 
 // removeFiles removes what lies outside the nodes' folders.
 func removeFiles(dir string) error {
-	var errs []error
+	errs := []error{removeTraces(dir)}
 	for _, name := range []string{"pki", "home", "kubeconfig"} {
 		errs = append(errs, os.RemoveAll(filepath.Join(dir, name)))
 	}
