@@ -75,6 +75,7 @@ const (
 	apiServerPort     = 26443
 	kubeletPort       = 20250
 	kubeletHealthPort = 20248
+	metricsPort       = 20249
 )
 
 const (
@@ -114,14 +115,17 @@ func Start(ctx context.Context, config Config) (*Cluster, error) {
 
 func (c *Cluster) start(ctx context.Context, config Config) error {
 	for i, nodeConfig := range config.Nodes {
-		n, err := node.Start(ctx, node.Config{
+		made := &Node{Address: c.address(10 + i), cluster: c}
+		var err error
+		made.Node, err = node.Start(ctx, node.Config{
 			Dir: filepath.Join(c.dir, nodeConfig.Name), Name: fmt.Sprintf("%s-%05x", nodeConfig.Name, hash(c.dir)&0xfffff),
-			Streamshim: nodeConfig.Streamshim, Logf: c.logf,
+			Streamshim: nodeConfig.Streamshim, StreamshimArgs: []string{"--metrics-address", made.metricsAddress()},
+			Logf: c.logf,
 		})
 		if err != nil {
 			return err
 		}
-		c.nodes = append(c.nodes, &Node{Node: n, Address: c.address(10 + i), cluster: c})
+		c.nodes = append(c.nodes, made)
 	}
 	if err := c.writeCertificates(); err != nil {
 		return err
@@ -158,6 +162,7 @@ func (c *Cluster) Close() error {
 	if c.client != nil {
 		c.client.CloseIdleConnections()
 	}
+	http.DefaultClient.CloseIdleConnections()
 	c.nodes = nil
 	if err := errors.Join(errs...); err != nil {
 		return err
@@ -301,6 +306,14 @@ func (n *Node) Condition(ctx context.Context) (ready bool, since time.Time, err 
 	}
 	return false, time.Time{}, errors.New("the node has no condition Ready yet")
 }
+
+// Metrics returns streamshim's metrics as text.
+func (n *Node) Metrics(ctx context.Context) (string, error) {
+	text, err := get(ctx, http.DefaultClient, "http://"+n.metricsAddress()+"/metrics")
+	return string(text), err
+}
+
+func (n *Node) metricsAddress() string { return fmt.Sprintf("%s:%d", n.Address, metricsPort) }
 
 // Get reads from the API server as the administrator.
 func (c *Cluster) Get(ctx context.Context, path string) ([]byte, error) {
