@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/streamshim/streamshim/pkg/config"
@@ -43,6 +44,9 @@ func (e *engine) ExecSync(ctx context.Context, c cri.Container, r cri.SyncReques
 	result, err := e.runner.RunSync(ctx, e.container(c), execproc.SyncCommand{
 		Args: r.Args, Env: r.Env, Timeout: r.Timeout, OutputLimit: r.OutputLimit,
 	})
+	if errors.Is(err, execproc.ErrTimeout) {
+		err = fmt.Errorf("%w: %w", context.DeadlineExceeded, err)
+	}
 	return cri.SyncResult{Stdout: result.Stdout, Stderr: result.Stderr, ExitCode: result.ExitCode}, err
 }
 

@@ -29,13 +29,13 @@ const (
 // container one attaches to, or a command in a container whose runtime is not run by us. To the
 // session it is a Process like any other.
 type relay struct {
-	conn                   *spdy.Conn
-	stdin, resize          *spdy.Stream
-	stdout, stderr         io.ReadCloser
-	upstream               sync.WaitGroup
-	exited                 chan struct{}
-	result                 *status // valid once exited is closed
-	closeOnce              sync.Once
+	conn           *spdy.Conn
+	stdin, resize  *spdy.Stream
+	stdout, stderr io.ReadCloser
+	upstream       sync.WaitGroup
+	exited         chan struct{}
+	result         *status // valid once exited is closed
+	closeOnce      sync.Once
 }
 
 // startRelay asks the upstream for a URL and redeems it. With a buffer limit the upstream is always
