@@ -35,12 +35,28 @@ type Config struct {
 	// LogLevel is debug, info, warn or error; LogFormat is text or json.
 	LogLevel  string `toml:"log_level"`
 	LogFormat string `toml:"log_format"`
+	// Admin is the Unix socket of "streamshim sessions", which only root may open; empty is none.
+	Admin string `toml:"admin"`
+	// NotifyWatch tells the user of a terminal when an operator watches it with "streamshim sessions
+	// watch".
+	NotifyWatch bool `toml:"notify_watch"`
+	// MetricsAddress is HOST:PORT, where /metrics, /healthz and /readyz are served; empty is none.
+	// There is no password: whoever can reach it can read the numbers.
+	MetricsAddress string `toml:"metrics_address"`
+	// Profiling also serves /debug/pprof/ there, which must then be a loopback address.
+	Profiling bool `toml:"profiling"`
 
 	Runtime     Runtime     `toml:"runtime"`
 	Exec        Exec        `toml:"exec"`
 	Attach      Attach      `toml:"attach"`
 	PortForward PortForward `toml:"portforward"`
 	Shutdown    Shutdown    `toml:"shutdown"`
+	Audit       Audit       `toml:"audit"`
+	Recording   Recording   `toml:"recording"`
+	Limits      Limits      `toml:"limits"`
+	Traces      Traces      `toml:"traces"`
+	// Deny refuses the sessions that any of these rules chooses.
+	Deny []Deny `toml:"deny"`
 }
 
 // Runtime overrides what the upstream says about its OCI runtime.
@@ -83,6 +99,73 @@ type Shutdown struct {
 	Drain Duration `toml:"drain"` // how long sessions may go on after SIGTERM
 }
 
+// Audit is the log of who did what: a JSON line at the start and at the end of each session.
+type Audit struct {
+	Destination string `toml:"destination"` // off, file, stdout or journald
+	File        string `toml:"file"`        // for destination = "file"; made with mode 0600
+	MaxSize     int64  `toml:"max_size"`    // bytes after which the file is rotated; 0 is never
+	MaxFiles    int    `toml:"max_files"`   // rotated files that are kept, as FILE.1 (the newest), FILE.2, ...
+	// Command is how much of command lines is written and shown to operators: none, argv0 or full.
+	// Arguments often hold secrets.
+	Command  string `toml:"command"`
+	ExecSync bool   `toml:"execsync"` // also ExecSync calls, which are mostly probes
+	Fsync    string `toml:"fsync"`    // when a file's records are forced to the disk: never, interval (every second) or always
+	// OnFailure says what happens to a session whose start cannot be written down, as on a full disk:
+	// allow it all the same, or deny it.
+	OnFailure string `toml:"on_failure"`
+}
+
+// Recording is which sessions are recorded, as asciicast v2 files.
+type Recording struct {
+	Directory string `toml:"directory"` // made with mode 0700; the files have 0600
+	Input     bool   `toml:"input"`     // also what is typed, passwords included
+	NonTTY    bool   `toml:"non_tty"`   // also sessions without a terminal
+	MaxSize   int64  `toml:"max_size"`  // bytes of one recording
+	MaxFiles  int    `toml:"max_files"` // recordings that are kept, the oldest is removed first; 0 is no limit
+	MaxTotal  int64  `toml:"max_total"` // bytes of all recordings together that are kept; 0 is no limit
+	Buffer    int    `toml:"buffer"`    // bytes of one session that may wait to be written
+	// OnFailure says what happens when a session cannot be recorded completely, because of a full
+	// disk, its size, or a disk that is too slow: allow it to go on with a gap in the recording, or
+	// deny it.
+	OnFailure string `toml:"on_failure"`
+	// Rule chooses the sessions that are recorded: those that any of these rules chooses. Without
+	// rules nothing is recorded.
+	Rule []Rule `toml:"rule"`
+}
+
+// Rule chooses sessions by their pod. What is left out chooses all.
+type Rule struct {
+	Namespaces []string          `toml:"namespaces"` // any of these; * and ? stand for anything
+	PodLabels  map[string]string `toml:"pod_labels"` // all of these; the values may have * and ?
+}
+
+// Traces is where OpenTelemetry spans of exec, attach and port-forward go.
+type Traces struct {
+	Endpoint    string  `toml:"endpoint"`     // HOST:PORT of an OTLP/gRPC receiver; empty is no tracing
+	Insecure    bool    `toml:"insecure"`     // without TLS
+	SampleRatio float64 `toml:"sample_ratio"` // of the calls whose client sends no trace context; the others do as the client does
+}
+
+// Limits bound what sessions may use. 0 is no limit.
+type Limits struct {
+	Sessions             int   `toml:"sessions"`               // on this node
+	SessionsPerPod       int   `toml:"sessions_per_pod"`       // in one pod
+	SessionsPerContainer int   `toml:"sessions_per_container"` // in one container
+	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands that start at the same time; ExecSync does not count
+	WaitingStarts        int   `toml:"waiting_starts"`         // commands that may wait for their turn to start
+	Bandwidth            int64 `toml:"bandwidth"`              // bytes a second of one session, in each direction
+}
+
+// Deny is a rule that refuses sessions. What is left out chooses all, except that execsync must be
+// named in kinds.
+type Deny struct {
+	Namespaces []string          `toml:"namespaces"` // as in Rule
+	PodLabels  map[string]string `toml:"pod_labels"` // as in Rule
+	Kinds      []string          `toml:"kinds"`      // any of exec, attach, portforward and execsync
+	TTY        *bool             `toml:"tty"`        // only sessions with, or only sessions without a terminal
+	Message    string            `toml:"message"`    // for the user; a plain one when empty
+}
+
 // Duration is a time.Duration written as "1m30s".
 type Duration time.Duration
 
@@ -110,6 +193,7 @@ func Default() Config {
 		StateDir:      "/run/streamshim",
 		LogLevel:      "info",
 		LogFormat:     "text",
+		Admin:         "unix:///run/streamshim/admin.sock",
 		Exec: Exec{
 			OnDisconnect: "hangup",
 			TermAfter:    Duration(5 * time.Second),
@@ -124,6 +208,16 @@ func Default() Config {
 		Attach:      Attach{Buffer: 1 << 20, IdleTimeout: Duration(4 * time.Hour)},
 		PortForward: PortForward{Refused: "reset", Stall: Duration(30 * time.Second), IdleTimeout: Duration(4 * time.Hour)},
 		Shutdown:    Shutdown{Drain: Duration(10 * time.Second)},
+		Audit: Audit{
+			Destination: "off", File: "/var/log/streamshim/audit.log", MaxSize: 100 << 20, MaxFiles: 10,
+			Command: "argv0", Fsync: "interval", OnFailure: "allow",
+		},
+		Recording: Recording{
+			Directory: "/var/log/streamshim/recordings", MaxSize: 100 << 20, MaxFiles: 1000, MaxTotal: 1 << 30,
+			Buffer: 1 << 20, OnFailure: "allow",
+		},
+		Limits: Limits{Sessions: 4096, ConcurrentStarts: 32, WaitingStarts: 1024},
+		Traces: Traces{SampleRatio: 1},
 	}
 }
 
@@ -210,6 +304,14 @@ func (c *Config) validate() *ValueError {
 		choice("portforward.refused", c.PortForward.Refused, "reset", "report"),
 		loopback("stream_address", c.StreamAddress),
 	}
+	if c.Admin != "" {
+		checks = append(checks, socket("admin", c.Admin))
+		if c.Admin == c.Listen {
+			checks = append(checks, &ValueError{"admin", "is the socket on which CRI is served; choose another path"})
+		}
+	}
+	checks = append(checks, c.validateOperation(choice)...)
+	checks = append(checks, c.validateTelemetry()...)
 	if c.Upstream != "" {
 		checks = append(checks, socket("upstream", c.Upstream))
 		if c.Upstream == c.Listen {
@@ -262,17 +364,28 @@ func (c *Config) Level() slog.Level {
 	return level
 }
 
-// lineOf is the line that sets a key, or 1 when no line does.
+// lineOf is the line that sets a key, or 1 when no line does. A key of the third table of an array
+// is written as "deny[2].kinds".
 func lineOf(text []byte, key string) int {
 	table, name := "", key
 	if i := strings.LastIndex(key, "."); i >= 0 {
 		table, name = key[:i], key[i+1:]
 	}
-	current := ""
+	current, header := "", 1
+	seen := make(map[string]int) // tables of each array
 	for i, line := range strings.Split(string(text), "\n") {
 		line = strings.TrimSpace(line)
-		if header, ok := strings.CutPrefix(line, "["); ok {
-			current = strings.TrimSpace(strings.SplitN(header, "]", 2)[0])
+		if array, ok := strings.CutPrefix(line, "[["); ok {
+			array = strings.TrimSpace(strings.SplitN(array, "]", 2)[0])
+			current = fmt.Sprintf("%s[%d]", array, seen[array])
+			seen[array]++
+			if current == table {
+				header = i + 1 // when none of the table's own lines sets the key
+			}
+			continue
+		}
+		if table, ok := strings.CutPrefix(line, "["); ok {
+			current = strings.TrimSpace(strings.SplitN(table, "]", 2)[0])
 			continue
 		}
 		left, _, ok := strings.Cut(line, "=")
@@ -281,33 +394,37 @@ func lineOf(text []byte, key string) int {
 			return i + 1
 		}
 	}
-	return 1
+	return header
 }
 
 // suggestion is a hint at the key that was probably meant.
 func suggestion(key string) string {
 	var known []string
-	collectKeys("", Default(), &known)
+	example := Default()
+	example.Deny, example.Recording.Rule = []Deny{{TTY: new(bool)}}, []Rule{{}} // tables of which there may be none
+	collectKeys("", example, &known)
 	return nearest(key, known)
 }
 
 func collectKeys(prefix string, value any, keys *[]string) {
-	text, err := toml.Marshal(value)
-	if err != nil {
-		return // cannot happen: the struct is made of plain types
-	}
-	var tree map[string]any
-	if err := toml.Unmarshal(text, &tree); err != nil {
-		return // as above
-	}
+	collectTreeKeys(prefix, tree(value), keys)
+	slices.Sort(*keys)
+}
+
+func collectTreeKeys(prefix string, tree map[string]any, keys *[]string) {
 	for name, v := range tree {
 		if sub, ok := v.(map[string]any); ok {
-			collectKeys(prefix+name+".", sub, keys)
+			collectTreeKeys(prefix+name+".", sub, keys)
 			continue
+		}
+		if array, ok := v.([]any); ok && len(array) > 0 {
+			if table, ok := array[0].(map[string]any); ok {
+				collectTreeKeys(prefix+name+".", table, keys)
+				continue
+			}
 		}
 		*keys = append(*keys, prefix+name)
 	}
-	slices.Sort(*keys)
 }
 
 // nearest says which of the choices the value resembles, if one does.

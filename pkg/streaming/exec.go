@@ -19,13 +19,13 @@ func (s *Server) serveExec(w http.ResponseWriter, r *http.Request, up upgrade, r
 			return startRelay(ctx, exec.UpstreamURL, c, 0)
 		}
 	}
-	s.serveRemoteCommand(w, r, up, session.Info{Kind: session.Exec, Target: exec.Target},
+	s.serveRemoteCommand(w, r, up, exec.info(),
 		remoteCommand{command: exec.Command, start: start, endReason: exec.EndReason})
 }
 
 func (s *Server) serveAttach(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
 	attach := request.(*AttachRequest)
-	s.serveRemoteCommand(w, r, up, session.Info{Kind: session.Attach, Target: attach.Target}, remoteCommand{
+	s.serveRemoteCommand(w, r, up, attach.info(), remoteCommand{
 		command: Command{Stdin: attach.Stdin, Stdout: attach.Stdout, Stderr: attach.Stderr, TTY: attach.TTY},
 		start: func(ctx context.Context, c Command) (Process, error) {
 			return startRelay(ctx, attach.UpstreamURL, c, s.config.AttachBuffer)
@@ -37,10 +37,18 @@ func (s *Server) serveAttach(w http.ResponseWriter, r *http.Request, up upgrade,
 // serveRemoteCommand upgrades the connection and runs the session in a goroutine of its own, so
 // that net/http's goroutine and buffers are free while the session lasts.
 func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up upgrade, info session.Info, rc remoteCommand) {
+	info.Protocol = strings.TrimSpace(up.name() + " " + up.protocol)
+	info.Peer = r.RemoteAddr
+	info.Command = rc.command.Args
+	info.TTY = rc.command.TTY
+	live, err := s.config.Sessions.Begin(s.ctx, info)
+	if err != nil {
+		writeRefused(w, err)
+		return
+	}
 	var (
 		client  *remoteCommandClient
 		network net.Conn
-		err     error
 	)
 	if up.websocket {
 		client, network, err = s.acceptWebSocketRemoteCommand(w, r, websocket.Protocol(up.protocol), rc.command)
@@ -48,22 +56,16 @@ func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up u
 		client, network, err = s.acceptSPDYRemoteCommand(w, up.protocol, rc.command)
 	}
 	if err != nil {
-		s.config.Log.Debug("client left during the upgrade", "kind", info.Kind, "error", err)
+		live.End(clientGone(err))
 		return
 	}
-	info.Protocol = strings.TrimSpace(up.name() + " " + up.protocol)
-	info.Peer = r.RemoteAddr
-	info.Command = rc.command.Args
-	info.TTY = rc.command.TTY
-	live, err := s.config.Sessions.Begin(s.ctx, info, client)
-	if err != nil {
-		client.Close() //nolint:errcheck // refused
-		return
-	}
+	live.Connect(client)
+	config := s.current()
+	rc.start = startWhenAllowed(config.Starts, rc.start)
 	s.sessions.Go(func() {
 		defer s.watch.add(live, client, network)()
-		defer limitLifetime(s.config, live)()
-		running := &remoteCommandSession{config: s.config, session: live, client: client, remoteCommand: rc}
+		defer limitLifetime(config, live)()
+		running := &remoteCommandSession{config: config, session: live, client: client, remoteCommand: rc}
 		live.End(running.run())
 	})
 }
@@ -107,6 +109,7 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, protocol string,
 			delete(expected, name)
 			*slot = stream
 			if name == streamTypeError {
+				client.statusRefused = stream.Done()
 				client.failureOpened <- stream
 			}
 			if len(expected) == 0 {

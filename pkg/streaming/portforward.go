@@ -27,6 +27,7 @@ type portForwardSession struct {
 	forwarder PortForwarder
 	client    connection
 
+	bandwidth   *bandwidth
 	connections sync.WaitGroup
 
 	mu      sync.Mutex
@@ -215,7 +216,7 @@ var errSandboxGone = errors.New("the pod is gone: its sandbox was stopped")
 // stream stays empty, because kubectl answers any text there by ending the whole port-forward
 // (kubernetes#74551, kubernetes#111825). When the whole port-forward ends, that is what is wanted.
 func (s *portForwardSession) forward(c *forwardedConnection) {
-	_, _, err := s.forwarder.Forward(s.ctx, c.port, c.data)
+	_, _, err := s.forwarder.Forward(s.ctx, c.port, s.bandwidth.stream(c.data))
 	received, sent := transferred(c.data)
 	s.mu.Lock()
 	delete(s.open, c)
@@ -290,35 +291,36 @@ func (s *portForwardSession) Transferred() (received, sent int64) {
 // servePortForward upgrades the connection and runs the session in a goroutine of its own.
 func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
 	forward := request.(*PortForwardRequest)
+	info := forward.info()
+	info.Peer = r.RemoteAddr
+	info.Protocol = strings.TrimSpace(up.name() + " " + up.protocol)
+	live, err := s.config.Sessions.Begin(s.ctx, info)
+	if err != nil {
+		writeRefused(w, err)
+		return
+	}
 	forwarder, err := forward.Open()
 	if err != nil {
+		live.End(session.Outcome{Reason: "start-failed", ExitCode: -1, Err: err})
 		http.Error(w, "port-forward into the pod: "+err.Error(), http.StatusInternalServerError)
 		return
 	}
+	config := s.current()
 	running := &portForwardSession{
-		config: s.config, forwarder: forwarder,
+		config: config, session: live, forwarder: forwarder,
 		waiting: make(map[string]*forwardedConnection), open: make(map[*forwardedConnection]struct{}),
-	}
-	info := session.Info{
-		Kind: session.PortForward, Target: forward.Target, Peer: r.RemoteAddr,
-		Protocol: strings.TrimSpace(up.name() + " " + up.protocol),
 	}
 	network, err := running.accept(w, r, up, forward.Ports)
 	if err != nil {
 		forwarder.Close() //nolint:errcheck // of no use
-		s.config.Log.Debug("client left during the upgrade", "kind", info.Kind, "error", err)
+		live.End(clientGone(err))
 		return
 	}
-	live, err := s.config.Sessions.Begin(s.ctx, info, running)
-	if err != nil {
-		running.client.Close() //nolint:errcheck // refused
-		forwarder.Close()      //nolint:errcheck // refused
-		return
-	}
-	running.session = live
+	running.bandwidth = newBandwidth(config.Bandwidth, running.client.Done())
+	live.Connect(running)
 	s.sessions.Go(func() {
 		defer s.watch.add(live, running, network)()
-		defer limitLifetime(s.config, live)()
+		defer limitLifetime(config, live)()
 		live.End(running.run())
 	})
 }
@@ -326,7 +328,7 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upg
 // accept upgrades the connection to the transport that was negotiated. Nothing is read from it
 // before run.
 func (s *portForwardSession) accept(w http.ResponseWriter, r *http.Request, up upgrade, ports []int32) (net.Conn, error) {
-	config := spdy.Config{OnStream: s.onStream, Stall: s.config.Stall}
+	config := spdy.Config{OnStream: s.onStream, Stall: s.config.Stall, OnStall: func() { s.config.Observe(StreamStalled) }}
 	if !up.websocket {
 		network, buffered, err := hijackSPDY(w, up.protocol)
 		if err == nil {

@@ -8,9 +8,13 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 )
 
 // remoteCommand is what an exec or attach session is to do, independent of its transport.
@@ -31,9 +35,20 @@ type remoteCommandClient struct {
 	resize                         Stream
 	// failureOpened holds the error stream as soon as it is there, before the others may be.
 	failureOpened chan Stream
+	// statusRefused is closed when the error stream has ended from the client's side; nil where a
+	// client cannot end it.
+	statusRefused <-chan struct{}
 	// farewell tells the client that the session is over, after everything was sent, and returns
 	// when the client has closed the connection or the context is done.
 	farewell func(context.Context)
+}
+
+// refusesStatus tells whether the client has reset the error stream: it does not want to know how the
+// command ends, and so has gone, whatever becomes of its connection. Proxies keep theirs for a while.
+func (c *remoteCommandClient) refusesStatus() bool {
+	stream, ok := c.failure.(*spdy.Stream)
+	var reset *spdy.ResetError
+	return ok && errors.As(stream.Err(), &reset) && reset.Remote
 }
 
 // Transferred implements session.Connection.
@@ -78,6 +93,8 @@ type remoteCommandSession struct {
 	outputs  sync.WaitGroup // the copiers of stdout and stderr
 	others   sync.WaitGroup // connection reader, stdin, resize, warnings
 	drain    drain
+
+	bandwidth *bandwidth
 }
 
 // run serves the session from the upgraded connection to its end. When it returns, the connection
@@ -100,7 +117,8 @@ func (s *remoteCommandSession) run() session.Outcome {
 	}
 	s.process = process
 	s.session.SetPhase(session.Running)
-	s.terminal.attach(process)
+	s.beginOperating(process)
+	s.terminal.attach(s.announcingSizes(process))
 	s.copyStreams()
 	return s.wait(ctx)
 }
@@ -168,12 +186,18 @@ func (s *remoteCommandSession) startFailed(ctx context.Context, err error) sessi
 		s.sayEnd(ctx, endedStatus(outcome.Err.Error()))
 		return outcome
 	}
+	var refused *session.RefusedError
+	if errors.As(err, &refused) {
+		outcome.Reason = "refused"
+		s.sayEnd(ctx, refusedStatus(refused))
+		return outcome
+	}
 	var exit interface{ ExitCode() int }
 	if !errors.As(err, &exit) {
 		s.sayEnd(ctx, internalErrorStatus("error executing command in container: "+err.Error()))
 		return outcome
 	}
-	outcome.ExitCode = exit.ExitCode()
+	outcome.ExitCode, outcome.Err = exit.ExitCode(), nil // its text names the command, which is not for the log
 	line, to := err.Error()+"\n", s.client.stderr
 	if s.command.TTY {
 		line, to = err.Error()+"\r\n", s.client.stdout
@@ -187,13 +211,16 @@ func (s *remoteCommandSession) startFailed(ctx context.Context, err error) sessi
 
 func (s *remoteCommandSession) copyStreams() {
 	if stdin := s.process.Stdin(); stdin != nil && s.client.stdin != nil {
-		s.others.Go(func() { copyInput(stdin, s.client.stdin) })
+		s.others.Go(func() { copyInput(stdin, s.operatedInput(s.client.stdin)) })
 	}
-	s.drain.idle = s.config.DrainIdle
+	s.drain.idle, s.drain.observe = s.config.DrainIdle, s.config.Observe
 	for _, o := range []struct {
 		to   Stream
 		from io.ReadCloser
-	}{{s.client.stdout, s.process.Stdout()}, {s.client.stderr, s.process.Stderr()}} {
+	}{
+		{s.operatedOutput(session.Stdout, s.client.stdout), s.process.Stdout()},
+		{s.operatedOutput(session.Stderr, s.client.stderr), s.process.Stderr()},
+	} {
 		if o.to == nil || o.from == nil {
 			continue
 		}
@@ -202,9 +229,9 @@ func (s *remoteCommandSession) copyStreams() {
 	}
 }
 
-// wait sees the process and its client to their end. The four things that can end a session are in
-// one place.
+// wait sees the process and its client to their end. All that can end a session is in one place.
 func (s *remoteCommandSession) wait(ctx context.Context) session.Outcome {
+	refused := s.client.statusRefused
 	limits := newTimeouts(s.config, s.session)
 	defer limits.stop()
 	for {
@@ -221,6 +248,11 @@ func (s *remoteCommandSession) wait(ctx context.Context) session.Outcome {
 			return s.exited(ctx)
 		case <-s.client.Done():
 			return s.disconnected()
+		case <-refused:
+			if s.client.refusesStatus() {
+				return s.disconnected()
+			}
+			refused = nil
 		case <-ctx.Done():
 			return s.stop(ctx, stopped(ctx))
 		case <-limits.C():
@@ -347,8 +379,10 @@ func copyInput(stdin io.WriteCloser, from Stream) {
 // the pipe has been silent for a while (kubernetes#44371, containerd#7802).
 type drain struct {
 	idle    time.Duration
+	observe func(Event)
 	sources []io.ReadCloser
 	until   atomic.Int64 // Unix nanoseconds; 0 while the process runs
+	stopped atomic.Bool  // the session was told to end, and its output with it
 }
 
 // deadliner is a pipe or a pty of ours, whose reads can be given a limit.
@@ -356,6 +390,7 @@ type deadliner interface{ SetReadDeadline(time.Time) error }
 
 // begin starts the wait; it lasts no longer than limit.
 func (d *drain) begin(limit time.Duration) {
+	d.stopped.Store(limit == 0)
 	d.until.Store(time.Now().Add(limit).UnixNano())
 	for _, source := range d.sources {
 		if s, ok := source.(deadliner); ok && (d.idle > 0 || limit == 0) {
@@ -364,21 +399,62 @@ func (d *drain) begin(limit time.Duration) {
 	}
 }
 
+// drainLooks is how many times a source is looked at within one idle period. The silence that ends
+// the wait is at most so much longer than asked for.
+const drainLooks = 4
+
 // copyOutput sends a source to the client until it ends, is complete, or cannot be sent.
 func (d *drain) copyOutput(to Stream, from io.ReadCloser) {
-	watched := false // a whole idle period lies behind the read that just ended
+	silent := -1 // looks that have found nothing; the first one was not a whole one
 	for {
 		n, err := to.ReadFrom(from)
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			from.Close() //nolint:errcheck // the process sees EPIPE, as in a shell's pipe
 			return
 		}
-		if err == nil || (watched && n == 0) || time.Now().UnixNano() >= d.until.Load() {
-			to.CloseWrite() //nolint:errcheck // a client that has gone is noticed elsewhere
-			return
+		if n > 0 && silent >= 0 {
+			silent = 0
+		} else {
+			silent++
 		}
-		watched = true
-		from.(deadliner).SetReadDeadline(time.Now().Add(d.idle)) //nolint:errcheck // as in begin
+		if err == nil {
+			break
+		}
+		if silent == drainLooks {
+			d.cut()
+			break
+		}
+		if time.Now().UnixNano() >= d.until.Load() {
+			d.cut()
+			copyPending(to, from)
+			break
+		}
+		from.(deadliner).SetReadDeadline(time.Now().Add(d.idle / drainLooks)) //nolint:errcheck // as in begin
+	}
+	to.CloseWrite() //nolint:errcheck // a client that has gone is noticed elsewhere
+}
+
+// cut notes that somebody still held an output when it was taken to be complete.
+func (d *drain) cut() {
+	if !d.stopped.Load() {
+		d.observe(DrainCut)
+	}
+}
+
+// copyPending sends what lies in a source now: the command wrote it before its time was over,
+// however slowly the client takes it.
+func copyPending(to Stream, from io.ReadCloser) {
+	source, ok := from.(interface {
+		syscall.Conn
+		deadliner
+	})
+	if !ok {
+		return
+	}
+	pending := 0
+	control(source, func(fd int) { pending, _ = unix.IoctlGetInt(fd, unix.TIOCINQ) }) //nolint:errcheck // then nothing is known to be there
+	if pending > 0 && source.SetReadDeadline(time.Time{}) == nil {
+		to.ReadFrom(io.LimitReader(from, int64(pending))) //nolint:errcheck // a client that has gone is noticed elsewhere
 	}
 }
 

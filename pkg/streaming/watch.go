@@ -99,6 +99,7 @@ func (w *watcher) run(ctx context.Context) {
 func (w *watcher) look(e *watchedSession, now time.Time) {
 	if peerIsDead(e.network, w.config.PeerTimeout) {
 		e.session.Log().Debug("client does not answer any more", "limit", w.config.PeerTimeout)
+		w.config.Observe(PeerDead)
 		e.client.Close() //nolint:errcheck // the session sees the end of the connection
 		return
 	}
@@ -112,6 +113,7 @@ func (w *watcher) look(e *watchedSession, now time.Time) {
 		e.progress, e.since = p, now
 	} else if now.Sub(e.since) >= w.config.LingerIdle {
 		e.session.Log().Debug("finished session makes no progress", "limit", w.config.LingerIdle)
+		w.config.Observe(LingerCut)
 		e.client.Close() //nolint:errcheck // as above
 	}
 }

@@ -55,6 +55,9 @@ type Config struct {
 	// Negative: never, which is right where all streams serve one process, as with exec: there a
 	// command that does not read its stdin for a minute is nothing unusual.
 	Stall time.Duration
+	// OnStall is called, from the read loop, when a stream is reset for that reason. It must not
+	// block. May be nil.
+	OnStall func()
 }
 
 func (c Config) withDefaults() Config {
