@@ -100,7 +100,9 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, protocol string,
 	}
 	var conn *spdy.Conn
 	conn = spdy.NewServer(network, buffered, spdy.Config{
-		Stall: -1, // all streams serve one command, which may leave its stdin unread for as long as it likes
+		// A backlog of stdin serves nobody, and one that outgrows the CPU caches costs a third more.
+		ConnBuffer: 1 << 20,
+		Stall:      -1, // all streams serve one command, which may leave its stdin unread for as long as it likes
 		// Called by the connection's reader alone, so that it needs no lock; ready publishes the streams.
 		OnStream: func(stream *spdy.Stream) {
 			name := strings.ToLower(stream.Header().Get(headerStreamType))
