@@ -136,14 +136,14 @@ func TestPortForwardOverRoughNetwork(t *testing.T) {
 	})
 }
 
-// recording collects what a client sends.
-type recording struct{ bytes.Buffer }
+// sentBytes collects what a client sends.
+type sentBytes struct{ bytes.Buffer }
 
-func (r *recording) Read([]byte) (int, error) { return 0, io.EOF }
+func (r *sentBytes) Read([]byte) (int, error) { return 0, io.EOF }
 
 // record returns what a client sends after its head.
 func record(t *testing.T, speak func(c *rawClient)) []byte {
-	var wire recording
+	var wire sentBytes
 	speak(newRawClient(t, nil, &wire))
 	return wire.Bytes()
 }
