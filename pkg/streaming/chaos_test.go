@@ -136,14 +136,14 @@ func TestPortForwardOverRoughNetwork(t *testing.T) {
 	})
 }
 
-// wireTap collects what a client sends.
-type wireTap struct{ bytes.Buffer }
+// sentBytes collects what a client sends.
+type sentBytes struct{ bytes.Buffer }
 
-func (r *wireTap) Read([]byte) (int, error) { return 0, io.EOF }
+func (r *sentBytes) Read([]byte) (int, error) { return 0, io.EOF }
 
 // record returns what a client sends after its head.
 func record(t *testing.T, speak func(c *rawClient)) []byte {
-	var wire wireTap
+	var wire sentBytes
 	speak(newRawClient(t, nil, &wire))
 	return wire.Bytes()
 }
