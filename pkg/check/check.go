@@ -19,7 +19,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-	kubeletconfig "k8s.io/kubelet/config/v1beta1"
 	"sigs.k8s.io/yaml"
 
 	"github.com/streamshim/streamshim/pkg/config"
@@ -270,7 +269,10 @@ func kubelet(c config.Config, file string) Result {
 	if err != nil {
 		return warning(name, "", "%v", err)
 	}
-	var k kubeletconfig.KubeletConfiguration
+	// Not the kubelet's own type, which brings half of Kubernetes into the binary.
+	var k struct {
+		ContainerRuntimeEndpoint string `json:"containerRuntimeEndpoint"`
+	}
 	if err := yaml.Unmarshal(text, &k); err != nil {
 		return warning(name, "mend "+file, "%s: %v", file, err)
 	}

@@ -40,6 +40,11 @@ type Config struct {
 	// NotifyWatch tells the user of a terminal when an operator watches it with "streamshim sessions
 	// watch".
 	NotifyWatch bool `toml:"notify_watch"`
+	// MetricsAddress is HOST:PORT, where /metrics, /healthz and /readyz are served; empty is none.
+	// There is no password: whoever can reach it can read the numbers.
+	MetricsAddress string `toml:"metrics_address"`
+	// Profiling also serves /debug/pprof/ there, which must then be a loopback address.
+	Profiling bool `toml:"profiling"`
 
 	Runtime     Runtime     `toml:"runtime"`
 	Exec        Exec        `toml:"exec"`
@@ -49,6 +54,7 @@ type Config struct {
 	Audit       Audit       `toml:"audit"`
 	Recording   Recording   `toml:"recording"`
 	Limits      Limits      `toml:"limits"`
+	Traces      Traces      `toml:"traces"`
 	// Deny refuses the sessions that any of these rules chooses.
 	Deny []Deny `toml:"deny"`
 }
@@ -83,6 +89,7 @@ type Attach struct {
 // PortForward is how port-forward sessions behave.
 type PortForward struct {
 	Refused     string   `toml:"refused"` // reset or report
+	Stall       Duration `toml:"stall"`   // for one connection to hold up the others; 0 is for ever
 	IdleTimeout Duration `toml:"idle_timeout"`
 	MaxLifetime Duration `toml:"max_lifetime"`
 }
@@ -130,6 +137,13 @@ type Recording struct {
 type Rule struct {
 	Namespaces []string          `toml:"namespaces"` // any of these; * and ? stand for anything
 	PodLabels  map[string]string `toml:"pod_labels"` // all of these; the values may have * and ?
+}
+
+// Traces is where OpenTelemetry spans of exec, attach and port-forward go.
+type Traces struct {
+	Endpoint    string  `toml:"endpoint"`     // HOST:PORT of an OTLP/gRPC receiver; empty is no tracing
+	Insecure    bool    `toml:"insecure"`     // without TLS
+	SampleRatio float64 `toml:"sample_ratio"` // of the calls whose client sends no trace context; the others do as the client does
 }
 
 // Limits bound what sessions may use. 0 is no limit.
@@ -192,7 +206,7 @@ func Default() Config {
 			SyncOutput:   maxSyncOutput,
 		},
 		Attach:      Attach{Buffer: 1 << 20, IdleTimeout: Duration(4 * time.Hour)},
-		PortForward: PortForward{Refused: "reset", IdleTimeout: Duration(4 * time.Hour)},
+		PortForward: PortForward{Refused: "reset", Stall: Duration(30 * time.Second), IdleTimeout: Duration(4 * time.Hour)},
 		Shutdown:    Shutdown{Drain: Duration(10 * time.Second)},
 		Audit: Audit{
 			Destination: "off", File: "/var/log/streamshim/audit.log", MaxSize: 100 << 20, MaxFiles: 10,
@@ -203,6 +217,7 @@ func Default() Config {
 			Buffer: 1 << 20, OnFailure: "allow",
 		},
 		Limits: Limits{Sessions: 4096, ConcurrentStarts: 32, WaitingStarts: 1024},
+		Traces: Traces{SampleRatio: 1},
 	}
 }
 
@@ -296,6 +311,7 @@ func (c *Config) validate() *ValueError {
 		}
 	}
 	checks = append(checks, c.validateOperation(choice)...)
+	checks = append(checks, c.validateTelemetry()...)
 	if c.Upstream != "" {
 		checks = append(checks, socket("upstream", c.Upstream))
 		if c.Upstream == c.Listen {

@@ -102,6 +102,12 @@ func NewUpstream(address string, maxMessageSize int) (*Upstream, error) {
 // Endpoint is the upstream's address, always in the form unix:///path.
 func (u *Upstream) Endpoint() string { return u.endpoint }
 
+// Answers asks for the upstream's version and tells why there is no answer.
+func (u *Upstream) Answers(ctx context.Context) error {
+	_, err := u.runtime.Version(ctx, &runtimeapi.VersionRequest{})
+	return err
+}
+
 // Close ends the connection and every call on it.
 func (u *Upstream) Close() error { return u.conn.Close() }
 

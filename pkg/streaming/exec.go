@@ -63,7 +63,8 @@ func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up u
 	config := s.current()
 	rc.start = startWhenAllowed(config.Starts, rc.start)
 	s.sessions.Go(func() {
-		defer s.watch.add(live, client, network, config.MaxLifetime[info.Kind])()
+		defer s.watch.add(live, client, network)()
+		defer limitLifetime(config, live)()
 		running := &remoteCommandSession{config: config, session: live, client: client, remoteCommand: rc}
 		live.End(running.run())
 	})
@@ -108,6 +109,7 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, protocol string,
 			delete(expected, name)
 			*slot = stream
 			if name == streamTypeError {
+				client.statusRefused = stream.Done()
 				client.failureOpened <- stream
 			}
 			if len(expected) == 0 {

@@ -385,7 +385,11 @@ func (s *Stream) resetLocally(reset *ResetError) (err error) {
 	return err
 }
 
-// accept queues the SYN_REPLY if it is due.
+// Accept queues the SYN_REPLY, if it is still due, so that a Reset from now on ends an accepted stream
+// instead of refusing it. To the stock client-go the two are not the same: for a data stream that was
+// refused it keeps a goroutine for ever. It does not block.
+func (s *Stream) Accept() error { return s.accept() }
+
 func (s *Stream) accept() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
