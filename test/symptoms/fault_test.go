@@ -40,8 +40,12 @@ func expectStartFailure(t *testing.T, shim *streamshim, container, mark string, 
 	command := marked(mark, "sleep 1000; :")
 	for _, transport := range transports {
 		for _, tty := range []bool{false, true} {
+			options := remotecommand.StreamOptions{Stdout: io.Discard, Tty: tty}
+			if !tty { // else the runtime's own words have nowhere to go
+				options.Stderr = io.Discard
+			}
 			begin := time.Now()
-			err := shim.exec(t, transport, container, remotecommand.StreamOptions{Stdout: io.Discard, Tty: tty}, command...)
+			err := shim.exec(t, transport, container, options, command...)
 			check(fmt.Sprintf("%s, tty %v", transport, tty), err, time.Since(begin))
 		}
 	}

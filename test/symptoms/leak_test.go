@@ -1,6 +1,7 @@
 package symptoms
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -51,11 +52,15 @@ func inParallel(n int, f func(i int)) {
 // and after. At last it asks the process for its goroutines, in the way that ends it.
 func expectNoLeak(t *testing.T, load func(shim *streamshim, n int), n int) {
 	t.Helper()
-	shim := startStreamshim(t, "log_level = \"warn\"\n")
+	shim := startStreamshim(t, "")
 	load(shim, 50) // buffers and threads that are kept
 	pid := shim.pid()
 	files, memory, tasks := descriptors(pid), resident(t, pid), threads(pid)
 	load(shim, n)
+	eventually(t, testTimeout, "all sessions have ended", func() bool {
+		log, err := os.ReadFile(shim.log)
+		return err == nil && bytes.Count(log, []byte("session start")) == bytes.Count(log, []byte("session end"))
+	})
 	eventually(t, testTimeout, fmt.Sprintf("descriptors are back to about %d", files), func() bool { return descriptors(pid) <= files+10 })
 	eventually(t, testTimeout, "no zombies and no children are left", func() bool { return len(zombies(pid)) == 0 })
 	t.Logf("before and after %d sessions: %d and %d descriptors, %d and %d KiB, %d and %d threads",
