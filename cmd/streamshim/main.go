@@ -33,6 +33,6 @@ Start it with "streamshim serve" and point the kubelet's containerRuntimeEndpoin
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(newServeCommand(), newCheckCommand(), newVersionCommand())
+	root.AddCommand(newServeCommand(), newSessionsCommand(), newCheckCommand(), newVersionCommand())
 	return root
 }

@@ -7,8 +7,10 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -16,8 +18,10 @@ import (
 	"github.com/spf13/pflag"
 	"google.golang.org/grpc/codes"
 
+	"github.com/streamshim/streamshim/pkg/admin"
 	"github.com/streamshim/streamshim/pkg/config"
 	"github.com/streamshim/streamshim/pkg/cri"
+	"github.com/streamshim/streamshim/pkg/endpoint"
 	"github.com/streamshim/streamshim/pkg/execproc"
 	"github.com/streamshim/streamshim/pkg/portforward"
 	"github.com/streamshim/streamshim/pkg/session"
@@ -37,6 +41,10 @@ and PortForward, which it serves itself. It prints one line when it is ready and
 SIGTERM ends it: no new calls and sessions are taken, running sessions may go on for shutdown.drain,
 and those that are left end with a status that says so.
 
+SIGHUP reads the configuration again and takes over limits, rules, timeouts, log level, audit and
+recording, without touching live sessions. A file with a mistake is refused, and the old configuration
+stays. Settings that need a restart are named in the log.
+
 Flags win over the configuration file, the file over the defaults.`,
 		Args: cobra.NoArgs,
 	}
@@ -46,7 +54,7 @@ Flags win over the configuration file, the file over the defaults.`,
 		if err != nil {
 			return err
 		}
-		return serve(cmd.Context(), c)
+		return serve(cmd.Context(), c, func() (config.Config, error) { return settings.load(cmd.Flags()) })
 	}
 	return command
 }
@@ -64,6 +72,8 @@ func addSettings(flags *pflag.FlagSet) *settings {
 	flags.StringVar(&s.flags.Upstream, "upstream", "", "CRI `socket` of the container runtime (default: the first of "+strings.Join(upstreamPlaces, ", ")+" that exists)")
 	flags.StringVar(&s.flags.StreamAddress, "stream-address", s.flags.StreamAddress, "loopback `address` of the streaming server")
 	flags.StringVar(&s.flags.StateDir, "state-dir", s.flags.StateDir, "`directory` for files kept while processes run, on a tmpfs")
+	flags.StringVar(&s.flags.Admin, "admin", s.flags.Admin, "Unix `socket` of \"streamshim sessions\", empty for none")
+	flags.StringVar(&s.flags.MetricsAddress, "metrics-address", "", "`HOST:PORT` of /metrics, /healthz and /readyz (default off)")
 	flags.StringVar(&s.flags.LogLevel, "log-level", s.flags.LogLevel, "debug, info, warn or error")
 	flags.StringVar(&s.flags.LogFormat, "log-format", s.flags.LogFormat, "text or json")
 	return s
@@ -84,12 +94,14 @@ func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
 		}
 	}
 	for name, copyFlag := range map[string]func(){
-		"listen":         func() { c.Listen = s.flags.Listen },
-		"upstream":       func() { c.Upstream = s.flags.Upstream },
-		"stream-address": func() { c.StreamAddress = s.flags.StreamAddress },
-		"state-dir":      func() { c.StateDir = s.flags.StateDir },
-		"log-level":      func() { c.LogLevel = s.flags.LogLevel },
-		"log-format":     func() { c.LogFormat = s.flags.LogFormat },
+		"listen":          func() { c.Listen = s.flags.Listen },
+		"upstream":        func() { c.Upstream = s.flags.Upstream },
+		"stream-address":  func() { c.StreamAddress = s.flags.StreamAddress },
+		"state-dir":       func() { c.StateDir = s.flags.StateDir },
+		"admin":           func() { c.Admin = s.flags.Admin },
+		"metrics-address": func() { c.MetricsAddress = s.flags.MetricsAddress },
+		"log-level":       func() { c.LogLevel = s.flags.LogLevel },
+		"log-format":      func() { c.LogFormat = s.flags.LogFormat },
 	} {
 		if flags.Changed(name) {
 			copyFlag()
@@ -125,18 +137,25 @@ func findUpstream() (string, error) {
 		strings.Join(upstreamPlaces, ", "))
 }
 
-func newLogger(c config.Config) *slog.Logger {
-	options := &slog.HandlerOptions{Level: c.Level()}
+// newLogger returns a logger and its level, which may be changed.
+func newLogger(c config.Config) (*slog.Logger, *slog.LevelVar) {
+	level := &slog.LevelVar{}
+	level.Set(c.Level())
+	options := &slog.HandlerOptions{Level: level}
 	if c.LogFormat == "json" {
-		return slog.New(slog.NewJSONHandler(os.Stderr, options))
+		return slog.New(slog.NewJSONHandler(os.Stderr, options)), level
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, options))
+	return slog.New(slog.NewTextHandler(os.Stderr, options)), level
 }
 
 // serve builds the parts, runs them until the context ends, and takes them down in reverse order.
-func serve(ctx context.Context, c config.Config) (err error) {
-	log := newLogger(c)
-	socket, err := config.SocketPath(c.Listen)
+// load reads the configuration again.
+func serve(ctx context.Context, c config.Config, load func() (config.Config, error)) (err error) {
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	defer signal.Stop(hangups)
+	log, level := newLogger(c)
+	socket, err := endpoint.Path(c.Listen)
 	if err != nil {
 		return err
 	}
@@ -146,7 +165,18 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	}
 	defer criListener.Close() //nolint:errcheck // closed before in the good case
 
-	runner, err := execproc.NewRunner(execproc.Config{
+	operation, err := newOperation(c, log, level)
+	if err != nil {
+		return err
+	}
+	defer operation.close()
+
+	telemetry, err := newTelemetry(ctx, c, log)
+	if err != nil {
+		return err
+	}
+	defer telemetry.close()
+	runnerConfig := execproc.Config{
 		StateDir:     filepath.Join(c.StateDir, "exec"),
 		StartTimeout: time.Duration(c.Exec.StartTimeout),
 		OnDisconnect: execproc.Policy(c.Exec.OnDisconnect),
@@ -155,7 +185,17 @@ func serve(ctx context.Context, c config.Config) (err error) {
 		OutputLimit:  c.Exec.SyncOutput,
 		DrainIdle:    time.Duration(c.Exec.DrainIdle),
 		Logger:       log,
-	})
+	}
+	streamingConfig := streamingConfig(c, log, operation)
+	criConfig := cri.Config{
+		StreamErrorCode:     streamErrorCode,
+		BeginSync:           operation.beginSync,
+		ExecSyncOutputLimit: c.Exec.SyncOutput,
+		Logger:              log,
+	}
+	telemetry.prepare(operation.sessions, &runnerConfig, &streamingConfig, &criConfig)
+
+	runner, err := execproc.NewRunner(runnerConfig)
 	if err != nil {
 		return err
 	}
@@ -173,36 +213,60 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	}
 	defer upstream.Close() //nolint:errcheck // as above
 
+	adminListener, err := listenAdmin(c)
+	if err != nil {
+		return err
+	}
+	if adminListener != nil {
+		defer adminListener.Close() //nolint:errcheck // closed before in the good case
+	}
+
 	streamListener, err := net.Listen("tcp", c.StreamAddress)
 	if err != nil {
 		return fmt.Errorf("listen for streams: %w", err)
 	}
-	streams := streaming.NewServer(streamingConfig(c, log), streamListener.Addr())
-	criServer, err := cri.NewServer(cri.Config{
-		Upstream: upstream, Streams: streams,
-		Engine:              &engine{runner: runner, watcher: watcher, runtime: c.Runtime},
-		StreamErrorCode:     streamErrorCode,
-		ExecSyncOutputLimit: c.Exec.SyncOutput,
-		Logger:              log,
-	})
+	streams := streaming.NewServer(streamingConfig, streamListener.Addr())
+	criConfig.Upstream, criConfig.Streams = upstream, streams
+	criConfig.Engine = &engine{runner: runner, watcher: watcher, runtime: c.Runtime}
+	criServer, err := cri.NewServer(criConfig)
 	if err != nil {
 		streamListener.Close() //nolint:errcheck // nothing was served
 		return err
 	}
 
-	ended := make(chan error, 2) // of the two servers
+	reloader := &reloader{log: log, load: load, apply: func(c config.Config) error { return operation.apply(c, streams) }}
+	reloader.current.Store(&c)
+	adminServer := admin.NewServer(admin.Config{
+		Sessions: operation.sessions, Log: log,
+		Settings: func() admin.Settings { return adminSettings(*reloader.current.Load()) },
+	})
+
+	ended := make(chan error, 3) // of the servers
+	running := 2
 	go func() { ended <- streams.Serve(streamListener) }()
 	go func() { ended <- criServer.Serve(criListener) }()
+	if adminListener != nil {
+		running++
+		go func() { ended <- adminServer.Serve(adminListener) }()
+	}
+	telemetry.serve(streams)
 	fmt.Printf("streamshim ready: CRI on %s, upstream %s, streams on %s\n", c.Listen, c.Upstream, streamListener.Addr())
 	notify(log, daemon.SdNotifyReady)
 
-	running := 2
+	reloading := make(chan struct{})
+	reloadContext, stopReloading := context.WithCancel(ctx)
+	go func() {
+		defer close(reloading)
+		reloader.run(reloadContext, hangups)
+	}()
 	select {
 	case <-ctx.Done():
 		log.Info("ending", "drain", time.Duration(c.Shutdown.Drain))
 	case err = <-ended:
 		running--
 	}
+	stopReloading()
+	<-reloading
 	notify(log, daemon.SdNotifyStopping)
 	drain, cancelDrain := context.WithTimeout(context.WithoutCancel(ctx), time.Duration(c.Shutdown.Drain))
 	defer cancelDrain()
@@ -212,42 +276,63 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	defer cancelEnd()
 	err = errors.Join(err, runner.Shutdown(end))
 	criServer.Shutdown(drain)
+	err = errors.Join(err, adminServer.Shutdown(end))
 	for ; running > 0; running-- {
 		err = errors.Join(err, <-ended)
 	}
 	return err
 }
 
-func streamingConfig(c config.Config, log *slog.Logger) streaming.Config {
-	orOff := func(d config.Duration) time.Duration { // streaming's zero is its default
-		if d == 0 {
-			return -1
-		}
-		return time.Duration(d)
+// listenAdmin opens the admin socket, which is nil when there is to be none.
+func listenAdmin(c config.Config) (net.Listener, error) {
+	if c.Admin == "" {
+		return nil, nil
+	}
+	socket, err := endpoint.Path(c.Admin)
+	if err != nil {
+		return nil, err
+	}
+	return cri.Listen(socket)
+}
+
+func streamingConfig(c config.Config, log *slog.Logger, o *operation) streaming.Config {
+	settings := streamingSettings(c)
+	drainIdle := time.Duration(c.Exec.DrainIdle)
+	if drainIdle == 0 {
+		drainIdle = -1 // streaming's zero is its default
+	}
+	stall := time.Duration(c.PortForward.Stall)
+	if stall == 0 {
+		stall = -1 // as above
+	}
+	disconnectWait := time.Duration(0) // streaming's default
+	if execproc.Policy(c.Exec.OnDisconnect) == execproc.PolicyKeep {
+		disconnectWait = -1 // there is nothing to wait for
 	}
 	return streaming.Config{
-		Log:        log,
-		Sessions:   session.NewRegistry(log),
-		DrainIdle:  orOff(c.Exec.DrainIdle),
-		DrainMax:   time.Duration(c.Exec.DrainMax),
-		LingerIdle: time.Duration(c.Exec.Linger),
-		IdleTimeout: map[session.Kind]time.Duration{
-			session.Exec:        orOff(c.Exec.IdleTimeout),
-			session.Attach:      orOff(c.Attach.IdleTimeout),
-			session.PortForward: orOff(c.PortForward.IdleTimeout),
-		},
-		MaxLifetime: map[session.Kind]time.Duration{
-			session.Exec:        time.Duration(c.Exec.MaxLifetime),
-			session.Attach:      time.Duration(c.Attach.MaxLifetime),
-			session.PortForward: time.Duration(c.PortForward.MaxLifetime),
-		},
-		ReportRefused: c.PortForward.Refused == "report",
-		AttachBuffer:  c.Attach.Buffer,
+		DisconnectWait: disconnectWait,
+		Log:            log,
+		Sessions:       o.sessions,
+		Starts:         o.limits,
+		DrainIdle:      drainIdle,
+		DrainMax:       time.Duration(c.Exec.DrainMax),
+		LingerIdle:     time.Duration(c.Exec.Linger),
+		IdleTimeout:    settings.IdleTimeout,
+		MaxLifetime:    settings.MaxLifetime,
+		Bandwidth:      settings.Bandwidth,
+		Stall:          stall,
+		ReportRefused:  c.PortForward.Refused == "report",
+		AttachBuffer:   c.Attach.Buffer,
 	}
 }
 
 func streamErrorCode(err error) codes.Code {
+	var refused *session.RefusedError
 	switch {
+	case errors.As(err, &refused):
+		return map[session.Refusal]codes.Code{
+			session.Denied: codes.PermissionDenied, session.TooMany: codes.ResourceExhausted, session.Unavailable: codes.Unavailable,
+		}[refused.Refusal]
 	case errors.Is(err, streaming.ErrTooManyRequests):
 		return codes.ResourceExhausted
 	case errors.Is(err, streaming.ErrShuttingDown):

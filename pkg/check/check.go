@@ -19,10 +19,10 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-	kubeletconfig "k8s.io/kubelet/config/v1beta1"
 	"sigs.k8s.io/yaml"
 
 	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/pkg/endpoint"
 )
 
 // Level is how a check went.
@@ -122,7 +122,7 @@ func subreaper() Result {
 }
 
 func dial(c config.Config) (*grpc.ClientConn, error) {
-	path, err := config.SocketPath(c.Upstream)
+	path, err := endpoint.Path(c.Upstream)
 	if err != nil {
 		return nil, err
 	}
@@ -195,7 +195,7 @@ func ociRuntime(ctx context.Context, c config.Config) Result {
 // listenSocket says whether serve could listen.
 func listenSocket(c config.Config) Result {
 	const name = "listen socket"
-	path, err := config.SocketPath(c.Listen)
+	path, err := endpoint.Path(c.Listen)
 	if err != nil {
 		return failed(name, "write unix:///path", "%v", err)
 	}
@@ -269,7 +269,10 @@ func kubelet(c config.Config, file string) Result {
 	if err != nil {
 		return warning(name, "", "%v", err)
 	}
-	var k kubeletconfig.KubeletConfiguration
+	// Not the kubelet's own type, which brings half of Kubernetes into the binary.
+	var k struct {
+		ContainerRuntimeEndpoint string `json:"containerRuntimeEndpoint"`
+	}
 	if err := yaml.Unmarshal(text, &k); err != nil {
 		return warning(name, "mend "+file, "%s: %v", file, err)
 	}

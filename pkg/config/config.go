@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+
+	"github.com/streamshim/streamshim/pkg/endpoint"
 )
 
 // DefaultFile is read when no file is named and it exists.
@@ -30,15 +32,32 @@ type Config struct {
 	StreamAddress string `toml:"stream_address"`
 	// StateDir holds what is needed while processes run: process files, console sockets, records.
 	StateDir string `toml:"state_dir"`
-	// LogLevel is debug, info, warn or error; LogFormat is text or json.
-	LogLevel  string `toml:"log_level"`
+	// LogLevel is debug, info, warn or error.
+	LogLevel string `toml:"log_level"`
+	// LogFormat is text or json.
 	LogFormat string `toml:"log_format"`
+	// Admin is the Unix socket of "streamshim sessions", which only root may open; empty is none.
+	Admin string `toml:"admin"`
+	// NotifyWatch tells the user of a terminal when an operator watches it with "streamshim sessions
+	// watch".
+	NotifyWatch bool `toml:"notify_watch"`
+	// MetricsAddress is HOST:PORT, where /metrics, /healthz and /readyz are served; empty is none.
+	// There is no password: whoever can reach it can read the numbers.
+	MetricsAddress string `toml:"metrics_address"`
+	// Profiling also serves /debug/pprof/ there, which must then be a loopback address.
+	Profiling bool `toml:"profiling"`
 
 	Runtime     Runtime     `toml:"runtime"`
 	Exec        Exec        `toml:"exec"`
 	Attach      Attach      `toml:"attach"`
 	PortForward PortForward `toml:"portforward"`
 	Shutdown    Shutdown    `toml:"shutdown"`
+	Audit       Audit       `toml:"audit"`
+	Recording   Recording   `toml:"recording"`
+	Limits      Limits      `toml:"limits"`
+	Traces      Traces      `toml:"traces"`
+	// Deny refuses the sessions that any of these rules chooses.
+	Deny []Deny `toml:"deny"`
 }
 
 // Runtime overrides what the upstream says about its OCI runtime.
@@ -49,35 +68,103 @@ type Runtime struct {
 
 // Exec is how commands run in containers.
 type Exec struct {
-	OnDisconnect string   `toml:"on_disconnect"` // hangup, kill or keep
+	OnDisconnect string   `toml:"on_disconnect"` // what becomes of a command whose client has gone: hangup, kill or keep
 	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
 	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
 	StartTimeout Duration `toml:"start_timeout"` // for the OCI runtime to start the command
 	DrainIdle    Duration `toml:"drain_idle"`    // silence after which output held by a background child is complete
 	DrainMax     Duration `toml:"drain_max"`     // the same wait while output still flows
 	Linger       Duration `toml:"linger"`        // without progress, for a client to take the rest
-	IdleTimeout  Duration `toml:"idle_timeout"`  // 0 is off
-	MaxLifetime  Duration `toml:"max_lifetime"`  // 0 is off
+	IdleTimeout  Duration `toml:"idle_timeout"`  // without payload in either direction, until a session is ended; 0 is off
+	MaxLifetime  Duration `toml:"max_lifetime"`  // of a session; 0 is off
 	SyncOutput   int      `toml:"sync_output"`   // bytes of output that an ExecSync returns
 }
 
 // Attach is how attach sessions behave.
 type Attach struct {
-	Buffer      int      `toml:"buffer"` // bytes kept for a client that reads too slowly
-	IdleTimeout Duration `toml:"idle_timeout"`
-	MaxLifetime Duration `toml:"max_lifetime"`
+	Buffer      int      `toml:"buffer"`       // bytes kept for a client that reads too slowly
+	IdleTimeout Duration `toml:"idle_timeout"` // without payload in either direction, until a session is ended; 0 is off
+	MaxLifetime Duration `toml:"max_lifetime"` // of a session; 0 is off
 }
 
 // PortForward is how port-forward sessions behave.
 type PortForward struct {
-	Refused     string   `toml:"refused"` // reset or report
-	IdleTimeout Duration `toml:"idle_timeout"`
-	MaxLifetime Duration `toml:"max_lifetime"`
+	Refused     string   `toml:"refused"`      // what the client of a port where nobody listens gets: reset, or report, which makes kubectl end the whole port-forward
+	Stall       Duration `toml:"stall"`        // for one connection to hold up the others; 0 is for ever
+	IdleTimeout Duration `toml:"idle_timeout"` // without payload in either direction, until a session is ended; 0 is off
+	MaxLifetime Duration `toml:"max_lifetime"` // of a session; 0 is off
 }
 
 // Shutdown is how a running streamshim ends.
 type Shutdown struct {
 	Drain Duration `toml:"drain"` // how long sessions may go on after SIGTERM
+}
+
+// Audit is the log of who did what: a JSON line at the start and at the end of each session.
+type Audit struct {
+	Destination string `toml:"destination"` // off, file, stdout or journald
+	File        string `toml:"file"`        // for destination = "file"; made with mode 0600
+	MaxSize     int64  `toml:"max_size"`    // bytes after which the file is rotated; 0 is never
+	MaxFiles    int    `toml:"max_files"`   // rotated files that are kept, as FILE.1 (the newest), FILE.2, ...
+	// Command is how much of command lines is written and shown to operators: none, argv0 or full.
+	// Arguments often hold secrets.
+	Command  string `toml:"command"`
+	ExecSync bool   `toml:"execsync"` // also ExecSync calls, which are mostly probes
+	Fsync    string `toml:"fsync"`    // when a file's records are forced to the disk: never, interval (every second) or always
+	// OnFailure says what happens to a session whose start cannot be written down, as on a full disk:
+	// allow it all the same, or deny it.
+	OnFailure string `toml:"on_failure"`
+}
+
+// Recording is which sessions are recorded, as asciicast v2 files.
+type Recording struct {
+	Directory string `toml:"directory"` // made with mode 0700; the files have 0600
+	Input     bool   `toml:"input"`     // also what is typed, passwords included
+	NonTTY    bool   `toml:"non_tty"`   // also sessions without a terminal
+	MaxSize   int64  `toml:"max_size"`  // bytes of one recording
+	MaxFiles  int    `toml:"max_files"` // recordings that are kept, the oldest is removed first; 0 is no limit
+	MaxTotal  int64  `toml:"max_total"` // bytes of all recordings together that are kept; 0 is no limit
+	Buffer    int    `toml:"buffer"`    // bytes of one session that may wait to be written
+	// OnFailure says what happens when a session cannot be recorded completely, because of a full
+	// disk, its size, or a disk that is too slow: allow it to go on with a gap in the recording, or
+	// deny it.
+	OnFailure string `toml:"on_failure"`
+	// Rule chooses the sessions that are recorded: those that any of these rules chooses. Without
+	// rules nothing is recorded.
+	Rule []Rule `toml:"rule"`
+}
+
+// Rule chooses sessions by their pod. What is left out chooses all.
+type Rule struct {
+	Namespaces []string          `toml:"namespaces"` // any of these; * and ? stand for anything
+	PodLabels  map[string]string `toml:"pod_labels"` // all of these; the values may have * and ?
+}
+
+// Traces is where OpenTelemetry spans of exec, attach and port-forward go.
+type Traces struct {
+	Endpoint    string  `toml:"endpoint"`     // HOST:PORT of an OTLP/gRPC receiver; empty is no tracing
+	Insecure    bool    `toml:"insecure"`     // without TLS
+	SampleRatio float64 `toml:"sample_ratio"` // of the calls whose client sends no trace context; the others do as the client does
+}
+
+// Limits bound what sessions may use. 0 is no limit.
+type Limits struct {
+	Sessions             int   `toml:"sessions"`               // on this node
+	SessionsPerPod       int   `toml:"sessions_per_pod"`       // in one pod
+	SessionsPerContainer int   `toml:"sessions_per_container"` // in one container
+	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands that start at the same time; ExecSync does not count
+	WaitingStarts        int   `toml:"waiting_starts"`         // commands that may wait for their turn to start
+	Bandwidth            int64 `toml:"bandwidth"`              // bytes a second of one session, in each direction
+}
+
+// Deny is a rule that refuses sessions. What is left out chooses all, except that execsync must be
+// named in kinds.
+type Deny struct {
+	Namespaces []string          `toml:"namespaces"` // as in recording.rule
+	PodLabels  map[string]string `toml:"pod_labels"` // as in recording.rule
+	Kinds      []string          `toml:"kinds"`      // any of exec, attach, portforward and execsync
+	TTY        *bool             `toml:"tty"`        // only sessions with, or only sessions without a terminal
+	Message    string            `toml:"message"`    // for the user; a plain one when empty
 }
 
 // Duration is a time.Duration written as "1m30s".
@@ -107,6 +194,7 @@ func Default() Config {
 		StateDir:      "/run/streamshim",
 		LogLevel:      "info",
 		LogFormat:     "text",
+		Admin:         "unix:///run/streamshim/admin.sock",
 		Exec: Exec{
 			OnDisconnect: "hangup",
 			TermAfter:    Duration(5 * time.Second),
@@ -119,8 +207,18 @@ func Default() Config {
 			SyncOutput:   maxSyncOutput,
 		},
 		Attach:      Attach{Buffer: 1 << 20, IdleTimeout: Duration(4 * time.Hour)},
-		PortForward: PortForward{Refused: "reset", IdleTimeout: Duration(4 * time.Hour)},
+		PortForward: PortForward{Refused: "reset", Stall: Duration(30 * time.Second), IdleTimeout: Duration(4 * time.Hour)},
 		Shutdown:    Shutdown{Drain: Duration(10 * time.Second)},
+		Audit: Audit{
+			Destination: "off", File: "/var/log/streamshim/audit.log", MaxSize: 100 << 20, MaxFiles: 10,
+			Command: "argv0", Fsync: "interval", OnFailure: "allow",
+		},
+		Recording: Recording{
+			Directory: "/var/log/streamshim/recordings", MaxSize: 100 << 20, MaxFiles: 1000, MaxTotal: 1 << 30,
+			Buffer: 1 << 20, OnFailure: "allow",
+		},
+		Limits: Limits{Sessions: 4096, ConcurrentStarts: 32, WaitingStarts: 1024},
+		Traces: Traces{SampleRatio: 1},
 	}
 }
 
@@ -194,12 +292,8 @@ func (c *Config) validate() *ValueError {
 		return &ValueError{key, fmt.Sprintf("%q is none of %s%s", value, strings.Join(choices, ", "), nearest(value, choices))}
 	}
 	socket := func(key, value string) *ValueError {
-		path, err := SocketPath(value)
-		if err != nil {
+		if _, err := endpoint.Path(value); err != nil {
 			return &ValueError{key, err.Error()}
-		}
-		if len(path) > maxSocketPath {
-			return &ValueError{key, fmt.Sprintf("the path has %d characters; a Unix socket's may have %d", len(path), maxSocketPath)}
 		}
 		return nil
 	}
@@ -211,6 +305,14 @@ func (c *Config) validate() *ValueError {
 		choice("portforward.refused", c.PortForward.Refused, "reset", "report"),
 		loopback("stream_address", c.StreamAddress),
 	}
+	if c.Admin != "" {
+		checks = append(checks, socket("admin", c.Admin))
+		if c.Admin == c.Listen {
+			checks = append(checks, &ValueError{"admin", "is the socket on which CRI is served; choose another path"})
+		}
+	}
+	checks = append(checks, c.validateOperation(choice)...)
+	checks = append(checks, c.validateTelemetry()...)
 	if c.Upstream != "" {
 		checks = append(checks, socket("upstream", c.Upstream))
 		if c.Upstream == c.Listen {
@@ -238,22 +340,7 @@ func (c *Config) validate() *ValueError {
 	return nil
 }
 
-const (
-	maxSocketPath   = 107 // unix(7): 108 with the terminating zero
-	minAttachBuffer = 4 << 10
-)
-
-// SocketPath takes the path out of unix:///path; a bare absolute path is good too.
-func SocketPath(address string) (string, error) {
-	path, ok := strings.CutPrefix(address, "unix://")
-	if !ok && strings.Contains(address, "://") {
-		return "", fmt.Errorf("%q is not a Unix socket; write unix:///path", address)
-	}
-	if !strings.HasPrefix(path, "/") {
-		return "", fmt.Errorf("%q needs an absolute path, as in unix:///run/streamshim/streamshim.sock", address)
-	}
-	return path, nil
-}
+const minAttachBuffer = 4 << 10
 
 // loopback refuses addresses that other machines could reach: the token in the URL is the only
 // credential (containerd#2483, cri-dockerd#106).
@@ -278,17 +365,28 @@ func (c *Config) Level() slog.Level {
 	return level
 }
 
-// lineOf is the line that sets a key, or 1 when no line does.
+// lineOf is the line that sets a key, or 1 when no line does. A key of the third table of an array
+// is written as "deny[2].kinds".
 func lineOf(text []byte, key string) int {
 	table, name := "", key
 	if i := strings.LastIndex(key, "."); i >= 0 {
 		table, name = key[:i], key[i+1:]
 	}
-	current := ""
+	current, header := "", 1
+	seen := make(map[string]int) // tables of each array
 	for i, line := range strings.Split(string(text), "\n") {
 		line = strings.TrimSpace(line)
-		if header, ok := strings.CutPrefix(line, "["); ok {
-			current = strings.TrimSpace(strings.SplitN(header, "]", 2)[0])
+		if array, ok := strings.CutPrefix(line, "[["); ok {
+			array = strings.TrimSpace(strings.SplitN(array, "]", 2)[0])
+			current = fmt.Sprintf("%s[%d]", array, seen[array])
+			seen[array]++
+			if current == table {
+				header = i + 1 // when none of the table's own lines sets the key
+			}
+			continue
+		}
+		if table, ok := strings.CutPrefix(line, "["); ok {
+			current = strings.TrimSpace(strings.SplitN(table, "]", 2)[0])
 			continue
 		}
 		left, _, ok := strings.Cut(line, "=")
@@ -297,33 +395,37 @@ func lineOf(text []byte, key string) int {
 			return i + 1
 		}
 	}
-	return 1
+	return header
 }
 
 // suggestion is a hint at the key that was probably meant.
 func suggestion(key string) string {
 	var known []string
-	collectKeys("", Default(), &known)
+	example := Default()
+	example.Deny, example.Recording.Rule = []Deny{{TTY: new(bool)}}, []Rule{{}} // tables of which there may be none
+	collectKeys("", example, &known)
 	return nearest(key, known)
 }
 
 func collectKeys(prefix string, value any, keys *[]string) {
-	text, err := toml.Marshal(value)
-	if err != nil {
-		return // cannot happen: the struct is made of plain types
-	}
-	var tree map[string]any
-	if err := toml.Unmarshal(text, &tree); err != nil {
-		return // as above
-	}
+	collectTreeKeys(prefix, tree(value), keys)
+	slices.Sort(*keys)
+}
+
+func collectTreeKeys(prefix string, tree map[string]any, keys *[]string) {
 	for name, v := range tree {
 		if sub, ok := v.(map[string]any); ok {
-			collectKeys(prefix+name+".", sub, keys)
+			collectTreeKeys(prefix+name+".", sub, keys)
 			continue
+		}
+		if array, ok := v.([]any); ok && len(array) > 0 {
+			if table, ok := array[0].(map[string]any); ok {
+				collectTreeKeys(prefix+name+".", table, keys)
+				continue
+			}
 		}
 		*keys = append(*keys, prefix+name)
 	}
-	slices.Sort(*keys)
 }
 
 // nearest says which of the choices the value resembles, if one does.

@@ -116,7 +116,7 @@ func parseProcessStartTime(stat string) (uint64, error) {
 	if end < 0 {
 		return 0, errors.New("malformed /proc/pid/stat")
 	}
-	const state, startTime = 3 - 3, 22 - 3 // counted from field 3
+	const state, startTime = 0, 19 // fields 3 and 22, counted from field 3
 	fields := strings.Fields(stat[end+1:])
 	if len(fields) <= startTime {
 		return 0, errors.New("malformed /proc/pid/stat")

@@ -14,6 +14,8 @@ import (
 // container's life and are shared between its sessions: nobody writes to what they point to.
 type Container struct {
 	session.Target
+	// PodLabels are the labels of the pod's sandbox, nil when they are not known.
+	PodLabels map[string]string
 
 	// RuntimeType is the upstream's word for the runtime, such as "io.containerd.runc.v2" with
 	// containerd, or "oci" or "vm" with CRI-O. For logs.
@@ -38,10 +40,20 @@ type Container struct {
 	UIDMappings, GIDMappings []specs.LinuxIDMapping
 }
 
+// user is whom a process runs as in the container, nil when that is not known.
+func (c Container) user() *session.User {
+	if c.Process == nil {
+		return nil
+	}
+	return &session.User{UID: c.Process.User.UID, GID: c.Process.User.GID}
+}
+
 // Sandbox is what was found out about a ready pod sandbox. ContainerID and ContainerName of its
 // Target are empty.
 type Sandbox struct {
 	session.Target
+	// PodLabels are the labels of the pod's sandbox, nil when they are not known.
+	PodLabels map[string]string
 
 	// NetworkNamespace is the path of the pod's network namespace, empty when the pod uses the
 	// host's.

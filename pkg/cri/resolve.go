@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	containerd "github.com/containerd/containerd/v2/client"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -19,6 +20,7 @@ import (
 // resolver finds out about containers and sandboxes by asking the upstream.
 type resolver struct {
 	upstream   *Upstream
+	containerd *containerd.Client // used when the upstream is containerd
 	log        *slog.Logger
 	containers *containerCache
 	lookPath   func(string) (string, error) // absolute path of a binary
@@ -31,8 +33,19 @@ type resolver struct {
 // maxWarned bounds resolver.warned.
 const maxWarned = 1024
 
-func newResolver(upstream *Upstream, log *slog.Logger) *resolver {
-	return &resolver{upstream: upstream, log: log, containers: newContainerCache(), lookPath: lookPath, warned: make(map[string]struct{})}
+func newResolver(upstream *Upstream, log *slog.Logger) (*resolver, error) {
+	client, err := newContainerdClient(upstream)
+	if err != nil {
+		return nil, err
+	}
+	return &resolver{
+		upstream:   upstream,
+		containerd: client,
+		log:        log,
+		containers: newContainerCache(),
+		lookPath:   lookPath,
+		warned:     make(map[string]struct{}),
+	}, nil
 }
 
 func lookPath(binary string) (string, error) {
@@ -66,17 +79,66 @@ func (r *resolver) running(ctx context.Context, id string) (Container, error) {
 		PodNamespace:  kubelettypes.GetPodNamespace(labels),
 		PodUID:        kubelettypes.GetPodUID(labels),
 	}}
-	if err := r.addFacts(ctx, &container, response.GetInfo()); err != nil {
-		switch status.Code(err) {
-		case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
-			return Container{}, err
-		}
+	factsErr := r.addFacts(ctx, &container, response.GetInfo())
+	if isTransient(factsErr) {
+		return Container{}, factsErr
+	}
+	if err := r.addPodLabels(ctx, &container); isTransient(err) {
+		return Container{}, err
+	} else if err != nil {
+		r.log.Debug("the labels of the container's pod are not known", "container", container.ContainerID, "error", err)
+	}
+	if factsErr != nil {
 		// What cannot be found out may be known at the next call: not cached.
-		r.warnRelayed(container, err)
+		r.warnRelayed(container, factsErr)
 		return container, nil
 	}
 	r.containers.put(container)
 	return container, nil
+}
+
+// isTransient tells whether a question may have an answer when asked again.
+func isTransient(err error) bool {
+	switch status.Code(err) {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+		return true
+	}
+	return false
+}
+
+// addPodLabels adds the labels of the container's sandbox, which do not change in its life. A
+// runtime whose verbose status does not name the sandbox is asked for it.
+func (r *resolver) addPodLabels(ctx context.Context, container *Container) error {
+	if container.SandboxID == "" {
+		list, err := r.upstream.runtime.ListContainers(ctx, &runtimeapi.ListContainersRequest{
+			Filter: &runtimeapi.ContainerFilter{Id: container.ContainerID},
+		})
+		if err != nil {
+			return err
+		}
+		for _, found := range list.GetContainers() {
+			if found.GetId() == container.ContainerID {
+				container.SandboxID = found.GetPodSandboxId()
+			}
+		}
+	}
+	if container.SandboxID == "" {
+		return errors.New("the runtime does not say which sandbox is the container's")
+	}
+	response, err := r.upstream.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: container.SandboxID})
+	if err != nil {
+		return err
+	}
+	container.PodLabels = knownLabels(response.GetStatus().GetLabels())
+	return nil
+}
+
+// knownLabels is never nil, which would mean that the labels are not known.
+func knownLabels(labels map[string]string) map[string]string {
+	if labels == nil {
+		return map[string]string{}
+	}
+	return labels
 }
 
 // warnRelayed writes once about a container that should have been served here and is not. Such a
@@ -95,9 +157,9 @@ func (r *resolver) warnRelayed(container Container, reason error) {
 	}
 }
 
-// addFacts adds what the verbose status says. After an error the container has no Runtime.
+// addFacts adds what the upstream says about the runtime and the process. After an error the container has no Runtime.
 func (r *resolver) addFacts(ctx context.Context, container *Container, verbose map[string]string) error {
-	info, err := parseContainerInfo(verbose)
+	info, err := r.containerInfo(ctx, container.ContainerID, verbose)
 	if err != nil {
 		return err
 	}
@@ -114,7 +176,7 @@ func (r *resolver) addFacts(ctx context.Context, container *Container, verbose m
 		return nil
 	}
 	if info.RuntimeSpec == nil || info.RuntimeSpec.Process == nil {
-		return errors.New("the verbose status has no process spec")
+		return errors.New("the runtime gives no process spec")
 	}
 	container.Runtime = runtime.binary
 	container.Root = runtime.root
@@ -129,6 +191,28 @@ func (r *resolver) addFacts(ctx context.Context, container *Container, verbose m
 		r.log.Debug("the container's init process cannot be watched", "container", container.ContainerID, "error", err)
 	}
 	return nil
+}
+
+// containerInfo is what the verbose status says, and with containerd its own API, which has the last
+// word.
+func (r *resolver) containerInfo(ctx context.Context, id string, verbose map[string]string) (containerInfo, error) {
+	info, err := parseContainerInfo(verbose)
+	name, nameErr := r.upstreamName(ctx)
+	if nameErr != nil {
+		return info, nameErr
+	}
+	if name != containerdName {
+		return info, err
+	}
+	containerdErr := addContainerdFacts(ctx, r.containerd, id, &info)
+	if containerdErr == nil {
+		return info, nil
+	}
+	r.log.Debug("containerd's API does not help, its verbose status must do", "container", id, "error", containerdErr)
+	if err != nil {
+		return info, errors.Join(containerdErr, err)
+	}
+	return info, nil
 }
 
 func (r *resolver) ociRuntime(ctx context.Context, id string, info containerInfo) (ociRuntime, error) {
@@ -181,7 +265,7 @@ func (r *resolver) readySandbox(ctx context.Context, id string) (Sandbox, error)
 		PodName:      kubelettypes.GetPodName(labels),
 		PodNamespace: kubelettypes.GetPodNamespace(labels),
 		PodUID:       kubelettypes.GetPodUID(labels),
-	}}
+	}, PodLabels: knownLabels(labels)}
 	info, infoErr := parseSandboxInfo(response.GetInfo())
 	sandbox.Pid = info.Pid
 	if found.GetLinux().GetNamespaces().GetOptions().GetNetwork() == runtimeapi.NamespaceMode_NODE {

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming"
 )
 
@@ -71,8 +72,10 @@ func (s *Server) exec(ctx context.Context, raw []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	session := &streaming.ExecRequest{
-		Target: container.Target,
+	exec := &streaming.ExecRequest{
+		Target:    container.Target,
+		PodLabels: container.PodLabels,
+		Trace:     traceOf(ctx),
 		Command: streaming.Command{
 			Args:   request.GetCmd(),
 			Env:    envs,
@@ -81,18 +84,19 @@ func (s *Server) exec(ctx context.Context, raw []byte) (any, error) {
 			Stderr: request.GetStderr(),
 			TTY:    request.GetTty(),
 		},
+		User:      container.user(),
 		EndReason: s.endReason(container),
 	}
 	if container.Runtime != "" {
-		session.Executor = s.engine.Executor(container)
+		exec.Executor = s.engine.Executor(container)
 	} else {
-		session.UpstreamURL = func(ctx context.Context) (string, error) {
+		exec.UpstreamURL = func(ctx context.Context) (string, error) {
 			var response runtimeapi.ExecResponse
-			err := s.upstream.conn.Invoke(ctx, runtimeapi.RuntimeService_Exec_FullMethodName, newFrame(raw), &response, grpc.ForceCodecV2(s.codec))
+			err := s.upstream.conn.Invoke(withTrace(ctx, exec.Trace), runtimeapi.RuntimeService_Exec_FullMethodName, newFrame(raw), &response, grpc.ForceCodecV2(s.codec))
 			return response.GetUrl(), err
 		}
 	}
-	url, err := s.streams.Exec(session)
+	url, err := s.streams.Exec(exec)
 	if err != nil {
 		return nil, s.streamError(err)
 	}
@@ -114,16 +118,20 @@ func (s *Server) attach(ctx context.Context, raw []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	trace := traceOf(ctx)
 	url, err := s.streams.Attach(&streaming.AttachRequest{
 		Target:    container.Target,
+		PodLabels: container.PodLabels,
+		Trace:     trace,
 		Stdin:     request.GetStdin(),
 		Stdout:    request.GetStdout(),
 		Stderr:    request.GetStderr(),
 		TTY:       request.GetTty(),
 		StdinOnce: container.StdinOnce,
+		User:      container.user(),
 		UpstreamURL: func(ctx context.Context) (string, error) {
 			var response runtimeapi.AttachResponse
-			err := s.upstream.conn.Invoke(ctx, runtimeapi.RuntimeService_Attach_FullMethodName, newFrame(raw), &response, grpc.ForceCodecV2(s.codec))
+			err := s.upstream.conn.Invoke(withTrace(ctx, trace), runtimeapi.RuntimeService_Attach_FullMethodName, newFrame(raw), &response, grpc.ForceCodecV2(s.codec))
 			return response.GetUrl(), err
 		},
 		EndReason: s.endReason(container),
@@ -147,9 +155,11 @@ func (s *Server) portForward(ctx context.Context, raw []byte) (any, error) {
 		return nil, err
 	}
 	url, err := s.streams.PortForward(&streaming.PortForwardRequest{
-		Target: sandbox.Target,
-		Ports:  request.GetPort(),
-		Open:   func() (streaming.PortForwarder, error) { return s.engine.Forwarder(sandbox) },
+		Target:    sandbox.Target,
+		PodLabels: sandbox.PodLabels,
+		Trace:     traceOf(ctx),
+		Ports:     request.GetPort(),
+		Open:      func() (streaming.PortForwarder, error) { return s.engine.Forwarder(sandbox) },
 	})
 	if err != nil {
 		return nil, s.streamError(err)
@@ -173,15 +183,20 @@ func (s *Server) execSync(ctx context.Context, raw []byte) (any, error) {
 		return nil, status.Error(codes.InvalidArgument, "timeout must not be negative")
 	}
 	// The upstream checks the state itself.
-	if known, ok := s.resolver.containers.peek(request.GetContainerId()); ok && known.Runtime == "" {
-		return s.forwardUnary(ctx, runtimeapi.RuntimeService_ExecSync_FullMethodName, raw)
+	container, known := s.resolver.containers.peek(request.GetContainerId())
+	if !known || container.Runtime != "" {
+		if container, err = s.resolver.running(ctx, request.GetContainerId()); err != nil {
+			return nil, err
+		}
 	}
-	container, err := s.resolver.running(ctx, request.GetContainerId())
+	end, err := s.beginSync(ctx, container, &request, envs)
 	if err != nil {
-		return nil, err
+		return nil, s.streamError(err)
 	}
 	if container.Runtime == "" {
-		return s.forwardUnary(ctx, runtimeapi.RuntimeService_ExecSync_FullMethodName, raw)
+		answer, err := s.forwardUnary(ctx, runtimeapi.RuntimeService_ExecSync_FullMethodName, raw)
+		end(forwardedSync(answer, err))
+		return answer, err
 	}
 	timeout := time.Duration(min(request.GetTimeout(), math.MaxInt64/int64(time.Second))) * time.Second
 	result, err := s.engine.ExecSync(ctx, container, SyncRequest{
@@ -190,9 +205,13 @@ func (s *Server) execSync(ctx context.Context, raw []byte) (any, error) {
 		Timeout:     timeout,
 		OutputLimit: s.outputLimit,
 	})
+	output := int64(len(result.Stdout) + len(result.Stderr))
 	if err != nil {
-		return nil, execSyncError(ctx, timeout, err)
+		err = execSyncError(ctx, timeout, err)
+		end(failedSync(err), output)
+		return nil, err
 	}
+	end(session.Outcome{Reason: "exited", ExitCode: result.ExitCode}, output)
 	return &runtimeapi.ExecSyncResponse{Stdout: result.Stdout, Stderr: result.Stderr, ExitCode: int32(result.ExitCode)}, nil
 }
 

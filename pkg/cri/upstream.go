@@ -14,6 +14,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/streamshim/streamshim/pkg/endpoint"
 )
 
 const (
@@ -44,8 +46,8 @@ type Upstream struct {
 // NewUpstream prepares the connection to a runtime endpoint, "unix:///run/containerd/containerd.sock"
 // or a plain absolute path. It does not connect. maxMessageSize is in bytes; 0 means
 // DefaultMaxMessageSize. The caller closes the Upstream.
-func NewUpstream(endpoint string, maxMessageSize int) (*Upstream, error) {
-	path, err := SocketPath(endpoint)
+func NewUpstream(address string, maxMessageSize int) (*Upstream, error) {
+	path, err := endpoint.Path(address)
 	if err != nil {
 		return nil, fmt.Errorf("upstream endpoint: %w", err)
 	}
@@ -91,7 +93,7 @@ func NewUpstream(endpoint string, maxMessageSize int) (*Upstream, error) {
 		}),
 	)
 	if err != nil {
-		return nil, fmt.Errorf("upstream endpoint %q: %w", endpoint, err)
+		return nil, fmt.Errorf("upstream endpoint %q: %w", u.endpoint, err)
 	}
 	u.runtime = runtimeapi.NewRuntimeServiceClient(u.conn)
 	return u, nil
@@ -99,6 +101,12 @@ func NewUpstream(endpoint string, maxMessageSize int) (*Upstream, error) {
 
 // Endpoint is the upstream's address, always in the form unix:///path.
 func (u *Upstream) Endpoint() string { return u.endpoint }
+
+// Answers asks for the upstream's version and tells why there is no answer.
+func (u *Upstream) Answers(ctx context.Context) error {
+	_, err := u.runtime.Version(ctx, &runtimeapi.VersionRequest{})
+	return err
+}
 
 // Close ends the connection and every call on it.
 func (u *Upstream) Close() error { return u.conn.Close() }
@@ -144,16 +152,4 @@ func (u *Upstream) nameEndpoint(err error) error {
 
 func (u *Upstream) unavailable(reason string) error {
 	return status.Errorf(codes.Unavailable, "container runtime at %s cannot be reached: %s", u.endpoint, reason)
-}
-
-// SocketPath takes the path out of an endpoint in the form unix:///path, unix:/path or /path.
-func SocketPath(endpoint string) (string, error) {
-	path := strings.TrimPrefix(endpoint, "unix:")
-	if strings.HasPrefix(path, "//") {
-		path = strings.TrimPrefix(path, "//")
-	}
-	if !strings.HasPrefix(path, "/") {
-		return "", fmt.Errorf("%q is not a Unix socket: write unix:///path/to/socket", endpoint)
-	}
-	return path, nil
 }

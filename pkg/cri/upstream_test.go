@@ -13,23 +13,6 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-func TestSocketPath(t *testing.T) {
-	for endpoint, want := range map[string]string{
-		"unix:///run/c.sock": "/run/c.sock",
-		"unix:/run/c.sock":   "/run/c.sock",
-		"/run/c.sock":        "/run/c.sock",
-		"run/c.sock":         "",
-		"unix://run/c.sock":  "",
-		"tcp://1.2.3.4:5":    "",
-		"":                   "",
-	} {
-		got, err := SocketPath(endpoint)
-		if got != want || (err == nil) != (want != "") {
-			t.Errorf("%q: %q, %v, want %q", endpoint, got, err, want)
-		}
-	}
-}
-
 // While the upstream is away a call fails at once and names it; the first call after its return
 // works, whatever gRPC's backoff is at.
 func TestUpstreamRestart(t *testing.T) {

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -37,7 +38,10 @@ type reaper struct {
 	epoll   *os.File
 	signals chan os.Signal
 	stop    chan struct{}
-	loops   sync.WaitGroup
+	// startEnded asks for a look at what had to wait. While starts are under way SIGCHLD alone does not
+	// bring one: most come from the runtime, and a look costs more than the rest of a start's work here.
+	startEnded chan struct{}
+	loops      sync.WaitGroup
 
 	mu         sync.Mutex
 	watches    map[int32]*watch // by token
@@ -47,6 +51,8 @@ type reaper struct {
 	starts     map[uint64]struct{} // under way
 	lastStart  uint64
 	orphans    map[int]uint64 // zombies seen, with the last Start begun by then
+	unseen     bool           // SIGCHLD came while a Start was under way; nobody has looked yet
+	looked     time.Time
 	names      uint64
 }
 
@@ -126,6 +132,7 @@ func newReaper() (*reaper, error) {
 		epoll:      os.NewFile(uintptr(epfd), "epoll"),
 		signals:    make(chan os.Signal, 1), // one is enough: it says "look", not who
 		stop:       make(chan struct{}),
+		startEnded: make(chan struct{}, 1),
 		watches:    map[int32]*watch{},
 		processes:  map[int]*watch{},
 		containers: map[int]*watch{},
@@ -168,6 +175,14 @@ func (r *reaper) waitForOrphans() {
 	for {
 		select {
 		case <-r.signals:
+			r.mu.Lock()
+			busy := len(r.starts) > 0
+			r.unseen = r.unseen || busy
+			r.mu.Unlock()
+			if !busy {
+				r.reapOrphans()
+			}
+		case <-r.startEnded:
 			r.reapOrphans()
 		case <-r.stop:
 			return
@@ -263,13 +278,19 @@ func (r *reaper) beginStart() uint64 {
 	return r.lastStart
 }
 
+// lookInterval is the least time between looks for orphans while starts go on and on.
+const lookInterval = 100 * time.Millisecond
+
 func (r *reaper) endStart(start uint64) {
 	r.mu.Lock()
 	delete(r.starts, start)
-	waiting := len(r.orphans) > 0
+	look := (r.unseen || len(r.orphans) > 0) && (len(r.starts) == 0 || time.Since(r.looked) > lookInterval)
 	r.mu.Unlock()
-	if waiting {
-		r.reapOrphans()
+	if look {
+		select {
+		case r.startEnded <- struct{}{}:
+		default: // it is about to look
+		}
 	}
 }
 
@@ -337,6 +358,7 @@ func (r *reaper) name() uint64 {
 func (r *reaper) reapOrphans() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.unseen, r.looked = false, time.Now()
 	var info unix.Siginfo
 	err := unix.Waitid(unix.P_ALL, 0, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
 	if err == unix.ECHILD || (err == nil && info.Signo == 0) {

@@ -19,6 +19,7 @@ import (
 // Policy says what becomes of a process whose client has gone.
 type Policy string
 
+// The policies.
 const (
 	PolicyHangup Policy = "hangup" // hang-up, then TERM, then KILL, each for the whole tree
 	PolicyKill   Policy = "kill"   // KILL for the whole tree at once
@@ -47,6 +48,10 @@ type Config struct {
 	DrainMax time.Duration
 	// Logger gets what an operator should know; default slog.Default.
 	Logger *slog.Logger
+	// OnKill is called when something of a process's tree still lived when its time after
+	// Disconnect was over and so had to be killed, or at once with PolicyKill. It must not block.
+	// May be nil.
+	OnKill func()
 }
 
 func (c Config) withDefaults() (Config, error) {
@@ -202,6 +207,10 @@ func (r *Runner) start(ctx context.Context, c Container, command Command, policy
 			p.Close()
 		}
 	}()
+	// Looked at only now: from here on the pidfd keeps the process from being mistaken.
+	if p.init != nil && c.InitStartTime != 0 && !(identity{c.InitPid, c.InitStartTime}).alive() {
+		return nil, fmt.Errorf("start command: %w: its main process %d has ended", ErrNotRunning, c.InitPid)
+	}
 	if command.TTY {
 		err = r.startWithTerminal(ctx, p, spec, command, files)
 	} else {

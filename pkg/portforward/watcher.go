@@ -156,7 +156,7 @@ func (w *Watcher) forget(entry *watchedNamespace) {
 	entry.folder.users--
 	if entry.folder.users == 0 {
 		delete(w.folders, entry.folder.path)
-		w.control(func(fd int) error {
+		w.control(func(fd int) error { //nolint:errcheck // a watch that is gone already is as good as removed
 			_, err := unix.InotifyRmWatch(fd, uint32(entry.folder.descriptor)) // fails when the folder is gone
 			return err
 		})

@@ -8,7 +8,9 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -20,6 +22,9 @@ const (
 	Exec        Kind = "exec"
 	Attach      Kind = "attach"
 	PortForward Kind = "portforward"
+	// ExecSync is a command without streams, such as a probe. It is no session of the registry, but
+	// it is audited and may be denied like one.
+	ExecSync Kind = "execsync"
 )
 
 // Phase says how far a session has come.
@@ -35,12 +40,44 @@ const (
 
 // Info is what is known of a session when it begins. It does not change.
 type Info struct {
-	Kind     Kind
-	Target   Target
-	Protocol string   // such as "SPDY/3.1 v4.channel.k8s.io"
-	Peer     string   // the client's network address
-	Command  []string // of an exec; never logged
-	TTY      bool
+	Kind   Kind
+	Target Target
+	// PodLabels are the labels of the pod's sandbox, nil when they are not known. They are shared:
+	// nobody writes to the map.
+	PodLabels map[string]string
+	Protocol  string   // such as "SPDY/3.1 v4.channel.k8s.io"
+	Peer      string   // the client's network address
+	Command   []string // of an exec; never logged
+	TTY       bool
+	// User is whom the process runs as, inside the container; nil when that is not known.
+	User *User
+	// AuditID is the API server's id of the request, as KEP-6035 hands it down; empty when the
+	// client did not come through an API server that does, or not through an API server at all
+	// (kubernetes#119640).
+	AuditID string
+	// Trace is the W3C trace context of the CRI call ("traceparent", "tracestate"), nil when it has
+	// none.
+	Trace map[string]string
+}
+
+// User is the user of a process as its container sees it.
+type User struct {
+	UID uint32 `json:"uid"`
+	GID uint32 `json:"gid"`
+}
+
+// AuditIDVariable is the environment variable with which a request carries its audit ID (KEP-6035).
+const AuditIDVariable = "KUBERNETES_EXEC_AUDIT_ID"
+
+// AuditID finds the audit ID among a request's environment variables, each "NAME=value"; the last
+// one counts, as it does for the process.
+func AuditID(env []string) string {
+	for _, variable := range slices.Backward(env) {
+		if value, ok := strings.CutPrefix(variable, AuditIDVariable+"="); ok {
+			return value
+		}
+	}
+	return ""
 }
 
 // Connection is what the registry asks of a session's connection.
@@ -66,13 +103,17 @@ type Session struct {
 	ID    string // 16 hexadecimal digits
 	Start time.Time
 
+	// Taps is where recorders and watchers listen.
+	Taps Taps
+
 	registry *Registry
-	conn     Connection
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
 
-	mu    sync.Mutex
-	phase Phase
+	mu       sync.Mutex
+	conn     Connection // nil until Connect
+	phase    Phase
+	controls Controls // nil until the process runs
 }
 
 // Outcome is how a session ended.
@@ -82,9 +123,45 @@ type Outcome struct {
 	Err      error  // what went wrong, nil when nothing did
 }
 
+// Guard decides whether sessions may begin, and sees each that did to its end: limits, the audit
+// log, the recorder. Its methods are called from many goroutines.
+type Guard interface {
+	// Check refuses at the CRI call what is certain to be refused later, without holding anything.
+	Check(Info) error
+	// Admit is called before the client's connection is upgraded. A *RefusedError, or any other
+	// error, refuses the session.
+	Admit(context.Context, *Session) error
+	// Ended is called once for each session that this guard has admitted.
+	Ended(*Session, Outcome)
+	// Refused is told of a session that another guard has refused before this one was asked to
+	// admit it.
+	Refused(Info, error)
+}
+
+// Refusal says why a session is refused, for the choice of a status code.
+type Refusal string
+
+// The kinds of refusal.
+const (
+	Denied      Refusal = "denied"      // a rule forbids it
+	TooMany     Refusal = "too-many"    // a limit is reached; it may work later
+	Unavailable Refusal = "unavailable" // it cannot be audited or recorded as the configuration demands
+)
+
+// RefusedError is why a guard refuses a session. Its text is for the client.
+type RefusedError struct {
+	Refusal Refusal
+	Message string
+}
+
+func (e *RefusedError) Error() string { return e.Message }
+
 // Registry holds the live sessions. The zero value is not usable; see NewRegistry.
 type Registry struct {
-	log *slog.Logger
+	log    *slog.Logger
+	guards []Guard
+	// observers are complete before the first session begins.
+	observers []Observer
 
 	mu       sync.Mutex
 	sessions map[string]*Session
@@ -96,18 +173,32 @@ type Registry struct {
 var ErrClosed = errors.New("streamshim is shutting down and takes no new sessions")
 
 // NewRegistry returns an empty registry that logs one line at the start and one at the end of each
-// session.
-func NewRegistry(log *slog.Logger) *Registry {
-	return &Registry{log: log, sessions: make(map[string]*Session), empty: make(chan struct{})}
+// session. The guards are asked in this order; when one refuses, those before it see the session end.
+func NewRegistry(log *slog.Logger, guards ...Guard) *Registry {
+	return &Registry{log: log, guards: guards, sessions: make(map[string]*Session), empty: make(chan struct{})}
 }
 
-// Begin registers a session. The caller ends it with End, exactly once.
-func (r *Registry) Begin(ctx context.Context, info Info, conn Connection) (*Session, error) {
+// Check says whether a session would be refused as things are now.
+func (r *Registry) Check(info Info) error {
+	for i, g := range r.guards {
+		if err := g.Check(info); err != nil {
+			r.refused(info, err, i)
+			r.tellRefused(info, err)
+			return err
+		}
+	}
+	return nil
+}
+
+// Begin registers a session, before its client's connection is upgraded. The error is ErrClosed or a
+// guard's. The caller gives the session its connection with Connect, and ends it with End, exactly
+// once.
+func (r *Registry) Begin(ctx context.Context, info Info) (*Session, error) {
 	var id [8]byte
 	rand.Read(id[:]) //nolint:errcheck // never fails, see crypto/rand
 	s := &Session{
 		Info: info, ID: hex.EncodeToString(id[:]), Start: time.Now(),
-		registry: r, conn: conn, phase: Starting,
+		registry: r, phase: Starting,
 	}
 	s.ctx, s.cancel = context.WithCancelCause(ctx)
 	r.mu.Lock()
@@ -118,8 +209,44 @@ func (r *Registry) Begin(ctx context.Context, info Info, conn Connection) (*Sess
 	}
 	r.sessions[s.ID] = s
 	r.mu.Unlock()
+	for i, g := range r.guards {
+		if err := g.Admit(ctx, s); err != nil {
+			for _, admitted := range slices.Backward(r.guards[:i]) {
+				admitted.Ended(s, Outcome{Reason: "refused", ExitCode: -1, Err: err})
+			}
+			for _, later := range r.guards[i+1:] {
+				later.Refused(info, err)
+			}
+			s.cancel(err)
+			r.remove(s)
+			r.tellRefused(info, err)
+			r.log.Info("session refused", append(s.attributes(), "error", err)...)
+			return nil, err
+		}
+	}
+	for _, o := range r.observers {
+		o.Began(s)
+	}
 	r.log.Info("session start", s.attributes()...)
 	return s, nil
+}
+
+// refused tells the guards that one of them has refused a session.
+func (r *Registry) refused(info Info, reason error, by int) {
+	for i, g := range r.guards {
+		if i != by {
+			g.Refused(info, reason)
+		}
+	}
+}
+
+func (r *Registry) remove(s *Session) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.sessions, s.ID)
+	if r.closed && len(r.sessions) == 0 {
+		close(r.empty)
+	}
 }
 
 // List returns the live sessions, oldest first.
@@ -158,8 +285,66 @@ func (s *Session) Context() context.Context { return s.ctx }
 // Stop tells the session to end. The first cause counts.
 func (s *Session) Stop(cause *EndError) { s.cancel(cause) }
 
-// Connection is the session's connection.
-func (s *Session) Connection() Connection { return s.conn }
+// Connect gives the session its connection.
+func (s *Session) Connect(c Connection) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.conn = c
+}
+
+// Connection is the session's connection, nil before Connect.
+func (s *Session) Connection() Connection {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.conn
+}
+
+// Transferred is the payload received from and sent to the client so far, in bytes.
+func (s *Session) Transferred() (received, sent int64) {
+	if c := s.Connection(); c != nil {
+		return c.Transferred()
+	}
+	return 0, 0
+}
+
+// Idle is how long no payload has moved.
+func (s *Session) Idle(now time.Time) time.Duration {
+	last := s.Start
+	if c := s.Connection(); c != nil {
+		if t := c.LastActivity(); t.After(last) {
+			last = t
+		}
+	}
+	return max(now.Sub(last), 0)
+}
+
+// Controls is what an operator can do to a session that runs.
+type Controls interface {
+	// PID is the process's in our pid namespace, 0 when it is not known.
+	PID() int
+	// Signal signals the session's process. The error is ErrNotSupported when there is none of ours.
+	Signal(syscall.Signal) error
+	// Notice shows a line of text to the user of a terminal. It may wait for the client to read, at
+	// most until the session ends.
+	Notice(text string) error
+}
+
+// ErrNotSupported is a control that this session does not have.
+var ErrNotSupported = errors.New("the process of this session is not ours: it is served by the runtime, or there is none")
+
+// SetControls says that the session's process runs.
+func (s *Session) SetControls(c Controls) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.controls = c
+}
+
+// Controls is nil as long as no process runs.
+func (s *Session) Controls() Controls {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.controls
+}
 
 // Phase is how far the session has come.
 func (s *Session) Phase() Phase {
@@ -171,8 +356,15 @@ func (s *Session) Phase() Phase {
 // SetPhase notes how far the session has come.
 func (s *Session) SetPhase(p Phase) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	changed := s.phase != p
 	s.phase = p
+	s.mu.Unlock()
+	if !changed {
+		return
+	}
+	for _, o := range s.registry.observers {
+		o.PhaseChanged(s, p)
+	}
 }
 
 // Log returns a logger that names the session in each line.
@@ -182,13 +374,14 @@ func (s *Session) Log() *slog.Logger { return s.registry.log.With("session", s.I
 func (s *Session) End(o Outcome) {
 	s.cancel(nil)
 	r := s.registry
-	r.mu.Lock()
-	delete(r.sessions, s.ID)
-	if r.closed && len(r.sessions) == 0 {
-		close(r.empty)
+	for _, g := range slices.Backward(r.guards) {
+		g.Ended(s, o)
 	}
-	r.mu.Unlock()
-	received, sent := s.conn.Transferred()
+	for _, observer := range r.observers {
+		observer.Ended(s, o)
+	}
+	r.remove(s)
+	received, sent := s.Transferred()
 	attributes := append(s.attributes(),
 		"reason", o.Reason, "duration", time.Since(s.Start).Round(time.Millisecond),
 		"received", received, "sent", sent)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"net"
 	"net/http"
@@ -26,6 +27,7 @@ type portForwardSession struct {
 	forwarder PortForwarder
 	client    connection
 
+	bandwidth   *bandwidth
 	connections sync.WaitGroup
 
 	mu      sync.Mutex
@@ -33,6 +35,8 @@ type portForwardSession struct {
 	open    map[*forwardedConnection]struct{}
 	// What connections that have ended moved, in bytes.
 	received, sent int64
+	endReason      error // why the session ends, for the client; nil while it goes on
+	told           bool  // a client's error stream has been, or is being, written the reason
 
 	// legacy are the connections of a WebSocket client that names its ports in the CRI request: one
 	// for each port, open from the start.
@@ -40,7 +44,8 @@ type portForwardSession struct {
 	legacyDone chan struct{} // closed when all of them have ended
 	farewell   func(context.Context)
 
-	ctx context.Context // of the forwards; ends with run
+	ctx    context.Context // of the forwards; ends with run
+	cancel context.CancelFunc
 }
 
 // forwardedConnection is one local connection of the client: two streams, one for the bytes and one
@@ -51,32 +56,36 @@ type forwardedConnection struct {
 	timeout       *time.Timer // until the other stream has come
 }
 
+// maxWaiting bounds the streams that wait for their other half: a client that opens and resets streams
+// leaves them waiting here although they do not count as open any more.
+const maxWaiting = 1024
+
 // run serves the session from the upgraded connection to its end.
 func (s *portForwardSession) run() session.Outcome {
-	ctx, cancel := context.WithCancel(s.session.Context())
-	s.ctx = ctx
+	// Not a child of the session's context: when the session is told to end, the reason comes first
+	// and the end of the connections second.
+	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(s.session.Context()))
 	s.session.SetPhase(session.Running)
-	// Not the session's context: the client is to be told why the session ends.
-	s.connections.Go(func() { s.client.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done and Err
+	// Not this context: the client is to be told why the session ends.
+	s.connections.Go(func() { s.client.Serve(context.WithoutCancel(s.ctx)) }) //nolint:errcheck // seen through Done and Err
 	s.startLegacy()
 	defer func() {
-		cancel()
+		s.cancel()
 		s.client.Close() //nolint:errcheck // the session is over
 		s.dropWaiting()
 		s.connections.Wait()
 		s.forwarder.Close() //nolint:errcheck // as above
 	}()
-	idle := newIdleTimer(s.config.idleTimeout(s.session.Kind), false, s.session)
-	defer idle.stop()
+	limits := newTimeouts(s.config, s.session)
+	defer limits.stop()
 	for {
 		select {
 		case <-s.client.Done():
 			return clientGone(s.client.Err())
 		case <-s.forwarder.Gone():
 			// kubectl would only notice at its next connection (kubernetes#59816, kubectl#686).
-			err := errors.New("the pod is gone: its sandbox was stopped")
-			s.tellAndClose(err)
-			return session.Outcome{Reason: "sandbox-gone", ExitCode: -1, Err: err}
+			s.tellAndClose(errSandboxGone)
+			return session.Outcome{Reason: "sandbox-gone", ExitCode: -1, Err: errSandboxGone}
 		case <-s.session.Context().Done():
 			outcome := stopped(s.session.Context())
 			s.tellAndClose(outcome.Err)
@@ -85,8 +94,8 @@ func (s *portForwardSession) run() session.Outcome {
 			s.session.SetPhase(session.Lingering)
 			s.farewell(s.session.Context())
 			return session.Outcome{Reason: "exited", ExitCode: -1}
-		case <-idle.C():
-			idle.check()
+		case <-limits.C():
+			limits.check()
 		}
 	}
 }
@@ -144,6 +153,10 @@ func (s *portForwardSession) onStream(stream *spdy.Stream) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	c, ok := s.waiting[id]
+	if !ok && len(s.waiting) == maxWaiting {
+		stream.Reset() //nolint:errcheck // as above
+		return
+	}
 	if !ok {
 		c = &forwardedConnection{port: uint16(port)}
 		c.timeout = time.AfterFunc(s.config.StreamCreationTimeout, func() { s.abandon(id, c) })
@@ -158,6 +171,7 @@ func (s *portForwardSession) onStream(stream *spdy.Stream) {
 		return
 	}
 	*slot = stream
+	stream.Accept() //nolint:errcheck // a client that has gone is noticed in run
 	if c.data != nil && c.failure != nil {
 		c.timeout.Stop()
 		delete(s.waiting, id)
@@ -195,21 +209,32 @@ func (s *portForwardSession) dropWaiting() {
 	clear(s.waiting)
 }
 
+// errSandboxGone is the end of a session whose pod was stopped.
+var errSandboxGone = errors.New("the pod is gone: its sandbox was stopped")
+
 // forward serves one connection. Whatever becomes of it concerns this connection alone: the error
 // stream stays empty, because kubectl answers any text there by ending the whole port-forward
-// (kubernetes#74551, kubernetes#111825).
+// (kubernetes#74551, kubernetes#111825). When the whole port-forward ends, that is what is wanted.
 func (s *portForwardSession) forward(c *forwardedConnection) {
-	_, _, err := s.forwarder.Forward(s.ctx, c.port, c.data)
+	_, _, err := s.forwarder.Forward(s.ctx, c.port, s.bandwidth.stream(c.data))
 	received, sent := transferred(c.data)
 	s.mu.Lock()
 	delete(s.open, c)
 	s.received += received
 	s.sent += sent
+	reason := s.endReason
+	if reason == nil && isClosed(s.forwarder.Gone()) {
+		reason = errSandboxGone
+	}
+	s.told = s.told || (err != nil && reason != nil)
 	s.mu.Unlock()
 	if err != nil {
 		s.session.Log().Debug("forwarded connection failed", "port", c.port, "error", err)
 		var refused interface{ Refused() bool }
-		if s.config.ReportRefused && errors.As(err, &refused) && refused.Refused() {
+		switch {
+		case reason != nil:
+			io.WriteString(c.failure, reason.Error()) //nolint:errcheck // best effort
+		case s.config.ReportRefused && errors.As(err, &refused) && refused.Refused():
 			fmt.Fprintf(c.failure, "forwarding port %d failed: %v", c.port, err) //nolint:errcheck // best effort
 		}
 	}
@@ -217,23 +242,26 @@ func (s *portForwardSession) forward(c *forwardedConnection) {
 	c.failure.CloseWrite() //nolint:errcheck // a client that has gone is noticed in run
 }
 
-// tellAndClose tells the client through the error stream of any open connection that all is over,
-// and closes.
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// tellAndClose ends all connections, whose error streams tell the client why, and closes. kubectl
+// looks at the error stream of a connection once its data stream has ended, and then goes.
 func (s *portForwardSession) tellAndClose(reason error) {
 	s.mu.Lock()
-	var told Stream
-	for c := range s.open {
-		told = c.failure
-		break
-	}
+	s.endReason = reason
+	told := s.told || len(s.open) > 0
 	s.mu.Unlock()
-	if told == nil {
+	s.cancel()
+	if !told {
 		return // closing the connection is all that can be said
 	}
-	stopWatching := time.AfterFunc(shutdownGrace, func() { s.client.Close() }) //nolint:errcheck // see run
-	defer stopWatching.Stop()
-	told.Write([]byte(reason.Error())) //nolint:errcheck // best effort
-	told.CloseWrite()                  //nolint:errcheck // as above
 	ctx, cancel := context.WithTimeout(context.Background(), shutdownGrace)
 	defer cancel()
 	awaitClose(ctx, s.client) // the client closes when it reads the message
@@ -263,34 +291,36 @@ func (s *portForwardSession) Transferred() (received, sent int64) {
 // servePortForward upgrades the connection and runs the session in a goroutine of its own.
 func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
 	forward := request.(*PortForwardRequest)
+	info := forward.info()
+	info.Peer = r.RemoteAddr
+	info.Protocol = strings.TrimSpace(up.name() + " " + up.protocol)
+	live, err := s.config.Sessions.Begin(s.ctx, info)
+	if err != nil {
+		writeRefused(w, err)
+		return
+	}
 	forwarder, err := forward.Open()
 	if err != nil {
+		live.End(session.Outcome{Reason: "start-failed", ExitCode: -1, Err: err})
 		http.Error(w, "port-forward into the pod: "+err.Error(), http.StatusInternalServerError)
 		return
 	}
+	config := s.current()
 	running := &portForwardSession{
-		config: s.config, forwarder: forwarder,
+		config: config, session: live, forwarder: forwarder,
 		waiting: make(map[string]*forwardedConnection), open: make(map[*forwardedConnection]struct{}),
-	}
-	info := session.Info{
-		Kind: session.PortForward, Target: forward.Target, Peer: r.RemoteAddr,
-		Protocol: strings.TrimSpace(up.name() + " " + up.protocol),
 	}
 	network, err := running.accept(w, r, up, forward.Ports)
 	if err != nil {
 		forwarder.Close() //nolint:errcheck // of no use
-		s.config.Log.Debug("client left during the upgrade", "kind", info.Kind, "error", err)
+		live.End(clientGone(err))
 		return
 	}
-	live, err := s.config.Sessions.Begin(s.ctx, info, running)
-	if err != nil {
-		running.client.Close() //nolint:errcheck // refused
-		forwarder.Close()      //nolint:errcheck // refused
-		return
-	}
-	running.session = live
+	running.bandwidth = newBandwidth(config.Bandwidth, running.client.Done())
+	live.Connect(running)
 	s.sessions.Go(func() {
 		defer s.watch.add(live, running, network)()
+		defer limitLifetime(config, live)()
 		live.End(running.run())
 	})
 }
@@ -298,7 +328,7 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upg
 // accept upgrades the connection to the transport that was negotiated. Nothing is read from it
 // before run.
 func (s *portForwardSession) accept(w http.ResponseWriter, r *http.Request, up upgrade, ports []int32) (net.Conn, error) {
-	config := spdy.Config{OnStream: s.onStream}
+	config := spdy.Config{OnStream: s.onStream, Stall: s.config.Stall, OnStall: func() { s.config.Observe(StreamStalled) }}
 	if !up.websocket {
 		network, buffered, err := hijackSPDY(w, up.protocol)
 		if err == nil {

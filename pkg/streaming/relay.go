@@ -31,7 +31,7 @@ const (
 type relay struct {
 	conn           *spdy.Conn
 	stdin, resize  *spdy.Stream
-	keepStdin      bool // the client\'s end of input is not the command\'s
+	keepStdin      bool // the client's end of input is not the command's
 	stdout, stderr io.ReadCloser
 	upstream       sync.WaitGroup
 	exited         chan struct{}

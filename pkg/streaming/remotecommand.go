@@ -75,7 +75,6 @@ func transferred(streams ...Stream) (received, sent int64) {
 // Waits within one session that are not configuration.
 const (
 	reapTimeout      = 5 * time.Second        // for a killed process to be gone
-	disconnectWait   = 30 * time.Second       // for a process whose client has gone to follow
 	endReasonTimeout = 700 * time.Millisecond // to learn why a container ended
 	containerEndWait = 200 * time.Millisecond // between a process killed with its container and the container's end
 	exitCodeKilled   = 128 + 9
@@ -93,6 +92,8 @@ type remoteCommandSession struct {
 	outputs  sync.WaitGroup // the copiers of stdout and stderr
 	others   sync.WaitGroup // connection reader, stdin, resize, warnings
 	drain    drain
+
+	bandwidth *bandwidth
 }
 
 // run serves the session from the upgraded connection to its end. When it returns, the connection
@@ -115,7 +116,8 @@ func (s *remoteCommandSession) run() session.Outcome {
 	}
 	s.process = process
 	s.session.SetPhase(session.Running)
-	s.terminal.attach(process)
+	s.beginOperating(process)
+	s.terminal.attach(s.announcingSizes(process))
 	s.copyStreams()
 	return s.wait(ctx)
 }
@@ -183,12 +185,18 @@ func (s *remoteCommandSession) startFailed(ctx context.Context, err error) sessi
 		s.sayEnd(ctx, endedStatus(outcome.Err.Error()))
 		return outcome
 	}
+	var refused *session.RefusedError
+	if errors.As(err, &refused) {
+		outcome.Reason = "refused"
+		s.sayEnd(ctx, refusedStatus(refused))
+		return outcome
+	}
 	var exit interface{ ExitCode() int }
 	if !errors.As(err, &exit) {
 		s.sayEnd(ctx, internalErrorStatus("error executing command in container: "+err.Error()))
 		return outcome
 	}
-	outcome.ExitCode = exit.ExitCode()
+	outcome.ExitCode, outcome.Err = exit.ExitCode(), nil // its text names the command, which is not for the log
 	line, to := err.Error()+"\n", s.client.stderr
 	if s.command.TTY {
 		line, to = err.Error()+"\r\n", s.client.stdout
@@ -202,14 +210,17 @@ func (s *remoteCommandSession) startFailed(ctx context.Context, err error) sessi
 
 func (s *remoteCommandSession) copyStreams() {
 	if stdin := s.process.Stdin(); stdin != nil && s.client.stdin != nil {
-		s.others.Go(func() { copyInput(stdin, s.client.stdin) })
+		s.others.Go(func() { copyInput(stdin, s.operatedInput(s.client.stdin)) })
 	}
-	s.drain.idle = s.config.DrainIdle
+	s.drain.idle, s.drain.observe = s.config.DrainIdle, s.config.Observe
 	for _, o := range []struct {
 		to   Stream
 		from io.ReadCloser
 		fin  bool // at its own end, not at the session's: sayLine may have something to add
-	}{{s.client.stdout, s.process.Stdout(), !s.command.TTY}, {s.client.stderr, s.process.Stderr(), false}} {
+	}{
+		{s.operatedOutput(session.Stdout, s.client.stdout), s.process.Stdout(), !s.command.TTY},
+		{s.operatedOutput(session.Stderr, s.client.stderr), s.process.Stderr(), false},
+	} {
 		if o.to == nil || o.from == nil {
 			continue
 		}
@@ -226,8 +237,8 @@ func (s *remoteCommandSession) copyStreams() {
 // wait sees the process and its client to their end. All that can end a session is in one place.
 func (s *remoteCommandSession) wait(ctx context.Context) session.Outcome {
 	refused := s.client.statusRefused
-	idle := newIdleTimer(s.config.idleTimeout(s.session.Kind), s.command.TTY, s.session)
-	defer idle.stop()
+	limits := newTimeouts(s.config, s.session)
+	defer limits.stop()
 	for {
 		select {
 		case <-s.process.Exited():
@@ -249,8 +260,8 @@ func (s *remoteCommandSession) wait(ctx context.Context) session.Outcome {
 			refused = nil
 		case <-ctx.Done():
 			return s.stop(ctx, stopped(ctx))
-		case <-idle.C():
-			if warning := idle.check(); warning != "" && s.client.stdout != nil {
+		case <-limits.C():
+			if warning := limits.check(); warning != "" && s.client.stdout != nil {
 				s.others.Go(func() { io.WriteString(s.client.stdout, warning) }) //nolint:errcheck // best effort
 			}
 		}
@@ -315,7 +326,7 @@ func (s *remoteCommandSession) disconnected() session.Outcome {
 	s.process.Disconnect()
 	s.client.Close() //nolint:errcheck // wakes the copiers
 	s.stopInput()
-	if waitFor(s.process.Exited(), disconnectWait) {
+	if waitFor(s.process.Exited(), s.config.DisconnectWait) {
 		outcome.ExitCode = s.process.ExitCode()
 	}
 	s.process.Close() //nolint:errcheck // nobody is left to tell
@@ -333,7 +344,7 @@ func (s *remoteCommandSession) stop(ctx context.Context, outcome session.Outcome
 	s.drain.begin(0)
 	s.outputs.Wait()
 	s.sayEnd(ctx, endedStatus(outcome.Err.Error()))
-	if waitFor(s.process.Exited(), disconnectWait) {
+	if waitFor(s.process.Exited(), s.config.DisconnectWait) {
 		outcome.ExitCode = s.process.ExitCode()
 	}
 	s.process.Close() //nolint:errcheck // the session is over
@@ -364,12 +375,20 @@ func (s *remoteCommandSession) sayEnd(ctx context.Context, result *status) {
 		s.client.failure.Write(message) //nolint:errcheck // as above
 	}
 	s.client.failure.CloseWrite() //nolint:errcheck // as above
-	if ctx.Err() != nil {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
-		defer cancel()
+	patience, cancel := withGrace(ctx)
+	defer cancel()
+	s.client.farewell(patience)
+}
+
+// withGrace is a context that outlasts ctx by shutdownGrace: a session that is told to end, before
+// or while its client takes the rest, still gets it to a client who reads.
+func withGrace(ctx context.Context) (context.Context, context.CancelFunc) {
+	patience, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(shutdownGrace, cancel) })
+	return patience, func() {
+		stop()
+		cancel()
 	}
-	s.client.farewell(ctx)
 }
 
 // copyInput moves the client's bytes into the process until the client's FIN, which is the end of
@@ -387,8 +406,10 @@ func copyInput(stdin io.WriteCloser, from Stream) {
 // the pipe has been silent for a while (kubernetes#44371, containerd#7802).
 type drain struct {
 	idle    time.Duration
+	observe func(Event)
 	sources []io.ReadCloser
 	until   atomic.Int64 // Unix nanoseconds; 0 while the process runs
+	stopped atomic.Bool  // the session was told to end, and its output with it
 }
 
 // deadliner is a pipe or a pty of ours, whose reads can be given a limit.
@@ -396,6 +417,7 @@ type deadliner interface{ SetReadDeadline(time.Time) error }
 
 // begin starts the wait; it lasts no longer than limit.
 func (d *drain) begin(limit time.Duration) {
+	d.stopped.Store(limit == 0)
 	d.until.Store(time.Now().Add(limit).UnixNano())
 	for _, source := range d.sources {
 		if s, ok := source.(deadliner); ok && (d.idle > 0 || limit == 0) {
@@ -422,14 +444,26 @@ func (d *drain) copyOutput(to Stream, from io.ReadCloser) {
 		} else {
 			silent++
 		}
-		if err == nil || silent == drainLooks {
+		if err == nil {
+			break
+		}
+		if silent == drainLooks {
+			d.cut()
 			break
 		}
 		if time.Now().UnixNano() >= d.until.Load() {
+			d.cut()
 			copyPending(to, from)
 			break
 		}
 		from.(deadliner).SetReadDeadline(time.Now().Add(d.idle / drainLooks)) //nolint:errcheck // as in begin
+	}
+}
+
+// cut notes that somebody still held an output when it was taken to be complete.
+func (d *drain) cut() {
+	if !d.stopped.Load() {
+		d.observe(DrainCut)
 	}
 }
 

@@ -10,8 +10,14 @@ import (
 // ExecRequest is what a token for /exec/ stands for: a command in a container that was found
 // running when the token was given out.
 type ExecRequest struct {
-	Target  session.Target
-	Command Command
+	Target session.Target
+	// PodLabels are those of the pod's sandbox, nil when they are not known. Rules look at them.
+	PodLabels map[string]string
+	Command   Command
+	// Trace is the trace context of the CRI call, see session.Info.
+	Trace map[string]string
+	// User is whom the command runs as, nil when that is not known. It is for audit records.
+	User *session.User
 	// Executor starts the command. Nil when the container's runtime is not one whose processes can
 	// be started from here; then UpstreamURL is set and the session is relayed.
 	Executor Executor
@@ -24,29 +30,49 @@ type ExecRequest struct {
 	EndReason func(context.Context) string
 }
 
+func (r *ExecRequest) info() session.Info {
+	return session.Info{
+		Kind: session.Exec, Target: r.Target, PodLabels: r.PodLabels, Command: r.Command.Args, TTY: r.Command.TTY,
+		User: r.User, AuditID: session.AuditID(r.Command.Env), Trace: r.Trace,
+	}
+}
+
 // AttachRequest is what a token for /attach/ stands for: the streams of a running container's main
 // process, reached through the upstream's streaming server.
 type AttachRequest struct {
 	Target                     session.Target
+	PodLabels                  map[string]string // as ExecRequest.PodLabels
+	Trace                      map[string]string // as ExecRequest.Trace
 	Stdin, Stdout, Stderr, TTY bool
 	// StdinOnce is stdin_once of the CRI's ContainerConfig: the runtime closes the process's stdin
 	// after the first attach session that had one has sent its end. It comes from the verbose
 	// ContainerStatus (containerd: info.config.stdin_once; CRI-O: an annotation of the OCI spec).
 	// False also means that the runtime does not say.
 	StdinOnce   bool
+	User        *session.User // as ExecRequest.User
 	UpstreamURL func(context.Context) (string, error)
 	EndReason   func(context.Context) string
+}
+
+func (r *AttachRequest) info() session.Info {
+	return session.Info{Kind: session.Attach, Target: r.Target, PodLabels: r.PodLabels, TTY: r.TTY, User: r.User, Trace: r.Trace}
 }
 
 // PortForwardRequest is what a token for /portforward/ stands for: a pod sandbox whose ports may be
 // dialled. Ports is what the CRI request named; current clients name none and say the port with
 // each stream.
 type PortForwardRequest struct {
-	Target session.Target
-	Ports  []int32
+	Target    session.Target
+	PodLabels map[string]string // as ExecRequest.PodLabels
+	Trace     map[string]string // as ExecRequest.Trace
+	Ports     []int32
 	// Open is called at redemption, so that a URL that nobody uses holds nothing of the pod. The
 	// session closes the forwarder.
 	Open func() (PortForwarder, error)
+}
+
+func (r *PortForwardRequest) info() session.Info {
+	return session.Info{Kind: session.PortForward, Target: r.Target, PodLabels: r.PodLabels, Trace: r.Trace}
 }
 
 // Command is a command line and the streams its caller wants.

@@ -37,11 +37,26 @@ type Config struct {
 	// LingerIdle is how long a finished session waits without any progress for the client to take
 	// what is left and to close the connection. Default 10 min.
 	LingerIdle time.Duration
+	// DisconnectWait is how long a session whose client has gone stays in the registry until its
+	// process has followed. Default 30 s; negative does not wait, for processes that are kept.
+	DisconnectWait time.Duration
 	// IdleTimeout ends a session in which no payload has moved for this long. Pings do not count
 	// (containerd#5563). Default 4 h; negative is off.
 	IdleTimeout map[session.Kind]time.Duration
 	// MaxLifetime ends a session this long after its start. Default off.
 	MaxLifetime map[session.Kind]time.Duration
+	// Bandwidth is how many bytes a second one session may move in each direction, its bursts
+	// included; default off. The sessions' counters and pings are not held up by it.
+	Bandwidth int64
+	// Starts bounds how many commands start at the same time. Default no bound.
+	Starts StartGate
+	// Warning is how long before the end by IdleTimeout or MaxLifetime a line on the terminal says
+	// so, when the limit is more than twice as long. Default 1 min.
+	Warning time.Duration
+	// Stall is how long one forwarded connection whose pod reads nothing may hold up its neighbours,
+	// once it has used up the room that all of them share, before it is reset (kubernetes#78446).
+	// Default 30 s; negative is never.
+	Stall time.Duration
 	// PeerTimeout is how long the network may stay silent, although an answer is due, before the
 	// client is taken to be gone. Default 45 s.
 	PeerTimeout time.Duration
@@ -51,6 +66,9 @@ type Config struct {
 	// AttachBuffer is how many bytes of output wait for an attached client that reads too slowly;
 	// what comes beyond is skipped. Default 1 MiB.
 	AttachBuffer int
+	// Observe is told of each Event as it happens, from many goroutines; it must not block. Nil
+	// means that nobody asks.
+	Observe func(Event)
 }
 
 const (
@@ -59,7 +77,10 @@ const (
 	defaultDrainIdle             = 2 * time.Second
 	defaultDrainMax              = 10 * time.Minute
 	defaultLingerIdle            = 10 * time.Minute
+	defaultDisconnectWait        = 30 * time.Second
 	defaultIdleTimeout           = 4 * time.Hour
+	defaultWarning               = time.Minute
+	defaultStall                 = 30 * time.Second
 	defaultPeerTimeout           = 45 * time.Second
 	defaultAttachBuffer          = 1 << 20
 
@@ -67,7 +88,6 @@ const (
 	keepAliveTimeout  = 60 * time.Second // of an HTTP connection between requests
 	maxHeaderBytes    = 64 << 10
 
-	idleWarning   = time.Minute     // before an idle session with a terminal ends
 	shutdownGrace = 2 * time.Second // for clients to read the status at shutdown
 )
 
@@ -82,9 +102,15 @@ func (c Config) withDefaults() Config {
 	duration(&c.DrainIdle, defaultDrainIdle)
 	duration(&c.DrainMax, defaultDrainMax)
 	duration(&c.LingerIdle, defaultLingerIdle)
+	duration(&c.DisconnectWait, defaultDisconnectWait)
+	duration(&c.Warning, defaultWarning)
+	duration(&c.Stall, defaultStall)
 	duration(&c.PeerTimeout, defaultPeerTimeout)
 	if c.AttachBuffer == 0 {
 		c.AttachBuffer = defaultAttachBuffer
+	}
+	if c.Observe == nil {
+		c.Observe = func(Event) {}
 	}
 	return c
 }
@@ -108,8 +134,31 @@ type Server struct {
 	sessions sync.WaitGroup // one for each session's goroutine
 	watch    *watcher
 
-	mu     sync.Mutex
-	closed bool
+	mu       sync.Mutex
+	closed   bool
+	settings Settings
+}
+
+// Settings are the part of Config that may change while the server runs.
+type Settings struct {
+	IdleTimeout, MaxLifetime map[session.Kind]time.Duration
+	Bandwidth                int64
+}
+
+// Update takes over new settings. Sessions that live keep those they began with.
+func (s *Server) Update(settings Settings) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.settings = settings
+}
+
+// current is the configuration of a session that begins now.
+func (s *Server) current() Config {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := s.config
+	c.IdleTimeout, c.MaxLifetime, c.Bandwidth = s.settings.IdleTimeout, s.settings.MaxLifetime, s.settings.Bandwidth
+	return c
 }
 
 // NewServer returns a server whose URLs point to the listener's address, which must be one that
@@ -117,9 +166,12 @@ type Server struct {
 func NewServer(config Config, listener net.Addr) *Server {
 	s := &Server{
 		config: config.withDefaults(),
-		tokens: newTokenCache(),
 		base:   url.URL{Scheme: "http", Host: listener.String()},
+		settings: Settings{
+			IdleTimeout: config.IdleTimeout, MaxLifetime: config.MaxLifetime, Bandwidth: config.Bandwidth,
+		},
 	}
+	s.tokens = newTokenCache(s.config.Observe)
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	s.watch = newWatcher(s.config)
 	s.http = &http.Server{
@@ -133,30 +185,37 @@ func NewServer(config Config, listener net.Addr) *Server {
 }
 
 // Exec keeps the request and returns the one-time URL at which a client may have it served. The
-// error is ErrTooManyRequests or ErrShuttingDown.
-func (s *Server) Exec(r *ExecRequest) (string, error) { return s.insert(session.Exec, r) }
+// error is ErrTooManyRequests, ErrShuttingDown or that of a guard of Config.Sessions, such as a
+// *session.RefusedError.
+func (s *Server) Exec(r *ExecRequest) (string, error) { return s.insert(r.info(), r) }
 
 // Attach is Exec's twin for an attach.
-func (s *Server) Attach(r *AttachRequest) (string, error) { return s.insert(session.Attach, r) }
+func (s *Server) Attach(r *AttachRequest) (string, error) { return s.insert(r.info(), r) }
 
 // PortForward is Exec's twin for a port-forward.
 func (s *Server) PortForward(r *PortForwardRequest) (string, error) {
-	return s.insert(session.PortForward, r)
+	return s.insert(r.info(), r)
 }
 
-func (s *Server) insert(kind session.Kind, request any) (string, error) {
+func (s *Server) insert(info session.Info, request any) (string, error) {
 	s.mu.Lock()
 	closed := s.closed
 	s.mu.Unlock()
 	if closed {
 		return "", ErrShuttingDown
 	}
-	token, err := s.tokens.insert(kind, request)
+	if err := s.config.Sessions.Check(info); err != nil {
+		return "", err
+	}
+	token, err := s.tokens.insert(info.Kind, request)
 	if err != nil {
 		return "", err
 	}
-	return s.base.JoinPath(string(kind), token).String(), nil
+	return s.base.JoinPath(string(info.Kind), token).String(), nil
 }
+
+// WaitingTokens is how many URLs have been given out that nobody has opened yet.
+func (s *Server) WaitingTokens() int { return s.tokens.waiting() }
 
 // Serve serves the listener until Shutdown. It closes the listener.
 func (s *Server) Serve(listener net.Listener) error {
@@ -230,6 +289,7 @@ func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kin
 }
 
 func (s *Server) tokenNotFound(w http.ResponseWriter, kind session.Kind) {
+	s.config.Observe(TokenUnknown)
 	http.Error(w, fmt.Sprintf("no %s request waits at this URL: its token is unknown, has been used, or has expired "+
 		"(a token is good for one connection within %v of the CRI call)", kind, s.tokens.ttl), http.StatusNotFound)
 }

@@ -175,6 +175,7 @@ func (n *Node) startStreamshim() error {
 	return n.startProcess(streamshimProcess, n.state.Streamshim, append([]string{
 		"serve", "--listen", n.Socket(), "--upstream", n.ContainerdSocket(),
 		"--stream-address", "127.0.0.1:0",
+		"--admin", "unix://" + n.AdminSocket(),
 		"--state-dir", n.path("run/streamshim"), "--log-level", "debug", "--log-format", "text",
 	}, n.state.StreamshimArgs...))
 }

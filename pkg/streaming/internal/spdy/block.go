@@ -60,7 +60,7 @@ func (k *blocker) kick() {
 		return
 	}
 	if k.raw != nil {
-		k.c.waitConn.SetReadDeadline(aLongTimeAgo)
+		k.c.waitConn.SetReadDeadline(aLongTimeAgo) //nolint:errcheck // a connection without deadlines is closed already
 		return
 	}
 	select {
@@ -104,7 +104,10 @@ func (k *blocker) wait(s *Stream) error {
 				continue
 			}
 			nextStall = now.Add(k.c.cfg.Stall)
-			k.c.stalledStream(s, now).reset(ResetFlowControlError, "its data was not read for too long")
+			if k.c.cfg.OnStall != nil {
+				k.c.cfg.OnStall()
+			}
+			k.c.stalledStream(s, now).reset(ResetFlowControlError, "its data was not read for too long") //nolint:errcheck // the stream has ended by then
 			k.c.out.flush()
 		}
 	}
@@ -162,7 +165,7 @@ func (k *blocker) stop() {
 	defer k.mu.Unlock()
 	k.blocked.Store(false)
 	if k.raw != nil {
-		k.c.waitConn.SetReadDeadline(time.Time{})
+		k.c.waitConn.SetReadDeadline(time.Time{}) //nolint:errcheck // as above
 	}
 	k.stream = nil
 }

@@ -19,7 +19,6 @@ import (
 type rawPeer struct {
 	*net.TCPConn
 	t    testing.TB
-	buf  []byte
 	zlib bool
 }
 

@@ -24,6 +24,7 @@ type reader struct {
 	partial []byte  // bytes of an incomplete frame, while no buffer is held
 	buf     *buffer // pooled; nil while there is nothing to read
 	end     int     // bytes in buf.data
+	class   int     // of the next buf: larger while the peer fills them
 	plain   []byte  // instead of buf where the connection is no plain socket
 	now     int64   // Unix nanoseconds of the last read
 
@@ -39,6 +40,7 @@ type reader struct {
 
 func (r *reader) init(c *Conn, buffered []byte) {
 	r.c = c
+	r.class = receiveClass
 	r.partial = append(r.partial, buffered...)
 	r.tryRead = r.readSocket
 }
@@ -91,6 +93,12 @@ func (r *reader) read() ([]byte, error) {
 		return nil, r.err
 	}
 	r.end += r.n
+	switch {
+	case r.end == len(r.buf.data):
+		r.class = largestClass
+	case r.n < bufferSizes[receiveClass]/2:
+		r.class = receiveClass
+	}
 	return r.buf.data[:r.end], nil
 }
 
@@ -98,7 +106,7 @@ func (r *reader) read() ([]byte, error) {
 // nothing: a connection that waits holds none.
 func (r *reader) readSocket(fd uintptr) bool {
 	if r.buf == nil {
-		r.buf = newBuffer(receiveClass)
+		r.buf = newBuffer(r.class)
 		r.end = copy(r.buf.data, r.partial)
 		r.partial = nil
 	}
@@ -131,8 +139,11 @@ func (r *reader) readPlain() ([]byte, error) {
 // keep stores the incomplete frame at the end of what was read until more comes.
 func (r *reader) keep(rest []byte) {
 	if r.buf != nil {
-		r.end = copy(r.buf.data, rest)
-		return
+		if r.buf.class == r.class {
+			r.end = copy(r.buf.data, rest)
+			return
+		}
+		defer r.drop() // for one of another size
 	}
 	if len(rest) == 0 {
 		r.partial = nil
@@ -200,11 +211,11 @@ func (r *reader) startData(h frameHeader) error {
 	switch {
 	case s == nil && !r.wasOpened(h.streamID):
 		// The draft wants a stream error and lets the connection live (2.2.2).
-		r.c.out.enqueue(bestEffort, func(b []byte) []byte {
+		r.c.out.enqueue(bestEffort, func(b []byte) []byte { //nolint:errcheck // a connection that cannot be written to is noticed by its reader
 			return appendRstStream(b, h.streamID, ResetInvalidStream)
 		})
 	case s != nil && h.length > 0 && s.peerFinished():
-		s.reset(ResetStreamAlreadyClosed, "data after FIN")
+		s.reset(ResetStreamAlreadyClosed, "data after FIN") //nolint:errcheck // as above
 		s = nil
 	}
 	r.stream, r.remaining, r.fin = s, h.length, h.flags&flagFin != 0
@@ -274,7 +285,7 @@ func (r *reader) handleControl(h frameHeader, payload []byte) error {
 		}
 		// Pings of the peer have the parity of its streams; the others answer ours (2.6.5).
 		if c.peerOpens(id) {
-			c.out.enqueue(bestEffort, func(b []byte) []byte { return appendPing(b, id) })
+			c.out.enqueue(bestEffort, func(b []byte) []byte { return appendPing(b, id) }) //nolint:errcheck // as above
 		}
 	case typeGoAway:
 		if _, _, err := parseGoAway(payload); err != nil {
@@ -303,7 +314,7 @@ func (r *reader) handleSynStream(flags byte, payload []byte) error {
 	}
 	if id <= r.lastPeerStream.Load() {
 		if s := c.findStream(id); s != nil {
-			s.reset(ResetProtocolError, "opened twice")
+			s.reset(ResetProtocolError, "opened twice") //nolint:errcheck // as above
 			return nil
 		}
 		return protocolErrorf("SYN_STREAM with stream id %d after %d", id, r.lastPeerStream.Load())
@@ -371,7 +382,7 @@ func (r *reader) handleReplyOrHeaders(flags byte, payload []byte) error {
 		return nil
 	}
 	if fault != nil {
-		s.reset(ResetProtocolError, fault.Error())
+		s.reset(ResetProtocolError, fault.Error()) //nolint:errcheck // as above
 		return nil
 	}
 	if flags&flagFin != 0 {

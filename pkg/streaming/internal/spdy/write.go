@@ -167,7 +167,7 @@ func (w *writer) ping() error {
 // probe sends something that nobody answers, if nothing else waits to be sent.
 func (w *writer) probe() {
 	if w.queued.Load() == 0 {
-		w.enqueue(bestEffort, appendEmptySettings)
+		w.enqueue(bestEffort, appendEmptySettings) //nolint:errcheck // best effort
 	}
 	w.flush()
 }
@@ -352,6 +352,6 @@ func (w *writer) goAway(status GoAwayStatus, lastGood uint32) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.enqueue(unlimited, func(b []byte) []byte { return appendGoAway(b, lastGood, status) })
+	w.enqueue(unlimited, func(b []byte) []byte { return appendGoAway(b, lastGood, status) }) //nolint:errcheck // best effort: the connection is about to be closed
 	w.writeQueueLocked(true)
 }

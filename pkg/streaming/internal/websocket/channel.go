@@ -178,6 +178,7 @@ func (ch *Channel) readFromFile(raw syscall.RawConn) (int64, error) {
 		}
 		if readErr == unix.EAGAIN {
 			batches.Put(b)
+			b = nil // what the wait refers to is not freed, even if the pool drops it
 			return false
 		}
 		return true
@@ -204,6 +205,7 @@ func (ch *Channel) readFromFile(raw syscall.RawConn) (int64, error) {
 		}
 		err := ch.send(wire, n)
 		batches.Put(b)
+		b = nil
 		if err != nil {
 			return total, err
 		}
@@ -222,7 +224,7 @@ func (ch *Channel) readFromReader(r io.Reader) (int64, error) {
 	for {
 		n, readErr := r.Read(place)
 		if n > 0 {
-			wire := b.data[:0]
+			var wire []byte
 			if ch.conn.protocol.Base64() {
 				wire = b.frameBase64(ch.number, place[:n])
 			} else {

@@ -252,10 +252,10 @@ const lingerTimeout = 500 * time.Millisecond
 // unread at the close make the kernel send RST, which overtakes the Close.
 func (c *conn) linger() {
 	if half, ok := c.network.(interface{ CloseWrite() error }); ok {
-		half.CloseWrite()
+		half.CloseWrite() //nolint:errcheck // the client may have gone
 	}
 	c.network.SetReadDeadline(time.Now().Add(lingerTimeout))
-	io.Copy(io.Discard, c.network)
+	io.Copy(io.Discard, c.network) //nolint:errcheck // whatever ends it, the connection is closed next
 }
 
 // lock takes the write lock, unless the connection ends first.
@@ -359,11 +359,11 @@ func (c *conn) writeControlFrames() {
 	c.controlMu.Unlock()
 	if pong {
 		putFrameHeader(c.control[:], opPong, len(payload))
-		c.write(c.control[:2+len(payload)])
+		c.write(c.control[:2+len(payload)]) //nolint:errcheck // a connection that cannot be written to is noticed by its reader
 	}
 	if ping {
 		putFrameHeader(c.control[:], opPing, 0)
-		c.write(c.control[:2])
+		c.write(c.control[:2]) //nolint:errcheck // as above
 	}
 }
 

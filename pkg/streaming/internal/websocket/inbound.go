@@ -12,6 +12,7 @@ import (
 // not for reading, or that does not exist, is ignored, as the stock server does.
 type Direction int
 
+// The directions.
 const (
 	Ignore Direction = iota
 	Read

@@ -89,7 +89,7 @@ func (t *TunnelConn) failed(err error) error {
 		t.finish(err)
 		return err
 	}
-	t.readError(err)
+	t.readError(err) //nolint:errcheck // called for what it notes
 	return t.ended()
 }
 

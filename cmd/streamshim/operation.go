@@ -1,0 +1,143 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/admin"
+	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/session/audit"
+	"github.com/streamshim/streamshim/pkg/session/limits"
+	"github.com/streamshim/streamshim/pkg/session/recording"
+	"github.com/streamshim/streamshim/pkg/streaming"
+)
+
+// operation is what operators see of sessions and do to them: limits, audit, recording, the admin
+// API. It translates between the configuration and the packages that do the work.
+type operation struct {
+	log      *slog.Logger
+	level    *slog.LevelVar
+	limits   *limits.Limiter
+	audit    *audit.Log
+	recorder *recording.Recorder
+	sessions *session.Registry
+}
+
+// newOperation opens the audit log. The caller closes the operation when all sessions have ended.
+func newOperation(c config.Config, log *slog.Logger, level *slog.LevelVar) (*operation, error) {
+	auditLog, err := audit.New(auditConfig(c), log)
+	if err != nil {
+		return nil, err
+	}
+	o := &operation{
+		log: log, level: level, audit: auditLog,
+		limits:   limits.New(limitsConfig(c)),
+		recorder: recording.New(recordingConfig(c), log),
+	}
+	o.sessions = session.NewRegistry(log, o.limits, o.audit, o.recorder)
+	return o, nil
+}
+
+func (o *operation) close() {
+	o.recorder.Close()
+	o.audit.Close()
+}
+
+// apply takes over those settings that may change while sessions live. After an error nothing has
+// changed.
+func (o *operation) apply(c config.Config, streams *streaming.Server) error {
+	if err := o.audit.Update(auditConfig(c)); err != nil {
+		return err
+	}
+	o.level.Set(c.Level())
+	o.limits.Update(limitsConfig(c))
+	o.recorder.Update(recordingConfig(c))
+	streams.Update(streamingSettings(c))
+	return nil
+}
+
+// beginSync implements cri.Config.BeginSync.
+func (o *operation) beginSync(ctx context.Context, info session.Info) (func(session.Outcome, int64), error) {
+	if err := o.limits.Check(info); err != nil {
+		o.audit.Refused(info, err)
+		return nil, err
+	}
+	return o.audit.BeginSync(ctx, info)
+}
+
+func adminSettings(c config.Config) admin.Settings {
+	return admin.Settings{Command: session.CommandLevel(c.Audit.Command), NotifyWatch: c.NotifyWatch}
+}
+
+func auditConfig(c config.Config) audit.Config {
+	return audit.Config{
+		Destination: audit.Destination(c.Audit.Destination),
+		File:        c.Audit.File,
+		MaxSize:     c.Audit.MaxSize,
+		MaxFiles:    c.Audit.MaxFiles,
+		Command:     session.CommandLevel(c.Audit.Command),
+		ExecSync:    c.Audit.ExecSync,
+		Fsync:       audit.Fsync(c.Audit.Fsync),
+		Deny:        c.Audit.OnFailure == "deny",
+	}
+}
+
+func recordingConfig(c config.Config) recording.Config {
+	r := recording.Config{
+		Directory: c.Recording.Directory,
+		Input:     c.Recording.Input,
+		NonTTY:    c.Recording.NonTTY,
+		MaxSize:   c.Recording.MaxSize,
+		MaxFiles:  c.Recording.MaxFiles,
+		MaxTotal:  c.Recording.MaxTotal,
+		Buffer:    c.Recording.Buffer,
+		Command:   session.CommandLevel(c.Audit.Command),
+		Deny:      c.Recording.OnFailure == "deny",
+	}
+	for _, rule := range c.Recording.Rule {
+		r.Rules = append(r.Rules, session.Selector{Namespaces: rule.Namespaces, PodLabels: rule.PodLabels})
+	}
+	return r
+}
+
+func limitsConfig(c config.Config) limits.Config {
+	l := limits.Config{
+		Sessions:             c.Limits.Sessions,
+		SessionsPerPod:       c.Limits.SessionsPerPod,
+		SessionsPerContainer: c.Limits.SessionsPerContainer,
+		ConcurrentStarts:     c.Limits.ConcurrentStarts,
+		WaitingStarts:        c.Limits.WaitingStarts,
+	}
+	for _, rule := range c.Deny {
+		selector := session.Selector{Namespaces: rule.Namespaces, PodLabels: rule.PodLabels, TTY: rule.TTY}
+		for _, kind := range rule.Kinds {
+			selector.Kinds = append(selector.Kinds, session.Kind(kind))
+		}
+		l.Deny = append(l.Deny, limits.Rule{Selector: selector, Message: rule.Message})
+	}
+	return l
+}
+
+func streamingSettings(c config.Config) streaming.Settings {
+	orOff := func(d config.Duration) time.Duration { // streaming's zero is its default
+		if d == 0 {
+			return -1
+		}
+		return time.Duration(d)
+	}
+	return streaming.Settings{
+		IdleTimeout: map[session.Kind]time.Duration{
+			session.Exec:        orOff(c.Exec.IdleTimeout),
+			session.Attach:      orOff(c.Attach.IdleTimeout),
+			session.PortForward: orOff(c.PortForward.IdleTimeout),
+		},
+		MaxLifetime: map[session.Kind]time.Duration{
+			session.Exec:        time.Duration(c.Exec.MaxLifetime),
+			session.Attach:      time.Duration(c.Attach.MaxLifetime),
+			session.PortForward: time.Duration(c.PortForward.MaxLifetime),
+		},
+		Bandwidth: c.Limits.Bandwidth,
+	}
+}

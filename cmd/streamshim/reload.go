@@ -1,0 +1,66 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/config"
+)
+
+// reloader takes over a changed configuration at SIGHUP.
+type reloader struct {
+	log   *slog.Logger
+	load  func() (config.Config, error)
+	apply func(config.Config) error
+	// current is what is in force.
+	current atomic.Pointer[config.Config]
+}
+
+// run serves signals until the context ends.
+func (r *reloader) run(ctx context.Context, hangups <-chan os.Signal) {
+	for {
+		select {
+		case <-hangups:
+			notify(r.log, reloading())
+			r.reload()
+			notify(r.log, daemon.SdNotifyReady) // also after a mistake: the old configuration serves
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// reload takes over what can be taken over. A configuration with a mistake changes nothing.
+func (r *reloader) reload() {
+	next, err := r.load()
+	if err != nil {
+		r.log.Error("the configuration was not reloaded, the old one stays", "error", err)
+		return
+	}
+	merged := *r.current.Load()
+	needRestart := merged.Reload(next)
+	if err := r.apply(merged); err != nil {
+		r.log.Error("the configuration was not reloaded, the old one stays", "error", err)
+		return
+	}
+	r.current.Store(&merged)
+	if len(needRestart) > 0 {
+		r.log.Warn("some settings were changed that need a restart", "keys", strings.Join(needRestart, ", "))
+	}
+	r.log.Info("the configuration was reloaded")
+}
+
+// reloading is what Type=notify-reload wants at the beginning of a reload (sd_notify(3)).
+func reloading() string {
+	var now unix.Timespec
+	unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) //nolint:errcheck // cannot fail for this clock
+	return fmt.Sprintf("%s\nMONOTONIC_USEC=%d", daemon.SdNotifyReloading, now.Nano()/int64(time.Microsecond))
+}

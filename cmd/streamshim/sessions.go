@@ -1,0 +1,372 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"github.com/streamshim/streamshim/pkg/admin"
+	"github.com/streamshim/streamshim/pkg/asciicast"
+	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/pkg/endpoint"
+)
+
+func newSessionsCommand() *cobra.Command {
+	command := &cobra.Command{
+		Use:   "sessions",
+		Short: "See, watch and end live sessions; play recordings",
+		Long: `sessions talks to a running "streamshim serve" through its admin socket, which only root may open.
+An ID may be shortened as long as it is unique.`,
+		Args: cobra.NoArgs,
+	}
+	address := command.PersistentFlags().String("admin", config.Default().Admin, "admin `socket` of the running streamshim")
+	withClient := func(run func(cmd *cobra.Command, c *admin.Client, args []string) error) func(*cobra.Command, []string) error {
+		return func(cmd *cobra.Command, args []string) error {
+			path, err := endpoint.Path(*address)
+			if err != nil {
+				return fmt.Errorf("--admin: %w", err)
+			}
+			c := admin.NewClient(path)
+			defer c.Close()
+			return run(cmd, c, args)
+		}
+	}
+	command.AddCommand(newListCommand(withClient), newShowCommand(withClient), newKillCommand(withClient),
+		newWatchCommand(withClient), newReplayCommand())
+	return command
+}
+
+type clientCommand = func(func(cmd *cobra.Command, c *admin.Client, args []string) error) func(*cobra.Command, []string) error
+
+// listInterval is how often "list --watch" looks.
+const listInterval = time.Second
+
+func newListCommand(withClient clientCommand) *cobra.Command {
+	command := &cobra.Command{
+		Use:     "list",
+		Aliases: []string{"ls"},
+		Short:   "List the live sessions, oldest first",
+		Args:    cobra.NoArgs,
+	}
+	output := command.Flags().StringP("output", "o", "", "json or wide")
+	watch := command.Flags().BoolP("watch", "w", false, "go on until interrupted: on a terminal every second, otherwise whenever a session has begun or ended")
+	command.RunE = withClient(func(cmd *cobra.Command, c *admin.Client, _ []string) error {
+		if !slices.Contains([]string{"", "json", "wide"}, *output) {
+			return fmt.Errorf("--output %q is neither json nor wide", *output)
+		}
+		return list(cmd, c, *output, *watch)
+	})
+	return command
+}
+
+func list(cmd *cobra.Command, c *admin.Client, output string, watch bool) error {
+	out := cmd.OutOrStdout()
+	screen := watch && output != "json" && isTerminal(out)
+	ticker := time.NewTicker(listInterval)
+	defer ticker.Stop()
+	last := "none yet"
+	for {
+		sessions, err := c.List(cmd.Context())
+		if err != nil {
+			if watch && cmd.Context().Err() != nil {
+				return nil
+			}
+			return err
+		}
+		var ids strings.Builder
+		for _, s := range sessions {
+			ids.WriteString(s.ID)
+		}
+		if screen || ids.String() != last {
+			if screen {
+				io.WriteString(out, "\x1b[H\x1b[2J") //nolint:errcheck // seen below
+			}
+			if err := printSessions(out, sessions, output); err != nil {
+				return err
+			}
+		}
+		last = ids.String()
+		if !watch {
+			return nil
+		}
+		select {
+		case <-ticker.C:
+		case <-cmd.Context().Done():
+			return nil
+		}
+	}
+}
+
+func printSessions(out io.Writer, sessions []admin.Session, output string) error {
+	if output == "json" {
+		return printJSON(out, admin.SessionList{Sessions: sessions})
+	}
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	columns := []string{"ID", "KIND", "POD", "CONTAINER", "COMMAND", "TTY", "PROTOCOL", "CLIENT", "AGE", "IDLE", "IN", "OUT"}
+	if output == "wide" {
+		columns = append(columns, "PHASE", "PID", "USER", "CONTAINER ID", "AUDIT ID")
+	}
+	fmt.Fprintln(table, strings.Join(columns, "\t"))
+	for _, s := range sessions {
+		row := []string{
+			s.ID, string(s.Kind), orDash(strings.Trim(s.PodNamespace+"/"+s.PodName, "/")), orDash(s.Container),
+			orDash(shorten(strings.Join(s.Command, " "), maxCommandColumn)), strconv.FormatBool(s.TTY),
+			strings.TrimSuffix(s.Protocol, ".channel.k8s.io"), s.Peer,
+			age(s.Age), age(s.Idle), bytesText(s.BytesIn), bytesText(s.BytesOut),
+		}
+		if output == "wide" {
+			user := "-"
+			if s.User != nil {
+				user = fmt.Sprintf("%d:%d", s.User.UID, s.User.GID)
+			}
+			row = append(row, string(s.Phase), orDash(strings.TrimPrefix(strconv.Itoa(s.PID), "0")), user,
+				orDash(shorten(s.ContainerID, 13)), orDash(s.AuditID))
+		}
+		for i := range row {
+			row[i] = printable(row[i])
+		}
+		fmt.Fprintln(table, strings.Join(row, "\t"))
+	}
+	return table.Flush()
+}
+
+const maxCommandColumn = 40
+
+func newShowCommand(withClient clientCommand) *cobra.Command {
+	return &cobra.Command{
+		Use:   "show ID",
+		Short: "Print all that is known of one session, as JSON",
+		Args:  cobra.ExactArgs(1),
+		RunE: withClient(func(cmd *cobra.Command, c *admin.Client, args []string) error {
+			s, err := c.Show(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return printJSON(cmd.OutOrStdout(), s)
+		}),
+	}
+}
+
+func newKillCommand(withClient clientCommand) *cobra.Command {
+	command := &cobra.Command{
+		Use:   "kill ID",
+		Short: "End a session, or signal its process",
+		Long: `kill ends a session: its client is told that an operator ended it, and its process is treated as when
+a client has gone (exec.on_disconnect). With --signal the session stays, and its process gets the
+signal.`,
+		Args: cobra.ExactArgs(1),
+	}
+	name := command.Flags().StringP("signal", "s", "", "`name` or number of a signal for the process, such as INT or 15")
+	command.RunE = withClient(func(cmd *cobra.Command, c *admin.Client, args []string) error {
+		var request admin.KillRequest
+		if *name != "" {
+			number, err := parseSignal(*name)
+			if err != nil {
+				return err
+			}
+			request.Signal = int(number)
+		}
+		return c.Kill(cmd.Context(), args[0], request)
+	})
+	return command
+}
+
+func parseSignal(name string) (syscall.Signal, error) {
+	if number, err := strconv.Atoi(name); err == nil && number > 0 && number <= 64 {
+		return syscall.Signal(number), nil
+	}
+	name = strings.ToUpper(name)
+	if number := unix.SignalNum("SIG" + strings.TrimPrefix(name, "SIG")); number != 0 {
+		return number, nil
+	}
+	return 0, fmt.Errorf("%q is no signal", name)
+}
+
+func newWatchCommand(withClient clientCommand) *cobra.Command {
+	command := &cobra.Command{
+		Use:   "watch ID",
+		Short: "See what a session's terminal shows from now on",
+		Long: `watch copies what a session's terminal shows, from now on, until the session ends or ^C. It is read-only,
+and never slows the session: what is too much for the watcher is skipped. With notify_watch the
+session's user is told. A program that draws the whole screen is seen in full at its next redraw.`,
+		Args: cobra.ExactArgs(1),
+	}
+	raw := command.Flags().Bool("asciicast", false, "write an asciicast v2 instead, with the times")
+	command.RunE = withClient(func(cmd *cobra.Command, c *admin.Client, args []string) error {
+		cast, err := c.Watch(cmd.Context(), args[0])
+		if err != nil {
+			return err
+		}
+		defer cast.Close() //nolint:errcheck // it was read
+		if *raw {
+			_, err = io.Copy(cmd.OutOrStdout(), cast)
+		} else {
+			err = play(cmd.Context(), cmd.OutOrStdout(), cast, nil)
+		}
+		if cmd.Context().Err() != nil {
+			return nil
+		}
+		return err
+	})
+	return command
+}
+
+func newReplayCommand() *cobra.Command {
+	command := &cobra.Command{
+		Use:   "replay FILE",
+		Short: "Play a recording in this terminal",
+		Args:  cobra.ExactArgs(1),
+	}
+	speed := command.Flags().Float64("speed", 1, "`times` as fast")
+	idle := command.Flags().Duration("idle", 0, "longest pause; 0 keeps the recording's")
+	command.RunE = func(cmd *cobra.Command, args []string) error {
+		if *speed <= 0 {
+			return errors.New("--speed must be more than 0")
+		}
+		file, err := os.Open(args[0])
+		if err != nil {
+			return err
+		}
+		defer file.Close() //nolint:errcheck // only read
+		err = play(cmd.Context(), cmd.OutOrStdout(), file, &pace{speed: *speed, idle: *idle})
+		if cmd.Context().Err() != nil {
+			return nil
+		}
+		return err
+	}
+	return command
+}
+
+// pace is how fast a recording is played.
+type pace struct {
+	speed float64
+	idle  time.Duration // 0 is no limit
+	last  time.Duration
+}
+
+func (p *pace) wait(ctx context.Context, at time.Duration) error {
+	pause := at - p.last
+	p.last = at
+	if p.idle > 0 {
+		pause = min(pause, p.idle)
+	}
+	pause = time.Duration(float64(pause) / p.speed)
+	if pause <= 0 {
+		return ctx.Err()
+	}
+	timer := time.NewTimer(pause)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// play writes the output in an asciicast, with its pauses or, without a pace, as it comes. Gaps and
+// the end are shown in brackets on the terminal's error stream.
+func play(ctx context.Context, out io.Writer, from io.Reader, p *pace) error {
+	cast, err := asciicast.NewReader(from)
+	if err != nil {
+		return err
+	}
+	for {
+		event, err := cast.Next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if p != nil {
+			if err := p.wait(ctx, event.Time); err != nil {
+				return err
+			}
+		}
+		switch event.Code {
+		case asciicast.Output:
+			if _, err := io.WriteString(out, event.Data); err != nil {
+				return err
+			}
+		case asciicast.Marker:
+			fmt.Fprintf(os.Stderr, "\r\n[%s]\r\n", printable(event.Data))
+		}
+	}
+}
+
+func isTerminal(w io.Writer) bool {
+	file, ok := w.(*os.File)
+	return ok && term.IsTerminal(int(file.Fd()))
+}
+
+func printJSON(out io.Writer, v any) error {
+	encoder := json.NewEncoder(out)
+	encoder.SetIndent("", "  ")
+	return encoder.Encode(v)
+}
+
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+func shorten(s string, most int) string {
+	if runes := []rune(s); len(runes) > most {
+		return string(runes[:most-1]) + "…"
+	}
+	return s
+}
+
+// printable keeps what users have chosen, such as the arguments of commands, from speaking to the
+// operator's terminal.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if strconv.IsPrint(r) {
+			return r
+		}
+		return '\uFFFD'
+	}, s)
+}
+
+// age is a duration as people say it, with two digits or so.
+func age(seconds float64) string {
+	switch d := time.Duration(seconds * float64(time.Second)); {
+	case d < 2*time.Minute:
+		return fmt.Sprintf("%ds", int(d.Seconds()))
+	case d < 2*time.Hour:
+		return fmt.Sprintf("%dm", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh%02dm", int(d.Hours()), int(d.Minutes())%60)
+	default:
+		return fmt.Sprintf("%dd", int(d.Hours())/24)
+	}
+}
+
+func bytesText(n int64) string {
+	const unit = 1024
+	if n < unit {
+		return strconv.FormatInt(n, 10)
+	}
+	value, prefix := float64(n)/unit, 0
+	for value >= unit && prefix < 4 {
+		value /= unit
+		prefix++
+	}
+	return fmt.Sprintf("%.1f%ci", value, "KMGTP"[prefix])
+}

@@ -1,0 +1,65 @@
+// Package admin is the operators' way to a running streamshim: an HTTP API over a Unix socket that
+// only root may open, and the client that the command line uses.
+//
+//	GET  /v1/sessions             all live sessions: SessionList
+//	GET  /v1/sessions/{id}        one: Session
+//	POST /v1/sessions/{id}/kill   KillRequest; 204
+//	GET  /v1/sessions/{id}/watch  what its terminal shows from now on, as an asciicast v2
+//
+// An id may be shortened as long as it is unique. Errors are an Error with a matching HTTP status.
+// New fields may be added within a version; a reader skips those it does not know.
+package admin
+
+import (
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+// SessionList is the answer to GET /v1/sessions, oldest first.
+type SessionList struct {
+	Sessions []Session `json:"sessions"`
+}
+
+// Session is a live session as operators see it.
+type Session struct {
+	ID           string        `json:"id"`
+	Kind         session.Kind  `json:"kind"`
+	Phase        session.Phase `json:"phase"`
+	PodNamespace string        `json:"pod_namespace,omitempty"`
+	PodName      string        `json:"pod_name,omitempty"`
+	PodUID       string        `json:"pod_uid,omitempty"`
+	Container    string        `json:"container,omitempty"`
+	ContainerID  string        `json:"container_id,omitempty"`
+	SandboxID    string        `json:"sandbox_id,omitempty"`
+	// Command is as much of the command line as audit.command allows.
+	Command []string `json:"command,omitempty"`
+	TTY     bool     `json:"tty"`
+	// Watchable tells that GET .../watch shows something.
+	Watchable bool          `json:"watchable"`
+	Protocol  string        `json:"protocol"`
+	Peer      string        `json:"peer"`
+	PID       int           `json:"pid,omitempty"` // on the node; absent when it is not known
+	User      *session.User `json:"user,omitempty"`
+	AuditID   string        `json:"kubernetes_audit_id,omitempty"`
+	Started   time.Time     `json:"started"`
+	Age       float64       `json:"age_seconds"`
+	Idle      float64       `json:"idle_seconds"`
+	BytesIn   int64         `json:"bytes_in"`  // from the client
+	BytesOut  int64         `json:"bytes_out"` // to the client
+}
+
+// KillRequest says how to end a session.
+type KillRequest struct {
+	// Signal is the number of a signal for the session's process. 0 ends the session instead: its
+	// client is told that an operator ended it, its process is treated as if the client had gone.
+	Signal int `json:"signal,omitempty"`
+}
+
+// Error is what went wrong.
+type Error struct {
+	Message string `json:"error"`
+	Code    int    `json:"-"` // HTTP status
+}
+
+func (e *Error) Error() string { return e.Message }

@@ -1,0 +1,104 @@
+package admin
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"time"
+)
+
+const dialTimeout = 5 * time.Second
+
+// Client talks to the admin socket of a running streamshim.
+type Client struct {
+	http *http.Client
+	path string
+}
+
+// NewClient returns a client of the socket at path. Close it.
+func NewClient(path string) *Client {
+	dialer := net.Dialer{Timeout: dialTimeout}
+	return &Client{path: path, http: &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "unix", path)
+		},
+	}}}
+}
+
+// Close closes idle connections.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+// List returns the live sessions, oldest first.
+func (c *Client) List(ctx context.Context) ([]Session, error) {
+	var list SessionList
+	err := c.get(ctx, "/v1/sessions", &list)
+	return list.Sessions, err
+}
+
+// Show returns one session. As with the methods below, the id may be shortened as long as it is
+// unique, and the error is an *Error when the server has answered.
+func (c *Client) Show(ctx context.Context, id string) (Session, error) {
+	var s Session
+	err := c.get(ctx, "/v1/sessions/"+url.PathEscape(id), &s)
+	return s, err
+}
+
+// Kill ends a session or signals its process.
+func (c *Client) Kill(ctx context.Context, id string, request KillRequest) error {
+	body, err := json.Marshal(request)
+	if err != nil {
+		return err
+	}
+	response, err := c.do(ctx, http.MethodPost, "/v1/sessions/"+url.PathEscape(id)+"/kill", bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	return response.Body.Close()
+}
+
+// Watch returns what the session's terminal shows from now on, as an asciicast that ends with the
+// session. The caller closes it.
+func (c *Client) Watch(ctx context.Context, id string) (io.ReadCloser, error) {
+	response, err := c.do(ctx, http.MethodGet, "/v1/sessions/"+url.PathEscape(id)+"/watch", http.NoBody)
+	if err != nil {
+		return nil, err
+	}
+	return response.Body, nil
+}
+
+func (c *Client) get(ctx context.Context, path string, v any) error {
+	response, err := c.do(ctx, http.MethodGet, path, http.NoBody)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close() //nolint:errcheck // it was read
+	if err := json.NewDecoder(response.Body).Decode(v); err != nil {
+		return fmt.Errorf("answer of %s: %w", c.path, err)
+	}
+	return nil
+}
+
+func (c *Client) do(ctx context.Context, method, path string, body io.Reader) (*http.Response, error) {
+	request, err := http.NewRequestWithContext(ctx, method, "http://streamshim"+path, body)
+	if err != nil {
+		return nil, err
+	}
+	response, err := c.http.Do(request)
+	if err != nil {
+		return nil, fmt.Errorf("%w; is streamshim running, with its admin socket at %s?", err, c.path)
+	}
+	if response.StatusCode < 300 {
+		return response, nil
+	}
+	defer response.Body.Close() //nolint:errcheck // as above
+	known := &Error{Code: response.StatusCode}
+	if err := json.NewDecoder(response.Body).Decode(known); err != nil || known.Message == "" {
+		known.Message = response.Status
+	}
+	return nil, known
+}

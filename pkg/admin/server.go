@@ -1,0 +1,282 @@
+package admin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/asciicast"
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+const (
+	readHeaderTimeout = 10 * time.Second
+	maxBody           = 64 << 10 // bytes of a request
+	// watchBuffer is what may wait for a watcher that reads too slowly, in bytes. What is beyond it
+	// is skipped.
+	watchBuffer = 1 << 20
+	// maxTaps bounds how many listen to one session; each costs it a copy.
+	maxTaps      = 8
+	watchTimeout = 30 * time.Second // for a watcher to take what was sent
+	maxSignal    = 64               // SIGRTMAX
+)
+
+// Config is what a Server needs.
+type Config struct {
+	Sessions *session.Registry
+	Log      *slog.Logger
+	// Settings are asked for at each request.
+	Settings func() Settings
+}
+
+// Settings are what may change while the server runs.
+type Settings struct {
+	Command     session.CommandLevel // how much of a command line is shown
+	NotifyWatch bool                 // tell the user of a terminal that somebody watches
+}
+
+// Server serves the API.
+type Server struct {
+	config Config
+	http   *http.Server
+	ctx    context.Context // of all watches
+	cancel context.CancelFunc
+}
+
+// NewServer returns a server that does not listen yet.
+func NewServer(config Config) *Server {
+	s := &Server{config: config}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	mux := http.NewServeMux()
+	for pattern, handle := range map[string]func(http.ResponseWriter, *http.Request) error{
+		"GET /v1/sessions":            s.list,
+		"GET /v1/sessions/{id}":       s.show,
+		"POST /v1/sessions/{id}/kill": s.kill,
+		"GET /v1/sessions/{id}/watch": s.watch,
+	} {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			if err := handle(w, r); err != nil {
+				writeError(w, err)
+			}
+		})
+	}
+	s.http = &http.Server{
+		Handler:           mux,
+		ReadHeaderTimeout: readHeaderTimeout,
+		ErrorLog:          slog.NewLogLogger(config.Log.Handler(), slog.LevelDebug),
+	}
+	return s
+}
+
+// Serve serves the listener until Shutdown, then returns nil. It closes the listener. Who may
+// connect is the business of the listener.
+func (s *Server) Serve(listener net.Listener) error {
+	if err := s.http.Serve(listener); err != nil && !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve the admin API on %s: %w", listener.Addr(), err)
+	}
+	return nil
+}
+
+// Shutdown ends watches and waits for the other requests until the context is done.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.cancel()
+	if err := s.http.Shutdown(ctx); err != nil {
+		return errors.Join(err, s.http.Close())
+	}
+	return nil
+}
+
+func (s *Server) list(w http.ResponseWriter, _ *http.Request) error {
+	answer := SessionList{Sessions: []Session{}}
+	for _, live := range s.config.Sessions.List() {
+		answer.Sessions = append(answer.Sessions, s.describe(live))
+	}
+	return writeJSON(w, answer)
+}
+
+func (s *Server) show(w http.ResponseWriter, r *http.Request) error {
+	live, err := s.find(r)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, s.describe(live))
+}
+
+func (s *Server) kill(w http.ResponseWriter, r *http.Request) error {
+	live, err := s.find(r)
+	if err != nil {
+		return err
+	}
+	var request KillRequest
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&request); err != nil && !errors.Is(err, io.EOF) {
+		return &Error{Code: http.StatusBadRequest, Message: "the request is not a KillRequest: " + err.Error()}
+	}
+	if request.Signal < 0 || request.Signal > maxSignal {
+		return &Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("%d is no signal", request.Signal)}
+	}
+	if request.Signal == 0 {
+		live.Log().Info("an operator ends the session")
+		live.Stop(&session.EndError{Reason: "operator", Message: "the session was ended by an operator of this node"})
+		w.WriteHeader(http.StatusNoContent)
+		return nil
+	}
+	controls := live.Controls()
+	if controls == nil {
+		return &Error{Code: http.StatusConflict, Message: "the session has no process that could be signalled: " + string(live.Kind) + ", " + string(live.Phase())}
+	}
+	switch err := controls.Signal(syscall.Signal(request.Signal)); {
+	case errors.Is(err, session.ErrNotSupported):
+		return &Error{Code: http.StatusConflict, Message: err.Error()}
+	case errors.Is(err, syscall.ESRCH):
+		return &Error{Code: http.StatusConflict, Message: "the process has ended"}
+	case err != nil:
+		return fmt.Errorf("signal the process: %w", err)
+	}
+	live.Log().Info("an operator signals the process", "signal", request.Signal)
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// watch copies what the session shows to the operator. The session never waits for it.
+func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
+	live, err := s.find(r)
+	if err != nil {
+		return err
+	}
+	if !live.Taps.Opened() {
+		return &Error{Code: http.StatusConflict, Message: "this session cannot be watched: only one with a terminal, or one that is recorded, and only while its process runs"}
+	}
+	queue := session.NewTapQueue(watchBuffer, false, nil)
+	remove := live.Taps.Add(queue)
+	defer remove()
+	defer queue.Close()
+	if live.Taps.Count() > maxTaps {
+		return &Error{Code: http.StatusTooManyRequests, Message: fmt.Sprintf("%d operators and recorders listen to this session already", maxTaps)}
+	}
+	live.Log().Info("an operator watches the session")
+	if s.config.Settings().NotifyWatch {
+		if controls := live.Controls(); controls != nil {
+			told := make(chan struct{})
+			defer func() { <-told }() // it ends with the session at the latest
+			go func() {
+				defer close(told)
+				controls.Notice("an operator of this node is watching this session") //nolint:errcheck // its user has gone
+			}()
+		}
+	}
+
+	out := http.NewResponseController(w)
+	w.Header().Set("Content-Type", "application/x-asciicast")
+	width, height := live.Taps.Size()
+	now := time.Now()
+	cast, err := asciicast.NewWriter(w, asciicast.Header{
+		Width: orDefault(width, 80), Height: orDefault(height, 24), Timestamp: now.Unix(), Title: title(live.Info),
+	})
+	if err != nil {
+		return nil //nolint:nilerr // the watcher has gone
+	}
+	encoder := asciicast.NewEncoder(cast, now, live.TTY)
+	for more := true; more; {
+		out.SetWriteDeadline(time.Now().Add(watchTimeout)) //nolint:errcheck // a Unix socket has them
+		if err := out.Flush(); err != nil {
+			return nil //nolint:nilerr // as above
+		}
+		select {
+		case <-queue.Ready():
+		case <-live.Context().Done():
+			queue.Close()
+		case <-r.Context().Done():
+			return nil
+		case <-s.ctx.Done():
+			return nil
+		}
+		var events []session.TapEvent
+		events, more = queue.Take()
+		for i := range events {
+			if err := encoder.Encode(&events[i]); err != nil {
+				return nil //nolint:nilerr // as above
+			}
+		}
+	}
+	encoder.Close(time.Now()) //nolint:errcheck // as above
+	return nil
+}
+
+func orDefault(n uint16, def int) int {
+	if n == 0 {
+		return def
+	}
+	return int(n)
+}
+
+// title says what is watched.
+func title(info session.Info) string {
+	t := info.Target
+	return strings.Trim(fmt.Sprintf("%s %s/%s/%s", info.Kind, t.PodNamespace, t.PodName, t.ContainerName), " /")
+}
+
+// find is the session whose ID begins with what the path says.
+func (s *Server) find(r *http.Request) (*session.Session, error) {
+	prefix := r.PathValue("id")
+	found := slices.DeleteFunc(s.config.Sessions.List(), func(live *session.Session) bool {
+		return !strings.HasPrefix(live.ID, prefix)
+	})
+	switch len(found) {
+	case 0:
+		return nil, &Error{Code: http.StatusNotFound, Message: fmt.Sprintf("no live session %q; it may have ended", prefix)}
+	case 1:
+		return found[0], nil
+	}
+	return nil, &Error{Code: http.StatusConflict, Message: fmt.Sprintf("%d sessions begin with %q; write more of the id", len(found), prefix)}
+}
+
+func (s *Server) describe(live *session.Session) Session {
+	now := time.Now()
+	command, _ := s.config.Settings().Command.Visible(live.Command)
+	d := Session{
+		ID: live.ID, Kind: live.Kind, Phase: live.Phase(),
+		PodNamespace: live.Target.PodNamespace, PodName: live.Target.PodName, PodUID: live.Target.PodUID,
+		Container: live.Target.ContainerName, ContainerID: live.Target.ContainerID, SandboxID: live.Target.SandboxID,
+		Command: command, TTY: live.TTY, Watchable: live.Taps.Opened(), Protocol: live.Protocol, Peer: live.Peer,
+		User: live.User, AuditID: live.AuditID, Started: live.Start,
+		Age: now.Sub(live.Start).Seconds(), Idle: live.Idle(now).Seconds(),
+	}
+	d.BytesIn, d.BytesOut = live.Transferred()
+	if controls := live.Controls(); controls != nil {
+		d.PID = controls.PID()
+	}
+	return d
+}
+
+func writeJSON(w http.ResponseWriter, v any) error {
+	text, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Write(append(text, '\n')) //nolint:errcheck // the operator has gone
+	return nil
+}
+
+func writeError(w http.ResponseWriter, err error) {
+	var known *Error
+	if !errors.As(err, &known) {
+		known = &Error{Code: http.StatusInternalServerError, Message: err.Error()}
+	}
+	text, err := json.Marshal(known)
+	if err != nil {
+		text = []byte("{}") // cannot happen: it is a string
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(known.Code)
+	w.Write(append(text, '\n')) //nolint:errcheck // as above
+}

@@ -1,0 +1,50 @@
+package cri
+
+import (
+	"context"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+// BeginSyncFunc is told that an ExecSync begins; see Config.BeginSync.
+type BeginSyncFunc func(ctx context.Context, info session.Info) (end func(o session.Outcome, output int64), err error)
+
+func (s *Server) beginSync(ctx context.Context, c Container, request *runtimeapi.ExecSyncRequest, envs []string) (func(session.Outcome, int64), error) {
+	if s.askSync == nil {
+		return func(session.Outcome, int64) {}, nil
+	}
+	return s.askSync(ctx, session.Info{
+		Kind: session.ExecSync, Target: c.Target, PodLabels: c.PodLabels, Protocol: "CRI", Command: request.GetCmd(),
+		User: c.user(), AuditID: session.AuditID(envs),
+	})
+}
+
+// failedSync is the outcome of an ExecSync that ended with an error.
+func failedSync(err error) session.Outcome {
+	reason := "failed"
+	switch status.Code(err) {
+	case codes.DeadlineExceeded:
+		reason = "timeout"
+	case codes.Canceled:
+		reason = "client-gone"
+	}
+	return session.Outcome{Reason: reason, ExitCode: -1, Err: err}
+}
+
+// forwardedSync is the outcome of an ExecSync that the upstream has answered.
+func forwardedSync(answer any, err error) (o session.Outcome, output int64) {
+	if err != nil {
+		return failedSync(err), 0
+	}
+	var response runtimeapi.ExecSyncResponse
+	if reply, ok := answer.(*frame); !ok || proto.Unmarshal(reply.data.Materialize(), &response) != nil {
+		return session.Outcome{Reason: "exited", ExitCode: -1}, 0 // not for us to judge
+	}
+	return session.Outcome{Reason: "exited", ExitCode: int(response.GetExitCode())},
+		int64(len(response.GetStdout()) + len(response.GetStderr()))
+}

@@ -1,0 +1,24 @@
+// Package endpoint reads the addresses of Unix sockets as the kubelet and crictl write them.
+package endpoint
+
+import (
+	"fmt"
+	"strings"
+)
+
+// maxPath is the longest path a Unix socket may have, in bytes: 108 with the terminating zero
+// (unix(7)).
+const maxPath = 107
+
+// Path takes the path out of unix:///path, unix:/path or /path. The error says how an address is
+// to be written.
+func Path(address string) (string, error) {
+	path := strings.TrimPrefix(strings.TrimPrefix(address, "unix:"), "//")
+	if !strings.HasPrefix(path, "/") {
+		return "", fmt.Errorf("%q is not a Unix socket: write unix:///path/to/socket", address)
+	}
+	if len(path) > maxPath {
+		return "", fmt.Errorf("the socket's path has %d characters and may have %d", len(path), maxPath)
+	}
+	return path, nil
+}

@@ -1,0 +1,388 @@
+// Package audit writes down who did what: one JSON line at the start and one at the end of each
+// session.
+package audit
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+// Destination is where records go.
+type Destination string
+
+// The destinations.
+const (
+	Off      Destination = "off"
+	File     Destination = "file"
+	Stdout   Destination = "stdout"
+	Journald Destination = "journald"
+)
+
+// Fsync says when records in a file are forced to the disk.
+type Fsync string
+
+// The policies: when the kernel likes, about every second, before anybody goes on.
+const (
+	FsyncNever    Fsync = "never"
+	FsyncInterval Fsync = "interval"
+	FsyncAlways   Fsync = "always"
+)
+
+// Config is how the log is kept.
+type Config struct {
+	Destination Destination
+	File        string // path, for Destination File
+	MaxSize     int64  // bytes after which the file is rotated, 0 is never
+	MaxFiles    int    // rotated files that are kept
+	Command     session.CommandLevel
+	ExecSync    bool // write records of ExecSync calls, too
+	Fsync       Fsync
+	// Deny refuses a session whose start cannot be written.
+	Deny bool
+}
+
+const (
+	// queueSize is how many records may wait for a slow disk.
+	queueSize = 1024
+	// writeTimeout is how long the start of a session waits for its record when Config.Deny is set.
+	writeTimeout = 5 * time.Second
+	syncInterval = time.Second
+	// complainInterval is how often a log that cannot be written is complained about.
+	complainInterval = time.Minute
+)
+
+var (
+	errQueueFull = errors.New("the queue of audit records is full: the disk is too slow")
+	errTimeout   = fmt.Errorf("the audit record was not written within %v", writeTimeout)
+	errClosed    = errors.New("the audit log is closed")
+)
+
+// Log is the audit log, a session.Guard. Records are written by a goroutine of its own; sessions
+// wait for it only where Config.Deny says so.
+type Log struct {
+	log   *slog.Logger
+	queue chan entry
+	done  chan struct{} // closed when the goroutine has ended
+
+	mu     sync.Mutex // guards what follows, and sending to a queue that may be closed
+	config Config
+	closed bool
+	lost   int64 // records that found the queue full
+}
+
+// entry is a record on its way to the goroutine, or an order to it.
+type entry struct {
+	line    []byte
+	replace *destination // to be used from now on
+	written chan<- error // nil when nobody waits; has room for one
+}
+
+// destination is a sink and how it is used.
+type destination struct {
+	sink  sink
+	fsync Fsync
+}
+
+// sink is a place for lines. All methods are called by one goroutine.
+type sink interface {
+	// write writes one whole line, or nothing of it and returns why.
+	write(line []byte) error
+	sync() error
+	close() error
+}
+
+// New opens the destination and starts the log. Close ends it. Complaints about a destination that
+// fails go to the logger, at most one a minute.
+func New(config Config, log *slog.Logger) (*Log, error) {
+	s, err := open(config)
+	if err != nil {
+		return nil, fmt.Errorf("audit log: %w", err)
+	}
+	l := &Log{log: log, config: config, queue: make(chan entry, queueSize), done: make(chan struct{})}
+	go l.run(destination{s, config.Fsync})
+	return l, nil
+}
+
+func open(config Config) (sink, error) {
+	switch config.Destination {
+	case File:
+		return openFile(config.File, config.MaxSize, config.MaxFiles)
+	case Stdout:
+		return stdoutSink{}, nil
+	case Journald:
+		return openJournal(journalSocket)
+	default:
+		return discard{}, nil
+	}
+}
+
+// Update changes how the log is kept from the next record on. After an error it is kept as before.
+func (l *Log) Update(config Config) error {
+	s, err := open(config)
+	if err != nil {
+		return fmt.Errorf("audit log: %w", err)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return errors.Join(errClosed, s.close())
+	}
+	l.config = config
+	l.queue <- entry{replace: &destination{s, config.Fsync}} // the goroutine takes it in the end
+	return nil
+}
+
+// Close writes what waits and closes the destination.
+func (l *Log) Close() {
+	l.mu.Lock()
+	if !l.closed {
+		l.closed = true
+		close(l.queue)
+	}
+	l.mu.Unlock()
+	<-l.done
+}
+
+// Check implements session.Guard.
+func (l *Log) Check(session.Info) error { return nil }
+
+// Admit implements session.Guard.
+func (l *Log) Admit(ctx context.Context, s *session.Session) error {
+	return l.start(ctx, s.ID, s.Info)
+}
+
+// Ended implements session.Guard.
+func (l *Log) Ended(s *session.Session, o session.Outcome) {
+	in, out := s.Transferred()
+	l.end(s.ID, s.Info, s.Start, in, out, o)
+}
+
+// Refused implements session.Guard.
+func (l *Log) Refused(info session.Info, reason error) {
+	config := l.current()
+	if config.Destination == Off || (info.Kind == session.ExecSync && !config.ExecSync) {
+		return
+	}
+	record := describe(Refused, "", info, config.Command)
+	record.Reason = "refused"
+	var refused *session.RefusedError
+	if errors.As(reason, &refused) {
+		record.Reason = string(refused.Refusal)
+	}
+	record.Error = reason.Error()
+	l.put(record.line(), nil) //nolint:errcheck // what is lost is counted
+}
+
+// BeginSync writes the start of an ExecSync. End, which is never nil without an error, writes how it
+// ended and how many bytes of output it gave. The error is a *session.RefusedError.
+func (l *Log) BeginSync(ctx context.Context, info session.Info) (end func(o session.Outcome, output int64), err error) {
+	if config := l.current(); config.Destination == Off || !config.ExecSync {
+		return func(session.Outcome, int64) {}, nil
+	}
+	var random [8]byte
+	rand.Read(random[:]) //nolint:errcheck // never fails, see crypto/rand
+	id, began := hex.EncodeToString(random[:]), time.Now()
+	if err := l.start(ctx, id, info); err != nil {
+		return nil, err
+	}
+	return func(o session.Outcome, output int64) { l.end(id, info, began, 0, output, o) }, nil
+}
+
+func (l *Log) current() Config {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.config
+}
+
+func (l *Log) start(ctx context.Context, id string, info session.Info) error {
+	config := l.current()
+	if config.Destination == Off {
+		return nil
+	}
+	line := describe(Start, id, info, config.Command).line()
+	if !config.Deny {
+		l.put(line, nil) //nolint:errcheck // as in Refused
+		return nil
+	}
+	written := make(chan error, 1)
+	timeout := time.NewTimer(writeTimeout)
+	defer timeout.Stop()
+	err := l.put(line, written)
+	if err == nil {
+		select {
+		case err = <-written:
+		case <-timeout.C:
+			err = errTimeout
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+	}
+	if err == nil {
+		return nil
+	}
+	l.log.Error("a session is denied because its start cannot be audited", "session", id, "error", err)
+	return &session.RefusedError{
+		Refusal: session.Unavailable,
+		Message: "the start of this session could not be written to the node's audit log, without which none is allowed (audit.on_failure = \"deny\")",
+	}
+}
+
+func (l *Log) end(id string, info session.Info, began time.Time, in, out int64, o session.Outcome) {
+	config := l.current()
+	if config.Destination == Off {
+		return
+	}
+	record := describe(End, id, info, config.Command)
+	record.finish(began, in, out, o)
+	l.put(record.line(), nil) //nolint:errcheck // what is lost is counted
+}
+
+// put queues a line and never waits. Without room the line is lost, which is counted.
+func (l *Log) put(line []byte, written chan<- error) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return errClosed
+	}
+	select {
+	case l.queue <- entry{line: line, written: written}:
+		return nil
+	default:
+		l.lost++
+		return errQueueFull
+	}
+}
+
+func (l *Log) takeLost() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := l.lost
+	l.lost = 0
+	return n
+}
+
+// writer is the state of the goroutine that writes.
+type writer struct {
+	destination
+	log        *slog.Logger
+	lost       int64
+	complained time.Time
+	dirty      bool // written and not synced
+}
+
+func (l *Log) run(d destination) {
+	defer close(l.done)
+	w := &writer{destination: d, log: l.log}
+	ticker := time.NewTicker(syncInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case e, ok := <-l.queue:
+			if !ok {
+				w.finish()
+				return
+			}
+			w.batch(e, l.queue)
+			w.lost += l.takeLost()
+		case <-ticker.C:
+			w.noteLost()
+			if w.dirty && w.fsync == FsyncInterval {
+				w.complain(w.sync())
+			}
+		}
+	}
+}
+
+// batch writes an entry and all that wait behind it, so that they share one fsync.
+func (w *writer) batch(e entry, queue <-chan entry) {
+	var waiting []chan<- error
+	for more := true; more; {
+		if e.replace != nil {
+			w.replace(*e.replace)
+		} else if err := w.line(e.line); e.written != nil {
+			if err != nil {
+				e.written <- err
+			} else {
+				waiting = append(waiting, e.written)
+			}
+		}
+		if len(waiting) >= queueSize {
+			break
+		}
+		select {
+		case e, more = <-queue:
+		default:
+			more = false
+		}
+	}
+	var err error
+	if w.dirty && w.fsync == FsyncAlways {
+		err = w.sync()
+		w.complain(err)
+	}
+	for _, written := range waiting {
+		written <- err
+	}
+}
+
+// line writes a line, and before it how many could not be written: what was lost while a batch was
+// written is noted behind it.
+func (w *writer) line(line []byte) error {
+	w.noteLost()
+	err := w.sink.write(line)
+	if err != nil {
+		w.lost++
+		w.complain(err)
+		return err
+	}
+	w.dirty = true
+	return nil
+}
+
+// noteLost writes how many records could not be written, if that can.
+func (w *writer) noteLost() {
+	if w.lost == 0 {
+		return
+	}
+	note := &Record{Version: SchemaVersion, Time: time.Now().UTC(), Event: Lost, LostRecords: w.lost}
+	if w.sink.write(note.line()) == nil {
+		w.lost = 0
+		w.dirty = true
+	}
+}
+
+func (w *writer) sync() error {
+	w.dirty = false
+	return w.sink.sync()
+}
+
+func (w *writer) complain(err error) {
+	if err != nil && time.Since(w.complained) >= complainInterval {
+		w.complained = time.Now()
+		w.log.Error("the audit log cannot be written", "error", err, "lost_records", w.lost)
+	}
+}
+
+func (w *writer) replace(d destination) {
+	w.finish()
+	w.destination = d
+	w.dirty = false
+}
+
+func (w *writer) finish() {
+	w.noteLost()
+	if w.dirty && w.fsync != FsyncNever {
+		w.complain(w.sync())
+	}
+	if err := w.sink.close(); err != nil {
+		w.complain(err)
+	}
+}

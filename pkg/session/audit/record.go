@@ -1,0 +1,86 @@
+package audit
+
+import (
+	"encoding/json"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+// SchemaVersion is written into each record. Fields may be added within a version.
+const SchemaVersion = 1
+
+// Event says what a record is about.
+type Event string
+
+// The events.
+const (
+	Start   Event = "start"   // a session, or an ExecSync, begins
+	End     Event = "end"     // it has ended
+	Refused Event = "refused" // it was not allowed to begin
+	Lost    Event = "lost"    // records before this one could not be written
+)
+
+// Record is one line of the audit log. docs/audit.md explains the fields to operators.
+type Record struct {
+	Version int       `json:"version"`
+	Time    time.Time `json:"time"` // UTC
+	Event   Event     `json:"event"`
+
+	// Session is the same in the records of one session; empty for one that was refused.
+	Session      string        `json:"session,omitempty"`
+	Kind         session.Kind  `json:"kind,omitempty"`
+	PodNamespace string        `json:"pod_namespace,omitempty"`
+	PodName      string        `json:"pod_name,omitempty"`
+	PodUID       string        `json:"pod_uid,omitempty"`
+	Container    string        `json:"container,omitempty"`
+	ContainerID  string        `json:"container_id,omitempty"`
+	SandboxID    string        `json:"sandbox_id,omitempty"`
+	Command      []string      `json:"command,omitempty"`
+	CommandCut   bool          `json:"command_cut,omitempty"`
+	AuditID      string        `json:"kubernetes_audit_id,omitempty"`
+	TTY          bool          `json:"tty"`
+	User         *session.User `json:"user,omitempty"`
+	Protocol     string        `json:"protocol,omitempty"`
+	Peer         string        `json:"peer,omitempty"`
+	BytesIn      *int64        `json:"bytes_in,omitempty"`         // of End: from the client
+	BytesOut     *int64        `json:"bytes_out,omitempty"`        // of End: to the client
+	Duration     *float64      `json:"duration_seconds,omitempty"` // of End
+	ExitCode     *int          `json:"exit_code,omitempty"`        // of End, when a process ran and its status is known
+	Reason       string        `json:"reason,omitempty"`           // of End and Refused, one word
+	Error        string        `json:"error,omitempty"`            // of End and Refused
+	LostRecords  int64         `json:"lost_records,omitempty"`     // of Lost
+}
+
+// describe fills in what does not change in a session's life.
+func describe(event Event, id string, info session.Info, level session.CommandLevel) *Record {
+	r := &Record{
+		Version: SchemaVersion, Time: time.Now().UTC(), Event: event, Session: id, Kind: info.Kind,
+		PodNamespace: info.Target.PodNamespace, PodName: info.Target.PodName, PodUID: info.Target.PodUID,
+		Container: info.Target.ContainerName, ContainerID: info.Target.ContainerID, SandboxID: info.Target.SandboxID,
+		AuditID: info.AuditID, TTY: info.TTY, User: info.User, Protocol: info.Protocol, Peer: info.Peer,
+	}
+	r.Command, r.CommandCut = level.Visible(info.Command)
+	return r
+}
+
+// finish adds how it ended.
+func (r *Record) finish(began time.Time, in, out int64, o session.Outcome) {
+	duration := time.Since(began).Seconds()
+	r.BytesIn, r.BytesOut, r.Duration, r.Reason = &in, &out, &duration, o.Reason
+	if o.ExitCode >= 0 {
+		r.ExitCode = &o.ExitCode
+	}
+	if o.Err != nil {
+		r.Error = o.Err.Error()
+	}
+}
+
+// line is the record with its newline.
+func (r *Record) line() []byte {
+	text, err := json.Marshal(r)
+	if err != nil {
+		return nil // cannot happen: the struct is made of plain types
+	}
+	return append(text, '\n')
+}

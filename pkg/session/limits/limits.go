@@ -1,0 +1,192 @@
+// Package limits refuses sessions: by rules, and when there are too many.
+package limits
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+// Config is what is refused. A limit of 0 is none.
+type Config struct {
+	Sessions             int // on the node
+	SessionsPerPod       int
+	SessionsPerContainer int
+	ConcurrentStarts     int // commands that start at the same time
+	WaitingStarts        int // commands that wait for their turn to start
+	Deny                 []Rule
+}
+
+// Rule refuses the sessions that it chooses.
+type Rule struct {
+	session.Selector
+	Message string // for the client; a plain one when empty
+}
+
+// Limiter is a session.Guard, and a gate for the start of commands. Its methods may be called from
+// several goroutines.
+type Limiter struct {
+	mu         sync.Mutex
+	config     Config
+	sessions   int
+	pods       map[string]int // sessions by pod
+	containers map[string]int // sessions by container
+
+	starting int
+	waiting  []chan struct{} // first come, first served; closed when it is one's turn
+}
+
+// New returns a limiter.
+func New(config Config) *Limiter {
+	return &Limiter{config: config, pods: make(map[string]int), containers: make(map[string]int)}
+}
+
+// Update takes over new limits. Sessions that live are counted, and not ended.
+func (l *Limiter) Update(config Config) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.config = config
+	l.wakeLocked()
+}
+
+// Check implements session.Guard. ExecSync calls are not counted, only denied by rules that name
+// them.
+func (l *Limiter) Check(info session.Info) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.checkLocked(info)
+}
+
+// Admit implements session.Guard.
+func (l *Limiter) Admit(_ context.Context, s *session.Session) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.checkLocked(s.Info); err != nil {
+		return err
+	}
+	l.sessions++
+	l.pods[podOf(s.Info)]++
+	l.containers[s.Target.ContainerID]++
+	return nil
+}
+
+// Ended implements session.Guard.
+func (l *Limiter) Ended(s *session.Session, _ session.Outcome) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.sessions--
+	decrement(l.pods, podOf(s.Info))
+	decrement(l.containers, s.Target.ContainerID)
+}
+
+// Refused implements session.Guard.
+func (l *Limiter) Refused(session.Info, error) {}
+
+func decrement(counts map[string]int, key string) {
+	if counts[key]--; counts[key] == 0 {
+		delete(counts, key)
+	}
+}
+
+// podOf is the same for all sessions of a pod. A runtime that is no runc may not tell the sandbox,
+// a client that is no kubelet gives no UID.
+func podOf(info session.Info) string {
+	if info.Target.PodUID != "" {
+		return info.Target.PodUID
+	}
+	return info.Target.SandboxID
+}
+
+func (l *Limiter) checkLocked(info session.Info) error {
+	for _, rule := range l.config.Deny {
+		matches, unknown := rule.Matches(info)
+		if !matches && !unknown {
+			continue
+		}
+		message := rule.Message
+		if message == "" {
+			message = fmt.Sprintf("%s is not allowed here: a rule on this node denies it", info.Kind)
+		}
+		if unknown {
+			message += " (the pod's labels could not be found out)"
+		}
+		return &session.RefusedError{Refusal: session.Denied, Message: message}
+	}
+	if info.Kind == session.ExecSync {
+		return nil
+	}
+	for _, limit := range []struct {
+		where     string
+		key       string
+		now, most int
+	}{
+		{"node", "sessions", l.sessions, l.config.Sessions},
+		{"pod", "sessions_per_pod", l.pods[podOf(info)], l.config.SessionsPerPod},
+		{"container", "sessions_per_container", l.containers[info.Target.ContainerID], l.config.SessionsPerContainer},
+	} {
+		if limit.most == 0 || limit.now < limit.most || (limit.key == "sessions_per_container" && info.Target.ContainerID == "") {
+			continue
+		}
+		return &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
+			"this %s has %d exec, attach and port-forward sessions, and may have %d (limits.%s): try again when one has ended",
+			limit.where, limit.now, limit.most, limit.key)}
+	}
+	return nil
+}
+
+// Acquire waits for a turn to start a command; release ends it. The error is the context's, or a
+// *session.RefusedError when too many wait already.
+func (l *Limiter) Acquire(ctx context.Context) (release func(), err error) {
+	l.mu.Lock()
+	if l.config.ConcurrentStarts == 0 || (l.starting < l.config.ConcurrentStarts && len(l.waiting) == 0) {
+		l.starting++
+		l.mu.Unlock()
+		return l.release, nil
+	}
+	if len(l.waiting) >= l.config.WaitingStarts {
+		n := len(l.waiting)
+		l.mu.Unlock()
+		return nil, &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
+			"%d commands wait to be started on this node, and no more may wait (limits.waiting_starts): try again later", n)}
+	}
+	turn := make(chan struct{})
+	l.waiting = append(l.waiting, turn)
+	l.mu.Unlock()
+	select {
+	case <-turn:
+		return l.release, nil
+	case <-ctx.Done():
+		l.giveUp(turn)
+		return nil, context.Cause(ctx)
+	}
+}
+
+func (l *Limiter) release() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.starting--
+	l.wakeLocked()
+}
+
+func (l *Limiter) giveUp(turn chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i, waiting := range l.waiting {
+		if waiting == turn {
+			l.waiting = append(l.waiting[:i], l.waiting[i+1:]...)
+			return
+		}
+	}
+	l.starting-- // the turn came at the same moment
+	l.wakeLocked()
+}
+
+func (l *Limiter) wakeLocked() {
+	for len(l.waiting) > 0 && (l.config.ConcurrentStarts == 0 || l.starting < l.config.ConcurrentStarts) {
+		l.starting++
+		close(l.waiting[0])
+		l.waiting = l.waiting[1:]
+	}
+}

@@ -1,0 +1,385 @@
+// Package recording writes what sessions show into asciicast v2 files.
+package recording
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/asciicast"
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+// Config is what is recorded, and where. A limit of 0 is none, except where noted.
+type Config struct {
+	Directory string
+	Rules     []session.Selector // a session is recorded that any of them chooses
+	Input     bool               // also what the client sends
+	NonTTY    bool               // also sessions without a terminal
+	MaxSize   int64              // bytes of one recording
+	MaxFiles  int                // recordings that are kept
+	MaxTotal  int64              // bytes of all recordings that are kept
+	Buffer    int                // bytes of one session that may wait to be written; must be set
+	Command   session.CommandLevel
+	// Deny refuses or ends a session that cannot be recorded completely. Otherwise it goes on with a
+	// gap in its recording, or without one.
+	Deny bool
+}
+
+// Suffix is that of recordings' names.
+const Suffix = ".cast"
+
+// Recorder is a session.Guard that records those sessions that its rules choose. Sessions never wait
+// for their recording: a buffer stands in between, and a goroutine for each recording writes.
+type Recorder struct {
+	log *slog.Logger
+
+	mu         sync.Mutex
+	config     Config
+	recordings map[*session.Session]*recording
+	live       map[string]bool // names of files that are being written
+	closed     bool
+	writers    sync.WaitGroup
+
+	retention sync.Mutex // one clean-up at a time
+}
+
+// New returns a recorder. Close it when all sessions have ended.
+func New(config Config, log *slog.Logger) *Recorder {
+	return &Recorder{
+		log: log, config: config,
+		recordings: make(map[*session.Session]*recording), live: make(map[string]bool),
+	}
+}
+
+// Update takes over a new configuration. Recordings that are being written go on as they began.
+func (r *Recorder) Update(config Config) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.config = config
+}
+
+// Close waits until all recordings are written.
+func (r *Recorder) Close() {
+	r.mu.Lock()
+	r.closed = true
+	r.mu.Unlock()
+	r.writers.Wait()
+}
+
+// Check implements session.Guard.
+func (r *Recorder) Check(session.Info) error { return nil }
+
+// Refused implements session.Guard.
+func (r *Recorder) Refused(session.Info, error) {}
+
+// wanted tells whether a session is to be recorded. A pod whose labels are not known may be one that
+// must be.
+func (c Config) wanted(info session.Info) bool {
+	if info.Kind == session.PortForward || (!info.TTY && !c.NonTTY) {
+		return false
+	}
+	for _, rule := range c.Rules {
+		if matches, unknown := rule.Matches(info); matches || unknown {
+			return true
+		}
+	}
+	return false
+}
+
+// Admit implements session.Guard: it opens the recording and begins to listen.
+func (r *Recorder) Admit(_ context.Context, s *session.Session) error {
+	r.mu.Lock()
+	config, closed := r.config, r.closed
+	r.mu.Unlock()
+	if closed || !config.wanted(s.Info) {
+		return nil
+	}
+	rec, err := r.begin(config, s)
+	if err == nil {
+		r.mu.Lock()
+		r.recordings[s] = rec
+		r.mu.Unlock()
+		return nil
+	}
+	if !config.Deny {
+		r.log.Error("a session is not recorded", "session", s.ID, "error", err)
+		return nil
+	}
+	r.log.Error("a session is denied because it cannot be recorded", "session", s.ID, "error", err)
+	return &session.RefusedError{
+		Refusal: session.Unavailable,
+		Message: "this session cannot be recorded, without which it is not allowed (recording.on_failure = \"deny\")",
+	}
+}
+
+// Ended implements session.Guard. What is left to be written is written in the background.
+func (r *Recorder) Ended(s *session.Session, o session.Outcome) {
+	r.mu.Lock()
+	rec := r.recordings[s]
+	delete(r.recordings, s)
+	r.mu.Unlock()
+	if rec != nil {
+		rec.end(o)
+	}
+}
+
+func (r *Recorder) begin(config Config, s *session.Session) (*recording, error) {
+	if err := os.MkdirAll(config.Directory, 0o700); err != nil {
+		return nil, err
+	}
+	name := fileName(s)
+	path := filepath.Join(config.Directory, name)
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	rec := &recording{config: config, session: s, path: path, file: file, outcome: make(chan session.Outcome, 1)}
+	// The first bytes of the disk are asked for now, so that a full one is noticed while the session
+	// can still be denied.
+	if err := rec.writeHeader(defaultWidth, defaultHeight); err != nil {
+		return nil, errors.Join(err, file.Close(), os.Remove(path))
+	}
+	rec.queue = session.NewTapQueue(config.Buffer, config.Input, rec.overflow)
+	rec.remove = s.Taps.Add(rec.queue)
+	r.mu.Lock()
+	r.live[path] = true
+	r.mu.Unlock()
+	r.writers.Go(func() {
+		r.retain(config)
+		rec.run()
+		r.mu.Lock()
+		delete(r.live, path)
+		r.mu.Unlock()
+	})
+	return rec, nil
+}
+
+// fileName sorts by time and says what is in the file.
+func fileName(s *session.Session) string {
+	t := s.Target
+	parts := []string{s.Start.UTC().Format("20060102T150405.000Z")}
+	for _, part := range []string{t.PodNamespace, t.PodName, t.ContainerName} {
+		if part != "" {
+			parts = append(parts, plain(part))
+		}
+	}
+	return strings.Join(append(parts, s.ID), "_") + Suffix
+}
+
+// maxNamePart bounds what a name of Kubernetes, which may have 253 characters, contributes to a file
+// name, which may have 255.
+const maxNamePart = 63
+
+// plain replaces what is not good in a file name; the names come from labels, which nobody checks.
+func plain(name string) string {
+	name = strings.Map(func(c rune) rune {
+		switch {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '-', c == '.':
+			return c
+		}
+		return '-'
+	}, name)
+	return name[:min(len(name), maxNamePart)]
+}
+
+// recording is one file that is being written.
+type recording struct {
+	config  Config
+	session *session.Session
+	path    string
+	file    *os.File
+	queue   *session.TapQueue
+	remove  func()
+	outcome chan session.Outcome // filled at the end of the session
+
+	cast     *asciicast.Writer
+	encoder  *asciicast.Encoder
+	buffer   []byte    // lines that are not written yet
+	size     int64     // bytes that are
+	events   int       // other than sizes
+	ending   bool      // the last event may use endReserve
+	lastSize [2]uint16 // of the terminal
+}
+
+// defaultWidth and defaultHeight are for a session whose size is not known, or not yet.
+const (
+	defaultWidth  = 80
+	defaultHeight = 24
+)
+
+// resize notes a new size of the terminal. The first one, which comes before any output, belongs
+// into the header: not all players know of later ones.
+func (rec *recording) resize(e *session.TapEvent) error {
+	size := [2]uint16{e.Width, e.Height}
+	if size == rec.lastSize {
+		return nil
+	}
+	rec.lastSize = size
+	if rec.events > 0 {
+		return rec.encoder.Encode(e)
+	}
+	if err := rec.file.Truncate(0); err != nil {
+		return err
+	}
+	if _, err := rec.file.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	rec.size, rec.buffer = 0, rec.buffer[:0]
+	return rec.writeHeader(int(e.Width), int(e.Height))
+}
+
+func (rec *recording) writeHeader(width, height int) error {
+	s := rec.session
+	env := make(map[string]string)
+	if s.TTY {
+		env["TERM"] = "xterm" // what the command finds, unless its image says otherwise
+	}
+	if len(s.Command) > 0 && strings.HasSuffix(s.Command[0], "sh") && rec.config.Command != session.CommandNone {
+		env["SHELL"] = s.Command[0]
+	}
+	t := s.Target
+	command, _ := rec.config.Command.Visible(s.Command)
+	title := fmt.Sprintf("%s %s/%s/%s: %s", s.Kind, t.PodNamespace, t.PodName, t.ContainerName, strings.Join(command, " "))
+	var err error
+	rec.cast, err = asciicast.NewWriter(rec, asciicast.Header{
+		Width: width, Height: height, Timestamp: s.Start.Unix(),
+		Title: strings.TrimSuffix(title, ": "), Env: env,
+	})
+	if err != nil {
+		return err
+	}
+	rec.encoder = asciicast.NewEncoder(rec.cast, s.Start, s.TTY)
+	return rec.flush()
+}
+
+var errFull = errors.New("the recording has reached its size limit")
+
+// endReserve is room for the last event beyond the limit.
+const endReserve = 512
+
+// flushSize is how much is written at once, in bytes.
+const flushSize = 256 << 10
+
+// Write takes one line for the file, and keeps to the size limit.
+func (rec *recording) Write(line []byte) (int, error) {
+	size := rec.size + int64(len(rec.buffer)+len(line))
+	if rec.config.MaxSize > 0 && !rec.ending && size > rec.config.MaxSize-endReserve {
+		return 0, errFull
+	}
+	rec.buffer = append(rec.buffer, line...)
+	if len(rec.buffer) < flushSize {
+		return len(line), nil
+	}
+	return len(line), rec.flush()
+}
+
+// flush writes the lines that wait. When that fails, only whole lines stay in the file.
+func (rec *recording) flush() error {
+	n, err := rec.file.Write(rec.buffer)
+	whole := n
+	if err != nil {
+		whole = bytes.LastIndexByte(rec.buffer[:n], '\n') + 1
+	}
+	rec.buffer = rec.buffer[:0]
+	rec.size += int64(whole)
+	if whole < n {
+		_, seekErr := rec.file.Seek(rec.size, io.SeekStart)
+		err = errors.Join(err, rec.file.Truncate(rec.size), seekErr)
+	}
+	return err
+}
+
+// overflow is called on the session's way when the disk is too slow for it.
+func (rec *recording) overflow() {
+	if rec.config.Deny {
+		rec.failed()
+	}
+}
+
+// failed ends a session that must be recorded completely, and is not.
+func (rec *recording) failed() {
+	rec.session.Stop(&session.EndError{
+		Reason:  "recording-failed",
+		Message: "the session was ended because it could not be recorded, without which it is not allowed (recording.on_failure = \"deny\")",
+	})
+}
+
+// run writes what the queue gets until the session has ended or writing fails.
+func (rec *recording) run() {
+	defer rec.file.Close() //nolint:errcheck // see finish
+	err := rec.copy()
+	rec.remove()
+	rec.queue.Close()
+	if err != nil {
+		rec.session.Log().Warn("the recording ends before its session", "file", rec.path, "error", err)
+		if rec.config.Deny {
+			rec.failed()
+		}
+	}
+	rec.finish(err)
+}
+
+func (rec *recording) copy() error {
+	for {
+		<-rec.queue.Ready() // end closes the queue at the latest
+		events, more := rec.queue.Take()
+		for i := range events {
+			e := &events[i]
+			if e.Kind == session.TapResize {
+				if err := rec.resize(e); err != nil {
+					return err
+				}
+				continue
+			}
+			if err := rec.encoder.Encode(e); err != nil {
+				return err
+			}
+			rec.events++
+		}
+		if !more {
+			return rec.encoder.Close(time.Now())
+		}
+		if err := rec.flush(); err != nil {
+			return err
+		}
+	}
+}
+
+// finish writes why the recording ends.
+func (rec *recording) finish(problem error) {
+	var label string
+	if problem != nil {
+		label = "the recording ends here: " + problem.Error()
+	} else {
+		o := <-rec.outcome
+		label = "the session has ended: " + o.Reason
+		if o.ExitCode >= 0 {
+			label += fmt.Sprintf(", exit code %d", o.ExitCode)
+		}
+	}
+	rec.ending = true
+	err := rec.cast.Write(time.Since(rec.session.Start), asciicast.Marker, []byte("streamshim: "+label))
+	err = errors.Join(err, rec.flush())
+	if err == nil {
+		err = rec.file.Sync()
+	}
+	if err != nil && problem == nil {
+		rec.session.Log().Warn("the end of a recording could not be written", "file", rec.path, "error", err)
+	}
+}
+
+// end tells the writer that nothing more will come.
+func (rec *recording) end(o session.Outcome) {
+	rec.remove()
+	rec.outcome <- o
+	rec.queue.Close()
+}

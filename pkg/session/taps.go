@@ -1,0 +1,106 @@
+package session
+
+import (
+	"slices"
+	"sync"
+	"sync/atomic"
+)
+
+// Output names a stream of a process.
+type Output int
+
+// The output streams. With a terminal there is only Stdout.
+const (
+	Stdout Output = 1
+	Stderr Output = 2
+)
+
+// Tap gets a copy of what a session moves. Its methods are called on the session's way, between two
+// system calls: they must not block, and must not keep p. Those of one stream are called one after
+// another, those of different streams at the same time. A call may still come shortly after the tap
+// was removed.
+type Tap interface {
+	Output(from Output, p []byte)
+	Input(p []byte)
+	Resize(width, height uint16)
+}
+
+// Taps are the taps of one session. The zero value has none, and costs its session one atomic load
+// for each read.
+type Taps struct {
+	list atomic.Pointer[[]Tap] // replaced, never changed
+
+	mu            sync.Mutex
+	open          bool
+	width, height uint16
+}
+
+// Add lets the tap see what comes from now on, until remove is called.
+func (t *Taps) Add(tap Tap) (remove func()) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.replace(append(slices.Clone(t.current()), tap))
+	return func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.replace(slices.DeleteFunc(slices.Clone(t.current()), func(other Tap) bool { return other == tap }))
+	}
+}
+
+func (t *Taps) replace(taps []Tap) { t.list.Store(&taps) }
+
+func (t *Taps) current() []Tap {
+	if list := t.list.Load(); list != nil {
+		return *list
+	}
+	return nil
+}
+
+// Count is how many taps there are now.
+func (t *Taps) Count() int { return len(t.current()) }
+
+// Open notes that the session's bytes pass here; taps that are added to a session that was never
+// opened see nothing.
+func (t *Taps) Open() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.open = true
+}
+
+// Opened tells whether taps see anything.
+func (t *Taps) Opened() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.open
+}
+
+// Output hands a copy of what the process wrote to all taps.
+func (t *Taps) Output(from Output, p []byte) {
+	for _, tap := range t.current() {
+		tap.Output(from, p)
+	}
+}
+
+// Input hands a copy of what the client sent to all taps.
+func (t *Taps) Input(p []byte) {
+	for _, tap := range t.current() {
+		tap.Input(p)
+	}
+}
+
+// Resize tells all taps the terminal's new size.
+func (t *Taps) Resize(width, height uint16) {
+	t.mu.Lock()
+	t.width, t.height = width, height
+	t.mu.Unlock()
+	for _, tap := range t.current() {
+		tap.Resize(width, height)
+	}
+}
+
+// Size is the terminal's size in characters, 0 when it is not known.
+func (t *Taps) Size() (width, height uint16) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.width, t.height
+}

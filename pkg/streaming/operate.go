@@ -1,0 +1,266 @@
+package streaming
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"syscall"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+// What operators do to sessions: refuse them, hold them back, listen to them, signal their process.
+
+// StartGate bounds how many commands start at the same time.
+type StartGate interface {
+	// Acquire waits for a turn. Release ends it; it is nil with an error, which is a
+	// *session.RefusedError when too many wait already, or the context's.
+	Acquire(ctx context.Context) (release func(), err error)
+}
+
+type startFunc = func(context.Context, Command) (Process, error)
+
+func startWhenAllowed(gate StartGate, start startFunc) startFunc {
+	if gate == nil {
+		return start
+	}
+	return func(ctx context.Context, c Command) (Process, error) {
+		release, err := gate.Acquire(ctx)
+		if err != nil {
+			return nil, err
+		}
+		defer release()
+		return start(ctx, c)
+	}
+}
+
+// writeRefused answers a request whose session was refused. Clients show the text of an answer that
+// is no upgrade.
+func writeRefused(w http.ResponseWriter, err error) {
+	http.Error(w, err.Error(), refusedCode(err))
+}
+
+func refusedCode(err error) int {
+	var refused *session.RefusedError
+	if errors.As(err, &refused) {
+		switch refused.Refusal {
+		case session.Denied:
+			return http.StatusForbidden
+		case session.TooMany:
+			return http.StatusTooManyRequests
+		}
+	}
+	return http.StatusServiceUnavailable
+}
+
+// refusedStatus is the outcome of a session that was refused after the upgrade. The reasons are
+// those of metav1.StatusReason.
+func refusedStatus(err *session.RefusedError) *status {
+	code := refusedCode(err)
+	reason := map[int]string{
+		http.StatusForbidden:          "Forbidden",
+		http.StatusTooManyRequests:    "TooManyRequests",
+		http.StatusServiceUnavailable: "ServiceUnavailable",
+	}[code]
+	return &status{Status: statusFailure, Reason: reason, Code: code, Message: err.Error()}
+}
+
+// beginOperating lets operators at the session, whose process runs now. A terminal can always be
+// listened to: it is slow by itself. Other sessions are only if somebody listens from the start,
+// because their output goes from pipe to socket without passing here otherwise.
+func (s *remoteCommandSession) beginOperating(p Process) {
+	if s.command.TTY || s.session.Taps.Count() > 0 {
+		s.session.Taps.Open()
+	}
+	s.bandwidth = newBandwidth(s.config.Bandwidth, s.client.Done())
+	s.session.SetControls(&controls{process: p, tty: s.command.TTY, stdout: s.client.stdout})
+}
+
+// operatedOutput is the client's stream as the output's copier sees it.
+func (s *remoteCommandSession) operatedOutput(from session.Output, to Stream) Stream {
+	if to == nil {
+		return nil
+	}
+	if s.session.Taps.Opened() {
+		to = tappedStream{Stream: to, sent: func(p []byte) { s.session.Taps.Output(from, p) }}
+	}
+	return s.bandwidth.stream(to)
+}
+
+// operatedInput is the client's stream as the input's copier sees it.
+func (s *remoteCommandSession) operatedInput(from Stream) Stream {
+	if s.session.Taps.Opened() {
+		from = tappedStream{Stream: from, received: s.session.Taps.Input}
+	}
+	return s.bandwidth.stream(from)
+}
+
+// announcingSizes is the process with taps that hear of its terminal's sizes.
+func (s *remoteCommandSession) announcingSizes(p Process) Process {
+	return sizeAnnouncer{Process: p, taps: &s.session.Taps}
+}
+
+type sizeAnnouncer struct {
+	Process
+	taps *session.Taps
+}
+
+func (a sizeAnnouncer) Resize(width, height uint16) error {
+	a.taps.Resize(width, height)
+	return a.Process.Resize(width, height)
+}
+
+// tappedStream shows what is moved to taps.
+type tappedStream struct {
+	Stream
+	sent, received func([]byte) // nil when nobody wants it
+}
+
+func (t tappedStream) ReadFrom(r io.Reader) (int64, error) {
+	if t.sent == nil {
+		return t.Stream.ReadFrom(r)
+	}
+	return t.Stream.ReadFrom(tappedReader{r, t.sent})
+}
+
+func (t tappedStream) WriteTo(w io.Writer) (int64, error) {
+	if t.received == nil {
+		return t.Stream.WriteTo(w)
+	}
+	return t.Stream.WriteTo(tappedWriter{w, t.received})
+}
+
+type tappedReader struct {
+	io.Reader
+	show func([]byte)
+}
+
+func (t tappedReader) Read(p []byte) (int, error) {
+	n, err := t.Reader.Read(p)
+	if n > 0 {
+		t.show(p[:n])
+	}
+	return n, err
+}
+
+type tappedWriter struct {
+	io.Writer
+	show func([]byte)
+}
+
+func (t tappedWriter) Write(p []byte) (int, error) {
+	t.show(p)
+	return t.Writer.Write(p)
+}
+
+// controls implements session.Controls.
+type controls struct {
+	process Process
+	tty     bool
+	stdout  Stream
+}
+
+// PID implements session.Controls.
+func (c *controls) PID() int {
+	if p, ok := c.process.(interface{ PID() int }); ok {
+		return p.PID()
+	}
+	return 0
+}
+
+// Signal implements session.Controls.
+func (c *controls) Signal(signal syscall.Signal) error {
+	p, ok := c.process.(interface{ Signal(syscall.Signal) error })
+	if !ok {
+		return session.ErrNotSupported
+	}
+	return p.Signal(signal)
+}
+
+// Notice implements session.Controls.
+func (c *controls) Notice(text string) error {
+	if !c.tty || c.stdout == nil {
+		return nil
+	}
+	_, err := io.WriteString(c.stdout, "\r\n[streamshim: "+text+"]\r\n")
+	return err
+}
+
+// bandwidth holds the streams of one session to a number of bytes a second, each direction for
+// itself. A nil one does not.
+type bandwidth struct {
+	sent, received *tokenBucket
+}
+
+func newBandwidth(bytesPerSecond int64, end <-chan struct{}) *bandwidth {
+	if bytesPerSecond <= 0 {
+		return nil
+	}
+	return &bandwidth{sent: newTokenBucket(bytesPerSecond, end), received: newTokenBucket(bytesPerSecond, end)}
+}
+
+func (b *bandwidth) stream(s Stream) Stream {
+	if b == nil {
+		return s
+	}
+	return limitedStream{s, b}
+}
+
+// limitedStream moves no more than its bandwidth allows. Only the two ways by which sessions move
+// bytes in bulk are held back.
+type limitedStream struct {
+	Stream
+	limit *bandwidth
+}
+
+func (l limitedStream) ReadFrom(r io.Reader) (int64, error) {
+	return l.Stream.ReadFrom(limitedReader{r, l.limit.sent})
+}
+
+func (l limitedStream) WriteTo(w io.Writer) (int64, error) {
+	return l.Stream.WriteTo(limitedWriter{w, l.limit.received})
+}
+
+type limitedReader struct {
+	io.Reader
+	bucket *tokenBucket
+}
+
+func (l limitedReader) Read(p []byte) (int, error) {
+	n, err := l.Reader.Read(p[:min(len(p), l.bucket.burst)])
+	l.bucket.take(n)
+	return n, err
+}
+
+type limitedWriter struct {
+	io.Writer
+	bucket *tokenBucket
+}
+
+func (l limitedWriter) Write(p []byte) (int, error) {
+	written := 0
+	for written < len(p) {
+		n, err := l.Writer.Write(p[written:min(len(p), written+l.bucket.burst)])
+		l.bucket.take(n)
+		written += n
+		if err != nil {
+			return written, err
+		}
+	}
+	return written, nil
+}
+
+// waitForTurn waits for the duration or for the end.
+func waitForTurn(d time.Duration, end <-chan struct{}) {
+	if d <= 0 {
+		return
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-end:
+	}
+}
