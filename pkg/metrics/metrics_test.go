@@ -8,6 +8,9 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -211,6 +214,35 @@ func TestServer(t *testing.T) {
 	config.Profiling = true
 	if code, _ := get(NewServer(config), "/debug/pprof/"); code != 200 {
 		t.Errorf("profiling is on: %d", code)
+	}
+}
+
+// docs/metrics.md explains each metric and no others.
+func TestDocumentation(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join("..", "..", "docs", "metrics.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	documented := map[string]bool{}
+	for _, match := range regexp.MustCompile("(?m)^(?:\\| )?`(streamshim_[a-z_]+)`").FindAllStringSubmatch(string(text), -1) {
+		documented[match[1]] = true
+	}
+	m := newForTest()
+	m.Call("x", "OK", time.Second)
+	m.Refused(session.Info{Kind: session.Exec}, errors.New("x"))
+	m.ended.WithLabelValues("exec", "x", "ok", "exited")
+	families, err := m.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if name := f.GetName(); strings.HasPrefix(name, "streamshim_") && !documented[name] {
+			t.Errorf("docs/metrics.md does not explain %s", name)
+		}
+		delete(documented, f.GetName())
+	}
+	for name := range documented {
+		t.Errorf("docs/metrics.md explains %s, which is not there", name)
 	}
 }
 
