@@ -13,8 +13,9 @@ LAB_DIR ?= .lab
 LAB_K8S_DIR ?= .lab-k8s
 # shim: streamshim alone, as CI runs it; quick: beside bare containerd; full: every setting, slowly
 E2E ?= quick
-# Go packages under test, for instance: make test PACKAGES=./pkg/execproc
-PACKAGES ?= ./...
+# Go packages under test, for instance: make test PACKAGES=./pkg/execproc NODE_PACKAGES=./test/node
+PACKAGES ?= ./cmd/... ./pkg/...
+NODE_PACKAGES ?= ./test/...
 
 say = @echo '== $(1)'
 
@@ -29,9 +30,12 @@ build: ## build bin/streamshim
 .PHONY: test
 test: peers build ## run all tests, with the race detector and against real containerd, runc and critest
 	$(call say,compiling the tests)
-	go build -race $(PACKAGES)
-	$(call say,testing: one package after the other because real containers share host ports)
-	STREAMSHIM_REAL=required go test -race -p 1 -count 1 -timeout 30m $(PACKAGES)
+	go build -race ./...
+	$(call say,testing: packages by themselves$(,) then with real nodes one after the other$(,) because they share host ports)
+	@result=0; export STREAMSHIM_REAL=required; \
+	go test -race -p 2 -count 1 -timeout 20m $(PACKAGES) || result=1; \
+	go test -race -p 1 -count 1 -timeout 30m $(NODE_PACKAGES) || result=1; \
+	exit $$result
 
 .PHONY: critest
 critest: peers build ## run only the CRI conformance suite, through streamshim and without it

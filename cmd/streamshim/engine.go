@@ -22,7 +22,7 @@ type engine struct {
 
 func (e *engine) container(c cri.Container) execproc.Container {
 	container := execproc.Container{
-		ID: c.ContainerID, Runtime: c.Runtime, Root: c.Root, InitPid: c.InitPid,
+		ID: c.ContainerID, Runtime: c.Runtime, Root: c.Root, InitPid: c.InitPid, InitStartTime: c.InitStartTime,
 		Process: c.Process, UIDMappings: c.UIDMappings, GIDMappings: c.GIDMappings,
 	}
 	if e.runtime.Binary != "" {

@@ -207,6 +207,10 @@ func (r *Runner) start(ctx context.Context, c Container, command Command, policy
 			p.Close()
 		}
 	}()
+	// Looked at only now: from here on the pidfd keeps the process from being mistaken.
+	if p.init != nil && c.InitStartTime != 0 && !(identity{c.InitPid, c.InitStartTime}).alive() {
+		return nil, fmt.Errorf("start command: %w: its main process %d has ended", ErrNotRunning, c.InitPid)
+	}
 	if command.TTY {
 		err = r.startWithTerminal(ctx, p, spec, command, files)
 	} else {

@@ -189,7 +189,8 @@ func useBadPort(ctx context.Context, address string) error {
 // checkForwardStalledPod sends to a server in the pod that does not read, and looks at the one
 // beside it.
 func checkForwardStalledPod(ctx context.Context, t *target) (string, error) {
-	return t.forwardStalled(ctx, 9002, func(connection net.Conn) error {
+	// streamshim gives a stream that is not read 30 s before it resets it.
+	return t.forwardStalled(ctx, 9002, 50*time.Second, func(connection net.Conn) error {
 		// As much as the way takes: the last write runs into the deadline.
 		if err := connection.SetWriteDeadline(time.Now().Add(2 * time.Second)); err != nil {
 			return err
@@ -205,7 +206,7 @@ func checkForwardStalledPod(ctx context.Context, t *target) (string, error) {
 // checkForwardStalledClient asks for much and does not read it. kubectl itself then reads nothing of
 // its other connections, because its SPDY library has no flow control, whatever the node does.
 func checkForwardStalledClient(ctx context.Context, t *target) (string, error) {
-	text, err := t.forwardStalled(ctx, 8080, func(connection net.Conn) error {
+	text, err := t.forwardStalled(ctx, 8080, 10*time.Second, func(connection net.Conn) error {
 		if _, err := io.WriteString(connection, "GET /big HTTP/1.0\r\n\r\n"); err != nil {
 			return err
 		}
@@ -218,8 +219,9 @@ func checkForwardStalledClient(ctx context.Context, t *target) (string, error) {
 	return text, err
 }
 
-// forwardStalled makes a connection stall and uses another one for some seconds.
-func (t *target) forwardStalled(ctx context.Context, port int, stall func(net.Conn) error) (string, error) {
+// forwardStalled makes a connection stall and looks whether another one answers within the limit, and
+// goes on to answer.
+func (t *target) forwardStalled(ctx context.Context, port int, limit time.Duration, stall func(net.Conn) error) (string, error) {
 	f, err := t.forward(ctx, t.pod, port, 8081)
 	if err != nil {
 		return "", err
@@ -233,10 +235,8 @@ func (t *target) forwardStalled(ctx context.Context, port int, stall func(net.Co
 	if err := stall(stalled); err != nil {
 		return "", fmt.Errorf("the stalled connection: %w", err)
 	}
-	// How long a connection may be held up by another one, with room for a page that waits meanwhile.
-	const patience = 50 * time.Second
 	start := time.Now()
-	err = within(ctx, patience, func(ctx context.Context) error {
+	err = within(ctx, limit, func(ctx context.Context) error {
 		return until(ctx, func() error {
 			err := f.expectPage(ctx, 8081, "second")
 			if err != nil && !f.alive() {

@@ -38,7 +38,7 @@ var foreign = map[string][]string{
 	"k8s.io/cri-api":         {"cmd/streamshim", "pkg/check", "pkg/cri"},
 	// Metrics and traces are told of things; nobody else counts or traces.
 	"github.com/prometheus":    {"cmd/streamshim", "pkg/metrics"},
-	"go.opentelemetry.io/otel": {"cmd/streamshim", "pkg/cri", "pkg/tracing"}, // containerd's types bring it into pkg/cri,
+	"go.opentelemetry.io/otel": {"cmd/streamshim", "pkg/cri", "pkg/tracing"}, // containerd's client brings it to pkg/cri
 	// Peers in tests, no parts of the product.
 	"github.com/moby/spdystream": nil,
 	"k8s.io/streaming":           nil,

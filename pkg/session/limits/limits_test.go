@@ -190,6 +190,18 @@ func TestStarts(t *testing.T) {
 // Turns are not lost when waiters give up at the moment they come.
 func TestStartsGivenUp(t *testing.T) {
 	l := New(Config{ConcurrentStarts: 1, WaitingStarts: 100})
+	release, err := l.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	turn := make(chan struct{})
+	l.waiting = append(l.waiting, turn)
+	release()
+	<-turn
+	l.giveUp(turn)
+	if l.starting != 0 {
+		t.Errorf("%d start after the only one gave up", l.starting)
+	}
 	var all sync.WaitGroup
 	for i := range 100 {
 		all.Go(func() {

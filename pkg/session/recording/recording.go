@@ -356,7 +356,7 @@ func (rec *recording) copy() error {
 
 // finish writes why the recording ends.
 func (rec *recording) finish(problem error) {
-	label := ""
+	var label string
 	if problem != nil {
 		label = "the recording ends here: " + problem.Error()
 	} else {

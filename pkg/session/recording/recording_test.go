@@ -262,8 +262,8 @@ func TestSizeLimit(t *testing.T) {
 		t.Run(fmt.Sprintf("deny=%v", deny), func(t *testing.T) {
 			f := newFixture(t, func(c *Config) { c.MaxSize, c.Deny = 64<<10, deny })
 			s := f.begin(t, info)
-			for range 100 {
-				s.Taps.Output(session.Stdout, bytes.Repeat([]byte("x"), 1000))
+			for range 2000 {
+				s.Taps.Output(session.Stdout, bytes.Repeat([]byte("x"), 50))
 			}
 			if deny {
 				<-s.Context().Done()

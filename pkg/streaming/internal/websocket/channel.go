@@ -178,6 +178,7 @@ func (ch *Channel) readFromFile(raw syscall.RawConn) (int64, error) {
 		}
 		if readErr == unix.EAGAIN {
 			batches.Put(b)
+			b = nil // what the wait refers to is not freed, even if the pool drops it
 			return false
 		}
 		return true
@@ -204,6 +205,7 @@ func (ch *Channel) readFromFile(raw syscall.RawConn) (int64, error) {
 		}
 		err := ch.send(wire, n)
 		batches.Put(b)
+		b = nil
 		if err != nil {
 			return total, err
 		}

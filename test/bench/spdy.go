@@ -1,0 +1,225 @@
+package main
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"sync"
+)
+
+// The client speaks just enough SPDY/3.1 to be cheap: it reads 256 KiB at a time, looks at frame
+// headers in place, never inflates a header block, and sends its own blocks as stored deflate
+// blocks. It has no goroutine: whoever uses it reads its events.
+
+const (
+	headerLength = 8
+	readBuffer   = 256 << 10
+
+	flagFin = 1
+
+	typeSynStream = 1
+	typeSynReply  = 2
+	typeRstStream = 3
+	typePing      = 6
+	typeGoAway    = 7
+)
+
+// connection is the client's end. Reading belongs to one goroutine, writing may be done by others.
+type connection struct {
+	net.Conn
+
+	buffer     []byte // buffer[start:end] is read and not looked at
+	start, end int
+	stream     uint32 // of the data frame whose payload comes next
+	remaining  int
+	fin        bool
+
+	writing  sync.Mutex
+	zlibOpen bool
+	next     uint32
+}
+
+// event is something that came from the server. Its data is valid until the next one.
+type event struct {
+	stream uint32
+	data   []byte
+	fin    bool // the stream's last
+	reset  bool
+}
+
+var errGoAway = errors.New("the server said GOAWAY")
+
+// upgrade dials a streaming URL and upgrades the connection.
+func upgrade(address, protocol string) (*connection, error) {
+	target, err := url.Parse(address)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := net.Dial("tcp", target.Host)
+	if err != nil {
+		return nil, err
+	}
+	request := "POST " + target.RequestURI() + " HTTP/1.1\r\nHost: " + target.Host +
+		"\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: " + protocol +
+		"\r\nContent-Length: 0\r\n\r\n"
+	if _, err := raw.Write([]byte(request)); err != nil {
+		return nil, errors.Join(err, raw.Close())
+	}
+	reader := bufio.NewReaderSize(raw, 4<<10)
+	response, err := http.ReadResponse(reader, nil)
+	if err != nil {
+		return nil, errors.Join(err, raw.Close())
+	}
+	if response.StatusCode != http.StatusSwitchingProtocols {
+		text, _ := io.ReadAll(io.LimitReader(response.Body, 4<<10)) //nolint:errcheck // the status says enough
+		return nil, errors.Join(fmt.Errorf("upgrade: %s: %s", response.Status, text), raw.Close())
+	}
+	c := &connection{Conn: raw, next: 1}
+	if n := reader.Buffered(); n > 0 {
+		early, _ := reader.Peek(n) //nolint:errcheck // n bytes are there
+		c.buffer = make([]byte, readBuffer)
+		c.end = copy(c.buffer, early)
+	}
+	return c, nil
+}
+
+// release gives the buffer back, for a connection that is to be idle; nothing may be unread.
+func (c *connection) release() {
+	if c.start == c.end {
+		c.buffer, c.start, c.end = nil, 0, 0
+	}
+}
+
+// fill reads more, keeping what is there.
+func (c *connection) fill() error {
+	if c.buffer == nil {
+		c.buffer = make([]byte, readBuffer)
+	}
+	if c.start > 0 {
+		c.end = copy(c.buffer, c.buffer[c.start:c.end])
+		c.start = 0
+	}
+	n, err := c.Read(c.buffer[c.end:])
+	c.end += n
+	if n > 0 {
+		return nil
+	}
+	return err
+}
+
+// read returns the next event: payload as it comes, the end of a stream, a reset.
+func (c *connection) read() (event, error) {
+	for {
+		if c.remaining > 0 {
+			if c.start == c.end {
+				if err := c.fill(); err != nil {
+					return event{}, err
+				}
+			}
+			n := min(c.end-c.start, c.remaining)
+			e := event{stream: c.stream, data: c.buffer[c.start : c.start+n]}
+			c.start += n
+			c.remaining -= n
+			e.fin = c.fin && c.remaining == 0
+			return e, nil
+		}
+		for c.end-c.start < headerLength {
+			if err := c.fill(); err != nil {
+				return event{}, err
+			}
+		}
+		frame := c.buffer[c.start:c.end]
+		flags, length := frame[4], int(frame[5])<<16|int(frame[6])<<8|int(frame[7])
+		if frame[0]&0x80 == 0 {
+			c.stream, c.remaining, c.fin = binary.BigEndian.Uint32(frame), length, flags&flagFin != 0
+			c.start += headerLength
+			if length == 0 {
+				return event{stream: c.stream, fin: c.fin}, nil
+			}
+			continue
+		}
+		if headerLength+length > readBuffer {
+			return event{}, fmt.Errorf("control frame of %d bytes", length)
+		}
+		for c.end-c.start < headerLength+length {
+			if err := c.fill(); err != nil {
+				return event{}, err
+			}
+		}
+		frame = c.buffer[c.start : c.start+headerLength+length]
+		c.start += len(frame)
+		payload := frame[headerLength:]
+		switch binary.BigEndian.Uint16(frame[2:]) {
+		case typeSynReply:
+			if flags&flagFin != 0 {
+				return event{stream: binary.BigEndian.Uint32(payload), fin: true}, nil
+			}
+		case typeRstStream:
+			return event{stream: binary.BigEndian.Uint32(payload), reset: true}, nil
+		case typePing:
+			if binary.BigEndian.Uint32(payload)%2 == 0 { // the server's own; answers to ours are odd
+				if err := c.write(append([]byte(nil), frame...)); err != nil {
+					return event{}, err
+				}
+			}
+		case typeGoAway:
+			return event{}, errGoAway
+		}
+	}
+}
+
+func (c *connection) write(frames []byte) error {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	_, err := c.Write(frames)
+	return err
+}
+
+// appendStream appends a SYN_STREAM with the given headers, name after value after name, and returns
+// the new stream's number. The caller is the only one to open streams.
+func (c *connection) appendStream(frames []byte, headers ...string) ([]byte, uint32) {
+	id := c.next
+	c.next += 2
+	block := binary.BigEndian.AppendUint32(nil, uint32(len(headers)/2))
+	for _, text := range headers {
+		block = binary.BigEndian.AppendUint32(block, uint32(len(text)))
+		block = append(block, text...)
+	}
+	var packed []byte
+	if !c.zlibOpen { // zlib's own header (RFC 1950) begins the one zlib stream of all header blocks
+		c.zlibOpen = true
+		packed = append(packed, 0x78, 0x01)
+	}
+	// A stored block (RFC 1951, 3.2.4).
+	packed = append(packed, 0)
+	packed = binary.LittleEndian.AppendUint16(packed, uint16(len(block)))
+	packed = binary.LittleEndian.AppendUint16(packed, ^uint16(len(block)))
+	packed = append(packed, block...)
+	packed = append(packed, 0, 0, 0, 0xff, 0xff) // an empty one, which makes inflaters hand out what they have
+
+	frames = binary.BigEndian.AppendUint32(frames, 1<<31|3<<16|typeSynStream)
+	frames = binary.BigEndian.AppendUint32(frames, uint32(10+len(packed)))
+	frames = binary.BigEndian.AppendUint32(frames, id)
+	frames = append(frames, 0, 0, 0, 0, 0, 0)
+	return append(frames, packed...), id
+}
+
+// appendData appends a data frame.
+func appendData(frames []byte, stream uint32, fin bool, payload []byte) []byte {
+	frames = appendDataHeader(frames, stream, fin, len(payload))
+	return append(frames, payload...)
+}
+
+func appendDataHeader(frames []byte, stream uint32, fin bool, length int) []byte {
+	frames = binary.BigEndian.AppendUint32(frames, stream)
+	word := uint32(length)
+	if fin {
+		word |= flagFin << 24
+	}
+	return binary.BigEndian.AppendUint32(frames, word)
+}
