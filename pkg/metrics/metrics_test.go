@@ -264,3 +264,24 @@ func TestNames(t *testing.T) {
 	}
 	var _ prometheus.Collector = (*liveCollector)(m)
 }
+
+// What a session costs without and with metrics, besides its work.
+func BenchmarkSession(b *testing.B) {
+	for name, observers := range map[string][]session.Observer{"off": nil, "on": {newForTest()}} {
+		b.Run(name, func(b *testing.B) {
+			r := session.NewRegistry(slog.New(slog.DiscardHandler))
+			for _, o := range observers {
+				r.Observe(o)
+			}
+			for b.Loop() {
+				s, err := r.Begin(context.Background(), session.Info{Kind: session.Exec})
+				if err != nil {
+					b.Fatal(err)
+				}
+				s.SetPhase(session.Running)
+				s.SetPhase(session.Lingering)
+				s.End(session.Outcome{Reason: "exited"})
+			}
+		})
+	}
+}
