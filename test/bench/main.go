@@ -76,11 +76,11 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	err = b.runGroups(ctx, only)
-	if endErr := done(); err != nil || endErr != nil {
-		return errors.Join(err, endErr)
+	if err = b.runGroups(ctx, only); err == nil {
+		err = b.write(o.output)
 	}
-	return b.write(o.output)
+	progress("taking the node down")
+	return errors.Join(err, done())
 }
 
 // newBench brings up a node with one pod and one container.
