@@ -305,19 +305,24 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation) streaming.
 	if stall == 0 {
 		stall = -1 // as above
 	}
+	disconnectWait := time.Duration(0) // streaming's default
+	if execproc.Policy(c.Exec.OnDisconnect) == execproc.PolicyKeep {
+		disconnectWait = -1 // there is nothing to wait for
+	}
 	return streaming.Config{
-		Log:           log,
-		Sessions:      o.sessions,
-		Starts:        o.limits,
-		DrainIdle:     drainIdle,
-		DrainMax:      time.Duration(c.Exec.DrainMax),
-		LingerIdle:    time.Duration(c.Exec.Linger),
-		IdleTimeout:   settings.IdleTimeout,
-		MaxLifetime:   settings.MaxLifetime,
-		Bandwidth:     settings.Bandwidth,
-		Stall:         stall,
-		ReportRefused: c.PortForward.Refused == "report",
-		AttachBuffer:  c.Attach.Buffer,
+		DisconnectWait: disconnectWait,
+		Log:            log,
+		Sessions:       o.sessions,
+		Starts:         o.limits,
+		DrainIdle:      drainIdle,
+		DrainMax:       time.Duration(c.Exec.DrainMax),
+		LingerIdle:     time.Duration(c.Exec.Linger),
+		IdleTimeout:    settings.IdleTimeout,
+		MaxLifetime:    settings.MaxLifetime,
+		Bandwidth:      settings.Bandwidth,
+		Stall:          stall,
+		ReportRefused:  c.PortForward.Refused == "report",
+		AttachBuffer:   c.Attach.Buffer,
 	}
 }
 

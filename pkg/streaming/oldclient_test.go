@@ -212,3 +212,27 @@ func TestProtocolOfAnotherKind(t *testing.T) {
 		c.conn.Close()
 	}
 }
+
+// Clients up to Kubernetes 1.22 neither close nor reset anything after the pod's EOF before the error
+// stream has ended.
+func TestErrorStreamEndsWithPodsEOF(t *testing.T) {
+	forEachTransport(t, func(t *testing.T, transport string) {
+		s := startServer(t, Config{})
+		port := pod(t, answer)
+		u := s.portForwardURL(make(chan struct{}))
+		var c *rawClient
+		if transport == "WebSocket" {
+			c = dialTunnel(t, u)
+		} else {
+			c = dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+		}
+		data, failure := c.openPair(strconv.Itoa(port), "1")
+		c.send(data, "abc", false)
+		if got := c.finished(data); got != "answer to abc" {
+			t.Errorf("answer %q", got)
+		}
+		if got := c.finished(failure); got != "" || c.streams[failure].reset != 0 {
+			t.Errorf("error stream %q, reset %v", got, c.streams[failure].reset)
+		}
+	})
+}

@@ -82,11 +82,18 @@ type portForward struct {
 
 func (s *testServer) portForward(t *testing.T, transport string, ports ...int) *portForward {
 	t.Helper()
+	return s.portForwardThrough(t, func(*url.URL) {}, transport, ports...)
+}
+
+// portForwardThrough is portForward over a network that the URL is made to lead through.
+func (s *testServer) portForwardThrough(t *testing.T, network func(*url.URL), transport string, ports ...int) *portForward {
+	t.Helper()
 	f := &portForward{
 		t: t, local: make(map[int]int), ended: make(chan error, 1),
 		gone: make(chan struct{}), stop: make(chan struct{}),
 	}
 	u := s.portForwardURL(f.gone)
+	network(u)
 	config := &rest.Config{Host: u.Host}
 	var dialer httpstream.Dialer
 	if transport == "WebSocket" {

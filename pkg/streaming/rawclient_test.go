@@ -24,7 +24,7 @@ type rawClient struct {
 	framer   *spdy.Framer
 	response *http.Response
 	nextID   spdy.StreamId
-	streams  map[spdy.StreamId]*rawStream
+	streams  map[spdy.StreamId]*rawStream // those that the test still wants to hear of
 	pongs    int
 	ended    error // of reading
 }
@@ -188,15 +188,18 @@ func (c *rawClient) read() bool {
 	}
 	switch f := frame.(type) {
 	case *spdy.SynReplyFrame:
-		c.streams[f.StreamId].replied = true
+		if s := c.streams[f.StreamId]; s != nil {
+			s.replied = true
+		}
 	case *spdy.RstStreamFrame:
 		if s := c.streams[f.StreamId]; s != nil {
 			s.reset = f.Status
 		}
 	case *spdy.DataFrame:
-		s := c.streams[f.StreamId]
-		s.data = append(s.data, f.Data...)
-		s.fin = s.fin || f.Flags&spdy.DataFlagFin != 0
+		if s := c.streams[f.StreamId]; s != nil {
+			s.data = append(s.data, f.Data...)
+			s.fin = s.fin || f.Flags&spdy.DataFlagFin != 0
+		}
 	case *spdy.PingFrame:
 		c.pongs++
 	}
@@ -240,4 +243,10 @@ func (c *rawClient) body() string {
 		c.t.Fatal(err)
 	}
 	return b.String()
+}
+
+// ping asks for a pong, which read counts.
+func (c *rawClient) ping() {
+	c.t.Helper()
+	c.write(&spdy.PingFrame{Id: 1})
 }

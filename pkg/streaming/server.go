@@ -37,6 +37,9 @@ type Config struct {
 	// LingerIdle is how long a finished session waits without any progress for the client to take
 	// what is left and to close the connection. Default 10 min.
 	LingerIdle time.Duration
+	// DisconnectWait is how long a session whose client has gone stays in the registry until its
+	// process has followed. Default 30 s; negative does not wait, for processes that are kept.
+	DisconnectWait time.Duration
 	// IdleTimeout ends a session in which no payload has moved for this long. Pings do not count
 	// (containerd#5563). Default 4 h; negative is off.
 	IdleTimeout map[session.Kind]time.Duration
@@ -74,6 +77,7 @@ const (
 	defaultDrainIdle             = 2 * time.Second
 	defaultDrainMax              = 10 * time.Minute
 	defaultLingerIdle            = 10 * time.Minute
+	defaultDisconnectWait        = 30 * time.Second
 	defaultIdleTimeout           = 4 * time.Hour
 	defaultWarning               = time.Minute
 	defaultStall                 = 30 * time.Second
@@ -98,6 +102,7 @@ func (c Config) withDefaults() Config {
 	duration(&c.DrainIdle, defaultDrainIdle)
 	duration(&c.DrainMax, defaultDrainMax)
 	duration(&c.LingerIdle, defaultLingerIdle)
+	duration(&c.DisconnectWait, defaultDisconnectWait)
 	duration(&c.Warning, defaultWarning)
 	duration(&c.Stall, defaultStall)
 	duration(&c.PeerTimeout, defaultPeerTimeout)

@@ -39,6 +39,10 @@ type Stream struct {
 	localFin   bool      // we have sent FIN
 	replied    bool      // SYN_REPLY is queued, or not to be sent
 	over       bool      // done is closed
+	afterReset func()    // see AfterReset; nil once called
+
+	direct   *direct // where WriteTo, which waits for data, would write it
+	directed int64   // bytes that put has written there
 }
 
 func newStream(c *Conn, id uint32, header http.Header) *Stream {
@@ -63,6 +67,24 @@ func (s *Stream) Sent() int64 { return s.sent.Load() }
 // Done is closed when both directions have ended: by FIN, by a reset from either side, or with the
 // connection. There may still be data to read.
 func (s *Stream) Done() <-chan struct{} { return s.done }
+
+// AfterReset has f called, in a goroutine of its own, when the stream is reset by either side or ends
+// with its connection, at once if that has happened. It is not called for a stream that ends by FIN in
+// both directions. It is for those who do not see the reset because they are busy elsewhere, such as
+// writing to somebody who does not read. There is one f; a second replaces it.
+func (s *Stream) AfterReset(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.afterReset = f
+	s.notifyResetLocked()
+}
+
+func (s *Stream) notifyResetLocked() {
+	if s.writeErr != nil && s.afterReset != nil {
+		go s.afterReset()
+		s.afterReset = nil
+	}
+}
 
 // Err says how a stream that is Done has ended: a *ResetError, the connection's error, or nil for
 // FIN in both directions. It is nil also before.
@@ -98,11 +120,24 @@ func (s *Stream) Read(p []byte) (int, error) {
 
 // WriteTo writes all that comes to w, up to 64 KiB with one write, until the peer's FIN. For the
 // rest of what it returns see Read. When w fails, the data of that write is lost.
-func (s *Stream) WriteTo(w io.Writer) (int64, error) {
-	var written int64
+//
+// A non-blocking *os.File or *net.TCPConn is also written by the goroutine of Conn.Serve, while
+// WriteTo itself has nothing to write; nobody else may write to it until WriteTo returns.
+func (s *Stream) WriteTo(w io.Writer) (written int64, err error) {
 	to, relay := w.(*Stream)
+	direct := directTo(w)
+	defer func() {
+		s.mu.Lock()
+		written += s.directed
+		s.directed = 0
+		s.mu.Unlock()
+	}()
 	for {
-		b, err := s.take()
+		b, err := s.take(direct)
+		if err == nil && direct != nil && direct.err != nil {
+			b.free()
+			err = direct.err
+		}
 		if err == io.EOF {
 			return written, nil
 		}
@@ -143,10 +178,14 @@ func (s *Stream) writeBuffer(w io.Writer, b *buffer) (written int, err error) {
 	return written, nil
 }
 
-// take waits for data and takes the oldest buffer of it out of the stream.
-func (s *Stream) take() (*buffer, error) {
+// take waits for data and takes the oldest buffer of it out of the stream. Data that comes while it
+// waits is written directly as far as possible.
+func (s *Stream) take(direct *direct) (*buffer, error) {
 	s.mu.Lock()
-	if err := s.awaitLocked(); err != nil {
+	s.direct = direct
+	err := s.awaitLocked()
+	s.direct = nil
+	if err != nil {
 		s.mu.Unlock()
 		return nil, err
 	}
@@ -202,6 +241,15 @@ func (s *Stream) put(p []byte) int {
 		return len(p)
 	}
 	stored := 0
+	if s.direct != nil && s.head == nil {
+		stored = s.direct.write(p)
+		s.directed += int64(stored)
+		s.moved.Store(time.Now().UnixNano())
+		if stored == len(p) {
+			s.received.Add(int64(stored))
+			return stored
+		}
+	}
 	for stored < len(p) {
 		if s.tail == nil || len(s.tail.spare()) == 0 {
 			class := classFor(len(p)-stored, receiveClass)
@@ -380,6 +428,7 @@ func (s *Stream) resetLocally(reset *ResetError) (err error) {
 			return appendRstStream(b, s.id, reset.Status)
 		})
 	}
+	s.notifyResetLocked()
 	s.settleLocked()
 	s.arrived.Broadcast()
 	return err
@@ -454,6 +503,7 @@ func (s *Stream) end(readErr, writeErr error) {
 	if s.writeErr == nil && !s.over {
 		s.writeErr = writeErr
 	}
+	s.notifyResetLocked()
 	s.settleLocked()
 	s.arrived.Broadcast()
 }
