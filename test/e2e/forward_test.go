@@ -191,15 +191,15 @@ func useBadPort(ctx context.Context, address string) error {
 func checkForwardStalledPod(ctx context.Context, t *target) (string, error) {
 	// streamshim gives a stream that is not read 30 s before it resets it.
 	return t.forwardStalled(ctx, 9002, 50*time.Second, func(connection net.Conn) error {
-		// As much as the way takes: the last write runs into the deadline.
+		// More than all buffers on the way take, which is some 60 MB: a write runs into the deadline.
 		if err := connection.SetWriteDeadline(time.Now().Add(2 * time.Second)); err != nil {
 			return err
 		}
-		_, err := io.CopyN(connection, zeros{}, 64<<20)
+		_, err := io.CopyN(connection, zeros{}, 1<<30)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			return nil
 		}
-		return fmt.Errorf("64 MB to a server that does not read: %w", err)
+		return fmt.Errorf("writing to a server that does not read ended with %v", err) //nolint:errorlint // may be nil
 	})
 }
 
