@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -19,6 +21,30 @@ func TestParseSignal(t *testing.T) {
 		got, err := parseSignal(name)
 		if got != want || (err == nil) != (want != 0) {
 			t.Errorf("%q: %v, %v", name, got, err)
+		}
+	}
+}
+
+func TestAdminSocket(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	on, off := write("on.toml", "admin = 'unix:///from/file.sock'\n"), write("off.toml", "admin = ''\n")
+	for _, test := range []struct{ address, file, want, problem string }{
+		{"unix:///named.sock", on, "/named.sock", ""},
+		{"", on, "/from/file.sock", ""},
+		{"", off, "", "turns the admin socket off"},
+		{"", filepath.Join(dir, "none"), "", "none"},
+		{"tcp://x", "", "", "--admin"},
+	} {
+		got, err := adminSocket(test.address, test.file)
+		if got != test.want || (test.problem == "") != (err == nil) || (err != nil && !strings.Contains(err.Error(), test.problem)) {
+			t.Errorf("%+v: %q, %v", test, got, err)
 		}
 	}
 }

@@ -81,7 +81,10 @@ func TestCommandHasAnotherIdentity(t *testing.T) {
 			t.Parallel()
 			pod := runPod(t, test.pod)
 			container := runContainerIn(t, pod, test.container)
-			want := identity(t, initPid(t, container))
+			main := initPid(t, container)
+			// StartContainer returns a moment before runc's own process has become the container's.
+			eventually(t, testTimeout, "the main process runs", func() bool { return strings.HasPrefix(commandLine(main), "sleep ") })
+			want := identity(t, main)
 			for _, transport := range transports {
 				for _, tty := range []bool{false, true} {
 					mark := unique("identity")
