@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/net/netutil"
 )
 
 const (
@@ -20,7 +21,9 @@ const (
 	maxScrapes    = 4           // at one time
 	headerTimeout = 5 * time.Second
 	writeTimeout  = 2 * time.Minute // longer than a CPU profile
+	idleTimeout   = 2 * time.Minute // of a connection between scrapes
 	maxHeader     = 16 << 10
+	maxClients    = 64 // connections; more wait to be accepted
 )
 
 // ServerConfig is what a Server needs.
@@ -54,14 +57,14 @@ func NewServer(c ServerConfig) *Server {
 		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	}
 	return &Server{http: &http.Server{
-		Handler: mux, ReadHeaderTimeout: headerTimeout, WriteTimeout: writeTimeout, MaxHeaderBytes: maxHeader,
+		Handler: mux, ReadHeaderTimeout: headerTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
 		ErrorLog: slog.NewLogLogger(c.Log.Handler(), slog.LevelDebug),
 	}}
 }
 
 // Serve serves the listener until Close, then returns nil. It closes the listener.
 func (s *Server) Serve(listener net.Listener) error {
-	if err := s.http.Serve(listener); err != nil && !errors.Is(err, http.ErrServerClosed) {
+	if err := s.http.Serve(netutil.LimitListener(listener, maxClients)); err != nil && !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve metrics on %s: %w", listener.Addr(), err)
 	}
 	return nil

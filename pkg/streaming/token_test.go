@@ -2,6 +2,7 @@ package streaming
 
 import (
 	"errors"
+	"maps"
 	"regexp"
 	"testing"
 	"time"
@@ -83,5 +84,31 @@ func TestTokensAreLimited(t *testing.T) {
 	}
 	if _, err := c.insert(session.Exec, &ExecRequest{}); !errors.Is(err, ErrTooManyRequests) {
 		t.Errorf("two for one that expired: %v", err)
+	}
+}
+
+// Each token's way is told once.
+func TestTokensAreCounted(t *testing.T) {
+	seen := map[Event]int{}
+	now := time.Unix(1000, 0)
+	c := newTokenCache(func(e Event) { seen[e]++ })
+	c.now = func() time.Time { return now }
+	c.max = 2
+	for range 3 { // the third is refused
+		c.insert(session.Exec, &ExecRequest{}) //nolint:errcheck // counted below
+	}
+	if n := c.waiting(); n != 2 {
+		t.Errorf("%d wait, want 2", n)
+	}
+	token := c.byAge.Front().Value.(*waitingRequest).token
+	c.consume(session.Exec, token)
+	c.consume(session.Exec, token)
+	now = now.Add(tokenTTL)
+	if n := c.waiting(); n != 0 {
+		t.Errorf("%d wait, want none", n)
+	}
+	want := map[Event]int{TokenIssued: 2, TokenRefused: 1, TokenRedeemed: 1, TokenExpired: 1}
+	if !maps.Equal(seen, want) {
+		t.Errorf("told %v, want %v", seen, want)
 	}
 }

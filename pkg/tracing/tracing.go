@@ -15,6 +15,7 @@ import (
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/exporters/otlp/otlptrace"
 	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracegrpc"
 	"go.opentelemetry.io/otel/propagation"
 	"go.opentelemetry.io/otel/sdk/resource"
@@ -43,6 +44,7 @@ const queue = 2048
 // Tracer makes spans. It is a session.Observer. Its methods may be called from many goroutines.
 type Tracer struct {
 	provider *sdktrace.TracerProvider
+	exporter *otlptrace.Exporter
 	tracer   trace.Tracer
 	context  propagation.TraceContext
 
@@ -79,6 +81,7 @@ func New(ctx context.Context, c Config) (*Tracer, error) {
 	)
 	return &Tracer{
 		provider: provider,
+		exporter: exporter,
 		tracer:   provider.Tracer("github.com/streamshim/streamshim"),
 		sessions: make(map[*session.Session]*spans),
 	}, nil
@@ -87,6 +90,8 @@ func New(ctx context.Context, c Config) (*Tracer, error) {
 // Close sends what waits until ctx is done.
 func (t *Tracer) Close(ctx context.Context) error {
 	if err := t.provider.Shutdown(ctx); err != nil {
+		// A call that is under way would otherwise go on for half a minute.
+		t.exporter.Shutdown(ctx) //nolint:errcheck // the first error says more
 		return fmt.Errorf("send the last spans: %w", err)
 	}
 	return nil

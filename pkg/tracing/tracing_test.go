@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/goleak"
+
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
@@ -40,6 +42,7 @@ func serve(t testing.TB, r *session.Registry) {
 // A receiver that accepts connections and never answers costs no session any time, however many
 // there are: what does not fit the queue is dropped. And the tracer ends when it is told to.
 func TestReceiverThatHangs(t *testing.T) {
+	defer goleak.VerifyNone(t)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -30,11 +30,15 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/test/images"
+	"github.com/streamshim/streamshim/test/leak"
 	"github.com/streamshim/streamshim/test/node"
 )
 
 // patience is for what should happen soon, on a machine that is busy with other things.
 const patience = 60 * time.Second
+
+// client keeps no connection between requests, which would be taken for a leak.
+var client = http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()
@@ -128,7 +132,7 @@ func (m *measured) disconnect(args ...string) {
 
 func (m *measured) get(path string) (int, string) {
 	m.t.Helper()
-	response, err := http.Get("http://" + m.address + path)
+	response, err := client.Get("http://" + m.address + path)
 	if err != nil {
 		m.t.Fatal(err)
 	}
@@ -219,6 +223,7 @@ namespaces = ["forbidden"]
 // dashboard, whose every query must find data.
 func TestMetrics(t *testing.T) {
 	node.Require(t)
+	leak.Check(t)
 	m := start(t, "metrics", measuredConfig)
 	_, denied := m.run("safe", "forbidden")
 
@@ -304,7 +309,6 @@ func (m *measured) forward() {
 		m.t.Fatal(err)
 	}
 	eventually(m.t, "the pod's web server answers", func() bool {
-		client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 		response, err := client.Get("http://127.0.0.1:" + port + "/")
 		if err != nil {
 			return false
@@ -464,6 +468,7 @@ func (r *receiver) find(t *testing.T, traceID, name string) (span *tracepb.Span)
 // TestTraces follows the trace that a kubelet began through the call, the session and its phases.
 func TestTraces(t *testing.T) {
 	node.Require(t)
+	leak.Check(t)
 	r := newReceiver(t)
 	m := start(t, "traces", fmt.Sprintf("[traces]\nendpoint = %q\ninsecure = true\nsample_ratio = 0.0\n", r.address))
 

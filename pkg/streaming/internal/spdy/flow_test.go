@@ -154,7 +154,8 @@ func TestClientDoesNotProbe(t *testing.T) {
 }
 
 func TestStalledStreamIsReset(t *testing.T) {
-	peer, _, s := blockedPeer(t, Config{Stall: 300 * time.Millisecond})
+	told := make(chan struct{}, 16)
+	peer, _, s := blockedPeer(t, Config{Stall: 300 * time.Millisecond, OnStall: func() { told <- struct{}{} }})
 	flooded := make(chan struct{})
 	go func() {
 		defer close(flooded)
@@ -174,6 +175,9 @@ func TestStalledStreamIsReset(t *testing.T) {
 	peer.data(1, 0, nil)
 	peer.send(ping(1))
 	peer.expect(typePing, 1)
+	if len(told) != 1 {
+		t.Errorf("OnStall was called %d times", len(told))
+	}
 }
 
 // TestStallHitsTheHog has one stream use up the common room and another stand in the way.
