@@ -9,6 +9,8 @@ MAKEFLAGS += --no-print-directory
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 PROGRAMS := $(or $(STREAMSHIM_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/streamshim)/peers/bin
 FUZZTIME ?= 20s
+# Flags of the comparison with containerd, see bin/bench -h
+BENCHFLAGS ?=
 LAB_DIR ?= .lab
 LAB_K8S_DIR ?= .lab-k8s
 # shim: streamshim alone, as CI runs it; quick: beside bare containerd; full: every setting, slowly
@@ -62,7 +64,12 @@ fuzz: setup ## run every fuzz test for FUZZTIME (20s)
 	test/fuzz.sh $(FUZZTIME)
 
 .PHONY: bench
-bench: peers build ## run the benchmarks
+bench: peers build ## measure streamshim beside the containerd behind it; flags: make bench BENCHFLAGS=-quick
+	@go build -buildvcs=false -o bin/bench ./test/bench
+	@bin/bench $(BENCHFLAGS)
+
+.PHONY: gobench
+gobench: peers ## run the packages' own Go benchmarks
 	go test -run '^$$' -bench . -benchmem -p 1 -timeout 60m $(PACKAGES)
 
 .PHONY: lab
@@ -85,9 +92,35 @@ lab-k8s-down: ## take that down without a trace
 	@go build -buildvcs=false -o bin/lab-k8s ./test/kubernetes/lab
 	@bin/lab-k8s -dir $(LAB_K8S_DIR) down
 
+.PHONY: generate
+generate: ## write what is derived from the code: sample configuration, configuration reference, manual pages
+	go run ./tools/reference
+	go test -count 1 ./cmd/streamshim -run '^TestManPages$$' -update
+
+PACKAGES_DIR ?= dist
+# The last tag and what came after it, or 0.0.0 and the commit, in the words of semver.
+PACKAGE_VERSION ?= $(or $(shell git describe --tags --match 'v[0-9]*' 2>/dev/null | sed 's/^v//'),0.0.0-g$(shell git rev-parse --short=10 HEAD 2>/dev/null || echo 0))
+
+.PHONY: packages
+packages: build bin/nfpm ## the .deb and .rpm, in PACKAGES_DIR (dist)
+	$(call say,man pages and completions)
+	@rm -rf bin/package && mkdir -p bin/package/man bin/package/completion $(PACKAGES_DIR)
+	@for page in deploy/man/*.8; do gzip -9n <$$page >bin/package/man/$$(basename $$page).gz; done
+	@for shell in bash zsh fish; do bin/streamshim completion $$shell >bin/package/completion/streamshim.$$shell; done
+	@for packager in deb rpm; do \
+		ARCH=$$(go env GOARCH) PACKAGE_VERSION=$(PACKAGE_VERSION) \
+		bin/nfpm package --config deploy/package/nfpm.yaml --packager $$packager --target $(PACKAGES_DIR)/; \
+	done
+
+# A module of its own, so that its dependencies stay out of the product's.
+bin/nfpm: test/tools/nfpm/go.mod
+	$(call say,nfpm: built once$(,) about a minute)
+	@cd test/tools/nfpm && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -o $(CURDIR)/bin/ tool
+	@touch $@
+
 .PHONY: clean
 clean: ## remove what was built here (not ~/.cache/streamshim, not a running lab)
-	rm -rf bin .artefacts
+	rm -rf bin dist .artefacts
 
 .PHONY: setup
 setup:

@@ -79,8 +79,8 @@ func addSettings(flags *pflag.FlagSet) *settings {
 	return s
 }
 
-// load is the configuration from defaults, file and flags, in this order.
-func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
+// read is the configuration from defaults and file.
+func (s *settings) read() (config.Config, error) {
 	c := config.Default()
 	file := s.file
 	if file == "" {
@@ -88,10 +88,18 @@ func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
 			file = config.DefaultFile
 		}
 	}
-	if file != "" {
-		if err := c.Read(file); err != nil {
-			return c, err
-		}
+	if file == "" {
+		return c, nil
+	}
+	err := c.Read(file)
+	return c, err
+}
+
+// load is the configuration from defaults, file and flags, in this order.
+func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
+	c, err := s.read()
+	if err != nil {
+		return c, err
 	}
 	for name, copyFlag := range map[string]func(){
 		"listen":          func() { c.Listen = s.flags.Listen },
@@ -305,19 +313,24 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation) streaming.
 	if stall == 0 {
 		stall = -1 // as above
 	}
+	disconnectWait := time.Duration(0) // streaming's default
+	if execproc.Policy(c.Exec.OnDisconnect) == execproc.PolicyKeep {
+		disconnectWait = -1 // there is nothing to wait for
+	}
 	return streaming.Config{
-		Log:           log,
-		Sessions:      o.sessions,
-		Starts:        o.limits,
-		DrainIdle:     drainIdle,
-		DrainMax:      time.Duration(c.Exec.DrainMax),
-		LingerIdle:    time.Duration(c.Exec.Linger),
-		IdleTimeout:   settings.IdleTimeout,
-		MaxLifetime:   settings.MaxLifetime,
-		Bandwidth:     settings.Bandwidth,
-		Stall:         stall,
-		ReportRefused: c.PortForward.Refused == "report",
-		AttachBuffer:  c.Attach.Buffer,
+		DisconnectWait: disconnectWait,
+		Log:            log,
+		Sessions:       o.sessions,
+		Starts:         o.limits,
+		DrainIdle:      drainIdle,
+		DrainMax:       time.Duration(c.Exec.DrainMax),
+		LingerIdle:     time.Duration(c.Exec.Linger),
+		IdleTimeout:    settings.IdleTimeout,
+		MaxLifetime:    settings.MaxLifetime,
+		Bandwidth:      settings.Bandwidth,
+		Stall:          stall,
+		ReportRefused:  c.PortForward.Refused == "report",
+		AttachBuffer:   c.Attach.Buffer,
 	}
 }
 

@@ -32,8 +32,9 @@ type Config struct {
 	StreamAddress string `toml:"stream_address"`
 	// StateDir holds what is needed while processes run: process files, console sockets, records.
 	StateDir string `toml:"state_dir"`
-	// LogLevel is debug, info, warn or error; LogFormat is text or json.
-	LogLevel  string `toml:"log_level"`
+	// LogLevel is debug, info, warn or error.
+	LogLevel string `toml:"log_level"`
+	// LogFormat is text or json.
 	LogFormat string `toml:"log_format"`
 	// Admin is the Unix socket of "streamshim sessions", which only root may open; empty is none.
 	Admin string `toml:"admin"`
@@ -67,31 +68,31 @@ type Runtime struct {
 
 // Exec is how commands run in containers.
 type Exec struct {
-	OnDisconnect string   `toml:"on_disconnect"` // hangup, kill or keep
+	OnDisconnect string   `toml:"on_disconnect"` // what becomes of a command whose client has gone: hangup, kill or keep
 	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
 	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
 	StartTimeout Duration `toml:"start_timeout"` // for the OCI runtime to start the command
 	DrainIdle    Duration `toml:"drain_idle"`    // silence after which output held by a background child is complete
 	DrainMax     Duration `toml:"drain_max"`     // the same wait while output still flows
 	Linger       Duration `toml:"linger"`        // without progress, for a client to take the rest
-	IdleTimeout  Duration `toml:"idle_timeout"`  // 0 is off
-	MaxLifetime  Duration `toml:"max_lifetime"`  // 0 is off
+	IdleTimeout  Duration `toml:"idle_timeout"`  // without payload in either direction, until a session is ended; 0 is off
+	MaxLifetime  Duration `toml:"max_lifetime"`  // of a session; 0 is off
 	SyncOutput   int      `toml:"sync_output"`   // bytes of output that an ExecSync returns
 }
 
 // Attach is how attach sessions behave.
 type Attach struct {
-	Buffer      int      `toml:"buffer"` // bytes kept for a client that reads too slowly
-	IdleTimeout Duration `toml:"idle_timeout"`
-	MaxLifetime Duration `toml:"max_lifetime"`
+	Buffer      int      `toml:"buffer"`       // bytes kept for a client that reads too slowly
+	IdleTimeout Duration `toml:"idle_timeout"` // without payload in either direction, until a session is ended; 0 is off
+	MaxLifetime Duration `toml:"max_lifetime"` // of a session; 0 is off
 }
 
 // PortForward is how port-forward sessions behave.
 type PortForward struct {
-	Refused     string   `toml:"refused"` // reset or report
-	Stall       Duration `toml:"stall"`   // for one connection to hold up the others; 0 is for ever
-	IdleTimeout Duration `toml:"idle_timeout"`
-	MaxLifetime Duration `toml:"max_lifetime"`
+	Refused     string   `toml:"refused"`      // what the client of a port where nobody listens gets: reset, or report, which makes kubectl end the whole port-forward
+	Stall       Duration `toml:"stall"`        // for one connection to hold up the others; 0 is for ever
+	IdleTimeout Duration `toml:"idle_timeout"` // without payload in either direction, until a session is ended; 0 is off
+	MaxLifetime Duration `toml:"max_lifetime"` // of a session; 0 is off
 }
 
 // Shutdown is how a running streamshim ends.
@@ -159,8 +160,8 @@ type Limits struct {
 // Deny is a rule that refuses sessions. What is left out chooses all, except that execsync must be
 // named in kinds.
 type Deny struct {
-	Namespaces []string          `toml:"namespaces"` // as in Rule
-	PodLabels  map[string]string `toml:"pod_labels"` // as in Rule
+	Namespaces []string          `toml:"namespaces"` // as in recording.rule
+	PodLabels  map[string]string `toml:"pod_labels"` // as in recording.rule
 	Kinds      []string          `toml:"kinds"`      // any of exec, attach, portforward and execsync
 	TTY        *bool             `toml:"tty"`        // only sessions with, or only sessions without a terminal
 	Message    string            `toml:"message"`    // for the user; a plain one when empty

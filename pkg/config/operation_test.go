@@ -71,7 +71,7 @@ func TestReloadableKeysAreKnown(t *testing.T) {
 	var keys []string
 	collectKeys("", Default(), &keys)
 	for _, r := range reloadable {
-		if !slices.ContainsFunc(keys, func(key string) bool { return canReload(key) && (key == r || len(key) > len(r) && key[:len(r)] == r) }) {
+		if !slices.ContainsFunc(keys, func(key string) bool { return CanReload(key) && (key == r || len(key) > len(r) && key[:len(r)] == r) }) {
 			t.Errorf("%q is no key", r)
 		}
 	}

@@ -75,7 +75,6 @@ func transferred(streams ...Stream) (received, sent int64) {
 // Waits within one session that are not configuration.
 const (
 	reapTimeout      = 5 * time.Second        // for a killed process to be gone
-	disconnectWait   = 30 * time.Second       // for a process whose client has gone to follow
 	endReasonTimeout = 700 * time.Millisecond // to learn why a container ended
 	containerEndWait = 200 * time.Millisecond // between a process killed with its container and the container's end
 	exitCodeKilled   = 128 + 9
@@ -217,15 +216,21 @@ func (s *remoteCommandSession) copyStreams() {
 	for _, o := range []struct {
 		to   Stream
 		from io.ReadCloser
+		fin  bool // at its own end, not at the session's: sayLine may have something to add
 	}{
-		{s.operatedOutput(session.Stdout, s.client.stdout), s.process.Stdout()},
-		{s.operatedOutput(session.Stderr, s.client.stderr), s.process.Stderr()},
+		{s.operatedOutput(session.Stdout, s.client.stdout), s.process.Stdout(), !s.command.TTY},
+		{s.operatedOutput(session.Stderr, s.client.stderr), s.process.Stderr(), false},
 	} {
 		if o.to == nil || o.from == nil {
 			continue
 		}
 		s.drain.sources = append(s.drain.sources, o.from)
-		s.outputs.Go(func() { s.drain.copyOutput(o.to, o.from) })
+		s.outputs.Go(func() {
+			s.drain.copyOutput(o.to, o.from)
+			if o.fin {
+				o.to.CloseWrite() //nolint:errcheck // a client that has gone is noticed elsewhere
+			}
+		})
 	}
 }
 
@@ -273,20 +278,34 @@ func (s *remoteCommandSession) exited(ctx context.Context) session.Outcome {
 	defer stopWatching()
 	s.stopInput()
 	s.drain.begin(s.config.DrainMax)
-	s.outputs.Wait()
-	s.process.Close() //nolint:errcheck // nothing is left in it that anybody wants
 
 	outcome := session.Outcome{Reason: "exited", ExitCode: s.process.ExitCode()}
 	result := exitStatus(outcome.ExitCode, "")
 	if relayed, ok := s.process.(interface{ Status() *status }); ok {
 		result = relayed.Status()
 	} else if outcome.ExitCode == exitCodeKilled && waitFor(s.process.ContainerExited(), containerEndWait) {
+		// Asked now, while the output is still on its way: later the container may be removed.
 		outcome.Reason = "container-exited"
 		outcome.Err = errors.New(s.containerEnd(ctx))
 		result = exitStatus(outcome.ExitCode, outcome.Err.Error())
 	}
+	s.outputs.Wait()
+	s.process.Close() //nolint:errcheck // nothing is left in it that anybody wants
+	if outcome.Err != nil {
+		s.sayLine("[streamshim: " + outcome.Err.Error() + "]")
+	}
 	s.sayEnd(ctx, result)
 	return outcome
+}
+
+// sayLine writes a line for the user's eyes: clients that find an exit code in the status show
+// nothing else of it. Stdout is left alone, unless it is a terminal.
+func (s *remoteCommandSession) sayLine(line string) {
+	if s.command.TTY && s.client.stdout != nil {
+		io.WriteString(s.client.stdout, "\r\n"+line+"\r\n") //nolint:errcheck // a client that has gone is noticed in sayEnd
+	} else if s.client.stderr != nil {
+		io.WriteString(s.client.stderr, line+"\n") //nolint:errcheck // as above
+	}
 }
 
 // containerEnd says why the container is gone.
@@ -307,7 +326,7 @@ func (s *remoteCommandSession) disconnected() session.Outcome {
 	s.process.Disconnect()
 	s.client.Close() //nolint:errcheck // wakes the copiers
 	s.stopInput()
-	if waitFor(s.process.Exited(), disconnectWait) {
+	if waitFor(s.process.Exited(), s.config.DisconnectWait) {
 		outcome.ExitCode = s.process.ExitCode()
 	}
 	s.process.Close() //nolint:errcheck // nobody is left to tell
@@ -325,7 +344,7 @@ func (s *remoteCommandSession) stop(ctx context.Context, outcome session.Outcome
 	s.drain.begin(0)
 	s.outputs.Wait()
 	s.sayEnd(ctx, endedStatus(outcome.Err.Error()))
-	if waitFor(s.process.Exited(), disconnectWait) {
+	if waitFor(s.process.Exited(), s.config.DisconnectWait) {
 		outcome.ExitCode = s.process.ExitCode()
 	}
 	s.process.Close() //nolint:errcheck // the session is over
@@ -356,12 +375,20 @@ func (s *remoteCommandSession) sayEnd(ctx context.Context, result *status) {
 		s.client.failure.Write(message) //nolint:errcheck // as above
 	}
 	s.client.failure.CloseWrite() //nolint:errcheck // as above
-	if ctx.Err() != nil {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
-		defer cancel()
+	patience, cancel := withGrace(ctx)
+	defer cancel()
+	s.client.farewell(patience)
+}
+
+// withGrace is a context that outlasts ctx by shutdownGrace: a session that is told to end, before
+// or while its client takes the rest, still gets it to a client who reads.
+func withGrace(ctx context.Context) (context.Context, context.CancelFunc) {
+	patience, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(shutdownGrace, cancel) })
+	return patience, func() {
+		stop()
+		cancel()
 	}
-	s.client.farewell(ctx)
 }
 
 // copyInput moves the client's bytes into the process until the client's FIN, which is the end of
@@ -431,7 +458,6 @@ func (d *drain) copyOutput(to Stream, from io.ReadCloser) {
 		}
 		from.(deadliner).SetReadDeadline(time.Now().Add(d.idle / drainLooks)) //nolint:errcheck // as in begin
 	}
-	to.CloseWrite() //nolint:errcheck // a client that has gone is noticed elsewhere
 }
 
 // cut notes that somebody still held an output when it was taken to be complete.

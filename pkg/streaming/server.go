@@ -37,6 +37,9 @@ type Config struct {
 	// LingerIdle is how long a finished session waits without any progress for the client to take
 	// what is left and to close the connection. Default 10 min.
 	LingerIdle time.Duration
+	// DisconnectWait is how long a session whose client has gone stays in the registry until its
+	// process has followed. Default 30 s; negative does not wait, for processes that are kept.
+	DisconnectWait time.Duration
 	// IdleTimeout ends a session in which no payload has moved for this long. Pings do not count
 	// (containerd#5563). Default 4 h; negative is off.
 	IdleTimeout map[session.Kind]time.Duration
@@ -74,6 +77,7 @@ const (
 	defaultDrainIdle             = 2 * time.Second
 	defaultDrainMax              = 10 * time.Minute
 	defaultLingerIdle            = 10 * time.Minute
+	defaultDisconnectWait        = 30 * time.Second
 	defaultIdleTimeout           = 4 * time.Hour
 	defaultWarning               = time.Minute
 	defaultStall                 = 30 * time.Second
@@ -98,6 +102,7 @@ func (c Config) withDefaults() Config {
 	duration(&c.DrainIdle, defaultDrainIdle)
 	duration(&c.DrainMax, defaultDrainMax)
 	duration(&c.LingerIdle, defaultLingerIdle)
+	duration(&c.DisconnectWait, defaultDisconnectWait)
 	duration(&c.Warning, defaultWarning)
 	duration(&c.Stall, defaultStall)
 	duration(&c.PeerTimeout, defaultPeerTimeout)
@@ -262,9 +267,27 @@ func (s *Server) handler() http.Handler {
 // serveFunc upgrades the connection and starts the session of a redeemed request.
 type serveFunc func(w http.ResponseWriter, r *http.Request, up upgrade, request any)
 
+// enter counts a request among the sessions, unless the server is shutting down. The caller calls
+// sessions.Done when the request has been handed on or answered.
+func (s *Server) enter() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return false
+	}
+	s.sessions.Add(1)
+	return true
+}
+
 // redeem hands a request that can be upgraded over to its verb. One that cannot is answered without
 // using its token up.
 func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kind, serve serveFunc) {
+	// Counted from here on, so that Shutdown waits also for a session that is about to begin.
+	if !s.enter() {
+		http.Error(w, ErrShuttingDown.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	defer s.sessions.Done()
 	token := r.PathValue("token")
 	if !s.tokens.holds(kind, token) {
 		s.tokenNotFound(w, kind)
@@ -283,8 +306,10 @@ func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kin
 	serve(w, r, up, request)
 }
 
+// tokenNotFound answers in a text without ": ", which client-go's WebSocket clients would try to
+// read as YAML, and show nothing.
 func (s *Server) tokenNotFound(w http.ResponseWriter, kind session.Kind) {
 	s.config.Observe(TokenUnknown)
-	http.Error(w, fmt.Sprintf("no %s request waits at this URL: its token is unknown, has been used, or has expired "+
+	http.Error(w, fmt.Sprintf("no %s request waits at this URL. Its token is unknown, has been used, or has expired "+
 		"(a token is good for one connection within %v of the CRI call)", kind, s.tokens.ttl), http.StatusNotFound)
 }

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/test/kubernetes"
 )
 
 // podName is a name that no other check uses.
@@ -419,26 +421,39 @@ func checkKubeletRestart(ctx context.Context, t *target) (string, error) {
 	return "containers untouched, exec works again, nothing left", nil
 }
 
-// usage is what a process holds.
-type usage struct{ descriptors, threads, children int }
+// usage is what streamshim holds.
+type usage struct{ descriptors, children, goroutines int }
 
-func usageOf(pid int) (usage, error) {
-	process := filepath.Join("/proc", strconv.Itoa(pid))
+func (u usage) String() string {
+	return fmt.Sprintf("%d descriptors, %d children, %d goroutines", u.descriptors, u.children, u.goroutines)
+}
+
+func usageOf(ctx context.Context, n *kubernetes.Node) (usage, error) {
+	process := filepath.Join("/proc", strconv.Itoa(n.PID("streamshim")))
 	descriptors, err := os.ReadDir(filepath.Join(process, "fd"))
 	if err != nil {
 		return usage{}, err
 	}
-	threads, err := os.ReadDir(filepath.Join(process, "task"))
+	u := usage{descriptors: len(descriptors)}
+	lists, err := filepath.Glob(filepath.Join(process, "task/*/children"))
 	if err != nil {
 		return usage{}, err
 	}
-	u := usage{descriptors: len(descriptors), threads: len(threads)}
-	for _, thread := range threads {
-		children, err := os.ReadFile(filepath.Join(process, "task", thread.Name(), "children"))
+	for _, list := range lists {
+		children, err := os.ReadFile(list)
 		if err != nil {
 			continue // a thread that ended
 		}
 		u.children += len(strings.Fields(string(children)))
+	}
+	metrics, err := n.Metrics(ctx)
+	if err != nil {
+		return usage{}, err
+	}
+	_, rest, found := strings.Cut(metrics, "\ngo_goroutines ")
+	number, _, _ := strings.Cut(rest, "\n")
+	if u.goroutines, err = strconv.Atoi(number); err != nil || !found {
+		return usage{}, fmt.Errorf("no number of goroutines in the metrics: %w", err)
 	}
 	return u, nil
 }

@@ -75,6 +75,7 @@ const (
 	apiServerPort     = 26443
 	kubeletPort       = 20250
 	kubeletHealthPort = 20248
+	metricsPort       = 20249
 )
 
 const (
@@ -86,6 +87,9 @@ const (
 // folder is taken down first. The caller must end the cluster with Close, or give it up with Detach.
 func Start(ctx context.Context, config Config) (*Cluster, error) {
 	if err := Ready(); err != nil {
+		return nil, err
+	}
+	if err := checkNoKubelet(); err != nil {
 		return nil, err
 	}
 	if len(config.Nodes) == 0 {
@@ -111,14 +115,17 @@ func Start(ctx context.Context, config Config) (*Cluster, error) {
 
 func (c *Cluster) start(ctx context.Context, config Config) error {
 	for i, nodeConfig := range config.Nodes {
-		n, err := node.Start(ctx, node.Config{
+		made := &Node{Address: c.address(10 + i), cluster: c}
+		var err error
+		made.Node, err = node.Start(ctx, node.Config{
 			Dir: filepath.Join(c.dir, nodeConfig.Name), Name: fmt.Sprintf("%s-%05x", nodeConfig.Name, hash(c.dir)&0xfffff),
-			Streamshim: nodeConfig.Streamshim, Logf: c.logf,
+			Streamshim: nodeConfig.Streamshim, StreamshimArgs: []string{"--metrics-address", made.metricsAddress()},
+			Logf: c.logf,
 		})
 		if err != nil {
 			return err
 		}
-		c.nodes = append(c.nodes, &Node{Node: n, Address: c.address(10 + i), cluster: c})
+		c.nodes = append(c.nodes, made)
 	}
 	if err := c.writeCertificates(); err != nil {
 		return err
@@ -155,6 +162,7 @@ func (c *Cluster) Close() error {
 	if c.client != nil {
 		c.client.CloseIdleConnections()
 	}
+	http.DefaultClient.CloseIdleConnections()
 	c.nodes = nil
 	if err := errors.Join(errs...); err != nil {
 		return err
@@ -174,6 +182,10 @@ func (c *Cluster) Detach() {
 // Cleanup takes down what a dead owner left in the folder, or a cluster that was given up with
 // Detach. A folder without a cluster is no error. Logs stay.
 func Cleanup(dir string, logf func(string, ...any)) error {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return err
+	}
 	records, err := filepath.Glob(filepath.Join(dir, "*", "node.json"))
 	if err != nil {
 		return err
@@ -190,7 +202,7 @@ func Cleanup(dir string, logf func(string, ...any)) error {
 
 // removeFiles removes what lies outside the nodes' folders.
 func removeFiles(dir string) error {
-	var errs []error
+	errs := []error{removeTraces(dir)}
 	for _, name := range []string{"pki", "home", "kubeconfig"} {
 		errs = append(errs, os.RemoveAll(filepath.Join(dir, name)))
 	}
@@ -294,6 +306,14 @@ func (n *Node) Condition(ctx context.Context) (ready bool, since time.Time, err 
 	}
 	return false, time.Time{}, errors.New("the node has no condition Ready yet")
 }
+
+// Metrics returns streamshim's metrics as text.
+func (n *Node) Metrics(ctx context.Context) (string, error) {
+	text, err := get(ctx, http.DefaultClient, "http://"+n.metricsAddress()+"/metrics")
+	return string(text), err
+}
+
+func (n *Node) metricsAddress() string { return fmt.Sprintf("%s:%d", n.Address, metricsPort) }
 
 // Get reads from the API server as the administrator.
 func (c *Cluster) Get(ctx context.Context, path string) ([]byte, error) {

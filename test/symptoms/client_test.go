@@ -124,14 +124,14 @@ func exitCode(t *testing.T, err error) int {
 	return exit.Code
 }
 
-// throughProxies puts upgrade proxies before the URL, as the kubelet and the API server are. The one
-// next to a WebSocket client translates to SPDY.
+// throughProxies puts upgrade proxies before the URL: one as the kubelet is, two as kubelet and API
+// server are, of which the latter translates WebSocket to SPDY.
 func throughProxies(t *testing.T, target *url.URL, hops int, transport string, options remotecommand.StreamOptions) *url.URL {
 	for i := range hops {
 		upstream := *target
-		last := i == hops-1
+		translates := i == 1 && transport == "WebSocket"
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if last && transport == "WebSocket" {
+			if translates {
 				apiserverproxy.NewStreamTranslatorHandler(&upstream, nil, 0, apiserverproxy.Options{
 					Stdin: options.Stdin != nil, Stdout: options.Stdout != nil, Stderr: options.Stderr != nil, Tty: options.Tty,
 				}).ServeHTTP(w, r)

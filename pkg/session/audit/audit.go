@@ -178,7 +178,7 @@ func (l *Log) Refused(info session.Info, reason error) {
 		record.Reason = string(refused.Refusal)
 	}
 	record.Error = reason.Error()
-	l.put(record.line(), nil) //nolint:errcheck // a line that is lost is counted
+	l.put(record.line(), nil) //nolint:errcheck // what is lost is counted
 }
 
 // BeginSync writes the start of an ExecSync. End, which is never nil without an error, writes how it
@@ -209,7 +209,7 @@ func (l *Log) start(ctx context.Context, id string, info session.Info) error {
 	}
 	line := describe(Start, id, info, config.Command).line()
 	if !config.Deny {
-		l.put(line, nil) //nolint:errcheck // as above
+		l.put(line, nil) //nolint:errcheck // as in Refused
 		return nil
 	}
 	written := make(chan error, 1)
@@ -242,7 +242,7 @@ func (l *Log) end(id string, info session.Info, began time.Time, in, out int64, 
 	}
 	record := describe(End, id, info, config.Command)
 	record.finish(began, in, out, o)
-	l.put(record.line(), nil) //nolint:errcheck // as above
+	l.put(record.line(), nil) //nolint:errcheck // what is lost is counted
 }
 
 // put queues a line and never waits. Without room the line is lost, which is counted.

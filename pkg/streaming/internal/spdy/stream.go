@@ -40,6 +40,9 @@ type Stream struct {
 	replied    bool      // SYN_REPLY is queued, or not to be sent
 	over       bool      // done is closed
 	afterReset func()    // see AfterReset; nil once called
+
+	direct   *direct // where WriteTo, which waits for data, would write it
+	directed int64   // bytes that put has written there
 }
 
 func newStream(c *Conn, id uint32, header http.Header) *Stream {
@@ -117,11 +120,24 @@ func (s *Stream) Read(p []byte) (int, error) {
 
 // WriteTo writes all that comes to w, up to 64 KiB with one write, until the peer's FIN. For the
 // rest of what it returns see Read. When w fails, the data of that write is lost.
-func (s *Stream) WriteTo(w io.Writer) (int64, error) {
-	var written int64
+//
+// A non-blocking *os.File or *net.TCPConn is also written by the goroutine of Conn.Serve, while
+// WriteTo itself has nothing to write; nobody else may write to it until WriteTo returns.
+func (s *Stream) WriteTo(w io.Writer) (written int64, err error) {
 	to, relay := w.(*Stream)
+	direct := directTo(w)
+	defer func() {
+		s.mu.Lock()
+		written += s.directed
+		s.directed = 0
+		s.mu.Unlock()
+	}()
 	for {
-		b, err := s.take()
+		b, err := s.take(direct)
+		if err == nil && direct != nil && direct.err != nil {
+			b.free()
+			err = direct.err
+		}
 		if err == io.EOF {
 			return written, nil
 		}
@@ -162,10 +178,14 @@ func (s *Stream) writeBuffer(w io.Writer, b *buffer) (written int, err error) {
 	return written, nil
 }
 
-// take waits for data and takes the oldest buffer of it out of the stream.
-func (s *Stream) take() (*buffer, error) {
+// take waits for data and takes the oldest buffer of it out of the stream. Data that comes while it
+// waits is written directly as far as possible.
+func (s *Stream) take(direct *direct) (*buffer, error) {
 	s.mu.Lock()
-	if err := s.awaitLocked(); err != nil {
+	s.direct = direct
+	err := s.awaitLocked()
+	s.direct = nil
+	if err != nil {
 		s.mu.Unlock()
 		return nil, err
 	}
@@ -221,6 +241,15 @@ func (s *Stream) put(p []byte) int {
 		return len(p)
 	}
 	stored := 0
+	if s.direct != nil && s.head == nil {
+		stored = s.direct.write(p)
+		s.directed += int64(stored)
+		s.moved.Store(time.Now().UnixNano())
+		if stored == len(p) {
+			s.received.Add(int64(stored))
+			return stored
+		}
+	}
 	for stored < len(p) {
 		if s.tail == nil || len(s.tail.spare()) == 0 {
 			class := classFor(len(p)-stored, receiveClass)
