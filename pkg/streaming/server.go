@@ -267,9 +267,27 @@ func (s *Server) handler() http.Handler {
 // serveFunc upgrades the connection and starts the session of a redeemed request.
 type serveFunc func(w http.ResponseWriter, r *http.Request, up upgrade, request any)
 
+// enter counts a request among the sessions, unless the server is shutting down. The caller calls
+// sessions.Done when the request has been handed on or answered.
+func (s *Server) enter() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return false
+	}
+	s.sessions.Add(1)
+	return true
+}
+
 // redeem hands a request that can be upgraded over to its verb. One that cannot is answered without
 // using its token up.
 func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kind, serve serveFunc) {
+	// Counted from here on, so that Shutdown waits also for a session that is about to begin.
+	if !s.enter() {
+		http.Error(w, ErrShuttingDown.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	defer s.sessions.Done()
 	token := r.PathValue("token")
 	if !s.tokens.holds(kind, token) {
 		s.tokenNotFound(w, kind)
