@@ -9,6 +9,8 @@ MAKEFLAGS += --no-print-directory
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 PROGRAMS := $(or $(STREAMSHIM_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/streamshim)/peers/bin
 FUZZTIME ?= 20s
+# Flags of the comparison with containerd, see bin/bench -h
+BENCHFLAGS ?=
 LAB_DIR ?= .lab
 LAB_K8S_DIR ?= .lab-k8s
 # shim: streamshim alone, as CI runs it; quick: beside bare containerd; full: every setting, slowly
@@ -62,7 +64,12 @@ fuzz: setup ## run every fuzz test for FUZZTIME (20s)
 	test/fuzz.sh $(FUZZTIME)
 
 .PHONY: bench
-bench: peers build ## run the benchmarks
+bench: peers build ## measure streamshim beside the containerd behind it; flags: make bench BENCHFLAGS=-quick
+	@go build -buildvcs=false -o bin/bench ./test/bench
+	@bin/bench $(BENCHFLAGS)
+
+.PHONY: gobench
+gobench: peers ## run the packages' own Go benchmarks
 	go test -run '^$$' -bench . -benchmem -p 1 -timeout 60m $(PACKAGES)
 
 .PHONY: lab

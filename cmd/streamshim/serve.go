@@ -79,8 +79,8 @@ func addSettings(flags *pflag.FlagSet) *settings {
 	return s
 }
 
-// load is the configuration from defaults, file and flags, in this order.
-func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
+// read is the configuration from defaults and file.
+func (s *settings) read() (config.Config, error) {
 	c := config.Default()
 	file := s.file
 	if file == "" {
@@ -88,10 +88,18 @@ func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
 			file = config.DefaultFile
 		}
 	}
-	if file != "" {
-		if err := c.Read(file); err != nil {
-			return c, err
-		}
+	if file == "" {
+		return c, nil
+	}
+	err := c.Read(file)
+	return c, err
+}
+
+// load is the configuration from defaults, file and flags, in this order.
+func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
+	c, err := s.read()
+	if err != nil {
+		return c, err
 	}
 	for name, copyFlag := range map[string]func(){
 		"listen":          func() { c.Listen = s.flags.Listen },

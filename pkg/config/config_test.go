@@ -70,6 +70,13 @@ func TestMistakes(t *testing.T) {
 		{"bandwidth", "[limits]\nbandwidth = 1\n", []string{"2: ", "4096", "0 for none"}},
 		{"deny kind", "[[deny]]\nkinds = ['exec']\n[[deny]]\nkinds = ['exex']\n", []string{"4: ", "deny[1].kinds", `did you mean "exec"?`}},
 		{"unknown key in deny", "[[deny]]\ntti = true\n", []string{"2: ", `did you mean "deny.tty"?`}},
+		{"metrics without a port", "metrics_address = '127.0.0.1'\n", []string{"1: ", "HOST:PORT"}},
+		{"profiling for everybody", "\nprofiling = true\nmetrics_address = '0.0.0.0:9464'\n", []string{"2: ", "loopback"}},
+		{"profiling nowhere", "profiling = true\n", []string{"1: ", "metrics_address"}},
+		{"traces without a port", "[traces]\nendpoint = 'collector'\n", []string{"2: ", "traces.endpoint", "HOST:PORT"}},
+		{"traces with a URL", "[traces]\nendpoint = 'http://collector:4317/x'\n", []string{"2: ", "traces.endpoint", "HOST:PORT"}},
+		{"sample ratio", "[traces]\n\nsample_ratio = 1.5\n", []string{"3: ", "between 0 and 1"}},
+		{"sample ratio nan", "[traces]\nsample_ratio = nan\n", []string{"2: ", "between 0 and 1"}},
 		{"relative state", "state_dir = 'x'\n", []string{"1: ", "absolute"}},
 	}
 	for _, tt := range tests {

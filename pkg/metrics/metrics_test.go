@@ -8,6 +8,9 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -214,6 +217,35 @@ func TestServer(t *testing.T) {
 	}
 }
 
+// docs/metrics.md explains each metric and no others.
+func TestDocumentation(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join("..", "..", "docs", "metrics.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	documented := map[string]bool{}
+	for _, match := range regexp.MustCompile("(?m)^(?:\\| )?`(streamshim_[a-z_]+)`").FindAllStringSubmatch(string(text), -1) {
+		documented[match[1]] = true
+	}
+	m := newForTest()
+	m.Call("x", "OK", time.Second)
+	m.Refused(session.Info{Kind: session.Exec}, errors.New("x"))
+	m.ended.WithLabelValues("exec", "x", "ok", "exited")
+	families, err := m.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if name := f.GetName(); strings.HasPrefix(name, "streamshim_") && !documented[name] {
+			t.Errorf("docs/metrics.md does not explain %s", name)
+		}
+		delete(documented, f.GetName())
+	}
+	for name := range documented {
+		t.Errorf("docs/metrics.md explains %s, which is not there", name)
+	}
+}
+
 // Every metric has a help text, and names keep to Prometheus' conventions.
 func TestNames(t *testing.T) {
 	m := newForTest()
@@ -231,4 +263,25 @@ func TestNames(t *testing.T) {
 		}
 	}
 	var _ prometheus.Collector = (*liveCollector)(m)
+}
+
+// What a session costs without and with metrics, besides its work.
+func BenchmarkSession(b *testing.B) {
+	for name, observers := range map[string][]session.Observer{"off": nil, "on": {newForTest()}} {
+		b.Run(name, func(b *testing.B) {
+			r := session.NewRegistry(slog.New(slog.DiscardHandler))
+			for _, o := range observers {
+				r.Observe(o)
+			}
+			for b.Loop() {
+				s, err := r.Begin(context.Background(), session.Info{Kind: session.Exec})
+				if err != nil {
+					b.Fatal(err)
+				}
+				s.SetPhase(session.Running)
+				s.SetPhase(session.Lingering)
+				s.End(session.Outcome{Reason: "exited"})
+			}
+		})
+	}
 }

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -136,14 +137,14 @@ func TestPortForwardOverRoughNetwork(t *testing.T) {
 	})
 }
 
-// wireTap collects what a client sends.
-type wireTap struct{ bytes.Buffer }
+// sentBytes collects what a client sends.
+type sentBytes struct{ bytes.Buffer }
 
-func (r *wireTap) Read([]byte) (int, error) { return 0, io.EOF }
+func (r *sentBytes) Read([]byte) (int, error) { return 0, io.EOF }
 
 // record returns what a client sends after its head.
 func record(t *testing.T, speak func(c *rawClient)) []byte {
-	var wire wireTap
+	var wire sentBytes
 	speak(newRawClient(t, nil, &wire))
 	return wire.Bytes()
 }
@@ -241,10 +242,10 @@ func TestExecCutAnywhere(t *testing.T) {
 // So does a port-forward, and its connections into the pod.
 func TestPortForwardCutAnywhere(t *testing.T) {
 	s := startServer(t, Config{})
-	var open sync.WaitGroup
+	var open atomic.Int32
 	port := pod(t, func(c *net.TCPConn) {
 		open.Add(1)
-		defer open.Done()
+		defer open.Add(-1)
 		io.Copy(c, c)
 	})
 	body := record(t, func(c *rawClient) {
@@ -258,5 +259,7 @@ func TestPortForwardCutAnywhere(t *testing.T) {
 		c.write(&spdy.GoAwayFrame{})
 	})
 	head := func(u *url.URL) []byte { return upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...) }
-	cutAnywhere(t, s, func() *url.URL { return s.portForwardURL(make(chan struct{})) }, head, body, func(int) { open.Wait() })
+	cutAnywhere(t, s, func() *url.URL { return s.portForwardURL(make(chan struct{})) }, head, body, func(cut int) {
+		eventually(t, fmt.Sprintf("the end of the pod's connections after a cut at byte %d", cut), func() bool { return open.Load() == 0 })
+	})
 }

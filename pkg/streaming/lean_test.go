@@ -24,7 +24,7 @@ import (
 const (
 	maxExecGoroutines       = 5
 	maxConnectionGoroutines = 2
-	maxIdleTerminalMemory   = 64 << 10 // of the 100 KiB, for what this process holds; the rest is the kernel's
+	maxIdleTerminalMemory   = 80 << 10 // of the 100 KiB, for what this process holds; the rest is the kernel's
 )
 
 // idleProcess is a process that does nothing until it is told that its client has gone. It costs

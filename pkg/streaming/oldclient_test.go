@@ -1,7 +1,10 @@
 package streaming
 
 import (
+	"context"
+	"errors"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -211,4 +214,90 @@ func TestProtocolOfAnotherKind(t *testing.T) {
 		}
 		c.conn.Close()
 	}
+}
+
+// Clients up to Kubernetes 1.22 neither close nor reset anything after the pod's EOF before the error
+// stream has ended.
+func TestErrorStreamEndsWithPodsEOF(t *testing.T) {
+	forEachTransport(t, func(t *testing.T, transport string) {
+		s := startServer(t, Config{})
+		port := pod(t, answer)
+		u := s.portForwardURL(make(chan struct{}))
+		var c *rawClient
+		if transport == "WebSocket" {
+			c = dialTunnel(t, u)
+		} else {
+			c = dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+		}
+		data, failure := c.openPair(strconv.Itoa(port), "1")
+		c.send(data, "abc", false)
+		if got := c.finished(data); got != "answer to abc" {
+			t.Errorf("answer %q", got)
+		}
+		if got := c.finished(failure); got != "" || c.streams[failure].reset != 0 {
+			t.Errorf("error stream %q, reset %v", got, c.streams[failure].reset)
+		}
+	})
+}
+
+// A port that nobody listens on is a data stream that was accepted and then reset: client-go keeps a
+// goroutine for ever for one that was refused.
+func TestRefusedPortIsAcceptedThenReset(t *testing.T) {
+	s := startServer(t, Config{})
+	raw, err := s.PortForward(&PortForwardRequest{Open: func() (PortForwarder, error) { return refuser{}, nil }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	u, err := url.Parse(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+	for i := range 1000 {
+		data, failure := c.openPair("80", strconv.Itoa(i))
+		c.finished(data)
+		if got := c.streams[data]; got.reset == 0 || !got.replied {
+			t.Fatalf("data stream: replied %v, reset %v", got.replied, got.reset)
+		}
+		if got := c.finished(failure); got != "" {
+			t.Fatalf("error stream %q", got)
+		}
+	}
+}
+
+// refuser is a pod on whose ports nobody listens, and that takes no time to say so.
+type refuser struct{}
+
+func (refuser) Forward(_ context.Context, _ uint16, stream Stream) (sent, received int64, err error) {
+	stream.Reset()
+	return 0, 0, errors.New("refused")
+}
+func (refuser) Gone() <-chan struct{} { return nil }
+func (refuser) Close() error          { return nil }
+
+// When the pod goes, every open connection's error stream says so, and its data stream is reset, so
+// that kubectl looks at the error stream.
+func TestSandboxGoneIsSaidOnErrorStreams(t *testing.T) {
+	s := startServer(t, Config{})
+	port := strconv.Itoa(pod(t, func(c *net.TCPConn) { io.Copy(c, c) }))
+	gone := make(chan struct{})
+	u := s.portForwardURL(gone)
+	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+	var pairs [][2]spdy.StreamId
+	for i := range 3 {
+		data, failure := c.openPair(port, strconv.Itoa(i))
+		c.send(data, "x", false)
+		c.until("the echo", func() bool { return len(c.streams[data].data) > 0 })
+		pairs = append(pairs, [2]spdy.StreamId{data, failure})
+	}
+	close(gone)
+	for _, pair := range pairs {
+		if got := c.finished(pair[1]); got != errSandboxGone.Error() {
+			t.Errorf("error stream %q", got)
+		}
+		if c.finished(pair[0]); c.streams[pair[0]].reset == 0 {
+			t.Error("the data stream was not reset")
+		}
+	}
+	c.conn.Close()
 }

@@ -111,6 +111,25 @@ func (s fullCloseStream) CloseWrite() error {
 	return err
 }
 
+// dataStream ends the error stream together with the pod's side: nothing can go wrong any more that the
+// client would want to know. Clients up to Kubernetes 1.22 wait for the end of the error stream before
+// they pass the pod's EOF on to the local program, which in turn may wait for it to end its own side.
+type dataStream struct {
+	Stream
+	spdy    *spdy.Stream // underneath
+	failure Stream
+}
+
+// CloseWrite implements Stream.
+func (s dataStream) CloseWrite() error {
+	err := s.Stream.CloseWrite()
+	s.failure.CloseWrite() //nolint:errcheck // as with the data stream, seen in the connection
+	return err
+}
+
+// AfterReset is what pkg/portforward looks for in a stream that its client can reset.
+func (s dataStream) AfterReset(f func()) { s.spdy.AfterReset(f) }
+
 // startLegacy begins to forward the connections that are open from the start.
 func (s *portForwardSession) startLegacy() {
 	if len(s.legacy) == 0 {
@@ -216,7 +235,11 @@ var errSandboxGone = errors.New("the pod is gone: its sandbox was stopped")
 // stream stays empty, because kubectl answers any text there by ending the whole port-forward
 // (kubernetes#74551, kubernetes#111825). When the whole port-forward ends, that is what is wanted.
 func (s *portForwardSession) forward(c *forwardedConnection) {
-	_, _, err := s.forwarder.Forward(s.ctx, c.port, s.bandwidth.stream(c.data))
+	data := s.bandwidth.stream(c.data)
+	if stream, ok := c.data.(*spdy.Stream); ok {
+		data = dataStream{Stream: data, spdy: stream, failure: c.failure}
+	}
+	_, _, err := s.forwarder.Forward(s.ctx, c.port, data)
 	received, sent := transferred(c.data)
 	s.mu.Lock()
 	delete(s.open, c)

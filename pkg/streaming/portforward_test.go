@@ -275,16 +275,16 @@ func TestHalfCloseDeliversLateAnswer(t *testing.T) {
 	})
 }
 
-// The end of the pod's side reaches the client at once, while the upload goes on.
+// The end of the pod's side reaches the client although the client has not ended his. That an upload
+// then goes on is seen with a client of our own: client-go gives its side up.
 func TestPodClosesFirst(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
-		uploaded := make(chan int, 1)
 		port := pod(t, func(c *net.TCPConn) {
+			io.ReadFull(c, make([]byte, 1))
 			io.WriteString(c, "enough")
 			c.CloseWrite()
-			n, _ := io.Copy(io.Discard, c)
-			uploaded <- int(n)
+			io.Copy(io.Discard, c)
 		})
 		f := s.portForward(t, transport, port)
 		conn := f.dial(port)
@@ -293,9 +293,6 @@ func TestPodClosesFirst(t *testing.T) {
 			t.Errorf("answer %q, %v", got, err)
 		}
 		conn.Close()
-		if n := <-uploaded; n != 1 {
-			t.Errorf("the pod got %d bytes", n)
-		}
 		f.alive()
 	})
 }

@@ -288,8 +288,10 @@ func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kin
 	serve(w, r, up, request)
 }
 
+// tokenNotFound answers in a text without ": ", which client-go's WebSocket clients would try to
+// read as YAML, and show nothing.
 func (s *Server) tokenNotFound(w http.ResponseWriter, kind session.Kind) {
 	s.config.Observe(TokenUnknown)
-	http.Error(w, fmt.Sprintf("no %s request waits at this URL: its token is unknown, has been used, or has expired "+
+	http.Error(w, fmt.Sprintf("no %s request waits at this URL. Its token is unknown, has been used, or has expired "+
 		"(a token is good for one connection within %v of the CRI call)", kind, s.tokens.ttl), http.StatusNotFound)
 }

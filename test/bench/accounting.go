@@ -64,12 +64,13 @@ func newAccount(name string, pids ...int) (*account, error) {
 	if err != nil {
 		return nil, err
 	}
-	own := fmt.Sprintf("streamshim-bench-%d-%s", os.Getpid(), name)
+	own := "streamshim-bench-" + name
 	a := &account{dir: filepath.Join(root, own)}
 	if mount := mountOf("cpu"); mount != "" && mount != root {
 		a.group = filepath.Join(mount, own)
 	}
 	for _, dir := range a.dirs() {
+		_ = os.Remove(dir) //nolint:errcheck // left by a run that was killed, if there is one
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			return nil, err
 		}

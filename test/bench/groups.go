@@ -30,8 +30,8 @@ func once(scale) int { return 1 }
 // have freed and not given back; the call with 500 containers last, as they weigh on containerd.
 var groups = []group{
 	{name: "warm", rounds: once, each: (*bench).warm},
-	{name: "idle", rounds: once, each: (*bench).idleSessions},
 	{name: "idle-forward", rounds: once, each: (*bench).idleConnections},
+	{name: "idle", rounds: once, each: (*bench).idleSessions},
 	{name: "exec", each: (*bench).exec},
 	{name: "sync", each: (*bench).execSync},
 	{name: "seccomp", each: (*bench).execConfined},

@@ -76,11 +76,11 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	err = b.runGroups(ctx, only)
-	if endErr := done(); err != nil || endErr != nil {
-		return errors.Join(err, endErr)
+	if err = b.runGroups(ctx, only); err == nil {
+		err = b.write(o.output)
 	}
-	return b.write(o.output)
+	progress("taking the node down")
+	return errors.Join(err, done())
 }
 
 // newBench brings up a node with one pod and one container.
@@ -89,10 +89,8 @@ func newBench(ctx context.Context, o options, amount scale) (b *bench, done func
 	if err != nil {
 		return nil, nil, err
 	}
-	dir, err := os.MkdirTemp(memoryFolder(), "streamshim-bench-")
-	if err != nil {
-		return nil, nil, err
-	}
+	// Always the same folder, so that what a run that was killed has left is taken down by the next.
+	dir := filepath.Join(memoryFolder(), "streamshim-bench")
 	args := []string{"--log-level", "info"}
 	if o.config != "" {
 		file, err := filepath.Abs(o.config)
@@ -131,7 +129,7 @@ func memoryFolder() string {
 			return folder
 		}
 	}
-	return ""
+	return os.TempDir()
 }
 
 func (b *bench) prepare(ctx context.Context, n *node.Node) error {

@@ -121,17 +121,16 @@ func TestCrictl(t *testing.T) {
 				}
 			},
 			"attach -i": func(t *testing.T) {
-				attach := crictl("attach", "-i", container)
-				attach.write("hello\n")
-				attach.expect("you said: hello\n")
-				attach.stdin.Close()
-				attach.end(0)
-				// Without stdin_once the container's stdin stays open for the next one.
-				again := crictl("attach", "-i", container)
-				again.write("again\n")
-				again.expect("you said: again\n")
-				again.stdin.Close()
-				again.end(0)
+				// Without stdin_once the container's stdin stays open for the next one, and the answer to
+				// the last line comes although the client's input has ended.
+				for _, word := range []string{"hello", "again"} {
+					attach := crictl("attach", "-i", container)
+					attach.write(word + "\n")
+					attach.stdin.Close()
+					attach.expect("you said: " + word + "\n")
+					attach.signal(os.Kill)
+					attach.end(-1)
+				}
 			},
 			"attach -it with detach": func(t *testing.T) {
 				const detach = "\x10\x11" // ctrl-P ctrl-Q

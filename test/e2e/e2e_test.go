@@ -47,7 +47,7 @@ var sessionChecks = []check{
 	{name: "logs, logs -f", run: checkLogs},
 	{name: "cp of a file, both ways", run: checkCopyFile},
 	{name: "cp of a tree, both ways", run: checkCopyTree},
-	{name: "20 MB of output to a reader at 1.25 MB/s", run: checkSlowReader},
+	{name: "20 MB of output, read at 1.25 MB per second (1)", run: checkSlowReader},
 	{name: "kubectl killed during exec -it, -i and neither", run: checkClientKilled},
 	{name: "port-forward of two ports", run: checkForward},
 	{name: "port-forward: a port that refuses", run: checkForwardRefused},
@@ -71,7 +71,7 @@ var gateChecks = []check{
 	{name: "exec -it -- stty size, right at once", run: checkTerminalSize},
 	{name: "attach -i", run: checkAttach},
 	{name: "cp of a file, both ways", run: checkCopyFile},
-	{name: "20 MB of output to a reader at 1.25 MB/s", run: checkSlowReader},
+	{name: "20 MB of output, read at 1.25 MB per second (1)", run: checkSlowReader},
 	{name: "kubectl killed during exec -it, -i and neither", run: checkClientKilled},
 	{name: "port-forward of two ports", run: checkForward},
 	{name: "port-forward: a port that refuses", run: checkForwardRefused},
@@ -126,6 +126,7 @@ func TestKubernetes(t *testing.T) {
 	start := time.Now()
 	r := newRun(t, mode)
 	r.createProbed(t)
+	probing := time.Now()
 
 	before, err := usageOf(t.Context(), r.cluster.Node("shim"))
 	if err != nil {
@@ -135,7 +136,7 @@ func TestKubernetes(t *testing.T) {
 	steady := r.report.section("Steadiness", "The whole run, except for the restarts below.", []check{{name: nodeReady}, {name: probedPods}, {name: nothingLeft}})
 	r.runAll(t, "sessions", r.report.section("Sessions", "Feature gate ExtendWebSocketsToKubelet on everywhere, the default since 1.36: the kubelet translates WebSocket.", sessionChecks, bothProtocols...), sessionChecks)
 	r.runAll(t, "nodes", r.report.section("Probes", "By the kubelet, through ExecSync.", nodeChecks), nodeChecks)
-	r.waitProbed(t, start)
+	r.waitProbed(t, probing)
 	r.checkSteady(t, steady, before)
 
 	r.runAll(t, "restarts", r.report.section("Restarts", "Over WebSocket.", restartChecks), restartChecks)

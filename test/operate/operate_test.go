@@ -283,6 +283,13 @@ func (s *shell) end(t *testing.T) error {
 func TestOperateSessions(t *testing.T) {
 	o := start(t, "operate", operatedConfig)
 
+	follow := exec.Command(node.Binary(t), "sessions", "--admin", "unix://"+o.AdminSocket(), "list", "--watch")
+	followed := &safeBuffer{}
+	follow.Stdout, follow.Stderr = followed, followed
+	if err := follow.Start(); err != nil {
+		t.Fatal(err)
+	}
+
 	// A terminal, listed and shown.
 	u := o.exec("web", true, "sh", "-c", "echo ready; exec sh")
 	u.shows(t, "ready")
@@ -317,6 +324,8 @@ func TestOperateSessions(t *testing.T) {
 		t.Errorf("the admin socket: %v, %v", info.Mode(), err)
 	}
 
+	eventually(t, "list --watch has shown the session", func() bool { return strings.Contains(followed.String(), s.ID) })
+
 	// Watched: the user is told, the operator sees what comes.
 	watch := exec.Command(node.Binary(t), "sessions", "--admin", "unix://"+o.AdminSocket(), "watch", s.ID)
 	seen := &safeBuffer{}
@@ -343,6 +352,12 @@ func TestOperateSessions(t *testing.T) {
 		t.Errorf("watch: %v: %s", err, seen.String())
 	}
 	eventually(t, "no session is left", func() bool { return len(o.sessions()) == 0 })
+	if err := follow.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := follow.Wait(); err != nil {
+		t.Errorf("list --watch: %v: %s", err, followed.String())
+	}
 
 	// A signal that ends the process gives its exit code.
 	u = o.exec("db", false, "sleep", "1000")
@@ -429,9 +444,12 @@ func TestLimitsAndReload(t *testing.T) {
 	o := start(t, "limits", operatedConfig)
 	live := o.exec("web", true, "sh", "-c", "echo ready; exec sh")
 	live.shows(t, "ready")
-	unused, err := o.request("web", true, "sh")
-	if err != nil {
-		t.Fatal(err)
+	var unused [2]*url.URL
+	for i := range unused {
+		var err error
+		if unused[i], err = o.request("web", true, "sh"); err != nil {
+			t.Fatal(err)
+		}
 	}
 
 	o.reload(operatedConfig+`
@@ -447,7 +465,7 @@ pod_labels = { tier = "da*" }
 kinds = ["execsync"]
 `, "the configuration was reloaded")
 
-	_, err = o.request("db", true, "sh")
+	_, err := o.request("db", true, "sh")
 	if status.Code(err) != codes.PermissionDenied || !strings.Contains(err.Error(), "no shells in the bank") {
 		t.Errorf("a terminal in the bank: %v", err)
 	}
@@ -460,8 +478,16 @@ kinds = ["execsync"]
 		t.Errorf("a second session in web: %v", err)
 	}
 	// Asked for before the limit came: the client that redeems its URL learns why not.
-	if err := o.redeem(unused, true).end(t); err == nil || !strings.Contains(err.Error(), "sessions_per_container") {
+	if err := o.redeem(unused[0], true).end(t); err == nil || !strings.Contains(err.Error(), "sessions_per_container") {
 		t.Errorf("the URL from before: %v", err)
+	}
+	executor, err := remotecommand.NewWebSocketExecutor(&rest.Config{Host: unused[1].Host}, http.MethodGet, unused[1].String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = executor.StreamWithContext(t.Context(), remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true})
+	if err == nil || !strings.Contains(err.Error(), "sessions_per_container") {
+		t.Errorf("the URL from before, over WebSocket: %v", err)
 	}
 	if err := o.exec("db", false, "true").end(t); err != nil {
 		t.Errorf("a session without a terminal in the bank: %v", err)
@@ -506,8 +532,8 @@ kinds = ["execsync"]
 			refused++
 		}
 	}
-	if refused != 5 {
-		t.Errorf("%d refusals were audited, not 5", refused)
+	if refused != 6 {
+		t.Errorf("%d refusals were audited, not 6", refused)
 	}
 }
 

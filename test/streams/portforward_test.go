@@ -241,7 +241,10 @@ func TestPortForward(t *testing.T) {
 	n := node.StartForTest(t, node.Config{Name: "forward", Streamshim: node.Binary(t)})
 	for _, transport := range transports {
 		p := newPod(t, n, node.PodSpec{Name: strings.ToLower(transport)})
-		t.Run(transport, func(t *testing.T) { t.Run("group", func(t *testing.T) { testPortForward(t, p, transport) }) })
+		t.Run(transport, func(t *testing.T) {
+			t.Parallel() // for the late answers
+			testPortForward(t, p, transport)
+		})
 		t.Run(transport+"/host network", func(t *testing.T) {
 			p := newPod(t, n, node.PodSpec{Name: "host-" + strings.ToLower(transport), HostNetwork: true})
 			p.t = t

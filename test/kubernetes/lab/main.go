@@ -1,6 +1,6 @@
 // Command lab runs a Kubernetes cluster of one node to play with: "lab up" leaves it running with
-// streamshim between kubelet and containerd and a pod to exec into, "lab down" removes it. On a
-// terminal, "lab up" ends in a shell in the pod.
+// streamshim between kubelet and containerd and a pod to exec into, in place of an earlier one; "lab
+// down" removes it. On a terminal, "lab up" ends in a shell in the pod.
 package main
 
 import (
