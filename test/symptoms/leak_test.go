@@ -11,7 +11,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"k8s.io/client-go/tools/remotecommand"
 
@@ -105,13 +104,11 @@ func TestAttachLeaks(t *testing.T) {
 	expectNoLeak(t, func(shim *streamshim, n int) {
 		inParallel(n, func(i int) {
 			ctx, cancel := context.WithCancel(context.Background())
-			// Dropped with the first output, or at once.
+			// Dropped with the first output. Earlier would be a test of containerd 2.4, whose containers
+			// may lose their output for good when a client goes while it is being attached.
 			output := writerFunc(func(p []byte) (int, error) { cancel(); return len(p), nil })
 			options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: output, Stderr: io.Discard}
 			u := shim.attachURL(t, container, options)
-			if i%4 == 3 {
-				time.AfterFunc(10*time.Millisecond, cancel)
-			}
 			stream(ctx, transports[i%2], u.String(), options) //nolint:errcheck // cancelled
 			cancel()
 		})

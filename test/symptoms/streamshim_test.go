@@ -72,7 +72,8 @@ func (s *streamshim) start(t *testing.T) {
 	}
 	defer log.Close()
 	s.command = exec.Command("../../bin/streamshim", "serve", "--listen", s.socket, "--upstream", s.upstream,
-		"--state-dir", filepath.Join(s.folder, "state"), "--config", filepath.Join(s.folder, "config.toml"), "--log-level", "debug")
+		"--state-dir", filepath.Join(s.folder, "state"), "--config", filepath.Join(s.folder, "config.toml"),
+		"--admin", "unix://"+filepath.Join(s.folder, "admin.sock"), "--log-level", "debug")
 	s.command.Stdout, s.command.Stderr = log, log
 	s.command.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := s.command.Start(); err != nil {
@@ -85,6 +86,12 @@ func (s *streamshim) start(t *testing.T) {
 		close(ended)
 	}()
 	eventually(t, testTimeout, "streamshim is ready", func() bool {
+		select {
+		case <-ended:
+			text, _ := os.ReadFile(s.log) //nolint:errcheck // then the end alone must do
+			t.Fatalf("streamshim has ended at once:\n%s", text)
+		default:
+		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		_, err := s.runtime.Version(ctx, &runtimeapi.VersionRequest{}, grpc.WaitForReady(true))
