@@ -12,14 +12,18 @@ FUZZTIME ?= 20s
 # Flags of the comparison with containerd, see bin/bench -h
 BENCHFLAGS ?=
 LAB_DIR ?= .lab
-# Go packages under test, for instance: make test PACKAGES=./pkg/execproc
-PACKAGES ?= ./...
+LAB_K8S_DIR ?= .lab-k8s
+# shim: streamshim alone, as CI runs it; quick: beside bare containerd; full: every setting, slowly
+E2E ?= quick
+# Go packages under test, for instance: make test PACKAGES=./pkg/execproc NODE_PACKAGES=./test/node
+PACKAGES ?= ./cmd/... ./pkg/...
+NODE_PACKAGES ?= ./test/...
 
 say = @echo '== $(1)'
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: build
 build: ## build bin/streamshim
@@ -28,13 +32,21 @@ build: ## build bin/streamshim
 .PHONY: test
 test: peers build ## run all tests, with the race detector and against real containerd, runc and critest
 	$(call say,compiling the tests)
-	go build -race $(PACKAGES)
-	$(call say,testing: one package after the other because real containers share host ports)
-	STREAMSHIM_REAL=required go test -race -p 1 -count 1 -timeout 30m $(PACKAGES)
+	go build -race ./...
+	$(call say,testing: packages by themselves$(,) then with real nodes one after the other$(,) because they share host ports)
+	@result=0; export STREAMSHIM_REAL=required; \
+	go test -race -p 2 -count 1 -timeout 20m $(PACKAGES) || result=1; \
+	go test -race -p 1 -count 1 -timeout 30m $(NODE_PACKAGES) || result=1; \
+	exit $$result
 
 .PHONY: critest
 critest: peers build ## run only the CRI conformance suite, through streamshim and without it
 	STREAMSHIM_REAL=required go test -v -count 1 -timeout 30m ./test/critest
+
+.PHONY: e2e
+e2e: peers kubernetes build ## kubectl against containerd and streamshim side by side; writes docs/compatibility.md (E2E=full: all of it)
+	STREAMSHIM_E2E=$(E2E) STREAMSHIM_E2E_REPORT=$(if $(filter shim,$(E2E)),,$(CURDIR)/docs/compatibility.md) \
+		go test -v -count 1 -timeout 60m ./test/e2e
 
 .PHONY: lint
 lint: setup ## check formatting, go vet and golangci-lint
@@ -70,9 +82,45 @@ lab-down: ## take the lab down without a trace
 	@go build -buildvcs=false -o bin/lab ./test/lab
 	@bin/lab -dir $(LAB_DIR) down
 
+.PHONY: lab-k8s
+lab-k8s: peers kubernetes build ## a whole Kubernetes node with streamshim, and kubectl exec in a pod
+	@go build -buildvcs=false -o bin/lab-k8s ./test/kubernetes/lab
+	@bin/lab-k8s -dir $(LAB_K8S_DIR) up
+
+.PHONY: lab-k8s-down
+lab-k8s-down: ## take that down without a trace
+	@go build -buildvcs=false -o bin/lab-k8s ./test/kubernetes/lab
+	@bin/lab-k8s -dir $(LAB_K8S_DIR) down
+
+.PHONY: generate
+generate: ## write what is derived from the code: sample configuration, configuration reference, manual pages
+	go run ./tools/reference
+	go test -count 1 ./cmd/streamshim -run '^TestManPages$$' -update
+
+PACKAGES_DIR ?= dist
+# The last tag and what came after it, or 0.0.0 and the commit, in the words of semver.
+PACKAGE_VERSION ?= $(or $(shell git describe --tags --match 'v[0-9]*' 2>/dev/null | sed 's/^v//'),0.0.0-g$(shell git rev-parse --short=10 HEAD 2>/dev/null || echo 0))
+
+.PHONY: packages
+packages: build bin/nfpm ## the .deb and .rpm, in PACKAGES_DIR (dist)
+	$(call say,man pages and completions)
+	@rm -rf bin/package && mkdir -p bin/package/man bin/package/completion $(PACKAGES_DIR)
+	@for page in deploy/man/*.8; do gzip -9n <$$page >bin/package/man/$$(basename $$page).gz; done
+	@for shell in bash zsh fish; do bin/streamshim completion $$shell >bin/package/completion/streamshim.$$shell; done
+	@for packager in deb rpm; do \
+		ARCH=$$(go env GOARCH) PACKAGE_VERSION=$(PACKAGE_VERSION) \
+		bin/nfpm package --config deploy/package/nfpm.yaml --packager $$packager --target $(PACKAGES_DIR)/; \
+	done
+
+# A module of its own, so that its dependencies stay out of the product's.
+bin/nfpm: test/tools/nfpm/go.mod
+	$(call say,nfpm: built once$(,) about a minute)
+	@cd test/tools/nfpm && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -o $(CURDIR)/bin/ tool
+	@touch $@
+
 .PHONY: clean
 clean: ## remove what was built here (not ~/.cache/streamshim, not a running lab)
-	rm -rf bin .artefacts
+	rm -rf bin dist .artefacts
 
 .PHONY: setup
 setup:
@@ -82,5 +130,10 @@ setup:
 peers: setup
 	$(call say,containerd$(,) runc$(,) CNI plugins$(,) crictl$(,) critest: built once$(,) then taken from the cache)
 	@test/peers/build.sh >/dev/null
+
+.PHONY: kubernetes
+kubernetes: setup
+	$(call say,etcd$(,) kube-apiserver$(,) kubelet$(,) kubectl: built once$(,) about six minutes$(,) then taken from the cache)
+	@test/peers/build.sh etcd kubernetes >/dev/null
 
 , := ,

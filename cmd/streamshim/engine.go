@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/streamshim/streamshim/pkg/config"
@@ -21,7 +22,7 @@ type engine struct {
 
 func (e *engine) container(c cri.Container) execproc.Container {
 	container := execproc.Container{
-		ID: c.ContainerID, Runtime: c.Runtime, Root: c.Root, InitPid: c.InitPid,
+		ID: c.ContainerID, Runtime: c.Runtime, Root: c.Root, InitPid: c.InitPid, InitStartTime: c.InitStartTime,
 		Process: c.Process, UIDMappings: c.UIDMappings, GIDMappings: c.GIDMappings,
 	}
 	if e.runtime.Binary != "" {
@@ -43,6 +44,9 @@ func (e *engine) ExecSync(ctx context.Context, c cri.Container, r cri.SyncReques
 	result, err := e.runner.RunSync(ctx, e.container(c), execproc.SyncCommand{
 		Args: r.Args, Env: r.Env, Timeout: r.Timeout, OutputLimit: r.OutputLimit,
 	})
+	if errors.Is(err, execproc.ErrTimeout) && ctx.Err() == nil {
+		err = fmt.Errorf("%w: %w", context.DeadlineExceeded, err)
+	}
 	return cri.SyncResult{Stdout: result.Stdout, Stderr: result.Stderr, ExitCode: result.ExitCode}, err
 }
 

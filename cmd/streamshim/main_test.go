@@ -89,13 +89,13 @@ type serving struct {
 	ended  chan error
 }
 
-func startServe(t *testing.T, dir string) *serving {
+func startServe(t *testing.T, dir string, more ...string) *serving {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	s := &serving{socket: filepath.Join(dir, "run", "s.sock"), stop: cancel, ended: make(chan error, 1)}
 	command := newCommand()
-	command.SetArgs([]string{"serve", "--listen", "unix://" + s.socket, "--upstream", "unix://" + filepath.Join(dir, "away.sock"),
-		"--state-dir", filepath.Join(dir, "state"), "--log-level", "error"})
+	command.SetArgs(append([]string{"serve", "--listen", "unix://" + s.socket, "--upstream", "unix://" + filepath.Join(dir, "away.sock"),
+		"--state-dir", filepath.Join(dir, "state"), "--admin", "unix://" + filepath.Join(dir, "admin.sock"), "--log-level", "error"}, more...))
 	go func() { s.ended <- command.ExecuteContext(ctx) }()
 	t.Cleanup(cancel)
 	return s

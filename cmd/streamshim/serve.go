@@ -73,13 +73,14 @@ func addSettings(flags *pflag.FlagSet) *settings {
 	flags.StringVar(&s.flags.StreamAddress, "stream-address", s.flags.StreamAddress, "loopback `address` of the streaming server")
 	flags.StringVar(&s.flags.StateDir, "state-dir", s.flags.StateDir, "`directory` for files kept while processes run, on a tmpfs")
 	flags.StringVar(&s.flags.Admin, "admin", s.flags.Admin, "Unix `socket` of \"streamshim sessions\", empty for none")
+	flags.StringVar(&s.flags.MetricsAddress, "metrics-address", "", "`HOST:PORT` of /metrics, /healthz and /readyz (default off)")
 	flags.StringVar(&s.flags.LogLevel, "log-level", s.flags.LogLevel, "debug, info, warn or error")
 	flags.StringVar(&s.flags.LogFormat, "log-format", s.flags.LogFormat, "text or json")
 	return s
 }
 
-// load is the configuration from defaults, file and flags, in this order.
-func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
+// read is the configuration from defaults and file.
+func (s *settings) read() (config.Config, error) {
 	c := config.Default()
 	file := s.file
 	if file == "" {
@@ -87,19 +88,28 @@ func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
 			file = config.DefaultFile
 		}
 	}
-	if file != "" {
-		if err := c.Read(file); err != nil {
-			return c, err
-		}
+	if file == "" {
+		return c, nil
+	}
+	err := c.Read(file)
+	return c, err
+}
+
+// load is the configuration from defaults, file and flags, in this order.
+func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
+	c, err := s.read()
+	if err != nil {
+		return c, err
 	}
 	for name, copyFlag := range map[string]func(){
-		"listen":         func() { c.Listen = s.flags.Listen },
-		"upstream":       func() { c.Upstream = s.flags.Upstream },
-		"stream-address": func() { c.StreamAddress = s.flags.StreamAddress },
-		"state-dir":      func() { c.StateDir = s.flags.StateDir },
-		"admin":          func() { c.Admin = s.flags.Admin },
-		"log-level":      func() { c.LogLevel = s.flags.LogLevel },
-		"log-format":     func() { c.LogFormat = s.flags.LogFormat },
+		"listen":          func() { c.Listen = s.flags.Listen },
+		"upstream":        func() { c.Upstream = s.flags.Upstream },
+		"stream-address":  func() { c.StreamAddress = s.flags.StreamAddress },
+		"state-dir":       func() { c.StateDir = s.flags.StateDir },
+		"admin":           func() { c.Admin = s.flags.Admin },
+		"metrics-address": func() { c.MetricsAddress = s.flags.MetricsAddress },
+		"log-level":       func() { c.LogLevel = s.flags.LogLevel },
+		"log-format":      func() { c.LogFormat = s.flags.LogFormat },
 	} {
 		if flags.Changed(name) {
 			copyFlag()
@@ -147,7 +157,7 @@ func newLogger(c config.Config) (*slog.Logger, *slog.LevelVar) {
 }
 
 // serve builds the parts, runs them until the context ends, and takes them down in reverse order.
-// Load reads the configuration again.
+// load reads the configuration again.
 func serve(ctx context.Context, c config.Config, load func() (config.Config, error)) (err error) {
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
@@ -169,7 +179,12 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	}
 	defer operation.close()
 
-	runner, err := execproc.NewRunner(execproc.Config{
+	telemetry, err := newTelemetry(ctx, c, log)
+	if err != nil {
+		return err
+	}
+	defer telemetry.close()
+	runnerConfig := execproc.Config{
 		StateDir:     filepath.Join(c.StateDir, "exec"),
 		StartTimeout: time.Duration(c.Exec.StartTimeout),
 		OnDisconnect: execproc.Policy(c.Exec.OnDisconnect),
@@ -178,7 +193,17 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		OutputLimit:  c.Exec.SyncOutput,
 		DrainIdle:    time.Duration(c.Exec.DrainIdle),
 		Logger:       log,
-	})
+	}
+	streamingConfig := streamingConfig(c, log, operation)
+	criConfig := cri.Config{
+		StreamErrorCode:     streamErrorCode,
+		BeginSync:           operation.beginSync,
+		ExecSyncOutputLimit: c.Exec.SyncOutput,
+		Logger:              log,
+	}
+	telemetry.prepare(operation.sessions, &runnerConfig, &streamingConfig, &criConfig)
+
+	runner, err := execproc.NewRunner(runnerConfig)
 	if err != nil {
 		return err
 	}
@@ -208,15 +233,10 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	if err != nil {
 		return fmt.Errorf("listen for streams: %w", err)
 	}
-	streams := streaming.NewServer(streamingConfig(c, log, operation), streamListener.Addr())
-	criServer, err := cri.NewServer(cri.Config{
-		Upstream: upstream, Streams: streams,
-		Engine:              &engine{runner: runner, watcher: watcher, runtime: c.Runtime},
-		StreamErrorCode:     streamErrorCode,
-		BeginSync:           operation.beginSync,
-		ExecSyncOutputLimit: c.Exec.SyncOutput,
-		Logger:              log,
-	})
+	streams := streaming.NewServer(streamingConfig, streamListener.Addr())
+	criConfig.Upstream, criConfig.Streams = upstream, streams
+	criConfig.Engine = &engine{runner: runner, watcher: watcher, runtime: c.Runtime}
+	criServer, err := cri.NewServer(criConfig)
 	if err != nil {
 		streamListener.Close() //nolint:errcheck // nothing was served
 		return err
@@ -237,6 +257,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		running++
 		go func() { ended <- adminServer.Serve(adminListener) }()
 	}
+	telemetry.serve(streams)
 	fmt.Printf("streamshim ready: CRI on %s, upstream %s, streams on %s\n", c.Listen, c.Upstream, streamListener.Addr())
 	notify(log, daemon.SdNotifyReady)
 
@@ -288,18 +309,28 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation) streaming.
 	if drainIdle == 0 {
 		drainIdle = -1 // streaming's zero is its default
 	}
+	stall := time.Duration(c.PortForward.Stall)
+	if stall == 0 {
+		stall = -1 // as above
+	}
+	disconnectWait := time.Duration(0) // streaming's default
+	if execproc.Policy(c.Exec.OnDisconnect) == execproc.PolicyKeep {
+		disconnectWait = -1 // there is nothing to wait for
+	}
 	return streaming.Config{
-		Log:           log,
-		Sessions:      o.sessions,
-		Starts:        o.limits,
-		DrainIdle:     drainIdle,
-		DrainMax:      time.Duration(c.Exec.DrainMax),
-		LingerIdle:    time.Duration(c.Exec.Linger),
-		IdleTimeout:   settings.IdleTimeout,
-		MaxLifetime:   settings.MaxLifetime,
-		Bandwidth:     settings.Bandwidth,
-		ReportRefused: c.PortForward.Refused == "report",
-		AttachBuffer:  c.Attach.Buffer,
+		DisconnectWait: disconnectWait,
+		Log:            log,
+		Sessions:       o.sessions,
+		Starts:         o.limits,
+		DrainIdle:      drainIdle,
+		DrainMax:       time.Duration(c.Exec.DrainMax),
+		LingerIdle:     time.Duration(c.Exec.Linger),
+		IdleTimeout:    settings.IdleTimeout,
+		MaxLifetime:    settings.MaxLifetime,
+		Bandwidth:      settings.Bandwidth,
+		Stall:          stall,
+		ReportRefused:  c.PortForward.Refused == "report",
+		AttachBuffer:   c.Attach.Buffer,
 	}
 }
 

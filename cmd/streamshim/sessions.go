@@ -32,12 +32,13 @@ func newSessionsCommand() *cobra.Command {
 An ID may be shortened as long as it is unique.`,
 		Args: cobra.NoArgs,
 	}
-	address := command.PersistentFlags().String("admin", config.Default().Admin, "admin `socket` of the running streamshim")
+	address := command.PersistentFlags().String("admin", "", "admin `socket` of the running streamshim (default: what its configuration says)")
+	file := command.PersistentFlags().String("config", "", "TOML configuration `file` of the running streamshim (default "+config.DefaultFile+" when it exists)")
 	withClient := func(run func(cmd *cobra.Command, c *admin.Client, args []string) error) func(*cobra.Command, []string) error {
 		return func(cmd *cobra.Command, args []string) error {
-			path, err := endpoint.Path(*address)
+			path, err := adminSocket(*address, *file)
 			if err != nil {
-				return fmt.Errorf("--admin: %w", err)
+				return err
 			}
 			c := admin.NewClient(path)
 			defer c.Close()
@@ -47,6 +48,25 @@ An ID may be shortened as long as it is unique.`,
 	command.AddCommand(newListCommand(withClient), newShowCommand(withClient), newKillCommand(withClient),
 		newWatchCommand(withClient), newReplayCommand())
 	return command
+}
+
+// adminSocket is the path of the admin socket: as named, or as the configuration says.
+func adminSocket(address, file string) (string, error) {
+	if address == "" {
+		c, err := (&settings{file: file}).read()
+		if err != nil {
+			return "", err
+		}
+		if c.Admin == "" {
+			return "", errors.New("streamshim's configuration turns the admin socket off (admin = \"\")")
+		}
+		address = c.Admin
+	}
+	path, err := endpoint.Path(address)
+	if err != nil {
+		return "", fmt.Errorf("--admin: %w", err)
+	}
+	return path, nil
 }
 
 type clientCommand = func(func(cmd *cobra.Command, c *admin.Client, args []string) error) func(*cobra.Command, []string) error

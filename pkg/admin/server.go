@@ -24,8 +24,8 @@ const (
 	// watchBuffer is what may wait for a watcher that reads too slowly, in bytes. What is beyond it
 	// is skipped.
 	watchBuffer = 1 << 20
-	// maxWatchers bounds how many operators watch one session; each costs its session a copy.
-	maxWatchers  = 8
+	// maxTaps bounds how many listen to one session; each costs it a copy.
+	maxTaps      = 8
 	watchTimeout = 30 * time.Second // for a watcher to take what was sent
 	maxSignal    = 64               // SIGRTMAX
 )
@@ -156,12 +156,12 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 		return &Error{Code: http.StatusConflict, Message: "this session cannot be watched: only one with a terminal, or one that is recorded, and only while its process runs"}
 	}
 	queue := session.NewTapQueue(watchBuffer, false, nil)
-	if live.Taps.Count() >= maxWatchers {
-		return &Error{Code: http.StatusTooManyRequests, Message: fmt.Sprintf("%d operators watch this session already", maxWatchers)}
-	}
 	remove := live.Taps.Add(queue)
 	defer remove()
 	defer queue.Close()
+	if live.Taps.Count() > maxTaps {
+		return &Error{Code: http.StatusTooManyRequests, Message: fmt.Sprintf("%d operators and recorders listen to this session already", maxTaps)}
+	}
 	live.Log().Info("an operator watches the session")
 	if s.config.Settings().NotifyWatch {
 		if controls := live.Controls(); controls != nil {

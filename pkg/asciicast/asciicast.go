@@ -48,42 +48,75 @@ type Event struct {
 type Writer struct {
 	w    io.Writer
 	last time.Duration
-	line bytes.Buffer
-	json *json.Encoder
+	line []byte
 }
 
 // NewWriter writes the header.
 func NewWriter(w io.Writer, h Header) (*Writer, error) {
 	h.Version = Version
-	a := &Writer{w: w}
-	a.json = json.NewEncoder(&a.line)
-	a.json.SetEscapeHTML(false)
-	if err := a.json.Encode(h); err != nil {
+	header, err := json.Marshal(h)
+	if err != nil {
 		return nil, fmt.Errorf("asciicast header: %w", err)
 	}
-	return a, a.flush()
+	_, err = w.Write(append(header, '\n'))
+	return &Writer{w: w}, err
 }
 
 // Write writes one event with one Write of the writer below. Data that is not UTF-8 is replaced by
 // U+FFFD, because JSON has only text; see Text. Events must not go back in time: one that would is
 // written with the time of the one before.
-func (a *Writer) Write(at time.Duration, code, data string) error {
+func (a *Writer) Write(at time.Duration, code string, data []byte) error {
 	a.last = max(a.last, at)
-	a.line.WriteByte('[')
-	a.line.WriteString(strconv.FormatFloat(a.last.Seconds(), 'f', 6, 64))
-	a.line.WriteString(`,"` + code + `",`)
-	if err := a.json.Encode(data); err != nil {
-		return fmt.Errorf("asciicast event: %w", err)
-	}
-	a.line.Truncate(a.line.Len() - 1) // the newline
-	a.line.WriteString("]\n")
-	return a.flush()
+	b := append(a.line[:0], '[')
+	b = strconv.AppendFloat(b, a.last.Seconds(), 'f', 6, 64)
+	b = append(b, `,"`...)
+	b = append(b, code...)
+	b = append(b, `","`...)
+	b = appendText(b, data)
+	a.line = append(b, "\"]\n"...)
+	_, err := a.w.Write(a.line)
+	return err
 }
 
-func (a *Writer) flush() error {
-	_, err := a.w.Write(a.line.Bytes())
-	a.line.Reset()
-	return err
+// appendText appends the inside of a JSON string (RFC 8259, section 7). encoding/json takes several
+// times as long, which at the speed of a terminal is worth half a processor.
+func appendText(b, data []byte) []byte {
+	const hex = "0123456789abcdef"
+	start := 0 // of what needs no change
+	for i := 0; i < len(data); {
+		c := data[i]
+		if c >= ' ' && c != '"' && c != '\\' && c < utf8.RuneSelf {
+			i++
+			continue
+		}
+		if c >= utf8.RuneSelf {
+			if r, size := utf8.DecodeRune(data[i:]); r != utf8.RuneError || size > 1 {
+				i += size
+				continue
+			}
+		}
+		b = append(b, data[start:i]...)
+		switch c {
+		case '"', '\\':
+			b = append(b, '\\', c)
+		case '\n':
+			b = append(b, `\n`...)
+		case '\r':
+			b = append(b, `\r`...)
+		case '\t':
+			b = append(b, `\t`...)
+		default:
+			if c >= utf8.RuneSelf {
+				b = utf8.AppendRune(b, utf8.RuneError)
+			} else {
+				b = append(b, `\u00`...)
+				b = append(b, hex[c>>4], hex[c&0xf])
+			}
+		}
+		i++
+		start = i
+	}
+	return append(b, data[start:]...)
 }
 
 // Text cuts a stream of bytes into pieces of whole characters: an unfinished one at the end of a
@@ -92,20 +125,20 @@ type Text struct {
 	pending []byte // fewer than utf8.UTFMax
 }
 
-// Next returns what is complete with p. It may be empty.
-func (t *Text) Next(p []byte) string {
+// Next returns what is complete with p, valid as long as p. It may be empty.
+func (t *Text) Next(p []byte) []byte {
 	if len(t.pending) > 0 {
 		p = append(t.pending, p...)
 		t.pending = nil
 	}
 	cut := len(p) - unfinished(p)
 	t.pending = append(t.pending, p[cut:]...)
-	return string(p[:cut])
+	return p[:cut]
 }
 
 // Rest returns what was never completed.
-func (t *Text) Rest() string {
-	rest := string(t.pending)
+func (t *Text) Rest() []byte {
+	rest := t.pending
 	t.pending = nil
 	return rest
 }

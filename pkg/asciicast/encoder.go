@@ -1,8 +1,8 @@
 package asciicast
 
 import (
+	"bytes"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
@@ -36,20 +36,20 @@ func (e *Encoder) Encode(event *session.TapEvent) error {
 	case session.TapInput:
 		return e.text(at, Input, e.input.Next(event.Data))
 	case session.TapResize:
-		return e.cast.Write(at, Resize, Size(int(event.Width), int(event.Height)))
+		return e.cast.Write(at, Resize, []byte(Size(int(event.Width), int(event.Height))))
 	default:
 		// What comes next does not continue a character from before the gap.
 		if err := e.Close(event.At); err != nil {
 			return err
 		}
-		return e.cast.Write(at, Marker, fmt.Sprintf("streamshim: %d bytes are missing here", event.Lost))
+		return e.cast.Write(at, Marker, fmt.Appendf(nil, "streamshim: %d bytes are missing here", event.Lost))
 	}
 }
 
 // Close ends all streams: it writes what was never completed to a character.
 func (e *Encoder) Close(end time.Time) error {
 	at := end.Sub(e.start)
-	for _, rest := range []string{e.stdout.Rest(), e.stderr.Rest()} {
+	for _, rest := range [][]byte{e.stdout.Rest(), e.stderr.Rest()} {
 		if err := e.text(at, Output, rest); err != nil {
 			return err
 		}
@@ -57,12 +57,12 @@ func (e *Encoder) Close(end time.Time) error {
 	return e.text(at, Input, e.input.Rest())
 }
 
-func (e *Encoder) text(at time.Duration, code, text string) error {
-	if text == "" {
+func (e *Encoder) text(at time.Duration, code string, text []byte) error {
+	if len(text) == 0 {
 		return nil
 	}
 	if !e.tty && code == Output {
-		text = strings.ReplaceAll(text, "\n", "\r\n")
+		text = bytes.ReplaceAll(text, []byte("\n"), []byte("\r\n"))
 	}
 	return e.cast.Write(at, code, text)
 }

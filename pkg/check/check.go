@@ -8,10 +8,8 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"time"
 	"unsafe"
 
@@ -19,8 +17,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-	kubeletconfig "k8s.io/kubelet/config/v1beta1"
-	"sigs.k8s.io/yaml"
 
 	"github.com/streamshim/streamshim/pkg/config"
 	"github.com/streamshim/streamshim/pkg/endpoint"
@@ -60,9 +56,14 @@ func Run(ctx context.Context, c config.Config, kubeletConfig string) []Result {
 	}
 	return append(results,
 		ociRuntime(ctx, c),
-		listenSocket(c),
+		socket("listen socket", "--listen", c.Listen),
+		adminSocket(c),
 		stateDir(c),
+		writes("audit log", c.Audit.Destination == "file", filepath.Dir(c.Audit.File), "audit.file"),
+		writes("recordings", len(c.Recording.Rule) > 0, c.Recording.Directory, "recording.directory"),
+		metricsAddress(c),
 		openFiles(),
+		inotify(),
 		kubelet(c, kubeletConfig),
 	)
 }
@@ -171,32 +172,9 @@ func upstreamConditions(ctx context.Context, c config.Config) Result {
 	return ok(name, "ready")
 }
 
-// ociRuntime runs the OCI runtime's --version. Which one a container uses is found out for each.
-func ociRuntime(ctx context.Context, c config.Config) Result {
-	const name = "OCI runtime"
-	binary := c.Runtime.Binary
-	if binary == "" {
-		binary = "runc"
-	}
-	path, err := exec.LookPath(binary)
-	if err != nil {
-		return warning(name, "install runc, or name the runtime's binary with the key runtime.binary; harmless when the containers' "+
-			"runtime handlers name another one", "%v", err)
-	}
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, path, "--version").Output() //nolint:gosec // the operator names it
-	if err != nil {
-		return failed(name, "reinstall "+path, "%s --version: %v", path, err)
-	}
-	first, _, _ := strings.Cut(string(out), "\n")
-	return ok(name, "%s (%s)", first, path)
-}
-
-// listenSocket says whether serve could listen.
-func listenSocket(c config.Config) Result {
-	const name = "listen socket"
-	path, err := endpoint.Path(c.Listen)
+// socket says whether serve could listen on an address.
+func socket(name, flag, address string) Result {
+	path, err := endpoint.Path(address)
 	if err != nil {
 		return failed(name, "write unix:///path", "%v", err)
 	}
@@ -206,12 +184,48 @@ func listenSocket(c config.Config) Result {
 		return ok(name, "%s is being served", path)
 	}
 	if info, statErr := os.Stat(path); statErr == nil && info.Mode().Type() != os.ModeSocket {
-		return failed(name, "remove the file or choose another socket with --listen", "%s exists and is no socket", path)
+		return failed(name, "remove the file or choose another socket with "+flag, "%s exists and is no socket", path)
 	}
 	if err := writable(filepath.Dir(path)); err != nil {
-		return failed(name, "choose another socket with --listen", "%v", err)
+		return failed(name, "choose another socket with "+flag, "%v", err)
 	}
 	return ok(name, "%s can be made", path)
+}
+
+func adminSocket(c config.Config) Result {
+	const name = "admin socket"
+	if c.Admin == "" {
+		return ok(name, "switched off")
+	}
+	return socket(name, "--admin", c.Admin)
+}
+
+// writes says whether files could be made where the configuration wants them.
+func writes(name string, on bool, dir, key string) Result {
+	if !on {
+		return ok(name, "switched off")
+	}
+	if err := writable(dir); err != nil {
+		return failed(name, "choose another place with the key "+key, "%v", err)
+	}
+	return ok(name, "in %s", dir)
+}
+
+// metricsAddress says whether the metrics could be served; whoever serves it now may be streamshim.
+func metricsAddress(c config.Config) Result {
+	const name = "metrics address"
+	if c.MetricsAddress == "" {
+		return ok(name, "switched off")
+	}
+	listener, err := net.Listen("tcp", c.MetricsAddress)
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
+		return ok(name, "%s is being served", c.MetricsAddress)
+	case err != nil:
+		return failed(name, "choose an address of this node with --metrics-address", "%v", err)
+	}
+	listener.Close() //nolint:errcheck // only opened to see that it can be
+	return ok(name, "%s", c.MetricsAddress)
 }
 
 // stateDir says whether files can be kept, and whether they vanish with the next boot as they should.
@@ -247,6 +261,17 @@ func existing(dir string) string {
 	}
 }
 
+// inotify: port-forwards watch for the end of their pod with one instance for all of them.
+func inotify() Result {
+	const name = "inotify"
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC)
+	if err != nil {
+		return failed(name, "raise the sysctl fs.inotify.max_user_instances", "inotify_init1: %v", err)
+	}
+	unix.Close(fd) //nolint:errcheck // only opened to see that it can be
+	return ok(name, "available")
+}
+
 // openFiles: a session holds about six descriptors.
 func openFiles() Result {
 	const name, enough = "open files", 16384
@@ -258,25 +283,4 @@ func openFiles() Result {
 		return warning(name, "set LimitNOFILE=1048576 in the systemd unit", "at most %d, enough for about %d sessions", limit.Max, limit.Max/8)
 	}
 	return ok(name, "%s", strconv.FormatUint(limit.Max, 10))
-}
-
-// kubelet says whether the kubelet talks to streamshim.
-func kubelet(c config.Config, file string) Result {
-	const name = "kubelet"
-	text, err := os.ReadFile(file)
-	if errors.Is(err, os.ErrNotExist) {
-		return warning(name, "name the kubelet's configuration with --kubelet-config, or ignore this when there is no kubelet", "%s is not there", file)
-	}
-	if err != nil {
-		return warning(name, "", "%v", err)
-	}
-	var k kubeletconfig.KubeletConfiguration
-	if err := yaml.Unmarshal(text, &k); err != nil {
-		return warning(name, "mend "+file, "%s: %v", file, err)
-	}
-	if k.ContainerRuntimeEndpoint != c.Listen {
-		return warning(name, fmt.Sprintf("set containerRuntimeEndpoint: %s in %s and restart the kubelet", c.Listen, file),
-			"it talks to %q, not to streamshim", k.ContainerRuntimeEndpoint)
-	}
-	return ok(name, "talks to streamshim")
 }

@@ -80,7 +80,71 @@ func TestServedSocketIsSeen(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	if r := listenSocket(c); r.Level != OK || !strings.Contains(r.Detail, "being served") {
+	if r := socket("listen socket", "--listen", c.Listen); r.Level != OK || !strings.Contains(r.Detail, "being served") {
 		t.Errorf("%+v", r)
+	}
+}
+
+func TestRuncVersion(t *testing.T) {
+	dir := t.TempDir()
+	for _, tt := range []struct {
+		line string
+		want Level
+	}{
+		{"runc version 1.0.3", Failed},
+		{"runc version 1.0.0-rc93", Failed},
+		{"runc version 1.1.11", Warning},
+		{"runc version 1.1.12", OK},
+		{"runc version v1.5.2", OK},
+		{"runc version 2.0.0", OK},
+		{"crun version 0.9", OK}, // other runtimes count differently
+		{"", OK},
+	} {
+		c := config.Default()
+		c.Runtime.Binary = filepath.Join(dir, "runc")
+		if err := os.WriteFile(c.Runtime.Binary, []byte("#!/bin/sh\necho '"+tt.line+"'\necho spec: 1.2.0\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if r := ociRuntime(t.Context(), c); r.Level != tt.want || (r.Level != OK && r.Mend == "") {
+			t.Errorf("%q: %+v, want %s", tt.line, r, tt.want)
+		}
+	}
+}
+
+// kubeadm's flags win over the kubelet's configuration.
+func TestKubeadmFlags(t *testing.T) {
+	dir := t.TempDir()
+	c := config.Default()
+	file := filepath.Join(dir, "config.yaml")
+	write(t, file, "containerRuntimeEndpoint: "+c.Listen+"\n")
+	for flags, want := range map[string]Level{
+		`KUBELET_KUBEADM_ARGS="--node-ip=1.2.3.4"`:                                                         OK,
+		`KUBELET_KUBEADM_ARGS="--container-runtime-endpoint=unix:///run/containerd/containerd.sock --v=2"`: Warning,
+		`KUBELET_KUBEADM_ARGS="--v=2 --container-runtime-endpoint=` + c.Listen + `"`:                       OK,
+	} {
+		write(t, filepath.Join(dir, kubeadmFlags), flags)
+		if r := kubelet(c, file); r.Level != want {
+			t.Errorf("%s: %+v", flags, r)
+		}
+	}
+}
+
+func TestPlacesAreChecked(t *testing.T) {
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, "file"), "")
+	c := config.Default()
+	c.Admin = "unix://" + filepath.Join(dir, "file")
+	c.MetricsAddress = "192.0.2.1:1" // nobody's: RFC 5737
+	c.Audit.Destination, c.Audit.File = "file", filepath.Join(dir, "file", "audit.log")
+	results := Run(t.Context(), c, filepath.Join(dir, "none"))
+	for _, name := range []string{"admin socket", "metrics address", "audit log"} {
+		if r := find(t, results, name); r.Level != Failed || r.Mend == "" {
+			t.Errorf("%s: %+v", name, r)
+		}
+	}
+	for _, name := range []string{"recordings", "inotify"} {
+		if r := find(t, results, name); r.Level != OK {
+			t.Errorf("%s: %+v", name, r)
+		}
 	}
 }

@@ -32,14 +32,20 @@ type Config struct {
 	StreamAddress string `toml:"stream_address"`
 	// StateDir holds what is needed while processes run: process files, console sockets, records.
 	StateDir string `toml:"state_dir"`
-	// LogLevel is debug, info, warn or error; LogFormat is text or json.
-	LogLevel  string `toml:"log_level"`
+	// LogLevel is debug, info, warn or error.
+	LogLevel string `toml:"log_level"`
+	// LogFormat is text or json.
 	LogFormat string `toml:"log_format"`
 	// Admin is the Unix socket of "streamshim sessions", which only root may open; empty is none.
 	Admin string `toml:"admin"`
 	// NotifyWatch tells the user of a terminal when an operator watches it with "streamshim sessions
 	// watch".
 	NotifyWatch bool `toml:"notify_watch"`
+	// MetricsAddress is HOST:PORT, where /metrics, /healthz and /readyz are served; empty is none.
+	// There is no password: whoever can reach it can read the numbers.
+	MetricsAddress string `toml:"metrics_address"`
+	// Profiling also serves /debug/pprof/ there, which must then be a loopback address.
+	Profiling bool `toml:"profiling"`
 
 	Runtime     Runtime     `toml:"runtime"`
 	Exec        Exec        `toml:"exec"`
@@ -49,6 +55,7 @@ type Config struct {
 	Audit       Audit       `toml:"audit"`
 	Recording   Recording   `toml:"recording"`
 	Limits      Limits      `toml:"limits"`
+	Traces      Traces      `toml:"traces"`
 	// Deny refuses the sessions that any of these rules chooses.
 	Deny []Deny `toml:"deny"`
 }
@@ -61,30 +68,31 @@ type Runtime struct {
 
 // Exec is how commands run in containers.
 type Exec struct {
-	OnDisconnect string   `toml:"on_disconnect"` // hangup, kill or keep
+	OnDisconnect string   `toml:"on_disconnect"` // what becomes of a command whose client has gone: hangup, kill or keep
 	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
 	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
 	StartTimeout Duration `toml:"start_timeout"` // for the OCI runtime to start the command
 	DrainIdle    Duration `toml:"drain_idle"`    // silence after which output held by a background child is complete
 	DrainMax     Duration `toml:"drain_max"`     // the same wait while output still flows
 	Linger       Duration `toml:"linger"`        // without progress, for a client to take the rest
-	IdleTimeout  Duration `toml:"idle_timeout"`  // 0 is off
-	MaxLifetime  Duration `toml:"max_lifetime"`  // 0 is off
+	IdleTimeout  Duration `toml:"idle_timeout"`  // without payload in either direction, until a session is ended; 0 is off
+	MaxLifetime  Duration `toml:"max_lifetime"`  // of a session; 0 is off
 	SyncOutput   int      `toml:"sync_output"`   // bytes of output that an ExecSync returns
 }
 
 // Attach is how attach sessions behave.
 type Attach struct {
-	Buffer      int      `toml:"buffer"` // bytes kept for a client that reads too slowly
-	IdleTimeout Duration `toml:"idle_timeout"`
-	MaxLifetime Duration `toml:"max_lifetime"`
+	Buffer      int      `toml:"buffer"`       // bytes kept for a client that reads too slowly
+	IdleTimeout Duration `toml:"idle_timeout"` // without payload in either direction, until a session is ended; 0 is off
+	MaxLifetime Duration `toml:"max_lifetime"` // of a session; 0 is off
 }
 
 // PortForward is how port-forward sessions behave.
 type PortForward struct {
-	Refused     string   `toml:"refused"` // reset or report
-	IdleTimeout Duration `toml:"idle_timeout"`
-	MaxLifetime Duration `toml:"max_lifetime"`
+	Refused     string   `toml:"refused"`      // what the client of a port where nobody listens gets: reset, or report, which makes kubectl end the whole port-forward
+	Stall       Duration `toml:"stall"`        // for one connection to hold up the others; 0 is for ever
+	IdleTimeout Duration `toml:"idle_timeout"` // without payload in either direction, until a session is ended; 0 is off
+	MaxLifetime Duration `toml:"max_lifetime"` // of a session; 0 is off
 }
 
 // Shutdown is how a running streamshim ends.
@@ -132,6 +140,13 @@ type Rule struct {
 	PodLabels  map[string]string `toml:"pod_labels"` // all of these; the values may have * and ?
 }
 
+// Traces is where OpenTelemetry spans of exec, attach and port-forward go.
+type Traces struct {
+	Endpoint    string  `toml:"endpoint"`     // HOST:PORT of an OTLP/gRPC receiver; empty is no tracing
+	Insecure    bool    `toml:"insecure"`     // without TLS
+	SampleRatio float64 `toml:"sample_ratio"` // of the calls whose client sends no trace context; the others do as the client does
+}
+
 // Limits bound what sessions may use. 0 is no limit.
 type Limits struct {
 	Sessions             int   `toml:"sessions"`               // on this node
@@ -145,8 +160,8 @@ type Limits struct {
 // Deny is a rule that refuses sessions. What is left out chooses all, except that execsync must be
 // named in kinds.
 type Deny struct {
-	Namespaces []string          `toml:"namespaces"` // as in Rule
-	PodLabels  map[string]string `toml:"pod_labels"` // as in Rule
+	Namespaces []string          `toml:"namespaces"` // as in recording.rule
+	PodLabels  map[string]string `toml:"pod_labels"` // as in recording.rule
 	Kinds      []string          `toml:"kinds"`      // any of exec, attach, portforward and execsync
 	TTY        *bool             `toml:"tty"`        // only sessions with, or only sessions without a terminal
 	Message    string            `toml:"message"`    // for the user; a plain one when empty
@@ -192,7 +207,7 @@ func Default() Config {
 			SyncOutput:   maxSyncOutput,
 		},
 		Attach:      Attach{Buffer: 1 << 20, IdleTimeout: Duration(4 * time.Hour)},
-		PortForward: PortForward{Refused: "reset", IdleTimeout: Duration(4 * time.Hour)},
+		PortForward: PortForward{Refused: "reset", Stall: Duration(30 * time.Second), IdleTimeout: Duration(4 * time.Hour)},
 		Shutdown:    Shutdown{Drain: Duration(10 * time.Second)},
 		Audit: Audit{
 			Destination: "off", File: "/var/log/streamshim/audit.log", MaxSize: 100 << 20, MaxFiles: 10,
@@ -203,6 +218,7 @@ func Default() Config {
 			Buffer: 1 << 20, OnFailure: "allow",
 		},
 		Limits: Limits{Sessions: 4096, ConcurrentStarts: 32, WaitingStarts: 1024},
+		Traces: Traces{SampleRatio: 1},
 	}
 }
 
@@ -296,6 +312,7 @@ func (c *Config) validate() *ValueError {
 		}
 	}
 	checks = append(checks, c.validateOperation(choice)...)
+	checks = append(checks, c.validateTelemetry()...)
 	if c.Upstream != "" {
 		checks = append(checks, socket("upstream", c.Upstream))
 		if c.Upstream == c.Listen {
@@ -384,7 +401,9 @@ func lineOf(text []byte, key string) int {
 // suggestion is a hint at the key that was probably meant.
 func suggestion(key string) string {
 	var known []string
-	collectKeys("", Default(), &known)
+	example := Default()
+	example.Deny, example.Recording.Rule = []Deny{{TTY: new(bool)}}, []Rule{{}} // tables of which there may be none
+	collectKeys("", example, &known)
 	return nearest(key, known)
 }
 
@@ -398,6 +417,12 @@ func collectTreeKeys(prefix string, tree map[string]any, keys *[]string) {
 		if sub, ok := v.(map[string]any); ok {
 			collectTreeKeys(prefix+name+".", sub, keys)
 			continue
+		}
+		if array, ok := v.([]any); ok && len(array) > 0 {
+			if table, ok := array[0].(map[string]any); ok {
+				collectTreeKeys(prefix+name+".", table, keys)
+				continue
+			}
 		}
 		*keys = append(*keys, prefix+name)
 	}

@@ -93,7 +93,7 @@ var reloadable = []string{
 // of the others that differ, sorted.
 func (c *Config) Reload(next Config) (needRestart []string) {
 	for _, key := range changed(*c, next) {
-		if !canReload(key) {
+		if !CanReload(key) {
 			needRestart = append(needRestart, key)
 		}
 	}
@@ -105,7 +105,8 @@ func (c *Config) Reload(next Config) (needRestart []string) {
 	return needRestart
 }
 
-func canReload(key string) bool {
+// CanReload tells whether a running streamshim takes a change of the key over at a reload.
+func CanReload(key string) bool {
 	for _, r := range reloadable {
 		if key == r || (strings.HasSuffix(r, ".") && strings.HasPrefix(key, r)) {
 			return true

@@ -31,6 +31,9 @@ type Container struct {
 	// /proc/pid/stat), 0 when it could not be read. With it a reused pid is told from the real one.
 	InitStartTime uint64
 
+	// StdinOnce is stdin_once of its ContainerConfig, false also when the upstream does not say.
+	StdinOnce bool
+
 	// Process is the process of the container's OCI spec. Nil when Runtime is empty.
 	Process *specs.Process
 	// UIDMappings and GIDMappings are the container's user namespace, empty when it has none.

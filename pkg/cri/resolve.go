@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	containerd "github.com/containerd/containerd/v2/client"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -19,6 +20,7 @@ import (
 // resolver finds out about containers and sandboxes by asking the upstream.
 type resolver struct {
 	upstream   *Upstream
+	containerd *containerd.Client // used when the upstream is containerd
 	log        *slog.Logger
 	containers *containerCache
 	lookPath   func(string) (string, error) // absolute path of a binary
@@ -31,8 +33,19 @@ type resolver struct {
 // maxWarned bounds resolver.warned.
 const maxWarned = 1024
 
-func newResolver(upstream *Upstream, log *slog.Logger) *resolver {
-	return &resolver{upstream: upstream, log: log, containers: newContainerCache(), lookPath: lookPath, warned: make(map[string]struct{})}
+func newResolver(upstream *Upstream, log *slog.Logger) (*resolver, error) {
+	client, err := newContainerdClient(upstream)
+	if err != nil {
+		return nil, err
+	}
+	return &resolver{
+		upstream:   upstream,
+		containerd: client,
+		log:        log,
+		containers: newContainerCache(),
+		lookPath:   lookPath,
+		warned:     make(map[string]struct{}),
+	}, nil
 }
 
 func lookPath(binary string) (string, error) {
@@ -144,14 +157,15 @@ func (r *resolver) warnRelayed(container Container, reason error) {
 	}
 }
 
-// addFacts adds what the verbose status says. After an error the container has no Runtime.
+// addFacts adds what the upstream says about the runtime and the process. After an error the container has no Runtime.
 func (r *resolver) addFacts(ctx context.Context, container *Container, verbose map[string]string) error {
-	info, err := parseContainerInfo(verbose)
+	info, err := r.containerInfo(ctx, container.ContainerID, verbose)
 	if err != nil {
 		return err
 	}
 	container.SandboxID = info.SandboxID
 	container.InitPid = info.Pid
+	container.StdinOnce = info.stdinOnce()
 
 	runtime, err := r.ociRuntime(ctx, container.ContainerID, info)
 	container.RuntimeType = runtime.kind
@@ -162,7 +176,7 @@ func (r *resolver) addFacts(ctx context.Context, container *Container, verbose m
 		return nil
 	}
 	if info.RuntimeSpec == nil || info.RuntimeSpec.Process == nil {
-		return errors.New("the verbose status has no process spec")
+		return errors.New("the runtime gives no process spec")
 	}
 	container.Runtime = runtime.binary
 	container.Root = runtime.root
@@ -177,6 +191,28 @@ func (r *resolver) addFacts(ctx context.Context, container *Container, verbose m
 		r.log.Debug("the container's init process cannot be watched", "container", container.ContainerID, "error", err)
 	}
 	return nil
+}
+
+// containerInfo is what the verbose status says, and with containerd its own API, which has the last
+// word.
+func (r *resolver) containerInfo(ctx context.Context, id string, verbose map[string]string) (containerInfo, error) {
+	info, err := parseContainerInfo(verbose)
+	name, nameErr := r.upstreamName(ctx)
+	if nameErr != nil {
+		return info, nameErr
+	}
+	if name != containerdName {
+		return info, err
+	}
+	containerdErr := addContainerdFacts(ctx, r.containerd, id, &info)
+	if containerdErr == nil {
+		return info, nil
+	}
+	r.log.Debug("containerd's API does not help, its verbose status must do", "container", id, "error", containerdErr)
+	if err != nil {
+		return info, errors.Join(containerdErr, err)
+	}
+	return info, nil
 }
 
 func (r *resolver) ociRuntime(ctx context.Context, id string, info containerInfo) (ociRuntime, error) {

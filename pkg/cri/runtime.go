@@ -1,20 +1,14 @@
 package cri
 
 import (
-	"encoding/json"
 	"fmt"
 	"path/filepath"
 	"strings"
 )
 
-const (
-	// containerdNamespace is the containerd namespace of everything made through the CRI. The shim
-	// appends it to the OCI runtime's root.
-	containerdNamespace = "k8s.io"
-	// containerdRuncRoot is the shim's root for runc when its options name none. It does not move
-	// with containerd's own state directory.
-	containerdRuncRoot = "/run/containerd/runc"
-)
+// containerdRuncRoot is the shim's root for runc when its options name none. It does not move with
+// containerd's own state directory.
+const containerdRuncRoot = "/run/containerd/runc"
 
 // ociRuntime is the OCI runtime of one container. Without a binary, processes cannot be started with
 // it from here.
@@ -28,20 +22,12 @@ type ociRuntime struct {
 // runc's shim is no error, it has no binary.
 func (r *resolver) containerdRuntime(info containerInfo) (ociRuntime, error) {
 	runtime := ociRuntime{kind: info.RuntimeType}
-	switch info.RuntimeType {
-	case "io.containerd.runc.v2", "io.containerd.runc.v1":
-	default:
+	if !runcShim(info.RuntimeType) {
 		return runtime, nil
 	}
-	// containerd.runc.v1.Options, whose Go struct containerd writes with the proto field names.
-	var options struct {
-		BinaryName string `json:"binary_name"`
-		Root       string `json:"root"`
-	}
-	if len(info.RuntimeOptions) > 0 {
-		if err := json.Unmarshal(info.RuntimeOptions, &options); err != nil {
-			return runtime, fmt.Errorf("runtimeOptions of %s: %w", info.RuntimeType, err)
-		}
+	options, err := info.runcOptions()
+	if err != nil {
+		return runtime, err
 	}
 	if options.BinaryName == "" {
 		options.BinaryName = "runc"
@@ -59,6 +45,11 @@ func (r *resolver) containerdRuntime(info containerInfo) (ociRuntime, error) {
 	runtime.binary = binary
 	runtime.root = filepath.Join(options.Root, containerdNamespace)
 	return runtime, nil
+}
+
+// runcShim says whether containerd's runtime type is the shim for runc and what is like it.
+func runcShim(runtimeType string) bool {
+	return runtimeType == "io.containerd.runc.v2" || runtimeType == "io.containerd.runc.v1"
 }
 
 // runcCompatible sorts out binaries that understand runc's command line and still do something

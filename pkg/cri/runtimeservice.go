@@ -75,6 +75,7 @@ func (s *Server) exec(ctx context.Context, raw []byte) (any, error) {
 	exec := &streaming.ExecRequest{
 		Target:    container.Target,
 		PodLabels: container.PodLabels,
+		Trace:     traceOf(ctx),
 		Command: streaming.Command{
 			Args:   request.GetCmd(),
 			Env:    envs,
@@ -91,7 +92,7 @@ func (s *Server) exec(ctx context.Context, raw []byte) (any, error) {
 	} else {
 		exec.UpstreamURL = func(ctx context.Context) (string, error) {
 			var response runtimeapi.ExecResponse
-			err := s.upstream.conn.Invoke(ctx, runtimeapi.RuntimeService_Exec_FullMethodName, newFrame(raw), &response, grpc.ForceCodecV2(s.codec))
+			err := s.upstream.conn.Invoke(withTrace(ctx, exec.Trace), runtimeapi.RuntimeService_Exec_FullMethodName, newFrame(raw), &response, grpc.ForceCodecV2(s.codec))
 			return response.GetUrl(), err
 		}
 	}
@@ -117,17 +118,20 @@ func (s *Server) attach(ctx context.Context, raw []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	trace := traceOf(ctx)
 	url, err := s.streams.Attach(&streaming.AttachRequest{
 		Target:    container.Target,
 		PodLabels: container.PodLabels,
+		Trace:     trace,
 		Stdin:     request.GetStdin(),
 		Stdout:    request.GetStdout(),
 		Stderr:    request.GetStderr(),
 		TTY:       request.GetTty(),
+		StdinOnce: container.StdinOnce,
 		User:      container.user(),
 		UpstreamURL: func(ctx context.Context) (string, error) {
 			var response runtimeapi.AttachResponse
-			err := s.upstream.conn.Invoke(ctx, runtimeapi.RuntimeService_Attach_FullMethodName, newFrame(raw), &response, grpc.ForceCodecV2(s.codec))
+			err := s.upstream.conn.Invoke(withTrace(ctx, trace), runtimeapi.RuntimeService_Attach_FullMethodName, newFrame(raw), &response, grpc.ForceCodecV2(s.codec))
 			return response.GetUrl(), err
 		},
 		EndReason: s.endReason(container),
@@ -153,6 +157,7 @@ func (s *Server) portForward(ctx context.Context, raw []byte) (any, error) {
 	url, err := s.streams.PortForward(&streaming.PortForwardRequest{
 		Target:    sandbox.Target,
 		PodLabels: sandbox.PodLabels,
+		Trace:     traceOf(ctx),
 		Ports:     request.GetPort(),
 		Open:      func() (streaming.PortForwarder, error) { return s.engine.Forwarder(sandbox) },
 	})

@@ -131,6 +131,31 @@ func TestAttachIsRelayed(t *testing.T) {
 	}
 }
 
+func TestAttachKnowsStdinOnce(t *testing.T) {
+	const config, annotation = `"log_path": "app.log",`, `"io.kubernetes.cri-o.TTY": "false"`
+	for _, test := range []struct {
+		name, info string
+		want       bool
+	}{
+		{"containerd", testdata(t, "containerd-container.json", config, config+` "stdin": true, "stdin_once": true,`), true},
+		{"containerd, stdin stays open", testdata(t, "containerd-container.json", config, config+` "stdin": true,`), false},
+		{"CRI-O", testdata(t, "crio-container.json", annotation, annotation+`, "io.kubernetes.cri-o.StdinOnce": "true"`), true},
+		{"CRI-O, stdin stays open", testdata(t, "crio-container.json", annotation, annotation+`, "io.kubernetes.cri-o.StdinOnce": "false"`), false},
+		{"neither of them", `{"pid": 1}`, false},
+		{"no object", `[]`, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			n := startNode(t, test.info)
+			if _, err := n.client.Attach(testContext(t), &runtimeapi.AttachRequest{ContainerId: containerdID, Stdin: true}); err != nil {
+				t.Fatal(err)
+			}
+			if n.streams.attach.StdinOnce != test.want {
+				t.Errorf("StdinOnce is %v", n.streams.attach.StdinOnce)
+			}
+		})
+	}
+}
+
 func TestPortForwardGivesOutAURL(t *testing.T) {
 	n := startNode(t, runcInfo(t))
 	n.fake.podSandboxStatus = func(*runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {

@@ -50,6 +50,9 @@ type Config struct {
 	// also of methods that nobody knows: bound the names before they become labels. It must not
 	// block. Nil means none.
 	Observe func(method string, code codes.Code, duration time.Duration)
+	// Trace is asked for a span for each call that is answered here. Nil means none; the client's
+	// own trace context then goes on to the session.
+	Trace TraceFunc
 }
 
 // Server serves the CRI. Its methods may be called from several goroutines.
@@ -62,6 +65,7 @@ type Server struct {
 	log             *slog.Logger
 	observe         func(string, codes.Code, time.Duration)
 	askSync         BeginSyncFunc
+	trace           TraceFunc
 
 	codec    rawCodec
 	resolver *resolver
@@ -83,6 +87,7 @@ func NewServer(config Config) (*Server, error) {
 		log:             config.Logger,
 		observe:         config.Observe,
 		askSync:         config.BeginSync,
+		trace:           config.Trace,
 		codec:           newRawCodec(),
 	}
 	if s.outputLimit == 0 {
@@ -91,7 +96,10 @@ func NewServer(config Config) (*Server, error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	s.resolver = newResolver(s.upstream, s.log)
+	var err error
+	if s.resolver, err = newResolver(s.upstream, s.log); err != nil {
+		return nil, err
+	}
 	maxMessageSize := config.MaxMessageSize
 	if maxMessageSize == 0 {
 		maxMessageSize = DefaultMaxMessageSize
@@ -136,7 +144,9 @@ func (s *Server) Shutdown(ctx context.Context) {
 
 func (s *Server) observeUnary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 	start := time.Now()
+	ctx, end := s.traced(ctx, info.FullMethod)
 	response, err := handle(ctx, request)
+	end(err)
 	s.observed(ctx, info.FullMethod, err, time.Since(start))
 	return response, err
 }

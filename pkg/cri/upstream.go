@@ -102,6 +102,12 @@ func NewUpstream(address string, maxMessageSize int) (*Upstream, error) {
 // Endpoint is the upstream's address, always in the form unix:///path.
 func (u *Upstream) Endpoint() string { return u.endpoint }
 
+// Answers asks for the upstream's version and tells why there is no answer.
+func (u *Upstream) Answers(ctx context.Context) error {
+	_, err := u.runtime.Version(ctx, &runtimeapi.VersionRequest{})
+	return err
+}
+
 // Close ends the connection and every call on it.
 func (u *Upstream) Close() error { return u.conn.Close() }
 
@@ -138,7 +144,13 @@ func (u *Upstream) ready(ctx context.Context) error {
 
 // nameEndpoint says in a failure to reach the upstream whom it was that could not be reached.
 func (u *Upstream) nameEndpoint(err error) error {
-	if s, ok := status.FromError(err); ok && s.Code() == codes.Unavailable && u.conn.GetState() != connectivity.Ready && !strings.Contains(s.Message(), u.endpoint) {
+	s, ok := status.FromError(err)
+	if !ok || s.Code() != codes.Unavailable || strings.Contains(s.Message(), u.endpoint) {
+		return err
+	}
+	// The connection's state follows its end only after a moment, in which the text alone tells an
+	// end of the transport from an answer of the runtime.
+	if u.conn.GetState() != connectivity.Ready || strings.HasPrefix(s.Message(), "error reading from server: ") {
 		return u.unavailable(s.Message())
 	}
 	return err

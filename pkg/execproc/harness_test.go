@@ -188,7 +188,7 @@ func newContainer(t testing.TB, changes ...func(*specs.Spec)) Container {
 		})
 	})
 	return Container{
-		ID: id, Runtime: binary, Root: root, InitPid: pid, Process: config.Process,
+		ID: id, Runtime: binary, Root: root, InitPid: pid, InitStartTime: mustStat(t, pid).start, Process: config.Process,
 		UIDMappings: config.Linux.UIDMappings, GIDMappings: config.Linux.GIDMappings,
 	}
 }

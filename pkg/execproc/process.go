@@ -97,6 +97,9 @@ func (p *Process) Disconnect() {
 	case PolicyKeep:
 		p.keep.Do(p.discardOutput)
 	case PolicyKill:
+		if onKill := p.runner.config.OnKill; onKill != nil && !p.hasExited() {
+			onKill()
+		}
 		p.Kill()
 	default:
 		p.end.Do(p.beginEnd)
@@ -181,7 +184,9 @@ func (p *Process) endTree() {
 		signalAll(living, unix.SIGHUP, unix.SIGCONT)
 		if living = p.graceOver(t, config.TermAfter-config.HangupAfter); len(living) > 0 {
 			signalAll(living, unix.SIGTERM, unix.SIGCONT)
-			p.graceOver(t, config.KillAfter-config.TermAfter)
+			if living = p.graceOver(t, config.KillAfter-config.TermAfter); len(living) > 0 && config.OnKill != nil {
+				config.OnKill()
+			}
 		}
 	}
 	if !t.kill() {

@@ -48,6 +48,10 @@ type Config struct {
 	DrainMax time.Duration
 	// Logger gets what an operator should know; default slog.Default.
 	Logger *slog.Logger
+	// OnKill is called when something of a process's tree still lived when its time after
+	// Disconnect was over and so had to be killed, or at once with PolicyKill. It must not block.
+	// May be nil.
+	OnKill func()
 }
 
 func (c Config) withDefaults() (Config, error) {
@@ -203,6 +207,10 @@ func (r *Runner) start(ctx context.Context, c Container, command Command, policy
 			p.Close()
 		}
 	}()
+	// Looked at only now: from here on the pidfd keeps the process from being mistaken.
+	if p.init != nil && c.InitStartTime != 0 && !(identity{c.InitPid, c.InitStartTime}).alive() {
+		return nil, fmt.Errorf("start command: %w: its main process %d has ended", ErrNotRunning, c.InitPid)
+	}
 	if command.TTY {
 		err = r.startWithTerminal(ctx, p, spec, command, files)
 	} else {
@@ -249,6 +257,10 @@ func (r *Runner) startWithPipes(ctx context.Context, p *Process, spec *specs.Pro
 	p.pipes, p.ends = pipes, pipes.ends
 	err = r.execAndWatch(ctx, p, spec, f, pipes.process, pipes.stderr)
 	pipes.closeProcessEnds()
+	if errors.Is(err, errProcessUnknown) {
+		// Whatever runs has our pipes, which nobody else has. No process has this leader's pid.
+		newTree(identity{pid: -1, start: r.owner.start}, p.container.InitPid, pipes.ends).kill()
+	}
 	if err != nil {
 		return err
 	}
@@ -315,10 +327,10 @@ func (r *Runner) execAndWatch(ctx context.Context, p *Process, spec *specs.Proce
 	}
 	stat, err := readStat(pid)
 	if err != nil {
-		return fmt.Errorf("the process the OCI runtime started, %d, is not there: %w", pid, err)
+		return fmt.Errorf("%w as process %d, which is not there: %w", errProcessUnknown, pid, err)
 	}
 	if stat.ppid != os.Getpid() {
-		return fmt.Errorf("the process the OCI runtime started, %d, is no child of streamshim (its parent is %d); does the runtime support exec --detach?", pid, stat.ppid)
+		return fmt.Errorf("%w as process %d, which is no child of streamshim (its parent is %d); does the runtime support exec --detach?", errProcessUnknown, pid, stat.ppid)
 	}
 	p.leader = stat.identity
 	// Before the reaper knows of it, which removes the record when the process ends.

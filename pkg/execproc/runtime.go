@@ -57,6 +57,9 @@ func runtimeEnvironment() []string {
 	return env
 }
 
+// errProcessUnknown is in the error of a start after which something may run that we cannot name.
+var errProcessUnknown = errors.New("the OCI runtime said it started the command")
+
 // execInContainer runs `RUNTIME exec --detach` and returns the process's pid. The process is then a
 // child of ours, as the runtime has ended and this process is a subreaper. The streams are the
 // process's, or, with a terminal, the runtime's own; stderr, if not nil, is the other side of the
@@ -114,7 +117,7 @@ func execInContainer(ctx context.Context, c Container, spec *specs.Process, f fi
 	pid, pidErr := readPidFile(f.pid)
 	if runErr == nil && ctx.Err() == nil {
 		if pidErr != nil {
-			return 0, fmt.Errorf("the OCI runtime said it started the command, but gave no pid: %w", pidErr)
+			return 0, fmt.Errorf("%w, but gave no pid: %w", errProcessUnknown, pidErr)
 		}
 		return pid, nil
 	}

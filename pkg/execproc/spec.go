@@ -19,6 +19,10 @@ type Container struct {
 	Root string
 	// InitPid is the container's main process in the pid namespace of this process.
 	InitPid int
+	// InitStartTime is when that process began, in clock ticks since boot (field 22 of
+	// /proc/PID/stat); 0 when it is not known. With it, a start fails rather than take another process
+	// that got the pid since for the main one.
+	InitStartTime uint64
 	// Process is the main process's part of the container's OCI spec. It is only read.
 	Process *specs.Process
 	// UIDMappings and GIDMappings are the container's user namespace; empty without one.

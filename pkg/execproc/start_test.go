@@ -85,6 +85,7 @@ func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
 		{"unknown container", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.ID = "unknown" }, ErrNotRunning, "does not exist"},
 		{"state is gone", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.Root = t.TempDir() }, ErrNotRunning, "does not exist"},
 		{"main process has ended", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.InitPid = 1<<22 - 1 }, ErrNotRunning, "has ended"},
+		{"another process has the main one's pid", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.InitStartTime-- }, ErrNotRunning, "has ended"},
 		{"paused", func(t *testing.T, _ *Runner, c *Container, _ *Command) {
 			runc(t, *c, "pause", c.ID)
 			t.Cleanup(func() { runc(t, *c, "resume", c.ID) })

@@ -155,6 +155,10 @@ func (t *terminal) Close() error {
 	return t.file.Close()
 }
 
+// SetReadDeadline makes reads fail with os.ErrDeadlineExceeded from then on, as of an *os.File: a
+// terminal that a background child holds open never ends by itself (kubernetes#44371).
+func (t *terminal) SetReadDeadline(deadline time.Time) error { return t.file.SetReadDeadline(deadline) }
+
 // SyscallConn gives access to the descriptor, which stays in Go's poller.
 func (t *terminal) SyscallConn() (syscall.RawConn, error) { return t.file.SyscallConn() }
 
@@ -215,6 +219,11 @@ func (t *terminalInput) Write(p []byte) (int, error) {
 		t.mu.Unlock()
 	}
 	return n, err
+}
+
+// SetWriteDeadline makes writes fail with os.ErrDeadlineExceeded from then on, as of an *os.File.
+func (t *terminalInput) SetWriteDeadline(deadline time.Time) error {
+	return t.file.SetWriteDeadline(deadline)
 }
 
 // endOfFileTimeout bounds the wait for room in the terminal's buffer when its input ends.

@@ -70,7 +70,7 @@ func TestDisconnectEndsTree(t *testing.T) {
 	}
 }
 
-func mustStat(t *testing.T, pid int) procStat {
+func mustStat(t testing.TB, pid int) procStat {
 	t.Helper()
 	stat, err := readStat(pid)
 	if err != nil {

@@ -33,6 +33,7 @@ type connection struct {
 	copyErr error
 
 	idle halfClosedTimer
+	late halfClosedTimer // after the client's reset
 
 	endOnce sync.Once
 	err     error // why both directions were ended; valid after endOnce
@@ -41,13 +42,31 @@ type connection struct {
 func newConnection(pod *net.TCPConn, stream Stream, halfClosedIdle time.Duration) *connection {
 	c := &connection{pod: pod, stream: stream, copied: make(chan struct{})}
 	c.idle = halfClosedTimer{limit: halfClosedIdle, progress: c.progress, expired: func() { c.abort(ErrHalfClosedIdle) }}
+	c.late = halfClosedTimer{limit: resetGrace, progress: c.progress, expired: c.clientReset}
 	return c
+}
+
+// resetGrace is how long the pod may take nothing of what a client has sent before its reset. Without
+// it a client that gives up a connection whose pod does not read would leave it behind for ever: the
+// upload waits for the pod, and the download too.
+const resetGrace = 2 * time.Second
+
+// clientReset ends both directions because the client has.
+func (c *connection) clientReset() {
+	if c.podFinished.Load() {
+		c.abort(nil) // see upload
+		return
+	}
+	c.abort(ErrResetByClient)
 }
 
 // forward moves bytes until both directions have ended, and releases the connection.
 func (c *connection) forward(ctx context.Context) (sent, received int64, err error) {
 	stop := context.AfterFunc(ctx, func() { c.abort(context.Cause(ctx)) })
 	defer stop()
+	if s, ok := c.stream.(interface{ AfterReset(f func()) }); ok { // WebSocket channels have no resets
+		s.AfterReset(c.late.start)
+	}
 
 	uploadEnded := make(chan struct{})
 	go func() {
@@ -58,6 +77,7 @@ func (c *connection) forward(ctx context.Context) (sent, received int64, err err
 	<-uploadEnded
 
 	c.idle.stop()
+	c.late.stop()
 	// After an abort this only waits for it to be through; after this an abort does nothing.
 	c.endOnce.Do(func() { c.pod.Close() })
 	return c.sent, received, c.err

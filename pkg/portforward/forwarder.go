@@ -142,15 +142,15 @@ func (f *Forwarder) watchProcess() {
 	}
 }
 
-// Gone is closed when the sandbox no longer exists. All forwards have been told to end by then.
-// It stays open when the Forwarder is closed first.
+// Gone is closed when the sandbox no longer exists; all forwards end right after that, so that one
+// which returns finds it closed. It stays open when the Forwarder is closed first.
 func (f *Forwarder) Gone() <-chan struct{} { return f.gone }
 
 func (f *Forwarder) sandboxGone() {
 	f.goneOnce.Do(func() {
+		close(f.gone)
 		f.end(ErrSandboxGone)
 		f.pod.close() // else the namespace, and what is in it, would live on
-		close(f.gone)
 	})
 }
 

@@ -55,6 +55,9 @@ type Info struct {
 	// client did not come through an API server that does, or not through an API server at all
 	// (kubernetes#119640).
 	AuditID string
+	// Trace is the W3C trace context of the CRI call ("traceparent", "tracestate"), nil when it has
+	// none.
+	Trace map[string]string
 }
 
 // User is the user of a process as its container sees it.
@@ -157,6 +160,8 @@ func (e *RefusedError) Error() string { return e.Message }
 type Registry struct {
 	log    *slog.Logger
 	guards []Guard
+	// observers are complete before the first session begins.
+	observers []Observer
 
 	mu       sync.Mutex
 	sessions map[string]*Session
@@ -178,6 +183,7 @@ func (r *Registry) Check(info Info) error {
 	for i, g := range r.guards {
 		if err := g.Check(info); err != nil {
 			r.refused(info, err, i)
+			r.tellRefused(info, err)
 			return err
 		}
 	}
@@ -213,9 +219,13 @@ func (r *Registry) Begin(ctx context.Context, info Info) (*Session, error) {
 			}
 			s.cancel(err)
 			r.remove(s)
+			r.tellRefused(info, err)
 			r.log.Info("session refused", append(s.attributes(), "error", err)...)
 			return nil, err
 		}
+	}
+	for _, o := range r.observers {
+		o.Began(s)
 	}
 	r.log.Info("session start", s.attributes()...)
 	return s, nil
@@ -346,8 +356,15 @@ func (s *Session) Phase() Phase {
 // SetPhase notes how far the session has come.
 func (s *Session) SetPhase(p Phase) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	changed := s.phase != p
 	s.phase = p
+	s.mu.Unlock()
+	if !changed {
+		return
+	}
+	for _, o := range s.registry.observers {
+		o.PhaseChanged(s, p)
+	}
 }
 
 // Log returns a logger that names the session in each line.
@@ -359,6 +376,9 @@ func (s *Session) End(o Outcome) {
 	r := s.registry
 	for _, g := range slices.Backward(r.guards) {
 		g.Ended(s, o)
+	}
+	for _, observer := range r.observers {
+		observer.Ended(s, o)
 	}
 	r.remove(s)
 	received, sent := s.Transferred()

@@ -52,7 +52,7 @@ type tapBatch struct {
 	data    []byte
 }
 
-// NewTapQueue returns a queue of limit bytes. Input is only kept when wanted. Overflow, if not nil,
+// NewTapQueue returns a queue of limit bytes; as much again may be in the hands of the taker. Input is only kept when wanted. Overflow, if not nil,
 // is called each time the queue begins to lose something; it must not block.
 func NewTapQueue(limit int, input bool, overflow func()) *TapQueue {
 	return &TapQueue{limit: limit, input: input, overflow: overflow, ready: make(chan struct{}, 1)}

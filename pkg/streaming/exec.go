@@ -16,7 +16,7 @@ func (s *Server) serveExec(w http.ResponseWriter, r *http.Request, up upgrade, r
 	start := func(ctx context.Context, c Command) (Process, error) { return exec.Executor.Start(ctx, c) }
 	if exec.Executor == nil {
 		start = func(ctx context.Context, c Command) (Process, error) {
-			return startRelay(ctx, exec.UpstreamURL, c, 0)
+			return startRelay(ctx, exec.UpstreamURL, c, 0, false)
 		}
 	}
 	s.serveRemoteCommand(w, r, up, exec.info(),
@@ -25,10 +25,13 @@ func (s *Server) serveExec(w http.ResponseWriter, r *http.Request, up upgrade, r
 
 func (s *Server) serveAttach(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
 	attach := request.(*AttachRequest)
+	// The end of one client's input is the end of the container's only where the container says so.
+	// Anywhere else containerd would answer it by ending the output too (cri-tools#269).
+	keepStdin := !attach.StdinOnce || attach.TTY
 	s.serveRemoteCommand(w, r, up, attach.info(), remoteCommand{
 		command: Command{Stdin: attach.Stdin, Stdout: attach.Stdout, Stderr: attach.Stderr, TTY: attach.TTY},
 		start: func(ctx context.Context, c Command) (Process, error) {
-			return startRelay(ctx, attach.UpstreamURL, c, s.config.AttachBuffer)
+			return startRelay(ctx, attach.UpstreamURL, c, s.config.AttachBuffer, keepStdin)
 		},
 		endReason: attach.EndReason,
 	})
@@ -63,7 +66,8 @@ func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up u
 	config := s.current()
 	rc.start = startWhenAllowed(config.Starts, rc.start)
 	s.sessions.Go(func() {
-		defer s.watch.add(live, client, network, config.MaxLifetime[info.Kind])()
+		defer s.watch.add(live, client, network)()
+		defer limitLifetime(config, live)()
 		running := &remoteCommandSession{config: config, session: live, client: client, remoteCommand: rc}
 		live.End(running.run())
 	})
@@ -110,6 +114,7 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, protocol string,
 			delete(expected, name)
 			*slot = stream
 			if name == streamTypeError {
+				client.statusRefused = stream.Done()
 				client.failureOpened <- stream
 			}
 			if len(expected) == 0 {

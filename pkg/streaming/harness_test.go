@@ -18,6 +18,7 @@ import (
 
 	"github.com/creack/pty"
 	"github.com/gorilla/websocket"
+	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 	"k8s.io/apimachinery/pkg/util/proxy"
 	apiserverproxy "k8s.io/apiserver/pkg/util/proxy"
@@ -49,7 +50,8 @@ type testServer struct {
 
 func startServer(t *testing.T, config Config) *testServer {
 	t.Helper()
-	leak.Check(t)
+	// spdystream waits a second for somebody to collect the error of a close.
+	leak.Check(t, goleak.IgnoreTopFunction("github.com/moby/spdystream.(*Connection).shutdown"))
 	config.Log = slog.New(slog.DiscardHandler)
 	config.Sessions = session.NewRegistry(config.Log)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")

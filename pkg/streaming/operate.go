@@ -2,6 +2,7 @@ package streaming
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
@@ -36,10 +37,22 @@ func startWhenAllowed(gate StartGate, start startFunc) startFunc {
 	}
 }
 
-// writeRefused answers a request whose session was refused. Clients show the text of an answer that
-// is no upgrade.
+// writeRefused answers a request whose session was refused. Clients show the message of a
+// metav1.Status. Plain text would do as well, if client-go did not try to read it as YAML first: a
+// sentence with a colon is a mapping, and so a Status without a message (transport/websocket).
 func writeRefused(w http.ResponseWriter, err error) {
-	http.Error(w, err.Error(), refusedCode(err))
+	refused := refusedStatus(err)
+	body, marshalErr := json.Marshal(struct {
+		Kind       string `json:"kind"`
+		APIVersion string `json:"apiVersion"`
+		*status
+	}{"Status", "v1", refused})
+	if marshalErr != nil {
+		body = []byte(err.Error()) // cannot happen: the struct holds strings and an int
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(refused.Code)
+	w.Write(append(body, '\n')) //nolint:errcheck // the client has gone
 }
 
 func refusedCode(err error) int {
@@ -55,9 +68,9 @@ func refusedCode(err error) int {
 	return http.StatusServiceUnavailable
 }
 
-// refusedStatus is the outcome of a session that was refused after the upgrade. The reasons are
-// those of metav1.StatusReason.
-func refusedStatus(err *session.RefusedError) *status {
+// refusedStatus is the outcome of a session that was refused. The reasons are those of
+// metav1.StatusReason.
+func refusedStatus(err error) *status {
 	code := refusedCode(err)
 	reason := map[int]string{
 		http.StatusForbidden:          "Forbidden",

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"net"
 	"net/http"
@@ -34,6 +35,8 @@ type portForwardSession struct {
 	open    map[*forwardedConnection]struct{}
 	// What connections that have ended moved, in bytes.
 	received, sent int64
+	endReason      error // why the session ends, for the client; nil while it goes on
+	told           bool  // a client's error stream has been, or is being, written the reason
 
 	// legacy are the connections of a WebSocket client that names its ports in the CRI request: one
 	// for each port, open from the start.
@@ -41,7 +44,8 @@ type portForwardSession struct {
 	legacyDone chan struct{} // closed when all of them have ended
 	farewell   func(context.Context)
 
-	ctx context.Context // of the forwards; ends with run
+	ctx    context.Context // of the forwards; ends with run
+	cancel context.CancelFunc
 }
 
 // forwardedConnection is one local connection of the client: two streams, one for the bytes and one
@@ -52,32 +56,36 @@ type forwardedConnection struct {
 	timeout       *time.Timer // until the other stream has come
 }
 
+// maxWaiting bounds the streams that wait for their other half: a client that opens and resets streams
+// leaves them waiting here although they do not count as open any more.
+const maxWaiting = 1024
+
 // run serves the session from the upgraded connection to its end.
 func (s *portForwardSession) run() session.Outcome {
-	ctx, cancel := context.WithCancel(s.session.Context())
-	s.ctx = ctx
+	// Not a child of the session's context: when the session is told to end, the reason comes first
+	// and the end of the connections second.
+	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(s.session.Context()))
 	s.session.SetPhase(session.Running)
-	// Not the session's context: the client is to be told why the session ends.
-	s.connections.Go(func() { s.client.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done and Err
+	// Not this context: the client is to be told why the session ends.
+	s.connections.Go(func() { s.client.Serve(context.WithoutCancel(s.ctx)) }) //nolint:errcheck // seen through Done and Err
 	s.startLegacy()
 	defer func() {
-		cancel()
+		s.cancel()
 		s.client.Close() //nolint:errcheck // the session is over
 		s.dropWaiting()
 		s.connections.Wait()
 		s.forwarder.Close() //nolint:errcheck // as above
 	}()
-	idle := newIdleTimer(s.config.idleTimeout(s.session.Kind), false, s.session)
-	defer idle.stop()
+	limits := newTimeouts(s.config, s.session)
+	defer limits.stop()
 	for {
 		select {
 		case <-s.client.Done():
 			return clientGone(s.client.Err())
 		case <-s.forwarder.Gone():
 			// kubectl would only notice at its next connection (kubernetes#59816, kubectl#686).
-			err := errors.New("the pod is gone: its sandbox was stopped")
-			s.tellAndClose(err)
-			return session.Outcome{Reason: "sandbox-gone", ExitCode: -1, Err: err}
+			s.tellAndClose(errSandboxGone)
+			return session.Outcome{Reason: "sandbox-gone", ExitCode: -1, Err: errSandboxGone}
 		case <-s.session.Context().Done():
 			outcome := stopped(s.session.Context())
 			s.tellAndClose(outcome.Err)
@@ -86,8 +94,8 @@ func (s *portForwardSession) run() session.Outcome {
 			s.session.SetPhase(session.Lingering)
 			s.farewell(s.session.Context())
 			return session.Outcome{Reason: "exited", ExitCode: -1}
-		case <-idle.C():
-			idle.check()
+		case <-limits.C():
+			limits.check()
 		}
 	}
 }
@@ -102,6 +110,25 @@ func (s fullCloseStream) CloseWrite() error {
 	s.CloseRead()
 	return err
 }
+
+// dataStream ends the error stream together with the pod's side: nothing can go wrong any more that the
+// client would want to know. Clients up to Kubernetes 1.22 wait for the end of the error stream before
+// they pass the pod's EOF on to the local program, which in turn may wait for it to end its own side.
+type dataStream struct {
+	Stream
+	spdy    *spdy.Stream // underneath
+	failure Stream
+}
+
+// CloseWrite implements Stream.
+func (s dataStream) CloseWrite() error {
+	err := s.Stream.CloseWrite()
+	s.failure.CloseWrite() //nolint:errcheck // as with the data stream, seen in the connection
+	return err
+}
+
+// AfterReset is what pkg/portforward looks for in a stream that its client can reset.
+func (s dataStream) AfterReset(f func()) { s.spdy.AfterReset(f) }
 
 // startLegacy begins to forward the connections that are open from the start.
 func (s *portForwardSession) startLegacy() {
@@ -145,6 +172,10 @@ func (s *portForwardSession) onStream(stream *spdy.Stream) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	c, ok := s.waiting[id]
+	if !ok && len(s.waiting) == maxWaiting {
+		stream.Reset() //nolint:errcheck // as above
+		return
+	}
 	if !ok {
 		c = &forwardedConnection{port: uint16(port)}
 		c.timeout = time.AfterFunc(s.config.StreamCreationTimeout, func() { s.abandon(id, c) })
@@ -159,6 +190,7 @@ func (s *portForwardSession) onStream(stream *spdy.Stream) {
 		return
 	}
 	*slot = stream
+	stream.Accept() //nolint:errcheck // a client that has gone is noticed in run
 	if c.data != nil && c.failure != nil {
 		c.timeout.Stop()
 		delete(s.waiting, id)
@@ -196,21 +228,36 @@ func (s *portForwardSession) dropWaiting() {
 	clear(s.waiting)
 }
 
+// errSandboxGone is the end of a session whose pod was stopped.
+var errSandboxGone = errors.New("the pod is gone: its sandbox was stopped")
+
 // forward serves one connection. Whatever becomes of it concerns this connection alone: the error
 // stream stays empty, because kubectl answers any text there by ending the whole port-forward
-// (kubernetes#74551, kubernetes#111825).
+// (kubernetes#74551, kubernetes#111825). When the whole port-forward ends, that is what is wanted.
 func (s *portForwardSession) forward(c *forwardedConnection) {
-	_, _, err := s.forwarder.Forward(s.ctx, c.port, s.bandwidth.stream(c.data))
+	data := s.bandwidth.stream(c.data)
+	if stream, ok := c.data.(*spdy.Stream); ok {
+		data = dataStream{Stream: data, spdy: stream, failure: c.failure}
+	}
+	_, _, err := s.forwarder.Forward(s.ctx, c.port, data)
 	received, sent := transferred(c.data)
 	s.mu.Lock()
 	delete(s.open, c)
 	s.received += received
 	s.sent += sent
+	reason := s.endReason
+	if reason == nil && isClosed(s.forwarder.Gone()) {
+		reason = errSandboxGone
+	}
+	s.told = s.told || (err != nil && reason != nil)
 	s.mu.Unlock()
 	if err != nil {
 		s.session.Log().Debug("forwarded connection failed", "port", c.port, "error", err)
 		var refused interface{ Refused() bool }
-		if s.config.ReportRefused && errors.As(err, &refused) && refused.Refused() {
+		switch {
+		case reason != nil:
+			io.WriteString(c.failure, reason.Error()) //nolint:errcheck // best effort
+		case s.config.ReportRefused && errors.As(err, &refused) && refused.Refused():
 			fmt.Fprintf(c.failure, "forwarding port %d failed: %v", c.port, err) //nolint:errcheck // best effort
 		}
 	}
@@ -218,23 +265,26 @@ func (s *portForwardSession) forward(c *forwardedConnection) {
 	c.failure.CloseWrite() //nolint:errcheck // a client that has gone is noticed in run
 }
 
-// tellAndClose tells the client through the error stream of any open connection that all is over,
-// and closes.
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// tellAndClose ends all connections, whose error streams tell the client why, and closes. kubectl
+// looks at the error stream of a connection once its data stream has ended, and then goes.
 func (s *portForwardSession) tellAndClose(reason error) {
 	s.mu.Lock()
-	var told Stream
-	for c := range s.open {
-		told = c.failure
-		break
-	}
+	s.endReason = reason
+	told := s.told || len(s.open) > 0
 	s.mu.Unlock()
-	if told == nil {
+	s.cancel()
+	if !told {
 		return // closing the connection is all that can be said
 	}
-	stopWatching := time.AfterFunc(shutdownGrace, func() { s.client.Close() }) //nolint:errcheck // see run
-	defer stopWatching.Stop()
-	told.Write([]byte(reason.Error())) //nolint:errcheck // best effort
-	told.CloseWrite()                  //nolint:errcheck // as above
 	ctx, cancel := context.WithTimeout(context.Background(), shutdownGrace)
 	defer cancel()
 	awaitClose(ctx, s.client) // the client closes when it reads the message
@@ -292,7 +342,8 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upg
 	running.bandwidth = newBandwidth(config.Bandwidth, running.client.Done())
 	live.Connect(running)
 	s.sessions.Go(func() {
-		defer s.watch.add(live, running, network, config.MaxLifetime[info.Kind])()
+		defer s.watch.add(live, running, network)()
+		defer limitLifetime(config, live)()
 		live.End(running.run())
 	})
 }
@@ -300,7 +351,7 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upg
 // accept upgrades the connection to the transport that was negotiated. Nothing is read from it
 // before run.
 func (s *portForwardSession) accept(w http.ResponseWriter, r *http.Request, up upgrade, ports []int32) (net.Conn, error) {
-	config := spdy.Config{OnStream: s.onStream}
+	config := spdy.Config{OnStream: s.onStream, Stall: s.config.Stall, OnStall: func() { s.config.Observe(StreamStalled) }}
 	if !up.websocket {
 		network, buffered, err := hijackSPDY(w, up.protocol)
 		if err == nil {

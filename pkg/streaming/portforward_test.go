@@ -82,11 +82,18 @@ type portForward struct {
 
 func (s *testServer) portForward(t *testing.T, transport string, ports ...int) *portForward {
 	t.Helper()
+	return s.portForwardThrough(t, func(*url.URL) {}, transport, ports...)
+}
+
+// portForwardThrough is portForward over a network that the URL is made to lead through.
+func (s *testServer) portForwardThrough(t *testing.T, network func(*url.URL), transport string, ports ...int) *portForward {
+	t.Helper()
 	f := &portForward{
 		t: t, local: make(map[int]int), ended: make(chan error, 1),
 		gone: make(chan struct{}), stop: make(chan struct{}),
 	}
 	u := s.portForwardURL(f.gone)
+	network(u)
 	config := &rest.Config{Host: u.Host}
 	var dialer httpstream.Dialer
 	if transport == "WebSocket" {
@@ -268,16 +275,16 @@ func TestHalfCloseDeliversLateAnswer(t *testing.T) {
 	})
 }
 
-// The end of the pod's side reaches the client at once, while the upload goes on.
+// The end of the pod's side reaches the client although the client has not ended his. That an upload
+// then goes on is seen with a client of our own: client-go gives its side up.
 func TestPodClosesFirst(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
-		uploaded := make(chan int, 1)
 		port := pod(t, func(c *net.TCPConn) {
+			io.ReadFull(c, make([]byte, 1))
 			io.WriteString(c, "enough")
 			c.CloseWrite()
-			n, _ := io.Copy(io.Discard, c)
-			uploaded <- int(n)
+			io.Copy(io.Discard, c)
 		})
 		f := s.portForward(t, transport, port)
 		conn := f.dial(port)
@@ -286,9 +293,6 @@ func TestPodClosesFirst(t *testing.T) {
 			t.Errorf("answer %q, %v", got, err)
 		}
 		conn.Close()
-		if n := <-uploaded; n != 1 {
-			t.Errorf("the pod got %d bytes", n)
-		}
 		f.alive()
 	})
 }

@@ -31,6 +31,7 @@ const (
 type relay struct {
 	conn           *spdy.Conn
 	stdin, resize  *spdy.Stream
+	keepStdin      bool // the client's end of input is not the command's
 	stdout, stderr io.ReadCloser
 	upstream       sync.WaitGroup
 	exited         chan struct{}
@@ -41,7 +42,9 @@ type relay struct {
 // startRelay asks the upstream for a URL and redeems it. With a buffer limit the upstream is always
 // read and a client that is too slow misses output, instead of stopping the container (moby#41827);
 // with none the client's pace is the command's, as it is for an exec.
-func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, error), c Command, buffer int) (Process, error) {
+//
+// With keepStdin the client's end of input is not passed on.
+func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, error), c Command, buffer int, keepStdin bool) (Process, error) {
 	ctx, cancel := context.WithTimeout(ctx, relayDialTimeout)
 	defer cancel()
 	target, err := upstreamURL(ctx)
@@ -52,7 +55,7 @@ func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, 
 	if err != nil {
 		return nil, fmt.Errorf("connect to the upstream's streaming server: %w", err)
 	}
-	r := &relay{conn: conn, exited: make(chan struct{})}
+	r := &relay{conn: conn, keepStdin: keepStdin, exited: make(chan struct{})}
 	r.upstream.Go(func() { conn.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done
 	if err := r.open(c, protocol, buffer); err != nil {
 		r.Close() //nolint:errcheck // of no use
@@ -190,16 +193,24 @@ func (o relayOutput) Close() error {
 	return nil
 }
 
-type relayInput struct{ *spdy.Stream }
+type relayInput struct {
+	*spdy.Stream
+	keep bool
+}
 
-func (i relayInput) Close() error { return i.CloseWrite() }
+func (i relayInput) Close() error {
+	if i.keep {
+		return nil
+	}
+	return i.CloseWrite()
+}
 
 // Stdin implements Process.
 func (r *relay) Stdin() io.WriteCloser {
 	if r.stdin == nil {
 		return nil
 	}
-	return relayInput{r.stdin}
+	return relayInput{r.stdin, r.keepStdin}
 }
 
 // Stdout implements Process.

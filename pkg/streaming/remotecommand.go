@@ -8,9 +8,13 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 )
 
 // remoteCommand is what an exec or attach session is to do, independent of its transport.
@@ -31,9 +35,20 @@ type remoteCommandClient struct {
 	resize                         Stream
 	// failureOpened holds the error stream as soon as it is there, before the others may be.
 	failureOpened chan Stream
+	// statusRefused is closed when the error stream has ended from the client's side; nil where a
+	// client cannot end it.
+	statusRefused <-chan struct{}
 	// farewell tells the client that the session is over, after everything was sent, and returns
 	// when the client has closed the connection or the context is done.
 	farewell func(context.Context)
+}
+
+// refusesStatus tells whether the client has reset the error stream: it does not want to know how the
+// command ends, and so has gone, whatever becomes of its connection. Proxies keep theirs for a while.
+func (c *remoteCommandClient) refusesStatus() bool {
+	stream, ok := c.failure.(*spdy.Stream)
+	var reset *spdy.ResetError
+	return ok && errors.As(stream.Err(), &reset) && reset.Remote
 }
 
 // Transferred implements session.Connection.
@@ -60,7 +75,6 @@ func transferred(streams ...Stream) (received, sent int64) {
 // Waits within one session that are not configuration.
 const (
 	reapTimeout      = 5 * time.Second        // for a killed process to be gone
-	disconnectWait   = 30 * time.Second       // for a process whose client has gone to follow
 	endReasonTimeout = 700 * time.Millisecond // to learn why a container ended
 	containerEndWait = 200 * time.Millisecond // between a process killed with its container and the container's end
 	exitCodeKilled   = 128 + 9
@@ -198,27 +212,33 @@ func (s *remoteCommandSession) copyStreams() {
 	if stdin := s.process.Stdin(); stdin != nil && s.client.stdin != nil {
 		s.others.Go(func() { copyInput(stdin, s.operatedInput(s.client.stdin)) })
 	}
-	s.drain.idle = s.config.DrainIdle
+	s.drain.idle, s.drain.observe = s.config.DrainIdle, s.config.Observe
 	for _, o := range []struct {
 		to   Stream
 		from io.ReadCloser
+		fin  bool // at its own end, not at the session's: sayLine may have something to add
 	}{
-		{s.operatedOutput(session.Stdout, s.client.stdout), s.process.Stdout()},
-		{s.operatedOutput(session.Stderr, s.client.stderr), s.process.Stderr()},
+		{s.operatedOutput(session.Stdout, s.client.stdout), s.process.Stdout(), !s.command.TTY},
+		{s.operatedOutput(session.Stderr, s.client.stderr), s.process.Stderr(), false},
 	} {
 		if o.to == nil || o.from == nil {
 			continue
 		}
 		s.drain.sources = append(s.drain.sources, o.from)
-		s.outputs.Go(func() { s.drain.copyOutput(o.to, o.from) })
+		s.outputs.Go(func() {
+			s.drain.copyOutput(o.to, o.from)
+			if o.fin {
+				o.to.CloseWrite() //nolint:errcheck // a client that has gone is noticed elsewhere
+			}
+		})
 	}
 }
 
-// wait sees the process and its client to their end. The four things that can end a session are in
-// one place.
+// wait sees the process and its client to their end. All that can end a session is in one place.
 func (s *remoteCommandSession) wait(ctx context.Context) session.Outcome {
-	idle := newIdleTimer(s.config.idleTimeout(s.session.Kind), s.command.TTY, s.session)
-	defer idle.stop()
+	refused := s.client.statusRefused
+	limits := newTimeouts(s.config, s.session)
+	defer limits.stop()
 	for {
 		select {
 		case <-s.process.Exited():
@@ -233,10 +253,15 @@ func (s *remoteCommandSession) wait(ctx context.Context) session.Outcome {
 			return s.exited(ctx)
 		case <-s.client.Done():
 			return s.disconnected()
+		case <-refused:
+			if s.client.refusesStatus() {
+				return s.disconnected()
+			}
+			refused = nil
 		case <-ctx.Done():
 			return s.stop(ctx, stopped(ctx))
-		case <-idle.C():
-			if warning := idle.check(); warning != "" && s.client.stdout != nil {
+		case <-limits.C():
+			if warning := limits.check(); warning != "" && s.client.stdout != nil {
 				s.others.Go(func() { io.WriteString(s.client.stdout, warning) }) //nolint:errcheck // best effort
 			}
 		}
@@ -253,20 +278,34 @@ func (s *remoteCommandSession) exited(ctx context.Context) session.Outcome {
 	defer stopWatching()
 	s.stopInput()
 	s.drain.begin(s.config.DrainMax)
-	s.outputs.Wait()
-	s.process.Close() //nolint:errcheck // nothing is left in it that anybody wants
 
 	outcome := session.Outcome{Reason: "exited", ExitCode: s.process.ExitCode()}
 	result := exitStatus(outcome.ExitCode, "")
 	if relayed, ok := s.process.(interface{ Status() *status }); ok {
 		result = relayed.Status()
 	} else if outcome.ExitCode == exitCodeKilled && waitFor(s.process.ContainerExited(), containerEndWait) {
+		// Asked now, while the output is still on its way: later the container may be removed.
 		outcome.Reason = "container-exited"
 		outcome.Err = errors.New(s.containerEnd(ctx))
 		result = exitStatus(outcome.ExitCode, outcome.Err.Error())
 	}
+	s.outputs.Wait()
+	s.process.Close() //nolint:errcheck // nothing is left in it that anybody wants
+	if outcome.Err != nil {
+		s.sayLine("[streamshim: " + outcome.Err.Error() + "]")
+	}
 	s.sayEnd(ctx, result)
 	return outcome
+}
+
+// sayLine writes a line for the user's eyes: clients that find an exit code in the status show
+// nothing else of it. Stdout is left alone, unless it is a terminal.
+func (s *remoteCommandSession) sayLine(line string) {
+	if s.command.TTY && s.client.stdout != nil {
+		io.WriteString(s.client.stdout, "\r\n"+line+"\r\n") //nolint:errcheck // a client that has gone is noticed in sayEnd
+	} else if s.client.stderr != nil {
+		io.WriteString(s.client.stderr, line+"\n") //nolint:errcheck // as above
+	}
 }
 
 // containerEnd says why the container is gone.
@@ -287,7 +326,7 @@ func (s *remoteCommandSession) disconnected() session.Outcome {
 	s.process.Disconnect()
 	s.client.Close() //nolint:errcheck // wakes the copiers
 	s.stopInput()
-	if waitFor(s.process.Exited(), disconnectWait) {
+	if waitFor(s.process.Exited(), s.config.DisconnectWait) {
 		outcome.ExitCode = s.process.ExitCode()
 	}
 	s.process.Close() //nolint:errcheck // nobody is left to tell
@@ -305,7 +344,7 @@ func (s *remoteCommandSession) stop(ctx context.Context, outcome session.Outcome
 	s.drain.begin(0)
 	s.outputs.Wait()
 	s.sayEnd(ctx, endedStatus(outcome.Err.Error()))
-	if waitFor(s.process.Exited(), disconnectWait) {
+	if waitFor(s.process.Exited(), s.config.DisconnectWait) {
 		outcome.ExitCode = s.process.ExitCode()
 	}
 	s.process.Close() //nolint:errcheck // the session is over
@@ -336,12 +375,20 @@ func (s *remoteCommandSession) sayEnd(ctx context.Context, result *status) {
 		s.client.failure.Write(message) //nolint:errcheck // as above
 	}
 	s.client.failure.CloseWrite() //nolint:errcheck // as above
-	if ctx.Err() != nil {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
-		defer cancel()
+	patience, cancel := withGrace(ctx)
+	defer cancel()
+	s.client.farewell(patience)
+}
+
+// withGrace is a context that outlasts ctx by shutdownGrace: a session that is told to end, before
+// or while its client takes the rest, still gets it to a client who reads.
+func withGrace(ctx context.Context) (context.Context, context.CancelFunc) {
+	patience, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(shutdownGrace, cancel) })
+	return patience, func() {
+		stop()
+		cancel()
 	}
-	s.client.farewell(ctx)
 }
 
 // copyInput moves the client's bytes into the process until the client's FIN, which is the end of
@@ -359,8 +406,10 @@ func copyInput(stdin io.WriteCloser, from Stream) {
 // the pipe has been silent for a while (kubernetes#44371, containerd#7802).
 type drain struct {
 	idle    time.Duration
+	observe func(Event)
 	sources []io.ReadCloser
 	until   atomic.Int64 // Unix nanoseconds; 0 while the process runs
+	stopped atomic.Bool  // the session was told to end, and its output with it
 }
 
 // deadliner is a pipe or a pty of ours, whose reads can be given a limit.
@@ -368,6 +417,7 @@ type deadliner interface{ SetReadDeadline(time.Time) error }
 
 // begin starts the wait; it lasts no longer than limit.
 func (d *drain) begin(limit time.Duration) {
+	d.stopped.Store(limit == 0)
 	d.until.Store(time.Now().Add(limit).UnixNano())
 	for _, source := range d.sources {
 		if s, ok := source.(deadliner); ok && (d.idle > 0 || limit == 0) {
@@ -376,21 +426,61 @@ func (d *drain) begin(limit time.Duration) {
 	}
 }
 
+// drainLooks is how many times a source is looked at within one idle period. The silence that ends
+// the wait is at most so much longer than asked for.
+const drainLooks = 4
+
 // copyOutput sends a source to the client until it ends, is complete, or cannot be sent.
 func (d *drain) copyOutput(to Stream, from io.ReadCloser) {
-	watched := false // a whole idle period lies behind the read that just ended
+	silent := -1 // looks that have found nothing; the first one was not a whole one
 	for {
 		n, err := to.ReadFrom(from)
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			from.Close() //nolint:errcheck // the process sees EPIPE, as in a shell's pipe
 			return
 		}
-		if err == nil || (watched && n == 0) || time.Now().UnixNano() >= d.until.Load() {
-			to.CloseWrite() //nolint:errcheck // a client that has gone is noticed elsewhere
-			return
+		if n > 0 && silent >= 0 {
+			silent = 0
+		} else {
+			silent++
 		}
-		watched = true
-		from.(deadliner).SetReadDeadline(time.Now().Add(d.idle)) //nolint:errcheck // as in begin
+		if err == nil {
+			break
+		}
+		if silent == drainLooks {
+			d.cut()
+			break
+		}
+		if time.Now().UnixNano() >= d.until.Load() {
+			d.cut()
+			copyPending(to, from)
+			break
+		}
+		from.(deadliner).SetReadDeadline(time.Now().Add(d.idle / drainLooks)) //nolint:errcheck // as in begin
+	}
+}
+
+// cut notes that somebody still held an output when it was taken to be complete.
+func (d *drain) cut() {
+	if !d.stopped.Load() {
+		d.observe(DrainCut)
+	}
+}
+
+// copyPending sends what lies in a source now: the command wrote it before its time was over,
+// however slowly the client takes it.
+func copyPending(to Stream, from io.ReadCloser) {
+	source, ok := from.(interface {
+		syscall.Conn
+		deadliner
+	})
+	if !ok {
+		return
+	}
+	pending := 0
+	control(source, func(fd int) { pending, _ = unix.IoctlGetInt(fd, unix.TIOCINQ) }) //nolint:errcheck // then nothing is known to be there
+	if pending > 0 && source.SetReadDeadline(time.Time{}) == nil {
+		to.ReadFrom(io.LimitReader(from, int64(pending))) //nolint:errcheck // a client that has gone is noticed elsewhere
 	}
 }
 

@@ -14,6 +14,8 @@ type ExecRequest struct {
 	// PodLabels are those of the pod's sandbox, nil when they are not known. Rules look at them.
 	PodLabels map[string]string
 	Command   Command
+	// Trace is the trace context of the CRI call, see session.Info.
+	Trace map[string]string
 	// User is whom the command runs as, nil when that is not known. It is for audit records.
 	User *session.User
 	// Executor starts the command. Nil when the container's runtime is not one whose processes can
@@ -31,7 +33,7 @@ type ExecRequest struct {
 func (r *ExecRequest) info() session.Info {
 	return session.Info{
 		Kind: session.Exec, Target: r.Target, PodLabels: r.PodLabels, Command: r.Command.Args, TTY: r.Command.TTY,
-		User: r.User, AuditID: session.AuditID(r.Command.Env),
+		User: r.User, AuditID: session.AuditID(r.Command.Env), Trace: r.Trace,
 	}
 }
 
@@ -40,14 +42,20 @@ func (r *ExecRequest) info() session.Info {
 type AttachRequest struct {
 	Target                     session.Target
 	PodLabels                  map[string]string // as ExecRequest.PodLabels
+	Trace                      map[string]string // as ExecRequest.Trace
 	Stdin, Stdout, Stderr, TTY bool
-	User                       *session.User // as ExecRequest.User
-	UpstreamURL                func(context.Context) (string, error)
-	EndReason                  func(context.Context) string
+	// StdinOnce is stdin_once of the CRI's ContainerConfig: the runtime closes the process's stdin
+	// after the first attach session that had one has sent its end. It comes from the verbose
+	// ContainerStatus (containerd: info.config.stdin_once; CRI-O: an annotation of the OCI spec).
+	// False also means that the runtime does not say.
+	StdinOnce   bool
+	User        *session.User // as ExecRequest.User
+	UpstreamURL func(context.Context) (string, error)
+	EndReason   func(context.Context) string
 }
 
 func (r *AttachRequest) info() session.Info {
-	return session.Info{Kind: session.Attach, Target: r.Target, PodLabels: r.PodLabels, TTY: r.TTY, User: r.User}
+	return session.Info{Kind: session.Attach, Target: r.Target, PodLabels: r.PodLabels, TTY: r.TTY, User: r.User, Trace: r.Trace}
 }
 
 // PortForwardRequest is what a token for /portforward/ stands for: a pod sandbox whose ports may be
@@ -56,6 +64,7 @@ func (r *AttachRequest) info() session.Info {
 type PortForwardRequest struct {
 	Target    session.Target
 	PodLabels map[string]string // as ExecRequest.PodLabels
+	Trace     map[string]string // as ExecRequest.Trace
 	Ports     []int32
 	// Open is called at redemption, so that a URL that nobody uses holds nothing of the pod. The
 	// session closes the forwarder.
@@ -63,7 +72,7 @@ type PortForwardRequest struct {
 }
 
 func (r *PortForwardRequest) info() session.Info {
-	return session.Info{Kind: session.PortForward, Target: r.Target, PodLabels: r.PodLabels}
+	return session.Info{Kind: session.PortForward, Target: r.Target, PodLabels: r.PodLabels, Trace: r.Trace}
 }
 
 // Command is a command line and the streams its caller wants.

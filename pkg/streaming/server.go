@@ -25,7 +25,8 @@ type Config struct {
 	StreamCreationTimeout time.Duration
 	// FirstSizeWait is how long the start of a command with a terminal waits for the terminal's
 	// size, so that the command finds it right from its first instruction (kubernetes#47990).
-	// Default 150 ms.
+	// A client that sends none waits as long. Default 500 ms, which a busy node with two proxies
+	// between needs.
 	FirstSizeWait time.Duration
 	// DrainIdle is how long the output of a command that has exited must be silent before it is
 	// taken to be complete although some background child still holds it (kubernetes#44371).
@@ -36,6 +37,9 @@ type Config struct {
 	// LingerIdle is how long a finished session waits without any progress for the client to take
 	// what is left and to close the connection. Default 10 min.
 	LingerIdle time.Duration
+	// DisconnectWait is how long a session whose client has gone stays in the registry until its
+	// process has followed. Default 30 s; negative does not wait, for processes that are kept.
+	DisconnectWait time.Duration
 	// IdleTimeout ends a session in which no payload has moved for this long. Pings do not count
 	// (containerd#5563). Default 4 h; negative is off.
 	IdleTimeout map[session.Kind]time.Duration
@@ -46,6 +50,13 @@ type Config struct {
 	Bandwidth int64
 	// Starts bounds how many commands start at the same time. Default no bound.
 	Starts StartGate
+	// Warning is how long before the end by IdleTimeout or MaxLifetime a line on the terminal says
+	// so, when the limit is more than twice as long. Default 1 min.
+	Warning time.Duration
+	// Stall is how long one forwarded connection whose pod reads nothing may hold up its neighbours,
+	// once it has used up the room that all of them share, before it is reset (kubernetes#78446).
+	// Default 30 s; negative is never.
+	Stall time.Duration
 	// PeerTimeout is how long the network may stay silent, although an answer is due, before the
 	// client is taken to be gone. Default 45 s.
 	PeerTimeout time.Duration
@@ -55,15 +66,21 @@ type Config struct {
 	// AttachBuffer is how many bytes of output wait for an attached client that reads too slowly;
 	// what comes beyond is skipped. Default 1 MiB.
 	AttachBuffer int
+	// Observe is told of each Event as it happens, from many goroutines; it must not block. Nil
+	// means that nobody asks.
+	Observe func(Event)
 }
 
 const (
 	defaultStreamCreationTimeout = 30 * time.Second
-	defaultFirstSizeWait         = 150 * time.Millisecond
+	defaultFirstSizeWait         = 500 * time.Millisecond
 	defaultDrainIdle             = 2 * time.Second
 	defaultDrainMax              = 10 * time.Minute
 	defaultLingerIdle            = 10 * time.Minute
+	defaultDisconnectWait        = 30 * time.Second
 	defaultIdleTimeout           = 4 * time.Hour
+	defaultWarning               = time.Minute
+	defaultStall                 = 30 * time.Second
 	defaultPeerTimeout           = 45 * time.Second
 	defaultAttachBuffer          = 1 << 20
 
@@ -71,7 +88,6 @@ const (
 	keepAliveTimeout  = 60 * time.Second // of an HTTP connection between requests
 	maxHeaderBytes    = 64 << 10
 
-	idleWarning   = time.Minute     // before an idle session with a terminal ends
 	shutdownGrace = 2 * time.Second // for clients to read the status at shutdown
 )
 
@@ -86,9 +102,15 @@ func (c Config) withDefaults() Config {
 	duration(&c.DrainIdle, defaultDrainIdle)
 	duration(&c.DrainMax, defaultDrainMax)
 	duration(&c.LingerIdle, defaultLingerIdle)
+	duration(&c.DisconnectWait, defaultDisconnectWait)
+	duration(&c.Warning, defaultWarning)
+	duration(&c.Stall, defaultStall)
 	duration(&c.PeerTimeout, defaultPeerTimeout)
 	if c.AttachBuffer == 0 {
 		c.AttachBuffer = defaultAttachBuffer
+	}
+	if c.Observe == nil {
+		c.Observe = func(Event) {}
 	}
 	return c
 }
@@ -144,12 +166,12 @@ func (s *Server) current() Config {
 func NewServer(config Config, listener net.Addr) *Server {
 	s := &Server{
 		config: config.withDefaults(),
-		tokens: newTokenCache(),
 		base:   url.URL{Scheme: "http", Host: listener.String()},
 		settings: Settings{
 			IdleTimeout: config.IdleTimeout, MaxLifetime: config.MaxLifetime, Bandwidth: config.Bandwidth,
 		},
 	}
+	s.tokens = newTokenCache(s.config.Observe)
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	s.watch = newWatcher(s.config)
 	s.http = &http.Server{
@@ -191,6 +213,9 @@ func (s *Server) insert(info session.Info, request any) (string, error) {
 	}
 	return s.base.JoinPath(string(info.Kind), token).String(), nil
 }
+
+// WaitingTokens is how many URLs have been given out that nobody has opened yet.
+func (s *Server) WaitingTokens() int { return s.tokens.waiting() }
 
 // Serve serves the listener until Shutdown. It closes the listener.
 func (s *Server) Serve(listener net.Listener) error {
@@ -263,7 +288,10 @@ func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kin
 	serve(w, r, up, request)
 }
 
+// tokenNotFound answers in a text without ": ", which client-go's WebSocket clients would try to
+// read as YAML, and show nothing.
 func (s *Server) tokenNotFound(w http.ResponseWriter, kind session.Kind) {
-	http.Error(w, fmt.Sprintf("no %s request waits at this URL: its token is unknown, has been used, or has expired "+
+	s.config.Observe(TokenUnknown)
+	http.Error(w, fmt.Sprintf("no %s request waits at this URL. Its token is unknown, has been used, or has expired "+
 		"(a token is good for one connection within %v of the CRI call)", kind, s.tokens.ttl), http.StatusNotFound)
 }

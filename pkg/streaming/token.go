@@ -23,6 +23,8 @@ type tokenCache struct {
 	ttl time.Duration
 	max int
 	now func() time.Time
+	// observe is told of each token's way, under mu.
+	observe func(Event)
 
 	mu       sync.Mutex
 	requests map[string]*list.Element
@@ -36,9 +38,9 @@ type waitingRequest struct {
 	expires time.Time
 }
 
-func newTokenCache() *tokenCache {
+func newTokenCache(observe func(Event)) *tokenCache {
 	return &tokenCache{
-		ttl: tokenTTL, max: maxTokens, now: time.Now,
+		ttl: tokenTTL, max: maxTokens, now: time.Now, observe: observe,
 		requests: make(map[string]*list.Element), byAge: list.New(),
 	}
 }
@@ -53,8 +55,10 @@ func (c *tokenCache) insert(kind session.Kind, request any) (string, error) {
 	now := c.now()
 	c.dropExpired(now)
 	if len(c.requests) >= c.max {
+		c.observe(TokenRefused)
 		return "", ErrTooManyRequests
 	}
+	c.observe(TokenIssued)
 	c.requests[token] = c.byAge.PushBack(&waitingRequest{token, kind, request, now.Add(c.ttl)})
 	return token, nil
 }
@@ -79,13 +83,23 @@ func (c *tokenCache) consume(kind session.Kind, token string) (any, bool) {
 		return nil, false
 	}
 	c.remove(element)
+	c.observe(TokenRedeemed)
 	return element.Value.(*waitingRequest).request, true
 }
 
 func (c *tokenCache) dropExpired(now time.Time) {
 	for e := c.byAge.Front(); e != nil && !e.Value.(*waitingRequest).expires.After(now); e = c.byAge.Front() {
 		c.remove(e)
+		c.observe(TokenExpired)
 	}
+}
+
+// waiting is how many requests wait for their client.
+func (c *tokenCache) waiting() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.dropExpired(c.now())
+	return len(c.requests)
 }
 
 func (c *tokenCache) remove(e *list.Element) {

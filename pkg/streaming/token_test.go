@@ -10,7 +10,7 @@ import (
 )
 
 func TestTokenIsGoodForOneUse(t *testing.T) {
-	c := newTokenCache()
+	c := newTokenCache(func(Event) {})
 	request := &ExecRequest{}
 	token, err := c.insert(session.Exec, request)
 	if err != nil {
@@ -28,7 +28,7 @@ func TestTokenIsGoodForOneUse(t *testing.T) {
 }
 
 func TestTokenIsBoundToItsKind(t *testing.T) {
-	c := newTokenCache()
+	c := newTokenCache(func(Event) {})
 	token, err := c.insert(session.Attach, &AttachRequest{})
 	if err != nil {
 		t.Fatal(err)
@@ -45,7 +45,7 @@ func TestTokenIsBoundToItsKind(t *testing.T) {
 
 func TestTokenExpires(t *testing.T) {
 	now := time.Unix(1000, 0)
-	c := newTokenCache()
+	c := newTokenCache(func(Event) {})
 	c.now = func() time.Time { return now }
 	token, err := c.insert(session.Exec, &ExecRequest{})
 	if err != nil {
@@ -66,7 +66,7 @@ func TestTokenExpires(t *testing.T) {
 
 func TestTokensAreLimited(t *testing.T) {
 	now := time.Unix(1000, 0)
-	c := newTokenCache()
+	c := newTokenCache(func(Event) {})
 	c.now = func() time.Time { return now }
 	for i := range maxTokens {
 		now = now.Add(time.Millisecond)

@@ -2,7 +2,6 @@ package streaming
 
 import (
 	"context"
-	"fmt"
 	"net"
 	"sync"
 	"syscall"
@@ -24,8 +23,8 @@ const (
 )
 
 // watcher looks at all sessions every few seconds for what only time can tell: a client whose
-// network is gone while data is on its way, a finished session that makes no progress, a session
-// that has lived too long. One goroutine serves all sessions.
+// network is gone while data is on its way, and a finished session that makes no progress. One
+// goroutine serves all sessions.
 type watcher struct {
 	config Config
 
@@ -46,8 +45,6 @@ type watchedSession struct {
 	session *session.Session
 	client  watchedClient
 	network net.Conn
-	// maxLifetime is what was configured when the session began, 0 is off.
-	maxLifetime time.Duration
 
 	progress progress
 	since    time.Time // when progress was last seen to change
@@ -65,9 +62,9 @@ func newWatcher(c Config) *watcher {
 }
 
 // add watches a session until the returned function is called.
-func (w *watcher) add(s *session.Session, client watchedClient, network net.Conn, maxLifetime time.Duration) (remove func()) {
+func (w *watcher) add(s *session.Session, client watchedClient, network net.Conn) (remove func()) {
 	setKeepAlive(network)
-	entry := &watchedSession{session: s, client: client, network: network, maxLifetime: maxLifetime, since: time.Now()}
+	entry := &watchedSession{session: s, client: client, network: network, since: time.Now()}
 	w.mu.Lock()
 	w.watched[entry] = struct{}{}
 	w.mu.Unlock()
@@ -102,14 +99,9 @@ func (w *watcher) run(ctx context.Context) {
 func (w *watcher) look(e *watchedSession, now time.Time) {
 	if peerIsDead(e.network, w.config.PeerTimeout) {
 		e.session.Log().Debug("client does not answer any more", "limit", w.config.PeerTimeout)
+		w.config.Observe(PeerDead)
 		e.client.Close() //nolint:errcheck // the session sees the end of the connection
 		return
-	}
-	if limit := e.maxLifetime; limit > 0 && now.Sub(e.session.Start) >= limit {
-		e.session.Stop(&session.EndError{
-			Reason:  "max-lifetime",
-			Message: fmt.Sprintf("the session was ended because sessions may last %v at most", limit),
-		})
 	}
 	if e.session.Phase() != session.Lingering {
 		e.since = now
@@ -121,6 +113,7 @@ func (w *watcher) look(e *watchedSession, now time.Time) {
 		e.progress, e.since = p, now
 	} else if now.Sub(e.since) >= w.config.LingerIdle {
 		e.session.Log().Debug("finished session makes no progress", "limit", w.config.LingerIdle)
+		w.config.Observe(LingerCut)
 		e.client.Close() //nolint:errcheck // as above
 	}
 }

@@ -15,7 +15,7 @@ const module = "github.com/streamshim/streamshim/"
 var allowed = map[string][]string{
 	"cmd/streamshim": {
 		"pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/portforward",
-		"pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming",
+		"pkg/metrics", "pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming", "pkg/tracing",
 	},
 	"pkg/admin":             {"pkg/asciicast", "pkg/session"},
 	"pkg/asciicast":         {"pkg/session"},
@@ -24,6 +24,8 @@ var allowed = map[string][]string{
 	"pkg/session/recording": {"pkg/asciicast", "pkg/session"},
 	"pkg/check":             {"pkg/config", "pkg/endpoint"},
 	"pkg/config":            {"pkg/endpoint"},
+	"pkg/metrics":           {"pkg/session"},
+	"pkg/tracing":           {"pkg/session"},
 	"pkg/cri":               {"pkg/endpoint", "pkg/session", "pkg/streaming"},
 	"pkg/streaming": {
 		"pkg/session", "pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket",
@@ -32,8 +34,11 @@ var allowed = map[string][]string{
 
 // foreign are libraries that only the packages named may import, directly or not.
 var foreign = map[string][]string{
-	"google.golang.org/grpc": {"cmd/streamshim", "pkg/check", "pkg/cri"},
+	"google.golang.org/grpc": {"cmd/streamshim", "pkg/check", "pkg/cri", "pkg/tracing"},
 	"k8s.io/cri-api":         {"cmd/streamshim", "pkg/check", "pkg/cri"},
+	// Metrics and traces are told of things; nobody else counts or traces.
+	"github.com/prometheus":    {"cmd/streamshim", "pkg/metrics"},
+	"go.opentelemetry.io/otel": {"cmd/streamshim", "pkg/cri", "pkg/tracing"}, // containerd's client brings it to pkg/cri
 	// Peers in tests, no parts of the product.
 	"github.com/moby/spdystream": nil,
 	"k8s.io/streaming":           nil,

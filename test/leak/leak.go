@@ -24,12 +24,12 @@ const (
 
 // Check takes account of the process now and compares at the test's cleanup, failing the test with
 // the differences. Call it first, so that its cleanup runs last. It is no use in parallel tests, which see
-// each other's things.
-func Check(t testing.TB) {
+// each other's things. The options name goroutines that may stay a little, of a library's say.
+func Check(t testing.TB, ignored ...goleak.Option) {
 	t.Helper()
 	startPoller()
 	before := takeAccount()
-	goroutines := goleak.IgnoreCurrent()
+	goroutines := append(ignored, goleak.IgnoreCurrent())
 	t.Cleanup(func() {
 		if t.Failed() {
 			return // what a test leaves behind that was cut short says nothing
@@ -41,12 +41,12 @@ func Check(t testing.TB) {
 }
 
 // settle waits until nothing is left behind, and returns what is when the limit is over.
-func settle(before account, goroutines goleak.Option, limit time.Duration) string {
+func settle(before account, goroutines []goleak.Option, limit time.Duration) string {
 	for end := time.Now().Add(limit); ; time.Sleep(settlePoll) {
 		found := takeAccount().difference(before)
 		if found == "" {
 			// Last, because it does its own waiting.
-			if err := goleak.Find(goroutines); err != nil {
+			if err := goleak.Find(goroutines...); err != nil {
 				found = err.Error()
 			}
 		}

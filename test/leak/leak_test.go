@@ -77,7 +77,7 @@ func TestWhatIsLeftBehindIsNamed(t *testing.T) {
 	} {
 		t.Run(each.name, func(t *testing.T) {
 			startPoller()
-			before, goroutines := takeAccount(), goleak.IgnoreCurrent()
+			before, goroutines := takeAccount(), []goleak.Option{goleak.IgnoreCurrent()}
 			want, cure := each.leave(t)
 			// A child is named after its program once it has got that far, and is a zombie
 			// after that: so ask until the answer is the final one.

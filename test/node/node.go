@@ -67,6 +67,7 @@ type state struct {
 	StreamshimArgs []string           `json:"streamshimArgs,omitempty"`
 	Registry       string             `json:"registry,omitempty"` // host:port
 	Processes      map[string]process `json:"processes"`
+	Companions     []string           `json:"companions,omitempty"` // in the order they were started
 }
 
 // The names of a node's processes, of their records and of their log files.

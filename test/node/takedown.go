@@ -34,7 +34,8 @@ func (n *Node) takeDown() error {
 		return n.unmountAll()
 	}
 	ids := n.knownIDs() // while containerd's folders still tell
-	errs := []error{n.stopProcess(streamshimProcess, stopGrace)}
+	errs := n.stopCompanions()
+	errs = append(errs, n.stopProcess(streamshimProcess, stopGrace))
 	if n.process(containerdProcess).alive() {
 		// The orderly way first; what it leaves or cannot do, the rest does by force.
 		if err := n.removeAllPods(); err != nil {

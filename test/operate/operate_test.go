@@ -23,12 +23,16 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/portforward"
 	"k8s.io/client-go/tools/remotecommand"
+	"k8s.io/client-go/transport/spdy"
 	clientexec "k8s.io/client-go/util/exec"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/pkg/admin"
+	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/session/audit"
 	"github.com/streamshim/streamshim/test/node"
 )
@@ -279,6 +283,13 @@ func (s *shell) end(t *testing.T) error {
 func TestOperateSessions(t *testing.T) {
 	o := start(t, "operate", operatedConfig)
 
+	follow := exec.Command(node.Binary(t), "sessions", "--admin", "unix://"+o.AdminSocket(), "list", "--watch")
+	followed := &safeBuffer{}
+	follow.Stdout, follow.Stderr = followed, followed
+	if err := follow.Start(); err != nil {
+		t.Fatal(err)
+	}
+
 	// A terminal, listed and shown.
 	u := o.exec("web", true, "sh", "-c", "echo ready; exec sh")
 	u.shows(t, "ready")
@@ -313,6 +324,8 @@ func TestOperateSessions(t *testing.T) {
 		t.Errorf("the admin socket: %v, %v", info.Mode(), err)
 	}
 
+	eventually(t, "list --watch has shown the session", func() bool { return strings.Contains(followed.String(), s.ID) })
+
 	// Watched: the user is told, the operator sees what comes.
 	watch := exec.Command(node.Binary(t), "sessions", "--admin", "unix://"+o.AdminSocket(), "watch", s.ID)
 	seen := &safeBuffer{}
@@ -339,6 +352,12 @@ func TestOperateSessions(t *testing.T) {
 		t.Errorf("watch: %v: %s", err, seen.String())
 	}
 	eventually(t, "no session is left", func() bool { return len(o.sessions()) == 0 })
+	if err := follow.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := follow.Wait(); err != nil {
+		t.Errorf("list --watch: %v: %s", err, followed.String())
+	}
 
 	// A signal that ends the process gives its exit code.
 	u = o.exec("db", false, "sleep", "1000")
@@ -360,14 +379,14 @@ func TestOperateSessions(t *testing.T) {
 	}
 
 	records := o.audit()
-	find := func(event audit.Event, session string) audit.Record {
+	find := func(event audit.Event, id string) audit.Record {
 		t.Helper()
 		for _, r := range records {
-			if r.Event == event && r.Session == session {
+			if r.Event == event && r.Session == id {
 				return r
 			}
 		}
-		t.Fatalf("no %s record of %s in %+v", event, session, records)
+		t.Fatalf("no %s record of %s in %+v", event, id, records)
 		return audit.Record{}
 	}
 	begin, end := find(audit.Start, s.ID), find(audit.End, s.ID)
@@ -425,9 +444,12 @@ func TestLimitsAndReload(t *testing.T) {
 	o := start(t, "limits", operatedConfig)
 	live := o.exec("web", true, "sh", "-c", "echo ready; exec sh")
 	live.shows(t, "ready")
-	unused, err := o.request("web", true, "sh")
-	if err != nil {
-		t.Fatal(err)
+	var unused [2]*url.URL
+	for i := range unused {
+		var err error
+		if unused[i], err = o.request("web", true, "sh"); err != nil {
+			t.Fatal(err)
+		}
 	}
 
 	o.reload(operatedConfig+`
@@ -443,7 +465,7 @@ pod_labels = { tier = "da*" }
 kinds = ["execsync"]
 `, "the configuration was reloaded")
 
-	_, err = o.request("db", true, "sh")
+	_, err := o.request("db", true, "sh")
 	if status.Code(err) != codes.PermissionDenied || !strings.Contains(err.Error(), "no shells in the bank") {
 		t.Errorf("a terminal in the bank: %v", err)
 	}
@@ -456,10 +478,18 @@ kinds = ["execsync"]
 		t.Errorf("a second session in web: %v", err)
 	}
 	// Asked for before the limit came: the client that redeems its URL learns why not.
-	if err := o.redeem(unused, true).end(t); err == nil || !strings.Contains(err.Error(), "sessions_per_container") {
+	if err := o.redeem(unused[0], true).end(t); err == nil || !strings.Contains(err.Error(), "sessions_per_container") {
 		t.Errorf("the URL from before: %v", err)
 	}
-	if err := endOf(t, o.exec("db", false, "true")); err != nil {
+	executor, err := remotecommand.NewWebSocketExecutor(&rest.Config{Host: unused[1].Host}, http.MethodGet, unused[1].String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = executor.StreamWithContext(t.Context(), remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true})
+	if err == nil || !strings.Contains(err.Error(), "sessions_per_container") {
+		t.Errorf("the URL from before, over WebSocket: %v", err)
+	}
+	if err := o.exec("db", false, "true").end(t); err != nil {
 		t.Errorf("a session without a terminal in the bank: %v", err)
 	}
 	live.say(t, "echo still $((40+2))\n")
@@ -502,9 +532,137 @@ kinds = ["execsync"]
 			refused++
 		}
 	}
-	if refused != 5 {
-		t.Errorf("%d refusals were audited, not 5", refused)
+	if refused != 6 {
+		t.Errorf("%d refusals were audited, not 6", refused)
 	}
 }
 
-func endOf(t *testing.T, s *shell) error { t.Helper(); return s.end(t) }
+// auditedEnvs are the bytes of ExecRequest.envs with an audit ID, field 7 of newer APIs than ours
+// (KEP-6035).
+func auditedEnvs(id string) []byte {
+	var variable []byte
+	variable = protowire.AppendTag(variable, 1, protowire.BytesType)
+	variable = protowire.AppendString(variable, "KUBERNETES_EXEC_AUDIT_ID")
+	variable = protowire.AppendTag(variable, 2, protowire.BytesType)
+	variable = protowire.AppendString(variable, id)
+	return protowire.AppendBytes(protowire.AppendTag(nil, 7, protowire.BytesType), variable)
+}
+
+// The other kinds of session are seen, audited and ended like an exec.
+func TestOtherKinds(t *testing.T) {
+	o := start(t, "kinds", operatedConfig)
+	request := &runtimeapi.ExecRequest{ContainerId: o.containers["db"], Cmd: []string{"true"}, Stdout: true}
+	request.ProtoReflect().SetUnknown(auditedEnvs("audit-1"))
+	response, err := o.Runtime().Exec(t.Context(), request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u, err := url.Parse(response.GetUrl())
+	if err != nil {
+		t.Fatal(err)
+	}
+	executor, err := remotecommand.NewSPDYExecutor(&rest.Config{Host: u.Host}, http.MethodPost, u)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := executor.StreamWithContext(t.Context(), remotecommand.StreamOptions{Stdout: io.Discard}); err != nil {
+		t.Fatal(err)
+	}
+
+	// An attach, which is relayed to the upstream.
+	attach, err := o.Runtime().Attach(t.Context(), &runtimeapi.AttachRequest{ContainerId: o.containers["web"], Stdout: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if u, err = url.Parse(attach.GetUrl()); err != nil {
+		t.Fatal(err)
+	}
+	if executor, err = remotecommand.NewSPDYExecutor(&rest.Config{Host: u.Host}, http.MethodPost, u); err != nil {
+		t.Fatal(err)
+	}
+	attached := make(chan error, 1)
+	go func() {
+		attached <- executor.StreamWithContext(context.Background(), remotecommand.StreamOptions{Stdout: io.Discard})
+	}()
+	only := func(kind session.Kind) admin.Session {
+		t.Helper()
+		var found admin.Session
+		eventually(t, "the only session is a running "+string(kind), func() bool {
+			list := o.sessions()
+			if len(list) == 1 && list[0].Kind == kind && list[0].Phase == session.Running {
+				found = list[0]
+			}
+			return found.ID != ""
+		})
+		return found
+	}
+	s := only(session.Attach)
+	if s.PodName != "web" || s.Container != "main" {
+		t.Errorf("listed as %+v", s)
+	}
+	if out, err := o.cli("kill", s.ID, "--signal", "TERM"); err == nil || !strings.Contains(out, "not ours") {
+		t.Errorf("a signal for a process that is not ours: %v, %s", err, out)
+	}
+	o.mustCLI("kill", s.ID)
+	if err := <-attached; err == nil || !strings.Contains(err.Error(), "ended by an operator") {
+		t.Errorf("the attach ends with %v", err)
+	}
+
+	// A port-forward.
+	sandboxes, err := o.Runtime().ListPodSandbox(t.Context(), &runtimeapi.ListPodSandboxRequest{
+		Filter: &runtimeapi.PodSandboxFilter{LabelSelector: map[string]string{"tier": "data"}},
+	})
+	if err != nil || len(sandboxes.GetItems()) != 1 {
+		t.Fatal(sandboxes, err)
+	}
+	forward, err := o.Runtime().PortForward(t.Context(), &runtimeapi.PortForwardRequest{PodSandboxId: sandboxes.GetItems()[0].GetId()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if u, err = url.Parse(forward.GetUrl()); err != nil {
+		t.Fatal(err)
+	}
+	transport, upgrader, err := spdy.RoundTripperFor(&rest.Config{Host: u.Host})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ready, stop := make(chan struct{}), make(chan struct{})
+	defer close(stop)
+	forwarder, err := portforward.New(spdy.NewDialer(upgrader, &http.Client{Transport: transport}, http.MethodPost, u),
+		[]string{"0:80"}, stop, ready, io.Discard, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	forwarded := make(chan error, 1)
+	go func() { forwarded <- forwarder.ForwardPorts() }()
+	<-ready
+	s = only(session.PortForward)
+	if s.PodName != "db" || s.ContainerID != "" || s.SandboxID == "" {
+		t.Errorf("listed as %+v", s)
+	}
+	o.mustCLI("kill", s.ID[:9])
+	if err := <-forwarded; err == nil {
+		t.Error("the port-forward ends without an error")
+	}
+	eventually(t, "no session is left", func() bool { return len(o.sessions()) == 0 })
+
+	// The log was moved away in between, as logrotate does.
+	before := o.audit()
+	path := filepath.Join(o.dir, "audit", "audit.log")
+	if err := os.Rename(path, path+".moved"); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.exec("db", false, "true").end(t); err != nil {
+		t.Error(err)
+	}
+	var after []audit.Record
+	eventually(t, "the end is audited", func() bool { after = o.audit(); return len(after) == 2 })
+	if len(before) != 6 || before[0].AuditID != "audit-1" || before[1].AuditID != "audit-1" {
+		t.Errorf("records %+v", before)
+	}
+	for i, kind := range []session.Kind{session.Exec, session.Exec, session.Attach, session.Attach, session.PortForward, session.PortForward} {
+		if before[i].Kind != kind {
+			t.Errorf("record %d is of kind %s, want %s", i, before[i].Kind, kind)
+		}
+	}
+}

@@ -3,7 +3,8 @@
 # CNI plugins, crictl, critest) from the pinned versions in this folder, one Go module per peer so
 # that none of their dependencies reaches the product's go.mod. Two more are not peers but are kept
 # the same way: "busybox", Debian's package unpacked without installing it, from which the test
-# images are made, and "lint", golangci-lint from ../tools/lint, which is built only when named.
+# images are made, and "lint", golangci-lint from ../tools/lint. Built only when named: "lint", and
+# "etcd" and "kubernetes" (kube-apiserver, kubelet, kubectl) for test/e2e.
 #
 # Results lie in $STREAMSHIM_CACHE/peers (default ~/.cache/streamshim/peers), one folder per peer
 # and set of inputs, so a second run, and a second clone, costs nothing. The last line printed is
@@ -47,6 +48,13 @@ unpack_busybox() {
   rm -r "$out.tmp/package"
 }
 
+# kubernetes_version VERSION: without these, all of Kubernetes says that it is v0.0.0.
+kubernetes_version() {
+  local package=k8s.io/component-base/version major minor
+  IFS=. read -r major minor _ <<<"${1#v}"
+  echo "-X $package.gitVersion=$1 -X $package.gitMajor=$major -X $package.gitMinor=$minor"
+}
+
 # build PEER MODULE: every tool of the peer's go.mod into $out.tmp.
 build() {
   local version cgo=0 tags=() ldflags="-s -w"
@@ -57,8 +65,10 @@ build() {
   runc) cgo=1 tags=(-tags seccomp) ;; # cgo for its namespace set-up, libseccomp for seccomp profiles
   containerd) ldflags+=" -X $2/version.Version=$version" ;;
   critools) ldflags+=" -X $2/pkg/version.Version=$version" ;;
+  kubernetes) ldflags+=" $(kubernetes_version "$version")" ;;
   esac
   CGO_ENABLED=$cgo go build -mod=readonly -trimpath "${tags[@]}" -ldflags "$ldflags" -o "$out.tmp/" tool
+  if [ "$1" = etcd ]; then mv "$out.tmp/server" "$out.tmp/etcd"; fi # named after its folder otherwise
   if [ "$1" = critools ]; then # critest is a test binary, which go.mod's "tool" cannot name
     CGO_ENABLED=0 go test -c -mod=readonly -trimpath -ldflags "$ldflags" -o "$out.tmp/critest" "$2/cmd/critest"
   fi
@@ -69,6 +79,8 @@ declare -A module=(
   [runc]=github.com/opencontainers/runc
   [cni]=github.com/containernetworking/plugins
   [critools]=sigs.k8s.io/cri-tools
+  [etcd]=go.etcd.io/etcd/server/v3
+  [kubernetes]=k8s.io/kubernetes
   [busybox]=none
   [lint]=github.com/golangci/golangci-lint/v2
 )

@@ -178,7 +178,7 @@ func (l *Log) Refused(info session.Info, reason error) {
 		record.Reason = string(refused.Refusal)
 	}
 	record.Error = reason.Error()
-	l.put(record.line(), nil)
+	l.put(record.line(), nil) //nolint:errcheck // what is lost is counted
 }
 
 // BeginSync writes the start of an ExecSync. End, which is never nil without an error, writes how it
@@ -209,7 +209,7 @@ func (l *Log) start(ctx context.Context, id string, info session.Info) error {
 	}
 	line := describe(Start, id, info, config.Command).line()
 	if !config.Deny {
-		l.put(line, nil)
+		l.put(line, nil) //nolint:errcheck // as in Refused
 		return nil
 	}
 	written := make(chan error, 1)
@@ -242,7 +242,7 @@ func (l *Log) end(id string, info session.Info, began time.Time, in, out int64, 
 	}
 	record := describe(End, id, info, config.Command)
 	record.finish(began, in, out, o)
-	l.put(record.line(), nil)
+	l.put(record.line(), nil) //nolint:errcheck // what is lost is counted
 }
 
 // put queues a line and never waits. Without room the line is lost, which is counted.
@@ -287,13 +287,13 @@ func (l *Log) run(d destination) {
 		select {
 		case e, ok := <-l.queue:
 			if !ok {
-				w.lost += l.takeLost()
 				w.finish()
 				return
 			}
-			w.lost += l.takeLost()
 			w.batch(e, l.queue)
+			w.lost += l.takeLost()
 		case <-ticker.C:
+			w.noteLost()
 			if w.dirty && w.fsync == FsyncInterval {
 				w.complain(w.sync())
 			}
@@ -333,14 +333,10 @@ func (w *writer) batch(e entry, queue <-chan entry) {
 	}
 }
 
-// line writes a line, and before it how many could not be written.
+// line writes a line, and before it how many could not be written: what was lost while a batch was
+// written is noted behind it.
 func (w *writer) line(line []byte) error {
-	if w.lost > 0 {
-		note := &Record{Version: SchemaVersion, Time: time.Now().UTC(), Event: Lost, LostRecords: w.lost}
-		if w.sink.write(note.line()) == nil {
-			w.lost = 0
-		}
-	}
+	w.noteLost()
 	err := w.sink.write(line)
 	if err != nil {
 		w.lost++
@@ -349,6 +345,18 @@ func (w *writer) line(line []byte) error {
 	}
 	w.dirty = true
 	return nil
+}
+
+// noteLost writes how many records could not be written, if that can.
+func (w *writer) noteLost() {
+	if w.lost == 0 {
+		return
+	}
+	note := &Record{Version: SchemaVersion, Time: time.Now().UTC(), Event: Lost, LostRecords: w.lost}
+	if w.sink.write(note.line()) == nil {
+		w.lost = 0
+		w.dirty = true
+	}
 }
 
 func (w *writer) sync() error {
@@ -370,6 +378,7 @@ func (w *writer) replace(d destination) {
 }
 
 func (w *writer) finish() {
+	w.noteLost()
 	if w.dirty && w.fsync != FsyncNever {
 		w.complain(w.sync())
 	}

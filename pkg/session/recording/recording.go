@@ -2,6 +2,7 @@
 package recording
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -202,7 +203,8 @@ type recording struct {
 
 	cast     *asciicast.Writer
 	encoder  *asciicast.Encoder
-	size     int64
+	buffer   []byte    // lines that are not written yet
+	size     int64     // bytes that are
 	events   int       // other than sizes
 	ending   bool      // the last event may use endReserve
 	lastSize [2]uint16 // of the terminal
@@ -231,7 +233,7 @@ func (rec *recording) resize(e *session.TapEvent) error {
 	if _, err := rec.file.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	rec.size = 0
+	rec.size, rec.buffer = 0, rec.buffer[:0]
 	return rec.writeHeader(int(e.Width), int(e.Height))
 }
 
@@ -252,8 +254,11 @@ func (rec *recording) writeHeader(width, height int) error {
 		Width: width, Height: height, Timestamp: s.Start.Unix(),
 		Title: strings.TrimSuffix(title, ": "), Env: env,
 	})
+	if err != nil {
+		return err
+	}
 	rec.encoder = asciicast.NewEncoder(rec.cast, s.Start, s.TTY)
-	return err
+	return rec.flush()
 }
 
 var errFull = errors.New("the recording has reached its size limit")
@@ -261,19 +266,36 @@ var errFull = errors.New("the recording has reached its size limit")
 // endReserve is room for the last event beyond the limit.
 const endReserve = 512
 
-// Write writes one line of the file, whole or not at all, and keeps to the size limit.
+// flushSize is how much is written at once, in bytes.
+const flushSize = 256 << 10
+
+// Write takes one line for the file, and keeps to the size limit.
 func (rec *recording) Write(line []byte) (int, error) {
-	if rec.config.MaxSize > 0 && !rec.ending && rec.size+int64(len(line)) > rec.config.MaxSize-endReserve {
+	size := rec.size + int64(len(rec.buffer)+len(line))
+	if rec.config.MaxSize > 0 && !rec.ending && size > rec.config.MaxSize-endReserve {
 		return 0, errFull
 	}
-	n, err := rec.file.Write(line)
-	if err != nil && n > 0 {
-		err = errors.Join(err, rec.file.Truncate(rec.size))
-		rec.file.Seek(rec.size, io.SeekStart) //nolint:errcheck // nothing more is written after an error, except one marker
-		return 0, err
+	rec.buffer = append(rec.buffer, line...)
+	if len(rec.buffer) < flushSize {
+		return len(line), nil
 	}
-	rec.size += int64(n)
-	return n, err
+	return len(line), rec.flush()
+}
+
+// flush writes the lines that wait. When that fails, only whole lines stay in the file.
+func (rec *recording) flush() error {
+	n, err := rec.file.Write(rec.buffer)
+	whole := n
+	if err != nil {
+		whole = bytes.LastIndexByte(rec.buffer[:n], '\n') + 1
+	}
+	rec.buffer = rec.buffer[:0]
+	rec.size += int64(whole)
+	if whole < n {
+		_, seekErr := rec.file.Seek(rec.size, io.SeekStart)
+		err = errors.Join(err, rec.file.Truncate(rec.size), seekErr)
+	}
+	return err
 }
 
 // overflow is called on the session's way when the disk is too slow for it.
@@ -326,12 +348,15 @@ func (rec *recording) copy() error {
 		if !more {
 			return rec.encoder.Close(time.Now())
 		}
+		if err := rec.flush(); err != nil {
+			return err
+		}
 	}
 }
 
 // finish writes why the recording ends.
 func (rec *recording) finish(problem error) {
-	label := ""
+	var label string
 	if problem != nil {
 		label = "the recording ends here: " + problem.Error()
 	} else {
@@ -342,7 +367,8 @@ func (rec *recording) finish(problem error) {
 		}
 	}
 	rec.ending = true
-	err := rec.cast.Write(time.Since(rec.session.Start), asciicast.Marker, "streamshim: "+label)
+	err := rec.cast.Write(time.Since(rec.session.Start), asciicast.Marker, []byte("streamshim: "+label))
+	err = errors.Join(err, rec.flush())
 	if err == nil {
 		err = rec.file.Sync()
 	}

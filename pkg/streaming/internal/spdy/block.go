@@ -104,6 +104,9 @@ func (k *blocker) wait(s *Stream) error {
 				continue
 			}
 			nextStall = now.Add(k.c.cfg.Stall)
+			if k.c.cfg.OnStall != nil {
+				k.c.cfg.OnStall()
+			}
 			k.c.stalledStream(s, now).reset(ResetFlowControlError, "its data was not read for too long") //nolint:errcheck // the stream has ended by then
 			k.c.out.flush()
 		}

@@ -22,8 +22,8 @@ import (
 // Config has the callback and the limits of a connection. Zero limits take the defaults.
 type Config struct {
 	// OnStream is called for each stream that the peer opens, from the read loop, and must not
-	// block. The stream is accepted (SYN_REPLY) when OnStream returns or first writes to the
-	// stream, unless it has reset the stream by then. From the call on the stream belongs to the
+	// block. The stream is accepted (SYN_REPLY) when OnStream returns, calls Accept or first writes
+	// to the stream, unless it has reset the stream by then. From the call on the stream belongs to the
 	// callee, who reads it to its end or calls CloseRead, and calls CloseWrite; or calls Reset.
 	//
 	// With a nil OnStream every stream of the peer is refused.
@@ -55,6 +55,9 @@ type Config struct {
 	// Negative: never, which is right where all streams serve one process, as with exec: there a
 	// command that does not read its stdin for a minute is nothing unusual.
 	Stall time.Duration
+	// OnStall is called, from the read loop, when a stream is reset for that reason. It must not
+	// block. May be nil.
+	OnStall func()
 }
 
 func (c Config) withDefaults() Config {

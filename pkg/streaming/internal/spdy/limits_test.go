@@ -319,3 +319,55 @@ func collect(m *runtime.MemStats) {
 	runtime.GC()
 	runtime.ReadMemStats(m)
 }
+
+// TestAcceptThenReset tells a stream that was accepted and then reset from one that was refused.
+func TestAcceptThenReset(t *testing.T) {
+	peer, _ := newRawPeer(t, Config{OnStream: func(s *Stream) {
+		if s.Header().Get("accept") != "" {
+			s.Accept()
+		}
+		s.Reset()
+	}})
+	peer.open(1, "accept", "yes")
+	peer.expect(typeSynReply, 1)
+	peer.expect(typeRstStream, 1, uint32(ResetCancel))
+	peer.open(3, "other", "no")
+	peer.expect(typeRstStream, 3, uint32(ResetCancel))
+}
+
+// TestAfterReset calls back for each way in which a stream breaks off, once, and not for FIN.
+func TestAfterReset(t *testing.T) {
+	streams := make(chan *Stream, 1)
+	peer, ours := newRawPeer(t, Config{OnStream: func(s *Stream) { streams <- s }})
+	called := make(chan uint32, 8)
+	next := func(id uint32) *Stream {
+		peer.open(id, "a", "b")
+		s := await(t, streams, "the stream")
+		s.AfterReset(func() { called <- id })
+		return s
+	}
+	finished := next(1)
+	peer.data(1, flagFin, nil)
+	finished.CloseWrite()
+	await(t, finished.Done(), "the end by FIN")
+	next(3).Reset()
+	if id := await(t, called, "the call for our reset"); id != 3 {
+		t.Errorf("called for stream %d", id)
+	}
+	next(5)
+	peer.send(appendRstStream(nil, 5, ResetCancel))
+	if id := await(t, called, "the call for the peer's reset"); id != 5 {
+		t.Errorf("called for stream %d", id)
+	}
+	next(7)
+	late := next(9)
+	peer.Close()
+	await(t, ours.Done(), "the end of the connection")
+	for range 2 {
+		await(t, called, "the calls for the connection's end")
+	}
+	late.AfterReset(func() { called <- 11 })
+	if id := await(t, called, "the call for what has happened already"); id != 11 {
+		t.Errorf("called for stream %d", id)
+	}
+}

@@ -39,6 +39,7 @@ type Stream struct {
 	localFin   bool      // we have sent FIN
 	replied    bool      // SYN_REPLY is queued, or not to be sent
 	over       bool      // done is closed
+	afterReset func()    // see AfterReset; nil once called
 
 	direct   *direct // where WriteTo, which waits for data, would write it
 	directed int64   // bytes that put has written there
@@ -66,6 +67,24 @@ func (s *Stream) Sent() int64 { return s.sent.Load() }
 // Done is closed when both directions have ended: by FIN, by a reset from either side, or with the
 // connection. There may still be data to read.
 func (s *Stream) Done() <-chan struct{} { return s.done }
+
+// AfterReset has f called, in a goroutine of its own, when the stream is reset by either side or ends
+// with its connection, at once if that has happened. It is not called for a stream that ends by FIN in
+// both directions. It is for those who do not see the reset because they are busy elsewhere, such as
+// writing to somebody who does not read. There is one f; a second replaces it.
+func (s *Stream) AfterReset(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.afterReset = f
+	s.notifyResetLocked()
+}
+
+func (s *Stream) notifyResetLocked() {
+	if s.writeErr != nil && s.afterReset != nil {
+		go s.afterReset()
+		s.afterReset = nil
+	}
+}
 
 // Err says how a stream that is Done has ended: a *ResetError, the connection's error, or nil for
 // FIN in both directions. It is nil also before.
@@ -409,12 +428,17 @@ func (s *Stream) resetLocally(reset *ResetError) (err error) {
 			return appendRstStream(b, s.id, reset.Status)
 		})
 	}
+	s.notifyResetLocked()
 	s.settleLocked()
 	s.arrived.Broadcast()
 	return err
 }
 
-// accept queues the SYN_REPLY if it is due.
+// Accept queues the SYN_REPLY, if it is still due, so that a Reset from now on ends an accepted stream
+// instead of refusing it. To the stock client-go the two are not the same: for a data stream that was
+// refused it keeps a goroutine for ever. It does not block.
+func (s *Stream) Accept() error { return s.accept() }
+
 func (s *Stream) accept() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -479,6 +503,7 @@ func (s *Stream) end(readErr, writeErr error) {
 	if s.writeErr == nil && !s.over {
 		s.writeErr = writeErr
 	}
+	s.notifyResetLocked()
 	s.settleLocked()
 	s.arrived.Broadcast()
 }

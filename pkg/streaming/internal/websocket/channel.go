@@ -178,6 +178,7 @@ func (ch *Channel) readFromFile(raw syscall.RawConn) (int64, error) {
 		}
 		if readErr == unix.EAGAIN {
 			batches.Put(b)
+			b = nil // what the wait refers to is not freed, even if the pool drops it
 			return false
 		}
 		return true
@@ -204,6 +205,7 @@ func (ch *Channel) readFromFile(raw syscall.RawConn) (int64, error) {
 		}
 		err := ch.send(wire, n)
 		batches.Put(b)
+		b = nil
 		if err != nil {
 			return total, err
 		}
@@ -211,24 +213,19 @@ func (ch *Channel) readFromFile(raw syscall.RawConn) (int64, error) {
 	}
 }
 
+// A reader without a descriptor is waited for with a buffer in hand, so it is one that begins small.
+const (
+	minReaderBuffer = 4 << 10
+	maxReaderBuffer = 64 << 10
+)
+
 func (ch *Channel) readFromReader(r io.Reader) (int64, error) {
 	var total int64
-	b := batches.Get().(*batch)
-	defer batches.Put(b)
-	place := b.payloads[0]
-	if ch.conn.protocol.Base64() {
-		place = b.base64Source()
-	}
+	buffer := make([]byte, minReaderBuffer)
 	for {
-		n, readErr := r.Read(place)
+		n, readErr := r.Read(buffer)
 		if n > 0 {
-			var wire []byte
-			if ch.conn.protocol.Base64() {
-				wire = b.frameBase64(ch.number, place[:n])
-			} else {
-				wire = b.frameBinary(ch.number, n)
-			}
-			if err := ch.send(wire, n); err != nil {
+			if _, err := ch.Write(buffer[:n]); err != nil {
 				return total, err
 			}
 			total += int64(n)
@@ -238,6 +235,9 @@ func (ch *Channel) readFromReader(r io.Reader) (int64, error) {
 		}
 		if readErr != nil {
 			return total, readErr
+		}
+		if n == len(buffer) && n < maxReaderBuffer {
+			buffer = make([]byte, 2*n)
 		}
 	}
 }

@@ -1,0 +1,72 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/test/leak"
+)
+
+// systemd is told when a reload begins, by its own clock, and when it is over, whatever came of it.
+func TestReloadNotifies(t *testing.T) {
+	leak.Check(t)
+	dir := t.TempDir()
+	file := filepath.Join(dir, "config.toml")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	notify := notifySocket(t, dir)
+	s := startServe(t, dir, "--config", file)
+	wantState(t, notify, "READY=1")
+	for _, text := range []string{"[limits]\nsessions = 1\n", "a mistake"} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Kill(os.Getpid(), syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		wantState(t, notify, "RELOADING=1\nMONOTONIC_USEC=")
+		wantState(t, notify, "READY=1")
+	}
+	out, err := run(t, "sessions", "list", "--admin", filepath.Join(dir, "admin.sock"))
+	if err != nil || !strings.HasPrefix(out, "ID ") {
+		t.Errorf("list: %q, %v", out, err)
+	}
+	s.stop()
+	wantState(t, notify, "STOPPING=1")
+	if err := <-s.ended; err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "admin.sock")); err == nil {
+		t.Error("the admin socket was left behind")
+	}
+}
+
+// What cannot be applied leaves everything as it was, the reloader's own state included.
+func TestReloadThatCannotBeApplied(t *testing.T) {
+	next := config.Default()
+	next.Limits.Sessions = 1
+	r := &reloader{
+		log:   slog.New(slog.NewTextHandler(io.Discard, nil)),
+		load:  func() (config.Config, error) { return next, nil },
+		apply: func(config.Config) error { return errors.New("no such directory") },
+	}
+	current := config.Default()
+	r.current.Store(&current)
+	r.reload()
+	if r.current.Load().Limits.Sessions != config.Default().Limits.Sessions {
+		t.Error("it was taken over")
+	}
+	r.apply = func(config.Config) error { return nil }
+	r.reload()
+	if r.current.Load().Limits.Sessions != 1 {
+		t.Error("it was not taken over")
+	}
+}

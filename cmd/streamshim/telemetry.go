@@ -1,0 +1,134 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/pkg/cri"
+	"github.com/streamshim/streamshim/pkg/execproc"
+	"github.com/streamshim/streamshim/pkg/metrics"
+	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming"
+	"github.com/streamshim/streamshim/pkg/tracing"
+)
+
+// telemetry is metrics and traces. What is not configured is nil, and then nothing is called for it.
+type telemetry struct {
+	log      *slog.Logger
+	listener net.Listener
+	metrics  *metrics.Metrics
+	server   *metrics.Server
+	self     *cri.Upstream // a client of our own CRI socket
+	tracer   *tracing.Tracer
+
+	streams *streaming.Server // set by serve
+	serving sync.WaitGroup
+}
+
+// newTelemetry opens the metrics address. The caller closes the telemetry when all sessions have
+// ended.
+func newTelemetry(ctx context.Context, c config.Config, log *slog.Logger) (_ *telemetry, err error) {
+	t := &telemetry{log: log}
+	defer func() {
+		if err != nil {
+			t.close()
+		}
+	}()
+	if c.Traces.Endpoint != "" {
+		t.tracer, err = tracing.New(ctx, tracing.Config{
+			Endpoint: c.Traces.Endpoint, Insecure: c.Traces.Insecure, SampleRatio: c.Traces.SampleRatio, Version: version, Log: log,
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	if c.MetricsAddress == "" {
+		return t, nil
+	}
+	if t.listener, err = net.Listen("tcp", c.MetricsAddress); err != nil {
+		return nil, fmt.Errorf("listen for metrics: %w", err)
+	}
+	if t.self, err = cri.NewUpstream(c.Listen, 0); err != nil {
+		return nil, err
+	}
+	t.metrics = metrics.New(metrics.Config{
+		Version: version, Methods: cri.Methods(), WaitingTokens: func() int { return t.streams.WaitingTokens() },
+	})
+	t.server = metrics.NewServer(metrics.ServerConfig{
+		Metrics: t.metrics, Ready: t.self.Answers, Profiling: c.Profiling, Log: log,
+	})
+	return t, nil
+}
+
+// prepare makes the parts tell of what they do. It is called before they are built.
+func (t *telemetry) prepare(sessions *session.Registry, runner *execproc.Config, streams *streaming.Config, calls *cri.Config) {
+	if t.metrics != nil {
+		sessions.Observe(t.metrics)
+		runner.OnKill = t.metrics.Killed
+		streams.Observe = func(e streaming.Event) { t.metrics.Event(string(e)) }
+		calls.Observe = func(method string, code codes.Code, d time.Duration) { t.metrics.Call(method, code.String(), d) }
+		calls.BeginSync = t.countSync(calls.BeginSync)
+	}
+	if t.tracer != nil {
+		sessions.Observe(t.tracer)
+		calls.Trace = t.tracer.Call
+	}
+}
+
+// countSync counts what comes of each ExecSync.
+func (t *telemetry) countSync(begin cri.BeginSyncFunc) cri.BeginSyncFunc {
+	return func(ctx context.Context, info session.Info) (func(session.Outcome, int64), error) {
+		start := time.Now()
+		end, err := begin(ctx, info)
+		if err != nil {
+			t.metrics.Refused(info, err)
+			return nil, err
+		}
+		return func(o session.Outcome, output int64) {
+			end(o, output)
+			t.metrics.ExecSync(o, output, time.Since(start))
+		}, nil
+	}
+}
+
+// serve serves the metrics until close, if there are to be any.
+func (t *telemetry) serve(streams *streaming.Server) {
+	t.streams = streams
+	if t.server == nil {
+		return
+	}
+	t.serving.Go(func() {
+		if err := t.server.Serve(t.listener); err != nil {
+			t.log.Error("metrics are not served any more", "error", err)
+		}
+	})
+	t.log.Info("metrics", "address", t.listener.Addr())
+}
+
+// close ends what newTelemetry began and sends the last spans, within endTimeout.
+func (t *telemetry) close() {
+	if t.server != nil {
+		t.server.Close() //nolint:errcheck // nothing depends on it any more
+	}
+	if t.listener != nil {
+		t.listener.Close() //nolint:errcheck // the server has closed it, if it began
+	}
+	t.serving.Wait()
+	if t.self != nil {
+		t.self.Close() //nolint:errcheck // as above
+	}
+	if t.tracer != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), endTimeout)
+		defer cancel()
+		if err := t.tracer.Close(ctx); err != nil {
+			t.log.Warn("some traces are lost", "error", err)
+		}
+	}
+}

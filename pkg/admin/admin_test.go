@@ -1,0 +1,273 @@
+package admin
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/asciicast"
+	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/test/leak"
+)
+
+// fixture is a server on a socket with one live session behind it.
+type fixture struct {
+	*Client
+	registry *session.Registry
+	live     *session.Session
+	settings Settings
+}
+
+func newFixture(t *testing.T) *fixture {
+	t.Helper()
+	leak.Check(t)
+	log := slog.New(slog.DiscardHandler)
+	f := &fixture{registry: session.NewRegistry(log), settings: Settings{Command: session.CommandArg0}}
+	path := filepath.Join(t.TempDir(), "admin.sock")
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := NewServer(Config{Sessions: f.registry, Log: log, Settings: func() Settings { return f.settings }})
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	f.Client = NewClient(path)
+	t.Cleanup(func() {
+		f.Client.Close()
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		if err := server.Shutdown(ctx); err != nil {
+			t.Error(err)
+		}
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
+	f.live = f.begin(t, session.Info{
+		Kind: session.Exec, TTY: true, Command: []string{"sh", "-c", "secret"},
+		Target: session.Target{PodNamespace: "shop", PodName: "web", ContainerName: "app"},
+	})
+	return f
+}
+
+func (f *fixture) begin(t *testing.T, info session.Info) *session.Session {
+	t.Helper()
+	s, err := f.registry.Begin(context.Background(), info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// controls stands for a process.
+type controls struct {
+	mu      sync.Mutex
+	signals []syscall.Signal
+	notices []string
+	err     error
+}
+
+func (c *controls) PID() int { return 42 }
+func (c *controls) Signal(s syscall.Signal) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.signals = append(c.signals, s)
+	return c.err
+}
+func (c *controls) Notice(text string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.notices = append(c.notices, text)
+	return nil
+}
+
+func code(err error) int {
+	var known *Error
+	if errors.As(err, &known) {
+		return known.Code
+	}
+	return 0
+}
+
+func TestListAndShow(t *testing.T) {
+	f := newFixture(t)
+	other := f.begin(t, session.Info{Kind: session.PortForward})
+	list, err := f.List(t.Context())
+	if err != nil || len(list) != 2 || list[0].ID != f.live.ID || strings.Join(list[0].Command, " ") != "sh" || list[0].Phase != session.Starting {
+		t.Errorf("list %+v, %v", list, err)
+	}
+	f.settings.Command = session.CommandNone
+	f.live.SetControls(&controls{})
+	s, err := f.Show(t.Context(), f.live.ID[:10])
+	if err != nil || s.ID != f.live.ID || s.Command != nil || s.PID != 42 || s.PodName != "web" {
+		t.Errorf("show %+v, %v", s, err)
+	}
+	if _, err := f.Show(t.Context(), "x"); code(err) != http.StatusNotFound {
+		t.Errorf("an unknown id: %v", err)
+	}
+	// Every id has the empty prefix in common, which the client cannot ask for; make two that share
+	// their first digit.
+	for f.live.ID[0] != other.ID[0] {
+		other.End(session.Outcome{})
+		other = f.begin(t, session.Info{})
+	}
+	if _, err := f.Show(t.Context(), other.ID[:1]); code(err) != http.StatusConflict {
+		t.Errorf("an ambiguous id: %v", err)
+	}
+	other.End(session.Outcome{})
+	f.live.End(session.Outcome{})
+	if list, err := f.List(t.Context()); err != nil || list == nil || len(list) != 0 {
+		t.Errorf("an empty list: %v, %v", list, err)
+	}
+}
+
+func TestKill(t *testing.T) {
+	f := newFixture(t)
+	if err := f.Kill(t.Context(), f.live.ID, KillRequest{Signal: 15}); code(err) != http.StatusConflict {
+		t.Errorf("a signal before there is a process: %v", err)
+	}
+	c := &controls{}
+	f.live.SetControls(c)
+	if err := f.Kill(t.Context(), f.live.ID, KillRequest{Signal: 15}); err != nil || len(c.signals) != 1 || c.signals[0] != syscall.SIGTERM {
+		t.Errorf("signals %v, %v", c.signals, err)
+	}
+	for _, err := range []error{session.ErrNotSupported, syscall.ESRCH} {
+		c.err = err
+		if err := f.Kill(t.Context(), f.live.ID, KillRequest{Signal: 15}); code(err) != http.StatusConflict {
+			t.Errorf("%v", err)
+		}
+	}
+	for _, signal := range []int{-1, 65} {
+		if err := f.Kill(t.Context(), f.live.ID, KillRequest{Signal: signal}); code(err) != http.StatusBadRequest {
+			t.Errorf("signal %d: %v", signal, err)
+		}
+	}
+	if f.live.Context().Err() != nil {
+		t.Fatal("a signal ended the session")
+	}
+	if err := f.Kill(t.Context(), f.live.ID, KillRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	var end *session.EndError
+	if !errors.As(context.Cause(f.live.Context()), &end) || end.Reason != "operator" {
+		t.Errorf("the session ends because of %v", context.Cause(f.live.Context()))
+	}
+}
+
+func TestWatch(t *testing.T) {
+	f := newFixture(t)
+	if _, err := f.Watch(t.Context(), f.live.ID); code(err) != http.StatusConflict {
+		t.Errorf("a session that cannot be watched: %v", err)
+	}
+	c := &controls{}
+	f.live.SetControls(c)
+	f.live.Taps.Open()
+	f.live.Taps.Resize(132, 43)
+	f.settings.NotifyWatch = true
+	body, err := f.Watch(t.Context(), f.live.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer body.Close()
+	cast, err := asciicast.NewReader(body)
+	if err != nil || cast.Header.Width != 132 || cast.Header.Height != 43 {
+		t.Fatalf("header %+v, %v", cast.Header, err)
+	}
+	f.live.Taps.Output(session.Stdout, []byte("hello"))
+	f.live.Taps.Input([]byte("password"))
+	if e, err := cast.Next(); err != nil || e.Code != asciicast.Output || e.Data != "hello" {
+		t.Errorf("%+v, %v", e, err)
+	}
+	f.live.End(session.Outcome{})
+	if _, err := cast.Next(); err != io.EOF {
+		t.Errorf("after the session's end: %v", err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.notices) != 1 {
+		t.Errorf("the user was told %q", c.notices)
+	}
+}
+
+// A watcher that does not read costs its session no time, and its streamshim no more than a buffer.
+func TestWatcherThatDoesNotRead(t *testing.T) {
+	f := newFixture(t)
+	f.live.Taps.Open()
+	body, err := f.Watch(t.Context(), f.live.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer body.Close()
+	const chunk, chunks = 32 << 10, 8 << 10
+	data := bytes.Repeat([]byte("x"), chunk)
+	passed := make(chan struct{})
+	go func() {
+		defer close(passed)
+		for range chunks {
+			f.live.Taps.Output(session.Stdout, data)
+		}
+	}()
+	select {
+	case <-passed:
+	case <-time.After(time.Minute):
+		t.Fatal("256 MiB do not pass a watcher that does not read")
+	}
+	f.live.End(session.Outcome{})
+	cast, err := asciicast.NewReader(body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen, gaps := 0, 0
+	for {
+		e, err := cast.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch e.Code {
+		case asciicast.Output:
+			seen += len(e.Data)
+		case asciicast.Marker:
+			gaps++
+		}
+	}
+	if gaps == 0 || seen == 0 || seen >= chunk*chunks/2 {
+		t.Errorf("the watcher saw %d bytes of %d, with %d gaps", seen, chunk*chunks, gaps)
+	}
+}
+
+func TestNumberOfWatchers(t *testing.T) {
+	f := newFixture(t)
+	f.live.Taps.Open()
+	for range maxTaps {
+		body, err := f.Watch(t.Context(), f.live.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer body.Close()
+	}
+	if _, err := f.Watch(t.Context(), f.live.ID); code(err) != http.StatusTooManyRequests {
+		t.Errorf("one watcher more: %v", err)
+	}
+	f.live.End(session.Outcome{})
+}
+
+func TestNobodyThere(t *testing.T) {
+	c := NewClient(filepath.Join(t.TempDir(), "none"))
+	defer c.Close()
+	if _, err := c.List(t.Context()); err == nil || !strings.Contains(err.Error(), "is streamshim running") {
+		t.Errorf("%v", err)
+	}
+}

@@ -1,0 +1,21 @@
+package cri
+
+import (
+	"google.golang.org/grpc"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// Methods are the full names of all methods that the vendored CRI knows, such as
+// "/runtime.v1.RuntimeService/Exec". Methods of a newer CRI are forwarded all the same.
+func Methods() []string {
+	var names []string
+	for _, service := range []grpc.ServiceDesc{runtimeapi.RuntimeService_ServiceDesc, runtimeapi.ImageService_ServiceDesc} {
+		for _, m := range service.Methods {
+			names = append(names, "/"+service.ServiceName+"/"+m.MethodName)
+		}
+		for _, m := range service.Streams {
+			names = append(names, "/"+service.ServiceName+"/"+m.StreamName)
+		}
+	}
+	return names
+}

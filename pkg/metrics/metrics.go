@@ -1,0 +1,237 @@
+// Package metrics counts what a node's streamshim does, for Prometheus, and serves the numbers with
+// the health checks on an address of their own.
+//
+// Every label has a fixed set of values: whatever comes from outside and is not in the set is
+// counted as "other", so that no client, peer or newer runtime can make the number of series grow.
+// No label names a pod, container, namespace or user; the audit log does.
+package metrics
+
+import (
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+// Config says what is counted.
+type Config struct {
+	Version string
+	// Methods are the full names of the CRI methods that are counted by name.
+	Methods []string
+	// WaitingTokens is asked at each scrape how many URLs wait for their client.
+	WaitingTokens func() int
+}
+
+// Metrics are the numbers. It is a session.Observer. Its methods may be called from many goroutines.
+type Metrics struct {
+	registry *prometheus.Registry
+
+	started        *prometheus.HistogramVec
+	duration       *prometheus.HistogramVec
+	linger         *prometheus.HistogramVec
+	ended          *prometheus.CounterVec
+	refused        *prometheus.CounterVec
+	events         map[string]prometheus.Counter
+	kills          prometheus.Counter
+	calls          *prometheus.CounterVec
+	callDuration   *prometheus.HistogramVec
+	execSync       *prometheus.HistogramVec
+	execSyncOutput prometheus.Counter
+	methods        map[string]string // full name to label
+
+	mu   sync.Mutex
+	live map[*session.Session]time.Time // when it came to Lingering, zero before
+	// moved is what sessions that have ended moved, in bytes.
+	moved map[session.Kind]transferred
+}
+
+type transferred struct{ received, sent int64 }
+
+// Buckets, in seconds. A start takes some tens of milliseconds; a session milliseconds to hours.
+var (
+	startBuckets    = []float64{.01, .025, .05, .1, .2, .35, .5, 1, 2.5, 5, 10, 30}
+	durationBuckets = []float64{.1, .5, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600}
+	lingerBuckets   = []float64{.001, .01, .1, 1, 5, 15, 60, 300, 600}
+	callBuckets     = []float64{.001, .005, .01, .025, .05, .1, .25, .5, 1, 5, 30, 120}
+	execSyncBuckets = []float64{.01, .025, .05, .1, .2, .35, .5, 1, 2.5, 5, 10, 30}
+)
+
+var kinds = []session.Kind{session.Exec, session.Attach, session.PortForward}
+
+// New makes the metrics, all at zero.
+func New(c Config) *Metrics {
+	m := &Metrics{
+		registry: prometheus.NewRegistry(),
+		events:   make(map[string]prometheus.Counter),
+		methods:  make(map[string]string),
+		live:     make(map[*session.Session]time.Time),
+		moved:    make(map[session.Kind]transferred),
+	}
+	m.started = m.histogram("session_start_seconds", "Time from a client's connection to its process running; for a port-forward to being ready.", startBuckets, "kind")
+	m.duration = m.histogram("session_duration_seconds", "Time from a client's connection to the end of its session.", durationBuckets, "kind")
+	m.linger = m.histogram("session_linger_seconds", "Time that a finished session waited for its client to take the rest and to close.", lingerBuckets, "kind")
+	m.ended = m.counters("sessions_total", "Sessions that have ended.", "kind", "protocol", "result", "reason")
+	m.refused = m.counters("sessions_refused_total", "Sessions that a limit or a rule has refused, or that could not be audited or recorded.", "kind", "refusal")
+	tokens := m.counters("tokens_total", "One-time URLs: issued to the kubelet; redeemed by their client; expired without one; refused because too many wait; unknown when somebody came with a token that does not wait.", "event")
+	for _, event := range []string{"issued", "redeemed", "expired", "refused", "unknown"} {
+		m.events["token-"+event] = tokens.WithLabelValues(event)
+	}
+	m.events["drain-cut"] = m.counter("drains_cut_total", "Outputs that a background child held open after the command's end and that were cut for silence or length.")
+	m.events["linger-cut"] = m.counter("lingers_cut_total", "Finished sessions whose client took nothing any more and was let go.")
+	m.events["stream-stalled"] = m.counter("stream_stalls_total", "Streams of port-forwards that were reset because nobody read them and they held up others.")
+	m.events["peer-dead"] = m.counter("dead_peers_total", "Clients that did not answer any more.")
+	m.kills = m.counter("disconnect_kills_total", "Process trees that had to be killed after their client had gone.")
+	m.calls = m.counters("cri_calls_total", "CRI calls, answered here or forwarded, by method and gRPC code.", "method", "code")
+	m.callDuration = m.histogram("cri_call_seconds", "Time of CRI calls, answered here or forwarded.", callBuckets, "method")
+	m.execSync = m.histogram("execsync_seconds", "Time of ExecSync calls, which are mostly probes, by result.", execSyncBuckets, "result")
+	m.execSyncOutput = m.counter("execsync_output_bytes_total", "Output that ExecSync calls returned, in bytes.")
+	for _, full := range c.Methods {
+		m.methods[full] = methodLabel(full)
+	}
+	for _, kind := range kinds {
+		m.started.WithLabelValues(string(kind))
+		m.duration.WithLabelValues(string(kind))
+		m.linger.WithLabelValues(string(kind))
+	}
+	for _, result := range syncResults {
+		m.execSync.WithLabelValues(result)
+	}
+	build := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "streamshim_build_info", Help: "1, with the version as a label.",
+		ConstLabels: prometheus.Labels{"version": c.Version, "go_version": runtime.Version()},
+	})
+	build.Set(1)
+	m.registry.MustRegister(build, (*liveCollector)(m),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "streamshim_tokens_waiting", Help: "One-time URLs that wait for their client.",
+		}, func() float64 { return float64(c.WaitingTokens()) }),
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return m
+}
+
+func (m *Metrics) histogram(name, help string, buckets []float64, labels ...string) *prometheus.HistogramVec {
+	h := prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "streamshim_" + name, Help: help, Buckets: buckets}, labels)
+	m.registry.MustRegister(h)
+	return h
+}
+
+func (m *Metrics) counters(name, help string, labels ...string) *prometheus.CounterVec {
+	c := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "streamshim_" + name, Help: help}, labels)
+	m.registry.MustRegister(c)
+	return c
+}
+
+func (m *Metrics) counter(name, help string) prometheus.Counter {
+	c := prometheus.NewCounter(prometheus.CounterOpts{Name: "streamshim_" + name, Help: help})
+	m.registry.MustRegister(c)
+	return c
+}
+
+// Began implements session.Observer.
+func (m *Metrics) Began(s *session.Session) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.live[s] = time.Time{}
+}
+
+// PhaseChanged implements session.Observer.
+func (m *Metrics) PhaseChanged(s *session.Session, phase session.Phase) {
+	switch phase {
+	case session.Running:
+		m.started.WithLabelValues(kindLabel(s.Kind)).Observe(time.Since(s.Start).Seconds())
+	case session.Lingering:
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.live[s] = time.Now()
+	}
+}
+
+// Ended implements session.Observer.
+func (m *Metrics) Ended(s *session.Session, o session.Outcome) {
+	m.mu.Lock()
+	lingering := m.live[s]
+	delete(m.live, s)
+	received, sent := s.Transferred()
+	total := m.moved[s.Kind]
+	m.moved[s.Kind] = transferred{total.received + received, total.sent + sent}
+	m.mu.Unlock()
+	kind := kindLabel(s.Kind)
+	if !lingering.IsZero() {
+		m.linger.WithLabelValues(kind).Observe(time.Since(lingering).Seconds())
+	}
+	m.duration.WithLabelValues(kind).Observe(time.Since(s.Start).Seconds())
+	m.ended.WithLabelValues(kind, protocolLabel(s.Protocol), resultLabel(s.Kind, o), reasonLabel(o.Reason)).Inc()
+}
+
+// Refused implements session.Observer.
+func (m *Metrics) Refused(info session.Info, reason error) {
+	m.refused.WithLabelValues(kindLabel(info.Kind), refusalLabel(reason)).Inc()
+}
+
+// Event counts something that pkg/streaming tells of; one that is not known is not counted.
+func (m *Metrics) Event(event string) {
+	if c := m.events[event]; c != nil {
+		c.Inc()
+	}
+}
+
+// Killed counts a process tree that had to be killed after its client had gone.
+func (m *Metrics) Killed() { m.kills.Inc() }
+
+// Call counts a CRI call.
+func (m *Metrics) Call(fullMethod, code string, duration time.Duration) {
+	method, ok := m.methods[fullMethod]
+	if !ok {
+		method = other
+	}
+	m.calls.WithLabelValues(method, codeLabel(code)).Inc()
+	m.callDuration.WithLabelValues(method).Observe(duration.Seconds())
+}
+
+// ExecSync counts an ExecSync that has ended, and the bytes of output it returned.
+func (m *Metrics) ExecSync(o session.Outcome, output int64, duration time.Duration) {
+	m.execSync.WithLabelValues(syncResult(o)).Observe(duration.Seconds())
+	m.execSyncOutput.Add(float64(output))
+}
+
+// liveCollector gives the numbers that are looked up at each scrape.
+type liveCollector Metrics
+
+var (
+	liveDesc     = prometheus.NewDesc("streamshim_sessions_live", "Sessions that live now.", []string{"kind"}, nil)
+	receivedDesc = prometheus.NewDesc("streamshim_received_bytes_total", "Payload received from clients, of live and of ended sessions.", []string{"kind"}, nil)
+	sentDesc     = prometheus.NewDesc("streamshim_sent_bytes_total", "Payload sent to clients, of live and of ended sessions.", []string{"kind"}, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (c *liveCollector) Describe(to chan<- *prometheus.Desc) {
+	to <- liveDesc
+	to <- receivedDesc
+	to <- sentDesc
+}
+
+// Collect implements prometheus.Collector.
+func (c *liveCollector) Collect(to chan<- prometheus.Metric) {
+	live := make(map[session.Kind]int)
+	moved := make(map[session.Kind]transferred)
+	c.mu.Lock() // also against a session that ends: it is counted once, live or ended
+	for _, kind := range kinds {
+		moved[kind] = c.moved[kind]
+	}
+	for s := range c.live {
+		live[s.Kind]++
+		received, sent := s.Transferred()
+		total := moved[s.Kind]
+		moved[s.Kind] = transferred{total.received + received, total.sent + sent}
+	}
+	c.mu.Unlock()
+	for _, kind := range kinds {
+		to <- prometheus.MustNewConstMetric(liveDesc, prometheus.GaugeValue, float64(live[kind]), string(kind))
+		to <- prometheus.MustNewConstMetric(receivedDesc, prometheus.CounterValue, float64(moved[kind].received), string(kind))
+		to <- prometheus.MustNewConstMetric(sentDesc, prometheus.CounterValue, float64(moved[kind].sent), string(kind))
+	}
+}

@@ -1,0 +1,228 @@
+package limits
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+func refusal(err error) session.Refusal {
+	var refused *session.RefusedError
+	if errors.As(err, &refused) {
+		return refused.Refusal
+	}
+	return ""
+}
+
+func exec(pod, container string) session.Info {
+	return session.Info{Kind: session.Exec, Target: session.Target{PodUID: pod, ContainerID: container}}
+}
+
+func TestCounts(t *testing.T) {
+	l := New(Config{Sessions: 4, SessionsPerPod: 3, SessionsPerContainer: 2})
+	registry := session.NewRegistry(slog.New(slog.DiscardHandler), l)
+	var live []*session.Session
+	begin := func(info session.Info, want string) {
+		t.Helper()
+		checked := l.Check(info)
+		s, err := registry.Begin(t.Context(), info)
+		if want == "" {
+			if err != nil || checked != nil {
+				t.Fatal(err, checked)
+			}
+			live = append(live, s)
+			return
+		}
+		for _, err := range []error{checked, err} {
+			if refusal(err) != session.TooMany || !strings.Contains(err.Error(), want) {
+				t.Errorf("%v, want %s", err, want)
+			}
+		}
+	}
+	begin(exec("p1", "c1"), "")
+	begin(exec("p1", "c1"), "")
+	begin(exec("p1", "c1"), "limits.sessions_per_container")
+	forward := session.Info{Kind: session.PortForward, Target: session.Target{PodUID: "p1"}}
+	begin(forward, "") // has no container
+	begin(exec("p1", "c2"), "limits.sessions_per_pod")
+	begin(exec("p2", "c3"), "")
+	begin(exec("p3", "c4"), "limits.sessions)")
+	for _, s := range live {
+		s.End(session.Outcome{})
+	}
+	if l.sessions != 0 || len(l.pods) != 0 || len(l.containers) != 0 {
+		t.Errorf("after the end of all: %d, %v, %v", l.sessions, l.pods, l.containers)
+	}
+	l.Update(Config{})
+	for range 10 {
+		begin(exec("p1", "c1"), "")
+	}
+}
+
+// As many as allowed get in, however many ask at once.
+func TestCountsAtOnce(t *testing.T) {
+	l := New(Config{SessionsPerContainer: 5})
+	registry := session.NewRegistry(slog.New(slog.DiscardHandler), l)
+	var admitted atomic.Int32
+	var all sync.WaitGroup
+	for range 50 {
+		all.Go(func() {
+			if _, err := registry.Begin(context.Background(), exec("p", "c")); err == nil {
+				admitted.Add(1)
+			}
+		})
+	}
+	all.Wait()
+	if admitted.Load() != 5 {
+		t.Errorf("%d were admitted", admitted.Load())
+	}
+}
+
+func TestDeny(t *testing.T) {
+	yes, no := true, false
+	full := session.Info{
+		Kind: session.Exec, TTY: true, Target: session.Target{PodNamespace: "bank"},
+		PodLabels: map[string]string{"tier": "data"},
+	}
+	with := func(change func(*session.Info)) session.Info {
+		info := full
+		change(&info)
+		return info
+	}
+	for _, test := range []struct {
+		name   string
+		rule   session.Selector
+		info   session.Info
+		denied bool
+	}{
+		{"all", session.Selector{}, full, true},
+		{"all but ExecSync", session.Selector{}, with(func(i *session.Info) { i.Kind = session.ExecSync }), false},
+		{"ExecSync", session.Selector{Kinds: []session.Kind{session.ExecSync}}, with(func(i *session.Info) { i.Kind = session.ExecSync }), true},
+		{"kind", session.Selector{Kinds: []session.Kind{session.Attach}}, full, false},
+		{"namespace", session.Selector{Namespaces: []string{"bank"}}, full, true},
+		{"namespaces", session.Selector{Namespaces: []string{"shop", "b?nk"}}, full, true},
+		{"other namespace", session.Selector{Namespaces: []string{"shop"}}, full, false},
+		{"tty", session.Selector{TTY: &yes}, full, true},
+		{"no tty", session.Selector{TTY: &no}, full, false},
+		{"label", session.Selector{PodLabels: map[string]string{"tier": "data"}}, full, true},
+		{"other label", session.Selector{PodLabels: map[string]string{"tier": "web"}}, full, false},
+		{"missing label", session.Selector{PodLabels: map[string]string{"tier": "*", "x": "*"}}, full, false},
+		{"unknown labels", session.Selector{PodLabels: map[string]string{"tier": "web"}}, with(func(i *session.Info) { i.PodLabels = nil }), true},
+		{"unknown labels, other namespace", session.Selector{Namespaces: []string{"shop"}, PodLabels: map[string]string{"tier": "web"}}, with(func(i *session.Info) { i.PodLabels = nil }), false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			err := New(Config{Deny: []Rule{{Selector: test.rule, Message: "no"}}}).Check(test.info)
+			if denied := refusal(err) == session.Denied; denied != test.denied {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+func TestStarts(t *testing.T) {
+	l := New(Config{ConcurrentStarts: 2, WaitingStarts: 2})
+	var releases []func()
+	for range 2 {
+		release, err := l.Acquire(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		releases = append(releases, release)
+	}
+	// Two wait, in their order; the third may not.
+	order := make(chan int, 2)
+	got := make(chan func(), 2)
+	for i := range 2 {
+		go func() {
+			release, err := l.Acquire(context.Background())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			order <- i
+			got <- release
+		}()
+		waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.waiting) == i+1 })
+	}
+	if _, err := l.Acquire(t.Context()); refusal(err) != session.TooMany {
+		t.Errorf("a third that waits: %v", err)
+	}
+	for want, release := range releases {
+		release()
+		if i := <-order; i != want {
+			t.Errorf("it was the turn of %d, not of %d", i, want)
+		}
+	}
+	// Who gives up does not take a turn.
+	gone, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := l.Acquire(gone); !errors.Is(err, context.Canceled) {
+		t.Errorf("given up: %v", err)
+	}
+	(<-got)()
+	(<-got)()
+	if l.starting != 0 || len(l.waiting) != 0 {
+		t.Errorf("%d start, %d wait", l.starting, len(l.waiting))
+	}
+	// A higher limit lets those in who wait.
+	l.Update(Config{ConcurrentStarts: 1, WaitingStarts: 1})
+	if _, err := l.Acquire(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		if _, err := l.Acquire(context.Background()); err != nil {
+			t.Error(err)
+		}
+		order <- 0
+	}()
+	waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.waiting) == 1 })
+	l.Update(Config{ConcurrentStarts: 2})
+	<-order
+}
+
+// Turns are not lost when waiters give up at the moment they come.
+func TestStartsGivenUp(t *testing.T) {
+	l := New(Config{ConcurrentStarts: 1, WaitingStarts: 100})
+	release, err := l.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	turn := make(chan struct{})
+	l.waiting = append(l.waiting, turn)
+	release()
+	<-turn
+	l.giveUp(turn)
+	if l.starting != 0 {
+		t.Errorf("%d start after the only one gave up", l.starting)
+	}
+	var all sync.WaitGroup
+	for i := range 100 {
+		all.Go(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Duration(i)*50*time.Microsecond)
+			defer cancel()
+			if release, err := l.Acquire(ctx); err == nil {
+				release()
+			}
+		})
+	}
+	all.Wait()
+	if l.starting != 0 || len(l.waiting) != 0 {
+		t.Errorf("%d start, %d wait", l.starting, len(l.waiting))
+	}
+}
+
+func waitFor(t *testing.T, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !condition(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("waited in vain")
+		}
+	}
+}

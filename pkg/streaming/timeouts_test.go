@@ -1,0 +1,204 @@
+package streaming
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"k8s.io/client-go/tools/remotecommand"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+func streamOptionsOfCat() remotecommand.StreamOptions {
+	return remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}
+}
+
+// attachURL attaches to what an upstream's streaming server serves.
+func (s *testServer) attachURL(upstream func() *url.URL, options remotecommand.StreamOptions) *url.URL {
+	s.t.Helper()
+	raw, err := s.Attach(&AttachRequest{
+		Stdin: options.Stdin != nil, Stdout: options.Stdout != nil, Stderr: options.Stderr != nil, TTY: options.Tty,
+		UpstreamURL: func(context.Context) (string, error) { return upstream().String(), nil },
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	u, err := url.Parse(raw)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return u
+}
+
+// limitOf is a limit for one kind of session, so that the test of one sees no other's.
+func limitOf(kind session.Kind, limit time.Duration) map[session.Kind]time.Duration {
+	all := map[session.Kind]time.Duration{session.Exec: -1, session.Attach: -1, session.PortForward: -1}
+	all[kind] = limit
+	return all
+}
+
+// Both limits end a session of each kind, over each transport, with words that say why.
+func TestLimitsEndSessionsWithAStatus(t *testing.T) {
+	forEachTransport(t, func(t *testing.T, transport string) {
+		for _, limit := range []struct {
+			name, says string
+			config     func(session.Kind) Config
+		}{
+			{"idle", "nothing was sent or received for 200ms", func(k session.Kind) Config {
+				return Config{IdleTimeout: limitOf(k, 200*time.Millisecond)}
+			}},
+			{"lifetime", "sessions may last 300ms at most", func(k session.Kind) Config {
+				return Config{IdleTimeout: limitOf(k, -1), MaxLifetime: limitOf(k, 300*time.Millisecond)}
+			}},
+		} {
+			options := remotecommand.StreamOptions{Stdout: io.Discard}
+			t.Run("exec/"+limit.name, func(t *testing.T) {
+				s := startServer(t, limit.config(session.Exec))
+				executor := &hostExecutor{t: t}
+				err := stream(t.Context(), t, transport, s.execURL(executor, options, "sleep", "600"), options)
+				if err == nil || !strings.Contains(err.Error(), limit.says) {
+					t.Errorf("the client got %v", err)
+				}
+				<-executor.last().disconnected
+			})
+			t.Run("attach/"+limit.name, func(t *testing.T) {
+				upstream := startServer(t, Config{})
+				s := startServer(t, limit.config(session.Attach))
+				main := func() *url.URL { return upstream.execURL(&hostExecutor{t: t}, options, "sleep", "600") }
+				err := stream(t.Context(), t, transport, s.attachURL(main, options), options)
+				if err == nil || !strings.Contains(err.Error(), limit.says) {
+					t.Errorf("the client got %v", err)
+				}
+			})
+			t.Run("portforward/"+limit.name, func(t *testing.T) {
+				s := startServer(t, limit.config(session.PortForward))
+				port := pod(t, func(c *net.TCPConn) { io.Copy(io.Discard, c) })
+				u := s.portForwardURL(make(chan struct{}))
+				var c *rawClient
+				if transport == "WebSocket" {
+					c = dialTunnel(t, u)
+				} else {
+					c = dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+				}
+				data, failure := c.openPair(itoa(port), "1")
+				if got := c.finished(failure); !strings.Contains(got, limit.says) {
+					t.Errorf("the error stream says %q", got)
+				}
+				c.finished(data)
+				c.conn.Close()
+			})
+		}
+	})
+}
+
+// Pings keep no session alive, whoever sends them; payload and terminal sizes do (containerd#5563).
+func TestOnlyPayloadCounts(t *testing.T) {
+	const idle = 500 * time.Millisecond
+	options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true}
+	for name, active := range map[string]bool{"ping": false, "stdin": true, "stdout": true, "resize": true} {
+		t.Run(name, func(t *testing.T) {
+			forEachTransport(t, func(t *testing.T, transport string) {
+				s := startServer(t, Config{IdleTimeout: limitOf(session.Exec, idle)})
+				command := "stty -echo; sleep 600"
+				if name == "stdout" {
+					command = "while sleep 0.05; do echo x; done"
+				}
+				executor := &hostExecutor{t: t}
+				u := s.execURL(executor, options, "sh", "-c", command)
+				act, conn := activity(t, transport, u, name)
+				defer conn.Close()
+				discarded := make(chan struct{})
+				go func() {
+					defer close(discarded)
+					io.Copy(io.Discard, conn)
+				}()
+				defer func() { conn.Close(); <-discarded }()
+				eventually(t, "the command's start", func() bool { return executor.count() == 1 })
+				process := executor.last()
+				ticker := time.NewTicker(idle / 10)
+				defer ticker.Stop()
+				over := time.After(4 * idle)
+				for {
+					select {
+					case <-process.disconnected:
+						if active {
+							t.Error("a session with " + name + " ended as idle")
+						}
+						return
+					case <-over:
+						if active {
+							return
+						}
+						over = nil // the end is waited for
+					case <-ticker.C:
+						act()
+					}
+				}
+			})
+		})
+	}
+}
+
+// activity connects a client and returns what makes it do one kind of thing once.
+func activity(t *testing.T, transport string, u *url.URL, kind string) (act func(), conn net.Conn) {
+	size, widths := "", 80
+	next := func() string {
+		widths++
+		size = `{"Width":` + itoa(widths) + `,"Height":24}`
+		return size
+	}
+	if transport == "WebSocket" {
+		c := dialWebSocket(t, u, "v5.channel.k8s.io").conn
+		send := func(m string) { c.WriteMessage(websocket.BinaryMessage, []byte(m)) } //nolint:errcheck // the server may have ended it
+		return map[string]func(){
+			"ping":   func() { c.WriteControl(websocket.PingMessage, nil, time.Now().Add(testTimeout)) }, //nolint:errcheck // as above
+			"stdin":  func() { send("\x00x") },
+			"stdout": func() {},
+			"resize": func() { send("\x04" + next()) },
+		}[kind], c.NetConn()
+	}
+	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines("v4.channel.k8s.io")...))
+	ids := c.remoteCommandStreams(streamTypeError, streamTypeStdin, streamTypeStdout, streamTypeResize)
+	return map[string]func(){
+		"ping":   c.ping,
+		"stdin":  func() { c.send(ids[streamTypeStdin], "x", false) },
+		"stdout": func() {},
+		"resize": func() { c.send(ids[streamTypeResize], next(), false) },
+	}[kind], c.conn
+}
+
+// The user of a terminal is warned before either limit, and the warning does not count as activity.
+func TestWarningBeforeALimit(t *testing.T) {
+	forEachTransport(t, func(t *testing.T, transport string) {
+		for says, config := range map[string]Config{
+			"is idle and will be ended in":                          {IdleTimeout: limitOf(session.Exec, time.Second)},
+			"has reached its longest lifetime and will be ended in": {IdleTimeout: limitOf(session.Exec, -1), MaxLifetime: limitOf(session.Exec, time.Second)},
+		} {
+			config.Warning = 400 * time.Millisecond
+			s := startServer(t, config)
+			var output syncBuffer
+			options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: &output, Tty: true}
+			start := time.Now()
+			err := stream(t.Context(), t, transport, s.execURL(&hostExecutor{t: t}, options, "sleep", "600"), options)
+			if err == nil || !strings.Contains(err.Error(), "the session was ended because") {
+				t.Errorf("the client got %v", err)
+			}
+			if n := strings.Count(output.String(), says); n != 1 {
+				t.Errorf("%d warnings in %q", n, output.String())
+			}
+			if lasted := time.Since(start); lasted < time.Second {
+				t.Errorf("the session lasted %v", lasted)
+			}
+		}
+	})
+}
+
+func itoa(n int) string { return strconv.Itoa(n) }

@@ -1,0 +1,168 @@
+// Package tracing sends OpenTelemetry spans over OTLP/gRPC: one for each CRI call that is answered
+// here, and below it one for its session, with the start of the process, its run and the farewell as
+// children. The trace that the kubelet began goes on through all of them.
+//
+// Spans name the pod and the container, never the command.
+package tracing
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracegrpc"
+	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/sdk/resource"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/grpc/status"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+// Config says where spans go.
+type Config struct {
+	Endpoint string // HOST:PORT of an OTLP/gRPC receiver
+	Insecure bool   // without TLS
+	// SampleRatio is the part of those calls whose client sends no trace context that is traced, 0 to
+	// 1. The others are traced if their client traces them.
+	SampleRatio float64
+	Version     string // of streamshim
+	Log         *slog.Logger
+}
+
+// queue bounds the spans that wait to be sent. When the receiver is away the newest are dropped; no
+// session ever waits for it.
+const queue = 2048
+
+// Tracer makes spans. It is a session.Observer. Its methods may be called from many goroutines.
+type Tracer struct {
+	provider *sdktrace.TracerProvider
+	tracer   trace.Tracer
+	context  propagation.TraceContext
+
+	mu       sync.Mutex
+	sessions map[*session.Session]*spans
+}
+
+// spans are those of one live session.
+type spans struct {
+	ctx   context.Context // of the session's own span
+	whole trace.Span
+	phase trace.Span // the one of the children that is open
+}
+
+// New returns a tracer that connects when it has something to send. Close sends what is left and
+// ends it. Failures to send are logged as warnings; the handler for them is a global of the library.
+func New(ctx context.Context, c Config) (*Tracer, error) {
+	options := []otlptracegrpc.Option{otlptracegrpc.WithEndpoint(c.Endpoint)}
+	if c.Insecure {
+		options = append(options, otlptracegrpc.WithInsecure())
+	}
+	exporter, err := otlptracegrpc.New(ctx, options...)
+	if err != nil {
+		return nil, fmt.Errorf("traces to %s: %w", c.Endpoint, err)
+	}
+	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) {
+		c.Log.Warn("spans could not be sent", "endpoint", c.Endpoint, "error", err)
+	}))
+	provider := sdktrace.NewTracerProvider(
+		sdktrace.WithBatcher(exporter, sdktrace.WithMaxQueueSize(queue)),
+		sdktrace.WithSampler(sdktrace.ParentBased(sdktrace.TraceIDRatioBased(c.SampleRatio))),
+		sdktrace.WithResource(resource.NewSchemaless(
+			attribute.String("service.name", "streamshim"), attribute.String("service.version", c.Version))),
+	)
+	return &Tracer{
+		provider: provider,
+		tracer:   provider.Tracer("github.com/streamshim/streamshim"),
+		sessions: make(map[*session.Session]*spans),
+	}, nil
+}
+
+// Close sends what waits until ctx is done.
+func (t *Tracer) Close(ctx context.Context) error {
+	if err := t.provider.Shutdown(ctx); err != nil {
+		return fmt.Errorf("send the last spans: %w", err)
+	}
+	return nil
+}
+
+// Call begins the span of a CRI call below the client's trace context, and returns its own.
+func (t *Tracer) Call(fullMethod string, parent map[string]string) (own map[string]string, end func(error)) {
+	service, method, _ := strings.Cut(strings.TrimPrefix(fullMethod, "/"), "/")
+	ctx := t.context.Extract(context.Background(), propagation.MapCarrier(parent))
+	ctx, span := t.tracer.Start(ctx, service+"/"+method, trace.WithSpanKind(trace.SpanKindServer), trace.WithAttributes(
+		attribute.String("rpc.system", "grpc"), attribute.String("rpc.service", service), attribute.String("rpc.method", method)))
+	own = make(map[string]string, 2)
+	t.context.Inject(ctx, propagation.MapCarrier(own))
+	return own, func(err error) {
+		span.SetAttributes(attribute.Int("rpc.grpc.status_code", int(status.Code(err))))
+		fail(span, err)
+		span.End()
+	}
+}
+
+// Began implements session.Observer.
+func (t *Tracer) Began(s *session.Session) {
+	ctx := t.context.Extract(context.Background(), propagation.MapCarrier(s.Trace))
+	ctx, whole := t.tracer.Start(ctx, string(s.Kind)+" session", trace.WithTimestamp(s.Start), trace.WithAttributes(
+		attribute.String("streamshim.session.id", s.ID),
+		attribute.String("streamshim.protocol", s.Protocol),
+		attribute.Bool("streamshim.tty", s.TTY),
+		attribute.String("k8s.namespace.name", s.Target.PodNamespace),
+		attribute.String("k8s.pod.name", s.Target.PodName),
+		attribute.String("k8s.pod.uid", s.Target.PodUID),
+		attribute.String("k8s.container.name", s.Target.ContainerName),
+		attribute.String("container.id", s.Target.ContainerID)))
+	_, start := t.tracer.Start(ctx, "start", trace.WithTimestamp(s.Start))
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.sessions[s] = &spans{ctx: ctx, whole: whole, phase: start}
+}
+
+// PhaseChanged implements session.Observer.
+func (t *Tracer) PhaseChanged(s *session.Session, phase session.Phase) {
+	name := map[session.Phase]string{session.Running: "run", session.Lingering: "farewell"}[phase]
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if of := t.sessions[s]; of != nil && name != "" {
+		of.phase.End()
+		_, of.phase = t.tracer.Start(of.ctx, name)
+	}
+}
+
+// Ended implements session.Observer.
+func (t *Tracer) Ended(s *session.Session, o session.Outcome) {
+	t.mu.Lock()
+	of := t.sessions[s]
+	delete(t.sessions, s)
+	t.mu.Unlock()
+	if of == nil {
+		return
+	}
+	of.phase.End()
+	received, sent := s.Transferred()
+	of.whole.SetAttributes(
+		attribute.String("streamshim.reason", o.Reason),
+		attribute.Int64("streamshim.received", received), attribute.Int64("streamshim.sent", sent))
+	if o.ExitCode >= 0 {
+		of.whole.SetAttributes(attribute.Int("process.exit.code", o.ExitCode))
+	}
+	fail(of.whole, o.Err)
+	of.whole.End()
+}
+
+// Refused implements session.Observer: the call's span says it.
+func (t *Tracer) Refused(session.Info, error) {}
+
+// fail marks a span as failed, without the error's text: it may hold the name of the command.
+func fail(span trace.Span, err error) {
+	if err != nil {
+		span.SetStatus(codes.Error, "")
+	}
+}

@@ -1,0 +1,252 @@
+// Package packaging tests the .deb, the .rpm and the systemd unit: what they hold, where it lands, and
+// that what has landed works.
+package packaging
+
+import (
+	"bytes"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const top = "../.."
+
+// files is what is installed, with its mode.
+var files = map[string]fs.FileMode{
+	"usr/bin/streamshim":                                  0o755,
+	"usr/lib/systemd/system/streamshim.service":           0o644,
+	"etc/streamshim/config.toml":                          0o644,
+	"usr/share/man/man8/streamshim.8.gz":                  0o644,
+	"usr/share/man/man8/streamshim-serve.8.gz":            0o644,
+	"usr/share/bash-completion/completions/streamshim":    0o644,
+	"usr/share/zsh/vendor-completions/_streamshim":        0o644,
+	"usr/share/fish/vendor_completions.d/streamshim.fish": 0o644,
+	"usr/share/streamshim/grafana/streamshim.json":        0o644,
+	"usr/share/doc/streamshim/install.md":                 0o644,
+	"usr/share/doc/streamshim/copyright":                  0o644,
+}
+
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	}
+	return string(out)
+}
+
+// need skips the test, or fails it where everything is required, if a program is missing.
+func need(t *testing.T, programs ...string) {
+	t.Helper()
+	for _, program := range programs {
+		if _, err := exec.LookPath(program); err != nil {
+			if os.Getenv("STREAMSHIM_REAL") == "required" {
+				t.Fatal(err)
+			}
+			t.Skip(err)
+		}
+	}
+}
+
+func build(t *testing.T) (deb, rpm string) {
+	t.Helper()
+	need(t, "make", "go", "git")
+	dir := t.TempDir()
+	run(t, "make", "-C", top, "packages", "PACKAGES_DIR="+dir)
+	for pattern, path := range map[string]*string{"*.deb": &deb, "*.rpm": &rpm} {
+		found, err := filepath.Glob(filepath.Join(dir, pattern))
+		if err != nil || len(found) != 1 {
+			t.Fatalf("%s: %v %v", pattern, found, err)
+		}
+		*path = found[0]
+	}
+	return deb, rpm
+}
+
+func TestPackages(t *testing.T) {
+	need(t, "dpkg", "dpkg-deb")
+	deb, rpm := build(t)
+
+	t.Run("deb", func(t *testing.T) {
+		root := t.TempDir()
+		run(t, "dpkg-deb", "-x", deb, root)
+		expectFiles(t, root)
+		for line := range strings.Lines(run(t, "dpkg-deb", "-c", deb)) {
+			if !strings.Contains(line, " root/root ") {
+				t.Errorf("not root's: %s", line)
+			}
+		}
+		control := t.TempDir()
+		run(t, "dpkg-deb", "-e", deb, control)
+		conffiles, err := os.ReadFile(filepath.Join(control, "conffiles"))
+		if err != nil || strings.TrimSpace(string(conffiles)) != "/etc/streamshim/config.toml" {
+			t.Errorf("conffiles: %q %v", conffiles, err)
+		}
+	})
+
+	// As apt would, into a root of its own, and out again.
+	t.Run("install and remove", func(t *testing.T) {
+		if os.Geteuid() != 0 {
+			t.Skip("dpkg needs root")
+		}
+		root := t.TempDir()
+		for _, dir := range []string{"var/lib/dpkg/info", "var/lib/dpkg/updates", "var/lib/dpkg/triggers"} {
+			if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.WriteFile(filepath.Join(root, "var/lib/dpkg/status"), nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		dpkg := []string{"--root=" + root, "--force-script-chrootless", "--log=" + filepath.Join(root, "dpkg.log")}
+		run(t, "dpkg", append(dpkg, "--install", deb)...)
+		expectFiles(t, root)
+		expectWorks(t, root)
+
+		config := filepath.Join(root, "etc/streamshim/config.toml")
+		if err := os.WriteFile(config, []byte("log_level = \"warn\"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "dpkg", append(dpkg, "--install", deb)...)
+		if text, err := os.ReadFile(config); err != nil || !strings.Contains(string(text), "warn") {
+			t.Errorf("an upgrade has overwritten the configuration: %q %v", text, err)
+		}
+		run(t, "dpkg", append(dpkg, "--remove", "streamshim")...)
+		if _, err := os.Stat(filepath.Join(root, "usr/bin/streamshim")); !os.IsNotExist(err) {
+			t.Errorf("after the removal: %v", err)
+		}
+	})
+
+	t.Run("rpm", func(t *testing.T) {
+		text, err := os.ReadFile(rpm)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.HasPrefix(text, []byte("\xed\xab\xee\xdb")) { // the lead's magic number
+			t.Fatalf("no RPM: %x", text[:8])
+		}
+		// The header's tags BASENAMES and DIRNAMES are plain text.
+		for _, name := range []string{"streamshim.service", "config.toml", "/usr/lib/systemd/system/", "/usr/share/zsh/site-functions/", "streamshim.8.gz"} {
+			if !bytes.Contains(text, []byte(name+"\x00")) {
+				t.Errorf("the RPM's header does not name %s", name)
+			}
+		}
+	})
+}
+
+func expectFiles(t *testing.T, root string) {
+	t.Helper()
+	for name, mode := range files {
+		info, err := os.Stat(filepath.Join(root, name))
+		if err != nil {
+			t.Error(err)
+		} else if info.Mode() != mode {
+			t.Errorf("%s has mode %v, expected %v", name, info.Mode(), mode)
+		}
+	}
+}
+
+// expectWorks runs the installed program with the installed configuration.
+func expectWorks(t *testing.T, root string) {
+	t.Helper()
+	binary, config := filepath.Join(root, "usr/bin/streamshim"), filepath.Join(root, "etc/streamshim/config.toml")
+	if out := run(t, binary, "version"); !strings.HasPrefix(out, "streamshim ") {
+		t.Errorf("version: %s", out)
+	}
+	out, err := exec.Command(binary, "check", "--config", config, "--upstream", "unix://"+filepath.Join(root, "no.sock"),
+		"--listen", "unix://"+filepath.Join(root, "s.sock"), "--state-dir", root).CombinedOutput()
+	if err == nil {
+		t.Error("check is content without a runtime")
+	}
+	for _, want := range []string{"ok ", "failed ", "pidfd", "no.sock does not answer", "-> start the runtime"} {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("check does not say %q:\n%s", want, out)
+		}
+	}
+}
+
+// The scripts leave the kubelet alone and are POSIX.
+func TestScripts(t *testing.T) {
+	need(t, "dash")
+	scripts, err := filepath.Glob(filepath.Join(top, "deploy/package/*.sh"))
+	if err != nil || len(scripts) != 3 {
+		t.Fatal(scripts, err)
+	}
+	touches := regexp.MustCompile(`systemctl[^"\n]*kubelet`)
+	for _, script := range scripts {
+		run(t, "dash", "-n", script)
+		text, err := os.ReadFile(script)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if found := touches.Find(text); found != nil {
+			t.Errorf("%s: %s", script, found)
+		}
+	}
+	if !touches.MatchString("systemctl restart kubelet") {
+		t.Error("this test would not see it")
+	}
+}
+
+// inherited are settings that runc and the commands in containers would inherit, or that would hide
+// the containers' file systems.
+var inherited = []string{
+	"ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateDevices", "PrivateMounts", "PrivateNetwork", "PrivateUsers", "PrivateIPC",
+	"ReadOnlyPaths", "InaccessiblePaths", "TemporaryFileSystem", "MountFlags", "RootDirectory",
+	"ProtectKernelTunables", "ProtectKernelModules", "ProtectKernelLogs", "ProtectControlGroups", "ProtectProc", "ProcSubset",
+	"ProtectHostname", "ProtectClock", "NoNewPrivileges", "RestrictNamespaces", "RestrictSUIDSGID", "RestrictAddressFamilies",
+	"RestrictRealtime", "RestrictFileSystems", "LockPersonality", "MemoryDenyWriteExecute", "SystemCallFilter",
+	"SystemCallArchitectures", "CapabilityBoundingSet", "AmbientCapabilities", "DynamicUser", "User", "DevicePolicy",
+}
+
+func TestUnit(t *testing.T) {
+	path := filepath.Join(top, "deploy/systemd/streamshim.service")
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	settings := map[string]string{}
+	for line := range strings.Lines(string(text)) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok && !strings.HasPrefix(name, "#") {
+			settings[name] = value
+		}
+	}
+	for name := range settings {
+		if slices.Contains(inherited, name) {
+			t.Errorf("%s would be inherited by commands in containers or hide their file systems", name)
+		}
+	}
+	for name, want := range map[string]string{
+		"KillMode": "process", "Type": "notify", "Restart": "always", "UMask": "0022", "ExecReload": "/bin/kill -HUP $MAINPID",
+		"Before": "kubelet.service", "RuntimeDirectoryPreserve": "yes",
+	} {
+		if settings[name] != want {
+			t.Errorf("%s is %q, expected %q", name, settings[name], want)
+		}
+	}
+	if !strings.Contains(settings["After"], "containerd.service") {
+		t.Errorf("After=%s", settings["After"])
+	}
+
+	// systemd's own opinion, with a program in place of the one that is not installed here.
+	need(t, "systemd-analyze")
+	verified := strings.NewReplacer("/usr/bin/streamshim", "/bin/true", "man:streamshim(8) ", "").Replace(string(text))
+	copied := filepath.Join(t.TempDir(), "streamshim.service")
+	if err := os.WriteFile(copied, []byte(verified), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("systemd-analyze", "verify", "--recursive-errors=no", copied).CombinedOutput()
+	for line := range strings.Lines(string(out)) {
+		if strings.Contains(line, "streamshim.service") {
+			t.Error(line)
+		}
+	}
+	if err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+}

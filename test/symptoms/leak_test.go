@@ -1,0 +1,181 @@
+package symptoms
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"k8s.io/client-go/tools/remotecommand"
+
+	"github.com/streamshim/streamshim/test/node"
+)
+
+// resident is how much memory a process holds, in KiB.
+func resident(t *testing.T, pid int) (size int) {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(text), "VmRSS:")
+	if _, err := fmt.Sscan(rest, &size); err != nil {
+		t.Fatal(err)
+	}
+	return size
+}
+
+func threads(pid int) int { return len(glob(fmt.Sprintf("/proc/%d/task/*", pid))) }
+
+// inParallel calls f for 0 to n-1, a few at a time.
+func inParallel(n int, f func(i int)) {
+	const atOnce = 8
+	var all sync.WaitGroup
+	for worker := range atOnce {
+		all.Go(func() {
+			for i := worker; i < n; i += atOnce {
+				f(i)
+			}
+		})
+	}
+	all.Wait()
+}
+
+// expectNoLeak runs a load against a streamshim of its own and compares what the process holds before
+// and after. At last it asks the process for its goroutines, in the way that ends it.
+func expectNoLeak(t *testing.T, load func(shim *streamshim, n int), n int) {
+	t.Helper()
+	shim := startStreamshim(t, "")
+	load(shim, 50) // buffers and threads that are kept
+	pid := shim.pid()
+	files, memory, tasks := descriptors(pid), resident(t, pid), threads(pid)
+	load(shim, n)
+	eventually(t, testTimeout, "all sessions have ended", func() bool {
+		log, err := os.ReadFile(shim.log)
+		return err == nil && bytes.Count(log, []byte("session start")) == bytes.Count(log, []byte("session end"))
+	})
+	eventually(t, testTimeout, fmt.Sprintf("descriptors are back to about %d", files), func() bool { return descriptors(pid) <= files+10 })
+	eventually(t, testTimeout, "no zombies and no children are left", func() bool { return len(zombies(pid)) == 0 })
+	t.Logf("before and after %d sessions: %d and %d descriptors, %d and %d KiB, %d and %d threads",
+		n, files, descriptors(pid), memory, resident(t, pid), tasks, threads(pid))
+	if after := resident(t, pid); after > memory+64<<10 {
+		t.Errorf("%d KiB of memory, %d before", after, memory)
+	}
+	if after := threads(pid); after > tasks+20 {
+		t.Errorf("%d threads, %d before", after, tasks)
+	}
+	if left := glob(filepath.Join(shim.folder, "state", "exec", "*")); len(left) > 0 {
+		t.Errorf("files left: %q", left)
+	}
+	shim.stop(t, syscall.SIGQUIT)
+	log, err := os.ReadFile(shim.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, dump, found := strings.Cut(string(log), "SIGQUIT: quit")
+	if !found {
+		t.Fatal("no goroutines in the log")
+	}
+	stacks := strings.Split(dump, "\n\n")
+	t.Logf("%d goroutines", len(stacks))
+	if len(stacks) > 60 {
+		t.Errorf("%d goroutines", len(stacks))
+	}
+	for _, stack := range stacks {
+		for _, part := range []string{"remoteCommandSession", "/spdy.", "/websocket.", "(*relay)", "execproc.(*Process)", "os/exec"} {
+			if strings.Contains(stack, part) {
+				t.Errorf("a goroutine of a session is left:\n%s", stack)
+				break
+			}
+		}
+	}
+}
+
+// Goroutines, descriptors and memory leak with every attach (CVE-2025-64329, A7).
+func TestAttachLeaks(t *testing.T) {
+	t.Parallel()
+	container := runContainer(t, node.ContainerSpec{Stdin: true, Command: []string{"sh", "-c", "while :; do echo output; sleep 0.05; done"}})
+	expectNoLeak(t, func(shim *streamshim, n int) {
+		inParallel(n, func(i int) {
+			ctx, cancel := context.WithCancel(context.Background())
+			// Dropped with the first output, or at once.
+			output := writerFunc(func(p []byte) (int, error) { cancel(); return len(p), nil })
+			options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: output, Stderr: io.Discard}
+			u := shim.attachURL(t, container, options)
+			if i%4 == 3 {
+				time.AfterFunc(10*time.Millisecond, cancel)
+			}
+			stream(ctx, transports[i%2], u.String(), options) //nolint:errcheck // cancelled
+			cancel()
+		})
+	}, 1000)
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// The same for exec: 1000, good and failing and cut off, over both protocols.
+func TestExecLeaks(t *testing.T) {
+	t.Parallel()
+	container := runContainer(t, node.ContainerSpec{})
+	expectNoLeak(t, func(shim *streamshim, n int) {
+		inParallel(n, func(i int) {
+			ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+			defer cancel()
+			options := remotecommand.StreamOptions{Stdout: io.Discard, Stderr: io.Discard}
+			var command []string
+			want := 0
+			switch i / 2 % 4 {
+			case 0:
+				command = []string{"echo", "good"}
+				options.Stdin = strings.NewReader("input")
+			case 1:
+				command, want = []string{"false"}, 1
+			case 2:
+				command, want = []string{"/no/such/file"}, 127
+			case 3: // the client goes with the first output
+				command, want = []string{"sh", "-c", "echo begin; exec sleep 1000"}, -1
+				options.Stdout = writerFunc(func(p []byte) (int, error) { cancel(); return len(p), nil })
+			}
+			u := shim.execURL(t, container, options, command...)
+			if err := stream(ctx, transports[i%2], u.String(), options); exitCodeOf(err) != want {
+				t.Errorf("%s, %q: %v, want exit code %d", transports[i%2], command, err, want)
+			}
+		})
+	}, 1000)
+}
+
+// Zombies pile up: as subreaper streamshim also inherits the orphans of containers that share the
+// host's processes. None stays a zombie, and no status that somebody waits for is taken away.
+func TestOrphansBecomeZombies(t *testing.T) {
+	t.Parallel()
+	pod := runPod(t, node.PodSpec{HostPID: true})
+	container := runContainerIn(t, pod, node.ContainerSpec{})
+	shim := startStreamshim(t, "")
+	inParallel(200, func(i int) {
+		code := i % 200
+		// Orphans that end before, with and after the command.
+		script := fmt.Sprintf("(sleep 0.2 &) ; (sh -c 'exit 9' &) ; (sleep 1 >/dev/null 2>&1 </dev/null &) ; exit %d", code)
+		if i%2 == 0 {
+			response, err := shim.execSync(context.Background(), container, 0, "sh", "-c", script)
+			if err != nil || int(response.ExitCode) != code {
+				t.Errorf("ExecSync: exit code %d, %v; want %d", response.GetExitCode(), err, code)
+			}
+			return
+		}
+		options := remotecommand.StreamOptions{Stdout: io.Discard}
+		u := shim.execURL(t, container, options, "sh", "-c", script)
+		if err := stream(context.Background(), transports[i/2%2], u.String(), options); exitCodeOf(err) != code {
+			t.Errorf("exec: %v, want exit code %d", err, code)
+		}
+	})
+	eventually(t, testTimeout, "no zombies are left", func() bool { return len(zombies(shim.pid())) == 0 })
+}

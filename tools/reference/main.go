@@ -1,0 +1,30 @@
+// Command reference writes what is said about the configuration from the code that reads it: the
+// sample deploy/config.toml and docs/configuration.md. "make generate" runs it at the top of the
+// working copy.
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+func main() {
+	if err := run("."); err != nil {
+		fmt.Fprintln(os.Stderr, "reference:", err)
+		os.Exit(1)
+	}
+}
+
+func run(top string) error {
+	files, err := generate(filepath.Join(top, "pkg", "config"))
+	if err != nil {
+		return err
+	}
+	for name, text := range files {
+		if err := os.WriteFile(filepath.Join(top, name), []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
