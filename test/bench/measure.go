@@ -506,6 +506,7 @@ func (b *bench) floorRates() error {
 					best, b.copySize[id] = t.gigabytesPerSecond, size
 				}
 			}
+			progress("floor of %s: the best buffer is %d KiB", id, b.copySize[id]>>10)
 		}
 		t, err := measure(b.copySize[id], b.scale.bytes)
 		if err != nil {

@@ -8,7 +8,7 @@ const headroom = headerLen
 
 // bufferSizes are the payload sizes of pooled buffers: a keystroke or a status, a terminal's read, a
 // pipe's traditional capacity, and the size from which larger ones gain nothing.
-var bufferSizes = [...]int{2 << 10, 16 << 10, 64 << 10, 256 << 10}
+var bufferSizes = [...]int{2 << 10, 16 << 10, 64 << 10, 1 << 20}
 
 const (
 	smallestClass = 0

@@ -24,7 +24,6 @@ type reader struct {
 	partial []byte  // bytes of an incomplete frame, while no buffer is held
 	buf     *buffer // pooled; nil while there is nothing to read
 	end     int     // bytes in buf.data
-	class   int     // of the next buf: larger while the peer fills them
 	plain   []byte  // instead of buf where the connection is no plain socket
 	now     int64   // Unix nanoseconds of the last read
 
@@ -40,7 +39,6 @@ type reader struct {
 
 func (r *reader) init(c *Conn, buffered []byte) {
 	r.c = c
-	r.class = receiveClass
 	r.partial = append(r.partial, buffered...)
 	r.tryRead = r.readSocket
 }
@@ -93,12 +91,6 @@ func (r *reader) read() ([]byte, error) {
 		return nil, r.err
 	}
 	r.end += r.n
-	switch {
-	case r.end == len(r.buf.data):
-		r.class = largestClass
-	case r.n < bufferSizes[receiveClass]/2:
-		r.class = receiveClass
-	}
 	return r.buf.data[:r.end], nil
 }
 
@@ -106,7 +98,7 @@ func (r *reader) read() ([]byte, error) {
 // nothing: a connection that waits holds none.
 func (r *reader) readSocket(fd uintptr) bool {
 	if r.buf == nil {
-		r.buf = newBuffer(r.class)
+		r.buf = newBuffer(receiveClass)
 		r.end = copy(r.buf.data, r.partial)
 		r.partial = nil
 	}
@@ -139,11 +131,8 @@ func (r *reader) readPlain() ([]byte, error) {
 // keep stores the incomplete frame at the end of what was read until more comes.
 func (r *reader) keep(rest []byte) {
 	if r.buf != nil {
-		if r.buf.class == r.class {
-			r.end = copy(r.buf.data, rest)
-			return
-		}
-		defer r.drop() // for one of another size
+		r.end = copy(r.buf.data, rest)
+		return
 	}
 	if len(rest) == 0 {
 		r.partial = nil

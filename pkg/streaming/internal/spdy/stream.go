@@ -350,7 +350,7 @@ func (s *Stream) send(b *buffer, fin bool) (int, error) {
 	return s.conn.out.send(s, b, fin)
 }
 
-// ReadFrom sends what r gives until its end, with one read and one write for up to 256 KiB. It sends
+// ReadFrom sends what r gives until its end, with one read and one write for up to 1 MiB. It sends
 // no FIN. A reader with SyscallConn, such as a pipe, a terminal or a TCP connection, is read
 // directly, and while it has nothing no memory is held; such a reader must not have a buffer of its
 // own. ReadFrom ends with r or when a write fails: to end it earlier, close r.
