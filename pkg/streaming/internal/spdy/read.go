@@ -188,6 +188,10 @@ func (r *reader) parse(p []byte) ([]byte, error) {
 			return nil, err
 		}
 		p = p[headerLen+h.length:]
+		// One buffer may hold more frames than their answers may take in the queue.
+		if r.c.out.queued.Load() > maxBestEffort {
+			r.c.out.flush()
+		}
 	}
 	return nil, nil
 }
