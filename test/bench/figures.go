@@ -96,7 +96,6 @@ func (r results) pairwise(id string, who, base subject, join func(a, b float64) 
 
 // verdict of a figure; empty when it has no bar. ok is false when a bar is missed.
 func (r results) verdict(f figure) (text string, ok bool) {
-	ok = true
 	switch {
 	case f.limit > 0:
 		ok = r.difference(f.id, streamshim, containerd) <= f.limit

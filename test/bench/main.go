@@ -146,7 +146,7 @@ func (b *bench) prepare(ctx context.Context, n *node.Node) error {
 	if b.sandbox, err = n.RunPod(ctx, node.PodSpec{}); err != nil {
 		return err
 	}
-	pid := 0
+	var pid int
 	if b.containerID, pid, b.container, err = b.runContainer(ctx, "unconfined", runtimeapi.SecurityProfile_Unconfined); err != nil {
 		return err
 	}

@@ -71,12 +71,13 @@ func upgrade(address, protocol string) (*connection, error) {
 		return nil, errors.Join(err, raw.Close())
 	}
 	reader := bufio.NewReaderSize(raw, 4<<10)
-	response, err := http.ReadResponse(reader, nil)
+	response, err := http.ReadResponse(reader, nil) //nolint:bodyclose // an upgraded one has no body
 	if err != nil {
 		return nil, errors.Join(err, raw.Close())
 	}
 	if response.StatusCode != http.StatusSwitchingProtocols {
 		text, _ := io.ReadAll(io.LimitReader(response.Body, 4<<10)) //nolint:errcheck // the status says enough
+		response.Body.Close()                                       //nolint:errcheck // only read
 		return nil, errors.Join(fmt.Errorf("upgrade: %s: %s", response.Status, text), raw.Close())
 	}
 	c := &connection{Conn: raw, next: 1}
