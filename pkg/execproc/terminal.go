@@ -226,12 +226,21 @@ func (t *terminalInput) SetWriteDeadline(deadline time.Time) error {
 	return t.file.SetWriteDeadline(deadline)
 }
 
-// endOfFileTimeout bounds the wait for room in the terminal's buffer when its input ends.
-const endOfFileTimeout = time.Second
+const (
+	// endOfFileTimeout bounds the wait for room in the terminal's buffer when its input ends.
+	endOfFileTimeout = time.Second
+	// The end of file is typed again after these times, for as long as there is somebody to read it.
+	firstEndOfFileRepeat = 100 * time.Millisecond
+	lastEndOfFileRepeat  = 25 * time.Second
+)
 
 // Close says "end of file" the way a user does, by typing the terminal's EOF character (^D), and
 // leaves the terminal open for output (cri-tools#269: clients that send their input and close it
 // lost the answer). After an unfinished line it takes two: the first only hands over the line.
+//
+// It is typed more than once, because a terminal forgets it: a shell that takes over line editing
+// between the typing and its next read finds a NUL in its place. As with a
+// pipe, the end then stays the end for whoever reads next.
 func (t *terminalInput) Close() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -255,8 +264,30 @@ func (t *terminalInput) Close() error {
 		return nil // closed: a process without a terminal needs no end of file
 	}
 	_, err := t.file.Write(typed)
-	if err != nil && !errors.Is(err, os.ErrClosed) && !errors.Is(err, unix.EIO) {
+	if errors.Is(err, os.ErrClosed) || errors.Is(err, unix.EIO) {
+		return nil
+	}
+	if err != nil {
 		return fmt.Errorf("send end of file to the terminal: %w", err)
 	}
+	go t.repeatEndOfFile(eof) // ends with the terminal
 	return nil
+}
+
+func (t *terminalInput) repeatEndOfFile(eof byte) {
+	for pause := firstEndOfFileRepeat; pause <= lastEndOfFileRepeat; pause *= 2 {
+		timer := time.NewTimer(pause)
+		select {
+		case <-t.closed:
+			timer.Stop()
+			return
+		case <-timer.C:
+		}
+		if t.file.SetWriteDeadline(time.Now().Add(endOfFileTimeout)) != nil {
+			return
+		}
+		if _, err := t.file.Write([]byte{eof}); err != nil {
+			return // the process has ended, or has not read what was typed before
+		}
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
@@ -16,22 +17,33 @@ func (s *Server) serveExec(w http.ResponseWriter, r *http.Request, up upgrade, r
 	start := func(ctx context.Context, c Command) (Process, error) { return exec.Executor.Start(ctx, c) }
 	if exec.Executor == nil {
 		start = func(ctx context.Context, c Command) (Process, error) {
-			return startRelay(ctx, exec.UpstreamURL, c, 0, false)
+			return startRelay(ctx, exec.UpstreamURL, c, 0, 0)
 		}
 	}
 	s.serveRemoteCommand(w, r, up, exec.info(),
 		remoteCommand{command: exec.Command, start: start, endReason: exec.EndReason})
 }
 
+// detachGrace is how long an attached terminal stays attached after the client's input has ended.
+const detachGrace = time.Second
+
 func (s *Server) serveAttach(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
 	attach := request.(*AttachRequest)
 	// The end of one client's input is the end of the container's only where the container says so.
-	// Anywhere else containerd would answer it by ending the output too (cri-tools#269).
-	keepStdin := !attach.StdinOnce || attach.TTY
+	// Elsewhere containerd answers it by ending the whole session and cuts the output (cri-tools#269).
+	// With a terminal that is how clients detach (crictl's ctrl-P ctrl-Q), so there it is passed on once
+	// the answer to the last line had time to come.
+	stdinGrace := time.Duration(-1)
+	switch {
+	case attach.TTY:
+		stdinGrace = detachGrace
+	case attach.StdinOnce:
+		stdinGrace = 0
+	}
 	s.serveRemoteCommand(w, r, up, attach.info(), remoteCommand{
 		command: Command{Stdin: attach.Stdin, Stdout: attach.Stdout, Stderr: attach.Stderr, TTY: attach.TTY},
 		start: func(ctx context.Context, c Command) (Process, error) {
-			return startRelay(ctx, attach.UpstreamURL, c, s.config.AttachBuffer, keepStdin)
+			return startRelay(ctx, attach.UpstreamURL, c, s.config.AttachBuffer, stdinGrace)
 		},
 		endReason: attach.EndReason,
 	})

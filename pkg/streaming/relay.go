@@ -19,10 +19,11 @@ import (
 )
 
 const (
-	relayDialTimeout   = 30 * time.Second // to connect to the upstream and be upgraded
-	maxUpstreamStatus  = 64 << 10         // bytes read of the upstream's error stream
-	maxUpstreamMessage = 1 << 10          // bytes shown of an upstream's refusal
-	skipBufferKeep     = 64 << 10         // bytes of an empty skipBuffer that are not given back
+	relayDialTimeout     = 30 * time.Second // to connect to the upstream and be upgraded
+	upstreamReplyTimeout = 10 * time.Second // for the upstream to accept the streams
+	maxUpstreamStatus    = 64 << 10         // bytes read of the upstream's error stream
+	maxUpstreamMessage   = 1 << 10          // bytes shown of an upstream's refusal
+	skipBufferKeep       = 64 << 10         // bytes of an empty skipBuffer that are not given back
 )
 
 // relay is a process that the upstream's own streaming server serves: the main process of a
@@ -31,7 +32,7 @@ const (
 type relay struct {
 	conn           *spdy.Conn
 	stdin, resize  *spdy.Stream
-	keepStdin      bool // the client's end of input is not the command's
+	stdinGrace     time.Duration // see startRelay
 	stdout, stderr io.ReadCloser
 	upstream       sync.WaitGroup
 	exited         chan struct{}
@@ -43,8 +44,8 @@ type relay struct {
 // read and a client that is too slow misses output, instead of stopping the container (moby#41827);
 // with none the client's pace is the command's, as it is for an exec.
 //
-// With keepStdin the client's end of input is not passed on.
-func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, error), c Command, buffer int, keepStdin bool) (Process, error) {
+// The client's end of input is passed on after stdinGrace, never when that is negative.
+func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, error), c Command, buffer int, stdinGrace time.Duration) (Process, error) {
 	ctx, cancel := context.WithTimeout(ctx, relayDialTimeout)
 	defer cancel()
 	target, err := upstreamURL(ctx)
@@ -55,7 +56,7 @@ func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, 
 	if err != nil {
 		return nil, fmt.Errorf("connect to the upstream's streaming server: %w", err)
 	}
-	r := &relay{conn: conn, keepStdin: keepStdin, exited: make(chan struct{})}
+	r := &relay{conn: conn, stdinGrace: stdinGrace, exited: make(chan struct{})}
 	r.upstream.Go(func() { conn.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done
 	if err := r.open(c, protocol, buffer); err != nil {
 		r.Close() //nolint:errcheck // of no use
@@ -134,6 +135,7 @@ func upgradeUpstream(ctx context.Context, network net.Conn, target string) (*spd
 // open opens the streams that the command wants and starts to follow them.
 func (r *relay) open(c Command, protocol remoteCommandProtocol, buffer int) error {
 	var failure, stdout, stderr *spdy.Stream
+	var opened []*spdy.Stream
 	for _, s := range []struct {
 		name   string
 		wanted bool
@@ -153,6 +155,7 @@ func (r *relay) open(c Command, protocol remoteCommandProtocol, buffer int) erro
 			return err
 		}
 		*s.stream = stream
+		opened = append(opened, stream)
 	}
 	if stdout != nil {
 		r.stdout = r.output(stdout, c.TTY, buffer)
@@ -170,7 +173,25 @@ func (r *relay) open(c Command, protocol remoteCommandProtocol, buffer int) erro
 		}
 		r.result = parseStatus(message, protocol)
 	})
+	if err := waitAccepted(opened); err != nil {
+		return err
+	}
 	return r.Resize(c.Width, c.Height)
+}
+
+// waitAccepted waits for the upstream to have replied to all streams. A connection that is closed
+// before leaves the stock server with streams whose reply can never be sent; it waits for that in its
+// next write, with the lock held through which all of the container's output goes, so that a client
+// that comes and goes would stop the container. Therefore the wait does not end with the session.
+func waitAccepted(streams []*spdy.Stream) error {
+	ctx, cancel := context.WithTimeout(context.Background(), upstreamReplyTimeout)
+	defer cancel()
+	for _, stream := range streams {
+		if err := stream.WaitAccepted(ctx); err != nil {
+			return fmt.Errorf("wait for the upstream's reply: %w", err)
+		}
+	}
+	return nil
 }
 
 // output is a stream of the upstream as the session reads it.
@@ -195,14 +216,18 @@ func (o relayOutput) Close() error {
 
 type relayInput struct {
 	*spdy.Stream
-	keep bool
+	grace time.Duration // see startRelay
 }
 
 func (i relayInput) Close() error {
-	if i.keep {
+	switch {
+	case i.grace < 0:
 		return nil
+	case i.grace == 0:
+		return i.CloseWrite()
 	}
-	return i.CloseWrite()
+	time.AfterFunc(i.grace, func() { i.CloseWrite() }) //nolint:errcheck // fails when the session has ended before
+	return nil
 }
 
 // Stdin implements Process.
@@ -210,7 +235,7 @@ func (r *relay) Stdin() io.WriteCloser {
 	if r.stdin == nil {
 		return nil
 	}
-	return relayInput{r.stdin, r.keepStdin}
+	return relayInput{r.stdin, r.stdinGrace}
 }
 
 // Stdout implements Process.

@@ -93,8 +93,24 @@ func TestAttachStdinTable(t *testing.T) {
 				output := &buffer{}
 				// More than one line, because the output of the last must not be cut.
 				options := remotecommand.StreamOptions{Stdin: strings.NewReader("one\ntwo\n"), Stdout: output, Tty: row.tty}
+				input, typed := io.Pipe()
+				defer typed.Close()
+				if row.tty {
+					options.Stdin = input // whose end is a detach
+				}
 				ended, cancel := begin(t, transport, shared.shim.attachURL(t, container, options), options)
+				if row.tty {
+					io.WriteString(typed, "one\ntwo\n") //nolint:errcheck // seen below
+				}
 				eventually(t, testTimeout, "both lines are answered", func() bool { return strings.Contains(output.String(), "got two") })
+				if row.tty {
+					typed.Close()
+					if err := <-ended; err != nil {
+						t.Errorf("the client detached and got %v", err)
+					}
+					expectAnswer(t, container, transport, row.tty)
+					return
+				}
 				if row.eofEndsStdin {
 					eventually(t, testTimeout, "the process sees the end", func() bool { return strings.Contains(output.String(), "end of input") })
 				} else {

@@ -260,7 +260,7 @@ func (r *reader) handleControl(h frameHeader, payload []byte) error {
 	case typeSynStream:
 		return r.handleSynStream(h.flags, payload)
 	case typeSynReply, typeHeaders:
-		return r.handleReplyOrHeaders(h.flags, payload)
+		return r.handleReplyOrHeaders(h.kind, h.flags, payload)
 	case typeRstStream:
 		id, status, err := parseRstStream(payload)
 		if err != nil {
@@ -361,7 +361,7 @@ func (r *reader) refuse(id uint32, status ResetStatus) error {
 
 // handleReplyOrHeaders reads SYN_REPLY and HEADERS for the sake of the inflater and of FIN: the
 // protocols of Kubernetes put nothing into them.
-func (r *reader) handleReplyOrHeaders(flags byte, payload []byte) error {
+func (r *reader) handleReplyOrHeaders(kind uint16, flags byte, payload []byte) error {
 	id, block, err := parseReplyOrHeaders(payload)
 	if err != nil {
 		return err
@@ -377,6 +377,9 @@ func (r *reader) handleReplyOrHeaders(flags byte, payload []byte) error {
 	if fault != nil {
 		s.reset(ResetProtocolError, fault.Error()) //nolint:errcheck // as above
 		return nil
+	}
+	if kind == typeSynReply {
+		s.peerAccepted()
 	}
 	if flags&flagFin != 0 {
 		s.peerFin()

@@ -1,6 +1,7 @@
 package spdy
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -30,16 +31,17 @@ type Stream struct {
 	moved          atomic.Int64 // Unix nanoseconds: when data was last taken, or began to wait
 
 	mu         sync.Mutex
-	arrived    sync.Cond // something to read, or the end
-	head, tail *buffer   // received and not read
-	buffered   int       // the sizes of these buffers
-	readErr    error     // what follows the data: io.EOF after FIN, a *ResetError, or the connection's end
-	readClosed bool      // CloseRead was called
-	writeErr   error     // a *ResetError or the connection's end
-	localFin   bool      // we have sent FIN
-	replied    bool      // SYN_REPLY is queued, or not to be sent
-	over       bool      // done is closed
-	afterReset func()    // see AfterReset; nil once called
+	arrived    sync.Cond     // something to read, or the end
+	head, tail *buffer       // received and not read
+	buffered   int           // the sizes of these buffers
+	readErr    error         // what follows the data: io.EOF after FIN, a *ResetError, or the connection's end
+	readClosed bool          // CloseRead was called
+	writeErr   error         // a *ResetError or the connection's end
+	localFin   bool          // we have sent FIN
+	replied    bool          // SYN_REPLY is queued, or not to be sent
+	over       bool          // done is closed
+	accepted   chan struct{} // closed with the peer's SYN_REPLY; nil where the peer opened the stream
+	afterReset func()        // see AfterReset; nil once called
 
 	direct   *direct // where WriteTo, which waits for data, would write it
 	directed int64   // bytes that put has written there
@@ -438,6 +440,42 @@ func (s *Stream) resetLocally(reset *ResetError) (err error) {
 // instead of refusing it. To the stock client-go the two are not the same: for a data stream that was
 // refused it keeps a goroutine for ever. It does not block.
 func (s *Stream) Accept() error { return s.accept() }
+
+// WaitAccepted waits for the peer's SYN_REPLY to a stream that was opened here. The error is the
+// context's, the stream's or the connection's.
+func (s *Stream) WaitAccepted(ctx context.Context) error {
+	s.mu.Lock()
+	accepted := s.accepted
+	s.mu.Unlock()
+	select {
+	case <-accepted:
+		return nil
+	default:
+	}
+	select {
+	case <-accepted:
+		return nil
+	case <-s.done:
+		return s.Err()
+	case <-s.conn.done:
+		return s.conn.Err()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (s *Stream) peerAccepted() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.accepted == nil {
+		return // a reply to a stream of the peer's own
+	}
+	select {
+	case <-s.accepted:
+	default:
+		close(s.accepted)
+	}
+}
 
 func (s *Stream) accept() error {
 	s.mu.Lock()

@@ -133,6 +133,7 @@ func (w *writer) openStream(header http.Header) (*Stream, error) {
 	}
 	s := newStream(c, id, header)
 	s.replied = true // nothing to reply to
+	s.accepted = make(chan struct{})
 	if err := c.addStream(s); err != nil {
 		return nil, err
 	}
