@@ -58,6 +58,37 @@ func TestAttachedViewerStopsTheContainer(t *testing.T) {
 	}
 }
 
+// A client that leaves while it is being attached stops the container for good: containerd waits for a
+// reply that it can no longer send, with its lock on the output held. The relay lets it reply first.
+func TestViewerThatLeavesAtOnceStopsTheContainer(t *testing.T) {
+	t.Parallel()
+	for _, transport := range transports {
+		t.Run(transport, func(t *testing.T) {
+			t.Parallel()
+			name := unique("printer")
+			container := runContainer(t, node.ContainerSpec{Name: name, Command: []string{"sh", "-c",
+				"while :; do echo line; sleep 0.01; done"}})
+			log := shared.node.ContainerLog(shared.pod, name)
+			size := func() int64 {
+				info, err := os.Stat(log)
+				if err != nil {
+					return 0
+				}
+				return info.Size()
+			}
+			options := remotecommand.StreamOptions{Stdout: io.Discard, Stderr: io.Discard}
+			for i := range 150 {
+				ended, cancel := begin(t, transport, shared.shim.attachURL(t, container, options), options)
+				time.Sleep(time.Duration(i%15) * time.Millisecond) // to leave at any point of the way
+				cancel()
+				<-ended
+			}
+			before := size()
+			eventually(t, testTimeout, "the log goes on", func() bool { return size() > before })
+		})
+	}
+}
+
 // The table of docs/attach.md (kubernetes#56453, A3): what becomes of the container's stdin, and of the
 // session, when the client's input ends and when the client goes.
 var attachTable = []struct {

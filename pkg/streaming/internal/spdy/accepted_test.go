@@ -1,0 +1,50 @@
+package spdy
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"testing"
+	"time"
+)
+
+// WaitAccepted tells when the peer has replied, which the relay must know before it may close.
+func TestWaitAccepted(t *testing.T) {
+	near, far := tcpPair(t)
+	c := NewClient(near, nil, Config{})
+	goDo(t, func() { c.Serve(context.Background()) })
+	goDo(t, func() { io.Copy(io.Discard, far) })
+	defer c.Close()
+	defer far.Close()
+	var streams []*Stream
+	for range 3 {
+		s, err := c.OpenStream(http.Header{"Streamtype": {"error"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		streams = append(streams, s)
+	}
+	soon, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := streams[0].WaitAccepted(soon); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("before the reply: %v", err)
+	}
+	replies := appendSynReply(nil, streams[0].ID(), 0, appendHeaderBlock(nil, true, nil))
+	replies = append(replies, appendRstStream(nil, streams[1].ID(), ResetRefusedStream)...)
+	if _, err := far.Write(replies); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // a reply stays one
+		if err := streams[0].WaitAccepted(t.Context()); err != nil {
+			t.Errorf("after the reply: %v", err)
+		}
+	}
+	if err := streams[1].WaitAccepted(t.Context()); err == nil {
+		t.Error("a refused stream counts as accepted")
+	}
+	far.Close()
+	if err := streams[2].WaitAccepted(t.Context()); err == nil {
+		t.Error("a stream of a connection that has ended counts as accepted")
+	}
+}
