@@ -90,11 +90,7 @@ func (s *Server) exec(ctx context.Context, raw []byte) (any, error) {
 	if container.Runtime != "" {
 		exec.Executor = s.engine.Executor(container)
 	} else {
-		exec.UpstreamURL = func(ctx context.Context) (string, error) {
-			var response runtimeapi.ExecResponse
-			err := s.upstream.conn.Invoke(withTrace(ctx, exec.Trace), runtimeapi.RuntimeService_Exec_FullMethodName, newFrame(raw), &response, grpc.ForceCodecV2(s.codec))
-			return response.GetUrl(), err
-		}
+		exec.UpstreamURL = s.upstreamURL(exec.Trace, runtimeapi.RuntimeService_Exec_FullMethodName, raw, &runtimeapi.ExecResponse{})
 	}
 	url, err := s.streams.Exec(exec)
 	if err != nil {
@@ -120,26 +116,31 @@ func (s *Server) attach(ctx context.Context, raw []byte) (any, error) {
 	}
 	trace := traceOf(ctx)
 	url, err := s.streams.Attach(&streaming.AttachRequest{
-		Target:    container.Target,
-		PodLabels: container.PodLabels,
-		Trace:     trace,
-		Stdin:     request.GetStdin(),
-		Stdout:    request.GetStdout(),
-		Stderr:    request.GetStderr(),
-		TTY:       request.GetTty(),
-		StdinOnce: container.StdinOnce,
-		User:      container.user(),
-		UpstreamURL: func(ctx context.Context) (string, error) {
-			var response runtimeapi.AttachResponse
-			err := s.upstream.conn.Invoke(withTrace(ctx, trace), runtimeapi.RuntimeService_Attach_FullMethodName, newFrame(raw), &response, grpc.ForceCodecV2(s.codec))
-			return response.GetUrl(), err
-		},
-		EndReason: s.endReason(container),
+		Target:      container.Target,
+		PodLabels:   container.PodLabels,
+		Trace:       trace,
+		Stdin:       request.GetStdin(),
+		Stdout:      request.GetStdout(),
+		Stderr:      request.GetStderr(),
+		TTY:         request.GetTty(),
+		StdinOnce:   container.StdinOnce,
+		User:        container.user(),
+		UpstreamURL: s.upstreamURL(trace, runtimeapi.RuntimeService_Attach_FullMethodName, raw, &runtimeapi.AttachResponse{}),
+		EndReason:   s.endReason(container),
 	})
 	if err != nil {
 		return nil, s.streamError(err)
 	}
 	return &runtimeapi.AttachResponse{Url: url}, nil
+}
+
+// upstreamURL is the call that asks the upstream for its own streaming URL, with the client's request
+// as it came and in its trace. It is made once, into response.
+func (s *Server) upstreamURL(trace map[string]string, method string, raw []byte, response interface{ GetUrl() string }) func(context.Context) (string, error) {
+	return func(ctx context.Context) (string, error) {
+		err := s.upstream.conn.Invoke(withTrace(ctx, trace), method, newFrame(raw), response, grpc.ForceCodecV2(s.codec))
+		return response.GetUrl(), err
+	}
 }
 
 func (s *Server) portForward(ctx context.Context, raw []byte) (any, error) {
