@@ -1,12 +1,14 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"time"
 
@@ -282,4 +284,52 @@ func (f floors) upload(size int, bytes int64) (throughput, error) {
 		_, err := io.ReadFull(conn, make([]byte, 1))
 		return err
 	})
+}
+
+// runtimeFloor is what every exec through `runc exec` costs at least: runc alone, with the arguments that
+// streamshim gives it, started by a process that does nothing else. CPU time is that of runc and, as for the
+// two sides, of the container's cgroup, where its last steps happen.
+func (b *bench) runtimeFloor(container string, inContainer *account, ids ...string) error {
+	folder, err := os.MkdirTemp(memoryFolder(), "runc-exec")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(folder)
+	process := filepath.Join(folder, "process.json")
+	const spec = `{"user":{"uid":0,"gid":0},"args":["true"],"env":["PATH=/bin"],"cwd":"/","noNewPrivileges":true}`
+	if err := os.WriteFile(process, []byte(spec), 0o600); err != nil {
+		return err
+	}
+	var durations []time.Duration
+	spentOutside := time.Duration(0)
+	spent, err := cpu(accounts{inContainer}, func() error {
+		for range b.scale.execs {
+			command := exec.Command(b.node.Program("runc"), "--root", b.node.RuncRoot(),
+				"--log", filepath.Join(folder, "log"), "--log-format", "json",
+				"exec", "--process", process, "--detach", "--pid-file", filepath.Join(folder, "pid"), container)
+			command.Env = []string{"PATH=" + os.Getenv("PATH")}
+			begin := time.Now()
+			if err := command.Run(); err != nil {
+				return fmt.Errorf("runc exec: %w", err)
+			}
+			durations = append(durations, time.Since(begin))
+			spentOutside += command.ProcessState.UserTime() + command.ProcessState.SystemTime()
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		b.latencies(id, bareCopy, time.Millisecond, durations)
+		b.results.add(id+".cpu", bareCopy, (spent+spentOutside).Seconds()*1000/float64(b.scale.execs))
+	}
+	return nil
+}
+
+func (b *bench) runtimeFloors(context.Context) error {
+	return errors.Join(
+		b.runtimeFloor(b.containerID, b.container, "exec", "sync"),
+		b.runtimeFloor(b.confined.id, b.confined.account, "seccomp"),
+	)
 }

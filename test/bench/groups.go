@@ -35,6 +35,7 @@ var groups = []group{
 	{name: "exec", each: (*bench).exec},
 	{name: "sync", each: (*bench).execSync},
 	{name: "seccomp", each: (*bench).execConfined},
+	{name: "runc", round: (*bench).runtimeFloors},
 	{name: "storm", each: (*bench).storm},
 	{name: "floor", round: func(b *bench, _ context.Context) error { return b.floorRates() }},
 	{name: "stdout", each: (*bench).stdout},

@@ -12,8 +12,8 @@ var bufferSizes = [...]int{2 << 10, 16 << 10, 64 << 10, 1 << 20}
 
 const (
 	smallestClass = 0
-	receiveClass  = 2 // the largest that inbound data is kept in
-	largestClass  = len(bufferSizes) - 1
+	receiveClass  = 2                    // the largest that inbound data is kept in
+	largestClass  = len(bufferSizes) - 1 // and what is read into while payload is gathered
 )
 
 var bufferPools [len(bufferSizes)]sync.Pool

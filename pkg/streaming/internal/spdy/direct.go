@@ -19,6 +19,15 @@ type direct struct {
 	n        int
 	failed   bool  // nothing more is written directly
 	err      error // of a write; it has been told to us, so the kernel may tell the reader another
+
+	pipe      bool                  // payload can be spliced into it
+	trySplice func(fd uintptr) bool // (*direct).spliceNow, made once
+	from      uintptr               // the socket to splice from
+	max       int                   // how much at most
+	spliceErr error
+
+	pieces    [][]byte              // to be written at once
+	tryPieces func(fd uintptr) bool // (*direct).writePiecesNow, made once
 }
 
 // directTo returns nil when w is none of these. Types that embed one are not trusted: they may do
@@ -47,7 +56,18 @@ func directTo(w io.Writer) *direct {
 	}
 	d := &direct{raw: raw}
 	d.tryWrite = d.writeNow
+	d.trySplice, d.tryPieces = d.spliceNow, d.writePiecesNow
+	d.pipe = isPipe(raw)
 	return d
+}
+
+func isPipe(raw syscall.RawConn) bool {
+	var stat unix.Stat_t
+	var err error
+	if raw.Control(func(fd uintptr) { err = unix.Fstat(int(fd), &stat) }) != nil {
+		return false
+	}
+	return err == nil && stat.Mode&unix.S_IFMT == unix.S_IFIFO
 }
 
 // write writes what is taken at once, and nothing more after an error. One that comes from the file
@@ -77,4 +97,33 @@ func (d *direct) writeNow(fd uintptr) bool {
 		}
 	}
 	return true
+}
+
+// writePieces is write for several pieces, with one system call.
+func (d *direct) writePieces(pieces [][]byte) int {
+	if d.failed {
+		return 0
+	}
+	d.pieces, d.n = pieces, 0
+	if err := d.raw.Write(d.tryPieces); err != nil {
+		d.failed = true
+	}
+	d.pieces = nil
+	return d.n
+}
+
+func (d *direct) writePiecesNow(fd uintptr) bool {
+	for {
+		n, err := unix.Writev(int(fd), d.pieces)
+		switch err {
+		case nil:
+			d.n = n
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+		default:
+			d.failed, d.err = true, os.NewSyscallError("writev", err)
+		}
+		return true
+	}
 }

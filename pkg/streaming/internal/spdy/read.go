@@ -31,16 +31,22 @@ type reader struct {
 	stream    *Stream // nil: the payload is dropped
 	remaining int
 	fin       bool
+	bulk      bool // large payloads go to where they can be spliced to, see splice.go
 
-	tryRead func(fd uintptr) bool // (*reader).readSocket, made once
-	n       int                   // its result
-	err     error
+	gather   bool // payload goes to gathered, see gather.go
+	gathered *Stream
+	pieces   [][]byte // in buf, of gathered
+
+	tryRead   func(fd uintptr) bool // (*reader).readSocket, made once
+	trySplice func(fd uintptr) bool // (*reader).spliceSocket, made once
+	n         int                   // its result
+	err       error
 }
 
 func (r *reader) init(c *Conn, buffered []byte) {
 	r.c = c
 	r.partial = append(r.partial, buffered...)
-	r.tryRead = r.readSocket
+	r.tryRead, r.trySplice = r.readSocket, r.spliceSocket
 }
 
 // readFrames is the read loop.
@@ -59,7 +65,14 @@ func (c *Conn) readFrames() error {
 
 // fill reads once and handles the frames that have become complete.
 func (r *reader) fill() error {
-	p, err := r.read()
+	var p []byte
+	err := r.fillDirectly()
+	if err == nil {
+		return nil
+	}
+	if err == errNoSplice {
+		p, err = r.read()
+	}
 	if err == nil && len(p) == 0 {
 		err = io.EOF
 	}
@@ -72,6 +85,9 @@ func (r *reader) fill() error {
 	r.now = time.Now().UnixNano()
 	r.c.lastReceived.Store(r.now)
 	rest, err := r.parse(p)
+	if err == nil {
+		err = r.flushGathered()
+	}
 	if err != nil {
 		return err
 	}
@@ -98,11 +114,12 @@ func (r *reader) read() ([]byte, error) {
 // nothing: a connection that waits holds none.
 func (r *reader) readSocket(fd uintptr) bool {
 	if r.buf == nil {
-		r.buf = newBuffer(receiveClass)
+		r.buf = newBuffer(r.class())
 		r.end = copy(r.buf.data, r.partial)
 		r.partial = nil
 	}
-	r.n, r.err = readFD(fd, r.buf.data[r.end:])
+	room := r.buf.data[r.end:]
+	r.n, r.err = readFD(fd, room[:r.readLimit(len(room))])
 	if r.err == unix.EAGAIN {
 		if r.end > 0 {
 			r.partial = append([]byte(nil), r.buf.data[:r.end]...)
@@ -111,6 +128,15 @@ func (r *reader) readSocket(fd uintptr) bool {
 		return false
 	}
 	return true
+}
+
+// class is that of the buffer to read into. Not more than a little of control frames is to be read at once:
+// their answers take room in a queue.
+func (r *reader) class() int {
+	if r.gather {
+		return largestClass
+	}
+	return receiveClass
 }
 
 func (r *reader) readPlain() ([]byte, error) {
@@ -131,6 +157,10 @@ func (r *reader) readPlain() ([]byte, error) {
 // keep stores the incomplete frame at the end of what was read until more comes.
 func (r *reader) keep(rest []byte) {
 	if r.buf != nil {
+		if old := r.buf; old.class != r.class() {
+			r.buf = newBuffer(r.class())
+			defer old.free()
+		}
 		r.end = copy(r.buf.data, rest)
 		return
 	}
@@ -175,6 +205,10 @@ func (r *reader) parse(p []byte) ([]byte, error) {
 			p = p[headerLen:]
 			continue
 		}
+		r.bulk, r.gather = false, false
+		if err := r.flushGathered(); err != nil {
+			return nil, err
+		}
 		if h.version != protocolVersion {
 			return nil, protocolErrorf("control frame of SPDY version %d", h.version)
 		}
@@ -212,6 +246,14 @@ func (r *reader) startData(h frameHeader) error {
 		s = nil
 	}
 	r.stream, r.remaining, r.fin = s, h.length, h.flags&flagFin != 0
+	r.bulk = r.c.socket != nil && h.length >= spliceMin && s != nil && s.takesSplices()
+	if s != r.gathered || r.fin || len(r.pieces) == maxPieces {
+		if err := r.flushGathered(); err != nil {
+			return err
+		}
+	}
+	r.gather = !r.fin && h.length >= spliceMin && r.c.socket != nil && s != nil && (len(r.pieces) > 0 || s.gathers())
+	r.gathered = s
 	if r.remaining == 0 {
 		r.endData()
 	}
@@ -235,12 +277,21 @@ func (r *reader) deliver(p []byte) error {
 		return nil
 	}
 	r.c.lastActivity.Store(r.now)
+	if r.gather {
+		r.pieces = append(r.pieces, p)
+		return nil
+	}
+	return r.store(r.stream, p)
+}
+
+// store is deliver for payload that is not gathered, or could not be written.
+func (r *reader) store(s *Stream, p []byte) error {
 	for {
-		p = p[r.stream.put(p):]
+		p = p[s.put(p):]
 		if len(p) == 0 {
 			return nil
 		}
-		if err := r.c.block.wait(r.stream); err != nil {
+		if err := r.c.block.wait(s); err != nil {
 			return err
 		}
 		r.now = time.Now().UnixNano()

@@ -273,6 +273,15 @@ func (s *Stream) put(p []byte) int {
 	return stored
 }
 
+// noteDirectLocked counts what was written or moved directly.
+func (s *Stream) noteDirectLocked(n int) {
+	if n > 0 {
+		s.directed += int64(n)
+		s.received.Add(int64(n))
+		s.moved.Store(time.Now().UnixNano())
+	}
+}
+
 func (s *Stream) appendLocked(b *buffer) {
 	if s.tail == nil {
 		s.head = b

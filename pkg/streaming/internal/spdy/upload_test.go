@@ -1,0 +1,227 @@
+package spdy
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// destination is where WriteTo writes, and where what it has written is read.
+type destination struct {
+	to   io.WriteCloser
+	from io.ReadCloser
+}
+
+func destinations(t *testing.T) map[string]func() destination {
+	return map[string]func() destination{
+		"pipe": func() destination {
+			read, write, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { read.Close(); write.Close() })
+			return destination{to: write, from: read}
+		},
+		"socket": func() destination {
+			to, from := tcpPair(t)
+			to.SetWriteBuffer(128 << 10)
+			from.SetReadBuffer(128 << 10)
+			return destination{to: to, from: from}
+		},
+	}
+}
+
+// uploaded is a stream to which large frames are sent, and the end of its WriteTo.
+type uploaded struct {
+	peer   *rawPeer
+	stream *Stream
+	done   chan error
+	n      int64 // written, once done has its error
+}
+
+// upload serves a stream whose payload goes to the destination, which is closed at its end.
+func upload(t *testing.T, cfg Config, to io.WriteCloser) *uploaded {
+	streams := make(chan *Stream, 8)
+	cfg.OnStream = func(s *Stream) { streams <- s }
+	peer, _ := newRawPeer(t, cfg)
+	peer.open(1, "streamtype", "data")
+	u := &uploaded{peer: peer, stream: await(t, streams, "the stream"), done: make(chan error, 1)}
+	goDo(t, func() {
+		n, err := u.stream.WriteTo(to)
+		u.n = n
+		to.Close()
+		u.done <- err
+	})
+	return u
+}
+
+// slowReader reads in bursts, with pauses in between that are longer than the read loop waits.
+type slowReader struct {
+	r    io.Reader
+	left int // of the burst
+}
+
+func (r *slowReader) Read(p []byte) (int, error) {
+	if r.left <= 0 {
+		time.Sleep(3 * directWait)
+		r.left = 1 << 20
+	}
+	n, err := r.r.Read(p)
+	r.left -= n
+	return n, err
+}
+
+// TestUpload sends frames of all sizes, with pings in between, to each kind of destination and to
+// readers that keep up and that do not: every byte arrives, in its place, and is counted.
+func TestUpload(t *testing.T) {
+	for kind, open := range destinations(t) {
+		for _, slow := range []bool{false, true} {
+			t.Run(map[bool]string{false: "fast/", true: "slow/"}[slow]+kind, func(t *testing.T) {
+				d := open()
+				u := upload(t, Config{ConnBuffer: 1 << 20}, d.to)
+				sent := pattern(24 << 20)
+				goDo(t, func() {
+					for p, id := sent, uint32(1); len(p) > 0; id += 2 {
+						n := min(len(p), rand.IntN(100_000))
+						if rand.IntN(3) == 0 {
+							n = min(len(p), rand.IntN(100)) // also empty ones
+						}
+						flags := byte(0)
+						if n == len(p) {
+							flags = flagFin
+						}
+						u.peer.data(1, flags, p[:n])
+						u.peer.send(ping(id))
+						p = p[n:]
+					}
+				})
+				defer u.peer.Close()
+				goDo(t, func() { io.Copy(io.Discard, u.peer) }) // the answers to the pings
+				from := io.Reader(d.from)
+				if slow {
+					from = &slowReader{r: from}
+				}
+				got, err := io.ReadAll(from)
+				if err != nil || !bytes.Equal(got, sent) {
+					t.Errorf("%d of %d bytes arrived, equal %v, error %v", len(got), len(sent), bytes.Equal(got, sent), err)
+				}
+				if err := await(t, u.done, "WriteTo"); err != nil || u.n != int64(len(sent)) {
+					t.Errorf("WriteTo returned %d, %v", u.n, err)
+				}
+				if u.stream.Received() != int64(len(sent)) {
+					t.Errorf("%d bytes received", u.stream.Received())
+				}
+			})
+		}
+	}
+}
+
+// TestPipeIsSpliced has it seen that large frames for a pipe do not pass through this process's memory.
+func TestPipeIsSpliced(t *testing.T) {
+	d := destinations(t)["pipe"]()
+	u := upload(t, Config{}, d.to)
+	goDo(t, func() { io.Copy(io.Discard, d.from) })
+	var to *direct
+	eventually(t, "WriteTo waits", func() bool {
+		u.stream.mu.Lock()
+		defer u.stream.mu.Unlock()
+		to = u.stream.direct
+		return to != nil
+	})
+	frame := pattern(64 << 10)
+	for range 1000 {
+		u.peer.data(1, 0, frame)
+	}
+	u.peer.data(1, flagFin, nil)
+	if err := await(t, u.done, "WriteTo"); err != nil {
+		t.Fatal(err)
+	}
+	if to.from == 0 || !to.pipe {
+		t.Error("nothing was spliced")
+	}
+}
+
+// TestUploadToFullDestination leaves the destination unread: the connection's other streams go on, and
+// what was in the way of the destination arrives when it is read, though nothing comes after it.
+func TestUploadToFullDestination(t *testing.T) {
+	for kind, open := range destinations(t) {
+		t.Run(kind, func(t *testing.T) {
+			d := open()
+			d.from.(interface{ SetReadDeadline(time.Time) error }).SetReadDeadline(time.Now().Add(testTimeout))
+			streams := make(chan *Stream, 8)
+			peer, _ := newRawPeer(t, Config{OnStream: func(s *Stream) { streams <- s }})
+			peer.open(1, "streamtype", "data")
+			stuck := await(t, streams, "the stream")
+			goDo(t, func() {
+				stuck.WriteTo(d.to)
+				d.to.Close()
+			})
+			send := func(p []byte) {
+				for ; len(p) > 0; p = p[min(len(p), 50_000):] {
+					peer.data(1, 0, p[:min(len(p), 50_000)])
+				}
+			}
+			// What goes through at first has the direct way taken when the destination gets full.
+			first, sent := pattern(1<<20), pattern(8<<20)
+			for p := first; len(p) > 0; p = p[64<<10:] {
+				send(p[:64<<10])
+				if _, err := io.ReadFull(d.from, make([]byte, 64<<10)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			send(sent)
+			peer.open(3, "streamtype", "data")
+			peer.data(3, flagFin, []byte("neighbour"))
+			got, err := io.ReadAll(await(t, streams, "the neighbour"))
+			if err != nil || string(got) != "neighbour" {
+				t.Fatalf("%q, %v", got, err)
+			}
+			arrived := make([]byte, len(sent))
+			if _, err := io.ReadFull(d.from, arrived); err != nil || !bytes.Equal(arrived, sent) {
+				t.Errorf("equal %v, %v", bytes.Equal(arrived, sent), err)
+			}
+			peer.data(1, flagFin, nil)
+			if _, err := d.from.Read(make([]byte, 1)); err != io.EOF {
+				t.Errorf("after the end: %v", err)
+			}
+		})
+	}
+}
+
+// TestUploadToClosedDestination closes the reading end in the middle: WriteTo says so.
+func TestUploadToClosedDestination(t *testing.T) {
+	for kind, open := range destinations(t) {
+		t.Run(kind, func(t *testing.T) {
+			d := open()
+			u := upload(t, Config{}, d.to)
+			ended := make(chan struct{})
+			goDo(t, func() {
+				frame := pattern(64 << 10)
+				for {
+					select {
+					case <-ended:
+						return
+					default:
+						u.peer.data(1, 0, frame)
+					}
+				}
+			})
+			if _, err := io.CopyN(io.Discard, d.from, 4<<20); err != nil {
+				t.Fatal(err)
+			}
+			d.from.Close()
+			err := await(t, u.done, "WriteTo")
+			if !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
+				t.Errorf("WriteTo returned %v", err)
+			}
+			u.stream.CloseRead() // the sender's last frames find room
+			close(ended)
+		})
+	}
+}
