@@ -50,7 +50,7 @@ func run() error {
 	flag.StringVar(&o.only, "only", "", "measure only groups whose name matches this `expression`: "+strings.Join(groupNames(), ", "))
 	flag.StringVar(&o.config, "config", "", "configuration `file` of streamshim")
 	flag.BoolVar(&o.quick, "quick", false, "few rounds and small amounts: a look, not a measurement")
-	flag.IntVar(&o.rounds, "rounds", 0, "number of rounds (default 5, with -quick 2)")
+	flag.IntVar(&o.rounds, "rounds", 0, "number of rounds (default 9, with -quick 2)")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -60,7 +60,7 @@ func run() error {
 		return fmt.Errorf("-only: %w", err)
 	}
 	amount := scale{
-		rounds: 5, execs: 60, bytes: 1 << 30, connections: 500, keystrokes: 1000, calls: 500,
+		rounds: 9, execs: 60, bytes: 1 << 30, connections: 500, keystrokes: 1000, calls: 500,
 		sessions: 1000, forwarded: 500, containers: 500, stormWaves: 2,
 	}
 	if o.quick {

@@ -1,7 +1,6 @@
 package symptoms
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"os"
@@ -36,14 +35,7 @@ func TestAttachedViewerStopsTheContainer(t *testing.T) {
 				output := &buffer{}
 				viewer := newGate(output)
 				options := remotecommand.StreamOptions{Stdout: viewer, Tty: tty}
-				ctx, cancel := context.WithCancel(context.Background())
-				defer cancel()
-				ended := make(chan struct{})
-				u := shared.shim.attachURL(t, container, options)
-				go func() {
-					defer close(ended)
-					stream(ctx, transport, u.String(), options) //nolint:errcheck // cancelled
-				}()
+				ended, cancel := begin(t, transport, shared.shim.attachURL(t, container, options), options)
 				// More than all the buffers between the container and the viewer can hold.
 				before := size()
 				eventually(t, testTimeout, "the log has grown by 25 MB", func() bool { return size() > before+25_000_000 })
@@ -52,7 +44,7 @@ func TestAttachedViewerStopsTheContainer(t *testing.T) {
 					return strings.Contains(output.String(), "bytes skipped because the client reads too slowly]")
 				})
 				cancel()
-				<-ended
+				awaitEnd(t, ended) //nolint:errcheck // cancelled
 			})
 		}
 	}
@@ -81,7 +73,7 @@ func TestViewerThatLeavesAtOnceStopsTheContainer(t *testing.T) {
 				ended, cancel := begin(t, transport, shared.shim.attachURL(t, container, options), options)
 				time.Sleep(time.Duration(i%15) * time.Millisecond) // to leave at any point of the way
 				cancel()
-				<-ended
+				awaitEnd(t, ended) //nolint:errcheck // cancelled
 			}
 			before := size()
 			eventually(t, testTimeout, "the log goes on", func() bool { return size() > before })
@@ -136,7 +128,7 @@ func TestAttachStdinTable(t *testing.T) {
 				eventually(t, testTimeout, "both lines are answered", func() bool { return strings.Contains(output.String(), "got two") })
 				if row.tty {
 					typed.Close()
-					if err := <-ended; err != nil {
+					if err := awaitEnd(t, ended); err != nil {
 						t.Errorf("the client detached and got %v", err)
 					}
 					expectAnswer(t, container, transport, row.tty)
@@ -166,7 +158,7 @@ func TestAttachStdinTable(t *testing.T) {
 				io.WriteString(typed, "one\n") //nolint:errcheck // seen below
 				eventually(t, testTimeout, "the line is answered", func() bool { return strings.Contains(output.String(), "got one") })
 				cancel()
-				<-ended
+				awaitEnd(t, ended) //nolint:errcheck // cancelled
 				if row.goneEndsStdin {
 					eventually(t, testTimeout, "the process sees the end", func() bool { return strings.Contains(log(), "end of input") })
 					return

@@ -105,10 +105,21 @@ func begin(t *testing.T, transport string, u *url.URL, options remotecommand.Str
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	var waiting sync.WaitGroup
-	waiting.Go(func() { ended <- stream(ctx, transport, u.String(), options) })
+	go func() { ended <- stream(ctx, transport, u.String(), options) }()
 	t.Cleanup(cancel)
 	return ended, cancel
+}
+
+// awaitEnd returns what the client of a session that is due to end was told.
+func awaitEnd(t *testing.T, ended <-chan error) error {
+	t.Helper()
+	select {
+	case err := <-ended:
+		return err
+	case <-time.After(testTimeout):
+		t.Fatalf("the session did not end within %v", testTimeout)
+		panic("unreachable")
+	}
 }
 
 // exitCode is what kubectl would exit with.

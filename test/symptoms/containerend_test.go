@@ -209,7 +209,11 @@ func TestSessionEndedByUsIsASuccess(t *testing.T) {
 				}
 				awaitNone(t, mark, goneLimit)
 				if test.name == "shutdown" {
-					<-shim.ended
+					select {
+					case <-shim.ended:
+					case <-time.After(testTimeout):
+						t.Fatal("streamshim did not end")
+					}
 					shim.start(t)
 				}
 			}

@@ -201,6 +201,23 @@ func TestProcessesStayAfterStreamsAreReset(t *testing.T) {
 func TestProcessesStayAfterNetworkIsGone(t *testing.T) {
 	t.Parallel()
 	const address = "127.83.77.9" // the clients' side, of this test alone
+	rules := [][]string{
+		{"INPUT", "-i", "lo", "-s", address, "-j", "DROP"},
+		{"INPUT", "-i", "lo", "-d", address, "-j", "DROP"},
+	}
+	iptables := func(verb string, rule []string) error {
+		if output, err := exec.Command("iptables", append([]string{"-w", verb}, rule...)...).CombinedOutput(); err != nil {
+			return fmt.Errorf("iptables %s: %w: %s", verb, err, output)
+		}
+		return nil
+	}
+	for _, rule := range rules {
+		for iptables("-C", rule) == nil { // of a run that was killed
+			if err := iptables("-D", rule); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 	var relays sync.WaitGroup
 	t.Cleanup(relays.Wait)
 	through := func(u *url.URL) *url.URL {
@@ -236,14 +253,13 @@ func TestProcessesStayAfterNetworkIsGone(t *testing.T) {
 			go stream(ctx, s.Transport, s.URL, s.options()) //nolint:errcheck // cancelled
 		}
 	})
-	for _, side := range []string{"-s", "-d"} {
-		rule := []string{"INPUT", "-i", "lo", side, address, "-j", "DROP"}
-		if output, err := exec.Command("iptables", append([]string{"-w", "-I"}, rule...)...).CombinedOutput(); err != nil {
-			t.Fatalf("iptables: %v: %s", err, output)
+	for _, rule := range rules {
+		if err := iptables("-I", rule); err != nil {
+			t.Fatal(err)
 		}
 		t.Cleanup(func() {
-			if output, err := exec.Command("iptables", append([]string{"-w", "-D"}, rule...)...).CombinedOutput(); err != nil {
-				t.Errorf("iptables: %v: %s", err, output)
+			if err := iptables("-D", rule); err != nil {
+				t.Error(err)
 			}
 		})
 	}

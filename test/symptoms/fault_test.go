@@ -176,7 +176,7 @@ func TestContainerIsPaused(t *testing.T) {
 	expectStartFailure(t, shared.shim, container, unique(t.Name()), "paused")
 	// A client that leaves a paused container leaves processes that cannot be ended now, but then.
 	cancel()
-	<-ended
+	awaitEnd(t, ended) //nolint:errcheck // cancelled
 	time.Sleep(12 * time.Second)
 	runc("resume")
 	resumed = true
@@ -250,7 +250,7 @@ func TestStreamshimIsKilled(t *testing.T) {
 			shim.stop(t, syscall.SIGKILL)
 			for i, ended := range sessions {
 				// Over SPDY stock client-go itself takes a lost connection for a success (kubectl#1726).
-				if err := <-ended; err == nil && i >= 2 {
+				if err := awaitEnd(t, ended); err == nil && i >= 2 {
 					t.Error("a session of the killed streamshim is a success")
 				}
 			}

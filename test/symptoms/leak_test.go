@@ -3,10 +3,12 @@ package symptoms
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -103,16 +105,45 @@ func TestAttachLeaks(t *testing.T) {
 	container := runContainer(t, node.ContainerSpec{Stdin: true, Command: []string{"sh", "-c", "while :; do echo output; sleep 0.05; done"}})
 	expectNoLeak(t, func(shim *streamshim, n int) {
 		inParallel(n, func(i int) {
-			ctx, cancel := context.WithCancel(context.Background())
+			ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+			defer cancel()
 			// Dropped with the first output. Earlier would be a test of containerd 2.4, whose containers
 			// may lose their output for good when a client goes while it is being attached.
 			output := writerFunc(func(p []byte) (int, error) { cancel(); return len(p), nil })
 			options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: output, Stderr: io.Discard}
 			u := shim.attachURL(t, container, options)
-			stream(ctx, transports[i%2], u.String(), options) //nolint:errcheck // cancelled
-			cancel()
+			err := stream(ctx, transports[i%2], u.String(), options)
+			if !errors.Is(ctx.Err(), context.Canceled) {
+				t.Errorf("%s: no output came within %v: %v", transports[i%2], testTimeout, err)
+			}
 		})
+		if t.Failed() {
+			logContainerdStacks(t, "WriterGroup", "spdystream")
+		}
 	}, 1000)
+}
+
+// logContainerdStacks logs those of containerd's goroutines that name one of the parts: who keeps the
+// container's output.
+func logContainerdStacks(t *testing.T, parts ...string) {
+	t.Helper()
+	if err := syscall.Kill(shared.node.PID("containerd"), syscall.SIGUSR1); err != nil {
+		t.Error(err)
+		return
+	}
+	const end = "=== END goroutine stack dump ==="
+	var dump string
+	eventually(t, testTimeout, "containerd has written its goroutines", func() bool {
+		log, err := os.ReadFile(shared.node.LogPath("containerd"))
+		_, after, begun := strings.Cut(string(log), "=== BEGIN goroutine stack dump ===")
+		dump = strings.NewReplacer(`\n`, "\n", `\t`, "\t").Replace(after)
+		return err == nil && begun && strings.Contains(after, end)
+	})
+	for _, stack := range strings.Split(dump, "\n\n") {
+		if slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(stack, part) }) {
+			t.Logf("containerd: %s", stack)
+		}
+	}
 }
 
 type writerFunc func([]byte) (int, error)
@@ -170,7 +201,9 @@ func TestOrphansBecomeZombies(t *testing.T) {
 		}
 		options := remotecommand.StreamOptions{Stdout: io.Discard}
 		u := shim.execURL(t, container, options, "sh", "-c", script)
-		if err := stream(context.Background(), transports[i/2%2], u.String(), options); exitCodeOf(err) != code {
+		ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+		defer cancel()
+		if err := stream(ctx, transports[i/2%2], u.String(), options); exitCodeOf(err) != code {
 			t.Errorf("exec: %v, want exit code %d", err, code)
 		}
 	})

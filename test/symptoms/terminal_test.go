@@ -69,7 +69,7 @@ func TestTerminalIsNotResized(t *testing.T) {
 			queue <- remotecommand.TerminalSize{}
 			queue <- remotecommand.TerminalSize{Width: 100 + i, Height: 40 + i}
 		}
-		if err := <-ended; err != nil {
+		if err := awaitEnd(t, ended); err != nil {
 			t.Error(err)
 		}
 		close(queue)
