@@ -287,8 +287,8 @@ func (f floors) upload(size int, bytes int64) (throughput, error) {
 }
 
 // runtimeFloor is what every exec through `runc exec` costs at least: runc alone, with the arguments that
-// streamshim gives it, started by a process that does nothing else. CPU time is that of runc and, as for the
-// two sides, of the container's cgroup, where its last steps happen.
+// streamshim gives it, started by a process that does nothing else but wait for the command's end. CPU time is
+// that of runc and, as for the two sides, of the container's cgroup, where its last steps happen.
 func (b *bench) runtimeFloor(container string, inContainer *account, ids ...string) error {
 	folder, err := os.MkdirTemp(memoryFolder(), "runc-exec")
 	if err != nil {
@@ -312,6 +312,9 @@ func (b *bench) runtimeFloor(container string, inContainer *account, ids ...stri
 			if err := command.Run(); err != nil {
 				return fmt.Errorf("runc exec: %w", err)
 			}
+			if err := awaitExit(filepath.Join(folder, "pid")); err != nil {
+				return err
+			}
 			durations = append(durations, time.Since(begin))
 			spentOutside += command.ProcessState.UserTime() + command.ProcessState.SystemTime()
 		}
@@ -325,6 +328,32 @@ func (b *bench) runtimeFloor(container string, inContainer *account, ids ...stri
 		b.results.add(id+".cpu", bareCopy, (spent+spentOutside).Seconds()*1000/float64(b.scale.execs))
 	}
 	return nil
+}
+
+// awaitExit waits for the end of the process that a pid file names.
+func awaitExit(pidFile string) error {
+	text, err := os.ReadFile(pidFile)
+	if err != nil {
+		return err
+	}
+	pid, err := strconv.Atoi(string(text))
+	if err != nil {
+		return err
+	}
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err == unix.ESRCH {
+		return nil // it was quick
+	}
+	if err != nil {
+		return os.NewSyscallError("pidfd_open", err)
+	}
+	defer unix.Close(pidfd)
+	for {
+		_, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, -1)
+		if err != unix.EINTR {
+			return os.NewSyscallError("poll", err)
+		}
+	}
 }
 
 func (b *bench) runtimeFloors(context.Context) error {
