@@ -246,13 +246,22 @@ func (r *reader) startData(h frameHeader) error {
 		s = nil
 	}
 	r.stream, r.remaining, r.fin = s, h.length, h.flags&flagFin != 0
-	r.bulk = r.c.socket != nil && h.length >= spliceMin && s != nil && s.takesSplices()
+	large := r.c.socket != nil && s != nil && h.length >= spliceMin
+	if large && s != r.gathered {
+		if err := r.flushGathered(); err != nil {
+			return err
+		}
+	}
+	if large && len(r.pieces) == 0 {
+		s.awaitCaughtUp()
+	}
+	r.bulk = large && s.takesSplices()
 	if s != r.gathered || r.fin || len(r.pieces) == maxPieces {
 		if err := r.flushGathered(); err != nil {
 			return err
 		}
 	}
-	r.gather = !r.fin && h.length >= spliceMin && r.c.socket != nil && s != nil && (len(r.pieces) > 0 || s.gathers())
+	r.gather = large && !r.fin && (len(r.pieces) > 0 || s.gathers())
 	r.gathered = s
 	if r.remaining == 0 {
 		r.endData()

@@ -110,6 +110,28 @@ func (s *Stream) awaitDirect() bool {
 	return direct != nil && direct.await(directWait)
 }
 
+// awaitCaughtUp waits for WriteTo to have written what is buffered, so that what comes next can take the direct
+// way: a client that sends faster than the process reads would otherwise have all of it take the other.
+func (s *Stream) awaitCaughtUp() {
+	s.mu.Lock()
+	if s.writesTo == nil || s.hurried || s.head == nil || s.readErr != nil || s.readClosed || !s.conn.mayWait() {
+		s.mu.Unlock()
+		return
+	}
+	caughtUp := make(chan struct{})
+	s.caughtUp = caughtUp
+	s.mu.Unlock()
+	timeout := time.NewTimer(directWait)
+	defer timeout.Stop()
+	select {
+	case <-caughtUp:
+	case <-timeout.C:
+		s.mu.Lock()
+		s.caughtUp, s.hurried = nil, true
+		s.mu.Unlock()
+	}
+}
+
 // mayWait says whether the read loop may wait for one stream: where nobody suffers from it, because all
 // streams serve one process or one forwarded connection, which has two.
 func (c *Conn) mayWait() bool {

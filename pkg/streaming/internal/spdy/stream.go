@@ -43,8 +43,11 @@ type Stream struct {
 	accepted   chan struct{} // closed with the peer's SYN_REPLY; nil where the peer opened the stream
 	afterReset func()        // see AfterReset; nil once called
 
-	direct   *direct // where WriteTo, which waits for data, would write it
-	directed int64   // bytes that put has written there
+	direct   *direct       // where WriteTo, which waits for data, would write it
+	writesTo *direct       // the same, also while WriteTo is busy
+	caughtUp chan struct{} // closed when WriteTo waits for data again; nil unless the read loop waits for that
+	hurried  bool          // the read loop has waited for that in vain, and WriteTo has taken nothing since
+	directed int64         // bytes that put has written there
 }
 
 func newStream(c *Conn, id uint32, header http.Header) *Stream {
@@ -128,8 +131,12 @@ func (s *Stream) Read(p []byte) (int, error) {
 func (s *Stream) WriteTo(w io.Writer) (written int64, err error) {
 	to, relay := w.(*Stream)
 	direct := directTo(w)
+	s.mu.Lock()
+	s.writesTo = direct
+	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
+		s.writesTo = nil
 		written += s.directed
 		s.directed = 0
 		s.mu.Unlock()
@@ -184,7 +191,11 @@ func (s *Stream) writeBuffer(w io.Writer, b *buffer) (written int, err error) {
 // waits is written directly as far as possible.
 func (s *Stream) take(direct *direct) (*buffer, error) {
 	s.mu.Lock()
-	s.direct = direct
+	s.direct, s.hurried = direct, false
+	if s.head == nil && s.caughtUp != nil {
+		close(s.caughtUp)
+		s.caughtUp = nil
+	}
 	err := s.awaitLocked()
 	s.direct = nil
 	if err != nil {
