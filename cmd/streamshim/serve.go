@@ -186,6 +186,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	defer telemetry.close()
 	runnerConfig := execproc.Config{
 		StateDir:     filepath.Join(c.StateDir, "exec"),
+		Engine:       execproc.Engine(c.Exec.Engine),
 		StartTimeout: time.Duration(c.Exec.StartTimeout),
 		OnDisconnect: execproc.Policy(c.Exec.OnDisconnect),
 		TermAfter:    time.Duration(c.Exec.TermAfter),

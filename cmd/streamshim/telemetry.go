@@ -72,6 +72,7 @@ func (t *telemetry) prepare(sessions *session.Registry, runner *execproc.Config,
 	if t.metrics != nil {
 		sessions.Observe(t.metrics)
 		runner.OnKill = t.metrics.Killed
+		runner.OnStart = t.metrics.Started
 		streams.Observe = func(e streaming.Event) { t.metrics.Event(string(e)) }
 		calls.Observe = func(method string, code codes.Code, d time.Duration) { t.metrics.Call(method, code.String(), d) }
 		calls.BeginSync = t.countSync(calls.BeginSync)

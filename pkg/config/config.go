@@ -68,6 +68,7 @@ type Runtime struct {
 
 // Exec is how commands run in containers.
 type Exec struct {
+	Engine       string   `toml:"engine"`        // what starts commands: auto, runc or native
 	OnDisconnect string   `toml:"on_disconnect"` // what becomes of a command whose client has gone: hangup, kill or keep
 	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
 	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
@@ -196,6 +197,7 @@ func Default() Config {
 		LogFormat:     "text",
 		Admin:         "unix:///run/streamshim/admin.sock",
 		Exec: Exec{
+			Engine:       "auto",
 			OnDisconnect: "hangup",
 			TermAfter:    Duration(5 * time.Second),
 			KillAfter:    Duration(10 * time.Second),
@@ -301,6 +303,7 @@ func (c *Config) validate() *ValueError {
 		socket("listen", c.Listen),
 		choice("log_level", c.LogLevel, "debug", "info", "warn", "error"),
 		choice("log_format", c.LogFormat, "text", "json"),
+		choice("exec.engine", c.Exec.Engine, "auto", "runc", "native"),
 		choice("exec.on_disconnect", c.Exec.OnDisconnect, "hangup", "kill", "keep"),
 		choice("portforward.refused", c.PortForward.Refused, "reset", "report"),
 		loopback("stream_address", c.StreamAddress),

@@ -31,6 +31,8 @@ type Config struct {
 	// StateDir holds the files of starts and the recovery records; made with mode 0700. It belongs
 	// on a tmpfs, such as /run/streamshim/exec. Required.
 	StateDir string
+	// Engine is what starts commands; default EngineAuto.
+	Engine Engine
 	// StartTimeout bounds one start, as far as the caller's context does not; default 30 s.
 	StartTimeout time.Duration
 	// OnDisconnect is what Disconnect, Shutdown and recovery do; default PolicyHangup.
@@ -48,6 +50,9 @@ type Config struct {
 	DrainMax time.Duration
 	// Logger gets what an operator should know; default slog.Default.
 	Logger *slog.Logger
+	// OnStart is called when a command was started: natively, or else by the OCI runtime. It must not
+	// block. May be nil.
+	OnStart func(native bool)
 	// OnKill is called when something of a process's tree still lived when its time after
 	// Disconnect was over and so had to be killed, or at once with PolicyKill. It must not block.
 	// May be nil.
@@ -87,6 +92,13 @@ func (c Config) withDefaults() (Config, error) {
 	default:
 		return c, fmt.Errorf("execproc: on_disconnect is hangup, kill or keep, not %q", c.OnDisconnect)
 	}
+	switch c.Engine {
+	case "":
+		c.Engine = EngineAuto
+	case EngineAuto, EngineRunc, EngineNative:
+	default:
+		return c, fmt.Errorf("execproc: engine is auto, runc or native, not %q", c.Engine)
+	}
 	if c.OutputLimit <= 0 {
 		c.OutputLimit = 16<<20 - 64<<10
 	}
@@ -103,6 +115,7 @@ type Runner struct {
 	reaper *reaper
 	owner  identity // this process, part of the names of its files
 	boot   string   // bootID
+	native *nativeEngine
 
 	ctx  context.Context // done when the Runner gives up waiting: starts and drains end
 	stop context.CancelFunc
@@ -151,6 +164,7 @@ func NewRunner(config Config) (*Runner, error) {
 	}
 	r.ctx, r.stop = context.WithCancel(context.Background())
 	r.idle = sync.NewCond(&r.mu)
+	r.native = newNativeEngine(r)
 	r.recover()
 	return r, nil
 }
@@ -167,10 +181,45 @@ func (r *Runner) Start(ctx context.Context, container Container, command Command
 		return nil, ErrClosed
 	}
 	defer r.leave()
-	return r.start(ctx, container, command, r.config.OnDisconnect)
+	return r.startCommand(ctx, container, command, r.config.OnDisconnect)
 }
 
-func (r *Runner) start(ctx context.Context, c Container, command Command, policy Policy) (_ *Process, err error) {
+func (r *Runner) startCommand(ctx context.Context, c Container, command Command, policy Policy) (*Process, error) {
+	p, err := r.start(ctx, c, command, policy, r.launch)
+	if err == nil && r.config.OnStart != nil {
+		r.config.OnStart(p.native)
+	}
+	return p, err
+}
+
+// launcher has a process started in p.container and returns its pid; it then is a child of this
+// process. The streams are as for execInContainer, whose errors it shares.
+type launcher func(ctx context.Context, p *Process, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (pid int, err error)
+
+// launch is the launcher of commands.
+func (r *Runner) launch(ctx context.Context, p *Process, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
+	if !spec.Terminal { // runc makes terminals, once for each session
+		if plan := r.native.planFor(ctx, p.container); plan != nil {
+			pid, err := r.native.start(ctx, p, plan, spec, streams, nil)
+			if !errors.Is(err, errLeftToRuntime) {
+				p.native = err == nil
+				return pid, err
+			}
+			r.log.Debug("a command could not be started natively", "container", p.container.ID, "error", err)
+		}
+	}
+	return r.runtimeLauncher(nil)(ctx, p, spec, f, streams, stderr)
+}
+
+// runtimeLauncher has the container's OCI runtime start commands. A file that is not nil is their
+// descriptor 3.
+func (r *Runner) runtimeLauncher(file *os.File) launcher {
+	return func(ctx context.Context, p *Process, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
+		return execInContainer(ctx, p.container, spec, f, streams, stderr, file)
+	}
+}
+
+func (r *Runner) start(ctx context.Context, c Container, command Command, policy Policy, launch launcher) (_ *Process, err error) {
 	ctx, cancelTimeout := context.WithTimeoutCause(ctx, r.config.StartTimeout, ErrStartTimeout)
 	defer cancelTimeout()
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -212,9 +261,9 @@ func (r *Runner) start(ctx context.Context, c Container, command Command, policy
 		return nil, fmt.Errorf("start command: %w: its main process %d has ended", ErrNotRunning, c.InitPid)
 	}
 	if command.TTY {
-		err = r.startWithTerminal(ctx, p, spec, command, files)
+		err = r.startWithTerminal(ctx, p, spec, command, files, launch)
 	} else {
-		err = r.startWithPipes(ctx, p, spec, command, files)
+		err = r.startWithPipes(ctx, p, spec, command, files, launch)
 	}
 	if err != nil {
 		var startError *StartError
@@ -245,7 +294,7 @@ func (r *Runner) base() string {
 	return filepath.Join(r.config.StateDir, name)
 }
 
-func (r *Runner) startWithPipes(ctx context.Context, p *Process, spec *specs.Process, command Command, f files) error {
+func (r *Runner) startWithPipes(ctx context.Context, p *Process, spec *specs.Process, command Command, f files, launch launcher) error {
 	owner, err := processOwner(p.container, spec.User)
 	if err != nil {
 		return err
@@ -255,7 +304,7 @@ func (r *Runner) startWithPipes(ctx context.Context, p *Process, spec *specs.Pro
 		return err
 	}
 	p.pipes, p.ends = pipes, pipes.ends
-	err = r.execAndWatch(ctx, p, spec, f, pipes.process, pipes.stderr)
+	err = r.launchAndWatch(ctx, p, launch, spec, f, pipes.process, pipes.stderr)
 	pipes.closeProcessEnds()
 	if errors.Is(err, errProcessUnknown) {
 		// Whatever runs has our pipes, which nobody else has. No process has this leader's pid.
@@ -277,7 +326,7 @@ func (r *Runner) startWithPipes(ctx context.Context, p *Process, spec *specs.Pro
 	return nil
 }
 
-func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.Process, command Command, f files) error {
+func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.Process, command Command, f files, launch launcher) error {
 	// The runtime's own streams: what it says on stderr is wanted if it fails.
 	own, err := newStdio(Command{Stderr: true}, owner{})
 	if err != nil {
@@ -291,7 +340,7 @@ func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.
 	}
 	defer socket.close()
 	f.socket = socket.path
-	if err := r.execAndWatch(ctx, p, spec, f, own.process, own.stderr); err != nil {
+	if err := r.launchAndWatch(ctx, p, launch, spec, f, own.process, own.stderr); err != nil {
 		return err
 	}
 	file, err := socket.receive(consoleTimeout)
@@ -317,11 +366,11 @@ func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.
 // consoleTimeout bounds the wait for a terminal that should have been sent already.
 const consoleTimeout = 5 * time.Second
 
-// execAndWatch starts the process and registers it with the reaper.
-func (r *Runner) execAndWatch(ctx context.Context, p *Process, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) error {
+// launchAndWatch starts the process and registers it with the reaper.
+func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) error {
 	start := r.reaper.beginStart()
 	defer r.reaper.endStart(start)
-	pid, err := execInContainer(ctx, p.container, spec, f, streams, stderr)
+	pid, err := launch(ctx, p, spec, f, streams, stderr)
 	if err != nil {
 		return err
 	}
@@ -420,6 +469,7 @@ func (r *Runner) Shutdown(ctx context.Context) error {
 		r.reaper.dropProcess(p.watch)
 	}
 	close(r.done)
+	r.native.close()
 	r.reaper.release()
 	if !graceful {
 		return fmt.Errorf("processes were killed at shutdown: %w", context.Cause(ctx))

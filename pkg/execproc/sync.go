@@ -51,7 +51,7 @@ func (r *Runner) RunSync(ctx context.Context, c Container, command SyncCommand) 
 		ctx, cancel = context.WithTimeoutCause(ctx, command.Timeout, timedOut)
 		defer cancel()
 	}
-	p, err := r.start(ctx, c, Command{Args: command.Args, Env: command.Env, Stdout: true, Stderr: true}, PolicyKill)
+	p, err := r.startCommand(ctx, c, Command{Args: command.Args, Env: command.Env, Stdout: true, Stderr: true}, PolicyKill)
 	if err != nil {
 		if ctx.Err() != nil && !errors.Is(err, ErrTimeout) {
 			err = fmt.Errorf("%w: %w", ErrTimeout, err)

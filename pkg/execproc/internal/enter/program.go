@@ -1,0 +1,212 @@
+package enter
+
+import (
+	"context"
+	"embed"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The source stands beside the program, so that there is something to embed also where it was not
+// compiled.
+//
+//go:embed program
+var embedded embed.FS
+
+var (
+	// ErrNotBuilt says that this binary was built without the program.
+	ErrNotBuilt = errors.New("streamshim was built without its program enter (make build compiles it)")
+	// ErrNotStarted is in the error of a Run after which nothing of the command has run.
+	ErrNotStarted = errors.New("the command was not started")
+)
+
+// Name is how the kernel calls a process that is about to become the command (/proc/PID/comm). One
+// that has ended under this name never did.
+const Name = "enter:[2:INIT]"
+
+// Program is the program, ready to be run any number of times, from any number of goroutines. Close
+// releases it once no Run is under way.
+type Program struct{ file *os.File }
+
+// Load puts the program into a sealed memfd: there is no file that somebody could replace, and what is
+// executed in a container cannot be written to from there (CVE-2019-5736). The error is ErrNotBuilt,
+// or the kernel's.
+func Load() (*Program, error) {
+	binary, err := embedded.ReadFile("program/enter")
+	if err != nil {
+		return nil, ErrNotBuilt
+	}
+	fd, err := unix.MemfdCreate("streamshim-enter", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|unix.MFD_EXEC)
+	if errors.Is(err, unix.EINVAL) { // before Linux 6.3, when all of them were executable
+		fd, err = unix.MemfdCreate("streamshim-enter", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("memfd_create: %w", err)
+	}
+	file := os.NewFile(uintptr(fd), "streamshim-enter")
+	if _, err := file.Write(binary); err != nil {
+		file.Close()
+		return nil, fmt.Errorf("write program into memfd: %w", err)
+	}
+	seals := unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
+	if _, err := unix.FcntlInt(file.Fd(), unix.F_ADD_SEALS, seals); err != nil {
+		file.Close()
+		return nil, fmt.Errorf("seal program: %w", err)
+	}
+	return &Program{file}, nil
+}
+
+// File is the program itself, for a process that is to execute it as a command. It belongs to p.
+func (p *Program) File() *os.File { return p.file }
+
+// Close releases the program.
+func (p *Program) Close() error { return p.file.Close() }
+
+// Options is what a Run has besides the request.
+type Options struct {
+	// Container is a pidfd of a process in the container, whose namespaces are joined.
+	Container int
+	// Streams are the command's standard streams.
+	Streams [3]*os.File
+	// Cgroup, if not nil, is the directory of the version 2 cgroup in which the command begins.
+	Cgroup *os.File
+	// Execute, if not nil, is executed in place of the first argument.
+	Execute *os.File
+	// Cancel ends what has been started when the context is done; it is given the pid of the program,
+	// which is in a session of its own, and returns when nothing of it runs.
+	Cancel func(pid int)
+}
+
+// Run starts the command and returns its pid. It then is a child of this process, which must reap it;
+// until Run returns it may have ended already. When the context is done Options.Cancel is called and the error
+// is the context's cause. An error that wraps ErrNotStarted says that nothing of the command has run,
+// but there may be a zombie of its process; after any other the caller cannot know.
+func (p *Program) Run(ctx context.Context, request *Request, o Options) (int, error) {
+	encoded, err := request.encode(o.Execute != nil, o.Cgroup != nil)
+	if err != nil {
+		return 0, fmt.Errorf("%w: %w", ErrNotStarted, err)
+	}
+	message, err := memoryFile("streamshim-request", encoded)
+	if err != nil {
+		return 0, fmt.Errorf("%w: %w", ErrNotStarted, err)
+	}
+	defer message.Close()
+	result, resultEnd, err := os.Pipe()
+	if err != nil {
+		return 0, fmt.Errorf("%w: pipe: %w", ErrNotStarted, err)
+	}
+	defer result.Close()
+	container, err := duplicate(o.Container)
+	if err != nil {
+		resultEnd.Close()
+		return 0, fmt.Errorf("%w: pidfd: %w", ErrNotStarted, err)
+	}
+	defer container.Close()
+
+	command := exec.CommandContext(ctx, "/proc/self/fd/"+strconv.Itoa(int(p.file.Fd())))
+	command.Args = []string{"streamshim-enter"}
+	command.Env = []string{}
+	command.Dir = "/"
+	command.Stdin, command.Stdout, command.Stderr = o.Streams[0], o.Streams[1], o.Streams[2]
+	command.ExtraFiles = []*os.File{message, resultEnd, container, o.Execute, o.Cgroup}
+	command.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	command.Cancel = func() error {
+		o.Cancel(command.Process.Pid)
+		result.SetReadDeadline(time.Unix(1, 0)) //nolint:errcheck // a pipe of ours has deadlines
+		return nil
+	}
+	err = command.Start()
+	resultEnd.Close()
+	if err != nil {
+		return 0, fmt.Errorf("%w: run enter: %w", ErrNotStarted, err)
+	}
+	// The end of the pipe is the command's execve, which closes the last descriptor of it.
+	records, readErr := io.ReadAll(io.LimitReader(result, maxRecords*recordSize))
+	waitErr := command.Wait()
+	pid, failed := parseRecords(records)
+	switch {
+	case ctx.Err() != nil:
+		return 0, context.Cause(ctx)
+	case failed != nil:
+		return 0, fmt.Errorf("%w: %w", ErrNotStarted, failed)
+	case readErr != nil:
+		return 0, fmt.Errorf("read result of enter: %w", readErr)
+	case pid == 0:
+		return 0, fmt.Errorf("%w: enter ended without a word (%w)", ErrNotStarted, errors.Join(waitErr, errNoRecord))
+	}
+	return pid, nil
+}
+
+var errNoRecord = errors.New("no process id")
+
+// The records of the program's answer: struct record in program/enter.c.
+const (
+	recordSize    = 32
+	maxRecords    = 4 // two at most come
+	recordStarted = 1
+	recordFailed  = 2
+)
+
+// parseRecords returns the command's pid, 0 when it is not told, and why it was not started, nil if
+// nothing is said of that.
+func parseRecords(b []byte) (pid int, failed error) {
+	for ; len(b) >= recordSize; b = b[recordSize:] {
+		value := int32(binary.NativeEndian.Uint32(b[4:]))
+		switch kind := binary.NativeEndian.Uint32(b); kind {
+		case recordStarted:
+			pid = int(value)
+		case recordFailed:
+			step, _, _ := strings.Cut(string(b[8:recordSize]), "\x00")
+			failed = &StepError{Step: step, Errno: syscall.Errno(value)}
+		default:
+			failed = fmt.Errorf("enter says %d, which means nothing", kind)
+		}
+	}
+	return pid, failed
+}
+
+// StepError is a step of the program that failed.
+type StepError struct {
+	Step  string
+	Errno syscall.Errno
+}
+
+func (e *StepError) Error() string { return e.Step + ": " + e.Errno.Error() }
+
+// Unwrap returns the error number.
+func (e *StepError) Unwrap() error { return e.Errno }
+
+// memoryFile is a file without a place, read from its beginning.
+func memoryFile(name string, content []byte) (*os.File, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_NOEXEC_SEAL)
+	if errors.Is(err, unix.EINVAL) { // before Linux 6.3
+		fd, err = unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("memfd_create: %w", err)
+	}
+	file := os.NewFile(uintptr(fd), name)
+	if _, err := file.Write(content); err != nil {
+		file.Close()
+		return nil, fmt.Errorf("write memfd: %w", err)
+	}
+	return file, nil
+}
+
+func duplicate(fd int) (*os.File, error) {
+	copied, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(copied), "pidfd"), nil
+}

@@ -1,0 +1,313 @@
+package execproc
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"reflect"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/execproc/internal/enter"
+)
+
+// Engine says what starts the commands.
+type Engine string
+
+// The engines.
+const (
+	// EngineAuto starts commands natively in containers in which that is proven to come to the same as
+	// the runtime's exec, from the third on, and by the runtime elsewhere.
+	EngineAuto Engine = "auto"
+	// EngineRunc leaves every start to the container's OCI runtime.
+	EngineRunc Engine = "runc"
+	// EngineNative is EngineAuto that proves a container before its first command instead of in the
+	// background after its second. Where it cannot, the runtime starts the command all the same.
+	EngineNative Engine = "native"
+)
+
+const (
+	// startsBeforeProof is how many commands a container has seen when EngineAuto begins to prove it: a
+	// container with one exec in its life is not worth the proof, which takes as long as two.
+	startsBeforeProof = 2
+	// proofTimeout bounds a proof.
+	proofTimeout = 20 * time.Second
+	// maxContainers is how many containers the native engine remembers; further ones are left to the
+	// runtime until some of these have ended.
+	maxContainers = 4096
+	// firstPrune is from how many on it looks for those that have ended.
+	firstPrune = 64
+)
+
+// A nativeEngine starts commands without the OCI runtime, in containers in which that is proven to be
+// the same.
+//
+// The proof, for each container once: a small program is started in it by the runtime, as any command,
+// and everything that the kernel tells of it is written down: ids, groups, capabilities, no_new_privs, seccomp
+// filters instruction by instruction, security labels, namespaces, cgroups, limits, scheduling, environment,
+// directories, descriptors. Then the same program is started natively, with the filters read off the
+// first (so that they need not be compiled again for each exec, which is most of what a runtime's exec
+// costs), and compared. Only if nothing differs are commands started natively from then on. On any
+// doubt, and for every terminal, the runtime starts the command, as it does when a native start fails:
+// then nothing of the command has run.
+type nativeEngine struct {
+	runner  *Runner
+	eager   bool           // EngineNative
+	program *enter.Program // nil: never
+
+	mu         sync.Mutex
+	containers map[containerKey]*provenContainer
+	prune      int // from how many containers on to look for those that have ended
+}
+
+// containerKey is a container's life.
+type containerKey struct {
+	runtime, root, id string
+	init              identity
+}
+
+// provenContainer is what is known of a container. mu of the engine protects it, but plan does not
+// change once proven is closed.
+type provenContainer struct {
+	starts  int
+	begun   bool
+	proven  chan struct{}  // closed when the proof is over
+	process *specs.Process // of which the proof is
+	plan    *plan          // nil: left to the runtime
+}
+
+// newNativeEngine never fails: where it cannot work it starts nothing, and says why once.
+func newNativeEngine(r *Runner) *nativeEngine {
+	n := &nativeEngine{runner: r, eager: r.config.Engine == EngineNative, containers: map[containerKey]*provenContainer{}, prune: firstPrune}
+	if r.config.Engine == EngineRunc {
+		return n
+	}
+	program, err := enter.Load()
+	if err != nil {
+		r.log.Warn("commands are started by the OCI runtime alone, which takes longer", "reason", err)
+		return n
+	}
+	n.program = program
+	return n
+}
+
+// close must not be called before all starts have ended.
+func (n *nativeEngine) close() {
+	if n.program != nil {
+		n.program.Close()
+	}
+}
+
+// planFor returns how to start a command in the container, nil when its runtime is to do it.
+func (n *nativeEngine) planFor(ctx context.Context, c Container) *plan {
+	if n.program == nil || c.InitPid <= 0 || c.InitStartTime == 0 || c.Process == nil {
+		return nil
+	}
+	container := n.lookup(c)
+	if container == nil {
+		return nil
+	}
+	n.mu.Lock()
+	container.starts++
+	begin := !container.begun && (n.eager || container.starts >= startsBeforeProof)
+	container.begun = container.begun || begin
+	n.mu.Unlock()
+	if begin {
+		prove := func() {
+			defer close(container.proven)
+			n.prove(c, container)
+		}
+		if !n.runner.background(prove) {
+			close(container.proven)
+		}
+	}
+	if n.eager {
+		select {
+		case <-container.proven:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+	select {
+	case <-container.proven:
+	default:
+		return nil
+	}
+	// A container's spec does not change; if its caller gives another one, that is not the proven one.
+	if container.process != c.Process && !reflect.DeepEqual(container.process, c.Process) {
+		return nil
+	}
+	return container.plan
+}
+
+// lookup returns what is known of a container, nil when there is no room for another.
+func (n *nativeEngine) lookup(c Container) *provenContainer {
+	key := containerKey{c.Runtime, c.Root, c.ID, identity{c.InitPid, c.InitStartTime}}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if known := n.containers[key]; known != nil {
+		return known
+	}
+	if len(n.containers) >= n.prune {
+		for old := range n.containers {
+			if !old.init.alive() {
+				delete(n.containers, old)
+			}
+		}
+		n.prune = max(firstPrune, 2*len(n.containers))
+	}
+	if len(n.containers) >= maxContainers {
+		return nil
+	}
+	added := &provenContainer{proven: make(chan struct{}), process: c.Process}
+	n.containers[key] = added
+	return added
+}
+
+// distrust leaves a container to its runtime from now on.
+func (n *nativeEngine) distrust(c Container) {
+	if container := n.lookup(c); container != nil {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		replaced := *container // starts that are under way keep what they have
+		replaced.plan = nil
+		n.containers[containerKey{c.Runtime, c.Root, c.ID, identity{c.InitPid, c.InitStartTime}}] = &replaced
+	}
+}
+
+// prove does the proof and sets the container's plan if it succeeds.
+func (n *nativeEngine) prove(c Container, container *provenContainer) {
+	ctx, cancel := context.WithTimeout(n.runner.ctx, proofTimeout)
+	defer cancel()
+	began := time.Now()
+	plan, err := n.provenPlan(ctx, c)
+	log := n.runner.log.With("container", c.ID, "took", time.Since(began).Round(time.Millisecond))
+	if err != nil {
+		if ctx.Err() == nil {
+			log.Info("commands of this container are started by its OCI runtime alone", "reason", err)
+		}
+		return
+	}
+	container.plan = plan
+	log.Debug("commands of this container are started natively")
+}
+
+func (n *nativeEngine) provenPlan(ctx context.Context, c Container) (*plan, error) {
+	plan, err := newPlan(c)
+	if err != nil {
+		return nil, err
+	}
+	inherited, err := inheritedFilters()
+	if err != nil {
+		return nil, err
+	}
+	reference, filters, err := n.observe(ctx, c, n.runner.runtimeLauncher(n.program.File()))
+	if err != nil {
+		return nil, fmt.Errorf("started by the runtime: %w", err)
+	}
+	const word = "status Speculation_Store_Bypass"
+	plan.request.Filters = filtersToInstall(filters, inherited, !strings.Contains(reference[word], "mitigated"))
+	native := func(ctx context.Context, p *Process, spec *specs.Process, _ files, streams [3]*os.File, _ *os.File) (int, error) {
+		return n.start(ctx, p, plan, spec, streams, n.program.File())
+	}
+	got, gotFilters, err := n.observe(ctx, c, native)
+	if err != nil {
+		return nil, fmt.Errorf("started natively: %w", err)
+	}
+	if differences := reference.differences(got); len(differences) > 0 {
+		return nil, fmt.Errorf("a command started natively is not the same: %s", strings.Join(differences, "; "))
+	}
+	if !reflect.DeepEqual(filters, gotFilters) {
+		return nil, errors.New("a command started natively has other seccomp filters")
+	}
+	return plan, nil
+}
+
+// observe starts the program as a command and looks at it.
+func (n *nativeEngine) observe(ctx context.Context, c Container, launch launcher) (s snapshot, filters []enter.Filter, err error) {
+	question := "probe"
+	// Profiles commonly forbid keyctl(2), and may answer it with a kill.
+	if state, err := readRuncState(c); err == nil && !state.seccomp {
+		question = "probe-keyring"
+	}
+	command := Command{Args: []string{"/proc/self/fd/3", question}, Stdin: true, Stdout: true, Stderr: true}
+	p, err := n.runner.start(ctx, c, command, PolicyKill, launch)
+	if err != nil {
+		return nil, nil, err
+	}
+	stop := context.AfterFunc(ctx, p.Kill) // ends the read as well
+	defer func() {
+		p.stdin.Close() // and with it the program
+		<-p.Exited()
+		stop()
+		p.Close()
+	}()
+	answer, err := bufio.NewReader(io.LimitReader(p.stdout, 64)).ReadString('\n')
+	if err != nil {
+		return nil, nil, fmt.Errorf("the program said %q: %w", answer, errors.Join(err, ctx.Err()))
+	}
+	if s, err = takeSnapshot(p.leader.pid); err != nil {
+		return nil, nil, fmt.Errorf("look at the program: %w", err)
+	}
+	s["answer"] = answer
+	if s["status Seccomp"] != "0" {
+		if filters, err = seccompFilters(p.leader.pid); err != nil {
+			return nil, nil, err
+		}
+	}
+	return s, filters, nil
+}
+
+// start starts a command as planned. An error that wraps errLeftToRuntime says that nothing of the command
+// has run and the runtime should start it.
+func (n *nativeEngine) start(ctx context.Context, p *Process, plan *plan, spec *specs.Process, streams [3]*os.File, execute *os.File) (int, error) {
+	if plan.paused() {
+		return 0, fmt.Errorf("%w: the container is paused", errLeftToRuntime)
+	}
+	request := plan.request
+	var err error
+	if request.Env, request.FindHome, err = runcEnvironment(spec.Env); err != nil {
+		return 0, fmt.Errorf("%w: %w", errLeftToRuntime, err)
+	}
+	request.Args = spec.Args
+	options := enter.Options{
+		Container: p.init.pidfd, Streams: streams, Execute: execute,
+		Cancel: func(pid int) { // ours until Run has waited for it
+			if stat, err := readStat(pid); err == nil {
+				newTree(stat.identity, 0, streamEnds{}).kill()
+			}
+		},
+	}
+	if plan.cgroup != "" {
+		cgroup, err := os.OpenFile(plan.cgroup, unix.O_PATH|unix.O_DIRECTORY, 0)
+		if err != nil {
+			return 0, fmt.Errorf("%w: %w", errLeftToRuntime, err)
+		}
+		defer cgroup.Close()
+		options.Cgroup = cgroup
+	}
+	pid, err := n.program.Run(ctx, &request, options)
+	if errors.Is(err, enter.ErrNotStarted) {
+		return 0, fmt.Errorf("%w: %w", errLeftToRuntime, err)
+	}
+	if err != nil {
+		// Whatever runs has our pipes, which nobody else has. No process has this leader's pid.
+		newTree(identity{pid: -1, start: n.runner.owner.start}, p.container.InitPid, p.ends).kill()
+		return 0, err
+	}
+	// Killed on its way: its zombie still has the program's name, and is reaped as an orphan.
+	if stat, err := readStat(pid); err == nil && stat.zombie() && stat.comm == enter.Name {
+		return 0, fmt.Errorf("%w: it was killed before it became the command", errLeftToRuntime)
+	}
+	return pid, nil
+}
+
+// errLeftToRuntime is in the error of a native start that did not come to anything.
+var errLeftToRuntime = errors.New("left to the OCI runtime")
