@@ -244,7 +244,7 @@ func newRunner(t testing.TB, changes ...func(*Config)) *Runner {
 		TermAfter: 300 * time.Millisecond,
 		KillAfter: 600 * time.Millisecond,
 		DrainIdle: 200 * time.Millisecond,
-		Logger:    slog.New(slog.NewTextHandler(testLog{t}, nil)),
+		Logger:    slog.New(slog.NewTextHandler(testLog{t}, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 	for _, change := range changes {
 		change(&config)

@@ -10,6 +10,7 @@ import (
 	"reflect"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -42,6 +43,8 @@ const (
 	// maxContainers is how many containers the native engine remembers; further ones are left to the
 	// runtime until some of these have ended.
 	maxContainers = 4096
+	// maxFailures is after how many failures in a row a container is left to the runtime.
+	maxFailures = 3
 	// firstPrune is from how many on it looks for those that have ended.
 	firstPrune = 64
 )
@@ -81,6 +84,8 @@ type provenContainer struct {
 	proven  chan struct{}  // closed when the proof is over
 	process *specs.Process // of which the proof is
 	plan    *plan          // nil: left to the runtime
+
+	failures atomic.Int32 // starts in a row that came to nothing
 }
 
 // newNativeEngine never fails: where it cannot work it starts nothing, and says why once.
@@ -105,8 +110,9 @@ func (n *nativeEngine) close() {
 	}
 }
 
-// planFor returns how to start a command in the container, nil when its runtime is to do it.
-func (n *nativeEngine) planFor(ctx context.Context, c Container) *plan {
+// trusted returns the container if commands in it are to be started natively, nil when its runtime is to
+// do it.
+func (n *nativeEngine) trusted(ctx context.Context, c Container) *provenContainer {
 	if n.program == nil || c.InitPid <= 0 || c.InitStartTime == 0 || c.Process == nil {
 		return nil
 	}
@@ -144,7 +150,10 @@ func (n *nativeEngine) planFor(ctx context.Context, c Container) *plan {
 	if container.process != c.Process && !reflect.DeepEqual(container.process, c.Process) {
 		return nil
 	}
-	return container.plan
+	if container.plan == nil || container.failures.Load() >= maxFailures {
+		return nil
+	}
+	return container
 }
 
 // lookup returns what is known of a container, nil when there is no room for another.
@@ -171,15 +180,21 @@ func (n *nativeEngine) lookup(c Container) *provenContainer {
 	return added
 }
 
-// distrust leaves a container to its runtime from now on.
-func (n *nativeEngine) distrust(c Container) {
-	if container := n.lookup(c); container != nil {
-		n.mu.Lock()
-		defer n.mu.Unlock()
-		replaced := *container // starts that are under way keep what they have
-		replaced.plan = nil
-		n.containers[containerKey{c.Runtime, c.Root, c.ID, identity{c.InitPid, c.InitStartTime}}] = &replaced
+// startIn starts a command in a proven container. It reports false when nothing of the command has run
+// and the runtime should start it: because of the command, which the runtime explains better, or because
+// of something else, which a container's trust does not survive maxFailures times in a row.
+func (n *nativeEngine) startIn(ctx context.Context, container *provenContainer, p *Process, spec *specs.Process, streams [3]*os.File) (pid int, started bool, err error) {
+	pid, err = n.start(ctx, p, container.plan, spec, streams, nil)
+	if !errors.Is(err, errLeftToRuntime) {
+		container.failures.Store(0)
+		return pid, true, err
 	}
+	log := n.runner.log.With("container", p.container.ID, "reason", err)
+	log.Debug("a command could not be started natively")
+	if !errors.Is(err, errUnusual) && container.failures.Add(1) == maxFailures {
+		log.Warn("commands of this container are started by its OCI runtime alone from now on")
+	}
+	return 0, false, nil
 }
 
 // prove does the proof and sets the container's plan if it succeeds.
@@ -269,12 +284,12 @@ func (n *nativeEngine) observe(ctx context.Context, c Container, launch launcher
 // has run and the runtime should start it.
 func (n *nativeEngine) start(ctx context.Context, p *Process, plan *plan, spec *specs.Process, streams [3]*os.File, execute *os.File) (int, error) {
 	if plan.paused() {
-		return 0, fmt.Errorf("%w: the container is paused", errLeftToRuntime)
+		return 0, fmt.Errorf("%w: %w: the container is paused", errLeftToRuntime, errUnusual)
 	}
 	request := plan.request
 	var err error
 	if request.Env, request.FindHome, err = runcEnvironment(spec.Env); err != nil {
-		return 0, fmt.Errorf("%w: %w", errLeftToRuntime, err)
+		return 0, fmt.Errorf("%w: %w: %w", errLeftToRuntime, errUnusual, err)
 	}
 	request.Args = spec.Args
 	options := enter.Options{
@@ -294,6 +309,10 @@ func (n *nativeEngine) start(ctx context.Context, p *Process, plan *plan, spec *
 		options.Cgroup = cgroup
 	}
 	pid, err := n.program.Run(ctx, &request, options)
+	var step *enter.StepError
+	if errors.As(err, &step) && step.OfCommand() {
+		return 0, fmt.Errorf("%w: %w: %w", errLeftToRuntime, errUnusual, err)
+	}
 	if errors.Is(err, enter.ErrNotStarted) {
 		return 0, fmt.Errorf("%w: %w", errLeftToRuntime, err)
 	}
@@ -309,5 +328,9 @@ func (n *nativeEngine) start(ctx context.Context, p *Process, plan *plan, spec *
 	return pid, nil
 }
 
-// errLeftToRuntime is in the error of a native start that did not come to anything.
-var errLeftToRuntime = errors.New("left to the OCI runtime")
+var (
+	// errLeftToRuntime is in the error of a native start of which nothing has run.
+	errLeftToRuntime = errors.New("left to the OCI runtime")
+	// errUnusual is in it as well when that is no fault of the engine.
+	errUnusual = errors.New("unusual command or moment")
+)

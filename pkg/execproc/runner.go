@@ -199,13 +199,12 @@ type launcher func(ctx context.Context, p *Process, spec *specs.Process, f files
 // launch is the launcher of commands.
 func (r *Runner) launch(ctx context.Context, p *Process, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
 	if !spec.Terminal { // runc makes terminals, once for each session
-		if plan := r.native.planFor(ctx, p.container); plan != nil {
-			pid, err := r.native.start(ctx, p, plan, spec, streams, nil)
-			if !errors.Is(err, errLeftToRuntime) {
+		if container := r.native.trusted(ctx, p.container); container != nil {
+			pid, started, err := r.native.startIn(ctx, container, p, spec, streams)
+			if started {
 				p.native = err == nil
 				return pid, err
 			}
-			r.log.Debug("a command could not be started natively", "container", p.container.ID, "error", err)
 		}
 	}
 	return r.runtimeLauncher(nil)(ctx, p, spec, f, streams, stderr)

@@ -34,6 +34,9 @@ var (
 // that has ended under this name never did.
 const Name = "enter:[2:INIT]"
 
+// lowestProgram is above all descriptors of the program, CGROUP_FD in program/enter.c.
+const lowestProgram = 16
+
 // Program is the program, ready to be run any number of times, from any number of goroutines. Close
 // releases it once no Run is under way.
 type Program struct{ file *os.File }
@@ -53,7 +56,14 @@ func Load() (*Program, error) {
 	if err != nil {
 		return nil, fmt.Errorf("memfd_create: %w", err)
 	}
-	file := os.NewFile(uintptr(fd), "streamshim-enter")
+	// Out of the way of the descriptors that Run gives to the program, which are put in their places
+	// before this one is executed.
+	high, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, lowestProgram)
+	unix.Close(fd)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate memfd: %w", err)
+	}
+	file := os.NewFile(uintptr(high), "streamshim-enter")
 	if _, err := file.Write(binary); err != nil {
 		file.Close()
 		return nil, fmt.Errorf("write program into memfd: %w", err)
@@ -182,6 +192,11 @@ type StepError struct {
 }
 
 func (e *StepError) Error() string { return e.Step + ": " + e.Errno.Error() }
+
+// OfCommand reports whether the step failed because of the command that was to be executed.
+func (e *StepError) OfCommand() bool {
+	return e.Step == "search command" || e.Step == "execute command" || e.Step == "change directory"
+}
 
 // Unwrap returns the error number.
 func (e *StepError) Unwrap() error { return e.Errno }
