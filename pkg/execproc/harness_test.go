@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -46,7 +47,36 @@ func TestMain(m *testing.M) {
 	rootfs = filepath.Join(dir, "rootfs")
 	code := m.Run()
 	os.RemoveAll(dir)
+	if _, chosen := os.LookupEnv(engineVariable); !chosen && code == 0 && flag.Lookup("test.bench").Value.String() == "" {
+		fmt.Println("execproc: once more, with the engine " + EngineNative)
+		again := exec.Command(os.Args[0], os.Args[1:]...)
+		again.Env = append(os.Environ(), engineVariable+"="+string(EngineNative))
+		again.Stdout, again.Stderr = os.Stdout, os.Stderr
+		if err := again.Run(); err != nil {
+			fmt.Fprintln(os.Stderr, "execproc: with the engine native:", err)
+			code = 1
+		}
+	}
 	os.Exit(code)
+}
+
+// engineVariable names the engine of all Runners. Unless it is set every test runs twice, once with each
+// of them: whatever holds for runc must hold for the native engine.
+const engineVariable = "EXECPROC_TEST_ENGINE"
+
+func testEngine() Engine {
+	if os.Getenv(engineVariable) == string(EngineNative) {
+		return EngineNative
+	}
+	return EngineRunc
+}
+
+// expectEngine fails the test if a process that is no terminal was not started by the engine under test.
+func expectEngine(t testing.TB, p *Process) {
+	t.Helper()
+	if want := testEngine() == EngineNative && p.tty == nil; p.Native() != want {
+		t.Errorf("started natively: %v", p.Native())
+	}
 }
 
 // peer returns the path of a program that test/peers/build.sh builds.
@@ -240,11 +270,12 @@ func newRunner(t testing.TB, changes ...func(*Config)) *Runner {
 	t.Helper()
 	noLeaks(t)
 	config := Config{
+		Engine:    testEngine(),
 		StateDir:  filepath.Join(t.TempDir(), "exec"),
 		TermAfter: 300 * time.Millisecond,
 		KillAfter: 600 * time.Millisecond,
 		DrainIdle: 200 * time.Millisecond,
-		Logger:    slog.New(slog.NewTextHandler(testLog{t}, &slog.HandlerOptions{Level: slog.LevelDebug})),
+		Logger:    slog.New(slog.NewTextHandler(testLog{t}, nil)),
 	}
 	for _, change := range changes {
 		change(&config)
@@ -277,6 +308,7 @@ func start(t testing.TB, r *Runner, c Container, command Command) *Process {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { p.Close() })
+	expectEngine(t, p)
 	return p
 }
 

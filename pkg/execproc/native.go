@@ -76,6 +76,10 @@ type containerKey struct {
 	init              identity
 }
 
+func keyOf(c Container) containerKey {
+	return containerKey{c.Runtime, c.Root, c.ID, identity{c.InitPid, c.InitStartTime}}
+}
+
 // provenContainer is what is known of a container. mu of the engine protects it, but plan does not
 // change once proven is closed.
 type provenContainer struct {
@@ -128,7 +132,7 @@ func (n *nativeEngine) trusted(ctx context.Context, c Container) *provenContaine
 	if begin {
 		prove := func() {
 			defer close(container.proven)
-			n.prove(c, container)
+			n.proveContainer(c, container)
 		}
 		if !n.runner.background(prove) {
 			close(container.proven)
@@ -158,7 +162,7 @@ func (n *nativeEngine) trusted(ctx context.Context, c Container) *provenContaine
 
 // lookup returns what is known of a container, nil when there is no room for another.
 func (n *nativeEngine) lookup(c Container) *provenContainer {
-	key := containerKey{c.Runtime, c.Root, c.ID, identity{c.InitPid, c.InitStartTime}}
+	key := keyOf(c)
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if known := n.containers[key]; known != nil {
@@ -180,6 +184,12 @@ func (n *nativeEngine) lookup(c Container) *provenContainer {
 	return added
 }
 
+func (n *nativeEngine) forget(c Container) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.containers, keyOf(c))
+}
+
 // startIn starts a command in a proven container. It reports false when nothing of the command has run
 // and the runtime should start it: because of the command, which the runtime explains better, or because
 // of something else, which a container's trust does not survive maxFailures times in a row.
@@ -197,52 +207,70 @@ func (n *nativeEngine) startIn(ctx context.Context, container *provenContainer, 
 	return 0, false, nil
 }
 
-// prove does the proof and sets the container's plan if it succeeds.
-func (n *nativeEngine) prove(c Container, container *provenContainer) {
+// proveContainer does the proof and sets the container's plan if it succeeds.
+func (n *nativeEngine) proveContainer(c Container, container *provenContainer) {
 	ctx, cancel := context.WithTimeout(n.runner.ctx, proofTimeout)
 	defer cancel()
 	began := time.Now()
-	plan, err := n.provenPlan(ctx, c)
+	plan, err := newPlan(c)
+	if err == nil {
+		err = n.prove(ctx, c, plan, nil)
+	}
 	log := n.runner.log.With("container", c.ID, "took", time.Since(began).Round(time.Millisecond))
 	if err != nil {
-		if ctx.Err() == nil {
-			log.Info("commands of this container are started by its OCI runtime alone", "reason", err)
+		if passing(err) || ctx.Err() != nil { // to be tried again
+			n.forget(c)
+			log.Debug("the native engine could not prove itself", "reason", err)
+			return
 		}
+		log.Info("commands of this container are started by its OCI runtime alone", "reason", err)
 		return
 	}
 	container.plan = plan
 	log.Debug("commands of this container are started natively")
 }
 
-func (n *nativeEngine) provenPlan(ctx context.Context, c Container) (*plan, error) {
-	plan, err := newPlan(c)
-	if err != nil {
-		return nil, err
+// passing reports whether an error says that the machine was short of something.
+func passing(err error) bool {
+	for _, shortage := range []error{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.EAGAIN, unix.ENOSPC} {
+		if errors.Is(err, shortage) {
+			return true
+		}
 	}
+	return false
+}
+
+// prove completes the plan with the seccomp filters and compares what it comes to with what the
+// runtime's exec comes to. The error is the difference, or why there is no telling. In between it
+// calls spoil, if not nil, by which tests change the plan.
+func (n *nativeEngine) prove(ctx context.Context, c Container, plan *plan, spoil func()) error {
 	inherited, err := inheritedFilters()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	reference, filters, err := n.observe(ctx, c, n.runner.runtimeLauncher(n.program.File()))
 	if err != nil {
-		return nil, fmt.Errorf("started by the runtime: %w", err)
+		return fmt.Errorf("started by the runtime: %w", err)
 	}
 	const word = "status Speculation_Store_Bypass"
 	plan.request.Filters = filtersToInstall(filters, inherited, !strings.Contains(reference[word], "mitigated"))
+	if spoil != nil {
+		spoil()
+	}
 	native := func(ctx context.Context, p *Process, spec *specs.Process, _ files, streams [3]*os.File, _ *os.File) (int, error) {
 		return n.start(ctx, p, plan, spec, streams, n.program.File())
 	}
 	got, gotFilters, err := n.observe(ctx, c, native)
 	if err != nil {
-		return nil, fmt.Errorf("started natively: %w", err)
+		return fmt.Errorf("started natively: %w", err)
 	}
 	if differences := reference.differences(got); len(differences) > 0 {
-		return nil, fmt.Errorf("a command started natively is not the same: %s", strings.Join(differences, "; "))
+		return fmt.Errorf("a command started natively is not the same: %s", strings.Join(differences, "; "))
 	}
 	if !reflect.DeepEqual(filters, gotFilters) {
-		return nil, errors.New("a command started natively has other seccomp filters")
+		return errors.New("a command started natively has other seccomp filters")
 	}
-	return plan, nil
+	return nil
 }
 
 // observe starts the program as a command and looks at it.
@@ -317,13 +345,11 @@ func (n *nativeEngine) start(ctx context.Context, p *Process, plan *plan, spec *
 		return 0, fmt.Errorf("%w: %w", errLeftToRuntime, err)
 	}
 	if err != nil {
-		// Whatever runs has our pipes, which nobody else has. No process has this leader's pid.
-		newTree(identity{pid: -1, start: n.runner.owner.start}, p.container.InitPid, p.ends).kill()
+		// A child, and so not another's pid.
+		if stat, statErr := readStat(pid); pid != 0 && statErr == nil {
+			newTree(stat.identity, p.container.InitPid, p.ends).kill()
+		}
 		return 0, err
-	}
-	// Killed on its way: its zombie still has the program's name, and is reaped as an orphan.
-	if stat, err := readStat(pid); err == nil && stat.zombie() && stat.comm == enter.Name {
-		return 0, fmt.Errorf("%w: it was killed before it became the command", errLeftToRuntime)
 	}
 	return pid, nil
 }

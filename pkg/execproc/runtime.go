@@ -112,6 +112,9 @@ func execInContainer(ctx context.Context, c Container, spec *specs.Process, f fi
 		return command.Process.Kill() // in case /proc could not be read
 	}
 	if err := command.Start(); err != nil {
+		if ctx.Err() != nil {
+			return 0, context.Cause(ctx)
+		}
 		return 0, fmt.Errorf("run the OCI runtime: %w", err)
 	}
 	// The pid is the runtime's until Wait below.

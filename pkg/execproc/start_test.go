@@ -401,6 +401,7 @@ func TestSlowReaderDoesNotDelayReaping(t *testing.T) {
 	if _, err := io.ReadFull(p.Stdout(), buffer); err != nil {
 		t.Fatal(err)
 	}
+	eventually(t, "the pipe fills up", func() bool { return pending(t, p.pipes.stdout) >= 64<<10 })
 	runc(t, c, "kill", c.ID, "KILL")
 	closes(t, p.Exited(), "the exit, unread output or not")
 	eventually(t, "the container's init is gone or a zombie", func() bool {
@@ -411,4 +412,17 @@ func TestSlowReaderDoesNotDelayReaping(t *testing.T) {
 	if err != nil || len(rest) < 64<<10 {
 		t.Errorf("output after the exit: %d bytes, %v", len(rest), err)
 	}
+}
+
+// pending is how many bytes lie in a pipe.
+func pending(t *testing.T, pipe *os.File) (n int) {
+	t.Helper()
+	raw, err := pipe.SyscallConn()
+	if err == nil {
+		err = raw.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ) }) //nolint:errcheck // then 0
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }

@@ -1,6 +1,7 @@
 package enter
 
 import (
+	"bytes"
 	"context"
 	"embed"
 	"encoding/binary"
@@ -98,9 +99,11 @@ type Options struct {
 }
 
 // Run starts the command and returns its pid. It then is a child of this process, which must reap it;
-// until Run returns it may have ended already. When the context is done Options.Cancel is called and the error
-// is the context's cause. An error that wraps ErrNotStarted says that nothing of the command has run,
-// but there may be a zombie of its process; after any other the caller cannot know.
+// until Run returns it may have ended already.
+//
+// When the context is done Options.Cancel is called and the error is the context's cause. An error that
+// wraps ErrNotStarted says that nothing of the command has run or will run, but there may be a zombie
+// of its process. With any other error the pid, if it is not 0, is that of a process that must be killed.
 func (p *Program) Run(ctx context.Context, request *Request, o Options) (int, error) {
 	encoded, err := request.encode(o.Execute != nil, o.Cgroup != nil)
 	if err != nil {
@@ -146,15 +149,48 @@ func (p *Program) Run(ctx context.Context, request *Request, o Options) (int, er
 	pid, failed := parseRecords(records)
 	switch {
 	case ctx.Err() != nil:
-		return 0, context.Cause(ctx)
+		return pid, context.Cause(ctx)
 	case failed != nil:
 		return 0, fmt.Errorf("%w: %w", ErrNotStarted, failed)
 	case readErr != nil:
-		return 0, fmt.Errorf("read result of enter: %w", readErr)
+		return pid, fmt.Errorf("read result of enter: %w", readErr)
 	case pid == 0:
 		return 0, fmt.Errorf("%w: enter ended without a word (%w)", ErrNotStarted, errors.Join(waitErr, errNoRecord))
 	}
+	if became, err := becameCommand(pid); !became {
+		return pid, err
+	}
 	return pid, nil
+}
+
+// becomeTimeout bounds the wait for a process whose descriptors are closed to have a new name or to be
+// gone, which are microseconds.
+const becomeTimeout = 5 * time.Second
+
+// becameCommand tells a process that has become the command from one that was killed just before: both
+// have closed the result pipe.
+func becameCommand(pid int) (bool, error) {
+	deadline := time.Now().Add(becomeTimeout)
+	for pause := 10 * time.Microsecond; ; pause = min(2*pause, 10*time.Millisecond) {
+		stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+		if err != nil {
+			return false, fmt.Errorf("look at the command: %w", err)
+		}
+		open, end := bytes.IndexByte(stat, '('), bytes.LastIndexByte(stat, ')')
+		if open < 0 || end < open || len(stat) < end+3 {
+			return false, fmt.Errorf("process %d: not what proc_pid_stat(5) says: %q", pid, stat)
+		}
+		if string(stat[open+1:end]) != Name {
+			return true, nil
+		}
+		if state := stat[end+2]; state == 'Z' || state == 'X' {
+			return false, fmt.Errorf("%w: it was killed on its way", ErrNotStarted)
+		}
+		if time.Now().After(deadline) {
+			return false, fmt.Errorf("process %d neither became the command nor ended", pid)
+		}
+		time.Sleep(pause) // nothing announces an execve
+	}
 }
 
 var errNoRecord = errors.New("no process id")

@@ -295,14 +295,18 @@ static void execute(char **args, char **env)
 /*
  * The command that is started both ways and compared. It stays until its stdin ends, so that it can be
  * looked at, and says on stdout what cannot be seen from outside: its session keyring, where asked,
- * which is where nothing forbids the question.
+ * which is where nothing forbids the question. "type;uid;gid;permissions;name", keyctl(2).
  */
 static int probe(int keyring)
 {
-	char text[32] = "ready\n";
-	if (keyring)
-		snprintf(text, sizeof text, "ready %ld\n", syscall(SYS_keyctl, KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING, 0));
-	if (write(1, text, strlen(text)) < 0)
+	char text[256] = "ready ";
+	size_t length = strlen(text);
+	if (keyring) {
+		long described = syscall(SYS_keyctl, KEYCTL_DESCRIBE, KEY_SPEC_SESSION_KEYRING, text + length, sizeof text - length - 1);
+		length += described > 0 && described < (long)(sizeof text - length) ? described - 1 : 0;
+	}
+	text[length++] = '\n';
+	if (write(1, text, length) < 0)
 		return 1;
 	while (read(0, text, sizeof text) > 0)
 		;
@@ -363,13 +367,22 @@ int main(int argc, char **argv)
 		fork.flags |= CLONE_INTO_CGROUP;
 		fork.cgroup = CGROUP_FD;
 	}
+	int go[2];
+	if (pipe2(go, O_CLOEXEC) < 0)
+		fail("make pipe");
 	pid_t child = syscall(SYS_clone3, &fork, sizeof fork);
 	if (child < 0)
 		fail("fork");
 	if (child > 0) {
 		struct record started = { .kind = 1, .value = child };
-		_exit(write(RESULT_FD, &started, sizeof started) == sizeof started ? 0 : 3);
+		_exit(write(RESULT_FD, &started, sizeof started) == sizeof started && write(go[1], "g", 1) == 1 ? 0 : 3);
 	}
+
+	/* Not a step before the caller can know of this process: it might not want it any more. */
+	char told;
+	close(go[1]);
+	if (read(go[0], &told, 1) != 1)
+		_exit(4);
 
 	/* By this name streamshim knows a process that ended before it became the command. */
 	prctl(PR_SET_NAME, "enter:[2:INIT]", 0, 0, 0);
