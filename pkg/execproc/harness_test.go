@@ -179,7 +179,8 @@ func newContainer(t testing.TB, changes ...func(*specs.Spec)) Container {
 	if err := json.Unmarshal(data, &config); err != nil {
 		t.Fatal(err)
 	}
-	id := fmt.Sprintf("execproc-test-%d-%d", os.Getpid(), containers.Add(1))
+	id := fmt.Sprintf("execproc-test-%d-%d-", os.Getpid(), containers.Add(1))
+	id += strings.Repeat("0", 64-len(id)) // as long as those of containerd
 	config.Root = &specs.Root{Path: fs}
 	config.Process.Terminal = false
 	config.Process.Args = []string{"sleep", "100000"}

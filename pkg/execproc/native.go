@@ -40,6 +40,8 @@ const (
 	startsBeforeProof = 2
 	// proofTimeout bounds a proof.
 	proofTimeout = 20 * time.Second
+	// maxAnswer is more than the program of a proof can say.
+	maxAnswer = 512
 	// maxContainers is how many containers the native engine remembers; further ones are left to the
 	// runtime until some of these have ended.
 	maxContainers = 4096
@@ -292,7 +294,7 @@ func (n *nativeEngine) observe(ctx context.Context, c Container, launch launcher
 		stop()
 		p.Close()
 	}()
-	answer, err := bufio.NewReader(io.LimitReader(p.stdout, 64)).ReadString('\n')
+	answer, err := bufio.NewReader(io.LimitReader(p.stdout, maxAnswer)).ReadString('\n')
 	if err != nil {
 		return nil, nil, fmt.Errorf("the program said %q: %w", answer, errors.Join(err, ctx.Err()))
 	}

@@ -103,7 +103,7 @@ func newBench(ctx context.Context, o options, amount scale) (b *bench, done func
 	if err != nil {
 		return nil, nil, err
 	}
-	b = &bench{scale: amount, results: results{}, copySize: map[string]int{}}
+	b = &bench{program: program, scale: amount, results: results{}, copySize: map[string]int{}}
 	done = func() error {
 		if b.server != nil {
 			_ = b.server.listener.Close() //nolint:errcheck // nobody dials it any more
@@ -135,14 +135,17 @@ func memoryFolder() string {
 func (b *bench) prepare(ctx context.Context, n *node.Node) error {
 	b.node = n
 	b.sides = []side{{containerd, n.Upstream()}, {streamshim, n.Runtime()}}
-	for _, name := range []string{"containerd", "streamshim"} {
+	var err error
+	if b.throughRunc, err = startThroughRunc(ctx, n, b.program); err != nil {
+		return err
+	}
+	for _, name := range []string{"containerd", "streamshim", throughRuncProcess} {
 		a, err := newAccount(name, n.PID(name))
 		if err != nil {
 			return err
 		}
 		b.servers = append(b.servers, a)
 	}
-	var err error
 	if b.sandbox, err = n.RunPod(ctx, node.PodSpec{}); err != nil {
 		return err
 	}

@@ -25,8 +25,10 @@ type bench struct {
 	node        *node.Node
 	scale       scale
 	results     results
+	program     string // of streamshim
 	sides       []side
-	servers     accounts // containerd with its shims, and streamshim
+	throughRunc side
+	servers     accounts // containerd with its shims, and both streamshims
 	container   *account // the processes in the container, runc's own last steps there included
 	sandbox     string   // IDs
 	containerID string   // without a seccomp profile, as Kubernetes has it unless told otherwise
