@@ -87,7 +87,7 @@ func (p *Program) Close() error { return p.file.Close() }
 type Options struct {
 	// Container is a pidfd of a process in the container, whose namespaces are joined.
 	Container int
-	// Streams are the command's standard streams.
+	// Streams are the command's standard streams, none of them nil.
 	Streams [3]*os.File
 	// Cgroup, if not nil, is the directory of the version 2 cgroup in which the command begins.
 	Cgroup *os.File
