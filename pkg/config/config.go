@@ -68,7 +68,7 @@ type Runtime struct {
 
 // Exec is how commands run in containers.
 type Exec struct {
-	Engine       string   `toml:"engine"`        // what starts commands: auto, runc or native
+	Engine       string   `toml:"engine"`        // what starts commands: auto (natively where that is proven to be the same as runc exec, docs/engines.md), runc (always the OCI runtime), or native (as auto, but proven before a container's first command)
 	OnDisconnect string   `toml:"on_disconnect"` // what becomes of a command whose client has gone: hangup, kill or keep
 	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
 	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
