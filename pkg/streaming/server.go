@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/url"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
@@ -84,9 +85,12 @@ const (
 	defaultPeerTimeout           = 45 * time.Second
 	defaultAttachBuffer          = 1 << 20
 
-	readHeaderTimeout = 10 * time.Second // of an HTTP request
-	keepAliveTimeout  = 60 * time.Second // of an HTTP connection between requests
-	maxHeaderBytes    = 64 << 10
+	requestTimeout   = 10 * time.Second // for an HTTP request to come, and for its answer to be taken
+	keepAliveTimeout = 60 * time.Second // of an HTTP connection between requests
+	maxHeaderBytes   = 64 << 10
+	// maxPlainConnections bounds the connections that are not upgraded: twice as many as there may be
+	// tokens. Whoever shares the node's loopback can connect, pods with hostNetwork too.
+	maxPlainConnections = 2 * maxTokens
 
 	shutdownGrace = 2 * time.Second // for clients to read the status at shutdown
 )
@@ -129,6 +133,9 @@ type Server struct {
 	http   *http.Server
 	base   url.URL // scheme and address of the URLs
 
+	plain    atomic.Int64 // connections that are not upgraded
+	maxPlain int64
+
 	ctx      context.Context // of all sessions
 	cancel   context.CancelCauseFunc
 	sessions sync.WaitGroup // one for each session's goroutine
@@ -165,8 +172,9 @@ func (s *Server) current() Config {
 // clients on this node can dial. Serve starts it.
 func NewServer(config Config, listener net.Addr) *Server {
 	s := &Server{
-		config: config.withDefaults(),
-		base:   url.URL{Scheme: "http", Host: listener.String()},
+		config:   config.withDefaults(),
+		maxPlain: maxPlainConnections,
+		base:     url.URL{Scheme: "http", Host: listener.String()},
 		settings: Settings{
 			IdleTimeout: config.IdleTimeout, MaxLifetime: config.MaxLifetime, Bandwidth: config.Bandwidth,
 		},
@@ -174,12 +182,15 @@ func NewServer(config Config, listener net.Addr) *Server {
 	s.tokens = newTokenCache(s.config.Observe)
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	s.watch = newWatcher(s.config)
+	// None of the limits holds for a connection that was upgraded: net/http has let go of it.
 	s.http = &http.Server{
-		Handler:           s.handler(),
-		ReadHeaderTimeout: readHeaderTimeout,
-		IdleTimeout:       keepAliveTimeout,
-		MaxHeaderBytes:    maxHeaderBytes,
-		ErrorLog:          slog.NewLogLogger(s.config.Log.Handler(), slog.LevelDebug),
+		Handler:        s.handler(),
+		ReadTimeout:    requestTimeout, // of the body too, which net/http reads to its end before it answers
+		WriteTimeout:   requestTimeout,
+		IdleTimeout:    keepAliveTimeout,
+		MaxHeaderBytes: maxHeaderBytes,
+		ConnState:      s.countConnection,
+		ErrorLog:       slog.NewLogLogger(s.config.Log.Handler(), slog.LevelDebug),
 	}
 	return s
 }
@@ -248,6 +259,20 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	s.cancel(&session.EndError{Reason: "shutdown", Message: ErrShuttingDown.Error()})
 	s.sessions.Wait()
 	return err
+}
+
+// countConnection closes connections beyond maxPlain, so that they cannot take the descriptors that
+// sessions need.
+func (s *Server) countConnection(c net.Conn, state http.ConnState) {
+	switch state {
+	case http.StateNew:
+		if s.plain.Add(1) > s.maxPlain {
+			s.config.Log.Debug("connection refused, too many are not upgraded", "peer", c.RemoteAddr(), "limit", s.maxPlain)
+			c.Close() //nolint:errcheck // net/http sees it and reports StateClosed
+		}
+	case http.StateHijacked, http.StateClosed:
+		s.plain.Add(-1)
+	}
 }
 
 func (s *Server) handler() http.Handler {
