@@ -52,6 +52,8 @@ func TestMistakes(t *testing.T) {
 		{"not loopback", "stream_address = '0.0.0.0:0'\n", []string{"1: ", "loopback"}},
 		{"no port", "stream_address = '127.0.0.1'\n", []string{"1: ", "HOST:PORT"}},
 		{"kill before term", "[exec]\nterm_after = '5s'\nkill_after = '1s'\n", []string{"3: ", "term_after"}},
+		{"term at once", "[exec]\nterm_after = '0s'\n", []string{"2: ", "more than 0", `on_disconnect = "kill"`}},
+		{"no linger", "[exec]\n\nlinger = '0s'\n", []string{"3: ", "more than 0"}},
 		{"sync output", "[exec]\nsync_output = 99999999\n", []string{"2: ", "exec.sync_output"}},
 		{"attach buffer", "[attach]\nbuffer = 1\n", []string{"2: ", "attach.buffer"}},
 		{"admin is the CRI socket", "listen = 'unix:///a'\nadmin = 'unix:///a'\n", []string{"2: ", "another path"}},
