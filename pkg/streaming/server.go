@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"net/url"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
@@ -85,12 +84,10 @@ const (
 	defaultPeerTimeout           = 45 * time.Second
 	defaultAttachBuffer          = 1 << 20
 
-	requestTimeout   = 10 * time.Second // for an HTTP request to come, and for its answer to be taken
-	keepAliveTimeout = 60 * time.Second // of an HTTP connection between requests
-	maxHeaderBytes   = 64 << 10
-	// maxPlainConnections bounds the connections that are not upgraded: twice as many as there may be
-	// tokens. Whoever shares the node's loopback can connect, pods with hostNetwork too.
-	maxPlainConnections = 2 * maxTokens
+	requestTimeout      = 10 * time.Second // for an HTTP request to come, and for its answer to be taken
+	keepAliveTimeout    = 60 * time.Second // of an HTTP connection between requests
+	maxHeaderBytes      = 64 << 10
+	maxPlainConnections = 2 * maxTokens // not upgraded; nobody needs more than there are tokens
 
 	shutdownGrace = 2 * time.Second // for clients to read the status at shutdown
 )
@@ -132,9 +129,7 @@ type Server struct {
 	tokens *tokenCache
 	http   *http.Server
 	base   url.URL // scheme and address of the URLs
-
-	plain    atomic.Int64 // connections that are not upgraded
-	maxPlain int64
+	plain  *plainConnections
 
 	ctx      context.Context // of all sessions
 	cancel   context.CancelCauseFunc
@@ -172,9 +167,9 @@ func (s *Server) current() Config {
 // clients on this node can dial. Serve starts it.
 func NewServer(config Config, listener net.Addr) *Server {
 	s := &Server{
-		config:   config.withDefaults(),
-		maxPlain: maxPlainConnections,
-		base:     url.URL{Scheme: "http", Host: listener.String()},
+		config: config.withDefaults(),
+		plain:  newPlainConnections(maxPlainConnections),
+		base:   url.URL{Scheme: "http", Host: listener.String()},
 		settings: Settings{
 			IdleTimeout: config.IdleTimeout, MaxLifetime: config.MaxLifetime, Bandwidth: config.Bandwidth,
 		},
@@ -189,7 +184,7 @@ func NewServer(config Config, listener net.Addr) *Server {
 		WriteTimeout:   requestTimeout,
 		IdleTimeout:    keepAliveTimeout,
 		MaxHeaderBytes: maxHeaderBytes,
-		ConnState:      s.countConnection,
+		ConnState:      s.plain.changed,
 		ErrorLog:       slog.NewLogLogger(s.config.Log.Handler(), slog.LevelDebug),
 	}
 	return s
@@ -259,20 +254,6 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	s.cancel(&session.EndError{Reason: "shutdown", Message: ErrShuttingDown.Error()})
 	s.sessions.Wait()
 	return err
-}
-
-// countConnection closes connections beyond maxPlain, so that they cannot take the descriptors that
-// sessions need.
-func (s *Server) countConnection(c net.Conn, state http.ConnState) {
-	switch state {
-	case http.StateNew:
-		if s.plain.Add(1) > s.maxPlain {
-			s.config.Log.Debug("connection refused, too many are not upgraded", "peer", c.RemoteAddr(), "limit", s.maxPlain)
-			c.Close() //nolint:errcheck // net/http sees it and reports StateClosed
-		}
-	case http.StateHijacked, http.StateClosed:
-		s.plain.Add(-1)
-	}
 }
 
 func (s *Server) handler() http.Handler {

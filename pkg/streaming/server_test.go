@@ -17,7 +17,7 @@ import (
 
 // startHastyServer is startServer with HTTP limits that a test need not wait for long: those that are
 // set are a hundredth of what they are, those that are not stay so.
-func startHastyServer(t *testing.T, maxPlain int64) *testServer {
+func startHastyServer(t *testing.T) *testServer {
 	t.Helper()
 	leak.Check(t)
 	config := Config{Log: slog.New(slog.DiscardHandler)}
@@ -29,9 +29,6 @@ func startHastyServer(t *testing.T, maxPlain int64) *testServer {
 	s := &testServer{Server: NewServer(config, listener.Addr()), t: t, served: make(chan error, 1)}
 	for _, limit := range []*time.Duration{&s.http.ReadHeaderTimeout, &s.http.ReadTimeout, &s.http.WriteTimeout, &s.http.IdleTimeout} {
 		*limit /= 100
-	}
-	if maxPlain > 0 {
-		s.maxPlain = maxPlain
 	}
 	go func() { s.served <- s.Serve(listener) }()
 	t.Cleanup(s.stop)
@@ -52,7 +49,7 @@ func (s *testServer) dial(t *testing.T) net.Conn {
 // A client that never finishes a request, or never takes an answer, is let go (slow loris), whatever
 // part of the request it is slow with.
 func TestSlowRequestsAreLetGo(t *testing.T) {
-	s := startHastyServer(t, 0)
+	s := startHastyServer(t)
 	const head = "POST /exec/nothing HTTP/1.1\r\nHost: localhost\r\n"
 	for name, send := range map[string]func(net.Conn){
 		"nothing":     func(net.Conn) {},
@@ -96,7 +93,7 @@ func TestSlowRequestsAreLetGo(t *testing.T) {
 			<-closed
 		})
 	}
-	eventually(t, "no connection is left", func() bool { return s.plain.Load() == 0 })
+	eventually(t, "no connection is left", func() bool { return s.plain.count() == 0 })
 }
 
 func isTimeout(err error) bool {
@@ -104,27 +101,32 @@ func isTimeout(err error) bool {
 	return ok && timeout.Timeout()
 }
 
-// Connections that are not upgraded are bounded; those that are count no more.
+// Connections that are not upgraded are bounded, and whoever has a token is served all the same.
 func TestPlainConnectionsAreBounded(t *testing.T) {
-	s := startHastyServer(t, 3)
+	const limit = 10
+	s := startServer(t, Config{})
+	s.plain.mu.Lock()
+	s.plain.max = limit
+	s.plain.mu.Unlock()
 	executor := &hostExecutor{t: t}
 	options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Stderr: io.Discard}
-	for range 5 { // one after the other, and all of them stay
-		startRaw(t, "SPDY", s.execURL(executor, options, "sleep", "600"), Command{})
+	var idle []net.Conn
+	for i := range 3 * limit {
+		idle = append(idle, s.dial(t)) // says nothing
+		if i%limit == 0 {
+			startRaw(t, "SPDY", s.execURL(executor, options, "sleep", "600"), Command{})
+		}
+		if n := s.plain.count(); n > limit {
+			t.Fatalf("%d connections that are not upgraded", n)
+		}
 	}
-	eventually(t, "the sessions", func() bool { return executor.count() == 5 })
-	eventually(t, "no connection is counted", func() bool { return s.plain.Load() == 0 })
-
-	s.plain.Add(3) // as many as there may be
-	conn := s.dial(t)
-	io.WriteString(conn, "GET /exec/nothing HTTP/1.1\r\nHost: localhost\r\n\r\n")
-	if answer, _ := io.ReadAll(conn); len(answer) > 0 {
-		t.Errorf("one connection too many was answered: %s", answer)
+	for _, conn := range idle[:2*limit] {
+		if _, err := conn.Read(make([]byte, 1)); err == nil || isTimeout(err) {
+			t.Errorf("an old connection was not closed: %v", err)
+		}
 	}
-	s.plain.Add(-3)
-	conn = s.dial(t)
-	io.WriteString(conn, "GET /exec/nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-	if answer, err := io.ReadAll(conn); err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 404 ") {
-		t.Errorf("afterwards: %q, %v", answer, err)
+	eventually(t, "the commands run", func() bool { return executor.count() == 3 })
+	if n := len(s.config.Sessions.List()); n != 3 {
+		t.Errorf("%d sessions live", n)
 	}
 }
