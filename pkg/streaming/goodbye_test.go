@@ -1,6 +1,8 @@
 package streaming
 
 import (
+	"bytes"
+	"context"
 	"io"
 	"net/http"
 	"net/url"
@@ -67,6 +69,54 @@ func TestClientGoneWhileOutputIsHeld(t *testing.T) {
 		<-done
 		eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
 	})
+}
+
+// A session ends within a second of its container, in words, also while the upstream cannot say why.
+func TestContainerEndIsToldWithinASecond(t *testing.T) {
+	silent := func(ctx context.Context) string {
+		<-ctx.Done()
+		return ""
+	}
+	for reason, ask := range map[string]func(context.Context) string{
+		"container was OOM-killed":               func(context.Context) string { return "container was OOM-killed" },
+		"the container's main process has ended": silent,
+	} {
+		t.Run(reason, func(t *testing.T) {
+			forEachTransport(t, func(t *testing.T, transport string) {
+				s := startServer(t, Config{})
+				soonest := time.Hour
+				for range 3 { // one of them is not held up by a busy machine
+					executor := &hostExecutor{t: t}
+					raw, err := s.Exec(&ExecRequest{
+						Executor: executor, Command: Command{Args: []string{"sleep", "600"}, Stdout: true, Stderr: true}, EndReason: ask,
+					})
+					if err != nil {
+						t.Fatal(err)
+					}
+					u, err := url.Parse(raw)
+					if err != nil {
+						t.Fatal(err)
+					}
+					var stderr bytes.Buffer
+					done := make(chan error, 1)
+					go func() {
+						done <- stream(t.Context(), t, transport, u, remotecommand.StreamOptions{Stdout: io.Discard, Stderr: &stderr})
+					}()
+					eventually(t, "the command's start", func() bool { return executor.count() == 1 })
+					begin := time.Now()
+					close(executor.last().containerExited)
+					err = <-done
+					soonest = min(soonest, time.Since(begin))
+					if exitCode(t, err) != 137 || stderr.String() != "[streamshim: "+reason+"]\n" {
+						t.Errorf("%v, %q; want %q", err, &stderr, reason)
+					}
+				}
+				if soonest > time.Second {
+					t.Errorf("told after %v", soonest)
+				}
+			})
+		})
+	}
 }
 
 // within waits for a channel to be closed.
