@@ -85,7 +85,7 @@ func TestContainerEndIsToldWithinASecond(t *testing.T) {
 			forEachTransport(t, func(t *testing.T, transport string) {
 				s := startServer(t, Config{})
 				soonest := time.Hour
-				for range 3 { // one of them is not held up by a busy machine
+				for attempts := 0; soonest > time.Second && attempts < 10; attempts++ { // a busy machine may hold up some of them
 					executor := &hostExecutor{t: t}
 					raw, err := s.Exec(&ExecRequest{
 						Executor: executor, Command: Command{Args: []string{"sleep", "600"}, Stdout: true, Stderr: true}, EndReason: ask,

@@ -288,7 +288,7 @@ func TestPodClosesFirst(t *testing.T) {
 		})
 		f := s.portForward(t, transport, port)
 		soonest := time.Hour
-		for range 5 { // one of them is not held up by a busy machine
+		for attempts := 0; soonest > 500*time.Millisecond && attempts < 10; attempts++ { // a busy machine may hold up some
 			conn := f.dial(port)
 			begin := time.Now()
 			conn.Write([]byte("x"))
