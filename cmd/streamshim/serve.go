@@ -195,6 +195,9 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		DrainIdle:    time.Duration(c.Exec.DrainIdle),
 		Logger:       log,
 	}
+	if runnerConfig.DrainIdle == 0 {
+		runnerConfig.DrainIdle = time.Hour // execproc's zero is its default; for ExecSync its DrainMax comes first
+	}
 	streamingConfig := streamingConfig(c, log, operation)
 	criConfig := cri.Config{
 		StreamErrorCode:     streamErrorCode,

@@ -73,7 +73,7 @@ type Exec struct {
 	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
 	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
 	StartTimeout Duration `toml:"start_timeout"` // for the OCI runtime to start the command
-	DrainIdle    Duration `toml:"drain_idle"`    // silence after which output held by a background child is complete
+	DrainIdle    Duration `toml:"drain_idle"`    // silence after which output held by a background child is complete; 0 is for ever, for ExecSync 10 s
 	DrainMax     Duration `toml:"drain_max"`     // the same wait while output still flows
 	Linger       Duration `toml:"linger"`        // without progress, for a client to take the rest
 	IdleTimeout  Duration `toml:"idle_timeout"`  // without payload in either direction, until a session is ended; 0 is off
@@ -324,6 +324,21 @@ func (c *Config) validate() *ValueError {
 	}
 	if !strings.HasPrefix(c.StateDir, "/") {
 		checks = append(checks, &ValueError{"state_dir", "must be an absolute path"})
+	}
+	for _, wait := range []struct {
+		key   string
+		value Duration
+		hint  string
+	}{
+		{"exec.term_after", c.Exec.TermAfter, `; on_disconnect = "kill" kills at once`},
+		{"exec.kill_after", c.Exec.KillAfter, `; on_disconnect = "kill" kills at once`},
+		{"exec.start_timeout", c.Exec.StartTimeout, ""},
+		{"exec.drain_max", c.Exec.DrainMax, ""},
+		{"exec.linger", c.Exec.Linger, ""},
+	} {
+		if wait.value == 0 {
+			checks = append(checks, &ValueError{wait.key, "must be more than 0" + wait.hint})
+		}
 	}
 	if c.Exec.KillAfter < c.Exec.TermAfter {
 		checks = append(checks, &ValueError{"exec.kill_after", fmt.Sprintf("%v is before exec.term_after (%v); both count from the hang-up",

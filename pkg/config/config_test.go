@@ -15,6 +15,34 @@ func TestDefaultIsValid(t *testing.T) {
 	}
 }
 
+// What users get who configure nothing, and what the documentation promises them.
+func TestDefaults(t *testing.T) {
+	c := Default()
+	for name, pair := range map[string][2]any{
+		"stream_address":           {c.StreamAddress, "127.0.0.1:0"},
+		"metrics_address":          {c.MetricsAddress, ""},
+		"exec.on_disconnect":       {c.Exec.OnDisconnect, "hangup"},
+		"exec.term_after":          {c.Exec.TermAfter, Duration(5 * time.Second)},
+		"exec.kill_after":          {c.Exec.KillAfter, Duration(10 * time.Second)},
+		"exec.drain_idle":          {c.Exec.DrainIdle, Duration(2 * time.Second)},
+		"exec.idle_timeout":        {c.Exec.IdleTimeout, Duration(4 * time.Hour)},
+		"exec.max_lifetime":        {c.Exec.MaxLifetime, Duration(0)},
+		"attach.idle_timeout":      {c.Attach.IdleTimeout, Duration(4 * time.Hour)},
+		"attach.max_lifetime":      {c.Attach.MaxLifetime, Duration(0)},
+		"portforward.idle_timeout": {c.PortForward.IdleTimeout, Duration(4 * time.Hour)},
+		"portforward.max_lifetime": {c.PortForward.MaxLifetime, Duration(0)},
+		"portforward.refused":      {c.PortForward.Refused, "reset"},
+		"portforward.stall":        {c.PortForward.Stall, Duration(30 * time.Second)},
+	} {
+		if pair[0] != pair[1] {
+			t.Errorf("%s is %v by default, want %v", name, pair[0], pair[1])
+		}
+	}
+	if c.Exec.SyncOutput >= 16<<20 {
+		t.Errorf("an ExecSync returns up to %d bytes, more than gRPC lets through", c.Exec.SyncOutput)
+	}
+}
+
 func TestFileOverridesDefaults(t *testing.T) {
 	c := Default()
 	err := c.parse([]byte("listen = 'unix:///tmp/s.sock'\n[exec]\non_disconnect = 'keep'\ndrain_idle = '0s'\n"))
@@ -52,6 +80,8 @@ func TestMistakes(t *testing.T) {
 		{"not loopback", "stream_address = '0.0.0.0:0'\n", []string{"1: ", "loopback"}},
 		{"no port", "stream_address = '127.0.0.1'\n", []string{"1: ", "HOST:PORT"}},
 		{"kill before term", "[exec]\nterm_after = '5s'\nkill_after = '1s'\n", []string{"3: ", "term_after"}},
+		{"term at once", "[exec]\nterm_after = '0s'\n", []string{"2: ", "more than 0", `on_disconnect = "kill"`}},
+		{"no linger", "[exec]\n\nlinger = '0s'\n", []string{"3: ", "more than 0"}},
 		{"sync output", "[exec]\nsync_output = 99999999\n", []string{"2: ", "exec.sync_output"}},
 		{"attach buffer", "[attach]\nbuffer = 1\n", []string{"2: ", "attach.buffer"}},
 		{"admin is the CRI socket", "listen = 'unix:///a'\nadmin = 'unix:///a'\n", []string{"2: ", "another path"}},

@@ -25,7 +25,7 @@ const (
 )
 
 // Listen creates the Unix socket at path, readable and writable for its owner alone (0600), and its
-// directory when there is none (0755). A socket left behind by a process that has ended is replaced;
+// directory when there is none (0700). A socket left behind by a process that has ended is replaced;
 // a socket on which somebody accepts connections, and anything that is no socket, is an error.
 // Closing the listener removes the socket, unless another process has put its own there.
 func Listen(path string) (net.Listener, error) {
@@ -36,7 +36,7 @@ func Listen(path string) (net.Listener, error) {
 		return nil, fmt.Errorf("listen on %s: the path has %d characters, a Unix socket's may have %d", path, len(path), maxSocketPath)
 	}
 	directory := filepath.Dir(path)
-	if err := os.MkdirAll(directory, 0o755); err != nil {
+	if err := os.MkdirAll(directory, 0o700); err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
 	unlock, err := lockDirectory(directory)

@@ -24,6 +24,9 @@ func TestListenCreatesPrivateSocketAndRemovesIt(t *testing.T) {
 	if info.Mode() != fs.ModeSocket|0o600 {
 		t.Errorf("mode %v, want a socket with 0600", info.Mode())
 	}
+	if folder, err := os.Stat(filepath.Dir(path)); err != nil || folder.Mode().Perm() != 0o700 {
+		t.Errorf("its folder: %v, %v; want 0700", folder, err)
+	}
 	if err := listener.Close(); err != nil {
 		t.Fatal(err)
 	}

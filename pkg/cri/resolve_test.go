@@ -19,6 +19,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/pkg/session"
@@ -255,6 +256,11 @@ func TestResolveContainerThatDoesNotRun(t *testing.T) {
 	}
 	_, err := startResolver(t, &fakeRuntime{}).running(testContext(t), "nosuch")
 	wantCode(t, err, codes.NotFound, `find container "nosuch": not found`)
+	ambiguous := &fakeRuntime{containerStatus: func(*runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
+		return nil, status.Error(codes.Unknown, "more than one container begins with this")
+	}}
+	_, err = startResolver(t, ambiguous).running(testContext(t), "0")
+	wantCode(t, err, codes.Unknown, "more than one container begins with this")
 }
 
 // counter counts the records of a level.

@@ -282,6 +282,21 @@ func TestExecSync(t *testing.T) {
 	_, err = n.client.ExecSync(ctx, request)
 	wantCode(t, err, codes.Internal, "broken")
 
+	// No timeout is none, and the client's own deadline holds all the same.
+	n.engine.execSync = func(ctx context.Context, request SyncRequest) (SyncResult, error) {
+		if request.Timeout != 0 {
+			return SyncResult{}, fmt.Errorf("timeout %v", request.Timeout)
+		}
+		if _, limited := ctx.Deadline(); !limited {
+			return SyncResult{}, errors.New("no deadline")
+		}
+		return SyncResult{}, nil
+	}
+	request.Timeout = 0
+	if _, err = n.client.ExecSync(ctx, request); err != nil {
+		t.Error(err)
+	}
+
 	// The longest timeout a client can write is not a negative one.
 	n.engine.execSync = nil
 	request.Timeout = 1<<63 - 1

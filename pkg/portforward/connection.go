@@ -64,7 +64,7 @@ func (c *connection) clientReset() {
 func (c *connection) forward(ctx context.Context) (sent, received int64, err error) {
 	stop := context.AfterFunc(ctx, func() { c.abort(context.Cause(ctx)) })
 	defer stop()
-	if s, ok := c.stream.(interface{ AfterReset(f func()) }); ok { // WebSocket channels have no resets
+	if s, ok := c.stream.(resettable); ok {
 		s.AfterReset(c.late.start)
 	}
 

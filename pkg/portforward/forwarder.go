@@ -35,6 +35,10 @@ type Stream interface {
 	Reset() error
 }
 
+// resettable is a Stream that tells, without being read, that its client has reset it. There is one f,
+// which a second replaces; it is called at once when that has happened. WebSocket channels are not.
+type resettable interface{ AfterReset(f func()) }
+
 // Config is what a Forwarder needs to know beside the namespace. The zero value is usable, but
 // notices the end of the sandbox only at the next Forward.
 type Config struct {
@@ -215,12 +219,23 @@ func (f *Forwarder) dial(ctx context.Context, port uint16) (*net.TCPConn, error)
 func (f *Forwarder) Forward(ctx context.Context, port uint16, stream Stream) (sent, received int64, err error) {
 	ctx, done := f.bind(ctx)
 	defer done()
-	conn, err := f.dial(ctx, port)
+	conn, err := f.dialFor(ctx, port, stream)
 	if err != nil {
 		stream.Reset() //nolint:errcheck // the stream ends either way
 		return 0, 0, err
 	}
 	return newConnection(conn, stream, f.halfClosedIdle).forward(ctx)
+}
+
+// dialFor gives the dial up when the client resets its stream. A client that tries again and again while
+// the pod accepts nothing would else have all its streams wait for dials that nobody wants any more.
+func (f *Forwarder) dialFor(ctx context.Context, port uint16, stream Stream) (*net.TCPConn, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if s, ok := stream.(resettable); ok {
+		s.AfterReset(func() { cancel(ErrResetByClient) })
+	}
+	return f.dial(ctx, port)
 }
 
 // bind returns a context that ends with the Forwarder's life too.

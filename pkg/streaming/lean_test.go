@@ -2,6 +2,7 @@ package streaming
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"k8s.io/client-go/tools/remotecommand"
 
 	"github.com/streamshim/streamshim/pkg/session"
@@ -270,6 +272,7 @@ func TestOpenAndDropThousands(t *testing.T) {
 	s := startServer(t, Config{})
 	port := strconv.Itoa(pod(t, answer))
 	nobody := strconv.Itoa(unusedPort(t))
+	busy := strconv.Itoa(neverAccepts(t))
 	for name, drop := range map[string]func(c *rawClient, i int){
 		"half pairs": func(c *rawClient, i int) {
 			c.reset(c.open(headerStreamType, streamTypeError, headerPort, port, headerRequestID, strconv.Itoa(i)))
@@ -279,6 +282,10 @@ func TestOpenAndDropThousands(t *testing.T) {
 		},
 		"refused": func(c *rawClient, i int) {
 			data, _ := c.openPair(nobody, strconv.Itoa(i))
+			c.reset(data)
+		},
+		"dialled": func(c *rawClient, i int) {
+			data, _ := c.openPair(busy, strconv.Itoa(i))
 			c.reset(data)
 		},
 	} {
@@ -307,6 +314,31 @@ func TestOpenAndDropThousands(t *testing.T) {
 			c.conn.Close()
 			eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
 		})
+	}
+}
+
+// neverAccepts is a port that keeps whoever connects waiting: its queue of connections is full.
+func neverAccepts(t *testing.T) (port int) {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	address, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	port = address.(*unix.SockaddrInet4).Port
+	for {
+		conn, err := net.DialTimeout("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), 200*time.Millisecond)
+		if err != nil {
+			return port
+		}
+		t.Cleanup(func() { conn.Close() })
 	}
 }
 

@@ -287,13 +287,22 @@ func TestPodClosesFirst(t *testing.T) {
 			io.Copy(io.Discard, c)
 		})
 		f := s.portForward(t, transport, port)
-		conn := f.dial(port)
-		conn.Write([]byte("x"))
-		if got, err := io.ReadAll(conn); string(got) != "enough" {
-			t.Errorf("answer %q, %v", got, err)
+		soonest := time.Hour
+		for attempts := 0; soonest > 500*time.Millisecond && attempts < 10; attempts++ { // a busy machine may hold up some
+			conn := f.dial(port)
+			begin := time.Now()
+			conn.Write([]byte("x"))
+			if got, err := io.ReadAll(conn); string(got) != "enough" {
+				t.Errorf("answer %q, %v", got, err)
+			}
+			soonest = min(soonest, time.Since(begin))
+			conn.Close()
+			f.alive()
 		}
-		conn.Close()
-		f.alive()
+		t.Logf("the end came after %v", soonest)
+		if soonest > 500*time.Millisecond { // other runtimes take a second (P4)
+			t.Errorf("the end came after %v", soonest)
+		}
 	})
 }
 

@@ -314,13 +314,12 @@ func (b *skipBuffer) Write(p []byte) (int, error) {
 	if b.ended {
 		return 0, errors.New("nobody reads any more")
 	}
-	room := b.max - b.data.Len()
-	if b.skipped > 0 && room < b.max/2 {
-		room = 0 // one long gap is better than many short ones
-	} else {
-		b.mark()
+	if b.skipped > 0 && b.max-b.data.Len() < b.max/2 {
+		b.skipped += int64(len(p)) // one long gap is better than many short ones
+		return len(p), nil
 	}
-	n := min(len(p), room)
+	b.mark()
+	n := min(len(p), max(b.max-b.data.Len(), 0)) // the line alone may be more than max
 	b.data.Write(p[:n])
 	b.skipped += int64(len(p) - n)
 	b.changed.Signal()

@@ -289,13 +289,28 @@ func (s *remoteCommandSession) exited(ctx context.Context) session.Outcome {
 		outcome.Err = errors.New(s.containerEnd(ctx))
 		result = exitStatus(outcome.ExitCode, outcome.Err.Error())
 	}
-	s.outputs.Wait()
+	s.awaitOutput()
 	s.process.Close() //nolint:errcheck // nothing is left in it that anybody wants
 	if outcome.Err != nil {
 		s.sayLine("[streamshim: " + outcome.Err.Error() + "]")
 	}
 	s.sayEnd(ctx, result)
 	return outcome
+}
+
+// awaitOutput waits for the output's end, or for that of the client: output that a background child holds,
+// or an upstream that does not end it, may be waited for without limit.
+func (s *remoteCommandSession) awaitOutput() {
+	ended := make(chan struct{})
+	s.others.Go(func() {
+		select {
+		case <-s.client.Done():
+			s.process.Close() //nolint:errcheck // wakes the copiers
+		case <-ended:
+		}
+	})
+	s.outputs.Wait()
+	close(ended)
 }
 
 // sayLine writes a line for the user's eyes: clients that find an exit code in the status show

@@ -111,7 +111,8 @@ func TestFirstTerminalSize(t *testing.T) {
 		s := startServer(t, Config{FirstSizeWait: 10 * time.Second}) // a busy machine must not fail the test
 		for range 10 {
 			var stdout bytes.Buffer
-			queue := make(sizes, 1)
+			queue := make(sizes, 2)
+			queue <- remotecommand.TerminalSize{} // a client that does not know yet
 			queue <- remotecommand.TerminalSize{Width: 123, Height: 45}
 			options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: &stdout, Tty: true, TerminalSizeQueue: queue}
 			err := stream(t.Context(), t, transport, s.execURL(&hostExecutor{t: t}, options, "stty", "size"), options)

@@ -84,9 +84,10 @@ const (
 	defaultPeerTimeout           = 45 * time.Second
 	defaultAttachBuffer          = 1 << 20
 
-	readHeaderTimeout = 10 * time.Second // of an HTTP request
-	keepAliveTimeout  = 60 * time.Second // of an HTTP connection between requests
-	maxHeaderBytes    = 64 << 10
+	requestTimeout      = 10 * time.Second // for an HTTP request to come, and for its answer to be taken
+	keepAliveTimeout    = 60 * time.Second // of an HTTP connection between requests
+	maxHeaderBytes      = 64 << 10
+	maxPlainConnections = 2 * maxTokens // not upgraded; nobody needs more than there are tokens
 
 	shutdownGrace = 2 * time.Second // for clients to read the status at shutdown
 )
@@ -128,6 +129,7 @@ type Server struct {
 	tokens *tokenCache
 	http   *http.Server
 	base   url.URL // scheme and address of the URLs
+	plain  *plainConnections
 
 	ctx      context.Context // of all sessions
 	cancel   context.CancelCauseFunc
@@ -166,6 +168,7 @@ func (s *Server) current() Config {
 func NewServer(config Config, listener net.Addr) *Server {
 	s := &Server{
 		config: config.withDefaults(),
+		plain:  newPlainConnections(maxPlainConnections),
 		base:   url.URL{Scheme: "http", Host: listener.String()},
 		settings: Settings{
 			IdleTimeout: config.IdleTimeout, MaxLifetime: config.MaxLifetime, Bandwidth: config.Bandwidth,
@@ -174,12 +177,15 @@ func NewServer(config Config, listener net.Addr) *Server {
 	s.tokens = newTokenCache(s.config.Observe)
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	s.watch = newWatcher(s.config)
+	// None of the limits holds for a connection that was upgraded: net/http has let go of it.
 	s.http = &http.Server{
-		Handler:           s.handler(),
-		ReadHeaderTimeout: readHeaderTimeout,
-		IdleTimeout:       keepAliveTimeout,
-		MaxHeaderBytes:    maxHeaderBytes,
-		ErrorLog:          slog.NewLogLogger(s.config.Log.Handler(), slog.LevelDebug),
+		Handler:        s.handler(),
+		ReadTimeout:    requestTimeout, // of the body too, which net/http reads to its end before it answers
+		WriteTimeout:   requestTimeout,
+		IdleTimeout:    keepAliveTimeout,
+		MaxHeaderBytes: maxHeaderBytes,
+		ConnState:      s.plain.changed,
+		ErrorLog:       slog.NewLogLogger(s.config.Log.Handler(), slog.LevelDebug),
 	}
 	return s
 }

@@ -106,3 +106,18 @@ func TestEndOfStdinCutsTheTerminal(t *testing.T) {
 		}
 	})
 }
+
+// A command that closes its terminal and opens it again, as daemons and passphrase prompts do, is not at
+// its end in between.
+func TestReopenedTerminalIsSilent(t *testing.T) {
+	t.Parallel()
+	container := runContainer(t, node.ContainerSpec{})
+	forEachTransport(t, func(t *testing.T, transport string) {
+		var output bytes.Buffer
+		err := shared.shim.exec(t, transport, container, remotecommand.StreamOptions{Stdout: &output, Tty: true},
+			"sh", "-c", "echo first; exec <&- >&- 2>&-; sleep 1; echo again > /dev/tty; exit 3")
+		if exitCode(t, err) != 3 || output.String() != "first\r\nagain\r\n" {
+			t.Errorf("%q, %v", &output, err)
+		}
+	})
+}

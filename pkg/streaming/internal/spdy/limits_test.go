@@ -276,28 +276,43 @@ func TestPingFlood(t *testing.T) {
 	await(t, ours.Done(), "the end")
 }
 
-// TestOpenFloodWithoutReading ends a connection whose peer provokes answers and does not read them.
+// TestOpenFloodWithoutReading ends a connection whose peer provokes answers and does not read them,
+// whatever the answers are.
 func TestOpenFloodWithoutReading(t *testing.T) {
-	peer, ours := newRawPeer(t, Config{}) // refuses every stream
-	peer.SetReadBuffer(4 << 10)
-	go func() {
-		for id := uint32(1); id < 4_000_000; {
-			var b []byte
-			for range 1000 {
-				b = appendSynStream(b, id, 0, nil)
-				id += 2
+	for name, onStream := range map[string]func(*Stream){
+		"refused":  nil,
+		"reset":    func(s *Stream) { s.Reset() },
+		"accepted": func(s *Stream) {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			peer, ours := newRawPeer(t, Config{OnStream: onStream})
+			peer.SetReadBuffer(64 << 10)
+			go func() {
+				block := appendHeaderBlock(nil, true, nil)
+				for id := uint32(1); id < 4_000_000; {
+					var b []byte
+					for range 1000 {
+						b = appendSynStream(b, id, 0, block)
+						b = appendRstStream(b, id, ResetCancel)
+						block = emptyHeaderBlock
+						id += 2
+					}
+					if _, err := peer.Write(b); err != nil {
+						return
+					}
+				}
+			}()
+			await(t, ours.Done(), "the end")
+			var fault *ConnectionError
+			if !errors.As(ours.Err(), &fault) || !strings.Contains(fault.Reason, "does not read") {
+				t.Errorf("got %v", ours.Err())
 			}
-			if _, err := peer.Write(b); err != nil {
-				return
+			if n := ours.out.queued.Load(); n > 2*maxMustSend {
+				t.Errorf("%d bytes queued", n)
 			}
-		}
-	}()
-	await(t, ours.Done(), "the end")
-	var fault *ConnectionError
-	if !errors.As(ours.Err(), &fault) || !strings.Contains(fault.Reason, "does not read") {
-		t.Errorf("got %v", ours.Err())
+			peer.Close()
+		})
 	}
-	peer.Close()
 }
 
 func TestServeEndsWithContext(t *testing.T) {

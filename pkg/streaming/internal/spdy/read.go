@@ -394,6 +394,9 @@ func (r *reader) handleSynStream(flags byte, payload []byte) error {
 	}
 	c.cfg.OnStream(s)
 	s.settle() // it may have come complete: one way, and without data
+	if err := c.out.overflow(); err != nil {
+		return err // a stream that OnStream resets is forgotten at once: MaxStreams does not bound these answers
+	}
 	return s.accept()
 }
 

@@ -27,7 +27,7 @@ type priority int
 const (
 	bestEffort priority = iota // dropped
 	mustSend                   // the connection is closed
-	unlimited                  // queued all the same: there are no more of them than open streams
+	unlimited                  // queued all the same: no more of them than open streams, or bounded by overflow
 )
 
 // writer owns the sending half of the connection.
@@ -90,15 +90,25 @@ func (w *writer) enqueue(p priority, build func([]byte) []byte) error {
 }
 
 func (w *writer) enqueueLocked(p priority, build func([]byte) []byte) error {
-	switch queued := w.queued.Load(); {
-	case p == bestEffort && queued > maxBestEffort:
+	if p == bestEffort && w.queued.Load() > maxBestEffort {
 		return nil
-	case p == mustSend && queued > maxMustSend:
-		return protocolErrorf("does not read the answers to its frames, %d bytes wait", queued)
+	}
+	if p == mustSend {
+		if err := w.overflow(); err != nil {
+			return err
+		}
 	}
 	before := len(w.queue)
 	w.queue = build(w.queue)
 	w.queued.Add(int64(len(w.queue) - before))
+	return nil
+}
+
+// overflow is the end of a peer that provokes answers and does not read them.
+func (w *writer) overflow() error {
+	if queued := w.queued.Load(); queued > maxMustSend {
+		return protocolErrorf("does not read the answers to its frames, %d bytes wait", queued)
+	}
 	return nil
 }
 

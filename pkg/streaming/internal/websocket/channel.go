@@ -141,7 +141,8 @@ func (ch *Channel) writeEmpty() error {
 // From what has a file descriptor it reads when there is something to read, up to eight messages
 // by one system call into their places behind the headers, and writes them by one more; no buffer
 // is held meanwhile. EIO, by which the master of a pseudo-terminal reports that nobody has the other
-// end, counts as r's end. Any other reader is read into one message's place.
+// end, counts as r's end if r's own Read then says so too, which may wait for somebody to open it again. Any
+// other reader is read into one message's place.
 //
 // The end of the connection shows when r has something to send; close r to return sooner.
 func (ch *Channel) ReadFrom(r io.Reader) (int64, error) {
@@ -150,13 +151,13 @@ func (ch *Channel) ReadFrom(r io.Reader) (int64, error) {
 	}
 	if file, ok := r.(syscall.Conn); ok {
 		if raw, err := file.SyscallConn(); err == nil {
-			return ch.readFromFile(raw)
+			return ch.readFromFile(r, raw)
 		}
 	}
 	return ch.readFromReader(r)
 }
 
-func (ch *Channel) readFromFile(raw syscall.RawConn) (int64, error) {
+func (ch *Channel) readFromFile(r io.Reader, raw syscall.RawConn) (int64, error) {
 	var (
 		total   int64
 		b       *batch
@@ -190,11 +191,18 @@ func (ch *Channel) readFromFile(raw syscall.RawConn) (int64, error) {
 			}
 			return total, err
 		}
+		if readErr == unix.EIO {
+			place := b.payloads[0]
+			if base64 {
+				place = b.base64Source()
+			}
+			n, readErr = r.Read(place)
+			if errors.Is(readErr, unix.EIO) || readErr == io.EOF {
+				readErr = nil
+			}
+		}
 		if readErr != nil || n <= 0 {
 			batches.Put(b)
-			if readErr == nil || readErr == unix.EIO {
-				return total, nil
-			}
 			return total, readErr
 		}
 		var wire []byte

@@ -761,6 +761,72 @@ func TestReadFromEndsWithTheTerminal(t *testing.T) {
 	s.waitEnded(t)
 }
 
+// reopenable is the master of a terminal that waits for somebody to open the other end again.
+type reopenable struct {
+	*os.File
+	asked, reopened chan struct{}
+}
+
+func (r *reopenable) Read(p []byte) (int, error) {
+	r.asked <- struct{}{}
+	<-r.reopened
+	return r.File.Read(p)
+}
+
+// TestReadFromReopenedTerminal: a command that closes its terminal may open /dev/tty again. Whether it
+// may is for the reader to say.
+func TestReadFromReopenedTerminal(t *testing.T) {
+	for _, protocol := range []Protocol{ChannelV5, ChannelV4Base64} {
+		s := newTestServer(t, execConfig(), func(c *ChannelConn) {
+			master, terminal, err := pty.Open()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer master.Close()
+			source := &reopenable{master, make(chan struct{}), make(chan struct{})}
+			finished := make(chan error)
+			go func() {
+				n, err := c.Channel(Stdout).ReadFrom(source)
+				if n != 10 {
+					t.Errorf("%d bytes from the terminal", n)
+				}
+				finished <- err
+			}()
+			for i, text := range []string{"first", "again"} {
+				if i > 0 {
+					if terminal, err = os.OpenFile(terminal.Name(), os.O_RDWR, 0); err != nil {
+						t.Error(err)
+					}
+				}
+				io.WriteString(terminal, text)
+				if i > 0 {
+					source.reopened <- struct{}{}
+				}
+				for c.Channel(Stdout).Sent() < int64(5*(i+1)) && c.Err() == nil {
+					runtime.Gosched()
+				}
+				terminal.Close()
+				<-source.asked
+			}
+			close(source.reopened) // now it says EIO itself
+			if err := <-finished; err != nil {
+				t.Errorf("ReadFrom: %v", err)
+			}
+			c.CloseAndWait(t.Context())
+		})
+		client := s.dial(t, protocol)
+		go func() {
+			for {
+				if _, _, err := client.ReadMessage(); err != nil {
+					return
+				}
+			}
+		}()
+		s.waitEnded(t)
+	}
+}
+
 func TestReadFromFileErrors(t *testing.T) {
 	s := newTestServer(t, execConfig(), func(c *ChannelConn) {
 		defer c.CloseNow()

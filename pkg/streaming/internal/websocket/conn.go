@@ -94,7 +94,7 @@ func accept(w http.ResponseWriter, r *http.Request, protocol Protocol, onDone fu
 		ReadBufferSize: 0,
 		// Nothing but the handshake is written through gorilla's buffer; see libraryConn.
 		WriteBufferPool: noBufferPool{},
-		CheckOrigin:     sameOrigin,
+		CheckOrigin:     originAllowed,
 		Error: func(w http.ResponseWriter, _ *http.Request, status int, reason error) {
 			http.Error(w, reason.Error(), status)
 		},

@@ -3,6 +3,7 @@ package websocket
 import (
 	"encoding/base64"
 	"fmt"
+	"net"
 	"net/http"
 	"net/url"
 	"slices"
@@ -131,8 +132,7 @@ func IsUpgrade(r *http.Request) bool {
 // touching the connection: what it refuses (a *HandshakeError) can be answered before the request's
 // token is spent.
 //
-// A request with an Origin header whose host is not the request's own host is refused with 403:
-// the clients are no browsers, and a browser that was sent here (DNS rebinding) is no client.
+// A browser that a foreign page has sent here is refused with 403; see originAllowed.
 func Negotiate(r *http.Request, kind Kind) (Protocol, error) {
 	refuse := func(status int, reason string) (Protocol, error) {
 		return "", &HandshakeError{StatusCode: status, Reason: reason}
@@ -148,7 +148,7 @@ func Negotiate(r *http.Request, kind Kind) (Protocol, error) {
 		return refuse(http.StatusBadRequest, "Sec-WebSocket-Version is not 13")
 	case !validKey(r.Header.Get("Sec-WebSocket-Key")):
 		return refuse(http.StatusBadRequest, "Sec-WebSocket-Key is not the base64 of 16 bytes")
-	case !sameOrigin(r):
+	case !originAllowed(r):
 		return refuse(http.StatusForbidden, "the Origin header names another host")
 	}
 	offers, err := Offers(r.Header)
@@ -175,11 +175,31 @@ func validKey(key string) bool {
 	return err == nil && len(decoded) == 16
 }
 
-func sameOrigin(r *http.Request) bool {
+// originAllowed tells a page that may connect to us from one that may not. Kubelet and API server hand on
+// what their client has sent, a browser behind kubectl proxy among them, and have allowed it: then Host is the
+// API server's address, and Origin is no business of ours. A browser that was sent here itself names our
+// address as Host and the page's as Origin. It would need a token all the same, which alone keeps out one
+// that takes us for somebody else (DNS rebinding).
+func originAllowed(r *http.Request) bool {
 	origin := r.Header.Get("Origin")
-	if origin == "" {
+	if origin == "" || !ownHost(r) {
 		return true
 	}
 	u, err := url.Parse(origin)
 	return err == nil && strings.EqualFold(u.Host, r.Host)
+}
+
+// ownHost tells whether a request's Host is the address at which it came in, by number or as localhost.
+func ownHost(r *http.Request) bool {
+	local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	if !ok {
+		return true
+	}
+	_, ownPort, _ := net.SplitHostPort(local.String()) //nolint:errcheck // a listener's address has a port
+	host, port, err := net.SplitHostPort(r.Host)
+	if err != nil || port != ownPort {
+		return false
+	}
+	ip := net.ParseIP(host)
+	return strings.EqualFold(host, "localhost") || (ip != nil && ip.IsLoopback())
 }

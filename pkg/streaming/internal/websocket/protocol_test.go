@@ -1,7 +1,9 @@
 package websocket
 
 import (
+	"context"
 	"errors"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -77,6 +79,8 @@ func TestOffers(t *testing.T) {
 
 func upgradeRequest() *http.Request {
 	r := httptest.NewRequest(http.MethodGet, "http://127.0.0.1:1234/exec/token", nil)
+	own := &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1234}
+	r = r.WithContext(context.WithValue(r.Context(), http.LocalAddrContextKey, own))
 	r.Header.Set("Connection", "keep-alive, Upgrade")
 	r.Header.Set("Upgrade", "WebSocket")
 	r.Header.Set("Sec-WebSocket-Version", "13")
@@ -101,6 +105,22 @@ func TestNegotiate(t *testing.T) {
 		{"own origin", func(r *http.Request) { r.Header.Set("Origin", "http://127.0.0.1:1234") }, 0},
 		{"foreign origin", func(r *http.Request) { r.Header.Set("Origin", "http://evil.example") }, http.StatusForbidden},
 		{"other port's origin", func(r *http.Request) { r.Header.Set("Origin", "http://127.0.0.1") }, http.StatusForbidden},
+		{"foreign origin, us as localhost", func(r *http.Request) {
+			r.Host = "localhost:1234"
+			r.Header.Set("Origin", "http://evil.example")
+		}, http.StatusForbidden},
+		{"a browser behind kubectl proxy", func(r *http.Request) { // Host is what the API server was called
+			r.Host = "10.0.0.1:6443"
+			r.Header.Set("Origin", "http://localhost:8001")
+		}, 0},
+		{"the same with everything on one machine", func(r *http.Request) {
+			r.Host = "127.0.0.1:6443"
+			r.Header.Set("Origin", "http://localhost:8001")
+		}, 0},
+		{"the API server by name alone", func(r *http.Request) {
+			r.Host = "kubernetes.example"
+			r.Header.Set("Origin", "https://console.example")
+		}, 0},
 		{"sandboxed origin", func(r *http.Request) { r.Header.Set("Origin", "null") }, http.StatusForbidden},
 		{"malformed offer", func(r *http.Request) { r.Header.Set("Sec-WebSocket-Protocol", "a b") }, http.StatusBadRequest},
 		{"unknown offer", func(r *http.Request) { r.Header.Set("Sec-WebSocket-Protocol", "chat") }, http.StatusForbidden},

@@ -1,0 +1,190 @@
+package streaming
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+
+	"k8s.io/client-go/tools/remotecommand"
+)
+
+// relayedURL is the URL of a command that an upstream's streaming server serves.
+func (s *testServer) relayedURL(upstream *url.URL, options remotecommand.StreamOptions) *url.URL {
+	s.t.Helper()
+	raw, err := s.Exec(&ExecRequest{
+		Command: Command{
+			Args:  []string{"the", "upstream", "knows"},
+			Stdin: options.Stdin != nil, Stdout: options.Stdout != nil, Stderr: options.Stderr != nil, TTY: options.Tty,
+		},
+		UpstreamURL: func(context.Context) (string, error) { return upstream.String(), nil },
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	u, err := url.Parse(raw)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return u
+}
+
+// A command in a container whose runtime is no runc is served by the upstream, and its client sees no
+// difference: input, both outputs, exit code, terminal.
+func TestExecIsRelayed(t *testing.T) {
+	forEachTransport(t, func(t *testing.T, transport string) {
+		patient := Config{FirstSizeWait: 10 * time.Second} // a busy machine must not fail the test
+		upstream, s := startServer(t, patient), startServer(t, patient)
+		executor := &hostExecutor{t: t}
+		const size = 3 << 20
+		var out, errs bytes.Buffer
+		options := remotecommand.StreamOptions{Stdin: io.LimitReader(zeros{}, size), Stdout: &out, Stderr: &errs}
+		u := s.relayedURL(upstream.execURL(executor, options, "sh", "-c", "cat; echo problem >&2; exit 7"), options)
+		err := stream(t.Context(), t, transport, u, options)
+		if exitCode(t, err) != 7 || out.Len() != size || errs.String() != "problem\n" {
+			t.Errorf("%v, %d of %d bytes, %q", err, out.Len(), size, &errs)
+		}
+
+		out.Reset()
+		queue := make(sizes, 1)
+		queue <- remotecommand.TerminalSize{Width: 123, Height: 45}
+		defer close(queue)
+		options = remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: &out, Tty: true, TerminalSizeQueue: queue}
+		u = s.relayedURL(upstream.execURL(executor, options, "stty", "size"), options)
+		if err := stream(t.Context(), t, transport, u, options); err != nil || strings.TrimSpace(out.String()) != "45 123" {
+			t.Errorf("terminal: %q, %v", &out, err)
+		}
+
+		options = remotecommand.StreamOptions{Stdout: io.Discard, Stderr: io.Discard}
+		missing := &hostExecutor{t: t, startErr: startError{127, "nothing: not found"}}
+		u = s.relayedURL(upstream.execURL(missing, options, "nothing"), options)
+		if err := stream(t.Context(), t, transport, u, options); exitCode(t, err) != 127 {
+			t.Errorf("command not found: %v", err)
+		}
+	})
+}
+
+// When the upstream fails its client, at whatever time, the client is told so and does not take it for
+// a success.
+func TestUpstreamFails(t *testing.T) {
+	options := remotecommand.StreamOptions{Stdout: io.Discard, Stderr: io.Discard}
+	forEachTransport(t, func(t *testing.T, transport string) {
+		expect := func(what string, err error, says string) {
+			t.Helper()
+			if err == nil || !strings.Contains(err.Error(), says) {
+				t.Errorf("%s: %v, want %q", what, err, says)
+			}
+		}
+		upstream, s := startServer(t, Config{}), startServer(t, Config{})
+		used := upstream.execURL(&hostExecutor{t: t}, options, "true")
+		if err := stream(t.Context(), t, transport, s.relayedURL(used, options), options); err != nil {
+			t.Fatal(err)
+		}
+		expect("a token used up", stream(t.Context(), t, transport, s.relayedURL(used, options), options), "404 Not Found")
+		nobody := &url.URL{Scheme: "http", Host: fmt.Sprint("127.0.0.1:", unusedPort(t)), Path: "/exec/x"}
+		expect("nobody listens", stream(t.Context(), t, transport, s.relayedURL(nobody, options), options), "connection refused")
+
+		executor := &hostExecutor{t: t}
+		ended := make(chan error, 1)
+		u := s.relayedURL(upstream.execURL(executor, options, "sleep", "600"), options)
+		go func() { ended <- stream(t.Context(), t, transport, u, options) }()
+		eventually(t, "the command's start", func() bool { return executor.count() == 1 })
+		eventually(t, "the session runs", func() bool { return len(upstream.config.Sessions.List()) == 1 })
+		upstream.stop() // gone without a word about the command's end but that it is shutting down
+		expect("the upstream ends", <-ended, "shutting down")
+		eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
+	})
+}
+
+// A viewer that does not read does not hold up what it is attached to (moby#41827): the main process
+// writes all it wants, and the viewer finds a line in place of what it missed.
+func TestSlowViewerMissesOutput(t *testing.T) {
+	forEachTransport(t, func(t *testing.T, transport string) {
+		upstream, s := startServer(t, Config{}), startServer(t, Config{AttachBuffer: 64 << 10})
+		executor := &hostExecutor{t: t}
+		const size = 64 << 20 // more than all buffers on the way
+		var out gatedBuffer
+		out.opened = make(chan struct{})
+		options := remotecommand.StreamOptions{Stdout: &out}
+		main := func() *url.URL {
+			return upstream.execURL(executor, options, "sh", "-c", fmt.Sprintf("head -c %d /dev/zero; echo last line", size))
+		}
+		u := s.attachURL(main, options)
+		ended := make(chan error, 1)
+		go func() { ended <- stream(t.Context(), t, transport, u, options) }()
+		eventually(t, "the process's start", func() bool { return executor.count() == 1 })
+		within(t, executor.last().exited, "the process ends although its viewer does not read")
+		close(out.opened)
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		got := out.String()
+		const said = "bytes skipped because the client reads too slowly]\n"
+		if len(got) >= size || !strings.Contains(got, said) {
+			t.Errorf("the viewer got %d of %d bytes and no word of a gap", len(got), size)
+		}
+	})
+}
+
+// gatedBuffer takes nothing until it is opened.
+type gatedBuffer struct {
+	opened chan struct{}
+	bytes.Buffer
+}
+
+func (b *gatedBuffer) Write(p []byte) (int, error) {
+	<-b.opened
+	return b.Buffer.Write(p)
+}
+
+// Whatever the order of writes and reads: a skipBuffer holds no more than its limit, never
+// makes its writer wait, and what it gives out and says that it has skipped is what was written.
+func TestSkipBuffer(t *testing.T) {
+	b := newSkipBuffer(1000, false)
+	write := func(s string) {
+		t.Helper()
+		if n, err := b.Write([]byte(s)); n != len(s) || err != nil {
+			t.Fatalf("write: %d, %v", n, err)
+		}
+		if b.data.Len() > 1000 {
+			t.Fatalf("%d bytes are held", b.data.Len())
+		}
+	}
+	read := func(want string) {
+		t.Helper()
+		got := make([]byte, len(want))
+		if _, err := io.ReadFull(b, got); err != nil || string(got) != want {
+			t.Fatalf("read %q, %v; want %q", got, err, want)
+		}
+	}
+	gap := func(bytes int) string {
+		return fmt.Sprintf("\n[streamshim: %d bytes skipped because the client reads too slowly]\n", bytes)
+	}
+	write(strings.Repeat("a", 990))
+	write("0123456789too much")
+	write("also too much")
+	read(strings.Repeat("a", 400))
+	write("half of it is not free yet")
+	read(strings.Repeat("a", 100))
+	write("now it is")
+	read(strings.Repeat("a", 490) + "0123456789" + gap(len("too much")+len("also too much")+len("half of it is not free yet")) + "now it is")
+
+	write(strings.Repeat("b", 1500))
+	read(strings.Repeat("b", 500))
+	write(strings.Repeat("c", 2000)) // the line and more than what is free beside it
+	write("d")
+	fits := 500 - len(gap(500))
+	read(strings.Repeat("b", 500) + gap(500) + strings.Repeat("c", fits))
+	b.end()
+	read(gap(2000 - fits + len("d")))
+	if n, err := b.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		t.Errorf("after the end: %d, %v", n, err)
+	}
+	if _, err := b.Write([]byte("x")); err == nil {
+		t.Error("written after the end")
+	}
+}
