@@ -52,6 +52,8 @@ type Config struct {
 const (
 	// queueSize is how many records may wait for a slow disk.
 	queueSize = 1024
+	// updatesSize is how many changes of the configuration may wait behind them.
+	updatesSize = 8
 	// writeTimeout is how long the start of a session waits for its record when Config.Deny is set.
 	writeTimeout = 5 * time.Second
 	syncInterval = time.Second
@@ -63,6 +65,7 @@ var (
 	errQueueFull = errors.New("the queue of audit records is full: the disk is too slow")
 	errTimeout   = fmt.Errorf("the audit record was not written within %v", writeTimeout)
 	errClosed    = errors.New("the audit log is closed")
+	errStuck     = errors.New("the disk of the audit log does not answer, and earlier changes still wait for it")
 )
 
 // Log is the audit log, a session.Guard. Records are written by a goroutine of its own; sessions
@@ -106,7 +109,7 @@ func New(config Config, log *slog.Logger) (*Log, error) {
 	if err != nil {
 		return nil, fmt.Errorf("audit log: %w", err)
 	}
-	l := &Log{log: log, config: config, queue: make(chan entry, queueSize), done: make(chan struct{})}
+	l := &Log{log: log, config: config, queue: make(chan entry, queueSize+updatesSize), done: make(chan struct{})}
 	go l.run(destination{s, config.Fsync})
 	return l, nil
 }
@@ -124,7 +127,8 @@ func open(config Config) (sink, error) {
 	}
 }
 
-// Update changes how the log is kept from the next record on. After an error it is kept as before.
+// Update changes how the log is kept from the next record on, without waiting for those that are not
+// written yet. After an error it is kept as before.
 func (l *Log) Update(config Config) error {
 	s, err := open(config)
 	if err != nil {
@@ -135,9 +139,13 @@ func (l *Log) Update(config Config) error {
 	if l.closed {
 		return errors.Join(errClosed, s.close())
 	}
-	l.config = config
-	l.queue <- entry{replace: &destination{s, config.Fsync}} // the goroutine takes it in the end
-	return nil
+	select {
+	case l.queue <- entry{replace: &destination{s, config.Fsync}}:
+		l.config = config
+		return nil
+	default: // waiting for room would hold up every session: the lock is held
+		return fmt.Errorf("audit log: %w", errors.Join(errStuck, s.close()))
+	}
 }
 
 // Close writes what waits and closes the destination.
@@ -215,14 +223,20 @@ func (l *Log) start(ctx context.Context, id string, info session.Info) error {
 	written := make(chan error, 1)
 	timeout := time.NewTimer(writeTimeout)
 	defer timeout.Stop()
+	began := time.Now()
 	err := l.put(line, written)
 	if err == nil {
+		givenUp := false
 		select {
 		case err = <-written:
 		case <-timeout.C:
-			err = errTimeout
+			err, givenUp = errTimeout, true
 		case <-ctx.Done():
-			err = context.Cause(ctx)
+			err, givenUp = context.Cause(ctx), true
+		}
+		if givenUp {
+			// The record of the start still waits: behind it must stand that nothing followed.
+			l.end(id, info, began, 0, 0, session.Outcome{Reason: "refused", ExitCode: -1, Err: err})
 		}
 	}
 	if err == nil {
@@ -252,13 +266,12 @@ func (l *Log) put(line []byte, written chan<- error) error {
 	if l.closed {
 		return errClosed
 	}
-	select {
-	case l.queue <- entry{line: line, written: written}:
-		return nil
-	default:
+	if len(l.queue) >= queueSize { // the rest is room for Update; only the lock's holder adds to it
 		l.lost++
 		return errQueueFull
 	}
+	l.queue <- entry{line: line, written: written}
+	return nil
 }
 
 func (l *Log) takeLost() int64 {
