@@ -145,7 +145,7 @@ func (l *Limiter) Acquire(ctx context.Context) (release func(), err error) {
 		l.mu.Unlock()
 		return l.release, nil
 	}
-	if len(l.waiting) >= l.config.WaitingStarts {
+	if l.config.WaitingStarts > 0 && len(l.waiting) >= l.config.WaitingStarts {
 		n := len(l.waiting)
 		l.mu.Unlock()
 		return nil, &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(

@@ -187,6 +187,28 @@ func TestStarts(t *testing.T) {
 	<-order
 }
 
+// As with the other limits, 0 is none.
+func TestAnyNumberMayWait(t *testing.T) {
+	l := New(Config{ConcurrentStarts: 1})
+	release, err := l.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	second := make(chan error, 1)
+	go func() {
+		releaseSecond, err := l.Acquire(t.Context())
+		if err == nil {
+			releaseSecond()
+		}
+		second <- err
+	}()
+	waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.waiting) == 1 || len(second) == 1 })
+	release()
+	if err := <-second; err != nil {
+		t.Error(err)
+	}
+}
+
 // Turns are not lost when waiters give up at the moment they come.
 func TestStartsGivenUp(t *testing.T) {
 	l := New(Config{ConcurrentStarts: 1, WaitingStarts: 100})
