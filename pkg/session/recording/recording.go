@@ -153,8 +153,8 @@ func (r *Recorder) begin(config Config, s *session.Session) (*recording, error) 
 	r.mu.Lock()
 	r.live[path] = true
 	r.mu.Unlock()
+	r.writers.Go(func() { r.retain(config) }) // apart: the session's buffer must not fill up meanwhile
 	r.writers.Go(func() {
-		r.retain(config)
 		rec.run()
 		r.mu.Lock()
 		delete(r.live, path)
