@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"text/tabwriter"
 	"time"
+	"unicode/utf16"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -234,6 +235,7 @@ session's user is told. A program that draws the whole screen is seen in full at
 		if *raw {
 			_, err = io.Copy(cmd.OutOrStdout(), cast)
 		} else {
+			defer borrowTerminal(os.Stdin, cmd.OutOrStdout())()
 			err = play(cmd.Context(), cmd.OutOrStdout(), cast, nil)
 		}
 		if cmd.Context().Err() != nil {
@@ -261,6 +263,7 @@ func newReplayCommand() *cobra.Command {
 			return err
 		}
 		defer file.Close() //nolint:errcheck // only read
+		defer borrowTerminal(os.Stdin, cmd.OutOrStdout())()
 		err = play(cmd.Context(), cmd.OutOrStdout(), file, &pace{speed: *speed, idle: *idle})
 		if cmd.Context().Err() != nil {
 			return nil
@@ -333,10 +336,25 @@ func isTerminal(w io.Writer) bool {
 	return ok && term.IsTerminal(int(file.Fd()))
 }
 
+// printJSON prints JSON that has only printable characters: encoding/json leaves some as they are that
+// terminals obey or that turn text around, such as U+009B and U+202E.
 func printJSON(out io.Writer, v any) error {
-	encoder := json.NewEncoder(out)
-	encoder.SetIndent("", "  ")
-	return encoder.Encode(v)
+	text, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	var safe strings.Builder
+	for _, r := range string(text) {
+		if r == '\n' || strconv.IsPrint(r) {
+			safe.WriteRune(r)
+			continue
+		}
+		for _, unit := range utf16.Encode([]rune{r}) {
+			fmt.Fprintf(&safe, `\u%04x`, unit)
+		}
+	}
+	_, err = io.WriteString(out, safe.String()+"\n")
+	return err
 }
 
 func orDash(s string) string {
