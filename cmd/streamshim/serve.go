@@ -54,7 +54,19 @@ Flags win over the configuration file, the file over the defaults.`,
 		if err != nil {
 			return err
 		}
-		return serve(cmd.Context(), c, func() (config.Config, error) { return settings.load(cmd.Flags()) })
+		found := c.Upstream == ""
+		if found {
+			if c.Upstream, err = findUpstream(); err != nil {
+				return err
+			}
+		}
+		return serve(cmd.Context(), c, func() (config.Config, error) {
+			next, err := settings.load(cmd.Flags())
+			if found && next.Upstream == "" {
+				next.Upstream = c.Upstream // not looked for again: the runtime may be restarting
+			}
+			return next, err
+		})
 	}
 	return command
 }
@@ -95,7 +107,8 @@ func (s *settings) read() (config.Config, error) {
 	return c, err
 }
 
-// load is the configuration from defaults, file and flags, in this order.
+// load is the configuration from defaults, file and flags, in this order. Its upstream may be empty;
+// see findUpstream.
 func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
 	c, err := s.read()
 	if err != nil {
@@ -115,17 +128,7 @@ func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
 			copyFlag()
 		}
 	}
-	if err := c.Validate(); err != nil {
-		return c, err
-	}
-	if c.Upstream == "" {
-		upstream, err := findUpstream()
-		if err != nil {
-			return c, err
-		}
-		c.Upstream = upstream
-	}
-	return c, nil
+	return c, c.Validate()
 }
 
 // upstreamPlaces are where runtimes have their CRI socket.
@@ -135,6 +138,7 @@ var upstreamPlaces = []string{
 	"/run/crio/crio.sock",
 }
 
+// findUpstream is for a configuration that does not name the upstream.
 func findUpstream() (string, error) {
 	for _, path := range upstreamPlaces {
 		if info, err := os.Stat(path); err == nil && info.Mode().Type() == os.ModeSocket {

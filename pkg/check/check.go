@@ -64,7 +64,7 @@ func Run(ctx context.Context, c config.Config, kubeletConfig string) []Result {
 		metricsAddress(c),
 		openFiles(),
 		inotify(),
-		kubelet(c, kubeletConfig),
+		kubelet(c, kubeletConfig, "/proc"),
 	)
 }
 
@@ -134,6 +134,9 @@ func dial(c config.Config) (*grpc.ClientConn, error) {
 func upstreamAnswers(ctx context.Context, c config.Config) (Result, *runtimeapi.VersionResponse) {
 	const name = "upstream"
 	const mend = "start the runtime, or name its CRI socket with --upstream or the key upstream"
+	if c.Upstream == "" {
+		return failed(name, mend, "no runtime's socket is where it usually is, and none is named"), nil
+	}
 	conn, err := dial(c)
 	if err != nil {
 		return failed(name, mend, "%v", err), nil
@@ -277,10 +280,10 @@ func openFiles() Result {
 	const name, enough = "open files", 16384
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return warning(name, "", "%v", err)
+		return warning(name, "allow getrlimit(2)", "%v", err)
 	}
 	if limit.Max < enough {
-		return warning(name, "set LimitNOFILE=1048576 in the systemd unit", "at most %d, enough for about %d sessions", limit.Max, limit.Max/8)
+		return warning(name, "set LimitNOFILE=1024:1048576 in the systemd unit", "at most %d, enough for about %d sessions", limit.Max, limit.Max/8)
 	}
 	return ok(name, "%s", strconv.FormatUint(limit.Max, 10))
 }

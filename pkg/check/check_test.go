@@ -71,6 +71,15 @@ func TestGoodNode(t *testing.T) {
 	}
 }
 
+// Also without any runtime all the rest is looked at.
+func TestNoRuntime(t *testing.T) {
+	results := Run(t.Context(), config.Default(), filepath.Join(t.TempDir(), "none"))
+	if r := find(t, results, "upstream"); r.Level != Failed || !strings.Contains(r.Mend, "start the runtime") {
+		t.Errorf("%+v", r)
+	}
+	find(t, results, "kubelet")
+}
+
 func TestServedSocketIsSeen(t *testing.T) {
 	c := config.Default()
 	path := filepath.Join(t.TempDir(), "s.sock")
@@ -123,8 +132,35 @@ func TestKubeadmFlags(t *testing.T) {
 		`KUBELET_KUBEADM_ARGS="--v=2 --container-runtime-endpoint=` + c.Listen + `"`:                       OK,
 	} {
 		write(t, filepath.Join(dir, kubeadmFlags), flags)
-		if r := kubelet(c, file); r.Level != want {
+		if r := kubelet(c, file, dir); r.Level != want {
 			t.Errorf("%s: %+v", flags, r)
+		}
+	}
+}
+
+// A flag from elsewhere is seen in the kubelet that runs.
+func TestRunningKubelet(t *testing.T) {
+	dir := t.TempDir()
+	c := config.Default()
+	file := filepath.Join(dir, "config.yaml")
+	for _, test := range []struct {
+		arguments, file string
+		want            Level
+	}{
+		{"--config=/x\x00--container-runtime-endpoint=unix:///run/crio/crio.sock\x00", c.Listen, Warning},
+		{"--container-runtime-endpoint\x00" + c.Listen + "\x00--v=2\x00", "unix:///run/crio/crio.sock", OK},
+		{"--config=/x\x00", "/run/streamshim/streamshim.sock", OK}, // the same, written otherwise
+		{"--config=/x\x00", "unix:///run/crio/crio.sock", Warning},
+	} {
+		proc := filepath.Join(dir, "42")
+		if err := os.MkdirAll(proc, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(proc, "comm"), "kubelet\n")
+		write(t, filepath.Join(proc, "cmdline"), "/usr/bin/kubelet\x00"+test.arguments)
+		write(t, file, "containerRuntimeEndpoint: "+test.file+"\n")
+		if r := kubelet(c, file, dir); r.Level != test.want || (r.Level != OK && r.Mend == "") {
+			t.Errorf("%q, %s: %+v", test.arguments, test.file, r)
 		}
 	}
 }
