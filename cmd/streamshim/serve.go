@@ -183,7 +183,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	}
 	defer operation.close()
 
-	telemetry, err := newTelemetry(ctx, c, log)
+	telemetry, err := newTelemetry(ctx, c, operation, log)
 	if err != nil {
 		return err
 	}

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
@@ -74,6 +75,7 @@ type Log struct {
 	log   *slog.Logger
 	queue chan entry
 	done  chan struct{} // closed when the goroutine has ended
+	gone  atomic.Int64  // records that were lost, ever
 
 	mu     sync.Mutex // guards what follows, and sending to a queue that may be closed
 	config Config
@@ -268,11 +270,15 @@ func (l *Log) put(line []byte, written chan<- error) error {
 	}
 	if len(l.queue) >= queueSize { // the rest is room for Update; only the lock's holder adds to it
 		l.lost++
+		l.gone.Add(1)
 		return errQueueFull
 	}
 	l.queue <- entry{line: line, written: written}
 	return nil
 }
+
+// Lost is how many records could not be written since the log was opened.
+func (l *Log) Lost() int64 { return l.gone.Load() }
 
 func (l *Log) takeLost() int64 {
 	l.mu.Lock()
@@ -286,14 +292,15 @@ func (l *Log) takeLost() int64 {
 type writer struct {
 	destination
 	log        *slog.Logger
-	lost       int64
+	lost       int64         // not yet noted in the log itself
+	gone       *atomic.Int64 // the Log's
 	complained time.Time
 	dirty      bool // written and not synced
 }
 
 func (l *Log) run(d destination) {
 	defer close(l.done)
-	w := &writer{destination: d, log: l.log}
+	w := &writer{destination: d, log: l.log, gone: &l.gone}
 	ticker := time.NewTicker(syncInterval)
 	defer ticker.Stop()
 	for {
@@ -353,6 +360,7 @@ func (w *writer) line(line []byte) error {
 	err := w.sink.write(line)
 	if err != nil {
 		w.lost++
+		w.gone.Add(1)
 		w.complain(err)
 		return err
 	}

@@ -315,8 +315,8 @@ func TestFullDisk(t *testing.T) {
 			for _, r := range all {
 				lost += r.LostRecords
 			}
-			if lost == 0 {
-				t.Error("the log does not say that records were lost")
+			if lost == 0 || l.Lost() != lost {
+				t.Errorf("the log says that %d records were lost, and it were %d", lost, l.Lost())
 			}
 			if last := all[len(all)-1]; last.Session != s.ID || last.Event != End {
 				t.Errorf("the last record is %+v", last)
@@ -354,7 +354,7 @@ func TestSlowDisk(t *testing.T) {
 		}
 		lost += int(r.LostRecords)
 	}
-	if written := len(stuck.lines) - 1; lost == 0 || written+lost != 2*queueSize {
+	if written := len(stuck.lines) - 1; lost == 0 || written+lost != 2*queueSize || l.Lost() != int64(lost) {
 		t.Errorf("%d records were written and %d are said to be lost", written, lost)
 	}
 }
