@@ -19,16 +19,6 @@ const kubeadmFlags = "kubeadm-flags.env"
 
 var endpointFlag = regexp.MustCompile(`--container-runtime-endpoint[= ]([^\s"']+)`)
 
-// sameSocket tells whether two addresses are one socket, however they are written.
-func sameSocket(a, b string) bool {
-	left, err := endpoint.Path(a)
-	if err != nil {
-		return false
-	}
-	right, err := endpoint.Path(b)
-	return err == nil && left == right
-}
-
 // kubelet says whether the kubelet talks to streamshim. Flags win over its configuration, and they may
 // come from anywhere: from kubeadm's file, or from a drop-in of its unit, as on OpenShift. Those of a
 // kubelet that runs are seen in proc.
@@ -41,12 +31,12 @@ func kubelet(c config.Config, file, proc string) Result {
 			written = string(match[1])
 		}
 	}
-	if written != "" && !sameSocket(written, c.Listen) {
+	if written != "" && !endpoint.Same(written, c.Listen) {
 		return warning(name, fmt.Sprintf("write --container-runtime-endpoint=%s in %s and restart the kubelet", c.Listen, flags),
 			"its flags name %q, which wins over its configuration", written)
 	}
 	switch running := runningFlag(proc); {
-	case running != "" && !sameSocket(running, c.Listen):
+	case running != "" && !endpoint.Same(running, c.Listen):
 		return warning(name, fmt.Sprintf("write --container-runtime-endpoint=%s where \"systemctl cat kubelet\" shows the flag, and restart the kubelet", c.Listen),
 			"it runs with --container-runtime-endpoint=%s, which wins over its configuration", running)
 	case running != "":
@@ -68,7 +58,7 @@ func kubelet(c config.Config, file, proc string) Result {
 	if err := yaml.Unmarshal(text, &k); err != nil {
 		return warning(name, "mend "+file, "%s: %v", file, err)
 	}
-	if !sameSocket(k.ContainerRuntimeEndpoint, c.Listen) {
+	if !endpoint.Same(k.ContainerRuntimeEndpoint, c.Listen) {
 		return warning(name, fmt.Sprintf("set containerRuntimeEndpoint: %s in %s and restart the kubelet", c.Listen, file),
 			"it talks to %q, not to streamshim", k.ContainerRuntimeEndpoint)
 	}
