@@ -1,11 +1,15 @@
 package check
 
 import (
+	"context"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"google.golang.org/grpc"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/pkg/config"
 )
@@ -78,6 +82,60 @@ func TestNoRuntime(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	find(t, results, "kubelet")
+}
+
+// upstream is a runtime that has only conditions.
+type upstream struct {
+	runtimeapi.UnimplementedRuntimeServiceServer
+	conditions []*runtimeapi.RuntimeCondition
+}
+
+func (u *upstream) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
+	return &runtimeapi.VersionResponse{RuntimeName: "containerd", RuntimeVersion: "v2", RuntimeApiVersion: "v1"}, nil
+}
+
+func (u *upstream) Status(context.Context, *runtimeapi.StatusRequest) (*runtimeapi.StatusResponse, error) {
+	return &runtimeapi.StatusResponse{Status: &runtimeapi.RuntimeStatus{Conditions: u.conditions}}, nil
+}
+
+// What matters of a runtime's conditions is whether pods can run, not what containerd deprecates.
+func TestUpstreamConditions(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s.sock")
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := &upstream{}
+	server := grpc.NewServer()
+	runtimeapi.RegisterRuntimeServiceServer(server, u)
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	defer func() {
+		server.Stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	}()
+	c := config.Default()
+	c.Upstream = "unix://" + path
+	for _, test := range []struct {
+		condition string
+		good      bool
+		want      Level
+	}{
+		{runtimeapi.NetworkReady, false, Warning},
+		{runtimeapi.RuntimeReady, true, OK},
+		{"ContainerdHasNoDeprecationWarnings", false, OK},
+	} {
+		u.conditions = []*runtimeapi.RuntimeCondition{{Type: test.condition, Status: test.good}}
+		results := Run(t.Context(), c, filepath.Join(t.TempDir(), "none"))
+		if r := find(t, results, "upstream"); r.Level != OK {
+			t.Errorf("%+v", r)
+		}
+		if r := find(t, results, "upstream conditions"); r.Level != test.want || (!test.good && !strings.Contains(r.Detail, test.condition)) {
+			t.Errorf("%s: %+v", test.condition, r)
+		}
+	}
 }
 
 func TestServedSocketIsSeen(t *testing.T) {
