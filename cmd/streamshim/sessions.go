@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,7 +12,6 @@ import (
 	"syscall"
 	"text/tabwriter"
 	"time"
-	"unicode/utf16"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -23,6 +21,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/asciicast"
 	"github.com/streamshim/streamshim/pkg/config"
 	"github.com/streamshim/streamshim/pkg/endpoint"
+	"github.com/streamshim/streamshim/pkg/session"
 )
 
 func newSessionsCommand() *cobra.Command {
@@ -336,24 +335,12 @@ func isTerminal(w io.Writer) bool {
 	return ok && term.IsTerminal(int(file.Fd()))
 }
 
-// printJSON prints JSON that has only printable characters: encoding/json leaves some as they are that
-// terminals obey or that turn text around, such as U+009B and U+202E.
 func printJSON(out io.Writer, v any) error {
-	text, err := json.MarshalIndent(v, "", "  ")
+	text, err := session.PrintableJSON(v, "  ")
 	if err != nil {
 		return err
 	}
-	var safe strings.Builder
-	for _, r := range string(text) {
-		if r == '\n' || strconv.IsPrint(r) {
-			safe.WriteRune(r)
-			continue
-		}
-		for _, unit := range utf16.Encode([]rune{r}) {
-			fmt.Fprintf(&safe, `\u%04x`, unit)
-		}
-	}
-	_, err = io.WriteString(out, safe.String()+"\n")
+	_, err = out.Write(append(text, '\n'))
 	return err
 }
 

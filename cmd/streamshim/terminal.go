@@ -14,8 +14,9 @@ const afterPlay = "\x1b[?1047l\x1b[?1000;1002;1003;1004;1006;2004l\x1b[!p"
 
 // borrowTerminal makes an operator's terminal ready for what somebody else's program has written. A
 // terminal answers some sequences (what is at the cursor, which colour is this?) as if its user had
-// typed: those answers are neither shown nor left for the operator's shell to read. Restore undoes
-// it and what was played. Without a terminal on both sides nothing happens.
+// typed: those answers are neither shown nor left for the operator's shell to read. And what is played
+// has passed a terminal already: newlines go out as they are. Restore undoes it and what was played.
+// Without a terminal on both sides nothing happens.
 func borrowTerminal(in *os.File, out io.Writer) (restore func()) {
 	nothing := func() {}
 	if !isTerminal(out) {
@@ -26,9 +27,10 @@ func borrowTerminal(in *os.File, out io.Writer) (restore func()) {
 	if err != nil {
 		return nothing // the input is no terminal
 	}
-	silent := *before
-	silent.Lflag &^= unix.ECHO | unix.ICANON // not ISIG: ^C ends it
-	if err := unix.IoctlSetTermios(fd, unix.TCSETS, &silent); err != nil {
+	raw := *before
+	raw.Lflag &^= unix.ECHO | unix.ICANON // not ISIG: ^C ends it
+	raw.Oflag &^= unix.OPOST
+	if err := unix.IoctlSetTermios(fd, unix.TCSETS, &raw); err != nil {
 		return nothing
 	}
 	return func() {

@@ -27,7 +27,7 @@ func TestBorrowedTerminal(t *testing.T) {
 	}
 	restore := borrowTerminal(terminal, terminal)
 	during, err := unix.IoctlGetTermios(fd, unix.TCGETS)
-	if err != nil || during.Lflag&unix.ECHO != 0 || during.Lflag&unix.ISIG == 0 {
+	if err != nil || during.Lflag&unix.ECHO != 0 || during.Lflag&unix.ISIG == 0 || during.Oflag&unix.OPOST != 0 {
 		t.Errorf("while it plays: %x, %v", during.Lflag, err)
 	}
 	if _, err := io.WriteString(master, "\x1b[5;1R"); err != nil {

@@ -40,7 +40,7 @@ func failedSync(err error) session.Outcome {
 	case codes.Unknown: // execSyncError, and the runtimes' own
 		err = errNotStarted
 	}
-	return session.Outcome{Reason: reason, ExitCode: -1, Err: err}
+	return session.Outcome{Reason: reason, ExitCode: -1, Err: errors.New(status.Convert(err).Message())}
 }
 
 // forwardedSync is the outcome of an ExecSync that the upstream has answered.
