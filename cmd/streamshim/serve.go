@@ -71,6 +71,9 @@ Flags win over the configuration file, the file over the defaults.`,
 	return command
 }
 
+// defaultFile is a variable for tests.
+var defaultFile = config.DefaultFile
+
 // settings are the flags that serve and check share.
 type settings struct {
 	file  string
@@ -91,19 +94,19 @@ func addSettings(flags *pflag.FlagSet) *settings {
 	return s
 }
 
-// read is the configuration from defaults and file.
+// read is the configuration from defaults and file. A file that was there once is missed from then
+// on: a reload while it is moved away must not drop rules and audit.
 func (s *settings) read() (config.Config, error) {
 	c := config.Default()
-	file := s.file
-	if file == "" {
-		if _, err := os.Stat(config.DefaultFile); err == nil {
-			file = config.DefaultFile
+	if s.file == "" {
+		if _, err := os.Stat(defaultFile); err == nil {
+			s.file = defaultFile
 		}
 	}
-	if file == "" {
+	if s.file == "" {
 		return c, nil
 	}
-	err := c.Read(file)
+	err := c.Read(s.file)
 	return c, err
 }
 

@@ -55,7 +55,7 @@ func adminSocket(address, file string) (string, error) {
 	if address == "" {
 		c, err := (&settings{file: file}).read()
 		if err != nil {
-			return "", err
+			return "", fmt.Errorf("%w; --admin names the socket without it", err)
 		}
 		if c.Admin == "" {
 			return "", errors.New("streamshim's configuration turns the admin socket off (admin = \"\")")
