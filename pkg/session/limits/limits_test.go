@@ -66,6 +66,20 @@ func TestCounts(t *testing.T) {
 	}
 }
 
+// Containers of which nobody knows the pod are not all in one.
+func TestUnknownPods(t *testing.T) {
+	l := New(Config{SessionsPerPod: 1})
+	registry := session.NewRegistry(slog.New(slog.DiscardHandler), l)
+	for _, container := range []string{"c1", "c2"} {
+		if _, err := registry.Begin(t.Context(), exec("", container)); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := registry.Begin(t.Context(), exec("", "c1")); refusal(err) != session.TooMany {
+		t.Errorf("a second one in c1: %v", err)
+	}
+}
+
 // As many as allowed get in, however many ask at once.
 func TestCountsAtOnce(t *testing.T) {
 	l := New(Config{SessionsPerContainer: 5})
