@@ -61,7 +61,8 @@ func Run(ctx context.Context, c config.Config, kubeletConfig string) []Result {
 		stateDir(c),
 		writes("audit log", c.Audit.Destination == "file", filepath.Dir(c.Audit.File), "audit.file"),
 		writes("recordings", len(c.Recording.Rule) > 0, c.Recording.Directory, "recording.directory"),
-		metricsAddress(c),
+		address("stream address", "--stream-address", c.StreamAddress),
+		address("metrics address", "--metrics-address", c.MetricsAddress),
 		openFiles(),
 		inotify(),
 		kubelet(c, kubeletConfig, "/proc"),
@@ -219,21 +220,20 @@ func writes(name string, on bool, dir, key string) Result {
 	return ok(name, "in %s", dir)
 }
 
-// metricsAddress says whether the metrics could be served; whoever serves it now may be streamshim.
-func metricsAddress(c config.Config) Result {
-	const name = "metrics address"
-	if c.MetricsAddress == "" {
+// address says whether serve could listen on a TCP address; whoever serves it now may be streamshim.
+func address(name, flag, hostPort string) Result {
+	if hostPort == "" {
 		return ok(name, "switched off")
 	}
-	listener, err := net.Listen("tcp", c.MetricsAddress)
+	listener, err := net.Listen("tcp", hostPort)
 	switch {
 	case errors.Is(err, unix.EADDRINUSE):
-		return ok(name, "%s is being served", c.MetricsAddress)
+		return ok(name, "%s is being served", hostPort)
 	case err != nil:
-		return failed(name, "choose an address of this node with --metrics-address", "%v", err)
+		return failed(name, "choose an address of this node with "+flag, "%v", err)
 	}
 	listener.Close() //nolint:errcheck // only opened to see that it can be
-	return ok(name, "%s", c.MetricsAddress)
+	return ok(name, "%s", hostPort)
 }
 
 // stateDir says whether files can be kept, and whether they vanish with the next boot as they should.

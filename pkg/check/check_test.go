@@ -228,10 +228,10 @@ func TestPlacesAreChecked(t *testing.T) {
 	write(t, filepath.Join(dir, "file"), "")
 	c := config.Default()
 	c.Admin = "unix://" + filepath.Join(dir, "file")
-	c.MetricsAddress = "192.0.2.1:1" // nobody's: RFC 5737
+	c.MetricsAddress, c.StreamAddress = "192.0.2.1:1", "192.0.2.1:0" // nobody's: RFC 5737
 	c.Audit.Destination, c.Audit.File = "file", filepath.Join(dir, "file", "audit.log")
 	results := Run(t.Context(), c, filepath.Join(dir, "none"))
-	for _, name := range []string{"admin socket", "metrics address", "audit log"} {
+	for _, name := range []string{"admin socket", "metrics address", "stream address", "audit log"} {
 		if r := find(t, results, name); r.Level != Failed || r.Mend == "" {
 			t.Errorf("%s: %+v", name, r)
 		}
