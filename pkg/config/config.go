@@ -277,7 +277,7 @@ func (c *Config) parse(text []byte) error {
 func durationsWithoutUnit(text []byte) *ValueError {
 	var written map[string]any
 	if toml.Unmarshal(text, &written) != nil {
-		return nil // what is wrong is found again, with its line
+		return nil //nolint:nilerr // what is wrong is found again, with its line
 	}
 	var keys []string
 	collectKeys("", Default(), &keys)
