@@ -16,13 +16,17 @@ const afterPlay = "\x1b[?1047l\x1b[?1000;1002;1003;1004;1006;2004l\x1b[!p"
 // terminal answers some sequences (what is at the cursor, which colour is this?) as if its user had
 // typed: those answers are neither shown nor left for the operator's shell to read. And what is played
 // has passed a terminal already: newlines go out as they are. Restore undoes it and what was played.
-// Without a terminal on both sides nothing happens.
+// Without a terminal on both sides nothing happens, nor in the background, where the shell would stop
+// who touches it.
 func borrowTerminal(in *os.File, out io.Writer) (restore func()) {
 	nothing := func() {}
 	if !isTerminal(out) {
 		return nothing
 	}
 	fd := int(in.Fd())
+	if group, err := unix.IoctlGetInt(fd, unix.TIOCGPGRP); err == nil && group != unix.Getpgrp() {
+		return nothing
+	}
 	before, err := unix.IoctlGetTermios(fd, unix.TCGETS)
 	if err != nil {
 		return nothing // the input is no terminal
