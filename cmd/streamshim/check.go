@@ -26,6 +26,9 @@ could not work.`,
 		if err != nil {
 			return err
 		}
+		if c.Upstream == "" {
+			c.Upstream, _ = findUpstream() // the checks say that there is none
+		}
 		bad := 0
 		table := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
 		for _, r := range check.Run(cmd.Context(), c, *kubeletConfig) {

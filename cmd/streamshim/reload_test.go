@@ -49,6 +49,29 @@ func TestReloadNotifies(t *testing.T) {
 	}
 }
 
+// A reload finds a configuration file that has come, and refuses to go on without one that has gone.
+func TestReloadWithoutFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "config.toml")
+	defaultFile = file
+	t.Cleanup(func() { defaultFile = config.DefaultFile })
+	s := &settings{}
+	if c, err := s.read(); err != nil || c.LogLevel != config.Default().LogLevel {
+		t.Errorf("without a file: %q, %v", c.LogLevel, err)
+	}
+	if err := os.WriteFile(file, []byte("log_level = 'warn'\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if c, err := s.read(); err != nil || c.LogLevel != "warn" {
+		t.Errorf("a file that has come: %q, %v", c.LogLevel, err)
+	}
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.read(); err == nil || !strings.Contains(err.Error(), file) {
+		t.Errorf("a file that has gone: %v", err)
+	}
+}
+
 // What cannot be applied leaves everything as it was, the reloader's own state included.
 func TestReloadThatCannotBeApplied(t *testing.T) {
 	next := config.Default()

@@ -54,10 +54,25 @@ Flags win over the configuration file, the file over the defaults.`,
 		if err != nil {
 			return err
 		}
-		return serve(cmd.Context(), c, func() (config.Config, error) { return settings.load(cmd.Flags()) })
+		found := c.Upstream == ""
+		if found {
+			if c.Upstream, err = findUpstream(); err != nil {
+				return err
+			}
+		}
+		return serve(cmd.Context(), c, func() (config.Config, error) {
+			next, err := settings.load(cmd.Flags())
+			if found && next.Upstream == "" {
+				next.Upstream = c.Upstream // not looked for again: the runtime may be restarting
+			}
+			return next, err
+		})
 	}
 	return command
 }
+
+// defaultFile is a variable for tests.
+var defaultFile = config.DefaultFile
 
 // settings are the flags that serve and check share.
 type settings struct {
@@ -79,23 +94,24 @@ func addSettings(flags *pflag.FlagSet) *settings {
 	return s
 }
 
-// read is the configuration from defaults and file.
+// read is the configuration from defaults and file. A file that was there once is missed from then
+// on: a reload while it is moved away must not drop rules and audit.
 func (s *settings) read() (config.Config, error) {
 	c := config.Default()
-	file := s.file
-	if file == "" {
-		if _, err := os.Stat(config.DefaultFile); err == nil {
-			file = config.DefaultFile
+	if s.file == "" {
+		if _, err := os.Stat(defaultFile); err == nil {
+			s.file = defaultFile
 		}
 	}
-	if file == "" {
+	if s.file == "" {
 		return c, nil
 	}
-	err := c.Read(file)
+	err := c.Read(s.file)
 	return c, err
 }
 
-// load is the configuration from defaults, file and flags, in this order.
+// load is the configuration from defaults, file and flags, in this order. Its upstream may be empty;
+// see findUpstream.
 func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
 	c, err := s.read()
 	if err != nil {
@@ -115,17 +131,7 @@ func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
 			copyFlag()
 		}
 	}
-	if err := c.Validate(); err != nil {
-		return c, err
-	}
-	if c.Upstream == "" {
-		upstream, err := findUpstream()
-		if err != nil {
-			return c, err
-		}
-		c.Upstream = upstream
-	}
-	return c, nil
+	return c, c.Validate()
 }
 
 // upstreamPlaces are where runtimes have their CRI socket.
@@ -135,6 +141,7 @@ var upstreamPlaces = []string{
 	"/run/crio/crio.sock",
 }
 
+// findUpstream is for a configuration that does not name the upstream.
 func findUpstream() (string, error) {
 	for _, path := range upstreamPlaces {
 		if info, err := os.Stat(path); err == nil && info.Mode().Type() == os.ModeSocket {
@@ -179,7 +186,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	}
 	defer operation.close()
 
-	telemetry, err := newTelemetry(ctx, c, log)
+	telemetry, err := newTelemetry(ctx, c, operation, log)
 	if err != nil {
 		return err
 	}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -22,6 +21,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/asciicast"
 	"github.com/streamshim/streamshim/pkg/config"
 	"github.com/streamshim/streamshim/pkg/endpoint"
+	"github.com/streamshim/streamshim/pkg/session"
 )
 
 func newSessionsCommand() *cobra.Command {
@@ -55,7 +55,7 @@ func adminSocket(address, file string) (string, error) {
 	if address == "" {
 		c, err := (&settings{file: file}).read()
 		if err != nil {
-			return "", err
+			return "", fmt.Errorf("%w; --admin names the socket without it", err)
 		}
 		if c.Admin == "" {
 			return "", errors.New("streamshim's configuration turns the admin socket off (admin = \"\")")
@@ -234,6 +234,7 @@ session's user is told. A program that draws the whole screen is seen in full at
 		if *raw {
 			_, err = io.Copy(cmd.OutOrStdout(), cast)
 		} else {
+			defer borrowTerminal(os.Stdin, cmd.OutOrStdout())()
 			err = play(cmd.Context(), cmd.OutOrStdout(), cast, nil)
 		}
 		if cmd.Context().Err() != nil {
@@ -261,6 +262,7 @@ func newReplayCommand() *cobra.Command {
 			return err
 		}
 		defer file.Close() //nolint:errcheck // only read
+		defer borrowTerminal(os.Stdin, cmd.OutOrStdout())()
 		err = play(cmd.Context(), cmd.OutOrStdout(), file, &pace{speed: *speed, idle: *idle})
 		if cmd.Context().Err() != nil {
 			return nil
@@ -334,9 +336,12 @@ func isTerminal(w io.Writer) bool {
 }
 
 func printJSON(out io.Writer, v any) error {
-	encoder := json.NewEncoder(out)
-	encoder.SetIndent("", "  ")
-	return encoder.Encode(v)
+	text, err := session.PrintableJSON(v, "  ")
+	if err != nil {
+		return err
+	}
+	_, err = out.Write(append(text, '\n'))
+	return err
 }
 
 func orDash(s string) string {

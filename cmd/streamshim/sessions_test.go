@@ -3,8 +3,10 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -67,6 +69,22 @@ func TestTableIsSafe(t *testing.T) {
 	err := printSessions(&out, []admin.Session{{ID: "1", Command: []string{"\x1b]0;title\x07\n\tx"}, PodName: "a\nb"}}, "wide")
 	if err != nil || strings.Count(out.String(), "\n") != 2 || strings.ContainsAny(out.String(), "\x1b\x07\t") {
 		t.Errorf("%q, %v", out.String(), err)
+	}
+}
+
+// The same for JSON, whose reader gets what the user wrote.
+func TestJSONIsSafe(t *testing.T) {
+	command := []string{"\x1b[2J", "\u009b2J", "\u202etxt", "\x7f", "ü", "\U000e0001", "a\"b"}
+	var out bytes.Buffer
+	if err := printJSON(&out, admin.Session{ID: "1", Command: command}); err != nil {
+		t.Fatal(err)
+	}
+	if strings.ContainsAny(out.String(), "\x1b\u009b\u202e\x7f\U000e0001") || !strings.Contains(out.String(), "ü") {
+		t.Errorf("%q", out.String())
+	}
+	var read admin.Session
+	if err := json.Unmarshal(out.Bytes(), &read); err != nil || !slices.Equal(read.Command, command) {
+		t.Errorf("it is read as %q, %v", read.Command, err)
 	}
 }
 

@@ -34,7 +34,7 @@ type telemetry struct {
 
 // newTelemetry opens the metrics address. The caller closes the telemetry when all sessions have
 // ended.
-func newTelemetry(ctx context.Context, c config.Config, log *slog.Logger) (_ *telemetry, err error) {
+func newTelemetry(ctx context.Context, c config.Config, o *operation, log *slog.Logger) (_ *telemetry, err error) {
 	t := &telemetry{log: log}
 	defer func() {
 		if err != nil {
@@ -60,6 +60,7 @@ func newTelemetry(ctx context.Context, c config.Config, log *slog.Logger) (_ *te
 	}
 	t.metrics = metrics.New(metrics.Config{
 		Version: version, Methods: cri.Methods(), WaitingTokens: func() int { return t.streams.WaitingTokens() },
+		LostAudit: o.audit.Lost, IncompleteRecordings: o.recorder.Incomplete,
 	})
 	t.server = metrics.NewServer(metrics.ServerConfig{
 		Metrics: t.metrics, Ready: t.self.Answers, Profiling: c.Profiling, Log: log,

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
@@ -90,6 +92,13 @@ func (c *Client) do(ctx context.Context, method, path string, body io.Reader) (*
 	}
 	response, err := c.http.Do(request)
 	if err != nil {
+		var call *url.Error
+		if errors.As(err, &call) {
+			err = call.Err // the URL says nothing: its host stands for the socket
+		}
+		if errors.Is(err, fs.ErrPermission) {
+			return nil, fmt.Errorf("%w: only root may open streamshim's admin socket", err)
+		}
 		return nil, fmt.Errorf("%w; is streamshim running, with its admin socket at %s?", err, c.path)
 	}
 	if response.StatusCode < 300 {

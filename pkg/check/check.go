@@ -61,10 +61,11 @@ func Run(ctx context.Context, c config.Config, kubeletConfig string) []Result {
 		stateDir(c),
 		writes("audit log", c.Audit.Destination == "file", filepath.Dir(c.Audit.File), "audit.file"),
 		writes("recordings", len(c.Recording.Rule) > 0, c.Recording.Directory, "recording.directory"),
-		metricsAddress(c),
+		address("stream address", "--stream-address", c.StreamAddress),
+		address("metrics address", "--metrics-address", c.MetricsAddress),
 		openFiles(),
 		inotify(),
-		kubelet(c, kubeletConfig),
+		kubelet(c, kubeletConfig, "/proc"),
 	)
 }
 
@@ -134,6 +135,9 @@ func dial(c config.Config) (*grpc.ClientConn, error) {
 func upstreamAnswers(ctx context.Context, c config.Config) (Result, *runtimeapi.VersionResponse) {
 	const name = "upstream"
 	const mend = "start the runtime, or name its CRI socket with --upstream or the key upstream"
+	if c.Upstream == "" {
+		return failed(name, mend, "no runtime's socket is where it usually is, and none is named"), nil
+	}
 	conn, err := dial(c)
 	if err != nil {
 		return failed(name, mend, "%v", err), nil
@@ -164,12 +168,17 @@ func upstreamConditions(ctx context.Context, c config.Config) Result {
 	if err != nil {
 		return warning(name, "look at the runtime's log", "no status: %v", err)
 	}
+	others := ""
 	for _, condition := range status.GetStatus().GetConditions() {
-		if !condition.GetStatus() {
+		switch {
+		case condition.GetStatus():
+		case condition.GetType() == runtimeapi.RuntimeReady, condition.GetType() == runtimeapi.NetworkReady:
 			return warning(name, "mend the runtime first; pods cannot start before", "%s is false: %s", condition.GetType(), condition.GetMessage())
+		default: // the runtime's own, such as ContainerdHasNoDeprecationWarnings, which is rarely true
+			others += fmt.Sprintf("; %s is false, which does not matter here", condition.GetType())
 		}
 	}
-	return ok(name, "ready")
+	return ok(name, "ready%s", others)
 }
 
 // socket says whether serve could listen on an address.
@@ -211,21 +220,20 @@ func writes(name string, on bool, dir, key string) Result {
 	return ok(name, "in %s", dir)
 }
 
-// metricsAddress says whether the metrics could be served; whoever serves it now may be streamshim.
-func metricsAddress(c config.Config) Result {
-	const name = "metrics address"
-	if c.MetricsAddress == "" {
+// address says whether serve could listen on a TCP address; whoever serves it now may be streamshim.
+func address(name, flag, hostPort string) Result {
+	if hostPort == "" {
 		return ok(name, "switched off")
 	}
-	listener, err := net.Listen("tcp", c.MetricsAddress)
+	listener, err := net.Listen("tcp", hostPort)
 	switch {
 	case errors.Is(err, unix.EADDRINUSE):
-		return ok(name, "%s is being served", c.MetricsAddress)
+		return ok(name, "%s is being served", hostPort)
 	case err != nil:
-		return failed(name, "choose an address of this node with --metrics-address", "%v", err)
+		return failed(name, "choose an address of this node with "+flag, "%v", err)
 	}
 	listener.Close() //nolint:errcheck // only opened to see that it can be
-	return ok(name, "%s", c.MetricsAddress)
+	return ok(name, "%s", hostPort)
 }
 
 // stateDir says whether files can be kept, and whether they vanish with the next boot as they should.
@@ -277,10 +285,10 @@ func openFiles() Result {
 	const name, enough = "open files", 16384
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return warning(name, "", "%v", err)
+		return warning(name, "allow getrlimit(2)", "%v", err)
 	}
 	if limit.Max < enough {
-		return warning(name, "set LimitNOFILE=1048576 in the systemd unit", "at most %d, enough for about %d sessions", limit.Max, limit.Max/8)
+		return warning(name, "set LimitNOFILE=1024:1048576 in the systemd unit", "at most %d, enough for about %d sessions", limit.Max, limit.Max/8)
 	}
 	return ok(name, "%s", strconv.FormatUint(limit.Max, 10))
 }

@@ -1,11 +1,15 @@
 package check
 
 import (
+	"context"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"google.golang.org/grpc"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/pkg/config"
 )
@@ -71,6 +75,69 @@ func TestGoodNode(t *testing.T) {
 	}
 }
 
+// Also without any runtime all the rest is looked at.
+func TestNoRuntime(t *testing.T) {
+	results := Run(t.Context(), config.Default(), filepath.Join(t.TempDir(), "none"))
+	if r := find(t, results, "upstream"); r.Level != Failed || !strings.Contains(r.Mend, "start the runtime") {
+		t.Errorf("%+v", r)
+	}
+	find(t, results, "kubelet")
+}
+
+// upstream is a runtime that has only conditions.
+type upstream struct {
+	runtimeapi.UnimplementedRuntimeServiceServer
+	conditions []*runtimeapi.RuntimeCondition
+}
+
+func (u *upstream) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
+	return &runtimeapi.VersionResponse{RuntimeName: "containerd", RuntimeVersion: "v2", RuntimeApiVersion: "v1"}, nil
+}
+
+func (u *upstream) Status(context.Context, *runtimeapi.StatusRequest) (*runtimeapi.StatusResponse, error) {
+	return &runtimeapi.StatusResponse{Status: &runtimeapi.RuntimeStatus{Conditions: u.conditions}}, nil
+}
+
+// What matters of a runtime's conditions is whether pods can run, not what containerd deprecates.
+func TestUpstreamConditions(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s.sock")
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := &upstream{}
+	server := grpc.NewServer()
+	runtimeapi.RegisterRuntimeServiceServer(server, u)
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	defer func() {
+		server.Stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	}()
+	c := config.Default()
+	c.Upstream = "unix://" + path
+	for _, test := range []struct {
+		condition string
+		good      bool
+		want      Level
+	}{
+		{runtimeapi.NetworkReady, false, Warning},
+		{runtimeapi.RuntimeReady, true, OK},
+		{"ContainerdHasNoDeprecationWarnings", false, OK},
+	} {
+		u.conditions = []*runtimeapi.RuntimeCondition{{Type: test.condition, Status: test.good}}
+		results := Run(t.Context(), c, filepath.Join(t.TempDir(), "none"))
+		if r := find(t, results, "upstream"); r.Level != OK {
+			t.Errorf("%+v", r)
+		}
+		if r := find(t, results, "upstream conditions"); r.Level != test.want || (!test.good && !strings.Contains(r.Detail, test.condition)) {
+			t.Errorf("%s: %+v", test.condition, r)
+		}
+	}
+}
+
 func TestServedSocketIsSeen(t *testing.T) {
 	c := config.Default()
 	path := filepath.Join(t.TempDir(), "s.sock")
@@ -123,8 +190,35 @@ func TestKubeadmFlags(t *testing.T) {
 		`KUBELET_KUBEADM_ARGS="--v=2 --container-runtime-endpoint=` + c.Listen + `"`:                       OK,
 	} {
 		write(t, filepath.Join(dir, kubeadmFlags), flags)
-		if r := kubelet(c, file); r.Level != want {
+		if r := kubelet(c, file, dir); r.Level != want {
 			t.Errorf("%s: %+v", flags, r)
+		}
+	}
+}
+
+// A flag from elsewhere is seen in the kubelet that runs.
+func TestRunningKubelet(t *testing.T) {
+	dir := t.TempDir()
+	c := config.Default()
+	file := filepath.Join(dir, "config.yaml")
+	for _, test := range []struct {
+		arguments, file string
+		want            Level
+	}{
+		{"--config=/x\x00--container-runtime-endpoint=unix:///run/crio/crio.sock\x00", c.Listen, Warning},
+		{"--container-runtime-endpoint\x00" + c.Listen + "\x00--v=2\x00", "unix:///run/crio/crio.sock", OK},
+		{"--config=/x\x00", "/run/streamshim/streamshim.sock", OK}, // the same, written otherwise
+		{"--config=/x\x00", "unix:///run/crio/crio.sock", Warning},
+	} {
+		proc := filepath.Join(dir, "42")
+		if err := os.MkdirAll(proc, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(proc, "comm"), "kubelet\n")
+		write(t, filepath.Join(proc, "cmdline"), "/usr/bin/kubelet\x00"+test.arguments)
+		write(t, file, "containerRuntimeEndpoint: "+test.file+"\n")
+		if r := kubelet(c, file, dir); r.Level != test.want || (r.Level != OK && r.Mend == "") {
+			t.Errorf("%q, %s: %+v", test.arguments, test.file, r)
 		}
 	}
 }
@@ -134,10 +228,10 @@ func TestPlacesAreChecked(t *testing.T) {
 	write(t, filepath.Join(dir, "file"), "")
 	c := config.Default()
 	c.Admin = "unix://" + filepath.Join(dir, "file")
-	c.MetricsAddress = "192.0.2.1:1" // nobody's: RFC 5737
+	c.MetricsAddress, c.StreamAddress = "192.0.2.1:1", "192.0.2.1:0" // nobody's: RFC 5737
 	c.Audit.Destination, c.Audit.File = "file", filepath.Join(dir, "file", "audit.log")
 	results := Run(t.Context(), c, filepath.Join(dir, "none"))
-	for _, name := range []string{"admin socket", "metrics address", "audit log"} {
+	for _, name := range []string{"admin socket", "metrics address", "stream address", "audit log"} {
 		if r := find(t, results, name); r.Level != Failed || r.Mend == "" {
 			t.Errorf("%s: %+v", name, r)
 		}

@@ -1,6 +1,7 @@
 package check
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -10,6 +11,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/pkg/endpoint"
 )
 
 // kubeadmFlags lies beside the kubelet's configuration. What it says wins.
@@ -17,17 +19,30 @@ const kubeadmFlags = "kubeadm-flags.env"
 
 var endpointFlag = regexp.MustCompile(`--container-runtime-endpoint[= ]([^\s"']+)`)
 
-// kubelet says whether the kubelet talks to streamshim.
-func kubelet(c config.Config, file string) Result {
+// kubelet says whether the kubelet talks to streamshim. Flags win over its configuration, and they may
+// come from anywhere: from kubeadm's file, or from a drop-in of its unit, as on OpenShift. Those of a
+// kubelet that runs are seen in proc.
+func kubelet(c config.Config, file, proc string) Result {
 	const name = "kubelet"
 	flags := filepath.Join(filepath.Dir(file), kubeadmFlags)
+	written := ""
 	if text, err := os.ReadFile(flags); err == nil {
-		if match := endpointFlag.FindSubmatch(text); match != nil && string(match[1]) != c.Listen {
-			return warning(name, fmt.Sprintf("write --container-runtime-endpoint=%s in %s and restart the kubelet", c.Listen, flags),
-				"its flags name %q, which wins over its configuration", match[1])
-		} else if match != nil {
-			return ok(name, "talks to streamshim (%s)", flags)
+		if match := endpointFlag.FindSubmatch(text); match != nil {
+			written = string(match[1])
 		}
+	}
+	if written != "" && !endpoint.Same(written, c.Listen) {
+		return warning(name, fmt.Sprintf("write --container-runtime-endpoint=%s in %s and restart the kubelet", c.Listen, flags),
+			"its flags name %q, which wins over its configuration", written)
+	}
+	switch running := runningFlag(proc); {
+	case running != "" && !endpoint.Same(running, c.Listen):
+		return warning(name, fmt.Sprintf("write --container-runtime-endpoint=%s where \"systemctl cat kubelet\" shows the flag, and restart the kubelet", c.Listen),
+			"it runs with --container-runtime-endpoint=%s, which wins over its configuration", running)
+	case running != "":
+		return ok(name, "talks to streamshim (its command line)")
+	case written != "":
+		return ok(name, "talks to streamshim (%s)", flags)
 	}
 	text, err := os.ReadFile(file)
 	if errors.Is(err, os.ErrNotExist) {
@@ -43,9 +58,30 @@ func kubelet(c config.Config, file string) Result {
 	if err := yaml.Unmarshal(text, &k); err != nil {
 		return warning(name, "mend "+file, "%s: %v", file, err)
 	}
-	if k.ContainerRuntimeEndpoint != c.Listen {
+	if !endpoint.Same(k.ContainerRuntimeEndpoint, c.Listen) {
 		return warning(name, fmt.Sprintf("set containerRuntimeEndpoint: %s in %s and restart the kubelet", c.Listen, file),
 			"it talks to %q, not to streamshim", k.ContainerRuntimeEndpoint)
 	}
 	return ok(name, "talks to streamshim")
+}
+
+// runningFlag is the endpoint in the command line of the kubelet that runs, "" when there is none.
+func runningFlag(proc string) string {
+	names, err := filepath.Glob(filepath.Join(proc, "[0-9]*", "comm"))
+	if err != nil {
+		return "" // cannot happen: the pattern is good
+	}
+	for _, comm := range names {
+		if text, err := os.ReadFile(comm); err != nil || string(text) != "kubelet\n" {
+			continue
+		}
+		arguments, err := os.ReadFile(filepath.Join(filepath.Dir(comm), "cmdline"))
+		if err != nil {
+			continue // it has ended
+		}
+		if match := endpointFlag.FindSubmatch(bytes.ReplaceAll(arguments, []byte{0}, []byte{' '})); match != nil {
+			return string(match[1])
+		}
+	}
+	return ""
 }

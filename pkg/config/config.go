@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -243,6 +244,9 @@ func (c *Config) Read(file string) error {
 
 // parse returns errors that begin with the line, for "file:line: message".
 func (c *Config) parse(text []byte) error {
+	if problem := durationsWithoutUnit(text); problem != nil {
+		return fmt.Errorf("%d: %w", lineOf(text, problem.key), problem)
+	}
 	decoder := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields()
 	err := decoder.Decode(c)
 	var unknown *toml.StrictMissingError
@@ -259,7 +263,7 @@ func (c *Config) parse(text []byte) error {
 		if k := strings.Join(bad.Key(), "."); k != "" {
 			key = k + ": "
 		}
-		return fmt.Errorf("%d: %s%s", line, key, strings.TrimPrefix(bad.Error(), "toml: "))
+		return fmt.Errorf("%d: %s%s", line, key, plainWords(strings.TrimPrefix(bad.Error(), "toml: ")))
 	}
 	if err != nil {
 		return fmt.Errorf("1: %w", err)
@@ -268,6 +272,48 @@ func (c *Config) parse(text []byte) error {
 		return fmt.Errorf("%d: %w", lineOf(text, problem.key), problem)
 	}
 	return nil
+}
+
+// durationsWithoutUnit finds a duration that is no string. The TOML library takes a plain number for
+// nanoseconds: "idle_timeout = 30" would end every session at once.
+func durationsWithoutUnit(text []byte) *ValueError {
+	var written map[string]any
+	if toml.Unmarshal(text, &written) != nil {
+		return nil //nolint:nilerr // what is wrong is found again, with its line
+	}
+	var keys []string
+	collectKeys("", Default(), &keys)
+	defaults := tree(Default())
+	for _, key := range keys {
+		def, _ := lookUp(defaults, key).(string)
+		if _, err := time.ParseDuration(def); err != nil {
+			continue // the key is no duration
+		}
+		value := lookUp(written, key)
+		if _, ok := value.(string); !ok && value != nil && value != int64(0) { // 0 needs no unit
+			return &ValueError{key, fmt.Sprintf("%v is not a duration such as \"30s\" or \"1h30m\"", value)}
+		}
+	}
+	return nil
+}
+
+// wrongType is what the TOML library says of a value of the wrong type.
+var wrongType = regexp.MustCompile(`^cannot decode TOML (.+) into struct field \S+ of type (\S+)$`)
+
+// plainWords says it without Go's types.
+func plainWords(message string) string {
+	match := wrongType.FindStringSubmatch(message)
+	if match == nil {
+		return message
+	}
+	want, ok := map[string]string{
+		"string": "string", "bool": "true or false", "int": "integer", "int64": "integer", "float64": "number",
+		"config.Duration": `duration such as "30s"`, "[]string": "list of strings", "map[string]string": "table of strings",
+	}[match[2]]
+	if !ok {
+		want = "table"
+	}
+	return fmt.Sprintf("this is of type %s, expected: %s", match[1], want)
 }
 
 // ValueError is a setting whose value cannot be used.
@@ -310,7 +356,7 @@ func (c *Config) validate() *ValueError {
 	}
 	if c.Admin != "" {
 		checks = append(checks, socket("admin", c.Admin))
-		if c.Admin == c.Listen {
+		if endpoint.Same(c.Admin, c.Listen) {
 			checks = append(checks, &ValueError{"admin", "is the socket on which CRI is served; choose another path"})
 		}
 	}
@@ -318,7 +364,7 @@ func (c *Config) validate() *ValueError {
 	checks = append(checks, c.validateTelemetry()...)
 	if c.Upstream != "" {
 		checks = append(checks, socket("upstream", c.Upstream))
-		if c.Upstream == c.Listen {
+		if endpoint.Same(c.Upstream, c.Listen) {
 			checks = append(checks, &ValueError{"upstream", "is the socket that streamshim itself serves; name the runtime's"})
 		}
 	}
@@ -422,6 +468,11 @@ func suggestion(key string) string {
 	example := Default()
 	example.Deny, example.Recording.Rule = []Deny{{TTY: new(bool)}}, []Rule{{}} // tables of which there may be none
 	collectKeys("", example, &known)
+	for _, k := range slices.Clone(known) {
+		if i := strings.LastIndex(k, "."); i >= 0 && !slices.Contains(known, k[:i]) {
+			known = append(known, k[:i]) // the table
+		}
+	}
 	return nearest(key, known)
 }
 
@@ -448,7 +499,7 @@ func collectTreeKeys(prefix string, tree map[string]any, keys *[]string) {
 
 // nearest says which of the choices the value resembles, if one does.
 func nearest(value string, choices []string) string {
-	best, distance := "", 4 // more changes than this is no resemblance
+	best, distance := "", min(4, len(value)/2+1) // as many changes are no resemblance
 	last := value[strings.LastIndex(value, ".")+1:]
 	for _, choice := range choices {
 		d := editDistance(value, choice)

@@ -107,6 +107,14 @@ func TestMistakes(t *testing.T) {
 		{"traces with a URL", "[traces]\nendpoint = 'http://collector:4317/x'\n", []string{"2: ", "traces.endpoint", "HOST:PORT"}},
 		{"sample ratio", "[traces]\n\nsample_ratio = 1.5\n", []string{"3: ", "between 0 and 1"}},
 		{"sample ratio nan", "[traces]\nsample_ratio = nan\n", []string{"2: ", "between 0 and 1"}},
+		{"duration without a unit", "[exec]\n\nidle_timeout = 30\n", []string{"3: ", "exec.idle_timeout", "30 is not a duration"}},
+		{"duration with a point", "[shutdown]\ndrain = 1.5\n", []string{"2: ", "shutdown.drain", "1.5 is not a duration"}},
+		{"string for a number", "[limits]\nsessions = 'many'\n", []string{"2: limits.sessions: this is of type string, expected: integer"}},
+		{"string for a list", "[[deny]]\nkinds = 'exec'\n", []string{"2: deny.kinds: ", "expected: list of strings"}},
+		{"number for a table", "deny = 3\n", []string{"1: deny: ", "expected: table"}},
+		{"unknown table", "[limit]\nsessions = 3\n", []string{"1: ", `did you mean "limits"?`}},
+		{"upstream written otherwise", "listen = '/run/a.sock'\nupstream = 'unix:///run/a.sock'\n", []string{"2: ", "itself serves"}},
+		{"admin written otherwise", "listen = '/run/a.sock'\nadmin = 'unix:///run/a.sock'\n", []string{"2: ", "CRI is served"}},
 		{"relative state", "state_dir = 'x'\n", []string{"1: ", "absolute"}},
 	}
 	for _, tt := range tests {

@@ -2,6 +2,7 @@ package cri
 
 import (
 	"context"
+	"errors"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -24,6 +25,10 @@ func (s *Server) beginSync(ctx context.Context, c Container, request *runtimeapi
 	})
 }
 
+// errNotStarted stands for the error of a command that could not be started. Its own text names the
+// command, whatever audit.command says.
+var errNotStarted = errors.New("the command could not be started")
+
 // failedSync is the outcome of an ExecSync that ended with an error.
 func failedSync(err error) session.Outcome {
 	reason := "failed"
@@ -32,8 +37,10 @@ func failedSync(err error) session.Outcome {
 		reason = "timeout"
 	case codes.Canceled:
 		reason = "client-gone"
+	case codes.Unknown: // execSyncError, and the runtimes' own
+		err = errNotStarted
 	}
-	return session.Outcome{Reason: reason, ExitCode: -1, Err: err}
+	return session.Outcome{Reason: reason, ExitCode: -1, Err: errors.New(status.Convert(err).Message())}
 }
 
 // forwardedSync is the outcome of an ExecSync that the upstream has answered.

@@ -22,3 +22,13 @@ func Path(address string) (string, error) {
 	}
 	return path, nil
 }
+
+// Same tells whether two addresses are good and name one socket, however they are written.
+func Same(a, b string) bool {
+	left, err := Path(a)
+	if err != nil {
+		return false
+	}
+	right, err := Path(b)
+	return err == nil && left == right
+}

@@ -24,3 +24,19 @@ func TestPath(t *testing.T) {
 		}
 	}
 }
+
+func TestSame(t *testing.T) {
+	for _, test := range []struct {
+		a, b string
+		want bool
+	}{
+		{"unix:///run/s.sock", "/run/s.sock", true},
+		{"/run/s.sock", "/run/t.sock", false},
+		{"", "", false},
+		{"/run/s.sock", "tcp://x", false},
+	} {
+		if got := Same(test.a, test.b); got != test.want {
+			t.Errorf("Same(%q, %q) is %v", test.a, test.b, got)
+		}
+	}
+}

@@ -24,6 +24,8 @@ type Config struct {
 	Methods []string
 	// WaitingTokens is asked at each scrape how many URLs wait for their client.
 	WaitingTokens func() int
+	// LostAudit and IncompleteRecordings are asked for totals since the start; nil is none.
+	LostAudit, IncompleteRecordings func() int64
 }
 
 // Metrics are the numbers. It is a session.Observer. Its methods may be called from many goroutines.
@@ -107,6 +109,8 @@ func New(c Config) *Metrics {
 		ConstLabels: prometheus.Labels{"version": c.Version, "go_version": runtime.Version()},
 	})
 	build.Set(1)
+	m.counterFunc("audit_records_lost_total", "Audit records that could not be written.", c.LostAudit)
+	m.counterFunc("recordings_incomplete_total", "Recordings that could not be begun, have gaps, or ended before their session.", c.IncompleteRecordings)
 	m.registry.MustRegister(build, (*liveCollector)(m),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "streamshim_tokens_waiting", Help: "One-time URLs that wait for their client.",
@@ -131,6 +135,15 @@ func (m *Metrics) counter(name, help string) prometheus.Counter {
 	c := prometheus.NewCounter(prometheus.CounterOpts{Name: "streamshim_" + name, Help: help})
 	m.registry.MustRegister(c)
 	return c
+}
+
+// counterFunc is a counter whose number is somebody else's.
+func (m *Metrics) counterFunc(name, help string, total func() int64) {
+	if total == nil {
+		return
+	}
+	m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "streamshim_" + name, Help: help},
+		func() float64 { return float64(total()) }))
 }
 
 // Began implements session.Observer.

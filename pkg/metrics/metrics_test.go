@@ -26,7 +26,10 @@ func (m moved) LastActivity() time.Time             { return time.Now() }
 func (m moved) Transferred() (received, sent int64) { return m.received, m.sent }
 
 func newForTest() *Metrics {
-	return New(Config{Version: "test", Methods: []string{"/runtime.v1.RuntimeService/Exec"}, WaitingTokens: func() int { return 3 }})
+	return New(Config{
+		Version: "test", Methods: []string{"/runtime.v1.RuntimeService/Exec"}, WaitingTokens: func() int { return 3 },
+		LostAudit: func() int64 { return 5 }, IncompleteRecordings: func() int64 { return 7 },
+	})
 }
 
 // value is the sum of a metric over all series that have the labels; a histogram's is its count.

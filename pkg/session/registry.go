@@ -184,6 +184,7 @@ func (r *Registry) Check(info Info) error {
 		if err := g.Check(info); err != nil {
 			r.refused(info, err, i)
 			r.tellRefused(info, err)
+			r.log.Info("session refused", append(info.attributes(), "error", err)...)
 			return err
 		}
 	}
@@ -394,19 +395,23 @@ func (s *Session) End(o Outcome) {
 	r.log.Info("session end", attributes...)
 }
 
-func (s *Session) attributes() []any {
-	a := []any{"session", s.ID, "kind", s.Kind, "protocol", s.Protocol, "peer", s.Peer}
+func (s *Session) attributes() []any { return append([]any{"session", s.ID}, s.Info.attributes()...) }
+
+// attributes are those that are known; at the CRI call there is no client yet.
+func (i Info) attributes() []any {
+	a := []any{"kind", i.Kind}
 	for _, f := range []struct{ name, value string }{
-		{"namespace", s.Target.PodNamespace}, {"pod", s.Target.PodName},
-		{"container", s.Target.ContainerName}, {"container_id", s.Target.ContainerID},
-		{"sandbox_id", s.Target.SandboxID},
+		{"protocol", i.Protocol}, {"peer", i.Peer},
+		{"namespace", i.Target.PodNamespace}, {"pod", i.Target.PodName},
+		{"container", i.Target.ContainerName}, {"container_id", i.Target.ContainerID},
+		{"sandbox_id", i.Target.SandboxID},
 	} {
 		if f.value != "" {
 			a = append(a, f.name, f.value)
 		}
 	}
-	if s.Kind != PortForward {
-		a = append(a, "tty", s.TTY)
+	if i.Kind != PortForward {
+		a = append(a, "tty", i.TTY)
 	}
 	return a
 }

@@ -280,6 +280,26 @@ func (s *shell) end(t *testing.T) error {
 	return s.err
 }
 
+// check runs "streamshim check" on this node, which is a good one, with a kubelet's configuration.
+func (o *operated) check() {
+	o.t.Helper()
+	kubelet := filepath.Join(o.dir, "kubelet.yaml")
+	if err := os.WriteFile(kubelet, []byte("containerRuntimeEndpoint: "+o.Socket()+"\n"), 0o600); err != nil {
+		o.t.Fatal(err)
+	}
+	out, err := exec.Command(node.Binary(o.t), "check", "--config", o.config, "--listen", o.Socket(),
+		"--admin", "unix://"+o.AdminSocket(), "--upstream", o.ContainerdSocket(), "--kubelet-config", kubelet).CombinedOutput()
+	text := string(out)
+	if err != nil || strings.Contains(text, "failed ") {
+		o.t.Errorf("check of a good node: %v\n%s", err, text)
+	}
+	for _, line := range []string{"upstream  ", "upstream conditions", "listen socket", "admin socket", "audit log", "recordings", "kubelet"} {
+		if !strings.Contains(text, "ok       "+line) {
+			o.t.Errorf("%q is not ok:\n%s", line, text)
+		}
+	}
+}
+
 func TestOperateSessions(t *testing.T) {
 	o := start(t, "operate", operatedConfig)
 
@@ -442,6 +462,7 @@ func TestOperateSessions(t *testing.T) {
 // without touching live sessions.
 func TestLimitsAndReload(t *testing.T) {
 	o := start(t, "limits", operatedConfig)
+	o.check()
 	live := o.exec("web", true, "sh", "-c", "echo ready; exec sh")
 	live.shows(t, "ready")
 	var unused [2]*url.URL

@@ -193,6 +193,56 @@ func TestScripts(t *testing.T) {
 	}
 }
 
+// As long as the kubelet talks to streamshim the package stays, wherever the kubelet has its endpoint
+// from.
+func TestRemovalIsRefused(t *testing.T) {
+	need(t, "dash", "grep", "tr")
+	script, err := os.ReadFile(filepath.Join(top, "deploy/package/preremove.sh"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const ours, other = "unix:///run/streamshim/streamshim.sock", "unix:///run/crio/crio.sock"
+	for name, test := range map[string]struct {
+		files  map[string]string
+		refuse string
+	}{
+		"no kubelet": {},
+		"not ours": {files: map[string]string{
+			"kubelet/config.yaml":       "containerRuntimeEndpoint: " + other + "\n",
+			"kubelet/kubeadm-flags.env": `KUBELET_KUBEADM_ARGS="--container-runtime-endpoint=` + other + `"`,
+			"proc/7/comm":               "kubelet\n", "proc/7/cmdline": "kubelet\x00--container-runtime-endpoint=" + other + "\x00",
+		}},
+		"configuration": {map[string]string{"kubelet/config.yaml": "a: b\ncontainerRuntimeEndpoint: " + ours + "\n"}, "config.yaml"},
+		"as JSON":       {map[string]string{"kubelet/config.yaml": "{\n  \"containerRuntimeEndpoint\": \"" + ours + "\"}"}, "config.yaml"},
+		"kubeadm":       {map[string]string{"kubelet/kubeadm-flags.env": `A="--v=2 --container-runtime-endpoint=` + ours + `"`}, "kubeadm-flags.env"},
+		"drop-in": {map[string]string{
+			"proc/8/comm": "kubelet\n", "proc/8/cmdline": "kubelet\x00--container-runtime-endpoint\x00" + ours + "\x00",
+		}, "drop-in"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			root := t.TempDir()
+			for path, text := range test.files {
+				path = filepath.Join(root, path)
+				if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			moved := strings.NewReplacer("/run/systemd/system", root, "/var/lib/kubelet", filepath.Join(root, "kubelet"),
+				"/proc/", filepath.Join(root, "proc")+"/", "systemctl disable", "echo disable").Replace(string(script))
+			out, err := exec.Command("dash", "-c", moved, "preremove.sh", "remove").CombinedOutput()
+			if (err != nil) != (test.refuse != "") || !strings.Contains(string(out), test.refuse) {
+				t.Errorf("%v: %s", err, out)
+			}
+			if strings.Contains(string(out), "disable --now") != (test.refuse == "") {
+				t.Errorf("the service: %s", out)
+			}
+		})
+	}
+}
+
 // inherited are settings that runc and the commands in containers would inherit, or that would hide
 // the containers' file systems.
 var inherited = []string{

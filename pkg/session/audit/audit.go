@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
@@ -52,6 +53,8 @@ type Config struct {
 const (
 	// queueSize is how many records may wait for a slow disk.
 	queueSize = 1024
+	// updatesSize is how many changes of the configuration may wait behind them.
+	updatesSize = 8
 	// writeTimeout is how long the start of a session waits for its record when Config.Deny is set.
 	writeTimeout = 5 * time.Second
 	syncInterval = time.Second
@@ -63,6 +66,7 @@ var (
 	errQueueFull = errors.New("the queue of audit records is full: the disk is too slow")
 	errTimeout   = fmt.Errorf("the audit record was not written within %v", writeTimeout)
 	errClosed    = errors.New("the audit log is closed")
+	errStuck     = errors.New("the disk of the audit log does not answer, and earlier changes still wait for it")
 )
 
 // Log is the audit log, a session.Guard. Records are written by a goroutine of its own; sessions
@@ -71,6 +75,7 @@ type Log struct {
 	log   *slog.Logger
 	queue chan entry
 	done  chan struct{} // closed when the goroutine has ended
+	gone  atomic.Int64  // records that were lost, ever
 
 	mu     sync.Mutex // guards what follows, and sending to a queue that may be closed
 	config Config
@@ -106,7 +111,7 @@ func New(config Config, log *slog.Logger) (*Log, error) {
 	if err != nil {
 		return nil, fmt.Errorf("audit log: %w", err)
 	}
-	l := &Log{log: log, config: config, queue: make(chan entry, queueSize), done: make(chan struct{})}
+	l := &Log{log: log, config: config, queue: make(chan entry, queueSize+updatesSize), done: make(chan struct{})}
 	go l.run(destination{s, config.Fsync})
 	return l, nil
 }
@@ -124,7 +129,8 @@ func open(config Config) (sink, error) {
 	}
 }
 
-// Update changes how the log is kept from the next record on. After an error it is kept as before.
+// Update changes how the log is kept from the next record on, without waiting for those that are not
+// written yet. After an error it is kept as before.
 func (l *Log) Update(config Config) error {
 	s, err := open(config)
 	if err != nil {
@@ -135,9 +141,13 @@ func (l *Log) Update(config Config) error {
 	if l.closed {
 		return errors.Join(errClosed, s.close())
 	}
-	l.config = config
-	l.queue <- entry{replace: &destination{s, config.Fsync}} // the goroutine takes it in the end
-	return nil
+	select {
+	case l.queue <- entry{replace: &destination{s, config.Fsync}}:
+		l.config = config
+		return nil
+	default: // waiting for room would hold up every session: the lock is held
+		return fmt.Errorf("audit log: %w", errors.Join(errStuck, s.close()))
+	}
 }
 
 // Close writes what waits and closes the destination.
@@ -215,14 +225,20 @@ func (l *Log) start(ctx context.Context, id string, info session.Info) error {
 	written := make(chan error, 1)
 	timeout := time.NewTimer(writeTimeout)
 	defer timeout.Stop()
+	began := time.Now()
 	err := l.put(line, written)
 	if err == nil {
+		givenUp := false
 		select {
 		case err = <-written:
 		case <-timeout.C:
-			err = errTimeout
+			err, givenUp = errTimeout, true
 		case <-ctx.Done():
-			err = context.Cause(ctx)
+			err, givenUp = context.Cause(ctx), true
+		}
+		if givenUp {
+			// The record of the start still waits: behind it must stand that nothing followed.
+			l.end(id, info, began, 0, 0, session.Outcome{Reason: "refused", ExitCode: -1, Err: err})
 		}
 	}
 	if err == nil {
@@ -252,14 +268,17 @@ func (l *Log) put(line []byte, written chan<- error) error {
 	if l.closed {
 		return errClosed
 	}
-	select {
-	case l.queue <- entry{line: line, written: written}:
-		return nil
-	default:
+	if len(l.queue) >= queueSize { // the rest is room for Update; only the lock's holder adds to it
 		l.lost++
+		l.gone.Add(1)
 		return errQueueFull
 	}
+	l.queue <- entry{line: line, written: written}
+	return nil
 }
+
+// Lost is how many records could not be written since the log was opened.
+func (l *Log) Lost() int64 { return l.gone.Load() }
 
 func (l *Log) takeLost() int64 {
 	l.mu.Lock()
@@ -273,14 +292,15 @@ func (l *Log) takeLost() int64 {
 type writer struct {
 	destination
 	log        *slog.Logger
-	lost       int64
+	lost       int64         // not yet noted in the log itself
+	gone       *atomic.Int64 // the Log's
 	complained time.Time
 	dirty      bool // written and not synced
 }
 
 func (l *Log) run(d destination) {
 	defer close(l.done)
-	w := &writer{destination: d, log: l.log}
+	w := &writer{destination: d, log: l.log, gone: &l.gone}
 	ticker := time.NewTicker(syncInterval)
 	defer ticker.Stop()
 	for {
@@ -340,6 +360,7 @@ func (w *writer) line(line []byte) error {
 	err := w.sink.write(line)
 	if err != nil {
 		w.lost++
+		w.gone.Add(1)
 		w.complain(err)
 		return err
 	}

@@ -204,6 +204,32 @@ func TestRotation(t *testing.T) {
 	}
 }
 
+// Files beyond a max_files that was lowered go at the next rotation.
+func TestFewerFiles(t *testing.T) {
+	c := fileConfig(t)
+	if err := os.MkdirAll(filepath.Dir(c.File), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for n := 1; n <= 9; n++ {
+		if err := os.WriteFile(fmt.Sprintf("%s.%d", c.File, n), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, err := openFile(c.File, 1, 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	for range 2 {
+		if err := s.write([]byte("{}\n")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if files, _ := filepath.Glob(c.File + ".*"); len(files) != 3 {
+		t.Errorf("files: %v", files)
+	}
+}
+
 // tmpfs mounts a file system of this size, so that a full disk is a real one.
 func tmpfs(t *testing.T, size string) string {
 	t.Helper()
@@ -289,8 +315,8 @@ func TestFullDisk(t *testing.T) {
 			for _, r := range all {
 				lost += r.LostRecords
 			}
-			if lost == 0 {
-				t.Error("the log does not say that records were lost")
+			if lost == 0 || l.Lost() != lost {
+				t.Errorf("the log says that %d records were lost, and it were %d", lost, l.Lost())
 			}
 			if last := all[len(all)-1]; last.Session != s.ID || last.Event != End {
 				t.Errorf("the last record is %+v", last)
@@ -312,8 +338,7 @@ func waitForEmptyQueue(t *testing.T, l *Log) {
 func TestSlowDisk(t *testing.T) {
 	leak.Check(t)
 	stuck := &stuckSink{release: make(chan struct{})}
-	l := &Log{log: slog.New(slog.DiscardHandler), config: Config{Destination: File}, queue: make(chan entry, queueSize), done: make(chan struct{})}
-	go l.run(destination{stuck, FsyncNever})
+	l := stuckLog(stuck, Config{Destination: File})
 	for range 2 * queueSize {
 		if err := l.start(context.Background(), "s", info); err != nil {
 			t.Fatal(err)
@@ -329,8 +354,71 @@ func TestSlowDisk(t *testing.T) {
 		}
 		lost += int(r.LostRecords)
 	}
-	if written := len(stuck.lines) - 1; lost == 0 || written+lost != 2*queueSize {
+	if written := len(stuck.lines) - 1; lost == 0 || written+lost != 2*queueSize || l.Lost() != int64(lost) {
 		t.Errorf("%d records were written and %d are said to be lost", written, lost)
+	}
+}
+
+func stuckLog(sink sink, c Config) *Log {
+	l := &Log{log: slog.New(slog.DiscardHandler), config: c, queue: make(chan entry, queueSize+updatesSize), done: make(chan struct{})}
+	go l.run(destination{sink, FsyncNever})
+	return l
+}
+
+// A reload neither waits for a disk that hangs nor holds sessions up, also when all places in the
+// queue are taken; too many of them are refused, and what was in force stays.
+func TestUpdateWhileDiskHangs(t *testing.T) {
+	leak.Check(t)
+	stuck := &stuckSink{release: make(chan struct{})}
+	c := fileConfig(t)
+	l := stuckLog(stuck, c)
+	for range queueSize + 2 { // one more than fits is in the writer's hands
+		if err := l.start(context.Background(), "s", info); err != nil {
+			t.Fatal(err)
+		}
+	}
+	accepted := 0
+	for i := range updatesSize + 3 {
+		c.MaxFiles = i
+		if err := l.Update(c); err == nil {
+			accepted++
+		} else if !errors.Is(err, errStuck) {
+			t.Fatal(err)
+		}
+	}
+	if accepted < updatesSize || accepted > updatesSize+1 || l.current().MaxFiles != accepted-1 {
+		t.Errorf("%d changes were accepted, max_files is %d", accepted, l.current().MaxFiles)
+	}
+	close(stuck.release)
+	waitForEmptyQueue(t, l)
+	if err := l.start(context.Background(), "last", info); err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	all := records(t, c.File)
+	if len(all) == 0 || all[len(all)-1].Session != "last" {
+		t.Errorf("the new destination has %+v", all)
+	}
+}
+
+// A session that was refused because nobody waited any longer for its record does not look as if it
+// had taken place, once the disk answers.
+func TestStartThatIsGivenUp(t *testing.T) {
+	leak.Check(t)
+	stuck := &stuckSink{release: make(chan struct{})}
+	l := stuckLog(stuck, Config{Destination: File, Deny: true})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	var refused *session.RefusedError
+	if err := l.start(ctx, "s", info); !errors.As(err, &refused) {
+		t.Errorf("the session begins: %v", err)
+	}
+	close(stuck.release)
+	l.Close()
+	var last Record
+	if len(stuck.lines) != 2 || json.Unmarshal([]byte(stuck.lines[1]), &last) != nil ||
+		last.Event != End || last.Session != "s" || last.Reason != "refused" {
+		t.Errorf("records: %s", stuck.lines)
 	}
 }
 

@@ -139,6 +139,9 @@ func (s *fileSink) rotate() error {
 			return err
 		}
 	}
+	// max_files may have been lowered.
+	for n := s.maxFiles + 1; os.Remove(numbered(n)) == nil; n++ {
+	}
 	s.drop()
 	return s.open()
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"time"
 )
 
 // journalSocket is where systemd-journald takes records (systemd.io/JOURNAL_NATIVE_PROTOCOL).
@@ -40,7 +41,7 @@ func (s *journalSink) write(line []byte) error {
 	datagram.Write(bytes.TrimSuffix(line, []byte{'\n'})) // JSON has no newline inside
 	datagram.WriteByte('\n')
 	if s.conn != nil {
-		if _, err := s.conn.Write(datagram.Bytes()); err == nil {
+		if err := s.send(datagram.Bytes()); err == nil {
 			return nil
 		}
 		s.conn.Close() //nolint:errcheck // of no use
@@ -49,7 +50,15 @@ func (s *journalSink) write(line []byte) error {
 	if err := s.dial(); err != nil {
 		return err
 	}
-	_, err := s.conn.Write(datagram.Bytes())
+	return s.send(datagram.Bytes())
+}
+
+// send does not wait for ever for a journald that is stuck.
+func (s *journalSink) send(datagram []byte) error {
+	if err := s.conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+		return err
+	}
+	_, err := s.conn.Write(datagram)
 	return err
 }
 

@@ -1,7 +1,6 @@
 package audit
 
 import (
-	"encoding/json"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
@@ -78,7 +77,7 @@ func (r *Record) finish(began time.Time, in, out int64, o session.Outcome) {
 
 // line is the record with its newline.
 func (r *Record) line() []byte {
-	text, err := json.Marshal(r)
+	text, err := session.PrintableJSON(r, "")
 	if err != nil {
 		return nil // cannot happen: the struct is made of plain types
 	}

@@ -2,6 +2,7 @@
 package limits
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"sync"
@@ -90,13 +91,11 @@ func decrement(counts map[string]int, key string) {
 	}
 }
 
-// podOf is the same for all sessions of a pod. A runtime that is no runc may not tell the sandbox,
-// a client that is no kubelet gives no UID.
+// podOf is the same for all sessions of a pod. A client that is no kubelet gives no UID, and a runtime
+// that is no runc may not tell the sandbox: then the container stands for its pod, so that all pods
+// that are not known are not taken for one.
 func podOf(info session.Info) string {
-	if info.Target.PodUID != "" {
-		return info.Target.PodUID
-	}
-	return info.Target.SandboxID
+	return cmp.Or(info.Target.PodUID, info.Target.SandboxID, info.Target.ContainerID)
 }
 
 func (l *Limiter) checkLocked(info session.Info) error {
@@ -145,7 +144,7 @@ func (l *Limiter) Acquire(ctx context.Context) (release func(), err error) {
 		l.mu.Unlock()
 		return l.release, nil
 	}
-	if len(l.waiting) >= l.config.WaitingStarts {
+	if l.config.WaitingStarts > 0 && len(l.waiting) >= l.config.WaitingStarts {
 		n := len(l.waiting)
 		l.mu.Unlock()
 		return nil, &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(

@@ -66,6 +66,20 @@ func TestCounts(t *testing.T) {
 	}
 }
 
+// Containers of which nobody knows the pod are not all in one.
+func TestUnknownPods(t *testing.T) {
+	l := New(Config{SessionsPerPod: 1})
+	registry := session.NewRegistry(slog.New(slog.DiscardHandler), l)
+	for _, container := range []string{"c1", "c2"} {
+		if _, err := registry.Begin(t.Context(), exec("", container)); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := registry.Begin(t.Context(), exec("", "c1")); refusal(err) != session.TooMany {
+		t.Errorf("a second one in c1: %v", err)
+	}
+}
+
 // As many as allowed get in, however many ask at once.
 func TestCountsAtOnce(t *testing.T) {
 	l := New(Config{SessionsPerContainer: 5})
@@ -185,6 +199,28 @@ func TestStarts(t *testing.T) {
 	waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.waiting) == 1 })
 	l.Update(Config{ConcurrentStarts: 2})
 	<-order
+}
+
+// As with the other limits, 0 is none.
+func TestAnyNumberMayWait(t *testing.T) {
+	l := New(Config{ConcurrentStarts: 1})
+	release, err := l.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	second := make(chan error, 1)
+	go func() {
+		releaseSecond, err := l.Acquire(t.Context())
+		if err == nil {
+			releaseSecond()
+		}
+		second <- err
+	}()
+	waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.waiting) == 1 || len(second) == 1 })
+	release()
+	if err := <-second; err != nil {
+		t.Error(err)
+	}
 }
 
 // Turns are not lost when waiters give up at the moment they come.

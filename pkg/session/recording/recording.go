@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/asciicast"
@@ -40,7 +41,8 @@ const Suffix = ".cast"
 // Recorder is a session.Guard that records those sessions that its rules choose. Sessions never wait
 // for their recording: a buffer stands in between, and a goroutine for each recording writes.
 type Recorder struct {
-	log *slog.Logger
+	log        *slog.Logger
+	incomplete atomic.Int64
 
 	mu         sync.Mutex
 	config     Config
@@ -74,6 +76,9 @@ func (r *Recorder) Close() {
 	r.mu.Unlock()
 	r.writers.Wait()
 }
+
+// Incomplete is how many recordings could not be begun, have gaps, or ended before their session.
+func (r *Recorder) Incomplete() int64 { return r.incomplete.Load() }
 
 // Check implements session.Guard.
 func (r *Recorder) Check(session.Info) error { return nil }
@@ -110,6 +115,7 @@ func (r *Recorder) Admit(_ context.Context, s *session.Session) error {
 		r.mu.Unlock()
 		return nil
 	}
+	r.incomplete.Add(1)
 	if !config.Deny {
 		r.log.Error("a session is not recorded", "session", s.ID, "error", err)
 		return nil
@@ -142,7 +148,10 @@ func (r *Recorder) begin(config Config, s *session.Session) (*recording, error) 
 	if err != nil {
 		return nil, err
 	}
-	rec := &recording{config: config, session: s, path: path, file: file, outcome: make(chan session.Outcome, 1)}
+	rec := &recording{
+		config: config, session: s, path: path, file: file, outcome: make(chan session.Outcome, 1),
+		flawed: sync.OnceFunc(func() { r.incomplete.Add(1) }),
+	}
 	// The first bytes of the disk are asked for now, so that a full one is noticed while the session
 	// can still be denied.
 	if err := rec.writeHeader(defaultWidth, defaultHeight); err != nil {
@@ -153,8 +162,8 @@ func (r *Recorder) begin(config Config, s *session.Session) (*recording, error) 
 	r.mu.Lock()
 	r.live[path] = true
 	r.mu.Unlock()
+	r.writers.Go(func() { r.retain(config) }) // apart: the session's buffer must not fill up meanwhile
 	r.writers.Go(func() {
-		r.retain(config)
 		rec.run()
 		r.mu.Lock()
 		delete(r.live, path)
@@ -199,6 +208,7 @@ type recording struct {
 	file    *os.File
 	queue   *session.TapQueue
 	remove  func()
+	flawed  func()               // counts it as incomplete, once
 	outcome chan session.Outcome // filled at the end of the session
 
 	cast     *asciicast.Writer
@@ -300,6 +310,7 @@ func (rec *recording) flush() error {
 
 // overflow is called on the session's way when the disk is too slow for it.
 func (rec *recording) overflow() {
+	rec.flawed()
 	if rec.config.Deny {
 		rec.failed()
 	}
@@ -320,6 +331,7 @@ func (rec *recording) run() {
 	rec.remove()
 	rec.queue.Close()
 	if err != nil {
+		rec.flawed()
 		rec.session.Log().Warn("the recording ends before its session", "file", rec.path, "error", err)
 		if rec.config.Deny {
 			rec.failed()

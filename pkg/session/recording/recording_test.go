@@ -194,8 +194,8 @@ func TestRecording(t *testing.T) {
 	if c.text("r") != "80x25" {
 		t.Errorf("sizes %q", c.text("r"))
 	}
-	if c.text("m") != "streamshim: the session has ended: exited, exit code 3" {
-		t.Errorf("marker %q", c.text("m"))
+	if c.text("m") != "streamshim: the session has ended: exited, exit code 3" || f.Incomplete() != 0 {
+		t.Errorf("marker %q, %d incomplete", c.text("m"), f.Incomplete())
 	}
 	env, _ := c.header["env"].(map[string]any)
 	if env["SHELL"] != "/bin/bash" || env["TERM"] != "xterm" || c.header["title"] != "exec shop/web/app: /bin/bash" {
@@ -280,6 +280,9 @@ func TestSizeLimit(t *testing.T) {
 			if !strings.Contains(c.text("m"), "size limit") {
 				t.Errorf("marker %q", c.text("m"))
 			}
+			if n := f.Incomplete(); n != 1 {
+				t.Errorf("%d are counted as incomplete", n)
+			}
 		})
 	}
 }
@@ -304,6 +307,9 @@ func TestOverflow(t *testing.T) {
 			}
 			s.End(session.Outcome{Reason: "exited"})
 			c := f.only(t)
+			if n := f.Incomplete(); n != 1 {
+				t.Errorf("%d are counted as incomplete", n)
+			}
 			if deny {
 				return
 			}
@@ -360,6 +366,9 @@ func TestFullDisk(t *testing.T) {
 				again.End(session.Outcome{Reason: "exited"})
 			}
 			f.Close()
+			if n := f.Incomplete(); n != 2 {
+				t.Errorf("%d are counted as incomplete", n)
+			}
 		})
 	}
 }
