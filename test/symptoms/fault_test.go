@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -158,7 +157,7 @@ func TestContainerIsPaused(t *testing.T) {
 	container := runContainer(t, node.ContainerSpec{})
 	runc := func(verb string) {
 		t.Helper()
-		if output, err := exec.Command(shared.node.Program("runc"), "--root", shared.node.RuncRoot(), verb, container).CombinedOutput(); err != nil {
+		if output, err := command(t, shared.node.Program("runc"), "--root", shared.node.RuncRoot(), verb, container).CombinedOutput(); err != nil {
 			t.Fatalf("runc %s: %v: %s", verb, err, output)
 		}
 	}

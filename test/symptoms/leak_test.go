@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -35,18 +36,23 @@ func resident(t *testing.T, pid int) (size int) {
 
 func threads(pid int) int { return len(glob(fmt.Sprintf("/proc/%d/task/*", pid))) }
 
-// inParallel calls f for 0 to n-1, a few at a time.
-func inParallel(n int, f func(i int)) {
-	const atOnce = 8
+// inParallel calls f for 0 to n-1, a few at a time. After a failure it begins no more: were all sessions
+// to wait in vain, as they do when a container is stuck, the rest would take hours.
+func inParallel(t *testing.T, n, atOnce int, f func(i int)) {
+	t.Helper()
+	var next atomic.Int64
 	var all sync.WaitGroup
-	for worker := range atOnce {
+	for range atOnce {
 		all.Go(func() {
-			for i := worker; i < n; i += atOnce {
+			for i := int(next.Add(1)) - 1; i < n && !t.Failed(); i = int(next.Add(1)) - 1 {
 				f(i)
 			}
 		})
 	}
 	all.Wait()
+	if done := min(int(next.Load()), n); t.Failed() && done < n {
+		t.Fatalf("given up after %d of %d", done, n)
+	}
 }
 
 // expectNoLeak runs a load against a streamshim of its own and compares what the process holds before
@@ -104,7 +110,7 @@ func TestAttachLeaks(t *testing.T) {
 	t.Parallel()
 	container := runContainer(t, node.ContainerSpec{Stdin: true, Command: []string{"sh", "-c", "while :; do echo output; sleep 0.05; done"}})
 	expectNoLeak(t, func(shim *streamshim, n int) {
-		inParallel(n, func(i int) {
+		inParallel(t, n, 8, func(i int) {
 			ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 			defer cancel()
 			// Dropped with the first output. Earlier would be a test of containerd 2.4, whose containers
@@ -155,7 +161,7 @@ func TestExecLeaks(t *testing.T) {
 	t.Parallel()
 	container := runContainer(t, node.ContainerSpec{})
 	expectNoLeak(t, func(shim *streamshim, n int) {
-		inParallel(n, func(i int) {
+		inParallel(t, n, 8, func(i int) {
 			ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 			defer cancel()
 			options := remotecommand.StreamOptions{Stdout: io.Discard, Stderr: io.Discard}
@@ -188,7 +194,7 @@ func TestOrphansBecomeZombies(t *testing.T) {
 	pod := runPod(t, node.PodSpec{HostPID: true})
 	container := runContainerIn(t, pod, node.ContainerSpec{})
 	shim := startStreamshim(t, "")
-	inParallel(200, func(i int) {
+	inParallel(t, 200, 8, func(i int) {
 		code := i % 200
 		// Orphans that end before, with and after the command.
 		script := fmt.Sprintf("(sleep 0.2 &) ; (sh -c 'exit 9' &) ; (sleep 1 >/dev/null 2>&1 </dev/null &) ; exit %d", code)
