@@ -109,12 +109,12 @@ func TestStalledConnectionIsResetAlone(t *testing.T) {
 // A pod that reads slowly is no stall: back-pressure, but no reset.
 func TestSlowConnectionIsNotReset(t *testing.T) {
 	const size = 40 << 20
-	s := startServer(t, Config{Stall: time.Second})
+	s := startServer(t, Config{Stall: 3 * time.Second})
 	read := make(chan int64, 1)
 	port := strconv.Itoa(pod(t, func(c *net.TCPConn) {
 		c.SetReadBuffer(64 << 10)
 		var n int64
-		for b := make([]byte, 512<<10); ; time.Sleep(20 * time.Millisecond) {
+		for b := make([]byte, 512<<10); ; time.Sleep(60 * time.Millisecond) {
 			m, err := io.ReadFull(c, b)
 			n += int64(m)
 			if err != nil {
