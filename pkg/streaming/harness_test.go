@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -90,6 +91,7 @@ type hostProcess struct {
 	exited                  chan struct{}
 	code                    int
 	containerExited         chan struct{}
+	containerEnding         atomic.Bool
 	disconnected, killed    chan struct{}
 	disconnectOnce, killed1 sync.Once
 }
@@ -228,6 +230,8 @@ func (p *hostProcess) Resize(width, height uint16) error {
 func (p *hostProcess) Exited() <-chan struct{}          { return p.exited }
 func (p *hostProcess) ExitCode() int                    { return p.code }
 func (p *hostProcess) ContainerExited() <-chan struct{} { return p.containerExited }
+
+func (p *hostProcess) ContainerEnding() bool { return p.containerEnding.Load() }
 
 func (p *hostProcess) Disconnect() {
 	p.disconnectOnce.Do(func() { close(p.disconnected) })
