@@ -95,7 +95,10 @@ func (p *Process) ContainerEnding() bool {
 		return false
 	}
 	init, err := readStat(p.container.InitPid)
-	return err != nil || init.exiting || init.zombie() || (p.container.InitStartTime != 0 && init.start != p.container.InitStartTime)
+	if err != nil {
+		return gone(err)
+	}
+	return init.exiting || init.zombie() || (p.container.InitStartTime != 0 && init.start != p.container.InitStartTime)
 }
 
 // Disconnect begins the end of a process whose client has gone, as Config.OnDisconnect says: with

@@ -162,11 +162,16 @@ func (id identity) sendSignal(signal unix.Signal) error {
 	return unix.PidfdSendSignal(pidfd, signal, nil, 0)
 }
 
-// alive reports whether this very process still runs; a zombie does not.
+// alive reports whether this very process still runs; a zombie does not. When that cannot be known,
+// because there is no descriptor free for instance, it is taken to run: what ends here is ended by its
+// identity, and what is needed next will fail with the true reason.
 func (id identity) alive() bool {
 	now, err := readStat(id.pid)
-	return err == nil && now.identity == id && !now.zombie()
+	return !gone(err) && (err != nil || now.identity == id && !now.zombie())
 }
+
+// gone reports whether an error of readStat means that there is no such process.
+func gone(err error) bool { return errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) }
 
 // bootID tells one boot of the machine from another; start times are only comparable within one.
 func bootID() string {

