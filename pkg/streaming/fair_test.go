@@ -96,7 +96,7 @@ func TestStalledConnectionIsResetAlone(t *testing.T) {
 		if got := f.finished(failure); got != "" {
 			t.Errorf("its error stream says %q, which ends kubectl's port-forward", got)
 		}
-		if err := <-sent; err != nil {
+		if err := receive(t, sent, "the data to be taken"); err != nil {
 			t.Fatal(err)
 		}
 		f.neighbourAnswers()
@@ -132,7 +132,7 @@ func TestSlowConnectionIsNotReset(t *testing.T) {
 	}
 	c.send(data, "", true)
 	c.finished(data)
-	if got := <-read; got != size || c.streams[data].reset != 0 {
+	if got := receive(t, read, "the pod to have read everything"); got != size || c.streams[data].reset != 0 {
 		t.Errorf("the pod got %d bytes of %d, reset %v", got, size, c.streams[data].reset)
 	}
 }

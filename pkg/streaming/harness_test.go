@@ -70,7 +70,7 @@ func (s *testServer) stop() {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	s.Shutdown(ctx) //nolint:errcheck // the listener may be closed already
-	if err := <-s.served; err != nil {
+	if err := receive(s.t, s.served, "Serve to return"); err != nil {
 		s.t.Errorf("Serve: %v", err)
 	}
 	s.served <- nil // for a second stop
@@ -301,7 +301,20 @@ func stream(ctx context.Context, t *testing.T, transport string, u *url.URL, opt
 	if err != nil {
 		t.Fatal(err)
 	}
-	return executor.StreamWithContext(ctx, options)
+	ended := make(chan error, 1)
+	go func() { ended <- executor.StreamWithContext(ctx, options) }()
+	return receive(t, ended, "the end of a "+transport+" session")
+}
+
+// receive waits for what comes, or for the channel to be closed. It may be called from any goroutine.
+func receive[T any](t *testing.T, from <-chan T, what string) (value T) {
+	t.Helper()
+	select {
+	case value = <-from:
+	case <-time.After(2 * testTimeout):
+		t.Errorf("waited in vain for %s", what)
+	}
+	return value
 }
 
 // throughProxies puts upgrade proxies before the URL, as the kubelet and the API server are. The

@@ -320,7 +320,7 @@ func TestClientGone(t *testing.T) {
 					} else {
 						cable.cut()
 					}
-					<-executor.last().disconnected
+					receive(t, executor.last().disconnected, "the process to be told that its client has gone")
 					eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
 					cancel()
 					cable.cut()

@@ -67,7 +67,7 @@ func TestLimitsEndSessionsWithAStatus(t *testing.T) {
 				if err == nil || !strings.Contains(err.Error(), limit.says) {
 					t.Errorf("the client got %v", err)
 				}
-				<-executor.last().disconnected
+				receive(t, executor.last().disconnected, "the process to be told that its client has gone")
 			})
 			t.Run("attach/"+limit.name, func(t *testing.T) {
 				upstream := startServer(t, Config{})
