@@ -16,6 +16,11 @@ const (
 	// endReasonRetry is the pause before the upstream is asked again: it learns of a container's end
 	// a little later than we do.
 	endReasonRetry = 50 * time.Millisecond
+	// endReasonSilence is how long an upstream that does not answer, as it may be restarting, is waited for:
+	// the session is to end within a second.
+	endReasonSilence = 700 * time.Millisecond
+	// containerGone is the reason when there is none to be had.
+	containerGone = "container is no longer running"
 	// oomKilledReason is the reason both containerd and CRI-O give.
 	oomKilledReason = "OOMKilled"
 	// Exit codes of a process that was ended by SIGKILL or SIGTERM.
@@ -23,24 +28,30 @@ const (
 )
 
 // endReason says in a few words why a container is no longer there. It asks until the upstream has
-// noticed the end or ctx is done.
+// noticed the end, does not answer, or ctx is done.
 func (r *resolver) endReason(ctx context.Context, target session.Target) string {
 	retry := time.NewTicker(endReasonRetry)
 	defer retry.Stop()
+	answered := time.Now()
 	for {
-		response, err := r.upstream.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: target.ContainerID})
+		asking, cancel := context.WithDeadline(ctx, answered.Add(endReasonSilence))
+		response, err := r.upstream.runtime.ContainerStatus(asking, &runtimeapi.ContainerStatusRequest{ContainerId: target.ContainerID})
+		cancel()
 		switch found := response.GetStatus(); {
 		case status.Code(err) == codes.NotFound:
 			return "container was removed"
+		case err != nil && time.Since(answered) >= endReasonSilence:
+			return containerGone
 		case err != nil:
-			// The upstream may be restarting.
 		case found.GetState() == runtimeapi.ContainerState_CONTAINER_EXITED:
 			return r.exitReason(ctx, target, found)
+		default:
+			answered = time.Now()
 		}
 		select {
 		case <-retry.C:
 		case <-ctx.Done():
-			return "container is no longer running"
+			return containerGone
 		}
 	}
 }

@@ -18,7 +18,7 @@ var forwardDesc = &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}
 
 // forward carries one call of any kind to the upstream and back without decoding it. Deadline and
 // cancellation travel with the context, a client's half-close with CloseSend, and the upstream's
-// status is returned as it is.
+// status is returned as it is. An upstream that goes away in the middle has none, and is named.
 func (s *Server) forward(_ any, client grpc.ServerStream) error {
 	method, ok := grpc.MethodFromServerStream(client)
 	if !ok {
@@ -39,7 +39,7 @@ func (s *Server) forward(_ any, client grpc.ServerStream) error {
 			cancel()
 		}
 	}()
-	return copyResponses(client, upstream)
+	return s.upstream.nameEndpoint(copyResponses(client, upstream))
 }
 
 // copyRequests returns nil after the client's half-close, or when the upstream has ended the call

@@ -88,6 +88,20 @@ func (p *Process) ContainerExited() <-chan struct{} {
 	return p.init.exited
 }
 
+// ContainerEnding reports whether the main process of the container has begun to end or has ended. In
+// between the kernel kills all others in its pid namespace and waits for them, so that it is the last
+// to be gone.
+func (p *Process) ContainerEnding() bool {
+	if p.init == nil {
+		return false
+	}
+	init, err := readStat(p.container.InitPid)
+	if err != nil {
+		return gone(err)
+	}
+	return init.exiting || init.zombie() || (p.container.InitStartTime != 0 && init.start != p.container.InitStartTime)
+}
+
 // Disconnect begins the end of a process whose client has gone, as Config.OnDisconnect says: with
 // PolicyHangup its streams are closed and the whole tree gets SIGHUP, then SIGTERM, then SIGKILL;
 // with PolicyKill it gets SIGKILL at once; with PolicyKeep it lives on, its output read and thrown

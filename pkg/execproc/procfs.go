@@ -25,6 +25,7 @@ type procStat struct {
 	state   byte
 	ppid    int
 	session int
+	exiting bool // it has begun to end
 }
 
 func (p procStat) zombie() bool { return p.state == 'Z' || p.state == 'X' }
@@ -50,7 +51,7 @@ func parseStat(line []byte) (procStat, error) {
 		return procStat{}, fmt.Errorf("proc stat: pid: %w", err)
 	}
 	fields := strings.Fields(string(line[end+1:]))
-	const state, ppid, session, start = 0, 1, 3, 19
+	const state, ppid, session, flags, start = 0, 1, 3, 6, 19
 	if len(fields) <= start || len(fields[state]) != 1 {
 		return procStat{}, errors.New("proc stat: too few fields")
 	}
@@ -62,6 +63,12 @@ func parseStat(line []byte) (procStat, error) {
 	if stat.session, err = strconv.Atoi(fields[session]); err != nil {
 		return procStat{}, fmt.Errorf("proc stat: session: %w", err)
 	}
+	bits, err := strconv.ParseUint(fields[flags], 10, 64)
+	if err != nil {
+		return procStat{}, fmt.Errorf("proc stat: flags: %w", err)
+	}
+	const exiting = 4 // PF_EXITING, include/linux/sched.h
+	stat.exiting = bits&exiting != 0
 	if stat.start, err = strconv.ParseUint(fields[start], 10, 64); err != nil {
 		return procStat{}, fmt.Errorf("proc stat: start time: %w", err)
 	}
@@ -155,11 +162,16 @@ func (id identity) sendSignal(signal unix.Signal) error {
 	return unix.PidfdSendSignal(pidfd, signal, nil, 0)
 }
 
-// alive reports whether this very process still runs; a zombie does not.
+// alive reports whether this very process still runs; a zombie does not. When that cannot be known,
+// because there is no descriptor free for instance, it is taken to run: what ends here is ended by its
+// identity, and what is needed next will fail with the true reason.
 func (id identity) alive() bool {
 	now, err := readStat(id.pid)
-	return err == nil && now.identity == id && !now.zombie()
+	return !gone(err) && (err != nil || now.identity == id && !now.zombie())
 }
+
+// gone reports whether an error of readStat means that there is no such process.
+func gone(err error) bool { return errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) }
 
 // bootID tells one boot of the machine from another; start times are only comparable within one.
 func bootID() string {

@@ -145,10 +145,29 @@ func newReaper() (*reaper, error) {
 		return nil, fmt.Errorf("epoll: %w", err)
 	}
 	signal.Notify(r.signals, unix.SIGCHLD)
+	catchIgnored()
 	r.loops.Add(2)
 	go r.waitForExits(raw)
 	go r.waitForOrphans()
 	return r, nil
+}
+
+var unheard = make(chan os.Signal, 1) // nobody reads it
+
+// catchIgnored makes signals that this process was started to ignore be caught and thrown away. To this
+// process that is the same, but what is ignored stays ignored in all that it executes, through the runtime
+// and into the container: there no hang-up would end a command, and a shell could not even trap it
+// (sh(1) of POSIX, "trap"). These two are all: Go catches every other signal from the start, but leaves
+// them ignored to please nohup and shells that put it in the background.
+//
+// It is for good, as being a subreaper is: signal.Stop would make them ignored again, of which
+// signal.Ignored knows nothing.
+func catchIgnored() {
+	for _, s := range []os.Signal{unix.SIGHUP, unix.SIGINT} {
+		if signal.Ignored(s) {
+			signal.Notify(unheard, s)
+		}
+	}
 }
 
 func (r *reaper) waitForExits(raw syscall.RawConn) {

@@ -1,11 +1,15 @@
 package execproc
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
+	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -190,6 +194,31 @@ func TestContainerWatchIsShared(t *testing.T) {
 	}
 	runc(t, c, "kill", c.ID, "KILL")
 	closes(t, processes[0].ContainerExited(), "the end of the container, by the one that still looks")
+}
+
+// A command ignores no signal that its container's configuration does not make it ignore.
+func TestIgnoresNothing(t *testing.T) {
+	c := newContainer(t)
+	for range 2 { // the second time in a process that has had a Runner before
+		r := newRunner(t)
+		text, _ := output(t, r, c, Command{Args: []string{"grep", "SigIgn", "/proc/self/status"}})
+		ignored, err := strconv.ParseUint(strings.TrimSpace(strings.TrimPrefix(text, "SigIgn:")), 16, 64)
+		const ours = 1<<31 - 1 // those above are the C library's
+		if err != nil || ignored&ours != 0 {
+			t.Errorf("a command ignores %q, %v", text, err)
+		}
+		r.Close()
+	}
+}
+
+// ...however this process was started: nohup makes it ignore the hang-up, a shell that puts it in the
+// background the interrupt. Commands would inherit that, and so could neither be hung up nor trap it.
+func TestStartedIgnoringSignals(t *testing.T) {
+	again := exec.Command("sh", "-c", "trap '' HUP INT; exec \"$0\" -test.v -test.timeout 5m -test.run '^(TestIgnoresNothing|TestHangupComesFirst)$'", os.Args[0])
+	again.Env = append(os.Environ(), engineVariable+"="+string(testEngine()))
+	if text, err := again.CombinedOutput(); err != nil || bytes.Count(text, []byte("--- PASS")) != 2 {
+		t.Errorf("%v:\n%s", err, text)
+	}
 }
 
 // Shutdown refuses, ends what runs as the policy says, and leaves nothing (newRunner checks).

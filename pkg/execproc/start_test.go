@@ -426,3 +426,37 @@ func pending(t *testing.T, pipe *os.File) (n int) {
 	}
 	return n
 }
+
+// A container's main process is the last to be gone: it waits in the kernel for the others to be reaped.
+// That it has begun to end shows before.
+func TestContainerEnding(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	p := start(t, r, c, Command{Args: []string{"sleep", "1000"}})
+	last := start(t, r, c, Command{Args: []string{"sleep", "1000"}})
+	if p.ContainerEnding() {
+		t.Error("the container is said to end")
+	}
+	// An orphan is not reaped while a start is under way, and holds the main process up.
+	begun := r.reaper.beginStart()
+	r.reaper.dropProcess(last.watch)
+	runc(t, c, "kill", c.ID, "KILL")
+	if code := exitCode(t, p); code != 137 {
+		t.Errorf("exit code %d", code)
+	}
+	eventually(t, "the container is seen to end", p.ContainerEnding)
+	select {
+	case <-p.ContainerExited():
+		t.Error("the container ended before all its processes were reaped")
+	default:
+	}
+	r.mu.Lock()
+	delete(r.running, last) // nobody will say that it has ended
+	r.mu.Unlock()
+	os.Remove(last.record)
+	r.reaper.endStart(begun)
+	closes(t, p.ContainerExited(), "the container's end")
+	if !p.ContainerEnding() {
+		t.Error("a container that has ended is not said to end")
+	}
+}

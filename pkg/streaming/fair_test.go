@@ -96,7 +96,7 @@ func TestStalledConnectionIsResetAlone(t *testing.T) {
 		if got := f.finished(failure); got != "" {
 			t.Errorf("its error stream says %q, which ends kubectl's port-forward", got)
 		}
-		if err := <-sent; err != nil {
+		if err := receive(t, sent, "the data to be taken"); err != nil {
 			t.Fatal(err)
 		}
 		f.neighbourAnswers()
@@ -109,12 +109,12 @@ func TestStalledConnectionIsResetAlone(t *testing.T) {
 // A pod that reads slowly is no stall: back-pressure, but no reset.
 func TestSlowConnectionIsNotReset(t *testing.T) {
 	const size = 40 << 20
-	s := startServer(t, Config{Stall: time.Second})
+	s := startServer(t, Config{Stall: 3 * time.Second})
 	read := make(chan int64, 1)
 	port := strconv.Itoa(pod(t, func(c *net.TCPConn) {
 		c.SetReadBuffer(64 << 10)
 		var n int64
-		for b := make([]byte, 512<<10); ; time.Sleep(20 * time.Millisecond) {
+		for b := make([]byte, 512<<10); ; time.Sleep(60 * time.Millisecond) {
 			m, err := io.ReadFull(c, b)
 			n += int64(m)
 			if err != nil {
@@ -132,7 +132,7 @@ func TestSlowConnectionIsNotReset(t *testing.T) {
 	}
 	c.send(data, "", true)
 	c.finished(data)
-	if got := <-read; got != size || c.streams[data].reset != 0 {
+	if got := receive(t, read, "the pod to have read everything"); got != size || c.streams[data].reset != 0 {
 		t.Errorf("the pod got %d bytes of %d, reset %v", got, size, c.streams[data].reset)
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -69,7 +70,7 @@ func (s *testServer) stop() {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	s.Shutdown(ctx) //nolint:errcheck // the listener may be closed already
-	if err := <-s.served; err != nil {
+	if err := receive(s.t, s.served, "Serve to return"); err != nil {
 		s.t.Errorf("Serve: %v", err)
 	}
 	s.served <- nil // for a second stop
@@ -90,6 +91,7 @@ type hostProcess struct {
 	exited                  chan struct{}
 	code                    int
 	containerExited         chan struct{}
+	containerEnding         atomic.Bool
 	disconnected, killed    chan struct{}
 	disconnectOnce, killed1 sync.Once
 }
@@ -229,6 +231,8 @@ func (p *hostProcess) Exited() <-chan struct{}          { return p.exited }
 func (p *hostProcess) ExitCode() int                    { return p.code }
 func (p *hostProcess) ContainerExited() <-chan struct{} { return p.containerExited }
 
+func (p *hostProcess) ContainerEnding() bool { return p.containerEnding.Load() }
+
 func (p *hostProcess) Disconnect() {
 	p.disconnectOnce.Do(func() { close(p.disconnected) })
 	p.Kill()
@@ -297,7 +301,20 @@ func stream(ctx context.Context, t *testing.T, transport string, u *url.URL, opt
 	if err != nil {
 		t.Fatal(err)
 	}
-	return executor.StreamWithContext(ctx, options)
+	ended := make(chan error, 1)
+	go func() { ended <- executor.StreamWithContext(ctx, options) }()
+	return receive(t, ended, "the end of a "+transport+" session")
+}
+
+// receive waits for what comes, or for the channel to be closed. It may be called from any goroutine.
+func receive[T any](t *testing.T, from <-chan T, what string) (value T) {
+	t.Helper()
+	select {
+	case value = <-from:
+	case <-time.After(2 * testTimeout):
+		t.Errorf("waited in vain for %s", what)
+	}
+	return value
 }
 
 // throughProxies puts upgrade proxies before the URL, as the kubelet and the API server are. The

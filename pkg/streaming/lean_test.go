@@ -228,7 +228,7 @@ func TestIdleTerminalIsSmall(t *testing.T) {
 		options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true}
 		open := func() net.Conn {
 			conn := startRaw(t, transport, s.execURL(executor, options, "sh"), Command{TTY: true})
-			p := <-started
+			p := receive(t, started, "the command's start")
 			// The session has been used: a line went in and an answer came out.
 			if _, err := fmt.Fprint(p.stdout[1], strings.Repeat("output", 1000)); err != nil {
 				t.Fatal(err)

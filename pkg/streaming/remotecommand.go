@@ -75,8 +75,8 @@ func transferred(streams ...Stream) (received, sent int64) {
 // Waits within one session that are not configuration.
 const (
 	reapTimeout      = 5 * time.Second        // for a killed process to be gone
-	endReasonTimeout = 700 * time.Millisecond // to learn why a container ended
-	containerEndWait = 200 * time.Millisecond // between a process killed with its container and the container's end
+	endReasonTimeout = 5 * time.Second        // to learn why a container ended
+	containerEndWait = 200 * time.Millisecond // between a process killed with its container and the beginning of the container's end
 	exitCodeKilled   = 128 + 9
 )
 
@@ -283,7 +283,7 @@ func (s *remoteCommandSession) exited(ctx context.Context) session.Outcome {
 	result := exitStatus(outcome.ExitCode, "")
 	if relayed, ok := s.process.(interface{ Status() *status }); ok {
 		result = relayed.Status()
-	} else if outcome.ExitCode == exitCodeKilled && waitFor(s.process.ContainerExited(), containerEndWait) {
+	} else if outcome.ExitCode == exitCodeKilled && s.containerEnds() {
 		// Asked now, while the output is still on its way: later the container may be removed.
 		outcome.Reason = "container-exited"
 		outcome.Err = errors.New(s.containerEnd(ctx))
@@ -320,6 +320,21 @@ func (s *remoteCommandSession) sayLine(line string) {
 		io.WriteString(s.client.stdout, "\r\n"+line+"\r\n") //nolint:errcheck // a client that has gone is noticed in sayEnd
 	} else if s.client.stderr != nil {
 		io.WriteString(s.client.stderr, line+"\n") //nolint:errcheck // as above
+	}
+}
+
+// containerEnds says whether a process that was killed was killed with its container. It may be seen to
+// end a moment before the container's main process begins to, where both get the same signal. That one is
+// the last to be gone, on a busy machine a good while later.
+func (s *remoteCommandSession) containerEnds() bool {
+	container, ok := s.process.(interface{ ContainerEnding() bool })
+	for deadline := time.Now().Add(reapTimeout); ; {
+		if waitFor(s.process.ContainerExited(), containerEndWait) {
+			return true
+		}
+		if !ok || !container.ContainerEnding() || time.Now().After(deadline) {
+			return false
+		}
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -320,7 +321,7 @@ func TestClientGone(t *testing.T) {
 					} else {
 						cable.cut()
 					}
-					<-executor.last().disconnected
+					receive(t, executor.last().disconnected, "the process to be told that its client has gone")
 					eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
 					cancel()
 					cable.cut()
@@ -436,6 +437,42 @@ func TestContainerEnds(t *testing.T) {
 		close(executor.last().containerExited)
 		if got := exitCode(t, <-done); got != 137 {
 			t.Errorf("exit code %d, want 137", got)
+		}
+	})
+}
+
+// A process that ends with its container ends first; how long before depends on how busy the machine is.
+func TestContainerEndsAfterItsProcess(t *testing.T) {
+	forEachTransport(t, func(t *testing.T, transport string) {
+		s := startServer(t, Config{})
+		for _, ends := range []bool{true, false} {
+			executor := &hostExecutor{t: t}
+			options := remotecommand.StreamOptions{Stdout: io.Discard, Stderr: &syncBuffer{}}
+			u := s.execURL(executor, options, "sleep", "600")
+			done := make(chan error, 1)
+			go func() { done <- stream(t.Context(), t, transport, u, options) }()
+			eventually(t, "the command's start", func() bool {
+				return len(s.config.Sessions.List()) == 1 && s.config.Sessions.List()[0].Phase() == session.Running
+			})
+			process := executor.last()
+			process.containerEnding.Store(ends)
+			syscall.Kill(process.cmd.Process.Pid, syscall.SIGKILL)
+			if ends {
+				time.AfterFunc(3*containerEndWait, func() { close(process.containerExited) })
+			}
+			select {
+			case err := <-done:
+				if got := exitCode(t, err); got != 137 {
+					t.Errorf("exit code %d, want 137", got)
+				}
+			case <-time.After(testTimeout):
+				t.Fatal("the session did not end")
+			}
+			const reason = "[streamshim: the container was stopped by the test]"
+			if said := options.Stderr.(*syncBuffer).String(); strings.Contains(said, reason) != ends {
+				t.Errorf("the container ends: %v; the client was told %q", ends, said)
+			}
+			eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
 		}
 	})
 }

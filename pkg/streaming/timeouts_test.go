@@ -67,7 +67,7 @@ func TestLimitsEndSessionsWithAStatus(t *testing.T) {
 				if err == nil || !strings.Contains(err.Error(), limit.says) {
 					t.Errorf("the client got %v", err)
 				}
-				<-executor.last().disconnected
+				receive(t, executor.last().disconnected, "the process to be told that its client has gone")
 			})
 			t.Run("attach/"+limit.name, func(t *testing.T) {
 				upstream := startServer(t, Config{})
@@ -101,7 +101,7 @@ func TestLimitsEndSessionsWithAStatus(t *testing.T) {
 
 // Pings keep no session alive, whoever sends them; payload and terminal sizes do (containerd#5563).
 func TestOnlyPayloadCounts(t *testing.T) {
-	const idle = 500 * time.Millisecond
+	const idle = 2 * time.Second // far above what a busy machine takes between two of the activities
 	options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true}
 	for name, active := range map[string]bool{"ping": false, "stdin": true, "stdout": true, "resize": true} {
 		t.Run(name, func(t *testing.T) {
@@ -123,9 +123,9 @@ func TestOnlyPayloadCounts(t *testing.T) {
 				defer func() { conn.Close(); <-discarded }()
 				eventually(t, "the command's start", func() bool { return executor.count() == 1 })
 				process := executor.last()
-				ticker := time.NewTicker(idle / 10)
+				ticker := time.NewTicker(idle / 40)
 				defer ticker.Stop()
-				over := time.After(4 * idle)
+				over := time.After(idle * 3 / 2)
 				for {
 					select {
 					case <-process.disconnected:
@@ -177,12 +177,13 @@ func activity(t *testing.T, transport string, u *url.URL, kind string) (act func
 
 // The user of a terminal is warned before either limit, and the warning does not count as activity.
 func TestWarningBeforeALimit(t *testing.T) {
+	const limit = 3 * time.Second
 	forEachTransport(t, func(t *testing.T, transport string) {
 		for says, config := range map[string]Config{
-			"is idle and will be ended in":                          {IdleTimeout: limitOf(session.Exec, time.Second)},
-			"has reached its longest lifetime and will be ended in": {IdleTimeout: limitOf(session.Exec, -1), MaxLifetime: limitOf(session.Exec, time.Second)},
+			"is idle and will be ended in":                          {IdleTimeout: limitOf(session.Exec, limit)},
+			"has reached its longest lifetime and will be ended in": {IdleTimeout: limitOf(session.Exec, -1), MaxLifetime: limitOf(session.Exec, limit)},
 		} {
-			config.Warning = 400 * time.Millisecond
+			config.Warning = limit * 2 / 5 // less than half of it, or there is none
 			s := startServer(t, config)
 			var output syncBuffer
 			options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: &output, Tty: true}
@@ -194,7 +195,7 @@ func TestWarningBeforeALimit(t *testing.T) {
 			if n := strings.Count(output.String(), says); n != 1 {
 				t.Errorf("%d warnings in %q", n, output.String())
 			}
-			if lasted := time.Since(start); lasted < time.Second {
+			if lasted := time.Since(start); lasted < limit {
 				t.Errorf("the session lasted %v", lasted)
 			}
 		}

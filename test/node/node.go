@@ -24,7 +24,9 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -361,10 +363,10 @@ func (n *Node) save() error {
 
 func (n *Node) connect() error {
 	var err error
-	if n.upstream, err = dial(n.ContainerdSocket()); err != nil {
+	if n.upstream, err = Dial(n.ContainerdSocket()); err != nil {
 		return err
 	}
-	n.front, err = dial(n.Socket())
+	n.front, err = Dial(n.Socket())
 	return err
 }
 
@@ -377,10 +379,28 @@ func (n *Node) disconnect() {
 	}
 }
 
-func dial(endpoint string) (*grpc.ClientConn, error) {
+// callTimeout bounds the calls that their caller does not bound: one that hangs is to be told by its name,
+// and to let the test that made it clean up.
+const callTimeout = 3 * time.Minute
+
+// Dial makes a client of a CRI socket, unix://..., of which no call lasts for ever.
+func Dial(endpoint string) (*grpc.ClientConn, error) {
+	bounded := func(ctx context.Context, method string, request, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, options ...grpc.CallOption) error {
+		if _, has := ctx.Deadline(); has {
+			return invoke(ctx, method, request, reply, conn, options...)
+		}
+		bounded, cancel := context.WithTimeout(ctx, callTimeout)
+		defer cancel()
+		err := invoke(bounded, method, request, reply, conn, options...)
+		if err != nil && ctx.Err() == nil && bounded.Err() != nil {
+			return status.Errorf(codes.DeadlineExceeded, "%s of %s did not return within %v: %v", method, endpoint, callTimeout, err)
+		}
+		return err
+	}
 	return grpc.NewClient(endpoint,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithNoProxy(),
+		grpc.WithUnaryInterceptor(bounded),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			// The default backs off for a second and more, which a restart of containerd would cost.
 			Backoff:           backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 500 * time.Millisecond},

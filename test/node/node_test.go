@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -311,7 +312,7 @@ func TestPodsSurviveContainerd(t *testing.T) {
 	if err := n.StartContainerd(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	output, err := n.Crictl("exec", "-s", container, "sh", "-c", "echo $COLOUR").CombinedOutput()
+	output, err := crictl(t, n, "exec", "-s", container, "sh", "-c", "echo $COLOUR").CombinedOutput()
 	if strings.TrimSpace(string(output)) != "green" || err != nil {
 		t.Errorf("got %q, %v", output, err)
 	}
@@ -408,7 +409,7 @@ func TestPodOptions(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got, err := n.Crictl("exec", "-s", container, "readlink", "/proc/self/ns/"+namespace).Output()
+			got, err := crictl(t, n, "exec", "-s", container, "readlink", "/proc/self/ns/"+namespace).Output()
 			if strings.TrimSpace(string(got)) != want || err != nil {
 				t.Errorf("%s namespace %q, %v; want the host's %s", namespace, got, err, want)
 			}
@@ -423,7 +424,7 @@ func TestPodOptions(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		output, err := n.Crictl("logs", "--follow", container).CombinedOutput()
+		output, err := crictl(t, n, "logs", "--follow", container).CombinedOutput()
 		if string(output) != "hello, log\n" || err != nil {
 			t.Errorf("crictl logs: %q, %v", output, err)
 		}
@@ -456,4 +457,13 @@ func TestKindsOfTracesAreDistinct(t *testing.T) {
 	if sorted := slices.Sorted(slices.Values(kindsOfTraces)); len(slices.Compact(sorted)) != len(kindsOfTraces) {
 		t.Error("a kind of trace is listed twice")
 	}
+}
+
+// crictl is a crictl that is killed if it does not end.
+func crictl(t *testing.T, n *node.Node, args ...string) *exec.Cmd {
+	t.Helper()
+	template := n.Crictl(args...)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	t.Cleanup(cancel)
+	return exec.CommandContext(ctx, template.Path, template.Args[1:]...)
 }

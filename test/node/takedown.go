@@ -80,7 +80,7 @@ func (n *Node) knownIDs() []string {
 }
 
 func (n *Node) removeAllPods() error {
-	connection, err := dial(n.ContainerdSocket())
+	connection, err := Dial(n.ContainerdSocket())
 	if err != nil {
 		return err
 	}

@@ -131,9 +131,18 @@ func (o *operated) log() string {
 
 // cli runs "streamshim sessions" and returns its output.
 func (o *operated) cli(args ...string) (string, error) {
-	cmd := exec.Command(node.Binary(o.t), append([]string{"sessions", "--admin", "unix://" + o.AdminSocket()}, args...)...)
-	out, err := cmd.CombinedOutput()
+	out, err := o.command(args...).CombinedOutput()
 	return string(out), err
+}
+
+// command is a "streamshim sessions" that is killed if it does not end.
+func (o *operated) command(args ...string) *exec.Cmd {
+	o.t.Helper()
+	ctx, cancel := context.WithTimeout(o.t.Context(), 2*patience)
+	o.t.Cleanup(cancel)
+	cmd := exec.CommandContext(ctx, node.Binary(o.t), append([]string{"sessions", "--admin", "unix://" + o.AdminSocket()}, args...)...)
+	cmd.WaitDelay = patience
+	return cmd
 }
 
 func (o *operated) mustCLI(args ...string) string {
@@ -253,9 +262,20 @@ func (o *operated) redeem(u *url.URL, tty bool) *shell {
 		cancel()
 		write.Close()
 		close(s.resize)
-		<-s.ended
+		receive(o.t, s.ended, "the end of a shell's session")
 	})
 	return s
+}
+
+// receive waits for what comes, or for the channel to be closed.
+func receive[T any](t *testing.T, from <-chan T, what string) (value T) {
+	t.Helper()
+	select {
+	case value = <-from:
+	case <-time.After(patience):
+		t.Errorf("waited in vain for %s", what)
+	}
+	return value
 }
 
 func (s *shell) say(t *testing.T, text string) {
@@ -303,7 +323,7 @@ func (o *operated) check() {
 func TestOperateSessions(t *testing.T) {
 	o := start(t, "operate", operatedConfig)
 
-	follow := exec.Command(node.Binary(t), "sessions", "--admin", "unix://"+o.AdminSocket(), "list", "--watch")
+	follow := o.command("list", "--watch")
 	followed := &safeBuffer{}
 	follow.Stdout, follow.Stderr = followed, followed
 	if err := follow.Start(); err != nil {
@@ -347,7 +367,7 @@ func TestOperateSessions(t *testing.T) {
 	eventually(t, "list --watch has shown the session", func() bool { return strings.Contains(followed.String(), s.ID) })
 
 	// Watched: the user is told, the operator sees what comes.
-	watch := exec.Command(node.Binary(t), "sessions", "--admin", "unix://"+o.AdminSocket(), "watch", s.ID)
+	watch := o.command("watch", s.ID)
 	seen := &safeBuffer{}
 	watch.Stdout, watch.Stderr = seen, seen
 	if err := watch.Start(); err != nil {
@@ -625,7 +645,7 @@ func TestOtherKinds(t *testing.T) {
 		t.Errorf("a signal for a process that is not ours: %v, %s", err, out)
 	}
 	o.mustCLI("kill", s.ID)
-	if err := <-attached; err == nil || !strings.Contains(err.Error(), "ended by an operator") {
+	if err := receive(t, attached, "the end of the attach"); err == nil || !strings.Contains(err.Error(), "ended by an operator") {
 		t.Errorf("the attach ends with %v", err)
 	}
 
@@ -656,13 +676,13 @@ func TestOtherKinds(t *testing.T) {
 	}
 	forwarded := make(chan error, 1)
 	go func() { forwarded <- forwarder.ForwardPorts() }()
-	<-ready
+	receive(t, ready, "the port-forward to be ready")
 	s = only(session.PortForward)
 	if s.PodName != "db" || s.ContainerID != "" || s.SandboxID == "" {
 		t.Errorf("listed as %+v", s)
 	}
 	o.mustCLI("kill", s.ID[:9])
-	if err := <-forwarded; err == nil {
+	if err := receive(t, forwarded, "the end of the port-forward"); err == nil {
 		t.Error("the port-forward ends without an error")
 	}
 	eventually(t, "no session is left", func() bool { return len(o.sessions()) == 0 })

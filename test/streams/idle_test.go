@@ -2,6 +2,7 @@ package streams
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net/http"
 	"net/url"
@@ -68,9 +69,11 @@ func TestIdleTerminalsAreSmall(t *testing.T) {
 					executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: stdin, Stdout: stdout, Tty: true}) //nolint:errcheck // cancelled
 					stdout.Close()
 				})
+				tooLate := time.AfterFunc(patience, func() { screen.CloseWithError(errors.New("the shell is not ready")) })
 				if _, err := io.ReadFull(screen, make([]byte, len("ready"))); err != nil {
 					t.Fatal(err)
 				}
+				tooLate.Stop()
 				clients.Go(func() { io.Copy(io.Discard, screen) })
 			}
 			for range 10 { // what is made once is there afterwards
@@ -111,6 +114,12 @@ func TestOldClient(t *testing.T) {
 			t.Fatalf("build the old client: %v\n%s", err, out)
 		}
 	}
+	run := func(arguments ...string) (string, error) {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		out, err := exec.CommandContext(ctx, program, arguments...).CombinedOutput()
+		return string(out), err
+	}
 	p := newPod(t, n, node.PodSpec{})
 	container, err := n.RunContainer(t.Context(), p.id, node.ContainerSpec{})
 	if err != nil {
@@ -123,7 +132,7 @@ func TestOldClient(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if out, err := exec.Command(program, "exec", method, response.Url).CombinedOutput(); string(out) != "stdout \"input\" stderr \"error\\n\" exit code 7\n" || err != nil {
+		if out, err := run("exec", method, response.Url); out != "stdout \"input\" stderr \"error\\n\" exit code 7\n" || err != nil {
 			t.Errorf("exec by %s: %q, %v", method, out, err)
 		}
 		port := p.listen("127.0.0.1", answer)
@@ -131,7 +140,7 @@ func TestOldClient(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if out, err := exec.Command(program, "portforward", method, forward.Url, strconv.Itoa(port)).CombinedOutput(); string(out) != "answer to abc\nanswer to abc\nanswer to abc\n" || err != nil {
+		if out, err := run("portforward", method, forward.Url, strconv.Itoa(port)); out != "answer to abc\nanswer to abc\nanswer to abc\n" || err != nil {
 			t.Errorf("port-forward by %s: %q, %v", method, out, err)
 		}
 	}

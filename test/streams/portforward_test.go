@@ -176,6 +176,8 @@ func (p *testPod) forward(transport string, ports ...int) *forward {
 	case <-ready:
 	case err := <-f.ended:
 		p.t.Fatalf("port-forward: %v", err)
+	case <-time.After(patience):
+		p.t.Fatal("the port-forward is not ready")
 	}
 	forwarded, err := forwarder.GetPorts()
 	if err != nil {
@@ -186,7 +188,11 @@ func (p *testPod) forward(transport string, ports ...int) *forward {
 	}
 	p.t.Cleanup(func() {
 		close(stop)
-		<-f.ended
+		select {
+		case <-f.ended:
+		case <-time.After(patience):
+			p.t.Error("the port-forward does not end")
+		}
 	})
 	return f
 }
@@ -266,7 +272,7 @@ func TestPortForward(t *testing.T) {
 				t.Fatal(err)
 			}
 			removed := make(chan error, 1)
-			go func() { removed <- n.RemovePod(t.Context(), p.id) }()
+			go func() { removed <- n.RemovePod(t.Context(), p.id) }() // which is bounded
 			select {
 			case err := <-f.ended:
 				f.ended <- err
@@ -354,8 +360,13 @@ func testPortForward(t *testing.T, shared *testPod, transport string) {
 			t.Errorf("answer %q, %v", got, err)
 		}
 		conn.Close()
-		if n := <-uploaded; n != 1 {
-			t.Errorf("the pod got %d bytes", n)
+		select {
+		case n := <-uploaded:
+			if n != 1 {
+				t.Errorf("the pod got %d bytes", n)
+			}
+		case <-time.After(patience):
+			t.Error("the pod's connection does not end")
 		}
 	})
 }

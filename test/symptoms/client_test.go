@@ -73,8 +73,12 @@ func parseURL(t *testing.T, raw string) *url.URL {
 	return u
 }
 
-// stream serves the URL with stock client-go, which sends pings every 5 s.
+// stream serves the URL with stock client-go, which sends pings every 5 s. It always returns, if need be
+// without client-go, which cannot leave while one of its writes is stuck.
 func stream(ctx context.Context, transport, u string, options remotecommand.StreamOptions) error {
+	if g, ok := options.Stdout.(*gate); ok {
+		defer g.leave()
+	}
 	target, err := url.Parse(u)
 	if err != nil {
 		return err
@@ -89,7 +93,23 @@ func stream(ctx context.Context, transport, u string, options remotecommand.Stre
 	if err != nil {
 		return err
 	}
-	return executor.StreamWithContext(ctx, options)
+	bounded, cancel := context.WithTimeout(ctx, sessionTimeout)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- executor.StreamWithContext(bounded, options) }()
+	select {
+	case err = <-ended:
+	case <-bounded.Done():
+		select {
+		case err = <-ended:
+		case <-time.After(10 * time.Second):
+			err = fmt.Errorf("client-go is stuck: %w", bounded.Err())
+		}
+	}
+	if bounded.Err() != nil && ctx.Err() == nil {
+		return fmt.Errorf("the %s session of %s did not end within %v: %w", transport, u, sessionTimeout, err)
+	}
+	return err
 }
 
 // exec runs a command to its end, as kubectl would.
@@ -167,17 +187,26 @@ func (proxyError) Error(w http.ResponseWriter, _ *http.Request, err error) {
 // gate is a writer that takes nothing until it is opened: a client that does not read.
 type gate struct {
 	io.Writer
-	opened chan struct{}
+	opened, left chan struct{}
 }
 
-func newGate(w io.Writer) *gate { return &gate{Writer: w, opened: make(chan struct{})} }
+func newGate(w io.Writer) *gate {
+	return &gate{Writer: w, opened: make(chan struct{}), left: make(chan struct{})}
+}
 
 func (g *gate) Write(p []byte) (int, error) {
-	<-g.opened
-	return g.Writer.Write(p)
+	select {
+	case <-g.opened:
+		return g.Writer.Write(p)
+	case <-g.left:
+		return 0, errors.New("the client has left")
+	}
 }
 
 func (g *gate) open() { close(g.opened) }
+
+// leave ends what is stuck in the gate once the session is over; it would be in every dump of goroutines.
+func (g *gate) leave() { close(g.left) }
 
 // flood is a stdin that never ends.
 type flood struct{}

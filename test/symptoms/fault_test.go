@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -158,7 +157,7 @@ func TestContainerIsPaused(t *testing.T) {
 	container := runContainer(t, node.ContainerSpec{})
 	runc := func(verb string) {
 		t.Helper()
-		if output, err := exec.Command(shared.node.Program("runc"), "--root", shared.node.RuncRoot(), verb, container).CombinedOutput(); err != nil {
+		if output, err := command(t, shared.node.Program("runc"), "--root", shared.node.RuncRoot(), verb, container).CombinedOutput(); err != nil {
 			t.Fatalf("runc %s: %v: %s", verb, err, output)
 		}
 	}
@@ -184,25 +183,53 @@ func TestContainerIsPaused(t *testing.T) {
 	expectWorking(t, shared.shim, container)
 }
 
+// setFreeFiles sets the limit of open files so that a process can open exactly so many more.
+func setFreeFiles(t *testing.T, pid, free int) {
+	t.Helper()
+	limit := 0
+	for ; ; limit++ {
+		if _, err := os.Lstat(fmt.Sprintf("/proc/%d/fd/%d", pid, limit)); err == nil {
+			continue
+		}
+		if free == 0 {
+			break
+		}
+		free--
+	}
+	setFileLimit(t, pid, uint64(limit))
+}
+
+func setFileLimit(t *testing.T, pid int, limit uint64) {
+	t.Helper()
+	var both unix.Rlimit
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &both); err != nil {
+		t.Fatal(err)
+	}
+	both.Cur = limit
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &both, nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // The limit of open files is reached: the client is told, and afterwards all is well again.
 func TestFileLimitIsReached(t *testing.T) {
 	t.Parallel()
 	container := runContainer(t, node.ContainerSpec{})
 	shim := startStreamshim(t, "")
 	expectWorking(t, shim, container)
-	var before unix.Rlimit
-	if err := unix.Prlimit(shim.pid(), unix.RLIMIT_NOFILE, nil, &before); err != nil {
+	var most unix.Rlimit
+	if err := unix.Prlimit(shim.pid(), unix.RLIMIT_NOFILE, nil, &most); err != nil {
 		t.Fatal(err)
 	}
-	for spare := range uint64(12) {
+	idle := descriptors(shim.pid())
+	// One is for the connection itself: without it the client could not be told anything, see below.
+	for spare := 1; spare <= 12; spare++ {
 		mark := unique(t.Name())
 		options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: io.Discard, Stderr: io.Discard}
 		for i, transport := range transports {
 			u := shim.execURL(t, container, options, marked(mark, "sleep 1000; :")...)
-			limit := unix.Rlimit{Cur: uint64(descriptors(shim.pid())) + spare, Max: before.Max}
-			if err := unix.Prlimit(shim.pid(), unix.RLIMIT_NOFILE, &limit, nil); err != nil {
-				t.Fatal(err)
-			}
+			eventually(t, testTimeout, "the descriptors of the last session are closed", func() bool { return descriptors(shim.pid()) <= idle })
+			setFreeFiles(t, shim.pid(), spare)
 			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 			err := stream(ctx, transport, u.String(), options)
 			if i == 0 {
@@ -212,11 +239,28 @@ func TestFileLimitIsReached(t *testing.T) {
 				t.Errorf("%s, room for %d files: %v", transport, spare, err)
 			}
 			cancel()
-			if err := unix.Prlimit(shim.pid(), unix.RLIMIT_NOFILE, &before, nil); err != nil {
-				t.Fatal(err)
-			}
+			setFileLimit(t, shim.pid(), most.Cur)
 		}
 		awaitNone(t, mark, goneLimit)
+	}
+	// A connection that cannot even be accepted waits until it can.
+	for _, transport := range transports {
+		output := &buffer{}
+		options := remotecommand.StreamOptions{Stdout: output}
+		u := shim.execURL(t, container, options, "echo", "works")
+		eventually(t, testTimeout, "the descriptors of the last session are closed", func() bool { return descriptors(shim.pid()) <= idle })
+		refused := func() int {
+			log, _ := os.ReadFile(shim.log) //nolint:errcheck // 0 will not do
+			return strings.Count(string(log), "accept4: too many open files")
+		}
+		before := refused()
+		setFreeFiles(t, shim.pid(), 0)
+		ended, _ := begin(t, transport, u, options)
+		eventually(t, testTimeout, "the connection cannot be accepted", func() bool { return refused() > before })
+		setFileLimit(t, shim.pid(), most.Cur)
+		if err := awaitEnd(t, ended); err != nil || output.String() != "works\n" {
+			t.Errorf("%s, after there was no room: %q, %v", transport, output, err)
+		}
 	}
 	expectWorking(t, shim, container)
 }

@@ -19,6 +19,9 @@ import (
 // room for a busy machine. The times that were really taken are logged.
 const testTimeout = 2 * time.Minute
 
+// sessionTimeout does so for sessions that are long on purpose.
+const sessionTimeout = 5 * time.Minute
+
 // shared is the node of all tests, with the pod that their containers run in unless a test needs
 // another.
 var shared struct {

@@ -95,29 +95,17 @@ func (c *counting) Read(p []byte) (int, error) {
 func TestShortTerminalCommandsLoseOutput(t *testing.T) {
 	t.Parallel()
 	container := runContainer(t, node.ContainerSpec{})
-	const commands, atOnce = 500, 16
-	numbers := make(chan int, commands)
-	for i := range commands {
-		numbers <- i
-	}
-	close(numbers)
-	var all sync.WaitGroup
-	for range atOnce {
-		all.Go(func() {
-			for i := range numbers {
-				var output bytes.Buffer
-				options := remotecommand.StreamOptions{Stdout: &output, Tty: true}
-				ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
-				u := shared.shim.execURL(t, container, options, "echo", fmt.Sprint("line ", i))
-				err := stream(ctx, transports[i%2], u.String(), options)
-				cancel()
-				if want := fmt.Sprintf("line %d\r\n", i); err != nil || output.String() != want {
-					t.Errorf("%s, command %d: %q, %v", transports[i%2], i, &output, err)
-				}
-			}
-		})
-	}
-	all.Wait()
+	inParallel(t, 500, 16, func(i int) {
+		var output bytes.Buffer
+		options := remotecommand.StreamOptions{Stdout: &output, Tty: true}
+		ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
+		defer cancel()
+		u := shared.shim.execURL(t, container, options, "echo", fmt.Sprint("line ", i))
+		err := stream(ctx, transports[i%2], u.String(), options)
+		if want := fmt.Sprintf("line %d\r\n", i); err != nil || output.String() != want {
+			t.Errorf("%s, command %d: %q, %v", transports[i%2], i, &output, err)
+		}
+	})
 }
 
 // exec does not return while a background child holds stdout (kubernetes#44371, E4).
@@ -202,7 +190,7 @@ func TestEndOfStdin(t *testing.T) {
 	t.Run("crictl", func(t *testing.T) {
 		t.Parallel()
 		for _, transport := range []string{"spdy", "websocket"} {
-			command := shared.shim.crictl("exec", "--transport", transport, "-i", container, "cat")
+			command := shared.shim.crictl(t, "exec", "--transport", transport, "-i", container, "cat")
 			command.Stdin = strings.NewReader("hello\n")
 			if output, err := command.Output(); err != nil || string(output) != "hello\n" {
 				t.Errorf("%s: %q, %v", transport, output, err)

@@ -12,8 +12,9 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/streamshim/streamshim/test/node"
 )
 
 // streamshim is a running streamshim, seen from outside.
@@ -46,7 +47,7 @@ func startStreamshim(t *testing.T, configuration string) *streamshim {
 	if err := os.WriteFile(filepath.Join(folder, "config.toml"), []byte(configuration), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if s.connection, err = grpc.NewClient(s.socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy()); err != nil {
+	if s.connection, err = node.Dial(s.socket); err != nil {
 		t.Fatal(err)
 	}
 	s.runtime = runtimeapi.NewRuntimeServiceClient(s.connection)
@@ -129,9 +130,26 @@ func (s *streamshim) mustSync(t *testing.T, container, script string) string {
 	return string(response.Stdout)
 }
 
+// command is a program that is killed if it does not end.
+func command(t *testing.T, name string, args ...string) *exec.Cmd {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
+	t.Cleanup(cancel)
+	c := exec.CommandContext(ctx, name, args...)
+	c.Cancel = func() error {
+		if ctx.Err() == context.DeadlineExceeded {
+			t.Errorf("killed, because it did not end within %v: %s", testTimeout, c)
+		}
+		return c.Process.Kill()
+	}
+	c.WaitDelay = 10 * time.Second
+	return c
+}
+
 // crictl is a crictl command that speaks to this streamshim.
-func (s *streamshim) crictl(args ...string) *exec.Cmd {
-	return exec.Command(shared.node.Program("crictl"),
+func (s *streamshim) crictl(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	return command(t, shared.node.Program("crictl"),
 		append([]string{"--runtime-endpoint", s.socket, "--image-endpoint", s.socket, "--timeout", "60s"}, args...)...)
 }
 

@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"strings"
-	"sync"
 	"testing"
 
 	"k8s.io/client-go/tools/remotecommand"
@@ -29,28 +28,22 @@ func (s sizes) Next() *remotecommand.TerminalSize {
 func TestTerminalSizeIsWrongAtFirst(t *testing.T) {
 	t.Parallel()
 	container := runContainer(t, node.ContainerSpec{})
-	var all sync.WaitGroup
-	for worker := range 4 {
-		all.Go(func() {
-			for i := worker; i < 100; i += 4 {
-				transport, hops := transports[i%2], i/4%3
-				var output bytes.Buffer
-				queue := make(sizes, 1)
-				queue <- remotecommand.TerminalSize{Width: uint16(100 + i), Height: uint16(30 + i)}
-				options := remotecommand.StreamOptions{Stdout: &output, Tty: true, TerminalSizeQueue: queue}
-				u := shared.shim.execURL(t, container, options, "stty", "size")
-				u = throughProxies(t, u, hops, transport, options)
-				ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
-				err := stream(ctx, transport, u.String(), options)
-				cancel()
-				close(queue)
-				if want := fmt.Sprintf("%d %d", 30+i, 100+i); err != nil || strings.TrimSpace(output.String()) != want {
-					t.Errorf("%s, %d proxies, run %d: %q, %v; want %s", transport, hops, i, &output, err, want)
-				}
-			}
-		})
-	}
-	all.Wait()
+	inParallel(t, 100, 4, func(i int) {
+		transport, hops := transports[i%2], i/4%3
+		var output bytes.Buffer
+		queue := make(sizes, 1)
+		queue <- remotecommand.TerminalSize{Width: uint16(100 + i), Height: uint16(30 + i)}
+		options := remotecommand.StreamOptions{Stdout: &output, Tty: true, TerminalSizeQueue: queue}
+		u := shared.shim.execURL(t, container, options, "stty", "size")
+		u = throughProxies(t, u, hops, transport, options)
+		ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
+		defer cancel()
+		err := stream(ctx, transport, u.String(), options)
+		close(queue)
+		if want := fmt.Sprintf("%d %d", 30+i, 100+i); err != nil || strings.TrimSpace(output.String()) != want {
+			t.Errorf("%s, %d proxies, run %d: %q, %v; want %s", transport, hops, i, &output, err, want)
+		}
+	})
 }
 
 // Later sizes arrive in their order, and 0x0 is no size.

@@ -94,15 +94,22 @@ func (m *measured) run(name, namespace string) (pod, container string) {
 	return pod, container
 }
 
-// crictl runs crictl to its end, whatever that is.
-func (m *measured) crictl(stdin string, args ...string) string {
+// bounded is a crictl that is killed if it does not end.
+func (m *measured) bounded(args ...string) *exec.Cmd {
 	m.t.Helper()
 	template := m.Crictl(args...)
 	ctx, cancel := context.WithTimeout(m.t.Context(), patience)
-	defer cancel()
+	m.t.Cleanup(cancel)
 	cmd := exec.CommandContext(ctx, template.Path, template.Args[1:]...)
-	cmd.Stdin = strings.NewReader(stdin)
 	cmd.WaitDelay = 5 * time.Second
+	return cmd
+}
+
+// crictl runs crictl to its end, whatever that is.
+func (m *measured) crictl(stdin string, args ...string) string {
+	m.t.Helper()
+	cmd := m.bounded(args...)
+	cmd.Stdin = strings.NewReader(stdin)
 	out, err := cmd.CombinedOutput()
 	m.t.Logf("crictl %v: %v: %.200s", args, err, out)
 	return string(out)
@@ -111,7 +118,7 @@ func (m *measured) crictl(stdin string, args ...string) string {
 // disconnect begins a session with crictl, waits for a line of its output, and kills crictl.
 func (m *measured) disconnect(args ...string) {
 	m.t.Helper()
-	cmd := m.Crictl(args...)
+	cmd := m.bounded(args...)
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		m.t.Fatal(err)
@@ -273,7 +280,7 @@ func TestMetrics(t *testing.T) {
 // attach sends a line to the main process and waits for its answer.
 func (m *measured) attach() {
 	m.t.Helper()
-	cmd := m.Crictl("attach", "-i", m.container)
+	cmd := m.bounded("attach", "-i", m.container)
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		m.t.Fatal(err)
@@ -304,7 +311,7 @@ func (m *measured) forward() {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	cmd := m.Crictl("port-forward", m.pod, port+":80")
+	cmd := m.bounded("port-forward", m.pod, port+":80")
 	if err := cmd.Start(); err != nil {
 		m.t.Fatal(err)
 	}

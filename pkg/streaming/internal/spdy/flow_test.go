@@ -202,7 +202,7 @@ func TestStallHitsTheHog(t *testing.T) {
 
 // TestSlowStreamIsNotReset reads a little now and then, for longer than Stall in all.
 func TestSlowStreamIsNotReset(t *testing.T) {
-	const stall = time.Second
+	const stall = 3 * time.Second
 	peer, ours, s := blockedPeer(t, Config{Stall: stall})
 	frame := make([]byte, headerLen+2<<20)
 	putDataHeader(frame, 1, flagFin, 2<<20)
