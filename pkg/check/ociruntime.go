@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/pkg/execproc"
 )
 
 // runcVersion is a release of runc.
@@ -76,4 +77,20 @@ func ociRuntime(ctx context.Context, c config.Config) Result {
 		}
 	}
 	return ok(name, "%s (%s)", first, path)
+}
+
+// nativeEngine finds out whether commands can be started without the OCI runtime. Whether they are is
+// found out for each container.
+func nativeEngine(ctx context.Context, c config.Config) Result {
+	const name = "native engine"
+	if execproc.Engine(c.Exec.Engine) == execproc.EngineRunc {
+		return ok(name, "switched off (exec.engine)")
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	if err := execproc.CheckNative(ctx); err != nil {
+		return warning(name, "use Linux 5.9 or later, and a streamshim made by \"make build\"; else the OCI runtime starts all commands, "+
+			"which works and takes longer", "%v", err)
+	}
+	return ok(name, "can start commands in containers of runc")
 }

@@ -362,3 +362,44 @@ var (
 	// errUnusual is in it as well when that is no fault of the engine.
 	errUnusual = errors.New("unusual command or moment")
 )
+
+// CheckNative finds out whether the native engine can start anything on this machine, by starting the
+// program of its proofs without a container. It is for a process without a Runner.
+func CheckNative(ctx context.Context) error {
+	program, err := enter.Load()
+	if err != nil {
+		return err
+	}
+	defer program.Close()
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	self, err := unix.PidfdOpen(os.Getpid(), 0)
+	if err != nil {
+		return fmt.Errorf("pidfd_open: %w", err)
+	}
+	defer unix.Close(self)
+	pid, err := program.Run(ctx, &enter.Request{Directory: "/", Args: []string{"enter", "probe"}}, enter.Options{
+		Container: self, Streams: [3]*os.File{null, null, null}, Execute: program.File(),
+		Cancel: func(pid int) { _ = unix.Kill(pid, unix.SIGKILL) },
+	})
+	if pid != 0 {
+		if err != nil {
+			_ = unix.Kill(pid, unix.SIGKILL) // a child that nobody has waited for
+		}
+		_, _ = unix.Wait4(pid, nil, 0, nil)
+	}
+	if err != nil {
+		return err
+	}
+	inherited, err := inheritedFilters()
+	if err != nil {
+		return err
+	}
+	if inherited > 0 {
+		return errors.New("this process has a seccomp filter, and so cannot read those of containers that have one")
+	}
+	return nil
+}

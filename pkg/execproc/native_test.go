@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -483,6 +484,18 @@ func TestAutoProvesInTheBackground(t *testing.T) {
 	eventually(t, "a native start", run)
 	if native != 1 || runtime < 2 {
 		t.Errorf("told of %d native starts and %d others", native, runtime)
+	}
+}
+
+// What "streamshim check" says of a machine on which these tests pass.
+func TestCheckNative(t *testing.T) {
+	if err := CheckNative(context.Background()); err != nil {
+		t.Error(err)
+	}
+	ended, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := CheckNative(ended); !errors.Is(err, context.Canceled) {
+		t.Errorf("when there is no time: %v", err)
 	}
 }
 
