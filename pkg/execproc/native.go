@@ -203,7 +203,7 @@ func (n *nativeEngine) startIn(ctx context.Context, container *provenContainer, 
 	}
 	log := n.runner.log.With("container", p.container.ID, "reason", err)
 	log.Debug("a command could not be started natively")
-	if !errors.Is(err, errUnusual) && container.failures.Add(1) == maxFailures {
+	if !errors.Is(err, errUnusual) && !passing(err) && container.failures.Add(1) == maxFailures {
 		log.Warn("commands of this container are started by its OCI runtime alone from now on")
 	}
 	return 0, false, nil

@@ -70,6 +70,11 @@ func takeSnapshot(pid int) (snapshot, error) {
 			return nil, err
 		}
 	}
+	var owner unix.Stat_t // not the user's, while the process is not dumpable
+	if err := unix.Stat(dir+"environ", &owner); err != nil {
+		return nil, err
+	}
+	s["owner"] = fmt.Sprintf("%d:%d", owner.Uid, owner.Gid)
 	if s["descriptors"], err = describeDescriptors(dir); err != nil {
 		return nil, err
 	}
