@@ -232,10 +232,11 @@ func (n *nativeEngine) proveContainer(c Container, container *provenContainer) {
 	log.Debug("commands of this container are started natively")
 }
 
-// passing reports whether an error says that the machine was short of something.
+// passing reports whether an error says that the machine was short of something, or the container
+// paused.
 func passing(err error) bool {
-	for _, shortage := range []error{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.EAGAIN, unix.ENOSPC} {
-		if errors.Is(err, shortage) {
+	for _, reason := range []error{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.EAGAIN, unix.ENOSPC, ErrNotRunning} {
+		if errors.Is(err, reason) {
 			return true
 		}
 	}
@@ -290,7 +291,10 @@ func (n *nativeEngine) observe(ctx context.Context, c Container, launch launcher
 	stop := context.AfterFunc(ctx, p.Kill) // ends the read as well
 	defer func() {
 		p.stdin.Close() // and with it the program
-		<-p.Exited()
+		select {
+		case <-p.Exited():
+		case <-p.ended: // killed, and in a container that was paused meanwhile, where it ends later
+		}
 		stop()
 		p.Close()
 	}()
@@ -314,7 +318,7 @@ func (n *nativeEngine) observe(ctx context.Context, c Container, launch launcher
 // has run and the runtime should start it.
 func (n *nativeEngine) start(ctx context.Context, p *Process, plan *plan, spec *specs.Process, streams [3]*os.File, execute *os.File) (int, error) {
 	if plan.paused() {
-		return 0, fmt.Errorf("%w: %w: the container is paused", errLeftToRuntime, errUnusual)
+		return 0, fmt.Errorf("%w: %w: %w: it is paused", errLeftToRuntime, errUnusual, ErrNotRunning)
 	}
 	request := plan.request
 	var err error

@@ -530,6 +530,21 @@ func TestKilledOnItsWay(t *testing.T) {
 	}
 }
 
+// A container that is paused when its proof is due is proven later.
+func TestProofWaitsForResume(t *testing.T) {
+	if testEngine() == EngineRunc {
+		t.Skip("is about the native engine")
+	}
+	r := newRunner(t)
+	c := newContainer(t)
+	runc(t, c, "pause", c.ID)
+	if _, err := r.Start(context.Background(), c, Command{Args: []string{"true"}}); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("in a paused container: %v", err)
+	}
+	runc(t, c, "resume", c.ID)
+	start(t, r, c, Command{Args: []string{"true"}}) // expects a native start
+}
+
 // A container that is paused at the worst moment, when it was looked at and before the process has
 // joined it, does not hold up the start longer than it may take.
 func TestPausedOnItsWay(t *testing.T) {
