@@ -47,7 +47,7 @@ func TestMain(m *testing.M) {
 	rootfs = filepath.Join(dir, "rootfs")
 	code := m.Run()
 	os.RemoveAll(dir)
-	if _, chosen := os.LookupEnv(engineVariable); !chosen && code == 0 && flag.Lookup("test.bench").Value.String() == "" {
+	if code == 0 && runTwice() {
 		fmt.Println("execproc: once more, with the engine " + EngineNative)
 		again := exec.Command(os.Args[0], os.Args[1:]...)
 		again.Env = append(os.Environ(), engineVariable+"="+string(EngineNative))
@@ -58,6 +58,17 @@ func TestMain(m *testing.M) {
 		}
 	}
 	os.Exit(code)
+}
+
+// runTwice reports whether these are tests, and all of them.
+func runTwice() bool {
+	for _, other := range []string{"test.bench", "test.fuzz", "test.list"} {
+		if flag.Lookup(other).Value.String() != "" {
+			return false
+		}
+	}
+	_, chosen := os.LookupEnv(engineVariable)
+	return !chosen
 }
 
 // engineVariable names the engine of all Runners. Unless it is set every test runs twice, once with each
