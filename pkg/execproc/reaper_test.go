@@ -131,6 +131,31 @@ func TestZombieWaitsForStartUnderWay(t *testing.T) {
 	eventually(t, "an orphan is reaped at once when nothing is under way", reaped(orphan))
 }
 
+// A child that os/exec has started here may be a zombie for as long as nobody asks os/exec: its status is
+// left alone.
+func TestOwnChildIsNoOrphan(t *testing.T) {
+	noLeaks(t)
+	r, err := acquireReaper()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.release()
+	command := exec.Command("sh", "-c", "exit 42")
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is a zombie", func() bool {
+		stat, err := readStat(command.Process.Pid)
+		return err != nil || stat.zombie()
+	})
+	for range 3 {
+		r.reapOrphans()
+	}
+	if err := command.Wait(); command.ProcessState == nil || command.ProcessState.ExitCode() != 42 {
+		t.Errorf("os/exec was told %v, %v", command.ProcessState, err)
+	}
+}
+
 // Good and failing, with and without terminal: nothing stays (containerd#9668).
 func TestThousandExecsLeaveNothing(t *testing.T) {
 	count := 1000

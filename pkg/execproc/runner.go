@@ -249,6 +249,7 @@ func (r *Runner) start(ctx context.Context, c Container, command Command, policy
 		} else if err != nil {
 			return nil, fmt.Errorf("watch the container's main process: %w", err)
 		}
+		spec.Rlimits = completeLimits(spec.Rlimits, c.InitPid)
 	}
 	defer func() {
 		if err != nil {

@@ -4,9 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 )
 
 // Container is a running container as its OCI runtime knows it.
@@ -41,7 +43,7 @@ type Command struct {
 }
 
 // processSpec is the spec of a process that joins the container: the container's own process, copied
-// as it is, so that user, groups, capabilities, no-new-privileges, AppArmor, SELinux, rlimits,
+// as it is, so that user, groups, capabilities, no-new-privileges, AppArmor, SELinux, rlimits (see completeLimits),
 // scheduler and CPU affinity are the container's (kubernetes#73275: exec paths that built the spec
 // anew forgot some of them). Only what makes it another command is set.
 func processSpec(container *specs.Process, command Command) (*specs.Process, error) {
@@ -76,6 +78,33 @@ func processSpec(container *specs.Process, command Command) (*specs.Process, err
 		}
 	}
 	return &spec, nil
+}
+
+// limitNames are the resources of getrlimit(2) by the OCI spec's names.
+var limitNames = map[int]string{
+	unix.RLIMIT_CPU: "RLIMIT_CPU", unix.RLIMIT_FSIZE: "RLIMIT_FSIZE", unix.RLIMIT_DATA: "RLIMIT_DATA",
+	unix.RLIMIT_STACK: "RLIMIT_STACK", unix.RLIMIT_CORE: "RLIMIT_CORE", unix.RLIMIT_RSS: "RLIMIT_RSS",
+	unix.RLIMIT_NPROC: "RLIMIT_NPROC", unix.RLIMIT_NOFILE: "RLIMIT_NOFILE", unix.RLIMIT_MEMLOCK: "RLIMIT_MEMLOCK",
+	unix.RLIMIT_AS: "RLIMIT_AS", unix.RLIMIT_LOCKS: "RLIMIT_LOCKS", unix.RLIMIT_SIGPENDING: "RLIMIT_SIGPENDING",
+	unix.RLIMIT_MSGQUEUE: "RLIMIT_MSGQUEUE", unix.RLIMIT_NICE: "RLIMIT_NICE", unix.RLIMIT_RTPRIO: "RLIMIT_RTPRIO",
+	unix.RLIMIT_RTTIME: "RLIMIT_RTTIME",
+}
+
+// completeLimits adds to the limits of a spec those of the container's main process that it does not name.
+// They are what that process has inherited from its runtime; a command would inherit streamshim's, which
+// systemd may have been told to set otherwise. One that cannot be read is left out.
+func completeLimits(limits []specs.POSIXRlimit, initPid int) []specs.POSIXRlimit {
+	complete := slices.Clone(limits)
+	for resource, name := range limitNames {
+		if slices.ContainsFunc(limits, func(l specs.POSIXRlimit) bool { return l.Type == name }) {
+			continue
+		}
+		var limit unix.Rlimit
+		if err := unix.Prlimit(initPid, resource, nil, &limit); err == nil {
+			complete = append(complete, specs.POSIXRlimit{Type: name, Soft: limit.Cur, Hard: limit.Max})
+		}
+	}
+	return complete
 }
 
 // mergeEnv returns base with extra laid over it in a slice of its own. A name that extra sets keeps

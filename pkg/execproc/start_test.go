@@ -3,6 +3,7 @@ package execproc
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -311,6 +312,46 @@ func TestIdentityIsTheContainers(t *testing.T) {
 			for _, line := range []string{"PATH=/bin\n", "GREETING=a=b\n", "EXTRA=2\n"} {
 				if !strings.Contains("\n"+env, "\n"+line) {
 					t.Errorf("no %q in %q", line, env)
+				}
+			}
+		})
+	}
+}
+
+// The container's main process has its limits from the container's spec or from the runtime that started it,
+// which need not have those of streamshim.
+func TestLimitsAreTheContainers(t *testing.T) {
+	for name, changes := range map[string][]func(*specs.Spec){
+		"inherited": {func(spec *specs.Spec) { spec.Process.Rlimits = nil }},
+		"in part in the spec": {func(spec *specs.Spec) {
+			spec.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 700, Hard: 800}}
+		}},
+		"user namespace": {userNamespace, func(spec *specs.Spec) {
+			spec.Process.Rlimits = nil
+			spec.Process.User = specs.User{UID: 1000, GID: 2000}
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRunner(t)
+			c := newContainer(t, changes...)
+			// As if the runtime had been started with other limits.
+			set := func(resource int, soft, hard uint64) {
+				if err := unix.Prlimit(c.InitPid, resource, &unix.Rlimit{Cur: soft, Max: hard}, nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			set(unix.RLIMIT_CORE, 4096, 8192)
+			if len(c.Process.Rlimits) == 0 {
+				set(unix.RLIMIT_NOFILE, 1500, 3000)
+			}
+			for _, tty := range []bool{false, true} {
+				want, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", c.InitPid))
+				if err != nil {
+					t.Fatal(err)
+				}
+				got, code := output(t, r, c, Command{Args: []string{"cat", "/proc/self/limits"}, TTY: tty})
+				if strings.ReplaceAll(got, "\r", "") != string(want) || code != 0 {
+					t.Errorf("tty %v:\n%s\nmain process:\n%s", tty, got, want)
 				}
 			}
 		})

@@ -9,8 +9,8 @@ import (
 
 // plainConnections bounds the connections that have not been upgraded to a session. Whoever shares the
 // node's loopback can open them, pods with hostNetwork too. When there are too many the oldest is closed: a
-// client with a token needs its connection as a plain one for a moment, only somebody who does not finish
-// his request, or comes for nothing, has an old one.
+// client with a token needs its connection as a plain one for a moment; only somebody who does not finish a
+// request, or comes for nothing, has an old one.
 type plainConnections struct {
 	max int
 

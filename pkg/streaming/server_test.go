@@ -96,6 +96,19 @@ func TestSlowRequestsAreLetGo(t *testing.T) {
 	eventually(t, "no connection is left", func() bool { return s.plain.count() == 0 })
 }
 
+// A request head has its limit.
+func TestLargeRequestIsRefused(t *testing.T) {
+	s := startServer(t, Config{})
+	for size, want := range map[int]string{maxHeaderBytes / 2: "HTTP/1.1 404 ", 2 * maxHeaderBytes: "HTTP/1.1 431 "} {
+		conn := s.dial(t)
+		fmt.Fprintf(conn, "GET /exec/nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: %s\r\n\r\n", strings.Repeat("x", size))
+		answer := make([]byte, len(want))
+		if _, err := io.ReadFull(conn, answer); err != nil || string(answer) != want {
+			t.Errorf("head of %d bytes: %q, %v; want %q", size, answer, err, want)
+		}
+	}
+}
+
 func isTimeout(err error) bool {
 	timeout, ok := err.(net.Error)
 	return ok && timeout.Timeout()

@@ -192,14 +192,14 @@ func (ch *Channel) readFromFile(r io.Reader, raw syscall.RawConn) (int64, error)
 			return total, err
 		}
 		if readErr == unix.EIO {
-			place := b.payloads[0]
-			if base64 {
-				place = b.base64Source()
+			batches.Put(b)
+			b = nil
+			sent, err := ch.readAfterEIO(r)
+			total += int64(sent)
+			if sent == 0 || err != nil {
+				return total, err
 			}
-			n, readErr = r.Read(place)
-			if errors.Is(readErr, unix.EIO) || readErr == io.EOF {
-				readErr = nil
-			}
+			continue
 		}
 		if readErr != nil || n <= 0 {
 			batches.Put(b)
@@ -219,6 +219,19 @@ func (ch *Channel) readFromFile(r io.Reader, raw syscall.RawConn) (int64, error)
 		}
 		total += int64(n)
 	}
+}
+
+// readAfterEIO has r itself read once and sends what it gives. Nothing without an error is the end.
+func (ch *Channel) readAfterEIO(r io.Reader) (sent int, err error) {
+	buffer := make([]byte, minReaderBuffer) // held while r waits
+	n, err := r.Read(buffer)
+	if n > 0 {
+		return ch.Write(buffer[:n]) // an error that comes with bytes comes again
+	}
+	if err == io.EOF || errors.Is(err, unix.EIO) {
+		return 0, nil
+	}
+	return 0, err
 }
 
 // A reader without a descriptor is waited for with a buffer in hand, so it is one that begins small.
