@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/spf13/pflag"
+
 	"github.com/streamshim/streamshim/pkg/config"
 	"github.com/streamshim/streamshim/test/leak"
 )
@@ -46,6 +48,22 @@ func TestReloadNotifies(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(dir, "admin.sock")); err == nil {
 		t.Error("the admin socket was left behind")
+	}
+}
+
+// A reload while the runtime is away keeps the upstream that was found at the start.
+func TestReloadWithoutRuntime(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "config.toml")
+	for text, want := range map[string]string{"": "unix:///found.sock", "upstream = 'unix:///named.sock'": "unix:///named.sock"} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		flags := pflag.NewFlagSet("test", pflag.ContinueOnError)
+		settings := addSettings(flags)
+		settings.file = file
+		if c, err := settings.loadAgain(flags, "unix:///found.sock"); err != nil || c.Upstream != want {
+			t.Errorf("%q: %q, %v", text, c.Upstream, err)
+		}
 	}
 }
 

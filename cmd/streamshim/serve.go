@@ -54,19 +54,14 @@ Flags win over the configuration file, the file over the defaults.`,
 		if err != nil {
 			return err
 		}
-		found := c.Upstream == ""
-		if found {
-			if c.Upstream, err = findUpstream(); err != nil {
+		found := ""
+		if c.Upstream == "" {
+			if found, err = findUpstream(); err != nil {
 				return err
 			}
+			c.Upstream = found
 		}
-		return serve(cmd.Context(), c, func() (config.Config, error) {
-			next, err := settings.load(cmd.Flags())
-			if found && next.Upstream == "" {
-				next.Upstream = c.Upstream // not looked for again: the runtime may be restarting
-			}
-			return next, err
-		})
+		return serve(cmd.Context(), c, func() (config.Config, error) { return settings.loadAgain(cmd.Flags(), found) })
 	}
 	return command
 }
@@ -132,6 +127,16 @@ func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
 		}
 	}
 	return c, c.Validate()
+}
+
+// loadAgain is load with the upstream that was found at the start, "" if it was named: it is not looked
+// for again, because the runtime may be restarting.
+func (s *settings) loadAgain(flags *pflag.FlagSet, found string) (config.Config, error) {
+	c, err := s.load(flags)
+	if c.Upstream == "" {
+		c.Upstream = found
+	}
+	return c, err
 }
 
 // upstreamPlaces are where runtimes have their CRI socket.
