@@ -171,8 +171,6 @@ func newLogger(c config.Config) (*slog.Logger, *slog.LevelVar) {
 // serve builds the parts, runs them until the context ends, and takes them down in reverse order.
 // load reads the configuration again.
 func serve(ctx context.Context, c config.Config, load func() (config.Config, error)) (err error) {
-	// From the first on: it also gives commands the default for SIGHUP where we were started with it ignored,
-	// as by nohup. SIGINT, which a shell's & ignores, main has taken in the same way.
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
 	defer signal.Stop(hangups)

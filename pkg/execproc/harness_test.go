@@ -33,9 +33,6 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv("EXECPROC_TEST_PREDECESSOR"); dir != "" {
 		predecessor(dir) // does not return
 	}
-	// Tests that were started by nohup begin with SIGHUP ignored, and so would every command. cmd/streamshim
-	// takes SIGHUP for itself, which gives its children the default again.
-	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP)
 	// What the Go runtime opens or starts once and keeps is no leak.
 	signal.Stop(func() chan os.Signal { c := make(chan os.Signal, 1); signal.Notify(c, unix.SIGUSR1); return c }())
 	if r, w, err := os.Pipe(); err == nil {

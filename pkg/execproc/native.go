@@ -326,6 +326,9 @@ func (n *nativeEngine) start(ctx context.Context, p *Process, plan *plan, spec *
 		return 0, fmt.Errorf("%w: %w: %w", errLeftToRuntime, errUnusual, err)
 	}
 	request.Args = spec.Args
+	if request.Limits, err = limits(spec.Rlimits); err != nil {
+		return 0, fmt.Errorf("%w: %w", errLeftToRuntime, err)
+	}
 	options := enter.Options{
 		Container: p.init.pidfd, Streams: streams, Execute: execute,
 		Cancel: func(pid int) { // ours until Run has waited for it

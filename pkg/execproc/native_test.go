@@ -244,7 +244,6 @@ func TestProofFindsMistakes(t *testing.T) {
 		"no filter":         {func(p *plan) { p.request.Filters = nil }, "status Seccomp"},
 		"filter twice":      {func(p *plan) { p.request.Filters = append(p.request.Filters, p.request.Filters[0]) }, "Seccomp_filters"},
 		"another filter":    {func(p *plan) { p.request.Filters = []enter.Filter{allowAll()} }, "seccomp filters"},
-		"limit":             {func(p *plan) { p.request.Limits = nil }, "limits"},
 		"oom score":         {func(p *plan) { p.request.OOMScoreAdj = &worst }, "oom_score_adj"},
 		"directory":         {func(p *plan) { p.request.Directory = "/" }, "cwd"},
 		"keyring":           {func(p *plan) { p.request.SessionKeyring = "" }, ""}, // not to be seen under this profile; see below

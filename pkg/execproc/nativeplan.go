@@ -18,7 +18,8 @@ import (
 
 // plan is how the native engine starts a process in one container.
 type plan struct {
-	// request is all of it but for the command: Args, Env, FindHome.
+	// request is all of it but for the command: Args, Env, FindHome, and Limits, of which those that the
+	// spec does not name are the main process's at the time.
 	request enter.Request
 	// cgroup is the directory of the version 2 cgroup, empty with version 1 alone.
 	cgroup string
@@ -63,9 +64,6 @@ func newPlan(c Container) (*plan, error) {
 		p.request.SessionKeyring = "_ses." + c.ID // runc's name for it
 	}
 	if p.request.Namespaces, err = namespacesToJoin(state.namespaces, c.InitPid); err != nil {
-		return nil, err
-	}
-	if p.request.Limits, err = limits(spec.Rlimits); err != nil {
 		return nil, err
 	}
 	if spec.Capabilities != nil {
@@ -150,13 +148,6 @@ func (p *plan) paused() bool {
 	return err != nil || slices.Contains(p.frozen, strings.TrimSpace(string(state)))
 }
 
-// limitNumbers are the resources of setrlimit(2), by their names in the OCI spec.
-var limitNumbers = map[string]uint32{
-	"RLIMIT_CPU": 0, "RLIMIT_FSIZE": 1, "RLIMIT_DATA": 2, "RLIMIT_STACK": 3, "RLIMIT_CORE": 4, "RLIMIT_RSS": 5,
-	"RLIMIT_NPROC": 6, "RLIMIT_NOFILE": 7, "RLIMIT_MEMLOCK": 8, "RLIMIT_AS": 9, "RLIMIT_LOCKS": 10,
-	"RLIMIT_SIGPENDING": 11, "RLIMIT_MSGQUEUE": 12, "RLIMIT_NICE": 13, "RLIMIT_RTPRIO": 14, "RLIMIT_RTTIME": 15,
-}
-
 func limits(spec []specs.POSIXRlimit) ([]enter.Limit, error) {
 	var all []enter.Limit
 	for _, limit := range spec {
@@ -164,7 +155,7 @@ func limits(spec []specs.POSIXRlimit) ([]enter.Limit, error) {
 		if !known {
 			return nil, fmt.Errorf("the process has a limit %q", limit.Type)
 		}
-		all = append(all, enter.Limit{Resource: number, Soft: limit.Soft, Hard: limit.Hard})
+		all = append(all, enter.Limit{Resource: uint32(number), Soft: limit.Soft, Hard: limit.Hard})
 	}
 	return all, nil
 }

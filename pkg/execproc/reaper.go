@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -108,6 +109,9 @@ func newReaper() (*reaper, error) {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return nil, fmt.Errorf("become child subreaper: %w", err)
 	}
+	if err := catchIgnored(); err != nil {
+		return nil, fmt.Errorf("read ignored signals from /proc: %w", err)
+	}
 	probe, err := unix.PidfdOpen(os.Getpid(), 0)
 	if err != nil {
 		return nil, fmt.Errorf("pidfd_open (it needs Linux 5.4 or later): %w", err)
@@ -145,7 +149,6 @@ func newReaper() (*reaper, error) {
 		return nil, fmt.Errorf("epoll: %w", err)
 	}
 	signal.Notify(r.signals, unix.SIGCHLD)
-	catchIgnored()
 	r.loops.Add(2)
 	go r.waitForExits(raw)
 	go r.waitForOrphans()
@@ -157,17 +160,28 @@ var unheard = make(chan os.Signal, 1) // nobody reads it
 // catchIgnored makes signals that this process was started to ignore be caught and thrown away. To this
 // process that is the same, but what is ignored stays ignored in all that it executes, through the runtime
 // and into the container: there no hang-up would end a command, and a shell could not even trap it
-// (sh(1) of POSIX, "trap"). These two are all: Go catches every other signal from the start, but leaves
-// them ignored to please nohup and shells that put it in the background.
+// (sh(1) of POSIX, "trap"). Go catches the other signals from the start. These it leaves alone, the first
+// two to please nohup and shells that put a process in the background.
 //
-// It is for good, as being a subreaper is: signal.Stop would make them ignored again, of which
-// signal.Ignored knows nothing.
-func catchIgnored() {
-	for _, s := range []os.Signal{unix.SIGHUP, unix.SIGINT} {
-		if signal.Ignored(s) {
+// It is for good, as being a subreaper is: signal.Stop would make them ignored again. And it looks at what
+// the kernel says, as signal.Ignored does not know of all.
+func catchIgnored() error {
+	status, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return err
+	}
+	_, rest, _ := strings.Cut(string(status), "\nSigIgn:")
+	mask, _, _ := strings.Cut(strings.TrimSpace(rest), "\n")
+	ignored, err := strconv.ParseUint(mask, 16, 64)
+	if err != nil {
+		return err
+	}
+	for _, s := range []unix.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU} {
+		if ignored&(1<<(s-1)) != 0 {
 			signal.Notify(unheard, s)
 		}
 	}
+	return nil
 }
 
 func (r *reaper) waitForExits(raw syscall.RawConn) {

@@ -6,6 +6,7 @@ import (
 	"math"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -80,27 +81,38 @@ func processSpec(container *specs.Process, command Command) (*specs.Process, err
 	return &spec, nil
 }
 
-// limitNames are the resources of getrlimit(2) by the OCI spec's names.
-var limitNames = map[int]string{
-	unix.RLIMIT_CPU: "RLIMIT_CPU", unix.RLIMIT_FSIZE: "RLIMIT_FSIZE", unix.RLIMIT_DATA: "RLIMIT_DATA",
-	unix.RLIMIT_STACK: "RLIMIT_STACK", unix.RLIMIT_CORE: "RLIMIT_CORE", unix.RLIMIT_RSS: "RLIMIT_RSS",
-	unix.RLIMIT_NPROC: "RLIMIT_NPROC", unix.RLIMIT_NOFILE: "RLIMIT_NOFILE", unix.RLIMIT_MEMLOCK: "RLIMIT_MEMLOCK",
-	unix.RLIMIT_AS: "RLIMIT_AS", unix.RLIMIT_LOCKS: "RLIMIT_LOCKS", unix.RLIMIT_SIGPENDING: "RLIMIT_SIGPENDING",
-	unix.RLIMIT_MSGQUEUE: "RLIMIT_MSGQUEUE", unix.RLIMIT_NICE: "RLIMIT_NICE", unix.RLIMIT_RTPRIO: "RLIMIT_RTPRIO",
-	unix.RLIMIT_RTTIME: "RLIMIT_RTTIME",
+// limitNumbers are the resources of setrlimit(2) by the OCI spec's names.
+var limitNumbers = map[string]int{
+	"RLIMIT_CPU": unix.RLIMIT_CPU, "RLIMIT_FSIZE": unix.RLIMIT_FSIZE, "RLIMIT_DATA": unix.RLIMIT_DATA,
+	"RLIMIT_STACK": unix.RLIMIT_STACK, "RLIMIT_CORE": unix.RLIMIT_CORE, "RLIMIT_RSS": unix.RLIMIT_RSS,
+	"RLIMIT_NPROC": unix.RLIMIT_NPROC, "RLIMIT_NOFILE": unix.RLIMIT_NOFILE, "RLIMIT_MEMLOCK": unix.RLIMIT_MEMLOCK,
+	"RLIMIT_AS": unix.RLIMIT_AS, "RLIMIT_LOCKS": unix.RLIMIT_LOCKS, "RLIMIT_SIGPENDING": unix.RLIMIT_SIGPENDING,
+	"RLIMIT_MSGQUEUE": unix.RLIMIT_MSGQUEUE, "RLIMIT_NICE": unix.RLIMIT_NICE, "RLIMIT_RTPRIO": unix.RLIMIT_RTPRIO,
+	"RLIMIT_RTTIME": unix.RLIMIT_RTTIME,
 }
+
+// mayRaiseLimits reports whether this process has CAP_SYS_RESOURCE.
+var mayRaiseLimits = sync.OnceValue(func() bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var sets [2]unix.CapUserData
+	return unix.Capget(&header, &sets[0]) == nil && sets[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0
+})
 
 // completeLimits adds to the limits of a spec those of the container's main process that it does not name.
 // They are what that process has inherited from its runtime; a command would inherit streamshim's, which
-// systemd may have been told to set otherwise. One that cannot be read is left out.
+// systemd may have been told to set otherwise. One that cannot be read is left out, as is one that this
+// process may not set: above its own hard limit, without CAP_SYS_RESOURCE.
 func completeLimits(limits []specs.POSIXRlimit, initPid int) []specs.POSIXRlimit {
 	complete := slices.Clone(limits)
-	for resource, name := range limitNames {
+	for name, resource := range limitNumbers {
 		if slices.ContainsFunc(limits, func(l specs.POSIXRlimit) bool { return l.Type == name }) {
 			continue
 		}
-		var limit unix.Rlimit
-		if err := unix.Prlimit(initPid, resource, nil, &limit); err == nil {
+		var limit, own unix.Rlimit
+		if unix.Prlimit(initPid, resource, nil, &limit) != nil || unix.Prlimit(0, resource, nil, &own) != nil {
+			continue
+		}
+		if limit.Max <= own.Max || mayRaiseLimits() {
 			complete = append(complete, specs.POSIXRlimit{Type: name, Soft: limit.Cur, Hard: limit.Max})
 		}
 	}

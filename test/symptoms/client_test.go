@@ -170,7 +170,18 @@ func throughProxies(t *testing.T, target *url.URL, hops int, transport string, o
 			}
 			proxy.NewUpgradeAwareHandler(&upstream, nil, false, true, proxyError{}).ServeHTTP(w, r)
 		}))
-		t.Cleanup(server.Close)
+		t.Cleanup(func() {
+			closed := make(chan struct{})
+			go func() {
+				defer close(closed)
+				server.Close() // waits for its connections
+			}()
+			select {
+			case <-closed:
+			case <-time.After(testTimeout):
+				t.Errorf("a proxy to %s still has connections after %v", upstream.Host, testTimeout)
+			}
+		})
 		u := parseURL(t, server.URL)
 		u.Path = "/exec"
 		target = u

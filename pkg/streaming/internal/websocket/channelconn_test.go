@@ -324,7 +324,9 @@ func TestSlowReaderGetsEverything(t *testing.T) {
 		if err := c.CloseAndWait(ctx); err != nil {
 			t.Errorf("CloseAndWait: %v", err)
 		}
-		if after := c.LastActivity(); !after.Equal(activityBefore) {
+		// A resize may just come before the end begins, but what comes later, up to the last moment, is
+		// no activity.
+		if after := c.LastActivity(); after.Sub(activityBefore) > time.Since(after) {
 			t.Error("pings count as activity")
 		}
 		if !c.LastReceived().After(activityBefore) {
