@@ -101,6 +101,12 @@ func New(c Config) *Metrics {
 		m.duration.WithLabelValues(string(kind))
 		m.linger.WithLabelValues(string(kind))
 	}
+	// Prometheus does not see the first increase of a series that was not there before.
+	for _, kind := range append([]session.Kind{session.ExecSync}, kinds...) {
+		for _, refusal := range refusals {
+			m.refused.WithLabelValues(string(kind), refusal)
+		}
+	}
 	for _, result := range syncResults {
 		m.execSync.WithLabelValues(result)
 	}
