@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -394,6 +395,23 @@ func (r *run) created(ctx context.Context, t *testing.T, one target) time.Time {
 	return created
 }
 
+// nothingLeftInPod sees to it that probes leave no processes in their pod: the main process, the two probes
+// and what counts are all there may be at a time.
+func nothingLeftInPod(ctx context.Context, one target, pod string) error {
+	const most = 12
+	return until(ctx, func() error {
+		text, err := one.must(ctx, "exec", pod, "--", "sh", "-c", "ls -d /proc/[0-9]* | wc -l")
+		if err != nil {
+			return err
+		}
+		n, err := strconv.Atoi(strings.TrimSpace(text))
+		if err == nil && n > most {
+			err = fmt.Errorf("pod %s: %d processes", pod, n)
+		}
+		return err
+	})
+}
+
 // probed says how the probed pods of a node fared.
 func (r *run) probed(ctx context.Context, one target) (string, error) {
 	for i := range probedCount {
@@ -401,6 +419,9 @@ func (r *run) probed(ctx context.Context, one target) (string, error) {
 		text, err := one.podField(ctx, pod, `.status.conditions[?(@.type=="Ready")].status} {.status.containerStatuses[0].restartCount`)
 		if err == nil && text != "True 0" {
 			err = fmt.Errorf("pod %s: Ready and number of restarts are %q", pod, text)
+		}
+		if err == nil {
+			err = nothingLeftInPod(ctx, one, pod)
 		}
 		if err != nil {
 			return "", err
@@ -414,7 +435,7 @@ func (r *run) probed(ctx context.Context, one target) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("%d pods for %d min, Ready, no restart", probedCount, int(time.Since(since).Minutes())), nil
+	return fmt.Sprintf("%d pods for %d min, Ready, no restart, no process left in them", probedCount, int(time.Since(since).Minutes())), nil
 }
 
 // traces lists what is left on this machine with one of the names in it.
