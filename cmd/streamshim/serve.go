@@ -329,6 +329,10 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation) streaming.
 	if stall == 0 {
 		stall = -1 // as above
 	}
+	statusWait := time.Duration(c.Exec.StatusWait)
+	if statusWait == 0 {
+		statusWait = -1 // as above
+	}
 	disconnectWait := time.Duration(0) // streaming's default
 	if execproc.Policy(c.Exec.OnDisconnect) == execproc.PolicyKeep {
 		disconnectWait = -1 // there is nothing to wait for
@@ -341,6 +345,7 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation) streaming.
 		DrainIdle:      drainIdle,
 		DrainMax:       time.Duration(c.Exec.DrainMax),
 		LingerIdle:     time.Duration(c.Exec.Linger),
+		StatusWait:     statusWait,
 		IdleTimeout:    settings.IdleTimeout,
 		MaxLifetime:    settings.MaxLifetime,
 		Bandwidth:      settings.Bandwidth,

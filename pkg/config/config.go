@@ -77,6 +77,7 @@ type Exec struct {
 	DrainIdle    Duration `toml:"drain_idle"`    // silence after which output held by a background child is complete; 0 is for ever, for ExecSync 10 s
 	DrainMax     Duration `toml:"drain_max"`     // the same wait while output still flows
 	Linger       Duration `toml:"linger"`        // without progress, for a client to take the rest
+	StatusWait   Duration `toml:"status_wait"`   // since the last sign that output was read, for which the exit status is held back from who may translate for a slow reader; 0 is off
 	IdleTimeout  Duration `toml:"idle_timeout"`  // without payload in either direction, until a session is ended; 0 is off
 	MaxLifetime  Duration `toml:"max_lifetime"`  // of a session; 0 is off
 	SyncOutput   int      `toml:"sync_output"`   // bytes of output that an ExecSync returns
@@ -206,6 +207,7 @@ func Default() Config {
 			DrainIdle:    Duration(2 * time.Second),
 			DrainMax:     Duration(10 * time.Minute),
 			Linger:       Duration(10 * time.Minute),
+			StatusWait:   Duration(time.Minute),
 			IdleTimeout:  Duration(4 * time.Hour),
 			SyncOutput:   maxSyncOutput,
 		},

@@ -85,6 +85,7 @@ func New(c Config) *Metrics {
 	}
 	m.events["drain-cut"] = m.counter("drains_cut_total", "Outputs that a background child held open after the command's end and that were cut for silence or length.")
 	m.events["linger-cut"] = m.counter("lingers_cut_total", "Finished sessions whose client took nothing any more and was let go.")
+	m.events["status-held"] = m.counter("statuses_held_total", "Finished commands whose status was held back for a second or more, for a slow client to read the output first.")
 	m.events["stream-stalled"] = m.counter("stream_stalls_total", "Streams of port-forwards that were reset because nobody read them and they held up others.")
 	m.events["peer-dead"] = m.counter("dead_peers_total", "Clients that did not answer any more.")
 	m.kills = m.counter("disconnect_kills_total", "Process trees that had to be killed after their client had gone.")

@@ -15,6 +15,9 @@ const (
 	DrainCut Event = "drain-cut"
 	// LingerCut is a finished session whose client took nothing any more and was let go.
 	LingerCut Event = "linger-cut"
+	// StatusHeld is a finished command whose status was held back for a second or more, so that the
+	// client could read the output first.
+	StatusHeld Event = "status-held"
 	// StreamStalled is a stream of a port-forward that was reset because nobody read it and it held
 	// up the others.
 	StreamStalled Event = "stream-stalled"

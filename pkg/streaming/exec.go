@@ -68,7 +68,7 @@ func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up u
 	if up.websocket {
 		client, network, err = s.acceptWebSocketRemoteCommand(w, r, websocket.Protocol(up.protocol), rc.command)
 	} else {
-		client, network, err = s.acceptSPDYRemoteCommand(w, up.protocol, rc.command)
+		client, network, err = s.acceptSPDYRemoteCommand(w, r, up.protocol, rc.command)
 	}
 	if err != nil {
 		live.End(clientGone(err))
@@ -87,7 +87,7 @@ func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up u
 
 // acceptSPDYRemoteCommand takes the connection over. The client opens one stream for each of those
 // that the command wants, and says with the header streamtype which it is.
-func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, protocol string, c Command) (*remoteCommandClient, net.Conn, error) {
+func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, r *http.Request, protocol string, c Command) (*remoteCommandClient, net.Conn, error) {
 	network, buffered, err := hijackSPDY(w, protocol)
 	if err != nil {
 		return nil, nil, err
@@ -110,10 +110,16 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, protocol string,
 			expected[name] = s.stream
 		}
 	}
+	var onReceipt func(spdy.Receipt)
+	if s.config.StatusWait > 0 && !isKubectl(r) {
+		client.holdback = newHoldback()
+		onReceipt = client.holdback.receipt
+	}
 	var conn *spdy.Conn
 	conn = spdy.NewServer(network, buffered, spdy.Config{
 		// A backlog of stdin serves nobody, and one that outgrows the CPU caches costs a third more.
 		ConnBuffer: 1 << 20,
+		OnReceipt:  onReceipt,
 		Stall:      -1, // all streams serve one command, which may leave its stdin unread for as long as it likes
 		// Called by the connection's reader alone, so that it needs no lock; ready publishes the streams.
 		OnStream: func(stream *spdy.Stream) {
@@ -136,9 +142,17 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, protocol string,
 		},
 	})
 	client.connection = conn
+	if client.holdback != nil {
+		client.holdback.ask = conn.AskReceipt
+	}
 	client.farewell = func(ctx context.Context) { awaitClose(ctx, conn) }
 	return client, network, nil
 }
+
+// isKubectl tells whether the request is kubectl's own, handed on as it is: its connection is a pipe to
+// kubectl, which closes it when it has read everything. Who translates makes a request of his own, without
+// these headers.
+func isKubectl(r *http.Request) bool { return r.Header.Get("Kubectl-Command") != "" }
 
 // awaitClose waits for the client to close its connection. The reader goes on reading and answers
 // pings meanwhile; closing first would make the client's kernel throw away what it has not delivered

@@ -38,6 +38,8 @@ type remoteCommandClient struct {
 	// statusRefused is closed when the error stream has ended from the client's side; nil where a
 	// client cannot end it.
 	statusRefused <-chan struct{}
+	// holdback says how long the status is to wait for the client to read; nil where it need not.
+	holdback *holdback
 	// farewell tells the client that the session is over, after everything was sent, and returns
 	// when the client has closed the connection or the context is done.
 	farewell func(context.Context)
@@ -294,6 +296,7 @@ func (s *remoteCommandSession) exited(ctx context.Context) session.Outcome {
 	if outcome.Err != nil {
 		s.sayLine("[streamshim: " + outcome.Err.Error() + "]")
 	}
+	s.holdStatus(ctx)
 	s.sayEnd(ctx, result)
 	return outcome
 }

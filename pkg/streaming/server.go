@@ -37,6 +37,10 @@ type Config struct {
 	// LingerIdle is how long a finished session waits without any progress for the client to take
 	// what is left and to close the connection. Default 10 min.
 	LingerIdle time.Duration
+	// StatusWait bounds how long the status of a finished command is held back for a client over SPDY,
+	// which may translate for somebody else, to have read the output: since the last sign that it has read
+	// something. Default 1 min; negative does not hold it back.
+	StatusWait time.Duration
 	// DisconnectWait is how long a session whose client has gone stays in the registry until its
 	// process has followed. Default 30 s; negative does not wait, for processes that are kept.
 	DisconnectWait time.Duration
@@ -77,6 +81,7 @@ const (
 	defaultDrainIdle             = 2 * time.Second
 	defaultDrainMax              = 10 * time.Minute
 	defaultLingerIdle            = 10 * time.Minute
+	defaultStatusWait            = time.Minute
 	defaultDisconnectWait        = 30 * time.Second
 	defaultIdleTimeout           = 4 * time.Hour
 	defaultWarning               = time.Minute
@@ -103,6 +108,7 @@ func (c Config) withDefaults() Config {
 	duration(&c.DrainIdle, defaultDrainIdle)
 	duration(&c.DrainMax, defaultDrainMax)
 	duration(&c.LingerIdle, defaultLingerIdle)
+	duration(&c.StatusWait, defaultStatusWait)
 	duration(&c.DisconnectWait, defaultDisconnectWait)
 	duration(&c.Warning, defaultWarning)
 	duration(&c.Stall, defaultStall)

@@ -71,8 +71,10 @@ streamshim has a ✗, with two exceptions, which are beyond a node:
 
 1. Whoever translates WebSocket for kubectl, the kubelet or the API server, closes kubectl's connection
    as soon as it has the exit code. What is still in the buffers between it and kubectl is thrown away
-   if kubectl's next ping comes first. Through streamshim the exit code travels behind all output, so
-   that kubectl then ends with an error, never with exit code 0. With
+   if kubectl's next ping comes first. streamshim holds the exit code back until kubectl has read the
+   output. When that will be has to be estimated, and where the buffers take the whole output it
+   cannot be (up to 32 MB, where Linux lets them grow that far); kubectl then ends with an error, never
+   with exit code 0. The run fails if more than half are cut. With
    KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false nothing is lost.
 2. kubectl stops reading all connections of a port-forward when one of its local clients stops reading.
    Its SPDY library has no flow control.

@@ -38,8 +38,8 @@ func (r *slowReader) Write(p []byte) (int, error) {
 // Output is cut off, and the exit code is 0 all the same (kubernetes#60140, E1): the slower the
 // reader, the more. 24 MiB to readers of 1 MB/s that send pings all the while, directly and behind
 // one and two proxies, 25 runs for each protocol, the exit codes 0 and 3 in turn: every byte and the
-// exit code arrive. Only what the API server's own translator of WebSocket loses cannot be mended
-// here; it must not be taken for a success. The command itself is done at once; all the rest is the session's lingering.
+// exit code arrive. Only what the API server's own translator of WebSocket loses, where buffers hide that
+// the reader is slow, cannot be mended here; it must not be taken for a success. The command itself is done at once; all the rest is the session's lingering.
 func TestOutputCutOff(t *testing.T) {
 	t.Parallel()
 	const size, rate, runs = 24 << 20, 1_000_000, 25

@@ -58,6 +58,11 @@ type Config struct {
 	// OnStall is called, from the read loop, when a stream is reset for that reason. It must not
 	// block. May be nil.
 	OnStall func()
+	// OnReceipt is called, from the read loop, each time it is known how far the peer's programs have
+	// come with what was sent, at least once for every MiB, and must not block. Then streams are written
+	// to only as fast as the peer's programs take it, but for a window of 256 KiB to 8 MiB.
+	// Nil, the default, means that the peer is not asked and no window is kept. See receipt.go.
+	OnReceipt func(Receipt)
 }
 
 func (c Config) withDefaults() Config {
@@ -110,6 +115,8 @@ type Conn struct {
 	headers   *headerReader // nil until needed and after RefuseStreams
 
 	out writer
+
+	receipts receipts
 
 	closeOnce sync.Once
 	closeErr  error

@@ -339,6 +339,8 @@ func (r *reader) handleControl(h frameHeader, payload []byte) error {
 		// Pings of the peer have the parity of its streams; the others answer ours (2.6.5).
 		if c.peerOpens(id) {
 			c.out.enqueue(bestEffort, func(b []byte) []byte { return appendPing(b, id) }) //nolint:errcheck // as above
+		} else {
+			c.pingAnswered(id)
 		}
 	case typeGoAway:
 		if _, _, err := parseGoAway(payload); err != nil {

@@ -168,11 +168,18 @@ func (w *writer) ping() error {
 		return nil
 	}
 	w.pingQueued = true
-	id := w.pingNext
-	if w.pingNext += 2; w.pingNext > maxStreamID {
-		w.pingNext = 2 - id%2
-	}
+	id := w.nextPingLocked(1)
 	return w.enqueueLocked(unlimited, func(b []byte) []byte { return appendPing(b, id) })
+}
+
+// nextPingLocked takes the next n ids for PINGs, in steps of two, and returns the first.
+func (w *writer) nextPingLocked(n int) uint32 {
+	first, step := w.pingNext, 2*uint32(n)
+	if first+step > maxStreamID {
+		first = 2 - first%2
+	}
+	w.pingNext = first + step
+	return first
 }
 
 // probe sends something that nobody answers, if nothing else waits to be sent.
@@ -304,8 +311,12 @@ func (w *writer) send(s *Stream, b *buffer, fin bool) (sent int, err error) {
 		return 0, err
 	}
 	for {
+		room := 0
+		if b.end > b.start {
+			room = w.c.awaitReceipts(s)
+		}
 		w.mu.Lock()
-		n, err := w.sendFrameLocked(s, b, fin)
+		n, err := w.sendFrameLocked(s, b, room, fin)
 		w.unlock()
 		sent += n
 		if err != nil || b.start == b.end {
@@ -314,7 +325,8 @@ func (w *writer) send(s *Stream, b *buffer, fin bool) (sent int, err error) {
 	}
 }
 
-func (w *writer) sendFrameLocked(s *Stream, b *buffer, fin bool) (int, error) {
+// sendFrameLocked sends one frame, of no more than room bytes.
+func (w *writer) sendFrameLocked(s *Stream, b *buffer, room int, fin bool) (int, error) {
 	if w.c.closing.Load() {
 		return 0, w.c.Err()
 	}
@@ -326,7 +338,7 @@ func (w *writer) sendFrameLocked(s *Stream, b *buffer, fin bool) (int, error) {
 	if err := s.startFrame(fin); err != nil {
 		return 0, err
 	}
-	n := b.end - b.start
+	n := min(b.end-b.start, room)
 	// A stream that sends what it reads is no sender while it reads. That it was there shows in the
 	// frame before.
 	if w.senders.Load() > 1 || w.last != s.id {
@@ -348,6 +360,7 @@ func (w *writer) sendFrameLocked(s *Stream, b *buffer, fin bool) (int, error) {
 	if n > 0 {
 		s.sent.Add(int64(n))
 		w.c.lastActivity.Store(time.Now().UnixNano())
+		w.c.noteSent(n)
 	}
 	return n, nil
 }
