@@ -31,16 +31,15 @@ func (r river) run() (needed, estimated time.Duration) {
 		full                bool
 		base                = time.Unix(1000, 0)
 		moment              = func(at float64) time.Time { return base.Add(time.Duration(at * float64(time.Second))) }
-		at, last, remaining = 0.0, 0.0, 0.0
+		at, last, remaining float64
 	)
-	for at = 0; ; at += tick {
+	for ; ; at += tick {
 		produced := r.output(min(at, r.duration))
 		// As spdy's window does it.
 		window := min(256<<10+max(0, taken-16<<20)/16, 8<<20)
-		if before := sent; true {
-			if sent = max(sent, min(produced, taken+window)); before == asking && sent > before {
-				first = at
-			}
+		before := sent
+		if sent = max(sent, min(produced, taken+window)); before == asking && sent > before {
+			first = at
 		}
 		if every := min(window/2, 1<<20); sent-asking >= every || (at >= r.duration && sent == produced && asking < sent) {
 			questions, asking = append(questions, asked{sent, first, at}), sent
