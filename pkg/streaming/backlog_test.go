@@ -31,7 +31,7 @@ func (r river) run() (needed, estimated time.Duration) {
 		full                bool
 		base                = time.Unix(1000, 0)
 		moment              = func(at float64) time.Time { return base.Add(time.Duration(at * float64(time.Second))) }
-		at, last, remaining = 0.0, 0.0, 0.0
+		at, last, remaining float64
 	)
 	for at = 0; ; at += tick {
 		produced := r.output(min(at, r.duration))
