@@ -41,15 +41,15 @@ type stop struct {
 }
 
 const (
-	// leastStop is what counts as a stop. A socket takes more when a third of its buffer is free, which
+	// minStop is what counts as a stop. A socket takes more when a third of its buffer is free, which
 	// makes a peer stop for a second at 1.25 MB/s, and for 50 ms at 25 MB/s.
-	leastStop = 50 * time.Millisecond
-	// leastIdle is how long the peer had nothing to take when it is taken to have done so because there was
+	minStop = 50 * time.Millisecond
+	// minIdle is how long the peer had nothing to take when it is taken to have done so because there was
 	// nothing, and not because we were late.
-	leastIdle = 100 * time.Millisecond
-	// leastStops is how long stops must have taken together before they mean anything: machines are busy
+	minIdle = 100 * time.Millisecond
+	// minStops is how long stops must have taken together before they mean anything: machines are busy
 	// at times.
-	leastStops = 300 * time.Millisecond
+	minStops = 300 * time.Millisecond
 	// stepPart is the part of full buffers that must be free before the peer goes on. The socket next to
 	// it wants a third, and there are two or three.
 	stepPart = 8
@@ -75,11 +75,11 @@ func (b *backlog) took(r spdy.Receipt) {
 	stopped := last // if it stopped then
 	if idle := r.Asked.Sub(last.at); idle > 0 {
 		stopped.at = r.Asked
-		if idle >= leastIdle {
+		if idle >= minIdle {
 			b.stops, b.begin = b.stops[:0], stopped
 		}
 	}
-	if pause := r.Came.Sub(stopped.at); pause >= leastStop {
+	if pause := r.Came.Sub(stopped.at); pause >= minStop {
 		b.stops = append(b.stops, stop{stopped, pause})
 	}
 	for len(b.stops) > 0 && now.bytes-b.stops[0].bytes > rateWindow {
@@ -114,7 +114,7 @@ func (b *backlog) lastFull() (mark, bool) {
 	for _, s := range b.stops {
 		all += s.pause
 	}
-	if all < leastStops {
+	if all < minStops {
 		return mark{}, false
 	}
 	for _, s := range b.stops {

@@ -16,8 +16,8 @@ import (
 // client is believed to have read everything.
 
 const (
-	// leastHoldback is what is not worth waiting for.
-	leastHoldback = 20 * time.Millisecond
+	// minHoldback is what is not worth waiting for.
+	minHoldback = 20 * time.Millisecond
 	// clientPing is how often client-go pings, from the beginning of its session on (pingPeriod in
 	// tools/remotecommand/websocket.go).
 	clientPing = 5 * time.Second
@@ -26,8 +26,8 @@ const (
 	// firstReceiptWait is how long a client may take for its first receipt, which comes from its memory.
 	// One that sends none does not answer PINGs, and is no translator.
 	firstReceiptWait = time.Second
-	// leastStatusHeld is what counts as StatusHeld.
-	leastStatusHeld = time.Second
+	// minStatusHeld is what counts as StatusHeld.
+	minStatusHeld = time.Second
 )
 
 // holdback knows how long a session's status is to be held back.
@@ -71,7 +71,7 @@ func (h *holdback) until(start, begin time.Time, limit time.Duration) time.Time 
 		return begin.Add(limit)
 	}
 	rest := h.backlog.rest()
-	if rest < leastHoldback {
+	if rest < minHoldback {
 		return begin
 	}
 	release := beforeNoPing(start, h.last, rest)
@@ -106,7 +106,7 @@ func (s *remoteCommandSession) holdStatus(ctx context.Context) {
 		s.session.Log().Debug("status goes out", "held", time.Since(begin).Round(time.Millisecond),
 			"bytes", h.bytes, "unread", int64(h.backlog.level), "rate", int64(h.backlog.rate), "rest", h.backlog.rest().Round(time.Millisecond))
 		h.mu.Unlock()
-		if time.Since(begin) >= leastStatusHeld {
+		if time.Since(begin) >= minStatusHeld {
 			s.config.Observe(StatusHeld)
 		}
 	}()

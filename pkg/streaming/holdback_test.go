@@ -170,7 +170,7 @@ func TestHoldbackEndsWithTheServer(t *testing.T) {
 
 // It ends when the reader shows no progress for StatusWait.
 func TestHoldbackIsBounded(t *testing.T) {
-	config, held := heldBack(Config{StatusWait: leastStatusHeld + 100*time.Millisecond})
+	config, held := heldBack(Config{StatusWait: minStatusHeld + 100*time.Millisecond})
 	s := startServer(t, config)
 	reader, _, ended := beginHeldBack(t, s)
 	eventually(t, "the end of the wait", func() bool { return held.Load() == 1 })
@@ -202,7 +202,7 @@ func TestHoldbackUntil(t *testing.T) {
 		{"read about the time of the next", false, true, 0, 6500 * time.Millisecond, 9 * time.Second},
 		{"reader is far behind", false, true, time.Second, time.Hour, time.Second + limit},
 		{"reader is a little behind", false, true, 2900 * time.Millisecond, 80 * time.Millisecond, 3040 * time.Millisecond},
-		{"reader is hardly behind", false, true, 2999 * time.Millisecond, leastHoldback / 2, 0},
+		{"reader is hardly behind", false, true, 2999 * time.Millisecond, minHoldback / 2, 0},
 	} {
 		h := newHoldback()
 		h.ask = func() (bool, bool) { return test.coming, test.ever }
