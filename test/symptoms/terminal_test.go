@@ -26,9 +26,10 @@ func (s sizes) Next() *remotecommand.TerminalSize {
 // The terminal has the wrong size at first (kubernetes#47990, E8): right 100 times of 100, with each
 // protocol and behind proxies, as the first thing that the command looks at.
 func TestTerminalSizeIsWrongAtFirst(t *testing.T) {
-	t.Parallel()
+	// Not beside the other tests, with which the machine has nothing left for a client to send its size
+	// within the half second that the command waits for it.
 	container := runContainer(t, node.ContainerSpec{})
-	inParallel(t, 100, 4, func(i int) {
+	inParallel(t, 100, 2, func(i int) {
 		transport, hops := transports[i%2], i/4%3
 		var output bytes.Buffer
 		queue := make(sizes, 1)
