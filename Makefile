@@ -26,7 +26,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The program by which commands are started without runc (pkg/execproc/internal/enter). It is embedded, and a
-# build without it leaves every start to runc.
+# build without it leaves every start to runc. For another machine: make clean packages GOARCH=... CC=...
 ENTER := pkg/execproc/internal/enter/program/enter
 
 $(ENTER): $(ENTER).c
