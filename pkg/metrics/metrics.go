@@ -90,6 +90,9 @@ func New(c Config) *Metrics {
 	m.events["peer-dead"] = m.counter("dead_peers_total", "Clients that did not answer any more.")
 	m.kills = m.counter("disconnect_kills_total", "Process trees that had to be killed after their client had gone.")
 	m.starts = m.counters("command_starts_total", "Commands started, by the engine that did it: native or runc.", "engine")
+	for _, engine := range []string{engineNative, engineRunc} {
+		m.starts.WithLabelValues(engine)
+	}
 	m.calls = m.counters("cri_calls_total", "CRI calls, answered here or forwarded, by method and gRPC code.", "method", "code")
 	m.callDuration = m.histogram("cri_call_seconds", "Time of CRI calls, answered here or forwarded.", callBuckets, "method")
 	m.execSync = m.histogram("execsync_seconds", "Time of ExecSync calls, which are mostly probes, by result.", execSyncBuckets, "result")
@@ -204,11 +207,14 @@ func (m *Metrics) Event(event string) {
 // Killed counts a process tree that had to be killed after its client had gone.
 func (m *Metrics) Killed() { m.kills.Inc() }
 
+// Who starts commands.
+const engineNative, engineRunc = "native", "runc"
+
 // Started counts a command that was started, natively or by the OCI runtime.
 func (m *Metrics) Started(native bool) {
-	engine := "runc"
+	engine := engineRunc
 	if native {
-		engine = "native"
+		engine = engineNative
 	}
 	m.starts.WithLabelValues(engine).Inc()
 }

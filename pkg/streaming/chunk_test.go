@@ -48,7 +48,9 @@ func TestOneWriteForAChunk(t *testing.T) {
 		var writes, received atomic.Int64
 		log := slog.New(slog.DiscardHandler)
 		s := &testServer{
-			Server: NewServer(Config{Log: log, Sessions: session.NewRegistry(log)}, listener.Addr()),
+			// A peer that may translate for a slow reader is asked how far it has come, by a write of its own for each
+			// half of a window (spdy/receipt.go); that is not what is counted here.
+			Server: NewServer(Config{Log: log, Sessions: session.NewRegistry(log), StatusWait: -1}, listener.Addr()),
 			t:      t, served: make(chan error, 1),
 		}
 		go func() { s.served <- s.Serve(countingListener{listener, &writes}) }()

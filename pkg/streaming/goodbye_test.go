@@ -74,7 +74,9 @@ func TestClientGoneWhileOutputIsHeld(t *testing.T) {
 // A session ends within a second of its container, in words, also while the upstream cannot say why.
 func TestContainerEndIsToldWithinASecond(t *testing.T) {
 	silent := func(ctx context.Context) string {
-		<-ctx.Done()
+		gaveUp, cancel := context.WithTimeout(ctx, 700*time.Millisecond) // as pkg/cri does
+		defer cancel()
+		<-gaveUp.Done()
 		return ""
 	}
 	for reason, ask := range map[string]func(context.Context) string{

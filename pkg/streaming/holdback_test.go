@@ -96,7 +96,10 @@ func TestKubectlIsNotAsked(t *testing.T) {
 	}{{"Kubectl-Command: kubectl exec", false}, {"User-Agent: Go-http-client/1.1", true}} {
 		u := s.execURL(&hostExecutor{t: t}, remotecommand.StreamOptions{Stdout: io.Discard}, "sleep", "600")
 		c := dialRaw(t, u, upgradeRequest("POST", u, append(spdyLines("v4.channel.k8s.io"), test.header)...))
-		eventually(t, "the session", func() bool { return len(s.config.Sessions.List()) == 1 })
+		eventually(t, "the session's connection", func() bool { // it has it a moment after it began
+			live := s.config.Sessions.List()
+			return len(live) == 1 && live[0].Connection() != nil
+		})
 		client := s.config.Sessions.List()[0].Connection().(*remoteCommandClient)
 		if asked := client.holdback != nil; asked != test.asked {
 			t.Errorf("%s: asked %v", test.header, asked)
