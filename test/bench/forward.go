@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"runtime"
@@ -162,9 +163,13 @@ func (t *tunnel) connect(request []byte, fin bool) (data, failure uint32, err er
 	return data, failure, t.write(frames)
 }
 
-// await reads until both streams of a connection have ended and says how many bytes came.
-func (t *tunnel) await(data, failure uint32) (received int64, err error) {
-	for open := 2; open > 0; {
+// untilEnd is more than any connection brings.
+const untilEnd = math.MaxInt64
+
+// await reads until so many bytes have come, or both streams of a connection have ended, and says how
+// many came.
+func (t *tunnel) await(data, failure uint32, amount int64) (received int64, err error) {
+	for open := 2; open > 0 && received < amount; {
 		e, err := t.read()
 		if err != nil {
 			return received, err

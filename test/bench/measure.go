@@ -241,11 +241,12 @@ func (b *bench) download(ctx context.Context, s side) error {
 	}
 	defer t.Close() //nolint:errcheck // everything has come
 	return b.rate("down", s.name, func() error {
-		data, failure, err := t.connect(podRequest(modeSource, b.scale.bytes), true)
+		// Our half stays open: containerd would cut the other one a second after its end.
+		data, failure, err := t.connect(podRequest(modeSource, b.scale.bytes), false)
 		if err != nil {
 			return err
 		}
-		received, err := t.await(data, failure)
+		received, err := t.await(data, failure, b.scale.bytes)
 		if err == nil && received != b.scale.bytes {
 			err = fmt.Errorf("received %d bytes of %d", received, b.scale.bytes)
 		}
@@ -284,7 +285,7 @@ func (b *bench) shortConnections(ctx context.Context, s side) error {
 		if err != nil {
 			return err
 		}
-		if _, err := t.await(data, failure); err != nil {
+		if _, err := t.await(data, failure, untilEnd); err != nil {
 			return err
 		}
 		durations = append(durations, time.Since(begin))
