@@ -101,7 +101,7 @@ func classify(reason string) error {
 		switch {
 		case has("not found in $path", "no such file or directory", "executable file not found", "not found"):
 			return &StartError{Code: exitNotFound, Message: message}
-		case has("permission denied", "is a directory", "exec format error", "not executable", "invalid executable"):
+		case has("permission denied", "is a directory", "not a directory", "exec format error", "not executable", "invalid executable"):
 			return &StartError{Code: exitNotExecutable, Message: message}
 		}
 	}

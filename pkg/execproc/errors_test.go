@@ -18,6 +18,7 @@ func TestClassify(t *testing.T) {
 		{runcPrefix + `exec: "nope": executable file not found in $PATH`, 127, `exec: "nope": executable file not found in $PATH`, nil},
 		{runcPrefix + `exec: "/x": stat /x: no such file or directory`, 127, `exec: "/x": stat /x: no such file or directory`, nil},
 		{runcPrefix + `exec: "/etc": is a directory`, 126, `exec: "/etc": is a directory`, nil},
+		{runcPrefix + `exec: "/etc/passwd/x": stat /etc/passwd/x: not a directory`, 126, `exec: "/etc/passwd/x": stat /etc/passwd/x: not a directory`, nil},
 		{runcPrefix + `exec: "/x": permission denied`, 126, `exec: "/x": permission denied`, nil},
 		{"exec /x: exec format error", 126, "exec /x: exec format error", nil},
 		{"executable file `nope` not found in $PATH: No such file or directory", 127, "", nil},

@@ -43,7 +43,7 @@
 #define PR_CAP_AMBIENT_CLEAR_ALL 4
 #endif
 
-/* Descriptors, as the caller passes them. */
+/* Descriptors, as the caller passes them. The container sees none of them. */
 enum { REQUEST_FD = 3, RESULT_FD = 4, CONTAINER_FD = 5, PROGRAM_FD = 6, CGROUP_FD = 7 };
 
 enum { MAGIC = 0x65747373, VERSION = 1 };
@@ -383,6 +383,13 @@ int main(int argc, char **argv)
 	close(go[1]);
 	if (read(go[0], &told, 1) != 1)
 		_exit(4);
+	/* Nothing of the host may be open when paths are resolved in the container, the command's own among them:
+	 * /proc/self/fd/N/../.. of a folder leads out of it, and close-on-exec comes after that (CVE-2024-21626).
+	 * What stays is the result pipe and, until the namespaces are joined, the container's pidfd. */
+	close(go[0]);
+	close(CGROUP_FD);
+	if (!(r->flags & EXECUTE_DESCRIPTOR))
+		close(PROGRAM_FD);
 
 	/* By this name streamshim knows a process that ended before it became the command. */
 	prctl(PR_SET_NAME, "enter:[2:INIT]", 0, 0, 0);
