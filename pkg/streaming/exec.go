@@ -111,7 +111,9 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, r *http.Request,
 		}
 	}
 	var onReceipt func(spdy.Receipt)
-	if s.config.StatusWait > 0 && !isKubectl(r) {
+	// Not where the client sends input: its answers to our questions stand behind that on the wire, which is not
+	// read while the command does not take it, and the command may not because its output waits for the answers.
+	if s.config.StatusWait > 0 && !c.Stdin && !isKubectl(r) {
 		client.holdback = newHoldback()
 		onReceipt = client.holdback.receipt
 	}

@@ -109,6 +109,20 @@ func TestKubectlIsNotAsked(t *testing.T) {
 	}
 }
 
+// A command that writes what it reads, more than all buffers hold, is not held up by its own output.
+func TestBothWaysAtOnce(t *testing.T) {
+	forEachTransport(t, func(t *testing.T, transport string) {
+		s := startServer(t, Config{})
+		const size = 24 << 20
+		var received atomic.Int64
+		options := remotecommand.StreamOptions{Stdin: io.LimitReader(zeros{}, size), Stdout: countingWriter{&received}}
+		u := s.execURL(&hostExecutor{t: t}, options, "cat")
+		if err := stream(t.Context(), t, transport, u, options); err != nil || received.Load() != size {
+			t.Errorf("%v, %d of %d bytes", err, received.Load(), size)
+		}
+	})
+}
+
 // stuckReader takes some bytes and then nothing until it is let go.
 type stuckReader struct {
 	takes int
