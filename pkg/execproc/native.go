@@ -251,7 +251,7 @@ func (n *nativeEngine) prove(ctx context.Context, c Container, plan *plan, spoil
 	if err != nil {
 		return err
 	}
-	reference, filters, err := n.observe(ctx, c, n.runner.runtimeLauncher(n.program.File()))
+	reference, filters, err := n.observe(ctx, c, plan, n.runner.runtimeLauncher(n.program.File()))
 	if err != nil {
 		return fmt.Errorf("started by the runtime: %w", err)
 	}
@@ -263,7 +263,7 @@ func (n *nativeEngine) prove(ctx context.Context, c Container, plan *plan, spoil
 	native := func(ctx context.Context, p *Process, spec *specs.Process, _ files, streams [3]*os.File, _ *os.File) (int, error) {
 		return n.start(ctx, p, plan, spec, streams, n.program.File())
 	}
-	got, gotFilters, err := n.observe(ctx, c, native)
+	got, gotFilters, err := n.observe(ctx, c, plan, native)
 	if err != nil {
 		return fmt.Errorf("started natively: %w", err)
 	}
@@ -277,11 +277,10 @@ func (n *nativeEngine) prove(ctx context.Context, c Container, plan *plan, spoil
 }
 
 // observe starts the program as a command and looks at it.
-func (n *nativeEngine) observe(ctx context.Context, c Container, launch launcher) (s snapshot, filters []enter.Filter, err error) {
-	question := "probe"
-	// Profiles commonly forbid keyctl(2), and may answer it with a kill.
-	if state, err := readRuncState(c); err == nil && !state.seccomp {
-		question = "probe-keyring"
+func (n *nativeEngine) observe(ctx context.Context, c Container, plan *plan, launch launcher) (s snapshot, filters []enter.Filter, err error) {
+	question := "probe-keyring"
+	if plan.seccomp { // which commonly forbids keyctl(2), and may answer it with a kill
+		question = "probe"
 	}
 	command := Command{Args: []string{"/proc/self/fd/3", question}, Stdin: true, Stdout: true, Stderr: true}
 	p, err := n.runner.start(ctx, c, command, PolicyKill, launch)

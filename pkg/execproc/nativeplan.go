@@ -21,6 +21,8 @@ type plan struct {
 	// request is all of it but for the command: Args, Env, FindHome, and Limits, of which those that the
 	// spec does not name are the main process's at the time.
 	request enter.Request
+	// seccomp says that the container has a profile.
+	seccomp bool
 	// cgroup is the directory of the version 2 cgroup, empty with version 1 alone.
 	cgroup string
 	// freezer is the file that says whether the container is paused, and the words for it.
@@ -47,7 +49,7 @@ func newPlan(c Container) (*plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &plan{request: enter.Request{
+	p := &plan{seccomp: state.seccomp, request: enter.Request{
 		OOMScoreAdj:     spec.OOMScoreAdj,
 		NoNewPrivileges: spec.NoNewPrivileges,
 		Umask:           spec.User.Umask,

@@ -148,8 +148,8 @@ func (r *Request) encode(executeDescriptor, beginInCgroup bool) ([]byte, error) 
 	align()
 	words(r.Groups...)
 	align()
-	for _, strings := range [][]string{{r.Directory, r.SessionKeyring, r.AppArmor}, r.Cgroups, r.Args, r.Env} {
-		for _, s := range strings {
+	for _, list := range [][]string{{r.Directory, r.SessionKeyring, r.AppArmor}, r.Cgroups, r.Args, r.Env} {
+		for _, s := range list {
 			if err := checkString(s); err != nil {
 				return nil, err
 			}
