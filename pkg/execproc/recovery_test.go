@@ -27,7 +27,7 @@ func predecessor(dir string) {
 	if err := json.Unmarshal([]byte(os.Getenv("EXECPROC_TEST_CONTAINER")), &c); err != nil {
 		fail(err)
 	}
-	r, err := NewRunner(Config{StateDir: dir, OnDisconnect: Policy(os.Getenv("EXECPROC_TEST_POLICY"))})
+	r, err := NewRunner(Config{StateDir: dir, Engine: testEngine(), OnDisconnect: Policy(os.Getenv("EXECPROC_TEST_POLICY"))})
 	if err != nil {
 		fail(err)
 	}
@@ -87,12 +87,17 @@ func TestKilledPredecessor(t *testing.T) {
 				return newRunner(t, func(config *Config) { config.StateDir, config.OnDisconnect = dir, policy })
 			}
 			eventually(t, "all processes run", func() bool { return len(marked(t, "sleep\x00"+marker)) == 3 })
-			before := marked(t, marker)
+			records := func() []string {
+				names, _ := filepath.Glob(filepath.Join(dir, "*.record"))
+				return names
+			}
+			// The native engine's proof has left its own a moment ago.
+			eventually(t, "two records", func() bool { return len(records()) == 2 })
+			processes, recorded := marked(t, marker), records()
 
 			first := successor()
-			records, _ := filepath.Glob(filepath.Join(dir, "*.record"))
-			if len(records) != 2 || !slices.Equal(marked(t, marker), before) {
-				t.Errorf("processes of a living streamshim were touched: %v", records)
+			if !slices.Equal(records(), recorded) || !slices.Equal(marked(t, marker), processes) {
+				t.Errorf("processes of a living streamshim were touched: %v, had %v", records(), recorded)
 			}
 			first.Close()
 
