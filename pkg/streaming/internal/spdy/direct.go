@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,12 +20,6 @@ type direct struct {
 	n        int
 	failed   bool  // nothing more is written directly
 	err      error // of a write; it has been told to us, so the kernel may tell the reader another
-
-	pipe      bool                  // payload can be spliced into it
-	trySplice func(fd uintptr) bool // (*direct).spliceNow, made once
-	from      uintptr               // the socket to splice from
-	max       int                   // how much at most
-	spliceErr error
 
 	pieces    [][]byte              // to be written at once
 	tryPieces func(fd uintptr) bool // (*direct).writePiecesNow, made once
@@ -56,18 +51,8 @@ func directTo(w io.Writer) *direct {
 	}
 	d := &direct{raw: raw}
 	d.tryWrite = d.writeNow
-	d.trySplice, d.tryPieces = d.spliceNow, d.writePiecesNow
-	d.pipe = isPipe(raw)
+	d.tryPieces = d.writePiecesNow
 	return d
-}
-
-func isPipe(raw syscall.RawConn) bool {
-	var stat unix.Stat_t
-	var err error
-	if raw.Control(func(fd uintptr) { err = unix.Fstat(int(fd), &stat) }) != nil {
-		return false
-	}
-	return err == nil && stat.Mode&unix.S_IFMT == unix.S_IFIFO
 }
 
 // write writes what is taken at once, and nothing more after an error. One that comes from the file
@@ -126,4 +111,15 @@ func (d *direct) writePiecesNow(fd uintptr) bool {
 		}
 		return true
 	}
+}
+
+// await waits until the destination takes something, and says whether it does.
+func (d *direct) await(limit time.Duration) bool {
+	ready := false
+	err := d.raw.Control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+		n, err := unix.Poll(fds, int(limit/time.Millisecond))
+		ready = err == nil && n == 1 && fds[0].Revents&unix.POLLOUT != 0 || err == unix.EINTR
+	})
+	return err == nil && ready
 }

@@ -1,16 +1,27 @@
 package spdy
 
-// Where payload goes into a TCP connection whose stream's reader waits, the read loop reads much at once and
-// writes the payload of all the frames in it with one system call.
+import "time"
 
-// maxPieces bounds how many frames are written at once.
-const maxPieces = 64
+// A client that uploads sends data frame after data frame. Where their payload goes into a pipe or a TCP
+// connection, and the stream's reader waits, the read loop reads much at once and writes the payload of all
+// the frames in it with one system call.
+
+const (
+	// gatherMin is the smallest payload that is worth the larger reads.
+	gatherMin = 16 << 10
+	// maxPieces bounds how many frames are written at once.
+	maxPieces = 64
+	// directWait bounds how long the read loop waits at a time for a destination that is full: those who
+	// read make room long before. After it the payload is kept in the stream's buffers, as it is for any
+	// reader who is slow. See also mayWait.
+	directWait = 20 * time.Millisecond
+)
 
 // gathers says whether the read loop may gather the stream's payload at this time.
 func (s *Stream) gathers() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.direct != nil && s.head == nil && !s.direct.pipe
+	return s.direct != nil && s.head == nil
 }
 
 // flushGathered hands on what was gathered. It has to be done before anything else that came later is handled,
@@ -54,4 +65,48 @@ func (s *Stream) writePieces(pieces [][]byte) (n int, full bool) {
 	n = s.direct.writePieces(pieces)
 	s.noteDirectLocked(n)
 	return n, !s.direct.failed
+}
+
+// awaitDirect waits for room where WriteTo would write and says whether there is some.
+func (s *Stream) awaitDirect() bool {
+	if !s.conn.mayWait() {
+		return false
+	}
+	s.mu.Lock()
+	direct := s.direct
+	s.mu.Unlock()
+	return direct != nil && direct.await(directWait)
+}
+
+// awaitCaughtUp waits for WriteTo to have written what is buffered, so that what comes next can take the direct
+// way: a client that sends faster than the process reads would otherwise have all of it take the other.
+func (s *Stream) awaitCaughtUp() {
+	s.mu.Lock()
+	if s.writesTo == nil || s.hurried || s.head == nil || s.readErr != nil || s.readClosed || !s.conn.mayWait() {
+		s.mu.Unlock()
+		return
+	}
+	caughtUp := make(chan struct{})
+	s.caughtUp = caughtUp
+	s.mu.Unlock()
+	timeout := time.NewTimer(directWait)
+	defer timeout.Stop()
+	select {
+	case <-caughtUp:
+	case <-timeout.C:
+		s.mu.Lock()
+		s.caughtUp, s.hurried = nil, true
+		s.mu.Unlock()
+	}
+}
+
+// mayWait says whether the read loop may wait for one stream: where nobody suffers from it, because all
+// streams serve one process or one forwarded connection, which has two.
+func (c *Conn) mayWait() bool {
+	if c.cfg.Stall < 0 {
+		return true
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.streams) <= 2
 }

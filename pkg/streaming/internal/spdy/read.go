@@ -31,22 +31,20 @@ type reader struct {
 	stream    *Stream // nil: the payload is dropped
 	remaining int
 	fin       bool
-	bulk      bool // large payloads go to where they can be spliced to, see splice.go
 
 	gather   bool // payload goes to gathered, see gather.go
 	gathered *Stream
 	pieces   [][]byte // in buf, of gathered
 
-	tryRead   func(fd uintptr) bool // (*reader).readSocket, made once
-	trySplice func(fd uintptr) bool // (*reader).spliceSocket, made once
-	n         int                   // its result
-	err       error
+	tryRead func(fd uintptr) bool // (*reader).readSocket, made once
+	n       int                   // its result
+	err     error
 }
 
 func (r *reader) init(c *Conn, buffered []byte) {
 	r.c = c
 	r.partial = append(r.partial, buffered...)
-	r.tryRead, r.trySplice = r.readSocket, r.spliceSocket
+	r.tryRead = r.readSocket
 }
 
 // readFrames is the read loop.
@@ -65,14 +63,7 @@ func (c *Conn) readFrames() error {
 
 // fill reads once and handles the frames that have become complete.
 func (r *reader) fill() error {
-	var p []byte
-	err := r.fillDirectly()
-	if err == nil {
-		return nil
-	}
-	if err == errNoSplice {
-		p, err = r.read()
-	}
+	p, err := r.read()
 	if err == nil && len(p) == 0 {
 		err = io.EOF
 	}
@@ -118,8 +109,7 @@ func (r *reader) readSocket(fd uintptr) bool {
 		r.end = copy(r.buf.data, r.partial)
 		r.partial = nil
 	}
-	room := r.buf.data[r.end:]
-	r.n, r.err = readFD(fd, room[:r.readLimit(len(room))])
+	r.n, r.err = readFD(fd, r.buf.data[r.end:])
 	if r.err == unix.EAGAIN {
 		if r.end > 0 {
 			r.partial = append([]byte(nil), r.buf.data[:r.end]...)
@@ -205,7 +195,7 @@ func (r *reader) parse(p []byte) ([]byte, error) {
 			p = p[headerLen:]
 			continue
 		}
-		r.bulk, r.gather = false, false
+		r.gather = false
 		if err := r.flushGathered(); err != nil {
 			return nil, err
 		}
@@ -246,7 +236,7 @@ func (r *reader) startData(h frameHeader) error {
 		s = nil
 	}
 	r.stream, r.remaining, r.fin = s, h.length, h.flags&flagFin != 0
-	large := r.c.socket != nil && s != nil && h.length >= spliceMin
+	large := r.c.socket != nil && s != nil && h.length >= gatherMin
 	if large && s != r.gathered {
 		if err := r.flushGathered(); err != nil {
 			return err
@@ -255,7 +245,6 @@ func (r *reader) startData(h frameHeader) error {
 	if large && len(r.pieces) == 0 {
 		s.awaitCaughtUp()
 	}
-	r.bulk = large && s.takesSplices()
 	if s != r.gathered || r.fin || len(r.pieces) == maxPieces {
 		if err := r.flushGathered(); err != nil {
 			return err
