@@ -147,6 +147,7 @@ func TestContainerdAPIAndVerboseStatusAgree(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { server.Shutdown(context.Background()) })
 	r := server.resolver
 	// The runtime's binary need not be in this test's PATH.
 	r.lookPath = func(binary string) (string, error) { return filepath.Join("/found", filepath.Base(binary)), nil }

@@ -19,3 +19,14 @@ func Methods() []string {
 	}
 	return names
 }
+
+// unaryMethods are those of Methods with one request and one response.
+var unaryMethods = func() map[string]bool {
+	names := map[string]bool{}
+	for _, service := range []grpc.ServiceDesc{runtimeapi.RuntimeService_ServiceDesc, runtimeapi.ImageService_ServiceDesc} {
+		for _, m := range service.Methods {
+			names["/"+service.ServiceName+"/"+m.MethodName] = true
+		}
+	}
+	return names
+}()

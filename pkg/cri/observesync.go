@@ -44,12 +44,12 @@ func failedSync(err error) session.Outcome {
 }
 
 // forwardedSync is the outcome of an ExecSync that the upstream has answered.
-func forwardedSync(answer any, err error) (o session.Outcome, output int64) {
+func forwardedSync(answer *frame, err error) (o session.Outcome, output int64) {
 	if err != nil {
 		return failedSync(err), 0
 	}
 	var response runtimeapi.ExecSyncResponse
-	if reply, ok := answer.(*frame); !ok || proto.Unmarshal(reply.data.Materialize(), &response) != nil {
+	if proto.Unmarshal(answer.data.Materialize(), &response) != nil {
 		return session.Outcome{Reason: "exited", ExitCode: -1}, 0 // not for us to judge
 	}
 	return session.Outcome{Reason: "exited", ExitCode: int(response.GetExitCode())},

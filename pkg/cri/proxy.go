@@ -12,8 +12,8 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// forwardDesc makes every forwarded call a bidirectional stream, of which unary, client-streaming
-// and server-streaming calls are special cases on the wire.
+// forwardDesc makes a forwarded call a bidirectional stream, of which unary, client-streaming and
+// server-streaming calls are special cases on the wire.
 var forwardDesc = &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}
 
 // forward carries one call of any kind to the upstream and back without decoding it. Deadline and
@@ -23,6 +23,9 @@ func (s *Server) forward(_ any, client grpc.ServerStream) error {
 	method, ok := grpc.MethodFromServerStream(client)
 	if !ok {
 		return status.Error(codes.Internal, "forward: the stream has no method")
+	}
+	if unaryMethods[method] {
+		return s.forwardUnary(client, method)
 	}
 	ctx, cancel := context.WithCancel(outgoing(client.Context()))
 	defer cancel()
@@ -40,6 +43,40 @@ func (s *Server) forward(_ any, client grpc.ServerStream) error {
 		}
 	}()
 	return s.upstream.nameEndpoint(copyResponses(client, upstream))
+}
+
+// forwardUnary carries a call that is known to be unary, as nearly all are: on either side what
+// belongs together leaves with one write, and no goroutine is needed.
+func (s *Server) forwardUnary(client grpc.ServerStream, method string) error {
+	var request, response frame
+	if err := client.RecvMsg(&request); err != nil {
+		if errors.Is(err, io.EOF) {
+			return status.Errorf(codes.Internal, "%s: the call ended without a request", method)
+		}
+		return err
+	}
+	err := s.invokeUpstream(client.Context(), method, &request, &response)
+	request.free()
+	defer response.free()
+	if err != nil {
+		return err
+	}
+	return client.SendMsg(&response)
+}
+
+// invokeUpstream makes a unary call as the client has made it and prepares the metadata of our own
+// answer. The context is that of the client's call; both frames stay the caller's.
+func (s *Server) invokeUpstream(ctx context.Context, method string, request, response *frame) error {
+	var header, trailer metadata.MD
+	err := s.upstream.conn.Invoke(outgoing(ctx), method, request, response,
+		grpc.ForceCodecV2(s.codec), grpc.Header(&header), grpc.Trailer(&trailer))
+	if headerErr := grpc.SetHeader(ctx, withoutReserved(header)); err == nil {
+		err = headerErr
+	}
+	if trailerErr := grpc.SetTrailer(ctx, withoutReserved(trailer)); err == nil {
+		err = trailerErr
+	}
+	return err
 }
 
 // copyRequests returns nil after the client's half-close, or when the upstream has ended the call

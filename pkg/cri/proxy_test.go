@@ -29,6 +29,12 @@ func text(s string) *wrapperspb.StringValue { return wrapperspb.String(s) }
 // A service that nobody outside this test has heard of, with a handler for every method.
 const strangeMethod = "/strange.v9.Service/"
 
+// eachUnary runs a test with a unary method of that service and with one that is known to be unary.
+func eachUnary(t *testing.T, test func(t *testing.T, method string)) {
+	t.Run("unknown", func(t *testing.T) { test(t, strangeMethod+"Unary") })
+	t.Run("known", func(t *testing.T) { test(t, runtimeapi.RuntimeService_Version_FullMethodName) })
+}
+
 var allKinds = &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}
 
 // startStrange serves handle for every unknown method upstream, and a proxy in front of it.
@@ -97,7 +103,9 @@ func TestForwardKnownServices(t *testing.T) {
 	}
 }
 
-func TestForwardMetadata(t *testing.T) {
+func TestForwardMetadata(t *testing.T) { eachUnary(t, testForwardMetadata) }
+
+func testForwardMetadata(t *testing.T, method string) {
 	received := make(chan metadata.MD, 1)
 	conn := startStrange(t, func(_ string, stream grpc.ServerStream) error {
 		md, _ := metadata.FromIncomingContext(stream.Context())
@@ -111,7 +119,7 @@ func TestForwardMetadata(t *testing.T) {
 	})
 	ctx := metadata.AppendToOutgoingContext(testContext(t), "traceparent", "00-1-2-01", "many", "a", "many", "b", "raw-bin", "\x00\x01")
 	var header, trailer metadata.MD
-	if err := conn.Invoke(ctx, strangeMethod+"Unary", text("x"), text(""), grpc.Header(&header), grpc.Trailer(&trailer)); err != nil {
+	if err := conn.Invoke(ctx, method, text("x"), text(""), grpc.Header(&header), grpc.Trailer(&trailer)); err != nil {
 		t.Fatal(err)
 	}
 	got := <-received
@@ -132,7 +140,9 @@ func TestForwardMetadata(t *testing.T) {
 	}
 }
 
-func TestForwardStatusWithDetails(t *testing.T) {
+func TestForwardStatusWithDetails(t *testing.T) { eachUnary(t, testForwardStatusWithDetails) }
+
+func testForwardStatusWithDetails(t *testing.T, method string) {
 	conn := startStrange(t, func(_ string, stream grpc.ServerStream) error {
 		stream.SetTrailer(metadata.Pairs("end", "with error"))
 		s, err := status.New(codes.ResourceExhausted, "no room: 50% ✓").WithDetails(&errdetails.RetryInfo{}, text("why"))
@@ -142,7 +152,7 @@ func TestForwardStatusWithDetails(t *testing.T) {
 		return s.Err()
 	})
 	var trailer metadata.MD
-	err := conn.Invoke(testContext(t), strangeMethod+"Unary", text("x"), text(""), grpc.Trailer(&trailer))
+	err := conn.Invoke(testContext(t), method, text("x"), text(""), grpc.Trailer(&trailer))
 	wantCode(t, err, codes.ResourceExhausted, "no room: 50% ✓")
 	details := status.Convert(err).Details()
 	if len(details) != 2 || !proto.Equal(details[1].(proto.Message), text("why")) {
@@ -258,34 +268,37 @@ func TestForwardKindsOfStreams(t *testing.T) {
 	wantCode(t, stream.RecvMsg(text("")), codes.FailedPrecondition, "not listening")
 }
 
-func TestForwardDeadline(t *testing.T) {
+func TestForwardDeadline(t *testing.T) { eachUnary(t, testForwardDeadline) }
+
+func testForwardDeadline(t *testing.T, method string) {
 	deadlines := make(chan time.Time, 1)
-	conn := startStrange(t, func(method string, stream grpc.ServerStream) error {
+	conn := startStrange(t, func(_ string, stream grpc.ServerStream) error {
 		deadline, ok := stream.Context().Deadline()
 		if ok {
 			deadlines <- deadline
 		} else {
 			deadlines <- time.Time{}
 		}
-		if method == "Hang" {
+		request := text("")
+		if err := stream.RecvMsg(request); err != nil {
+			return err
+		}
+		if request.GetValue() == "hang" {
 			<-stream.Context().Done()
 			return stream.Context().Err()
-		}
-		if err := stream.RecvMsg(text("")); err != nil {
-			return err
 		}
 		return stream.SendMsg(text("done"))
 	})
 	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
 	defer cancel()
-	if err := conn.Invoke(ctx, strangeMethod+"Unary", text("x"), text("")); err != nil {
+	if err := conn.Invoke(ctx, method, text("x"), text("")); err != nil {
 		t.Fatal(err)
 	}
 	want, _ := ctx.Deadline()
 	if got := <-deadlines; got.Sub(want).Abs() > testTimeout {
 		t.Errorf("upstream's deadline is %v from the client's", got.Sub(want))
 	}
-	if err := conn.Invoke(context.Background(), strangeMethod+"Unary", text("x"), text("")); err != nil {
+	if err := conn.Invoke(context.Background(), method, text("x"), text("")); err != nil {
 		t.Fatal(err)
 	}
 	if got := <-deadlines; !got.IsZero() {
@@ -293,13 +306,55 @@ func TestForwardDeadline(t *testing.T) {
 	}
 	ctx, cancel = context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
-	err := conn.Invoke(ctx, strangeMethod+"Hang", text("x"), text(""))
+	err := conn.Invoke(ctx, method, text("hang"), text(""))
 	wantCode(t, err, codes.DeadlineExceeded, "")
 }
 
 func TestForwardCancellation(t *testing.T) {
 	t.Run("sending", func(t *testing.T) { testForwardCancellation(t, false) })
 	t.Run("half-closed", func(t *testing.T) { testForwardCancellation(t, true) })
+	eachUnary(t, testForwardUnaryCancellation)
+}
+
+func testForwardUnaryCancellation(t *testing.T, method string) {
+	started, ended := make(chan struct{}), make(chan error, 1)
+	conn := startStrange(t, func(_ string, stream grpc.ServerStream) error {
+		close(started)
+		<-stream.Context().Done()
+		ended <- stream.Context().Err()
+		return stream.Context().Err()
+	})
+	ctx, cancel := context.WithCancel(testContext(t))
+	defer cancel()
+	answered := make(chan error, 1)
+	go func() { answered <- conn.Invoke(ctx, method, text("x"), text("")) }()
+	<-started
+	cancel()
+	wantCode(t, <-answered, codes.Canceled, "")
+	select {
+	case err := <-ended:
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("upstream's context: %v", err)
+		}
+	case <-testContext(t).Done():
+		t.Error("the upstream never learnt that the client has gone")
+	}
+}
+
+// A client that ends a unary call without a request gets an answer, and the upstream hears nothing.
+func TestForwardUnaryWithoutRequest(t *testing.T) {
+	conn := startStrange(t, func(method string, _ grpc.ServerStream) error {
+		t.Errorf("%s was called", method)
+		return nil
+	})
+	stream, err := conn.NewStream(testContext(t), allKinds, runtimeapi.RuntimeService_Version_FullMethodName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	wantCode(t, stream.RecvMsg(text("")), codes.Internal, "without a request")
 }
 
 func testForwardCancellation(t *testing.T, halfClosed bool) {
@@ -339,7 +394,9 @@ func testForwardCancellation(t *testing.T, halfClosed bool) {
 	}
 }
 
-func TestForwardLargeMessages(t *testing.T) {
+func TestForwardLargeMessages(t *testing.T) { eachUnary(t, testForwardLargeMessages) }
+
+func testForwardLargeMessages(t *testing.T, method string) {
 	conn := startStrange(t, func(_ string, stream grpc.ServerStream) error {
 		var message wrapperspb.BytesValue
 		if err := stream.RecvMsg(&message); err != nil {
@@ -355,7 +412,7 @@ func TestForwardLargeMessages(t *testing.T) {
 		t.Helper()
 		start := time.Now()
 		var reply wrapperspb.BytesValue
-		if err := conn.Invoke(testContext(t), strangeMethod+"Echo", wrapperspb.Bytes(payload), &reply, options...); err != nil {
+		if err := conn.Invoke(testContext(t), method, wrapperspb.Bytes(payload), &reply, options...); err != nil {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(reply.GetValue(), payload) {
@@ -367,7 +424,9 @@ func TestForwardLargeMessages(t *testing.T) {
 	echo(payload[:1<<20], grpc.UseCompressor(gzip.Name))
 }
 
-func TestForwardMessageAboveTheLimit(t *testing.T) {
+func TestForwardMessageAboveTheLimit(t *testing.T) { eachUnary(t, testForwardMessageAboveTheLimit) }
+
+func testForwardMessageAboveTheLimit(t *testing.T, method string) {
 	upstream := newFakeUpstream(t, func(*grpc.Server) {}, grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
 		return stream.RecvMsg(text(""))
 	}))
@@ -379,7 +438,7 @@ func TestForwardMessageAboveTheLimit(t *testing.T) {
 	_, fromClient := startServer(t, upstream.path, func(config *Config) { config.MaxMessageSize = 1 << 20 })
 	_, toUpstream := startServer(t, upstream.path, func(config *Config) { config.Upstream = narrow })
 	for _, conn := range []*grpc.ClientConn{fromClient, toUpstream} {
-		err := conn.Invoke(testContext(t), strangeMethod+"Unary", wrapperspb.Bytes(make([]byte, 2<<20)), text(""))
+		err := conn.Invoke(testContext(t), method, wrapperspb.Bytes(make([]byte, 2<<20)), text(""))
 		wantCode(t, err, codes.ResourceExhausted, "larger than max")
 	}
 }

@@ -9,7 +9,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
@@ -195,7 +194,8 @@ func (s *Server) execSync(ctx context.Context, raw []byte) (any, error) {
 		return nil, s.streamError(err)
 	}
 	if container.Runtime == "" {
-		answer, err := s.forwardUnary(ctx, runtimeapi.RuntimeService_ExecSync_FullMethodName, raw)
+		answer := &frame{}
+		err := s.invokeUpstream(ctx, runtimeapi.RuntimeService_ExecSync_FullMethodName, newFrame(raw), answer)
 		end(forwardedSync(answer, err))
 		return answer, err
 	}
@@ -235,24 +235,6 @@ func execSyncError(ctx context.Context, timeout time.Duration, err error) error 
 		return status.Errorf(codes.Unknown, "failed to exec in container: %v", err)
 	}
 	return status.Errorf(codes.Internal, "failed to exec in container: %v", err)
-}
-
-// forwardUnary sends a request to the upstream as it came and returns the answer as it is.
-func (s *Server) forwardUnary(ctx context.Context, method string, raw []byte) (any, error) {
-	var reply frame
-	var header, trailer metadata.MD
-	err := s.upstream.conn.Invoke(outgoing(ctx), method, newFrame(raw), &reply,
-		grpc.ForceCodecV2(s.codec), grpc.Header(&header), grpc.Trailer(&trailer))
-	if headerErr := grpc.SetHeader(ctx, withoutReserved(header)); err == nil {
-		err = headerErr
-	}
-	if trailerErr := grpc.SetTrailer(ctx, withoutReserved(trailer)); err == nil {
-		err = trailerErr
-	}
-	if err != nil {
-		return nil, err
-	}
-	return &reply, nil
 }
 
 func (s *Server) endReason(container Container) func(context.Context) string {

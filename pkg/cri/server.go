@@ -23,6 +23,11 @@ const DefaultExecSyncOutputLimit = 16<<20 - 64<<10
 // connections that the upstream itself might allow.
 const keepaliveMinTime = time.Second
 
+// callWorkers is how many goroutines wait for calls, with stacks that have grown to what a call takes;
+// calls beyond them get one of their own. Together with forwardUnary it saves a ninth of the time that
+// forwarding a small call takes.
+const callWorkers = 4
+
 // Config is what a Server needs. Upstream, Streams and Engine are required.
 type Config struct {
 	Upstream *Upstream
@@ -72,8 +77,8 @@ type Server struct {
 	grpc     *grpc.Server
 }
 
-// NewServer makes a server that does not listen yet. It does not own what is in the config: the
-// caller closes the Upstream after the server has stopped.
+// NewServer makes a server that does not listen yet. The caller ends it with Shutdown, whether it has
+// served or not, and closes what is in the config, which the server does not own, after that.
 func NewServer(config Config) (*Server, error) {
 	if config.Upstream == nil || config.Streams == nil || config.Engine == nil {
 		return nil, errors.New("cri: a server needs an upstream, a stream server and an engine")
@@ -107,6 +112,7 @@ func NewServer(config Config) (*Server, error) {
 	s.grpc = grpc.NewServer(
 		grpc.ForceServerCodecV2(s.codec),
 		grpc.UnknownServiceHandler(s.forward),
+		grpc.NumStreamWorkers(callWorkers),
 		grpc.MaxRecvMsgSize(maxMessageSize),
 		// What the upstream connection let in may go out.
 		grpc.MaxSendMsgSize(max(maxMessageSize, DefaultMaxMessageSize)),
