@@ -237,18 +237,14 @@ func (r *reader) startData(h frameHeader) error {
 	}
 	r.stream, r.remaining, r.fin = s, h.length, h.flags&flagFin != 0
 	large := r.c.socket != nil && s != nil && h.length >= gatherMin
-	if large && s != r.gathered {
+	// What has been gathered comes before this frame, unless it is gathered too.
+	if s != r.gathered || !large || r.fin || len(r.pieces) == maxPieces {
 		if err := r.flushGathered(); err != nil {
 			return err
 		}
 	}
 	if large && len(r.pieces) == 0 {
 		s.awaitCaughtUp()
-	}
-	if s != r.gathered || r.fin || len(r.pieces) == maxPieces {
-		if err := r.flushGathered(); err != nil {
-			return err
-		}
 	}
 	r.gather = large && !r.fin && (len(r.pieces) > 0 || s.gathers())
 	r.gathered = s
