@@ -3,9 +3,12 @@
 package streams
 
 import (
+	"crypto/rand"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"io"
+	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
@@ -336,6 +339,36 @@ func testPortForward(t *testing.T, shared *testPod, transport string) {
 		conn.CloseWrite()
 		if got, err := io.ReadAll(conn); len(got) != len("1048576 bytes ")+1<<20 || err != nil {
 			t.Errorf("an answer of %d bytes, %v", len(got), err)
+		}
+	})
+	t.Run("upload of pieces of all sizes", func(t *testing.T) {
+		t.Parallel()
+		p := p
+		p.t = t
+		const size = 64 << 20
+		port := p.listen("127.0.0.1", func(c *net.TCPConn) {
+			sum := sha256.New()
+			io.Copy(sum, c) //nolint:errcheck // the sum tells
+			fmt.Fprintf(c, "%x", sum.Sum(nil))
+		})
+		conn, err := p.forward(transport, port).dial(port)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		sum := sha256.New()
+		for piece, sent := make([]byte, 64<<10), 0; sent < size; {
+			rand.Read(piece) //nolint:errcheck // it never fails
+			n := min(mathrand.IntN(len(piece))+1, size-sent)
+			sum.Write(piece[:n])
+			if _, err := conn.Write(piece[:n]); err != nil {
+				t.Fatal(err)
+			}
+			sent += n
+		}
+		conn.CloseWrite()
+		if got, err := io.ReadAll(conn); string(got) != fmt.Sprintf("%x", sum.Sum(nil)) || err != nil {
+			t.Errorf("the pod got something else, of the sum %q, %v", got, err)
 		}
 	})
 	t.Run("upload after the pod's EOF", func(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"math/rand/v2"
 	"strings"
 	"sync"
 	"testing"
@@ -155,18 +156,31 @@ func TestClosedOutputEndsStdin(t *testing.T) {
 	const size = 50_000_000
 	forEachTransport(t, func(t *testing.T, transport string) {
 		for _, closed := range []string{"2>&-", ">&-", ">&- 2>&-"} {
-			file := "/tmp/" + unique("upload")
+			file, sum := "/tmp/"+unique("upload"), sha256.New()
+			input := io.TeeReader(raggedReader{io.LimitReader(&counting{}, size)}, sum)
 			err := shared.shim.exec(t, transport, container,
-				remotecommand.StreamOptions{Stdin: io.LimitReader(&counting{}, size), Stdout: io.Discard, Stderr: io.Discard},
+				remotecommand.StreamOptions{Stdin: input, Stdout: io.Discard, Stderr: io.Discard},
 				"sh", "-c", "exec "+closed+"; sleep 1; cat > "+file)
 			if err != nil {
 				t.Errorf("%s: %v", closed, err)
 			}
-			if got := strings.TrimSpace(shared.shim.mustSync(t, container, "wc -c < "+file+"; rm "+file)); got != fmt.Sprint(size) {
-				t.Errorf("%s: %s of %d bytes arrived", closed, got, size)
+			want := fmt.Sprintf("%d %x", size, sum.Sum(nil))
+			got := shared.shim.mustSync(t, container, "echo $(wc -c < "+file+") $(sha256sum < "+file+"); rm "+file)
+			if strings.TrimSuffix(strings.TrimSpace(got), " -") != want {
+				t.Errorf("%s: %q arrived, want %q", closed, got, want)
 			}
 		}
 	})
+}
+
+// raggedReader reads pieces of all sizes, and so has a client send frames of all sizes.
+type raggedReader struct{ r io.Reader }
+
+func (r raggedReader) Read(p []byte) (int, error) {
+	if rand.IntN(2) == 0 {
+		p = p[:rand.IntN(len(p))+1]
+	}
+	return r.r.Read(p)
 }
 
 // The end of stdin cannot be sent over WebSocket (kubernetes#89899, E9), and where it can it passes for
