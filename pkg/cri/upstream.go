@@ -111,13 +111,29 @@ func (u *Upstream) Answers(ctx context.Context) error {
 // Close ends the connection and every call on it.
 func (u *Upstream) Close() error { return u.conn.Close() }
 
-// ready makes a call not suffer from a pause between connection attempts: gRPC would fail it with
-// the previous attempt's error for up to a second after the runtime is back. A refused connection to
-// a Unix socket costs some microseconds, so the calls themselves find out.
+// ready waits for the connection, so that a call is made only on one that works: gRPC would let it fail with
+// an earlier attempt's error, also while the connection's state does not tell yet that the attempt has failed.
 func (u *Upstream) ready(ctx context.Context) error {
-	if u.conn.GetState() != connectivity.TransientFailure {
-		return nil
+	for {
+		state := u.conn.GetState()
+		switch state {
+		case connectivity.Ready, connectivity.Shutdown: // of which the call's own error tells
+			return nil
+		case connectivity.TransientFailure:
+			return u.reconnect(ctx)
+		case connectivity.Idle:
+			u.conn.Connect()
+		}
+		if !u.conn.WaitForStateChange(ctx, state) {
+			return status.FromContextError(ctx.Err()).Err()
+		}
 	}
+}
+
+// reconnect makes a call not suffer from a pause between connection attempts, which lasts for up to a
+// second after the runtime is back. A refused connection to a Unix socket costs some microseconds, so the
+// calls themselves find out.
+func (u *Upstream) reconnect(ctx context.Context) error {
 	dialer := net.Dialer{Timeout: readyTimeout}
 	probe, err := dialer.DialContext(ctx, "unix", u.path)
 	if err != nil {
@@ -131,7 +147,7 @@ func (u *Upstream) ready(ctx context.Context) error {
 	for {
 		state := u.conn.GetState()
 		switch state {
-		case connectivity.Ready:
+		case connectivity.Ready, connectivity.Shutdown:
 			return nil
 		case connectivity.Idle:
 			u.conn.Connect()
