@@ -316,6 +316,19 @@ func TestForwardCancellation(t *testing.T) {
 	eachUnary(t, testForwardUnaryCancellation)
 }
 
+// wantCanceledUpstream waits for how the context of the upstream's call has ended.
+func wantCanceledUpstream(t *testing.T, ended <-chan error) {
+	t.Helper()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("upstream's context: %v", err)
+		}
+	case <-testContext(t).Done():
+		t.Error("the upstream never learnt that the client has gone")
+	}
+}
+
 func testForwardUnaryCancellation(t *testing.T, method string) {
 	started, ended := make(chan struct{}), make(chan error, 1)
 	conn := startStrange(t, func(_ string, stream grpc.ServerStream) error {
@@ -331,14 +344,7 @@ func testForwardUnaryCancellation(t *testing.T, method string) {
 	<-started
 	cancel()
 	wantCode(t, <-answered, codes.Canceled, "")
-	select {
-	case err := <-ended:
-		if !errors.Is(err, context.Canceled) {
-			t.Errorf("upstream's context: %v", err)
-		}
-	case <-testContext(t).Done():
-		t.Error("the upstream never learnt that the client has gone")
-	}
+	wantCanceledUpstream(t, ended)
 }
 
 // A client that ends a unary call without a request gets an answer, and the upstream hears nothing.
@@ -384,14 +390,7 @@ func testForwardCancellation(t *testing.T, halfClosed bool) {
 	}
 	cancel()
 	wantCode(t, stream.RecvMsg(text("")), codes.Canceled, "")
-	select {
-	case err := <-ended:
-		if !errors.Is(err, context.Canceled) {
-			t.Errorf("upstream's context: %v", err)
-		}
-	case <-testContext(t).Done():
-		t.Error("the upstream never learnt that the client has gone")
-	}
+	wantCanceledUpstream(t, ended)
 }
 
 func TestForwardLargeMessages(t *testing.T) { eachUnary(t, testForwardLargeMessages) }
