@@ -196,6 +196,9 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		return err
 	}
 	defer telemetry.close()
+	if c.Exec.Engine != string(execproc.EngineRunc) {
+		log.Warn("a hostile container can escape through this engine, see docs/engines.md; set exec.engine = \"runc\"", "engine", c.Exec.Engine)
+	}
 	runnerConfig := execproc.Config{
 		StateDir:     filepath.Join(c.StateDir, "exec"),
 		Engine:       execproc.Engine(c.Exec.Engine),

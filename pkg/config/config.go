@@ -69,7 +69,7 @@ type Runtime struct {
 
 // Exec is how commands run in containers.
 type Exec struct {
-	Engine       string   `toml:"engine"`        // what starts commands: auto (natively where that is proven to be the same as runc exec, docs/engines.md), runc (always the OCI runtime), or native (as auto, but proven before a container's first command)
+	Engine       string   `toml:"engine"`        // what starts commands: runc (always the container's OCI runtime); auto and native start them without it and let a hostile container escape, see docs/engines.md before you set them
 	OnDisconnect string   `toml:"on_disconnect"` // what becomes of a command whose client has gone: hangup, kill or keep
 	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
 	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
@@ -199,7 +199,7 @@ func Default() Config {
 		LogFormat:     "text",
 		Admin:         "unix:///run/streamshim/admin.sock",
 		Exec: Exec{
-			Engine:       "auto",
+			Engine:       "runc",
 			OnDisconnect: "hangup",
 			TermAfter:    Duration(5 * time.Second),
 			KillAfter:    Duration(10 * time.Second),

@@ -31,7 +31,7 @@ type Config struct {
 	// StateDir holds the files of starts and the recovery records; made with mode 0700. It belongs
 	// on a tmpfs, such as /run/streamshim/exec. Required.
 	StateDir string
-	// Engine is what starts commands; default EngineAuto.
+	// Engine is what starts commands; default EngineRunc.
 	Engine Engine
 	// StartTimeout bounds one start, as far as the caller's context does not; default 30 s.
 	StartTimeout time.Duration
@@ -94,7 +94,7 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	switch c.Engine {
 	case "":
-		c.Engine = EngineAuto
+		c.Engine = EngineRunc
 	case EngineAuto, EngineRunc, EngineNative:
 	default:
 		return c, fmt.Errorf("execproc: engine is auto, runc or native, not %q", c.Engine)

@@ -13,21 +13,21 @@ import (
 	"github.com/streamshim/streamshim/test/node"
 )
 
-// throughRuncProcess is a second streamshim before the node's containerd, which has runc start all
-// commands. It ends with the node.
-const throughRuncProcess = "streamshim-runc"
+// nativeProcess is a second streamshim before the node's containerd, which starts
+// commands itself. It ends with the node.
+const nativeProcess = "streamshim-native"
 
-func startThroughRunc(ctx context.Context, n *node.Node, program string) (side, error) {
-	folder := filepath.Join(n.Dir(), "through-runc")
+func startThroughNative(ctx context.Context, n *node.Node, program string) (side, error) {
+	folder := filepath.Join(n.Dir(), "through-native")
 	if err := os.MkdirAll(folder, 0o700); err != nil {
 		return side{}, err
 	}
 	config := filepath.Join(folder, "config.toml")
-	if err := os.WriteFile(config, []byte("[exec]\nengine = \"runc\"\n"), 0o600); err != nil {
+	if err := os.WriteFile(config, []byte("[exec]\nengine = \"native\"\n"), 0o600); err != nil {
 		return side{}, err
 	}
 	socket := "unix://" + filepath.Join(folder, "cri.sock")
-	err := n.StartCompanion(throughRuncProcess, program, "serve", "--config", config, "--listen", socket, "--upstream", n.ContainerdSocket(),
+	err := n.StartCompanion(nativeProcess, program, "serve", "--config", config, "--listen", socket, "--upstream", n.ContainerdSocket(),
 		"--state-dir", filepath.Join(folder, "state"), "--admin", "", "--log-level", "info")
 	if err != nil {
 		return side{}, err
@@ -38,7 +38,7 @@ func startThroughRunc(ctx context.Context, n *node.Node, program string) (side, 
 	}
 	client := runtimeapi.NewRuntimeServiceClient(connection) // for as long as this process lives
 	if _, err := client.Version(ctx, &runtimeapi.VersionRequest{}, grpc.WaitForReady(true)); err != nil {
-		return side{}, fmt.Errorf("streamshim with engine runc: %w", err)
+		return side{}, fmt.Errorf("streamshim with engine native: %w", err)
 	}
-	return side{throughRunc, client}, nil
+	return side{throughNative, client}, nil
 }

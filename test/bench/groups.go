@@ -107,7 +107,7 @@ func (b *bench) runGroup(ctx context.Context, g group, round int) error {
 	}
 	sides := b.sides
 	if g.engines {
-		sides = append(slices.Clone(sides), b.throughRunc)
+		sides = append(slices.Clone(sides), b.throughNative)
 	}
 	for i := range sides {
 		s := sides[(i+round)%len(sides)] // who comes first takes turns

@@ -136,10 +136,10 @@ func (b *bench) prepare(ctx context.Context, n *node.Node) error {
 	b.node = n
 	b.sides = []side{{containerd, n.Upstream()}, {streamshim, n.Runtime()}}
 	var err error
-	if b.throughRunc, err = startThroughRunc(ctx, n, b.program); err != nil {
+	if b.throughNative, err = startThroughNative(ctx, n, b.program); err != nil {
 		return err
 	}
-	for _, name := range []string{"containerd", "streamshim", throughRuncProcess} {
+	for _, name := range []string{"containerd", "streamshim", nativeProcess} {
 		a, err := newAccount(name, n.PID(name))
 		if err != nil {
 			return err

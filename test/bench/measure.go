@@ -27,7 +27,7 @@ type bench struct {
 	results     results
 	program     string // of streamshim
 	sides       []side
-	throughRunc side
+	throughNative side
 	servers     accounts // containerd with its shims, and both streamshims
 	container   *account // the processes in the container, runc's own last steps there included
 	sandbox     string   // IDs
