@@ -1,6 +1,7 @@
 package streaming
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -49,8 +50,32 @@ type testServer struct {
 	served chan error
 }
 
+// unlimited stands in a test's Config for a limit that is off, because zero there means an ordinary one.
+const unlimited = -1
+
+// ordinary fills in what a test leaves open.
+func ordinary(c Config) Config {
+	for _, limit := range []struct {
+		value    *time.Duration
+		ordinary time.Duration
+	}{
+		{&c.DrainIdle, 2 * time.Second}, {&c.DrainMax, 10 * time.Minute}, {&c.LingerIdle, 10 * time.Minute},
+		{&c.StatusWait, time.Minute}, {&c.Stall, 30 * time.Second},
+	} {
+		switch *limit.value {
+		case 0:
+			*limit.value = limit.ordinary
+		case unlimited:
+			*limit.value = 0
+		}
+	}
+	c.AttachBuffer = cmp.Or(c.AttachBuffer, 1<<20)
+	return c
+}
+
 func startServer(t *testing.T, config Config) *testServer {
 	t.Helper()
+	config = ordinary(config)
 	// spdystream waits a second for somebody to collect the error of a close.
 	leak.Check(t, goleak.IgnoreTopFunction("github.com/moby/spdystream.(*Connection).shutdown"))
 	config.Log = slog.New(slog.DiscardHandler)

@@ -109,7 +109,7 @@ func (s sizes) Next() *remotecommand.TerminalSize {
 // The command sees the size of the client's terminal from its first instruction (kubernetes#47990).
 func TestFirstTerminalSize(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
-		s := startServer(t, Config{FirstSizeWait: 10 * time.Second}) // a busy machine must not fail the test
+		s := startServer(t, Config{waits: waits{firstSize: 10 * time.Second}}) // a busy machine must not fail the test
 		for range 10 {
 			var stdout bytes.Buffer
 			queue := make(sizes, 2)
@@ -500,7 +500,7 @@ func TestShutdownEndsSessionsWithAStatus(t *testing.T) {
 
 func TestIdleSessionEndsWithAStatus(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
-		s := startServer(t, Config{IdleTimeout: map[session.Kind]time.Duration{session.Exec: 300 * time.Millisecond}})
+		s := startServer(t, Config{Settings: Settings{IdleTimeout: map[session.Kind]time.Duration{session.Exec: 300 * time.Millisecond}}})
 		options := remotecommand.StreamOptions{Stdout: io.Discard}
 		u := s.execURL(&hostExecutor{t: t}, options, "sleep", "600")
 		if err := stream(t.Context(), t, transport, u, options); err == nil || !strings.Contains(err.Error(), "nothing was sent or received") {
@@ -548,7 +548,7 @@ func TestTokenAnswers(t *testing.T) {
 
 // A client that does not open its streams is let go.
 func TestMissingStreams(t *testing.T) {
-	s := startServer(t, Config{StreamCreationTimeout: 100 * time.Millisecond})
+	s := startServer(t, Config{waits: waits{streamCreation: 100 * time.Millisecond}})
 	u := s.execURL(&hostExecutor{t: t}, remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}, "true")
 	// The client opens no stdin although the request has one.
 	err := stream(t.Context(), t, "SPDY", u, remotecommand.StreamOptions{Stdout: io.Discard})

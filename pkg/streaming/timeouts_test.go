@@ -40,9 +40,7 @@ func (s *testServer) attachURL(upstream func() *url.URL, options remotecommand.S
 
 // limitOf is a limit for one kind of session, so that the test of one sees no other's.
 func limitOf(kind session.Kind, limit time.Duration) map[session.Kind]time.Duration {
-	all := map[session.Kind]time.Duration{session.Exec: -1, session.Attach: -1, session.PortForward: -1}
-	all[kind] = limit
-	return all
+	return map[session.Kind]time.Duration{kind: limit}
 }
 
 // Both limits end a session of each kind, over each transport, with words that say why.
@@ -53,10 +51,10 @@ func TestLimitsEndSessionsWithAStatus(t *testing.T) {
 			config     func(session.Kind) Config
 		}{
 			{"idle", "nothing was sent or received for 200ms", func(k session.Kind) Config {
-				return Config{IdleTimeout: limitOf(k, 200*time.Millisecond)}
+				return Config{Settings: Settings{IdleTimeout: limitOf(k, 200*time.Millisecond)}}
 			}},
 			{"lifetime", "sessions may last 300ms at most", func(k session.Kind) Config {
-				return Config{IdleTimeout: limitOf(k, -1), MaxLifetime: limitOf(k, 300*time.Millisecond)}
+				return Config{Settings: Settings{MaxLifetime: limitOf(k, 300*time.Millisecond)}}
 			}},
 		} {
 			options := remotecommand.StreamOptions{Stdout: io.Discard}
@@ -106,7 +104,7 @@ func TestOnlyPayloadCounts(t *testing.T) {
 	for name, active := range map[string]bool{"ping": false, "stdin": true, "stdout": true, "resize": true} {
 		t.Run(name, func(t *testing.T) {
 			forEachTransport(t, func(t *testing.T, transport string) {
-				s := startServer(t, Config{IdleTimeout: limitOf(session.Exec, idle)})
+				s := startServer(t, Config{Settings: Settings{IdleTimeout: limitOf(session.Exec, idle)}})
 				command := "stty -echo; sleep 600"
 				if name == "stdout" {
 					command = "while sleep 0.05; do echo x; done"
@@ -180,10 +178,10 @@ func TestWarningBeforeALimit(t *testing.T) {
 	const limit = 3 * time.Second
 	forEachTransport(t, func(t *testing.T, transport string) {
 		for says, config := range map[string]Config{
-			"is idle and will be ended in":                          {IdleTimeout: limitOf(session.Exec, limit)},
-			"has reached its longest lifetime and will be ended in": {IdleTimeout: limitOf(session.Exec, -1), MaxLifetime: limitOf(session.Exec, limit)},
+			"is idle and will be ended in":                          {Settings: Settings{IdleTimeout: limitOf(session.Exec, limit)}},
+			"has reached its longest lifetime and will be ended in": {Settings: Settings{MaxLifetime: limitOf(session.Exec, limit)}},
 		} {
-			config.Warning = limit * 2 / 5 // less than half of it, or there is none
+			config.warning = limit * 2 / 5 // less than half of it, or there is none
 			s := startServer(t, config)
 			var output syncBuffer
 			options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: &output, Tty: true}
