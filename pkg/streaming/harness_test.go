@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -20,7 +21,6 @@ import (
 
 	"github.com/creack/pty"
 	"github.com/gorilla/websocket"
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 	"k8s.io/apimachinery/pkg/util/proxy"
 	apiserverproxy "k8s.io/apiserver/pkg/util/proxy"
@@ -39,8 +39,30 @@ var transports = []string{"SPDY", "WebSocket"}
 
 func forEachTransport(t *testing.T, f func(t *testing.T, transport string)) {
 	for _, transport := range transports {
-		t.Run(transport, func(t *testing.T) { f(t, transport) })
+		t.Run(transport, func(t *testing.T) {
+			if together(t) {
+				t.Parallel()
+			}
+			f(t, transport)
+		})
 	}
+}
+
+// togetherTests has the names of the tests whose cases run at the same time.
+var togetherTests sync.Map
+
+// runTogether runs the parallel cases of a test that mostly waits, and looks for leaks once, after all of
+// them. A case of it calls t.Parallel; forEachTransport does so for its own.
+func runTogether(t *testing.T, cases func(t *testing.T)) {
+	leak.Check(t)
+	togetherTests.Store(t.Name(), nil)
+	t.Run("cases", cases)
+}
+
+func together(t *testing.T) bool {
+	test, _, _ := strings.Cut(t.Name(), "/")
+	_, ok := togetherTests.Load(test)
+	return ok
 }
 
 // testServer is a streaming server on loopback.
@@ -76,8 +98,9 @@ func ordinary(c Config) Config {
 func startServer(t *testing.T, config Config) *testServer {
 	t.Helper()
 	config = ordinary(config)
-	// spdystream waits a second for somebody to collect the error of a close.
-	leak.Check(t, goleak.IgnoreTopFunction("github.com/moby/spdystream.(*Connection).shutdown"))
+	if !together(t) {
+		leak.Check(t)
+	}
 	config.Log = slog.New(slog.DiscardHandler)
 	config.Sessions = session.NewRegistry(config.Log)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")

@@ -201,21 +201,24 @@ func (r *slowReader) Write(p []byte) (int, error) {
 // server, with clients that send pings all the while (kubernetes#60140).
 func TestSlowReaderGetsAllOutput(t *testing.T) {
 	const size, rate = 8 << 20, 4 << 20
-	forEachTransport(t, func(t *testing.T, transport string) {
-		for hops := range 3 {
-			for _, code := range []int{0, 3} {
-				t.Run(fmt.Sprintf("hops=%d exit=%d", hops, code), func(t *testing.T) {
-					s := startServer(t, Config{})
-					reader := &slowReader{rate: rate}
-					options := remotecommand.StreamOptions{Stdout: reader}
-					u := s.execURL(&hostExecutor{t: t}, options, "sh", "-c", fmt.Sprintf("head -c %d /dev/zero; exit %d", size, code))
-					err := stream(t.Context(), t, transport, throughProxies(t, u, hops, transport, options), options)
-					if got := exitCode(t, err); got != code || reader.n != size {
-						t.Errorf("exit code %d, %d of %d bytes", got, reader.n, size)
-					}
-				})
+	runTogether(t, func(t *testing.T) {
+		forEachTransport(t, func(t *testing.T, transport string) {
+			for hops := range 3 {
+				for _, code := range []int{0, 3} {
+					t.Run(fmt.Sprintf("hops=%d exit=%d", hops, code), func(t *testing.T) {
+						t.Parallel()
+						s := startServer(t, Config{})
+						reader := &slowReader{rate: rate}
+						options := remotecommand.StreamOptions{Stdout: reader}
+						u := s.execURL(&hostExecutor{t: t}, options, "sh", "-c", fmt.Sprintf("head -c %d /dev/zero; exit %d", size, code))
+						err := stream(t.Context(), t, transport, throughProxies(t, u, hops, transport, options), options)
+						if got := exitCode(t, err); got != code || reader.n != size {
+							t.Errorf("exit code %d, %d of %d bytes", got, reader.n, size)
+						}
+					})
+				}
 			}
-		}
+		})
 	})
 }
 
@@ -234,15 +237,17 @@ func TestBackgroundChildHoldsStdout(t *testing.T) {
 
 // Output that still flows after the command's end is not cut.
 func TestBackgroundChildStillWrites(t *testing.T) {
-	forEachTransport(t, func(t *testing.T, transport string) {
-		s := startServer(t, Config{DrainIdle: 2 * time.Second})
-		var stdout bytes.Buffer
-		options := remotecommand.StreamOptions{Stdout: &stdout}
-		u := s.execURL(&hostExecutor{t: t}, options, "sh", "-c",
-			"(for i in 1 2 3 4 5 6 7 8; do sleep 0.5; echo $i; done) & exit 3")
-		if got := exitCode(t, stream(t.Context(), t, transport, u, options)); got != 3 || stdout.String() != "1\n2\n3\n4\n5\n6\n7\n8\n" {
-			t.Errorf("exit code %d, output %q", got, &stdout)
-		}
+	runTogether(t, func(t *testing.T) {
+		forEachTransport(t, func(t *testing.T, transport string) {
+			s := startServer(t, Config{DrainIdle: 2 * time.Second})
+			var stdout bytes.Buffer
+			options := remotecommand.StreamOptions{Stdout: &stdout}
+			u := s.execURL(&hostExecutor{t: t}, options, "sh", "-c",
+				"(for i in 1 2 3 4 5 6 7 8; do sleep 0.5; echo $i; done) & exit 3")
+			if got := exitCode(t, stream(t.Context(), t, transport, u, options)); got != 3 || stdout.String() != "1\n2\n3\n4\n5\n6\n7\n8\n" {
+				t.Errorf("exit code %d, output %q", got, &stdout)
+			}
+		})
 	})
 }
 
