@@ -22,20 +22,20 @@ type side struct {
 
 // bench is everything that a measurement needs.
 type bench struct {
-	node        *node.Node
-	scale       scale
-	results     results
-	program     string // of streamshim
-	sides       []side
+	node          *node.Node
+	scale         scale
+	results       results
+	program       string // of streamshim
+	sides         []side
 	throughNative side
-	servers     accounts // containerd with its shims, and both streamshims
-	container   *account // the processes in the container, runc's own last steps there included
-	sandbox     string   // IDs
-	containerID string   // without a seccomp profile, as Kubernetes has it unless told otherwise
-	confined    confined
-	server      *podServer
-	floors      floors
-	copySize    map[string]int // the best buffer size of each floor
+	servers       accounts // containerd with its shims, and both streamshims
+	container     *account // the processes in the container, runc's own last steps there included
+	sandbox       string   // IDs
+	containerID   string   // without a seccomp profile, as Kubernetes has it unless told otherwise
+	confined      confined
+	server        *podServer
+	floors        floors
+	copySize      map[string]int // the best buffer size of each floor
 }
 
 // scale is how much is measured.
@@ -50,6 +50,7 @@ type scale struct {
 	forwarded   int // idle forwarded connections
 	containers  int // in the large list
 	stormWaves  int
+	cut         []int // idle sessions that are cut at once
 }
 
 const (
