@@ -51,6 +51,7 @@ type scale struct {
 	forwarded   int // idle forwarded connections
 	containers  int // in the large list
 	stormWaves  int
+	cut         []int // idle sessions that are cut at once
 }
 
 const (
