@@ -37,8 +37,8 @@
 //
 // # After a crash
 //
-// For each running process there is a record in Config.StateDir. Should this process be killed, the
-// next Runner with the same directory ends what still runs, recognized by pid, start time and boot,
-// unless its policy was to keep it. A process that was being started at the very moment of the crash
-// has no record yet and stays.
+// For each process there is a record in Config.StateDir, begun before the runtime is run and completed when
+// the process is known. Should this process be killed, the next Runner with the same directory ends what still
+// runs, recognized by pid, start time and boot, unless its policy was to keep it; and, whatever the policy, what the starts have
+// come to that were under way.
 package execproc

@@ -134,8 +134,16 @@ var containers atomic.Int64
 // newContainer runs a container whose main process sleeps, changed by the functions.
 func newContainer(t testing.TB, changes ...func(*specs.Spec)) Container {
 	t.Helper()
+	id := fmt.Sprintf("execproc-test-%d-%d-", os.Getpid(), containers.Add(1))
+	id += strings.Repeat("0", 64-len(id)) // as long as those of containerd
+	return runContainer(t, t.TempDir(), id, changes...)
+}
+
+// runContainer is newContainer with an id and runc's folder for its state.
+func runContainer(t testing.TB, root, id string, changes ...func(*specs.Spec)) Container {
+	t.Helper()
 	fs, binary := makeRootfs(t), peer(t, "runc")
-	bundle, root := t.TempDir(), t.TempDir()
+	bundle := t.TempDir()
 	spec := exec.Command(binary, "spec")
 	spec.Dir = bundle
 	if out, err := spec.CombinedOutput(); err != nil {
@@ -149,8 +157,6 @@ func newContainer(t testing.TB, changes ...func(*specs.Spec)) Container {
 	if err := json.Unmarshal(data, &config); err != nil {
 		t.Fatal(err)
 	}
-	id := fmt.Sprintf("execproc-test-%d-%d-", os.Getpid(), containers.Add(1))
-	id += strings.Repeat("0", 64-len(id)) // as long as those of containerd
 	config.Root = &specs.Root{Path: fs}
 	config.Process.Terminal = false
 	config.Process.Args = []string{"sleep", "100000"}

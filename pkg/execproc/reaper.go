@@ -378,6 +378,23 @@ func (r *reaper) dropContainer(w *watch) {
 	}
 }
 
+// hasEnded reports what the kernel says of a process now, not what the reaper has got round to: whether it
+// has ended. The lock keeps the descriptor from being closed meanwhile, and its number from becoming
+// another's.
+func (r *reaper) hasEnded(w *watch) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.watches[w.token] != w {
+		return true
+	}
+	poll := []unix.PollFd{{Fd: int32(w.pidfd), Events: unix.POLLIN}}
+	n, err := unix.Poll(poll, 0)
+	for err == unix.EINTR {
+		n, err = unix.Poll(poll, 0)
+	}
+	return n > 0 || err != nil
+}
+
 // name returns a name for files that no other Runner of this process uses.
 func (r *reaper) name() uint64 {
 	r.mu.Lock()

@@ -317,6 +317,20 @@ const consoleTimeout = 5 * time.Second
 func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) error {
 	start := r.reaper.beginStart()
 	defer r.reaper.endStart(start)
+	record, err := p.beginRecord()
+	if err != nil {
+		return err
+	}
+	defer record.Close()
+	if err := r.launchRecorded(ctx, p, launch, spec, f, streams, stderr, record); err != nil {
+		os.Remove(p.record)
+		return err
+	}
+	return nil
+}
+
+// launchRecorded does it, once there is a record by which a successor would find what comes of it.
+func (r *Runner) launchRecorded(ctx context.Context, p *Process, launch launcher, spec *specs.Process, f files, streams [3]*os.File, stderr, record *os.File) error {
 	pid, err := launch(ctx, p.container, spec, f, streams, stderr)
 	if err != nil {
 		return err
@@ -329,13 +343,20 @@ func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher
 		return fmt.Errorf("%w as process %d, which is no child of streamshim (its parent is %d); does the runtime support exec --detach?", errProcessUnknown, pid, stat.ppid)
 	}
 	p.leader = stat.identity
+	// The runtime was given an id and looks for the main process by its pid. If that process lives now, it
+	// has lived all the time, and neither was another's. If it does not, there is no telling where the
+	// command is. In a pid namespace of the container's own this refuses no good start: there the main
+	// process does not end before the command is reaped, which is our task.
+	if p.init != nil && r.reaper.hasEnded(p.init) {
+		newTree(p.leader, p.container.InitPid, p.ends).kill()
+		return fmt.Errorf("%w: its main process has ended while the command was being started", ErrNotRunning)
+	}
 	// Before the reaper knows of it, which removes the record when the process ends.
-	if err := p.writeRecord(); err != nil {
-		r.log.Warn("cannot write the recovery record of an exec; were streamshim killed now, the process would stay", "error", err)
+	if err := p.completeRecord(record); err != nil {
+		r.log.Warn("cannot complete the recovery record of an exec; were streamshim killed now, the process would be taken for one that was being started", "error", err)
 	}
 	p.watch, err = r.reaper.watchProcess(pid, func() { r.exited(p) })
 	if err != nil {
-		os.Remove(p.record)
 		newTree(p.leader, p.container.InitPid, p.ends).kill()
 		return fmt.Errorf("watch process %d: %w", pid, err)
 	}

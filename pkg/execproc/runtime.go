@@ -23,13 +23,16 @@ const (
 	maxRuntimeStderr = 8 << 10
 )
 
+// recordEnding is that of recovery records.
+const recordEnding = ".record"
+
 // files are the files of one start, all in the state directory.
 type files struct{ process, pid, log, socket, record string }
 
 func filesOf(base string) files {
 	return files{
 		process: base + ".process", pid: base + ".pid", log: base + ".log",
-		socket: base + ".sock", record: base + ".record",
+		socket: base + ".sock", record: base + recordEnding,
 	}
 }
 
@@ -67,7 +70,8 @@ var errProcessUnknown = errors.New("the OCI runtime said it started the command"
 // process's, or, with a terminal, the runtime's own; stderr, if not nil, is the other side of the
 // third, where the reason of a failure may stand.
 //
-// When the context is done the runtime is killed with all that it has started.
+// When the context is done, or a process in the container stops what enters it, the runtime is killed with
+// all that it has started.
 func execInContainer(ctx context.Context, c Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
 	encoded, err := json.Marshal(spec)
 	if err != nil {
@@ -91,6 +95,8 @@ func execInContainer(ctx context.Context, c Container, spec *specs.Process, f fi
 	}
 	args = append(args, c.ID)
 
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	command := exec.CommandContext(ctx, binary, args...)
 	command.Env = runtimeEnvironment()
 	command.Dir = "/"
@@ -118,7 +124,15 @@ func execInContainer(ctx context.Context, c Container, spec *specs.Process, f fi
 		runtime = identity{pid: command.Process.Pid}
 	}
 	close(known)
+	looking, stopLooking := context.WithCancel(ctx)
+	looked := make(chan struct{})
+	go func() {
+		defer close(looked)
+		endIfStopped(looking, runtime.pid, func() { cancel(errStopped) })
+	}()
 	runErr := command.Wait()
+	stopLooking()
+	<-looked
 	pid, pidErr := readPidFile(f.pid)
 	if runErr == nil && ctx.Err() == nil {
 		if pidErr != nil {

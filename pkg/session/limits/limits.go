@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/streamshim/streamshim/pkg/session"
@@ -35,13 +36,26 @@ type Limiter struct {
 	pods       map[string]int // sessions by pod
 	containers map[string]int // sessions by container
 
-	starting int
-	waiting  []chan struct{} // first come, first served; closed when it is one's turn
+	starting map[string]int // commands that start, by pod
+	waiting  []turn         // first come, first served, but for pods that have their share
 }
+
+// turn is one command that waits for its turn to start.
+type turn struct {
+	pod   string
+	comes chan struct{} // closed when it does
+}
+
+// shares is how many pods it takes to use up all starts or all places to wait: a pod that holds up what
+// enters it holds up at most one part in this of the node's starts, for the time that each may take.
+const shares = 4
+
+// share is a pod's part, at least one.
+func share(all int) int { return (all + shares - 1) / shares }
 
 // New returns a limiter.
 func New(config Config) *Limiter {
-	return &Limiter{config: config, pods: make(map[string]int), containers: make(map[string]int)}
+	return &Limiter{config: config, pods: make(map[string]int), containers: make(map[string]int), starting: make(map[string]int)}
 }
 
 // Update takes over new limits. Sessions that live are counted, and not ended.
@@ -136,56 +150,94 @@ func (l *Limiter) checkLocked(info session.Info) error {
 }
 
 // Acquire waits for a turn to start a command; release ends it. The error is the context's, or a
-// *session.RefusedError when too many wait already.
-func (l *Limiter) Acquire(ctx context.Context) (release func(), err error) {
+// *session.RefusedError when too many wait already, on the node or in the pod. A pod has a quarter of
+// either.
+func (l *Limiter) Acquire(ctx context.Context, info session.Info) (release func(), err error) {
+	pod := podOf(info)
+	release = func() { l.release(pod) }
 	l.mu.Lock()
-	if l.config.ConcurrentStarts == 0 || (l.starting < l.config.ConcurrentStarts && len(l.waiting) == 0) {
-		l.starting++
+	if l.mayStartLocked(pod) { // nobody waits who might as well: he would have been woken
+		l.starting[pod]++
 		l.mu.Unlock()
-		return l.release, nil
+		return release, nil
 	}
-	if l.config.WaitingStarts > 0 && len(l.waiting) >= l.config.WaitingStarts {
-		n := len(l.waiting)
+	if err := l.mayWaitLocked(pod); err != nil {
 		l.mu.Unlock()
-		return nil, &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
-			"%d commands wait to be started on this node, and no more may wait (limits.waiting_starts): try again later", n)}
+		return nil, err
 	}
-	turn := make(chan struct{})
-	l.waiting = append(l.waiting, turn)
+	mine := turn{pod, make(chan struct{})}
+	l.waiting = append(l.waiting, mine)
 	l.mu.Unlock()
 	select {
-	case <-turn:
-		return l.release, nil
+	case <-mine.comes:
+		return release, nil
 	case <-ctx.Done():
-		l.giveUp(turn)
+		l.giveUp(mine)
 		return nil, context.Cause(ctx)
 	}
 }
 
-func (l *Limiter) release() {
+func (l *Limiter) mayStartLocked(pod string) bool {
+	most := l.config.ConcurrentStarts
+	if most == 0 {
+		return true
+	}
+	now := 0
+	for _, n := range l.starting {
+		now += n
+	}
+	return now < most && l.starting[pod] < share(most)
+}
+
+func (l *Limiter) mayWaitLocked(pod string) error {
+	most := l.config.WaitingStarts
+	if most == 0 {
+		return nil
+	}
+	inPod := 0
+	for _, t := range l.waiting {
+		if t.pod == pod {
+			inPod++
+		}
+	}
+	switch {
+	case len(l.waiting) >= most:
+		return &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
+			"%d commands wait to be started on this node, and no more may wait (limits.waiting_starts): try again later", len(l.waiting))}
+	case inPod >= share(most):
+		return &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
+			"%d commands wait to be started in this pod, and no more may wait (a quarter of limits.waiting_starts): try again later", inPod)}
+	}
+	return nil
+}
+
+func (l *Limiter) release(pod string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.starting--
+	decrement(l.starting, pod)
 	l.wakeLocked()
 }
 
-func (l *Limiter) giveUp(turn chan struct{}) {
+func (l *Limiter) giveUp(mine turn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for i, waiting := range l.waiting {
-		if waiting == turn {
-			l.waiting = append(l.waiting[:i], l.waiting[i+1:]...)
+		if waiting == mine {
+			l.waiting = slices.Delete(l.waiting, i, i+1)
 			return
 		}
 	}
-	l.starting-- // the turn came at the same moment
+	decrement(l.starting, mine.pod) // the turn came at the same moment
 	l.wakeLocked()
 }
 
 func (l *Limiter) wakeLocked() {
-	for len(l.waiting) > 0 && (l.config.ConcurrentStarts == 0 || l.starting < l.config.ConcurrentStarts) {
-		l.starting++
-		close(l.waiting[0])
-		l.waiting = l.waiting[1:]
-	}
+	l.waiting = slices.DeleteFunc(l.waiting, func(t turn) bool {
+		if !l.mayStartLocked(t.pod) {
+			return false
+		}
+		l.starting[t.pod]++
+		close(t.comes)
+		return true
+	})
 }

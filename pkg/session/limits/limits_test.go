@@ -3,6 +3,7 @@ package limits
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"sync"
@@ -144,7 +145,7 @@ func TestStarts(t *testing.T) {
 	l := New(Config{ConcurrentStarts: 2, WaitingStarts: 2})
 	var releases []func()
 	for range 2 {
-		release, err := l.Acquire(t.Context())
+		release, err := l.Acquire(t.Context(), another())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -155,7 +156,7 @@ func TestStarts(t *testing.T) {
 	got := make(chan func(), 2)
 	for i := range 2 {
 		go func() {
-			release, err := l.Acquire(context.Background())
+			release, err := l.Acquire(context.Background(), another())
 			if err != nil {
 				t.Error(err)
 				return
@@ -165,7 +166,7 @@ func TestStarts(t *testing.T) {
 		}()
 		waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.waiting) == i+1 })
 	}
-	if _, err := l.Acquire(t.Context()); refusal(err) != session.TooMany {
+	if _, err := l.Acquire(t.Context(), another()); refusal(err) != session.TooMany {
 		t.Errorf("a third that waits: %v", err)
 	}
 	for want, release := range releases {
@@ -177,21 +178,21 @@ func TestStarts(t *testing.T) {
 	// Who gives up does not take a turn.
 	gone, cancel := context.WithCancel(context.Background())
 	cancel()
-	if _, err := l.Acquire(gone); !errors.Is(err, context.Canceled) {
+	if _, err := l.Acquire(gone, another()); !errors.Is(err, context.Canceled) {
 		t.Errorf("given up: %v", err)
 	}
 	(<-got)()
 	(<-got)()
-	if l.starting != 0 || len(l.waiting) != 0 {
-		t.Errorf("%d start, %d wait", l.starting, len(l.waiting))
+	if len(l.starting) != 0 || len(l.waiting) != 0 {
+		t.Errorf("%v start, %d wait", l.starting, len(l.waiting))
 	}
 	// A higher limit lets those in who wait.
 	l.Update(Config{ConcurrentStarts: 1, WaitingStarts: 1})
-	if _, err := l.Acquire(t.Context()); err != nil {
+	if _, err := l.Acquire(t.Context(), another()); err != nil {
 		t.Fatal(err)
 	}
 	go func() {
-		if _, err := l.Acquire(context.Background()); err != nil {
+		if _, err := l.Acquire(context.Background(), another()); err != nil {
 			t.Error(err)
 		}
 		order <- 0
@@ -204,13 +205,13 @@ func TestStarts(t *testing.T) {
 // As with the other limits, 0 is none.
 func TestAnyNumberMayWait(t *testing.T) {
 	l := New(Config{ConcurrentStarts: 1})
-	release, err := l.Acquire(t.Context())
+	release, err := l.Acquire(t.Context(), another())
 	if err != nil {
 		t.Fatal(err)
 	}
 	second := make(chan error, 1)
 	go func() {
-		releaseSecond, err := l.Acquire(t.Context())
+		releaseSecond, err := l.Acquire(t.Context(), another())
 		if err == nil {
 			releaseSecond()
 		}
@@ -226,31 +227,31 @@ func TestAnyNumberMayWait(t *testing.T) {
 // Turns are not lost when waiters give up at the moment they come.
 func TestStartsGivenUp(t *testing.T) {
 	l := New(Config{ConcurrentStarts: 1, WaitingStarts: 100})
-	release, err := l.Acquire(t.Context())
+	release, err := l.Acquire(t.Context(), another())
 	if err != nil {
 		t.Fatal(err)
 	}
-	turn := make(chan struct{})
-	l.waiting = append(l.waiting, turn)
+	mine := turn{"p", make(chan struct{})}
+	l.waiting = append(l.waiting, mine)
 	release()
-	<-turn
-	l.giveUp(turn)
-	if l.starting != 0 {
-		t.Errorf("%d start after the only one gave up", l.starting)
+	<-mine.comes
+	l.giveUp(mine)
+	if len(l.starting) != 0 {
+		t.Errorf("%v start after the only one gave up", l.starting)
 	}
 	var all sync.WaitGroup
 	for i := range 100 {
 		all.Go(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), time.Duration(i)*50*time.Microsecond)
 			defer cancel()
-			if release, err := l.Acquire(ctx); err == nil {
+			if release, err := l.Acquire(ctx, another()); err == nil {
 				release()
 			}
 		})
 	}
 	all.Wait()
-	if l.starting != 0 || len(l.waiting) != 0 {
-		t.Errorf("%d start, %d wait", l.starting, len(l.waiting))
+	if len(l.starting) != 0 || len(l.waiting) != 0 {
+		t.Errorf("%v start, %d wait", l.starting, len(l.waiting))
 	}
 }
 
@@ -260,5 +261,68 @@ func waitFor(t *testing.T, condition func() bool) {
 		if time.Now().After(deadline) {
 			t.Fatal("waited in vain")
 		}
+	}
+}
+
+var pods atomic.Int64
+
+// another is an exec in a pod of its own.
+func another() session.Info { return exec(fmt.Sprint("pod-", pods.Add(1)), "c") }
+
+// A pod that holds up what enters it, or that is asked for more than it can do, takes a quarter of the turns and
+// of the places to wait, and nobody else waits for it.
+func TestShareOfPod(t *testing.T) {
+	l := New(Config{ConcurrentStarts: 8, WaitingStarts: 12})
+	greedy := exec("greedy", "c")
+	var releases []func()
+	for range 2 {
+		release, err := l.Acquire(t.Context(), greedy)
+		if err != nil {
+			t.Fatal(err)
+		}
+		releases = append(releases, release)
+	}
+	got := make(chan func(), 3)
+	for range 3 {
+		go func() {
+			release, err := l.Acquire(context.Background(), greedy)
+			if err != nil {
+				t.Error(err)
+			}
+			got <- release
+		}()
+	}
+	waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.waiting) == 3 })
+	if _, err := l.Acquire(t.Context(), greedy); refusal(err) != session.TooMany || !strings.Contains(err.Error(), "pod") {
+		t.Errorf("a fourth that waits: %v", err)
+	}
+	// Others pass those that wait, up to the node's limit.
+	for range 6 {
+		release, err := l.Acquire(t.Context(), another())
+		if err != nil {
+			t.Fatal(err)
+		}
+		releases = append(releases, release)
+	}
+	gone, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := l.Acquire(gone, another()); !errors.Is(err, context.Canceled) {
+		t.Errorf("a ninth start: %v", err)
+	}
+	releases[2]() // of another pod: no turn for the greedy one
+	l.mu.Lock()
+	if len(l.waiting) != 3 {
+		t.Errorf("%d wait", len(l.waiting))
+	}
+	l.mu.Unlock()
+	releases[0]()
+	(<-got)()
+	(<-got)()
+	(<-got)()
+	for _, release := range append(releases[1:2], releases[3:]...) {
+		release()
+	}
+	if len(l.starting) != 0 || len(l.waiting) != 0 {
+		t.Errorf("%v start, %d wait", l.starting, len(l.waiting))
 	}
 }
