@@ -7,7 +7,6 @@ import (
 	"strconv"
 	"sync"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -199,9 +198,9 @@ func (p *Process) endTree() {
 	// its children.
 	living := p.firstLook(t)
 	config := p.runner.config
-	if p.await(config.HangupAfter) {
+	if !p.killed() {
 		p.closeStreams()
-		living = t.ask(living, unix.SIGHUP, config.TermAfter-config.HangupAfter, p.killNow)
+		living = t.ask(living, unix.SIGHUP, config.TermAfter, p.killNow)
 		if !p.killed() {
 			living = t.ask(living, unix.SIGTERM, config.KillAfter-config.TermAfter, p.killNow)
 		}
@@ -245,18 +244,6 @@ func (p *Process) endLook() {
 	if p.closed {
 		p.closeStreams()
 	}
-}
-
-// await waits for the duration. It answers false at once when the time for patience is over: Kill was
-// called.
-func (p *Process) await(duration time.Duration) bool {
-	timer := time.NewTimer(duration)
-	defer timer.Stop()
-	select {
-	case <-p.killNow:
-	case <-timer.C:
-	}
-	return !p.killed() // also when both came at the same moment
 }
 
 // killed reports whether Kill was called.

@@ -14,6 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/streamshim/streamshim/test/wire"
 )
 
 // A restart of the kubelet or of the API server, or a lost network, cuts all sessions of a node at once.
@@ -45,7 +47,7 @@ func (b *bench) cut(ctx context.Context, s side) error {
 const cutTerminals = 300
 
 func (b *bench) cutAtOnce(ctx context.Context, s side, n int, tty bool) (err error) {
-	sessions := make([]*execSession, n)
+	sessions := make([]*wire.Exec, n)
 	closeAll := func() {
 		for _, session := range sessions {
 			if session != nil {
@@ -60,17 +62,17 @@ func (b *bench) cutAtOnce(ctx context.Context, s side, n int, tty bool) (err err
 	}
 	err = atOnce(4, func(i int) error {
 		for ; i < n; i += 4 {
-			session, err := startExec(ctx, s.client, b.containerID, command{
-				args: []string{"sh", "-c", "sleep 100000 & echo ready; wait"}, stdin: true, tty: tty,
+			session, err := wire.StartExec(ctx, s.client, b.containerID, wire.Command{
+				Args: []string{"sh", "-c", "sleep 100000 & echo ready; wait"}, Stdin: true, TTY: tty,
 			})
 			if err != nil {
 				return err
 			}
 			sessions[i] = session
-			if err := session.expect(session.stdout, "ready"); err != nil {
+			if err := session.Expect(session.Stdout, "ready"); err != nil {
 				return err
 			}
-			session.release()
+			session.Release()
 		}
 		return nil
 	})
