@@ -355,7 +355,7 @@ func streamErrorCode(err error) codes.Code {
 		}[refused.Refusal]
 	case errors.Is(err, streaming.ErrTooManyRequests):
 		return codes.ResourceExhausted
-	case errors.Is(err, streaming.ErrShuttingDown):
+	case errors.Is(err, streaming.ErrShuttingDown), errors.Is(err, streaming.ErrNotListening):
 		return codes.Unavailable
 	}
 	return codes.Internal

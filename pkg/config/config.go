@@ -155,7 +155,7 @@ type Limits struct {
 	Sessions             int   `toml:"sessions"`               // on this node
 	SessionsPerPod       int   `toml:"sessions_per_pod"`       // in one pod
 	SessionsPerContainer int   `toml:"sessions_per_container"` // in one container
-	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands that start at the same time; ExecSync does not count
+	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands that start at the same time; ExecSync, attach and what the runtime itself starts do not count
 	WaitingStarts        int   `toml:"waiting_starts"`         // commands that may wait for their turn to start
 	Bandwidth            int64 `toml:"bandwidth"`              // bytes a second of one session, in each direction
 }

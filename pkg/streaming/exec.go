@@ -14,8 +14,10 @@ import (
 
 func (s *Server) serveExec(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
 	exec := request.(*ExecRequest)
-	start := func(ctx context.Context, c Command) (Process, error) { return exec.Executor.Start(ctx, c) }
-	if exec.Executor == nil {
+	var start startFunc
+	if exec.Executor != nil {
+		start = startWhenAllowed(s.config.Starts, exec.Executor.Start)
+	} else {
 		start = func(ctx context.Context, c Command) (Process, error) {
 			return startRelay(ctx, exec.UpstreamURL, c, 0, 0)
 		}
@@ -76,7 +78,6 @@ func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up u
 	}
 	live.Connect(client)
 	config := s.current()
-	rc.start = startWhenAllowed(config.Starts, rc.start)
 	s.sessions.Go(func() {
 		defer s.watch.add(live, client, network)()
 		defer limitLifetime(config, live)()
