@@ -1,13 +1,17 @@
 package execproc
 
 import (
+	"bufio"
 	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -71,6 +75,63 @@ func TestHolderThatDoesNotDescend(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A process may be a sibling of its maker (CLONE_PARENT), and one whose first thread has ended is no zombie.
+func TestStrangeKinship(t *testing.T) {
+	for _, hostPID := range []bool{false, true} {
+		r := newRunner(t)
+		c := newContainer(t, func(spec *specs.Spec) {
+			if hostPID {
+				shareHostPID(spec)
+			}
+		})
+		program := filepath.Join(t.TempDir(), "kin")
+		if out, err := exec.Command("cc", "-O2", "-static", "-pthread", "-o", program, "testdata/kin.c").CombinedOutput(); err != nil {
+			t.Fatalf("compile: %v: %s", err, out)
+		}
+		copyFile(t, program, filepath.Join(rootfs, "bin/kin"), 0o755)
+		for kind, processes := range map[string]int{"sibling": 2, "thread": 1} {
+			for _, kill := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, hostPID %v, kill %v", kind, hostPID, kill), func(t *testing.T) {
+					p := start(t, r, c, Command{Args: []string{"kin", kind, "1000"}, Stdout: true})
+					if line, err := bufio.NewReader(p.Stdout()).ReadString('\n'); line != "ready\n" {
+						t.Fatalf("%q, %v", line, err)
+					}
+					eventually(t, "all are there, and the thread alone", func() bool {
+						found := inSession(t, p.PID())
+						dead := slices.ContainsFunc(found, func(p procStat) bool { return p.state == 'Z' })
+						return len(found) == processes && dead == (kind == "thread")
+					})
+					if kill {
+						p.Kill()
+					} else {
+						p.Disconnect()
+					}
+					p.Close()
+					closes(t, p.ended, "the tree's end")
+					if left := inSession(t, p.PID()); len(left) > 0 {
+						t.Errorf("left: %v", left)
+					}
+				})
+			}
+		}
+	}
+}
+
+// inSession finds the processes of a session of which a thread lives.
+func inSession(t *testing.T, session int) (found []procStat) {
+	t.Helper()
+	all, err := allProcesses()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range all {
+		if p.session == session && !p.zombie() {
+			found = append(found, p)
+		}
+	}
+	return found
 }
 
 // inner is a process's pid in its own namespace.
