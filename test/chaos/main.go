@@ -20,6 +20,8 @@ import (
 	"os/signal"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 type options struct {
@@ -57,7 +59,7 @@ func run() error {
 	if o.seed == 0 {
 		o.seed = uint64(rand.Uint32()) //nolint:gosec // not a secret
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 	if !o.teeth {
 		found, err := soak(ctx, o)
