@@ -24,11 +24,12 @@ type account struct {
 	sessions    int // live ones in streamshim
 	descriptors int // of streamshim
 	goroutines  int
-	children    int // of streamshim, zombies too
-	members     int // processes in the stable containers, without zombies: to reap orphans is the container's task
-	records     int // files in the state directory
-	mounts      int // below the node's folder
-	namespaces  int // network namespaces that CNI made for this node
+	children    int   // of streamshim, zombies too
+	members     int   // processes in the stable containers, without zombies: to reap orphans is the container's task
+	records     int   // files in the state directory
+	mounts      int   // below the node's folder
+	namespaces  int   // network namespaces that CNI made for this node
+	buffered    int64 // bytes of unread data
 	heap        int64
 	rss         int64
 }
@@ -62,6 +63,7 @@ func (a account) above(before account) []string {
 		{"records", int64(a.records), int64(before.records), 0},
 		{"mounts", int64(a.mounts), int64(before.mounts), 0},
 		{"network namespaces", int64(a.namespaces), int64(before.namespaces), 0},
+		{"buffered bytes", a.buffered, before.buffered, 0},
 		{"heap bytes", a.heap, before.heap, moreHeap},
 		{"RSS bytes", a.rss, before.rss, moreRSS},
 	} {
@@ -120,6 +122,7 @@ func (s *soakRun) takeAccount(ctx context.Context) (account, error) {
 	a := account{
 		sessions:   int(metrics["streamshim_sessions_live"]),
 		goroutines: int(metrics["go_goroutines"]),
+		buffered:   int64(metrics["streamshim_buffered_bytes"]),
 		heap:       int64(metrics["go_memstats_heap_alloc_bytes"]),
 	}
 	if a.descriptors, err = countDescriptors(pid); err != nil {

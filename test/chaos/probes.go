@@ -13,7 +13,8 @@ import (
 const (
 	probeInterval = 250 * time.Millisecond
 	probeLimit    = 30 * time.Second // beyond it a probe counts as one of that length
-	probeBar      = time.Second      // for p99
+	// probeBar is for p99, on a machine on which containerd answers the same probes in half the time.
+	probeBar = time.Second
 
 	callInterval = 500 * time.Millisecond
 )
@@ -35,6 +36,27 @@ func (s *soakRun) probeForever(ctx context.Context) {
 				if err == nil && response.ExitCode != 0 {
 					err = fmt.Errorf("exit code %d", response.ExitCode)
 				}
+				return err
+			})
+		})
+	})
+}
+
+// probeContainerd asks containerd itself for the same probes, fewer of them, so that a machine that is too busy for
+// anybody is told from a streamshim that is too slow.
+func (s *soakRun) probeContainerd(ctx context.Context) {
+	var calls sync.WaitGroup
+	defer calls.Wait()
+	number := 0
+	every(ctx, 4*probeInterval, func() {
+		p := s.pods.stable[number%len(s.pods.stable)]
+		number++
+		calls.Go(func() {
+			bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), probeLimit)
+			defer cancel()
+			anything := func(e excuse) bool { return e.upstream }
+			s.measure(&s.reference, "", "", anything, anything, func() error {
+				_, err := s.node.Upstream().ExecSync(bounded, &runtimeapi.ExecSyncRequest{ContainerId: p.shell, Cmd: []string{"true"}, Timeout: 10})
 				return err
 			})
 		})
@@ -68,7 +90,7 @@ func (s *soakRun) callForever(ctx context.Context) {
 	})
 }
 
-// measure makes a call and keeps how long it took. slow excuses the time that it takes, failing its failure.
+// measure makes a call and keeps how long it took. Without a kind its failure is no violation. slow excuses the time that it takes, failing its failure.
 func (s *soakRun) measure(kept *[]sample, kind violationKind, what string, slow, failing func(excuse) bool, call func() error) {
 	begin := time.Now()
 	err := call()
@@ -77,7 +99,7 @@ func (s *soakRun) measure(kept *[]sample, kind violationKind, what string, slow,
 		at: begin.Sub(s.begin), took: end.Sub(begin), failed: err != nil,
 		excused: s.excused(begin, end, slow) != "",
 	}
-	if err != nil && s.excused(begin, end, failing) == "" {
+	if err != nil && kind != "" && s.excused(begin, end, failing) == "" {
 		s.violated(kind, "%s after %v: %v", what, one.took.Round(time.Millisecond), err)
 	}
 	s.mu.Lock()
@@ -87,8 +109,12 @@ func (s *soakRun) measure(kept *[]sample, kind violationKind, what string, slow,
 
 // judgeProbes compares the probes with the bar.
 func (s *soakRun) judgeProbes() {
-	if p99 := percentile(s.probes, 99); p99 > probeBar {
-		s.violated(slowProbes, "p99 is %v, of %d probes", p99.Round(time.Millisecond), len(s.probes))
+	bar := max(probeBar, 2*percentile(s.reference, 99))
+	if bar > probeBar {
+		say("the machine is busy: containerd's own probes took %v at p99, so the bar is %v", milliseconds(s.reference, 99), bar.Round(time.Millisecond))
+	}
+	if p99 := percentile(s.probes, 99); p99 > bar {
+		s.violated(slowProbes, "p99 is %v, of %d probes, and may be %v", p99.Round(time.Millisecond), len(s.probes), bar.Round(time.Millisecond))
 	}
 }
 

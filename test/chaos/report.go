@@ -35,7 +35,7 @@ func (s *soakRun) report() {
 	for _, kind := range []struct {
 		name    string
 		samples []sample
-	}{{"probes", s.probes}, {"calls", s.calls}} {
+	}{{"probes", s.probes}, {"the same probes, asked of containerd", s.reference}, {"calls", s.calls}} {
 		excused, failed := 0, 0
 		for _, one := range kind.samples {
 			if one.excused {

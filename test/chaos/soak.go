@@ -43,6 +43,7 @@ type soakRun struct {
 	windows    []*window
 	counts     map[string]int // of sessions, by kind, fate and outcome
 	probes     []sample       // latency
+	reference  []sample       // of the same probes, asked of containerd itself
 	calls      []sample
 	samples    []usage
 }
@@ -185,6 +186,9 @@ max_files = 200
 max_total = 8000000
 [[recording.rule]]
 namespaces = ["recorded"]
+[limits]
+spare_descriptors = 80
+buffers = 16000000
 [shutdown]
 drain = "1s"
 `, metricsAddress, filepath.Join(s.dir, "audit/audit.log"), filepath.Join(s.dir, "recordings"))
@@ -223,7 +227,7 @@ func (s *soakRun) run(ctx context.Context) error {
 	var parts sync.WaitGroup
 	crowd := newCrowd(ctx, s)
 	for _, part := range []func(context.Context){
-		crowd.run, s.probeForever, s.callForever, s.watch, s.killPods, s.injectFaults, s.injectStalls, s.tell,
+		crowd.run, s.probeForever, s.probeContainerd, s.callForever, s.watch, s.killPods, s.injectFaults, s.injectStalls, s.tell,
 	} {
 		parts.Go(func() { part(running) })
 	}
