@@ -136,14 +136,14 @@ func TestMistakes(t *testing.T) {
 func TestReadNamesTheFile(t *testing.T) {
 	c := Default()
 	missing := filepath.Join(t.TempDir(), "none.toml")
-	if err := c.Read(missing); err == nil || !strings.Contains(err.Error(), missing) {
+	if err := c.Read(missing, nil); err == nil || !strings.Contains(err.Error(), missing) {
 		t.Errorf("missing file: %v", err)
 	}
 	file := filepath.Join(t.TempDir(), "config.toml")
 	if err := os.WriteFile(file, []byte("x = 1"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Read(file); err == nil || !strings.HasPrefix(err.Error(), file+":1: ") {
+	if err := c.Read(file, nil); err == nil || !strings.HasPrefix(err.Error(), file+":1: ") {
 		t.Errorf("bad file: %v", err)
 	}
 }

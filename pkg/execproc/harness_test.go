@@ -30,6 +30,9 @@ import (
 var rootfs string // made once, shared by all containers
 
 func TestMain(m *testing.M) {
+	if pid := os.Getenv(tracerVariable); pid != "" {
+		trace(pid) // does not return
+	}
 	if dir := os.Getenv("EXECPROC_TEST_PREDECESSOR"); dir != "" {
 		predecessor(dir) // does not return
 	}

@@ -15,8 +15,10 @@ import (
 func (s *Server) serveExec(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
 	exec := request.(*ExecRequest)
 	buffers := s.config.Buffers.share()
-	start := func(ctx context.Context, c Command) (Process, error) { return exec.Executor.Start(ctx, c) }
-	if exec.Executor == nil {
+	var start startFunc
+	if exec.Executor != nil {
+		start = startWhenAllowed(s.config.Starts, exec.Executor.Start)
+	} else {
 		start = func(ctx context.Context, c Command) (Process, error) {
 			return startRelay(ctx, exec.UpstreamURL, c, 0, 0, buffers)
 		}
@@ -80,7 +82,6 @@ func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up u
 	}
 	live.Connect(client)
 	config := s.current()
-	rc.start = startWhenAllowed(config.Starts, rc.start)
 	s.sessions.Go(func() {
 		defer rc.buffers.Close()
 		defer s.watch.add(live, client, network)()

@@ -334,7 +334,7 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upg
 	forwarder, err := forward.Open()
 	if err != nil {
 		live.End(session.Outcome{Reason: "start-failed", ExitCode: -1, Err: err})
-		http.Error(w, "port-forward into the pod: "+err.Error(), http.StatusInternalServerError)
+		writeError(w, http.StatusInternalServerError, "port-forward into the pod: "+err.Error())
 		return
 	}
 	config := s.current()
@@ -384,7 +384,7 @@ func (s *portForwardSession) accept(w http.ResponseWriter, r *http.Request, up u
 	for _, port := range ports {
 		if port <= 0 || port > math.MaxUint16 {
 			err := fmt.Errorf("%d is no port", port)
-			http.Error(w, err.Error(), http.StatusBadRequest)
+			writeError(w, http.StatusBadRequest, err.Error())
 			return nil, err
 		}
 		named = append(named, uint16(port))
