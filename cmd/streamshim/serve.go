@@ -188,6 +188,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	}
 	defer criListener.Close() //nolint:errcheck // closed before in the good case
 
+	limitMemory(c, log)
 	operation, err := newOperation(c, log, level)
 	if err != nil {
 		return err
@@ -333,6 +334,8 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe ho
 		Log:           log,
 		Sessions:      o.sessions,
 		Starts:        o.limits,
+		Buffers:       o.buffers,
+		MayConnect:    o.limits.MayConnect,
 		DrainIdle:     time.Duration(c.Exec.DrainIdle),
 		DrainMax:      time.Duration(c.Exec.DrainMax),
 		LingerIdle:    time.Duration(c.Exec.Linger),

@@ -158,6 +158,8 @@ type Limits struct {
 	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands that start at the same time; ExecSync, attach and what the runtime itself starts do not count
 	WaitingStarts        int   `toml:"waiting_starts"`         // commands that may wait for their turn to start
 	Bandwidth            int64 `toml:"bandwidth"`              // bytes a second of one session, in each direction
+	Buffers              int64 `toml:"buffers"`                // bytes of unread data of all sessions together; beyond them clients are slowed down, and attached clients miss output; -1 is a sixteenth of the memory, of the machine or of streamshim's cgroup, 64 MiB to 1 GiB
+	SpareDescriptors     int   `toml:"spare_descriptors"`      // open files that are kept for probes and running sessions: new sessions and forwarded connections are refused when no more are left; -1 is an eighth of those that streamshim may open
 }
 
 // Deny is a rule that refuses sessions. What is left out chooses all, except that execsync must be
@@ -222,7 +224,7 @@ func Default() Config {
 			Directory: "/var/log/streamshim/recordings", MaxSize: 100 << 20, MaxFiles: 1000, MaxTotal: 1 << 30,
 			Buffer: 1 << 20, OnFailure: "allow",
 		},
-		Limits: Limits{Sessions: 4096, ConcurrentStarts: 32, WaitingStarts: 1024},
+		Limits: Limits{Sessions: 4096, ConcurrentStarts: 32, WaitingStarts: 1024, Buffers: -1, SpareDescriptors: -1},
 		Traces: Traces{SampleRatio: 1},
 	}
 }

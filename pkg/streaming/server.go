@@ -51,6 +51,10 @@ type Config struct {
 	// AttachBuffer is how many bytes of output wait for an attached client that reads too slowly;
 	// what comes beyond is skipped.
 	AttachBuffer int
+	// MayConnect is asked before each forwarded connection, which its error resets. Nil allows all.
+	MayConnect func() error
+	// Buffers bounds the unread data of all sessions. Nil is no limit.
+	Buffers *Buffers
 	// Observe is told of each Event as it happens, from many goroutines; it must not block. Nil
 	// means that nobody asks.
 	Observe func(Event)
