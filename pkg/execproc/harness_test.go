@@ -262,6 +262,9 @@ func noLeaks(t testing.TB) {
 			}
 			time.Sleep(20 * time.Millisecond)
 		}
+		if children, err := ownChildren(); err == nil {
+			t.Logf("children: %+v", children)
+		}
 		buffer := make([]byte, 1<<20)
 		t.Errorf("goroutines, descriptors, children: %v, at the start %v\n%s", now, before, buffer[:runtime.Stack(buffer, true)])
 	})
