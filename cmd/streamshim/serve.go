@@ -179,7 +179,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	if err != nil {
 		return err
 	}
-	criListener, err := cri.Listen(socket)
+	criListener, err := endpoint.Listen(socket)
 	if err != nil {
 		return err
 	}
@@ -301,7 +301,7 @@ func listenAdmin(c config.Config) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	return cri.Listen(socket)
+	return endpoint.Listen(socket)
 }
 
 // syncDrainMax is how long an ExecSync, whose caller has a timeout of its own, waits for the output of

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/pkg/endpoint"
 	"github.com/streamshim/streamshim/pkg/streaming"
 	"github.com/streamshim/streamshim/test/criosocket"
 )
@@ -212,7 +213,7 @@ func serveAt(t testing.TB, path, upstreamPath string, change func(*Config)) *Ser
 	if err != nil {
 		t.Fatal(err)
 	}
-	listener, err := Listen(path)
+	listener, err := endpoint.Listen(path)
 	if err != nil {
 		t.Fatal(err)
 	}
