@@ -73,7 +73,7 @@ type Exec struct {
 	OnDisconnect string   `toml:"on_disconnect"` // what becomes of a command whose client has gone: hangup, kill or keep
 	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
 	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
-	StartTimeout Duration `toml:"start_timeout"` // for the OCI runtime to start the command
+	StartTimeout Duration `toml:"start_timeout"` // for the OCI runtime to start the command, once it is its turn
 	DrainIdle    Duration `toml:"drain_idle"`    // silence after which output held by a background child is complete; 0 is for ever, for ExecSync 10 s
 	DrainMax     Duration `toml:"drain_max"`     // the same wait while output still flows
 	Linger       Duration `toml:"linger"`        // without progress, for a client to take the rest
