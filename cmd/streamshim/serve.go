@@ -179,6 +179,11 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	if err != nil {
 		return err
 	}
+	lock, err := lockStateDir(c.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close() //nolint:errcheck // which gives it up, last of all
 	criListener, err := endpoint.Listen(socket)
 	if err != nil {
 		return err

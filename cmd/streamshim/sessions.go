@@ -137,7 +137,7 @@ func printSessions(out io.Writer, sessions []admin.Session, output string) error
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	columns := []string{"ID", "KIND", "POD", "CONTAINER", "COMMAND", "TTY", "PROTOCOL", "CLIENT", "AGE", "IDLE", "IN", "OUT"}
 	if output == "wide" {
-		columns = append(columns, "PHASE", "PID", "USER", "CONTAINER ID", "AUDIT ID")
+		columns = append(columns, "PHASE", "PID", "USER", "CONTAINER ID", "AUDIT ID (UNVERIFIED)")
 	}
 	fmt.Fprintln(table, strings.Join(columns, "\t"))
 	for _, s := range sessions {
@@ -221,10 +221,14 @@ func newWatchCommand(withClient clientCommand) *cobra.Command {
 		Short: "See what a session's terminal shows from now on",
 		Long: `watch copies what a session's terminal shows, from now on, until the session ends or ^C. It is read-only,
 and never slows the session: what is too much for the watcher is skipped. With notify_watch the
-session's user is told. A program that draws the whole screen is seen in full at its next redraw.`,
+session's user is told. A program that draws the whole screen is seen in full at its next redraw.
+
+What the session shows speaks to this terminal as it does to its user's; of a container that is not
+trusted, --escapes=show prints escapes instead of obeying them.`,
 		Args: cobra.ExactArgs(1),
 	}
 	raw := command.Flags().Bool("asciicast", false, "write an asciicast v2 instead, with the times")
+	visible := addVisible(command)
 	command.RunE = withClient(func(cmd *cobra.Command, c *admin.Client, args []string) error {
 		cast, err := c.Watch(cmd.Context(), args[0])
 		if err != nil {
@@ -235,7 +239,7 @@ session's user is told. A program that draws the whole screen is seen in full at
 			_, err = io.Copy(cmd.OutOrStdout(), cast)
 		} else {
 			defer borrowTerminal(os.Stdin, cmd.OutOrStdout())()
-			err = play(cmd.Context(), cmd.OutOrStdout(), cast, nil)
+			err = play(cmd.Context(), visible(cmd.OutOrStdout()), cast, nil)
 		}
 		if cmd.Context().Err() != nil {
 			return nil
@@ -249,10 +253,13 @@ func newReplayCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "replay FILE",
 		Short: "Play a recording in this terminal",
-		Args:  cobra.ExactArgs(1),
+		Long: `replay plays a recording in this terminal, with its pauses. What it shows speaks to this terminal; of a
+container that is not trusted, --escapes=show prints escapes instead of obeying them.`,
+		Args: cobra.ExactArgs(1),
 	}
 	speed := command.Flags().Float64("speed", 1, "`times` as fast")
 	idle := command.Flags().Duration("idle", 0, "longest pause; 0 keeps the recording's")
+	visible := addVisible(command)
 	command.RunE = func(cmd *cobra.Command, args []string) error {
 		if *speed <= 0 {
 			return errors.New("--speed must be more than 0")
@@ -263,7 +270,7 @@ func newReplayCommand() *cobra.Command {
 		}
 		defer file.Close() //nolint:errcheck // only read
 		defer borrowTerminal(os.Stdin, cmd.OutOrStdout())()
-		err = play(cmd.Context(), cmd.OutOrStdout(), file, &pace{speed: *speed, idle: *idle})
+		err = play(cmd.Context(), visible(cmd.OutOrStdout()), file, &pace{speed: *speed, idle: *idle})
 		if cmd.Context().Err() != nil {
 			return nil
 		}

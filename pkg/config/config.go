@@ -125,9 +125,12 @@ type Recording struct {
 	Input     bool   `toml:"input"`     // also what is typed, passwords included
 	NonTTY    bool   `toml:"non_tty"`   // also sessions without a terminal
 	MaxSize   int64  `toml:"max_size"`  // bytes of one recording
-	MaxFiles  int    `toml:"max_files"` // recordings that are kept, the oldest is removed first; 0 is no limit
+	MaxFiles  int    `toml:"max_files"` // recordings that are kept, the oldest of the pod that has most is removed first; 0 is no limit
 	MaxTotal  int64  `toml:"max_total"` // bytes of all recordings together that are kept; 0 is no limit
-	Buffer    int    `toml:"buffer"`    // bytes of one session that may wait to be written
+	// MinAge is how long a recording is kept whatever the limits; while everything is younger and the limits are
+	// reached, new sessions are treated as on_failure says. 0 is no such time.
+	MinAge Duration `toml:"min_age"`
+	Buffer int      `toml:"buffer"` // bytes of one session that may wait to be written
 	// OnFailure says what happens when a session cannot be recorded completely, because of a full
 	// disk, its size, or a disk that is too slow: allow it to go on with a gap in the recording, or
 	// deny it.
@@ -222,7 +225,7 @@ func Default() Config {
 			Directory: "/var/log/streamshim/recordings", MaxSize: 100 << 20, MaxFiles: 1000, MaxTotal: 1 << 30,
 			Buffer: 1 << 20, OnFailure: "allow",
 		},
-		Limits: Limits{Sessions: 4096, ConcurrentStarts: 32, WaitingStarts: 1024},
+		Limits: Limits{Sessions: 4096, SessionsPerPod: 1024, ConcurrentStarts: 32, WaitingStarts: 1024},
 		Traces: Traces{SampleRatio: 1},
 	}
 }
