@@ -179,16 +179,16 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	if err != nil {
 		return err
 	}
-	lock, err := lockStateDir(c.StateDir)
-	if err != nil {
-		return err
-	}
-	defer lock.Close() //nolint:errcheck // which gives it up, last of all
 	criListener, err := endpoint.Listen(socket)
 	if err != nil {
 		return err
 	}
 	defer criListener.Close() //nolint:errcheck // closed before in the good case
+	lock, err := lockStateDir(c.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close() //nolint:errcheck // which gives it up, after all that uses it
 
 	operation, err := newOperation(c, log, level)
 	if err != nil {
