@@ -157,3 +157,11 @@ func FuzzParse(f *testing.F) {
 		c.parse([]byte(text)) //nolint:errcheck // must only not panic
 	})
 }
+
+// What docs/security.md says of them: nothing is written down until somebody asks for it.
+func TestAuditAndRecordingAreOff(t *testing.T) {
+	c := Default()
+	if c.Audit.Destination != "off" || len(c.Recording.Rule) != 0 || c.Recording.Input || c.Profiling || c.MetricsAddress != "" {
+		t.Errorf("audit %q, recording %+v, profiling %v, metrics %q", c.Audit.Destination, c.Recording, c.Profiling, c.MetricsAddress)
+	}
+}
