@@ -22,6 +22,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/config"
 	"github.com/streamshim/streamshim/pkg/endpoint"
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/session/recording"
 )
 
 func newSessionsCommand() *cobra.Command {
@@ -165,11 +166,46 @@ func printSessions(out io.Writer, sessions []admin.Session, output string) error
 
 const maxCommandColumn = 40
 
+// oneSession wants one ID, and says where to find it.
+func oneSession(_ *cobra.Command, args []string) error {
+	if len(args) != 1 {
+		return errors.New("name one session by its ID, as \"streamshim sessions list\" shows it; it may be shortened")
+	}
+	return nil
+}
+
+// sessionIDs completes IDs from the live sessions, with a word about each.
+func sessionIDs(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	address, addressErr := cmd.Flags().GetString("admin")
+	file, fileErr := cmd.Flags().GetString("config")
+	path, err := adminSocket(address, file)
+	if len(args) > 0 || errors.Join(addressErr, fileErr, err) != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), completionTimeout)
+	defer cancel()
+	c := admin.NewClient(path)
+	defer c.Close()
+	sessions, err := c.List(ctx)
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var ids []string
+	for _, s := range sessions {
+		ids = append(ids, s.ID+"\t"+printable(string(s.Kind)+" "+s.PodNamespace+"/"+s.PodName+" "+s.Container))
+	}
+	return ids, cobra.ShellCompDirectiveNoFileComp
+}
+
+// completionTimeout bounds how long the shell waits for IDs.
+const completionTimeout = 2 * time.Second
+
 func newShowCommand(withClient clientCommand) *cobra.Command {
 	return &cobra.Command{
-		Use:   "show ID",
-		Short: "Print all that is known of one session, as JSON",
-		Args:  cobra.ExactArgs(1),
+		Use:               "show ID",
+		Short:             "Print all that is known of one session, as JSON",
+		Args:              oneSession,
+		ValidArgsFunction: sessionIDs,
 		RunE: withClient(func(cmd *cobra.Command, c *admin.Client, args []string) error {
 			s, err := c.Show(cmd.Context(), args[0])
 			if err != nil {
@@ -187,7 +223,8 @@ func newKillCommand(withClient clientCommand) *cobra.Command {
 		Long: `kill ends a session: its client is told that an operator ended it, and its process is treated as when
 a client has gone (exec.on_disconnect). With --signal the session stays, and its process gets the
 signal.`,
-		Args: cobra.ExactArgs(1),
+		Args:              oneSession,
+		ValidArgsFunction: sessionIDs,
 	}
 	name := command.Flags().StringP("signal", "s", "", "`name` or number of a signal for the process, such as INT or 15")
 	command.RunE = withClient(func(cmd *cobra.Command, c *admin.Client, args []string) error {
@@ -225,7 +262,8 @@ session's user is told. A program that draws the whole screen is seen in full at
 
 What the session shows speaks to this terminal as it does to its user's; of a container that is not
 trusted, --escapes=show prints escapes instead of obeying them.`,
-		Args: cobra.ExactArgs(1),
+		Args:              oneSession,
+		ValidArgsFunction: sessionIDs,
 	}
 	raw := command.Flags().Bool("asciicast", false, "write an asciicast v2 instead, with the times")
 	visible := addVisible(command)
@@ -255,7 +293,12 @@ func newReplayCommand() *cobra.Command {
 		Short: "Play a recording in this terminal",
 		Long: `replay plays a recording in this terminal, with its pauses. What it shows speaks to this terminal; of a
 container that is not trusted, --escapes=show prints escapes instead of obeying them.`,
-		Args: cobra.ExactArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return errors.New("name one recording, a file that ends with " + recording.Suffix)
+			}
+			return nil
+		},
 	}
 	speed := command.Flags().Float64("speed", 1, "`times` as fast")
 	idle := command.Flags().Duration("idle", 0, "longest pause; 0 keeps the recording's")

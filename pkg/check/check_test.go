@@ -163,6 +163,8 @@ func TestRuncVersion(t *testing.T) {
 		{"runc version 1.0.0-rc93", Failed},
 		{"runc version 1.1.11", Warning},
 		{"runc version 1.1.12", OK},
+		{"runc version 1.1.5+ds1\ncommit: 1.1.5+ds1-1+deb12u1", OK}, // patched by Debian
+		{"runc version 1.1.5+ds1\ncommit: 1.1.5+ds1-1", Warning},    // and not yet
 		{"runc version v1.5.2", OK},
 		{"runc version 2.0.0", OK},
 		{"crun version 0.9", OK}, // other runtimes count differently

@@ -6,12 +6,14 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -237,7 +239,7 @@ const maxSyncOutput = 15 << 20
 // Read puts the file's settings into c. Unknown keys and values of the wrong type are refused, with
 // their line.
 func (c *Config) Read(file string) error {
-	text, err := os.ReadFile(file)
+	text, err := readLimited(file)
 	if err != nil {
 		return fmt.Errorf("read the configuration: %w", err)
 	}
@@ -245,6 +247,26 @@ func (c *Config) Read(file string) error {
 		return fmt.Errorf("%s:%w", file, err)
 	}
 	return nil
+}
+
+// maxFile bounds the configuration file, in bytes.
+const maxFile = 1 << 20
+
+func readLimited(path string) ([]byte, error) {
+	// Of a FIFO that nobody writes to, opening alone would wait for ever.
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close() //nolint:errcheck // only read
+	text, err := io.ReadAll(io.LimitReader(file, maxFile+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(text) > maxFile {
+		return nil, fmt.Errorf("%s is larger than %d bytes, which no configuration is", path, maxFile)
+	}
+	return text, nil
 }
 
 // parse returns errors that begin with the line, for "file:line: message".
