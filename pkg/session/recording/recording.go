@@ -348,14 +348,14 @@ func (rec *recording) failed() {
 func (rec *recording) run() {
 	defer rec.file.Close() //nolint:errcheck // see finish
 	err := rec.copy()
+	if err != nil && rec.config.Deny {
+		rec.failed() // before the queue is closed, which would let any amount pass
+	}
 	rec.remove()
 	rec.queue.Close()
 	if err != nil {
 		rec.flawed()
 		rec.session.Log().Warn("the recording ends before its session", "file", rec.path, "error", err)
-		if rec.config.Deny {
-			rec.failed()
-		}
 	}
 	rec.finish(err)
 }
