@@ -36,6 +36,9 @@ $(ENTER): $(ENTER).c
 
 .PHONY: build
 build: $(ENTER) ## build bin/streamshim
+	@machine=$$(od -An -tx2 -j18 -N2 $(ENTER) | tr -d ' '); case $$(go env GOARCH):$$machine in \
+	amd64:003e|arm64:00b7|riscv64:00f3|ppc64le:0015|386:0003|arm:0028) ;; \
+	*) echo "$(ENTER) is for another machine (ELF $$machine) than $$(go env GOARCH); build it with: make clean build GOARCH=$$(go env GOARCH) CC=..." >&2; exit 1;; esac
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
 
 .PHONY: test

@@ -21,6 +21,7 @@ need iptables has iptables                         # CNI's portmap
 need iproute2 has ip
 need util-linux has ipcmk # critest's HostIpc specs call it
 need procps has ps
+need crun has crun # pkg/execproc's tests of terminals; CRI-O's usual runtime
 
 if [ -n "${missing[*]}" ]; then
   if [ "$(id -u)" != 0 ]; then

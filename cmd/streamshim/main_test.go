@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -247,5 +248,49 @@ func TestDrainMaxOfExecSync(t *testing.T) {
 		if got := runnerConfig(c, nil, hooks{}).DrainMax; got != want {
 			t.Errorf("exec.drain_max %v: ExecSync waits %v", set, got)
 		}
+	}
+}
+
+func TestVersionFlag(t *testing.T) {
+	flag, err := run(t, "--version")
+	command, commandErr := run(t, "version")
+	if flag != command || err != nil || commandErr != nil {
+		t.Errorf("--version %q, version %q, %v, %v", flag, command, err, commandErr)
+	}
+}
+
+// Who forgets the ID is told where to find it.
+func TestArgumentsAreNamed(t *testing.T) {
+	for _, command := range []string{"kill", "show", "watch"} {
+		if _, err := run(t, "sessions", command); err == nil || !strings.Contains(err.Error(), "sessions list") {
+			t.Errorf("%s: %v", command, err)
+		}
+	}
+	if _, err := run(t, "sessions", "replay"); err == nil || !strings.Contains(err.Error(), ".cast") {
+		t.Errorf("replay: %v", err)
+	}
+}
+
+// What the configuration names and is not there is said when streamshim is ready.
+func TestMissingIsSaid(t *testing.T) {
+	var logged bytes.Buffer
+	log := slog.New(slog.NewTextHandler(&logged, nil))
+	dir := t.TempDir()
+	c := config.Default()
+	c.Upstream, c.Runtime.Binary = "unix://"+filepath.Join(dir, "away.sock"), filepath.Join(dir, "no-runc")
+	warnOfMissing(log, c)
+	for _, want := range []string{"away.sock", "no-runc"} {
+		if !strings.Contains(logged.String(), want) {
+			t.Errorf("nothing of %s: %s", want, &logged)
+		}
+	}
+	logged.Reset()
+	if err := os.WriteFile(filepath.Join(dir, "away.sock"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.Runtime.Binary = "/bin/true"
+	warnOfMissing(log, c)
+	if os.Geteuid() == 0 && logged.Len() > 0 {
+		t.Errorf("all is there: %s", &logged)
 	}
 }

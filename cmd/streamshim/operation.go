@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"log/slog"
+	"path/filepath"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/admin"
@@ -84,6 +85,7 @@ func auditConfig(c config.Config) audit.Config {
 		ExecSync:    c.Audit.ExecSync,
 		Fsync:       audit.Fsync(c.Audit.Fsync),
 		Deny:        c.Audit.OnFailure == "deny",
+		OpenDir:     filepath.Join(c.StateDir, "audit"),
 	}
 }
 
@@ -95,6 +97,7 @@ func recordingConfig(c config.Config) recording.Config {
 		MaxSize:   c.Recording.MaxSize,
 		MaxFiles:  c.Recording.MaxFiles,
 		MaxTotal:  c.Recording.MaxTotal,
+		MinAge:    time.Duration(c.Recording.MinAge),
 		Buffer:    c.Recording.Buffer,
 		Command:   session.CommandLevel(c.Audit.Command),
 		Deny:      c.Recording.OnFailure == "deny",

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -187,6 +188,11 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		return err
 	}
 	defer criListener.Close() //nolint:errcheck // closed before in the good case
+	lock, err := lockStateDir(c.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close() //nolint:errcheck // which gives it up, after all that uses it
 
 	limitMemory(c, log)
 	operation, err := newOperation(c, log, level)
@@ -264,6 +270,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	}
 	telemetry.serve(streams)
 	fmt.Printf("streamshim ready: CRI on %s, upstream %s, streams on %s\n", c.Listen, c.Upstream, streamListener.Addr())
+	warnOfMissing(log, c)
 	notify(log, daemon.SdNotifyReady)
 
 	reloading := make(chan struct{})
@@ -294,6 +301,24 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		err = errors.Join(err, <-ended)
 	}
 	return err
+}
+
+// warnOfMissing says what is not there although the configuration names it. None of it is a reason not to serve: the
+// runtime may start later, and until then calls say that it is away.
+func warnOfMissing(log *slog.Logger, c config.Config) {
+	if path, err := endpoint.Path(c.Upstream); err == nil {
+		if _, err := os.Stat(path); err != nil {
+			log.Warn("the runtime's socket is not there; calls fail until it is", "upstream", c.Upstream, "error", err)
+		}
+	}
+	if c.Runtime.Binary != "" {
+		if _, err := exec.LookPath(c.Runtime.Binary); err != nil {
+			log.Warn("the OCI runtime that runtime.binary names cannot be run; commands fail to start", "error", err)
+		}
+	}
+	if os.Geteuid() != 0 {
+		log.Warn("streamshim does not run as root; it cannot start commands in containers, nor open ports in pods", "uid", os.Geteuid())
+	}
 }
 
 // listenAdmin opens the admin socket, which is nil when there is to be none.

@@ -63,7 +63,11 @@ func newTelemetry(ctx context.Context, c config.Config, o *operation, log *slog.
 		Buffered: o.buffers.Used, BuffersRefused: o.buffers.Refused,
 	})
 	t.server = metrics.NewServer(metrics.ServerConfig{
-		Metrics: t.metrics, Ready: t.self.Answers, Profiling: c.Profiling, Log: log,
+		Metrics: t.metrics, Profiling: c.Profiling, Log: log,
+		Ready: func(ctx context.Context) error {
+			_, err := t.self.Version(ctx) // which goes through this process to the upstream
+			return err
+		},
 	})
 	return t, nil
 }

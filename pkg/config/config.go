@@ -6,12 +6,14 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -73,7 +75,7 @@ type Exec struct {
 	OnDisconnect string   `toml:"on_disconnect"` // what becomes of a command whose client has gone: hangup, kill or keep
 	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
 	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
-	StartTimeout Duration `toml:"start_timeout"` // for the OCI runtime to start the command
+	StartTimeout Duration `toml:"start_timeout"` // for the OCI runtime to start the command, once it is its turn
 	DrainIdle    Duration `toml:"drain_idle"`    // silence after which output held by a background child is complete; 0 is for ever, for ExecSync 10 s
 	DrainMax     Duration `toml:"drain_max"`     // the same wait while output still flows; for ExecSync at most 10 s
 	Linger       Duration `toml:"linger"`        // without progress, for a client to take the rest
@@ -125,9 +127,12 @@ type Recording struct {
 	Input     bool   `toml:"input"`     // also what is typed, passwords included
 	NonTTY    bool   `toml:"non_tty"`   // also sessions without a terminal
 	MaxSize   int64  `toml:"max_size"`  // bytes of one recording
-	MaxFiles  int    `toml:"max_files"` // recordings that are kept, the oldest is removed first; 0 is no limit
+	MaxFiles  int    `toml:"max_files"` // recordings that are kept, the oldest of the pod that has most is removed first; 0 is no limit
 	MaxTotal  int64  `toml:"max_total"` // bytes of all recordings together that are kept; 0 is no limit
-	Buffer    int    `toml:"buffer"`    // bytes of one session that may wait to be written
+	// MinAge is how long a recording is kept whatever the limits; while everything is younger and the limits are
+	// reached, new sessions are treated as on_failure says. 0 is no such time.
+	MinAge Duration `toml:"min_age"`
+	Buffer int      `toml:"buffer"` // bytes of one session that may wait to be written
 	// OnFailure says what happens when a session cannot be recorded completely, because of a full
 	// disk, its size, or a disk that is too slow: allow it to go on with a gap in the recording, or
 	// deny it.
@@ -224,7 +229,9 @@ func Default() Config {
 			Directory: "/var/log/streamshim/recordings", MaxSize: 100 << 20, MaxFiles: 1000, MaxTotal: 1 << 30,
 			Buffer: 1 << 20, OnFailure: "allow",
 		},
-		Limits: Limits{Sessions: 4096, ConcurrentStarts: 32, WaitingStarts: 1024, Buffers: -1, SpareDescriptors: -1},
+		Limits: Limits{
+			Sessions: 4096, SessionsPerPod: 1024, ConcurrentStarts: 32, WaitingStarts: 1024, Buffers: -1, SpareDescriptors: -1,
+		},
 		Traces: Traces{SampleRatio: 1},
 	}
 }
@@ -239,7 +246,7 @@ const maxSyncOutput = 15 << 20
 // What has precedence over the file, such as flags, is set by override, which may be nil. It is called before
 // the values are checked, so that it can mend what the file has wrong.
 func (c *Config) Read(file string, override func(*Config)) error {
-	text, err := os.ReadFile(file)
+	text, err := readLimited(file)
 	if err != nil {
 		return fmt.Errorf("read the configuration: %w", err)
 	}
@@ -269,6 +276,26 @@ func (c *Config) parse(text []byte) error {
 		return fmt.Errorf("%d: %w", lineOf(text, problem.key), problem)
 	}
 	return nil
+}
+
+// maxFile bounds the configuration file, in bytes.
+const maxFile = 1 << 20
+
+func readLimited(path string) ([]byte, error) {
+	// Of a FIFO that nobody writes to, opening alone would wait for ever.
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close() //nolint:errcheck // only read
+	text, err := io.ReadAll(io.LimitReader(file, maxFile+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(text) > maxFile {
+		return nil, fmt.Errorf("%s is larger than %d bytes, which no configuration is", path, maxFile)
+	}
+	return text, nil
 }
 
 // decode returns errors that begin with the line, for "file:line: message".

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -213,24 +212,19 @@ func TestCrioConfigOverHTTP(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(run, "runc", crioID), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(socketDir(t), "crio.sock")
-	listener, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	web := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, request *http.Request) {
+	upstream := newFakeUpstream(t, func(*grpc.Server) {})
+	upstream.kill()
+	upstream.web = http.HandlerFunc(func(w http.ResponseWriter, request *http.Request) {
 		if request.URL.Path != "/config" {
 			http.NotFound(w, request)
 			return
 		}
 		w.Header().Set("Content-Type", "application/toml")
 		w.Write([]byte(testdata(t, "crio.conf", "@BIN@", bin, "@RUN@", run)))
-	})}
-	served := make(chan struct{})
-	go func() { defer close(served); web.Serve(listener) }()
-	t.Cleanup(func() { web.Close(); <-served })
+	})
+	upstream.start(t)
 
-	r := &resolver{upstream: &Upstream{path: path}, lookPath: lookPath}
+	r := &resolver{upstream: &Upstream{path: upstream.path}, lookPath: lookPath}
 	text, err := r.crioHTTPConfig(testContext(t))
 	if err != nil {
 		t.Fatal(err)

@@ -178,9 +178,15 @@ var containers atomic.Int64
 // newContainer runs a container whose main process sleeps, changed by the functions.
 func newContainer(t testing.TB, changes ...func(*specs.Spec)) Container {
 	t.Helper()
-	fs, binary := makeRootfs(t), peer(t, "runc")
+	return newContainerOf(t, peer(t, "runc"), changes...)
+}
+
+// newContainerOf does so with another OCI runtime; the specification is runc's.
+func newContainerOf(t testing.TB, binary string, changes ...func(*specs.Spec)) Container {
+	t.Helper()
+	fs := makeRootfs(t)
 	bundle, root := t.TempDir(), t.TempDir()
-	spec := exec.Command(binary, "spec")
+	spec := exec.Command(peer(t, "runc"), "spec")
 	spec.Dir = bundle
 	if out, err := spec.CombinedOutput(); err != nil {
 		t.Fatalf("runc spec: %v: %s", err, out)

@@ -323,7 +323,11 @@ func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.
 	if err := r.launchAndWatch(ctx, p, launch, spec, f, own.process, own.stderr); err != nil {
 		return err
 	}
-	file, err := socket.receive(consoleTimeout)
+	wait := consoleTimeout
+	if deadline, ok := ctx.Deadline(); ok {
+		wait = min(wait, time.Until(deadline))
+	}
+	file, err := socket.receive(wait)
 	if err != nil {
 		p.Kill() // nobody could talk to it
 		return err

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/url"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
@@ -24,6 +25,7 @@ const (
 	maxUpstreamStatus    = 64 << 10         // bytes read of the upstream's error stream
 	maxUpstreamMessage   = 1 << 10          // bytes shown of an upstream's refusal
 	skipBufferKeep       = 64 << 10         // bytes of an empty skipBuffer that are not given back
+	upstreamDetachWait   = time.Second      // for the upstream to end an attach whose client has detached
 )
 
 // relay is a process that the upstream's own streaming server serves: the main process of a
@@ -37,7 +39,8 @@ type relay struct {
 	stdout, stderr io.ReadCloser
 	upstream       sync.WaitGroup
 	exited         chan struct{}
-	result         *status // valid once exited is closed
+	detached       atomic.Bool // the connection is closed because the client has detached
+	result         *status     // valid once exited is closed
 	closeOnce      sync.Once
 }
 
@@ -45,7 +48,8 @@ type relay struct {
 // read and a client that is too slow misses output, instead of stopping the container (moby#41827);
 // with none the client's pace is the command's, as it is for an exec.
 //
-// The client's end of input is passed on after stdinGrace, never when that is negative.
+// The client's end of input is passed on after stdinGrace, never when that is negative. When it is positive it
+// is a detach, after which the session ends whether the upstream ends it or not.
 func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, error), c Command, buffer int, stdinGrace time.Duration, buffers *bufferShare) (Process, error) {
 	ctx, cancel := context.WithTimeout(ctx, relayDialTimeout)
 	defer cancel()
@@ -168,6 +172,10 @@ func (r *relay) open(c Command, protocol remoteCommandProtocol, buffer int) erro
 	r.upstream.Go(func() {
 		defer close(r.exited)
 		message, err := io.ReadAll(io.LimitReader(failure, maxUpstreamStatus))
+		if len(message) == 0 && err != nil && r.detached.Load() {
+			r.result = successStatus()
+			return
+		}
 		if len(message) == 0 && err != nil {
 			r.result = internalErrorStatus("the connection to the upstream's streaming server was lost: " + err.Error())
 			return
@@ -217,6 +225,7 @@ func (o relayOutput) Close() error {
 
 type relayInput struct {
 	*spdy.Stream
+	relay *relay
 	grace time.Duration // see startRelay
 }
 
@@ -227,8 +236,18 @@ func (i relayInput) Close() error {
 	case i.grace == 0:
 		return i.CloseWrite()
 	}
-	time.AfterFunc(i.grace, func() { i.CloseWrite() }) //nolint:errcheck // fails when the session has ended before
+	time.AfterFunc(i.grace, i.relay.detach)
 	return nil
+}
+
+// detach passes the end of a terminal's input on. containerd ends the session for it; CRI-O goes on until the
+// container ends.
+func (r *relay) detach() {
+	r.stdin.CloseWrite() //nolint:errcheck // fails when the session has ended before
+	if !waitFor(r.exited, upstreamDetachWait) {
+		r.detached.Store(true)
+		r.conn.Close() //nolint:errcheck // seen through Exited
+	}
 }
 
 // Stdin implements Process.
@@ -236,7 +255,7 @@ func (r *relay) Stdin() io.WriteCloser {
 	if r.stdin == nil {
 		return nil
 	}
-	return relayInput{r.stdin, r.stdinGrace}
+	return relayInput{r.stdin, r, r.stdinGrace}
 }
 
 // Stdout implements Process.

@@ -300,3 +300,29 @@ func TestUnit(t *testing.T) {
 		t.Errorf("%v: %s", err, out)
 	}
 }
+
+// The node keeps the runtime it has: apt would install what is recommended.
+func TestNothingElseIsInstalled(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(top, "deploy/package/nfpm.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if found := regexp.MustCompile(`(?m)^(recommends|depends):`).FindString(string(text)); found != "" {
+		t.Errorf("the package %s something", found)
+	}
+}
+
+// A build for one machine does not embed a program for another one.
+func TestBuildForAnotherMachine(t *testing.T) {
+	need(t, "make", "go")
+	program := filepath.Join(t.TempDir(), "enter")
+	for machine, other := range map[string]string{"\x3e": "arm64", "\xb7": "amd64"} {
+		if err := os.WriteFile(program, []byte("\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00"+machine+"\x00"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		out, err := exec.Command("make", "-C", top, "-o", program, "build", "ENTER="+program, "GOARCH="+other).CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "another machine") {
+			t.Errorf("%s: %v, %s", other, err, out)
+		}
+	}
+}
