@@ -336,11 +336,16 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation) streaming.
 	if statusWait == 0 {
 		statusWait = -1 // as above
 	}
+	inputGrace := time.Duration(c.Exec.InputGrace)
+	if inputGrace == 0 {
+		inputGrace = -1 // as above
+	}
 	disconnectWait := time.Duration(0) // streaming's default
 	if execproc.Policy(c.Exec.OnDisconnect) == execproc.PolicyKeep {
 		disconnectWait = -1 // there is nothing to wait for
 	}
 	return streaming.Config{
+		InputGrace:     inputGrace,
 		DisconnectWait: disconnectWait,
 		Log:            log,
 		Sessions:       o.sessions,

@@ -171,6 +171,7 @@ func (s *Server) acceptWebSocketRemoteCommand(w http.ResponseWriter, r *http.Req
 	conn, err := websocket.Accept(w, r, protocol, websocket.Config{
 		Channels: websocket.RemoteCommandChannels(c.Stdin, c.Stdout, c.Stderr && !c.TTY),
 		Greeting: true,
+		Patience: max(s.config.InputGrace, time.Second),
 	})
 	if err != nil {
 		return nil, nil, err

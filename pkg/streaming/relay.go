@@ -31,6 +31,7 @@ const (
 // session it is a Process like any other.
 type relay struct {
 	conn           *spdy.Conn
+	network        net.Conn // below conn
 	stdin, resize  *spdy.Stream
 	stdinGrace     time.Duration // see startRelay
 	stdout, stderr io.ReadCloser
@@ -52,11 +53,11 @@ func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, 
 	if err != nil {
 		return nil, fmt.Errorf("ask the upstream for its streaming URL: %w", err)
 	}
-	conn, protocol, err := dialUpstream(ctx, target)
+	conn, network, protocol, err := dialUpstream(ctx, target)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the upstream's streaming server: %w", err)
 	}
-	r := &relay{conn: conn, stdinGrace: stdinGrace, exited: make(chan struct{})}
+	r := &relay{conn: conn, network: network, stdinGrace: stdinGrace, exited: make(chan struct{})}
 	r.upstream.Go(func() { conn.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done
 	if err := r.open(c, protocol, buffer); err != nil {
 		r.Close() //nolint:errcheck // of no use
@@ -67,10 +68,10 @@ func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, 
 
 // dialUpstream connects to a runtime's streaming server and upgrades the connection to SPDY, the
 // protocol that every runtime speaks.
-func dialUpstream(ctx context.Context, target string) (*spdy.Conn, remoteCommandProtocol, error) {
+func dialUpstream(ctx context.Context, target string) (*spdy.Conn, net.Conn, remoteCommandProtocol, error) {
 	u, err := url.Parse(target)
 	if err != nil {
-		return nil, remoteCommandProtocol{}, err
+		return nil, nil, remoteCommandProtocol{}, err
 	}
 	var dialer interface {
 		DialContext(ctx context.Context, network, address string) (net.Conn, error)
@@ -85,14 +86,14 @@ func dialUpstream(ctx context.Context, target string) (*spdy.Conn, remoteCommand
 	}
 	network, err := dialer.DialContext(ctx, "tcp", address)
 	if err != nil {
-		return nil, remoteCommandProtocol{}, err
+		return nil, nil, remoteCommandProtocol{}, err
 	}
 	conn, protocol, err := upgradeUpstream(ctx, network, target)
 	if err != nil {
 		network.Close() //nolint:errcheck // of no use
-		return nil, remoteCommandProtocol{}, err
+		return nil, nil, remoteCommandProtocol{}, err
 	}
-	return conn, protocol, nil
+	return conn, network, protocol, nil
 }
 
 func upgradeUpstream(ctx context.Context, network net.Conn, target string) (*spdy.Conn, remoteCommandProtocol, error) {
@@ -216,6 +217,7 @@ func (o relayOutput) Close() error {
 
 type relayInput struct {
 	*spdy.Stream
+	relay *relay
 	grace time.Duration // see startRelay
 }
 
@@ -230,12 +232,23 @@ func (i relayInput) Close() error {
 	return nil
 }
 
+// Pending is how much the upstream's kernel has not acknowledged.
+func (i relayInput) Pending() int { return unacknowledged(i.relay.network) }
+
+// ClientLeft passes the end of the client's input on although the session was to go on after it: there is
+// nobody left whose output could be cut. Only where it is also the end of the container's, it must have come.
+func (i relayInput) ClientLeft(complete bool) {
+	if complete || i.grace < 0 {
+		i.CloseWrite() //nolint:errcheck // fails when the upstream has gone, which shows in Exited
+	}
+}
+
 // Stdin implements Process.
 func (r *relay) Stdin() io.WriteCloser {
 	if r.stdin == nil {
 		return nil
 	}
-	return relayInput{r.stdin, r.stdinGrace}
+	return relayInput{r.stdin, r, r.stdinGrace}
 }
 
 // Stdout implements Process.

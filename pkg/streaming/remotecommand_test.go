@@ -302,7 +302,7 @@ func TestClientGone(t *testing.T) {
 			}
 			t.Run(fmt.Sprintf("%s/politely=%v", test.name, politely), func(t *testing.T) {
 				forEachTransport(t, func(t *testing.T, transport string) {
-					s := startServer(t, Config{})
+					s := startServer(t, Config{InputGrace: time.Second})
 					executor := &hostExecutor{t: t}
 					options := test.options
 					if options.Stdout == (never{}) {

@@ -41,6 +41,10 @@ type Config struct {
 	// which may translate for somebody else, to have read the output: since the last sign that it has read
 	// something. Default 1 min; negative does not hold it back.
 	StatusWait time.Duration
+	// InputGrace is how long a command without a terminal, whose client has left in order, may take none of
+	// the input that came before, and, once it has all of it, how long it may run on before it is treated as
+	// one whose client has gone. Default 30 s; negative is not at all.
+	InputGrace time.Duration
 	// DisconnectWait is how long a session whose client has gone stays in the registry until its
 	// process has followed. Default 30 s; negative does not wait, for processes that are kept.
 	DisconnectWait time.Duration
@@ -82,6 +86,7 @@ const (
 	defaultDrainMax              = 10 * time.Minute
 	defaultLingerIdle            = 10 * time.Minute
 	defaultStatusWait            = time.Minute
+	defaultInputGrace            = 30 * time.Second
 	defaultDisconnectWait        = 30 * time.Second
 	defaultIdleTimeout           = 4 * time.Hour
 	defaultWarning               = time.Minute
@@ -109,6 +114,7 @@ func (c Config) withDefaults() Config {
 	duration(&c.DrainMax, defaultDrainMax)
 	duration(&c.LingerIdle, defaultLingerIdle)
 	duration(&c.StatusWait, defaultStatusWait)
+	duration(&c.InputGrace, defaultInputGrace)
 	duration(&c.DisconnectWait, defaultDisconnectWait)
 	duration(&c.Warning, defaultWarning)
 	duration(&c.Stall, defaultStall)
