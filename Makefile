@@ -43,7 +43,7 @@ test: peers build ## run all tests, with the race detector and against real cont
 	$(call say,testing: packages by themselves$(,) then with real nodes one after the other$(,) because they share host ports)
 	@# -parallel: on two cores two tests at once would mostly sleep, as those of test/symptoms do.
 	@result=0; export STREAMSHIM_REAL=required; \
-	go test -race -p 2 -count 1 -timeout 20m $(PACKAGES) || result=1; \
+	go test -race -p 4 -parallel 8 -count 1 -timeout 20m $(PACKAGES) || result=1; \
 	go test -race -p 1 -parallel 4 -count 1 -timeout 15m $(NODE_PACKAGES) || result=1; \
 	exit $$result
 

@@ -42,7 +42,7 @@ func (e *engine) Executor(c cri.Container) streaming.Executor {
 // ExecSync implements cri.Engine.
 func (e *engine) ExecSync(ctx context.Context, c cri.Container, r cri.SyncRequest) (cri.SyncResult, error) {
 	result, err := e.runner.RunSync(ctx, e.container(c), execproc.SyncCommand{
-		Args: r.Args, Env: r.Env, Timeout: r.Timeout, OutputLimit: r.OutputLimit,
+		Args: r.Args, Env: r.Env, Timeout: r.Timeout,
 	})
 	if errors.Is(err, execproc.ErrTimeout) && ctx.Err() == nil {
 		err = fmt.Errorf("%w: %w", context.DeadlineExceeded, err)

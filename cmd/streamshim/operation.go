@@ -121,17 +121,11 @@ func limitsConfig(c config.Config) limits.Config {
 }
 
 func streamingSettings(c config.Config) streaming.Settings {
-	orOff := func(d config.Duration) time.Duration { // streaming's zero is its default
-		if d == 0 {
-			return -1
-		}
-		return time.Duration(d)
-	}
 	return streaming.Settings{
 		IdleTimeout: map[session.Kind]time.Duration{
-			session.Exec:        orOff(c.Exec.IdleTimeout),
-			session.Attach:      orOff(c.Attach.IdleTimeout),
-			session.PortForward: orOff(c.PortForward.IdleTimeout),
+			session.Exec:        time.Duration(c.Exec.IdleTimeout),
+			session.Attach:      time.Duration(c.Attach.IdleTimeout),
+			session.PortForward: time.Duration(c.PortForward.IdleTimeout),
 		},
 		MaxLifetime: map[session.Kind]time.Duration{
 			session.Exec:        time.Duration(c.Exec.MaxLifetime),

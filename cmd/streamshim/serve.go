@@ -179,7 +179,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	if err != nil {
 		return err
 	}
-	criListener, err := cri.Listen(socket)
+	criListener, err := endpoint.Listen(socket)
 	if err != nil {
 		return err
 	}
@@ -199,30 +199,10 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	if c.Exec.Engine != string(execproc.EngineRunc) {
 		log.Warn("a hostile container can escape through this engine, see docs/engines.md; set exec.engine = \"runc\"", "engine", c.Exec.Engine)
 	}
-	runnerConfig := execproc.Config{
-		StateDir:     filepath.Join(c.StateDir, "exec"),
-		Engine:       execproc.Engine(c.Exec.Engine),
-		StartTimeout: time.Duration(c.Exec.StartTimeout),
-		OnDisconnect: execproc.Policy(c.Exec.OnDisconnect),
-		TermAfter:    time.Duration(c.Exec.TermAfter),
-		KillAfter:    time.Duration(c.Exec.KillAfter),
-		OutputLimit:  c.Exec.SyncOutput,
-		DrainIdle:    time.Duration(c.Exec.DrainIdle),
-		Logger:       log,
-	}
-	if runnerConfig.DrainIdle == 0 {
-		runnerConfig.DrainIdle = time.Hour // execproc's zero is its default; for ExecSync its DrainMax comes first
-	}
-	streamingConfig := streamingConfig(c, log, operation)
-	criConfig := cri.Config{
-		StreamErrorCode:     streamErrorCode,
-		BeginSync:           operation.beginSync,
-		ExecSyncOutputLimit: c.Exec.SyncOutput,
-		Logger:              log,
-	}
-	telemetry.prepare(operation.sessions, &runnerConfig, &streamingConfig, &criConfig)
+	telemetry.observe(operation.sessions)
+	observe := telemetry.hooks()
 
-	runner, err := execproc.NewRunner(runnerConfig)
+	runner, err := execproc.NewRunner(runnerConfig(c, log, observe))
 	if err != nil {
 		return err
 	}
@@ -252,10 +232,12 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	if err != nil {
 		return fmt.Errorf("listen for streams: %w", err)
 	}
-	streams := streaming.NewServer(streamingConfig, streamListener.Addr())
-	criConfig.Upstream, criConfig.Streams = upstream, streams
-	criConfig.Engine = &engine{runner: runner, watcher: watcher, runtime: c.Runtime}
-	criServer, err := cri.NewServer(criConfig)
+	streams := streaming.NewServer(streamingConfig(c, log, operation, observe), streamListener.Addr())
+	criServer, err := cri.NewServer(cri.Config{
+		Upstream: upstream, Streams: streams, Engine: &engine{runner: runner, watcher: watcher, runtime: c.Runtime},
+		StreamErrorCode: streamErrorCode, BeginSync: observe.countSync(operation.beginSync), Logger: log,
+		Observe: observe.call, Trace: observe.trace,
+	})
 	if err != nil {
 		streamListener.Close() //nolint:errcheck // nothing was served
 		return err
@@ -319,47 +301,46 @@ func listenAdmin(c config.Config) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	return cri.Listen(socket)
+	return endpoint.Listen(socket)
 }
 
-func streamingConfig(c config.Config, log *slog.Logger, o *operation) streaming.Config {
-	settings := streamingSettings(c)
-	drainIdle := time.Duration(c.Exec.DrainIdle)
-	if drainIdle == 0 {
-		drainIdle = -1 // streaming's zero is its default
+// syncDrainMax is how long an ExecSync, whose caller has a timeout of its own, waits for the output of
+// background children.
+const syncDrainMax = 10 * time.Second
+
+func runnerConfig(c config.Config, log *slog.Logger, observe hooks) execproc.Config {
+	return execproc.Config{
+		StateDir:     filepath.Join(c.StateDir, "exec"),
+		Engine:       execproc.Engine(c.Exec.Engine),
+		StartTimeout: time.Duration(c.Exec.StartTimeout),
+		OnDisconnect: execproc.Policy(c.Exec.OnDisconnect),
+		TermAfter:    time.Duration(c.Exec.TermAfter),
+		KillAfter:    time.Duration(c.Exec.KillAfter),
+		DrainIdle:    time.Duration(c.Exec.DrainIdle),
+		DrainMax:     syncDrainMax,
+		OutputLimit:  c.Exec.SyncOutput,
+		Logger:       log,
+		OnStart:      observe.started,
+		OnKill:       observe.killed,
 	}
-	stall := time.Duration(c.PortForward.Stall)
-	if stall == 0 {
-		stall = -1 // as above
-	}
-	statusWait := time.Duration(c.Exec.StatusWait)
-	if statusWait == 0 {
-		statusWait = -1 // as above
-	}
-	inputGrace := time.Duration(c.Exec.InputGrace)
-	if inputGrace == 0 {
-		inputGrace = -1 // as above
-	}
-	disconnectWait := time.Duration(0) // streaming's default
-	if execproc.Policy(c.Exec.OnDisconnect) == execproc.PolicyKeep {
-		disconnectWait = -1 // there is nothing to wait for
-	}
+}
+
+func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe hooks) streaming.Config {
 	return streaming.Config{
-		InputGrace:     inputGrace,
-		DisconnectWait: disconnectWait,
-		Log:            log,
-		Sessions:       o.sessions,
-		Starts:         o.limits,
-		DrainIdle:      drainIdle,
-		DrainMax:       time.Duration(c.Exec.DrainMax),
-		LingerIdle:     time.Duration(c.Exec.Linger),
-		StatusWait:     statusWait,
-		IdleTimeout:    settings.IdleTimeout,
-		MaxLifetime:    settings.MaxLifetime,
-		Bandwidth:      settings.Bandwidth,
-		Stall:          stall,
-		ReportRefused:  c.PortForward.Refused == "report",
-		AttachBuffer:   c.Attach.Buffer,
+		Log:           log,
+		Sessions:      o.sessions,
+		Starts:        o.limits,
+		DrainIdle:     time.Duration(c.Exec.DrainIdle),
+		DrainMax:      time.Duration(c.Exec.DrainMax),
+		LingerIdle:    time.Duration(c.Exec.Linger),
+		StatusWait:    time.Duration(c.Exec.StatusWait),
+		InputGrace:    time.Duration(c.Exec.InputGrace),
+		KeepProcesses: execproc.Policy(c.Exec.OnDisconnect) == execproc.PolicyKeep,
+		Settings:      streamingSettings(c),
+		Stall:         time.Duration(c.PortForward.Stall),
+		ReportRefused: c.PortForward.Refused == "report",
+		AttachBuffer:  c.Attach.Buffer,
+		Observe:       observe.event,
 	}
 }
 

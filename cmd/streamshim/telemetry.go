@@ -12,7 +12,6 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/config"
 	"github.com/streamshim/streamshim/pkg/cri"
-	"github.com/streamshim/streamshim/pkg/execproc"
 	"github.com/streamshim/streamshim/pkg/metrics"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming"
@@ -68,19 +67,36 @@ func newTelemetry(ctx context.Context, c config.Config, o *operation, log *slog.
 	return t, nil
 }
 
-// prepare makes the parts tell of what they do. It is called before they are built.
-func (t *telemetry) prepare(sessions *session.Registry, runner *execproc.Config, streams *streaming.Config, calls *cri.Config) {
+// hooks are what the parts call to tell of what they do. They are nil where nobody asks.
+type hooks struct {
+	started   func(native bool)
+	killed    func()
+	event     func(streaming.Event)
+	call      func(method string, code codes.Code, d time.Duration)
+	trace     cri.TraceFunc
+	countSync func(cri.BeginSyncFunc) cri.BeginSyncFunc // never nil
+}
+
+func (t *telemetry) hooks() hooks {
+	h := hooks{countSync: func(begin cri.BeginSyncFunc) cri.BeginSyncFunc { return begin }}
+	if t.metrics != nil {
+		h.started, h.killed, h.countSync = t.metrics.Started, t.metrics.Killed, t.countSync
+		h.event = func(e streaming.Event) { t.metrics.Event(string(e)) }
+		h.call = func(method string, code codes.Code, d time.Duration) { t.metrics.Call(method, code.String(), d) }
+	}
+	if t.tracer != nil {
+		h.trace = t.tracer.Call
+	}
+	return h
+}
+
+// observe has metrics and traces see the sessions.
+func (t *telemetry) observe(sessions *session.Registry) {
 	if t.metrics != nil {
 		sessions.Observe(t.metrics)
-		runner.OnKill = t.metrics.Killed
-		runner.OnStart = t.metrics.Started
-		streams.Observe = func(e streaming.Event) { t.metrics.Event(string(e)) }
-		calls.Observe = func(method string, code codes.Code, d time.Duration) { t.metrics.Call(method, code.String(), d) }
-		calls.BeginSync = t.countSync(calls.BeginSync)
 	}
 	if t.tracer != nil {
 		sessions.Observe(t.tracer)
-		calls.Trace = t.tracer.Call
 	}
 }
 

@@ -92,9 +92,6 @@ type SyncRequest struct {
 	Env  []string // "NAME=value", added to the container's own, the last of a name wins
 	// Timeout is how long the command may take, 0 for as long as it likes.
 	Timeout time.Duration
-	// OutputLimit is how many bytes of stdout and stderr together are kept. What is beyond it is
-	// read and dropped, and the command goes on (CVE-2022-1708, CVE-2022-31030).
-	OutputLimit int
 }
 
 // SyncResult is how a command without streams ended.

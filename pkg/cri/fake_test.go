@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/pkg/endpoint"
 	"github.com/streamshim/streamshim/pkg/streaming"
 )
 
@@ -188,7 +189,7 @@ func startServer(t testing.TB, upstreamPath string, change func(*Config)) (*Serv
 		t.Fatal(err)
 	}
 	path := filepath.Join(socketDir(t), "streamshim.sock")
-	listener, err := Listen(path)
+	listener, err := endpoint.Listen(path)
 	if err != nil {
 		t.Fatal(err)
 	}

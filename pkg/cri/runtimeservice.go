@@ -201,10 +201,9 @@ func (s *Server) execSync(ctx context.Context, raw []byte) (any, error) {
 	}
 	timeout := time.Duration(min(request.GetTimeout(), math.MaxInt64/int64(time.Second))) * time.Second
 	result, err := s.engine.ExecSync(ctx, container, SyncRequest{
-		Args:        request.GetCmd(),
-		Env:         envs,
-		Timeout:     timeout,
-		OutputLimit: s.outputLimit,
+		Args:    request.GetCmd(),
+		Env:     envs,
+		Timeout: timeout,
 	})
 	output := int64(len(result.Stdout) + len(result.Stderr))
 	if err != nil {

@@ -262,7 +262,7 @@ func TestExecSync(t *testing.T) {
 		t.Errorf("got %v, %v", response, err)
 	}
 	got := n.engine.requests[0]
-	if !slices.Equal(got.Args, request.Cmd) || !slices.Equal(got.Env, []string{"A=1"}) || got.Timeout != 7*time.Second || got.OutputLimit != DefaultExecSyncOutputLimit {
+	if !slices.Equal(got.Args, request.Cmd) || !slices.Equal(got.Env, []string{"A=1"}) || got.Timeout != 7*time.Second {
 		t.Errorf("the engine got %+v", got)
 	}
 
@@ -304,9 +304,9 @@ func TestExecSync(t *testing.T) {
 		t.Errorf("%v, %+v", err, n.engine.requests)
 	}
 
-	// An answer of the greatest size must fit through the kubelet's 16 MiB.
-	n.engine.execSync = func(_ context.Context, request SyncRequest) (SyncResult, error) {
-		half := make([]byte, request.OutputLimit/2)
+	// An answer with as much output as pkg/config allows must fit through the kubelet's 16 MiB.
+	n.engine.execSync = func(context.Context, SyncRequest) (SyncResult, error) {
+		half := make([]byte, 15<<20/2)
 		return SyncResult{Stdout: half, Stderr: half}, nil
 	}
 	if _, err = n.client.ExecSync(ctx, request, grpc.MaxCallRecvMsgSize(16<<20)); err != nil {

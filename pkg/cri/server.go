@@ -14,11 +14,6 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// DefaultExecSyncOutputLimit is how many bytes of output, stdout and stderr together, an ExecSync
-// answer carries. The kubelet takes messages of up to 16 MiB; one that is larger is an error for it,
-// and the caller sees nothing of the output at all.
-const DefaultExecSyncOutputLimit = 16<<20 - 64<<10
-
 // keepaliveMinTime is how often a client may ping. gRPC's own default, five minutes, ends
 // connections that the upstream itself might allow.
 const keepaliveMinTime = time.Second
@@ -41,9 +36,6 @@ type Config struct {
 
 	// MaxMessageSize bounds one message from a client, in bytes; 0 means DefaultMaxMessageSize.
 	MaxMessageSize int
-	// ExecSyncOutputLimit bounds the output in one ExecSync answer, in bytes; 0 means
-	// DefaultExecSyncOutputLimit.
-	ExecSyncOutputLimit int
 
 	// Logger gets one debug record for each call. Nil means none.
 	Logger *slog.Logger
@@ -66,7 +58,6 @@ type Server struct {
 	streams         StreamServer
 	engine          Engine
 	streamErrorCode func(error) codes.Code
-	outputLimit     int
 	log             *slog.Logger
 	observe         func(string, codes.Code, time.Duration)
 	askSync         BeginSyncFunc
@@ -88,15 +79,11 @@ func NewServer(config Config) (*Server, error) {
 		streams:         config.Streams,
 		engine:          config.Engine,
 		streamErrorCode: config.StreamErrorCode,
-		outputLimit:     config.ExecSyncOutputLimit,
 		log:             config.Logger,
 		observe:         config.Observe,
 		askSync:         config.BeginSync,
 		trace:           config.Trace,
 		codec:           newRawCodec(),
-	}
-	if s.outputLimit == 0 {
-		s.outputLimit = DefaultExecSyncOutputLimit
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)

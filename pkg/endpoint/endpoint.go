@@ -1,4 +1,5 @@
-// Package endpoint reads the addresses of Unix sockets as the kubelet and crictl write them.
+// Package endpoint reads the addresses of Unix sockets as the kubelet and crictl write them, and listens
+// on them.
 package endpoint
 
 import (
@@ -6,7 +7,7 @@ import (
 	"strings"
 )
 
-// maxPath is the longest path a Unix socket may have, in bytes: 108 with the terminating zero
+// maxPath is the longest path of a Unix socket, in bytes: sockaddr_un.sun_path holds 108 with its NUL
 // (unix(7)).
 const maxPath = 107
 

@@ -277,18 +277,22 @@ func resources(t testing.TB) [3]int {
 	return [3]int{runtime.NumGoroutine(), len(fds), len(children)}
 }
 
+// testConfig has the times that users have by default.
+func testConfig(stateDir string) Config {
+	return Config{
+		StateDir: stateDir, Engine: testEngine(), OnDisconnect: PolicyHangup,
+		StartTimeout: 30 * time.Second, TermAfter: 5 * time.Second, KillAfter: 10 * time.Second,
+		DrainIdle: 2 * time.Second, DrainMax: 10 * time.Second, OutputLimit: 15 << 20,
+	}
+}
+
 // newRunner returns a Runner with short graces that is closed at the test's end and must not leak.
 func newRunner(t testing.TB, changes ...func(*Config)) *Runner {
 	t.Helper()
 	noLeaks(t)
-	config := Config{
-		Engine:    testEngine(),
-		StateDir:  filepath.Join(t.TempDir(), "exec"),
-		TermAfter: 300 * time.Millisecond,
-		KillAfter: 600 * time.Millisecond,
-		DrainIdle: 200 * time.Millisecond,
-		Logger:    slog.New(slog.NewTextHandler(testLog{t}, nil)),
-	}
+	config := testConfig(filepath.Join(t.TempDir(), "exec"))
+	config.TermAfter, config.KillAfter, config.DrainIdle = 300*time.Millisecond, 600*time.Millisecond, 200*time.Millisecond
+	config.Logger = slog.New(slog.NewTextHandler(testLog{t}, nil))
 	for _, change := range changes {
 		change(&config)
 	}

@@ -193,11 +193,11 @@ func (p *Process) endTree() {
 	// Before anything is closed or signalled: later the leader may be gone, and with it the trace to
 	// its children.
 	living := p.firstLook(t)
-	if config := p.runner.config; p.await(config.HangupAfter, nil) {
+	if config := p.runner.config; p.await(0, nil) {
 		p.closeStreams()
 		// A stopped process gets no signal but KILL before it is continued.
 		signalAll(living, unix.SIGHUP, unix.SIGCONT)
-		if living = p.graceOver(t, config.TermAfter-config.HangupAfter); len(living) > 0 {
+		if living = p.graceOver(t, config.TermAfter); len(living) > 0 {
 			signalAll(living, unix.SIGTERM, unix.SIGCONT)
 			if living = p.graceOver(t, config.KillAfter-config.TermAfter); len(living) > 0 && config.OnKill != nil {
 				config.OnKill()

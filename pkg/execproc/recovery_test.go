@@ -27,7 +27,11 @@ func predecessor(dir string) {
 	if err := json.Unmarshal([]byte(os.Getenv("EXECPROC_TEST_CONTAINER")), &c); err != nil {
 		fail(err)
 	}
-	r, err := NewRunner(Config{StateDir: dir, Engine: testEngine(), OnDisconnect: Policy(os.Getenv("EXECPROC_TEST_POLICY"))})
+	config := testConfig(dir)
+	if policy := os.Getenv("EXECPROC_TEST_POLICY"); policy != "" {
+		config.OnDisconnect = Policy(policy)
+	}
+	r, err := NewRunner(config)
 	if err != nil {
 		fail(err)
 	}

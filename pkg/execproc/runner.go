@@ -26,28 +26,29 @@ const (
 	PolicyKeep   Policy = "keep"   // it lives on
 )
 
-// Config is how a Runner works. Zero values mean the defaults.
+// Config is how a Runner works. StateDir, the engine, the policy and all times are required: the defaults
+// of what users may set stand in pkg/config alone.
 type Config struct {
 	// StateDir holds the files of starts and the recovery records; made with mode 0700. It belongs
-	// on a tmpfs, such as /run/streamshim/exec. Required.
+	// on a tmpfs, such as /run/streamshim/exec.
 	StateDir string
-	// Engine is what starts commands; default EngineRunc.
+	// Engine is what starts commands.
 	Engine Engine
-	// StartTimeout bounds one start, as far as the caller's context does not; default 30 s.
+	// StartTimeout bounds one start, as far as the caller's context does not.
 	StartTimeout time.Duration
-	// OnDisconnect is what Disconnect, Shutdown and recovery do; default PolicyHangup.
+	// OnDisconnect is what Disconnect, Shutdown and recovery do.
 	OnDisconnect Policy
-	// HangupAfter, TermAfter and KillAfter say when, counted from Disconnect, the tree gets SIGHUP,
-	// SIGTERM and SIGKILL with PolicyHangup; defaults 0, 5 s and 10 s.
-	HangupAfter, TermAfter, KillAfter time.Duration
-	// OutputLimit is how much of stdout and stderr together RunSync returns at most; the default is
-	// 16 MiB less 64 KiB, so that a reply with it stays below gRPC's 16 MiB message.
-	OutputLimit int
+	// TermAfter and KillAfter say when, counted from Disconnect and its SIGHUP, the tree gets SIGTERM and
+	// SIGKILL with PolicyHangup.
+	TermAfter, KillAfter time.Duration
 	// DrainIdle is for how long the output must be silent until RunSync, its command having ended,
-	// no longer waits for whoever else holds the pipe; default 2 s.
+	// no longer waits for whoever else holds the pipe. Zero waits for DrainMax.
 	DrainIdle time.Duration
-	// DrainMax ends that wait also while data flows; default 10 s.
+	// DrainMax ends that wait also while data flows.
 	DrainMax time.Duration
+	// OutputLimit is how many bytes of stdout and stderr together RunSync keeps. The rest is read and
+	// dropped, and the command goes on (CVE-2022-1708, CVE-2022-31030).
+	OutputLimit int
 	// Logger gets what an operator should know; default slog.Default.
 	Logger *slog.Logger
 	// OnStart is called when a command was started: natively, or else by the OCI runtime. It must not
@@ -59,7 +60,7 @@ type Config struct {
 	OnKill func()
 }
 
-func (c Config) withDefaults() (Config, error) {
+func (c Config) complete() (Config, error) {
 	if c.StateDir == "" {
 		return c, errors.New("execproc: Config.StateDir is required")
 	}
@@ -68,39 +69,18 @@ func (c Config) withDefaults() (Config, error) {
 		return c, fmt.Errorf("execproc: Config.StateDir: %w", err)
 	}
 	c.StateDir = dir
-	for _, d := range []struct {
-		value *time.Duration
-		first time.Duration
-	}{
-		{&c.StartTimeout, 30 * time.Second},
-		{&c.TermAfter, 5 * time.Second},
-		{&c.KillAfter, 10 * time.Second},
-		{&c.DrainIdle, 2 * time.Second},
-		{&c.DrainMax, 10 * time.Second},
-	} {
-		if *d.value == 0 {
-			*d.value = d.first
-		}
-	}
-	if c.HangupAfter < 0 || c.TermAfter < c.HangupAfter || c.KillAfter < c.TermAfter {
-		return c, errors.New("execproc: hang-up, TERM and KILL must come in this order")
+	if c.StartTimeout <= 0 || c.TermAfter <= 0 || c.KillAfter < c.TermAfter || c.DrainIdle < 0 || c.DrainMax <= 0 || c.OutputLimit <= 0 {
+		return c, errors.New("execproc: a time or the limit of output is missing, or KILL comes before TERM")
 	}
 	switch c.OnDisconnect {
-	case "":
-		c.OnDisconnect = PolicyHangup
 	case PolicyHangup, PolicyKill, PolicyKeep:
 	default:
 		return c, fmt.Errorf("execproc: on_disconnect is hangup, kill or keep, not %q", c.OnDisconnect)
 	}
 	switch c.Engine {
-	case "":
-		c.Engine = EngineRunc
 	case EngineAuto, EngineRunc, EngineNative:
 	default:
 		return c, fmt.Errorf("execproc: engine is auto, runc or native, not %q", c.Engine)
-	}
-	if c.OutputLimit <= 0 {
-		c.OutputLimit = 16<<20 - 64<<10
 	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()
@@ -134,7 +114,7 @@ type Runner struct {
 // that was killed has left running (unless the policy was to keep it), in the background. Close or
 // Shutdown releases it.
 func NewRunner(config Config) (*Runner, error) {
-	config, err := config.withDefaults()
+	config, err := config.complete()
 	if err != nil {
 		return nil, err
 	}

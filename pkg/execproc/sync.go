@@ -15,9 +15,6 @@ type SyncCommand struct {
 	Env  []string // as Command.Env
 	// Timeout counts from the call, start included. Zero means none.
 	Timeout time.Duration
-	// OutputLimit is how much of stdout and stderr together is kept; zero means Config.OutputLimit.
-	// The rest is read and dropped, and the command goes on.
-	OutputLimit int
 }
 
 // SyncResult is what a command left.
@@ -58,11 +55,7 @@ func (r *Runner) RunSync(ctx context.Context, c Container, command SyncCommand) 
 		}
 		return SyncResult{}, err
 	}
-	limit := command.OutputLimit
-	if limit <= 0 {
-		limit = r.config.OutputLimit
-	}
-	output := collect(p, limit)
+	output := collect(p, r.config.OutputLimit)
 	exitCode, err := r.waitSync(ctx, p, output)
 	p.Close() // ends what is left of the collecting
 	<-output.done
@@ -90,8 +83,10 @@ func (r *Runner) waitSync(ctx context.Context, p *Process, output *collector) (i
 	}
 	exited := time.Now()
 	for {
-		quiet := time.Until(output.lastData(exited).Add(r.config.DrainIdle))
-		wait := min(quiet, time.Until(exited.Add(r.config.DrainMax)))
+		wait := time.Until(exited.Add(r.config.DrainMax))
+		if idle := r.config.DrainIdle; idle > 0 {
+			wait = min(wait, time.Until(output.lastData(exited).Add(idle)))
+		}
 		if wait <= 0 {
 			return p.ExitCode(), nil
 		}

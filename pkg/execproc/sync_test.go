@@ -124,11 +124,13 @@ func TestTimeoutDuringStart(t *testing.T) {
 func TestOutputLimit(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
+	r.config.OutputLimit = 10 << 20
 	result, err := r.RunSync(context.Background(), c, SyncCommand{Args: shell("yes | head -c 40000000; yes | head -c 1000000 >&2; exit 8")})
-	if total := len(result.Stdout) + len(result.Stderr); err != nil || result.ExitCode != 8 || total != 16<<20-64<<10 {
+	if total := len(result.Stdout) + len(result.Stderr); err != nil || result.ExitCode != 8 || total != 10<<20 {
 		t.Errorf("%d bytes, exit code %d, %v", total, result.ExitCode, err)
 	}
-	result, err = r.RunSync(context.Background(), c, SyncCommand{Args: shell("printf 12345; sleep 0.5; printf 67890 >&2"), OutputLimit: 7})
+	r.config.OutputLimit = 7
+	result, err = r.RunSync(context.Background(), c, SyncCommand{Args: shell("printf 12345; sleep 0.5; printf 67890 >&2")})
 	if err != nil || string(result.Stdout) != "12345" || string(result.Stderr) != "67" {
 		t.Errorf("%+v, %v", result, err)
 	}

@@ -212,7 +212,7 @@ func TestExecCutAnywhere(t *testing.T) {
 		"WebSocket": func(u *url.URL) []byte { return upgradeWebSocket(u, "v5.channel.k8s.io") },
 	}
 	forEachTransport(t, func(t *testing.T, transport string) {
-		s := startServer(t, Config{FirstSizeWait: time.Millisecond})
+		s := startServer(t, Config{waits: waits{firstSize: time.Millisecond}})
 		var mu sync.Mutex
 		var started, told int
 		executor := executorFunc(func(Command) (Process, error) {

@@ -50,7 +50,7 @@ func TestOneWriteForAChunk(t *testing.T) {
 		s := &testServer{
 			// A peer that may translate for a slow reader is asked how far it has come, by a write of its own for each
 			// half of a window (spdy/receipt.go); that is not what is counted here.
-			Server: NewServer(Config{Log: log, Sessions: session.NewRegistry(log), StatusWait: -1}, listener.Addr()),
+			Server: NewServer(ordinary(Config{Log: log, Sessions: session.NewRegistry(log), StatusWait: unlimited}), listener.Addr()),
 			t:      t, served: make(chan error, 1),
 		}
 		go func() { s.served <- s.Serve(countingListener{listener, &writes}) }()

@@ -122,7 +122,6 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, r *http.Request,
 		// A backlog of stdin serves nobody, and one that outgrows the CPU caches costs a third more.
 		ConnBuffer: 1 << 20,
 		OnReceipt:  onReceipt,
-		Stall:      -1, // all streams serve one command, which may leave its stdin unread for as long as it likes
 		// Called by the connection's reader alone, so that it needs no lock; ready publishes the streams.
 		OnStream: func(stream *spdy.Stream) {
 			name := strings.ToLower(stream.Header().Get(headerStreamType))

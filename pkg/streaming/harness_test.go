@@ -1,6 +1,7 @@
 package streaming
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -19,7 +21,6 @@ import (
 
 	"github.com/creack/pty"
 	"github.com/gorilla/websocket"
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 	"k8s.io/apimachinery/pkg/util/proxy"
 	apiserverproxy "k8s.io/apiserver/pkg/util/proxy"
@@ -38,8 +39,30 @@ var transports = []string{"SPDY", "WebSocket"}
 
 func forEachTransport(t *testing.T, f func(t *testing.T, transport string)) {
 	for _, transport := range transports {
-		t.Run(transport, func(t *testing.T) { f(t, transport) })
+		t.Run(transport, func(t *testing.T) {
+			if together(t) {
+				t.Parallel()
+			}
+			f(t, transport)
+		})
 	}
+}
+
+// togetherTests has the names of the tests whose cases run at the same time.
+var togetherTests sync.Map
+
+// runTogether runs the parallel cases of a test that mostly waits, and looks for leaks once, after all of
+// them. A case of it calls t.Parallel; forEachTransport does so for its own.
+func runTogether(t *testing.T, cases func(t *testing.T)) {
+	leak.Check(t)
+	togetherTests.Store(t.Name(), nil)
+	t.Run("cases", cases)
+}
+
+func together(t *testing.T) bool {
+	test, _, _ := strings.Cut(t.Name(), "/")
+	_, ok := togetherTests.Load(test)
+	return ok
 }
 
 // testServer is a streaming server on loopback.
@@ -49,10 +72,35 @@ type testServer struct {
 	served chan error
 }
 
+// unlimited stands in a test's Config for a limit that is off, because zero there means an ordinary one.
+const unlimited = -1
+
+// ordinary fills in what a test leaves open.
+func ordinary(c Config) Config {
+	for _, limit := range []struct {
+		value    *time.Duration
+		ordinary time.Duration
+	}{
+		{&c.DrainIdle, 2 * time.Second}, {&c.DrainMax, 10 * time.Minute}, {&c.LingerIdle, 10 * time.Minute},
+		{&c.StatusWait, time.Minute}, {&c.InputGrace, 30 * time.Second}, {&c.Stall, 30 * time.Second},
+	} {
+		switch *limit.value {
+		case 0:
+			*limit.value = limit.ordinary
+		case unlimited:
+			*limit.value = 0
+		}
+	}
+	c.AttachBuffer = cmp.Or(c.AttachBuffer, 1<<20)
+	return c
+}
+
 func startServer(t *testing.T, config Config) *testServer {
 	t.Helper()
-	// spdystream waits a second for somebody to collect the error of a close.
-	leak.Check(t, goleak.IgnoreTopFunction("github.com/moby/spdystream.(*Connection).shutdown"))
+	config = ordinary(config)
+	if !together(t) {
+		leak.Check(t)
+	}
 	config.Log = slog.New(slog.DiscardHandler)
 	config.Sessions = session.NewRegistry(config.Log)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")

@@ -345,8 +345,8 @@ func neverAccepts(t *testing.T) (port int) {
 // A peer that connects and says nothing, or stops half way, does not stay for ever.
 func TestSilentPeersAreLetGo(t *testing.T) {
 	s := startServer(t, Config{
-		StreamCreationTimeout: 200 * time.Millisecond,
-		IdleTimeout:           map[session.Kind]time.Duration{session.PortForward: 2 * time.Second},
+		waits:    waits{streamCreation: 200 * time.Millisecond},
+		Settings: Settings{IdleTimeout: map[session.Kind]time.Duration{session.PortForward: 2 * time.Second}},
 	})
 	run := s.execURL(&hostExecutor{t: t}, remotecommand.StreamOptions{Stdout: io.Discard}, "true")
 	c := dialRaw(t, run, upgradeRequest(http.MethodPost, run, spdyLines("v4.channel.k8s.io")...))

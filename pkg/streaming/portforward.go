@@ -262,7 +262,7 @@ func (s *portForwardSession) onStream(stream *spdy.Stream) {
 	}
 	if !ok {
 		c = &forwardedConnection{port: uint16(port)}
-		c.timeout = time.AfterFunc(s.config.StreamCreationTimeout, func() { s.abandon(id, c) })
+		c.timeout = time.AfterFunc(s.config.streamCreation, func() { s.abandon(id, c) })
 		s.waiting[id] = c
 	}
 	slot := &c.data

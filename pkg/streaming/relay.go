@@ -130,7 +130,7 @@ func upgradeUpstream(ctx context.Context, network net.Conn, target string) (*spd
 		buffered = append(buffered, peeked...)
 	}
 	protocol := remoteCommandProtocolByName(response.Header.Get(headerProtocolVersion))
-	return spdy.NewClient(network, buffered, spdy.Config{Stall: -1}), protocol, nil
+	return spdy.NewClient(network, buffered, spdy.Config{}), protocol, nil
 }
 
 // open opens the streams that the command wants and starts to follow them.

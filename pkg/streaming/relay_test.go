@@ -37,7 +37,7 @@ func (s *testServer) relayedURL(upstream *url.URL, options remotecommand.StreamO
 // difference: input, both outputs, exit code, terminal.
 func TestExecIsRelayed(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
-		patient := Config{FirstSizeWait: 10 * time.Second} // a busy machine must not fail the test
+		patient := Config{waits: waits{firstSize: 10 * time.Second}} // a busy machine must not fail the test
 		upstream, s := startServer(t, patient), startServer(t, patient)
 		executor := &hostExecutor{t: t}
 		const size = 3 << 20

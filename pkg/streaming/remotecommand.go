@@ -137,7 +137,7 @@ func (s *remoteCommandSession) run() session.Outcome {
 
 // waitForStreams returns false, and how the session ended, if the client did not open its streams.
 func (s *remoteCommandSession) waitForStreams(ctx context.Context) (session.Outcome, bool) {
-	timeout := time.NewTimer(s.config.StreamCreationTimeout)
+	timeout := time.NewTimer(s.config.streamCreation)
 	defer timeout.Stop()
 	select {
 	case <-s.client.ready:
@@ -153,7 +153,7 @@ func (s *remoteCommandSession) waitForStreams(ctx context.Context) (session.Outc
 		s.sayNotStarted(endedStatus(outcome.Err.Error()))
 		return outcome, false
 	case <-timeout.C:
-		err := fmt.Errorf("the client did not open all streams of the command within %v", s.config.StreamCreationTimeout)
+		err := fmt.Errorf("the client did not open all streams of the command within %v", s.config.streamCreation)
 		s.sayNotStarted(internalErrorStatus(err.Error()))
 		return session.Outcome{Reason: "no-streams", ExitCode: -1, Err: err}, false
 	}
@@ -181,7 +181,7 @@ func (s *remoteCommandSession) firstSize(ctx context.Context) (width, height uin
 	}
 	s.terminal.known = make(chan struct{})
 	s.others.Go(func() { s.terminal.follow(s.client.resize) })
-	timeout := time.NewTimer(s.config.FirstSizeWait)
+	timeout := time.NewTimer(s.config.firstSize)
 	defer timeout.Stop()
 	select {
 	case <-s.terminal.known:
@@ -379,7 +379,7 @@ func (s *remoteCommandSession) disconnected() session.Outcome {
 	}
 	s.client.Close() //nolint:errcheck // wakes the copiers
 	s.stopInput()
-	if waitFor(s.process.Exited(), s.config.DisconnectWait) {
+	if s.processFollows() {
 		outcome.ExitCode = s.process.ExitCode()
 	}
 	s.process.Close() //nolint:errcheck // nobody is left to tell
@@ -422,7 +422,7 @@ func (s *remoteCommandSession) stop(ctx context.Context, outcome session.Outcome
 	s.drain.begin(0)
 	s.outputs.Wait()
 	s.sayEnd(ctx, endedStatus(outcome.Err.Error()))
-	if waitFor(s.process.Exited(), s.config.DisconnectWait) {
+	if s.processFollows() {
 		outcome.ExitCode = s.process.ExitCode()
 	}
 	s.process.Close() //nolint:errcheck // the session is over
@@ -630,6 +630,16 @@ func stopped(ctx context.Context) session.Outcome {
 		return session.Outcome{Reason: end.Reason, ExitCode: -1, Err: end}
 	}
 	return session.Outcome{Reason: "stopped", ExitCode: -1, Err: context.Cause(ctx)}
+}
+
+// processFollows waits for the process of a client that has gone, unless processes live on without their
+// clients, and reports whether it has ended.
+func (s *remoteCommandSession) processFollows() bool {
+	limit := s.config.processEnd
+	if s.config.KeepProcesses {
+		limit = 0
+	}
+	return waitFor(s.process.Exited(), limit)
 }
 
 // waitFor reports whether the channel was closed within the limit.

@@ -109,7 +109,7 @@ func (s sizes) Next() *remotecommand.TerminalSize {
 // The command sees the size of the client's terminal from its first instruction (kubernetes#47990).
 func TestFirstTerminalSize(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
-		s := startServer(t, Config{FirstSizeWait: 10 * time.Second}) // a busy machine must not fail the test
+		s := startServer(t, Config{waits: waits{firstSize: 10 * time.Second}}) // a busy machine must not fail the test
 		for range 10 {
 			var stdout bytes.Buffer
 			queue := make(sizes, 2)
@@ -201,21 +201,24 @@ func (r *slowReader) Write(p []byte) (int, error) {
 // server, with clients that send pings all the while (kubernetes#60140).
 func TestSlowReaderGetsAllOutput(t *testing.T) {
 	const size, rate = 8 << 20, 4 << 20
-	forEachTransport(t, func(t *testing.T, transport string) {
-		for hops := range 3 {
-			for _, code := range []int{0, 3} {
-				t.Run(fmt.Sprintf("hops=%d exit=%d", hops, code), func(t *testing.T) {
-					s := startServer(t, Config{})
-					reader := &slowReader{rate: rate}
-					options := remotecommand.StreamOptions{Stdout: reader}
-					u := s.execURL(&hostExecutor{t: t}, options, "sh", "-c", fmt.Sprintf("head -c %d /dev/zero; exit %d", size, code))
-					err := stream(t.Context(), t, transport, throughProxies(t, u, hops, transport, options), options)
-					if got := exitCode(t, err); got != code || reader.n != size {
-						t.Errorf("exit code %d, %d of %d bytes", got, reader.n, size)
-					}
-				})
+	runTogether(t, func(t *testing.T) {
+		forEachTransport(t, func(t *testing.T, transport string) {
+			for hops := range 3 {
+				for _, code := range []int{0, 3} {
+					t.Run(fmt.Sprintf("hops=%d exit=%d", hops, code), func(t *testing.T) {
+						t.Parallel()
+						s := startServer(t, Config{})
+						reader := &slowReader{rate: rate}
+						options := remotecommand.StreamOptions{Stdout: reader}
+						u := s.execURL(&hostExecutor{t: t}, options, "sh", "-c", fmt.Sprintf("head -c %d /dev/zero; exit %d", size, code))
+						err := stream(t.Context(), t, transport, throughProxies(t, u, hops, transport, options), options)
+						if got := exitCode(t, err); got != code || reader.n != size {
+							t.Errorf("exit code %d, %d of %d bytes", got, reader.n, size)
+						}
+					})
+				}
 			}
-		}
+		})
 	})
 }
 
@@ -234,15 +237,17 @@ func TestBackgroundChildHoldsStdout(t *testing.T) {
 
 // Output that still flows after the command's end is not cut.
 func TestBackgroundChildStillWrites(t *testing.T) {
-	forEachTransport(t, func(t *testing.T, transport string) {
-		s := startServer(t, Config{DrainIdle: 2 * time.Second})
-		var stdout bytes.Buffer
-		options := remotecommand.StreamOptions{Stdout: &stdout}
-		u := s.execURL(&hostExecutor{t: t}, options, "sh", "-c",
-			"(for i in 1 2 3 4 5 6 7 8; do sleep 0.5; echo $i; done) & exit 3")
-		if got := exitCode(t, stream(t.Context(), t, transport, u, options)); got != 3 || stdout.String() != "1\n2\n3\n4\n5\n6\n7\n8\n" {
-			t.Errorf("exit code %d, output %q", got, &stdout)
-		}
+	runTogether(t, func(t *testing.T) {
+		forEachTransport(t, func(t *testing.T, transport string) {
+			s := startServer(t, Config{DrainIdle: 2 * time.Second})
+			var stdout bytes.Buffer
+			options := remotecommand.StreamOptions{Stdout: &stdout}
+			u := s.execURL(&hostExecutor{t: t}, options, "sh", "-c",
+				"(for i in 1 2 3 4 5 6 7 8; do sleep 0.5; echo $i; done) & exit 3")
+			if got := exitCode(t, stream(t.Context(), t, transport, u, options)); got != 3 || stdout.String() != "1\n2\n3\n4\n5\n6\n7\n8\n" {
+				t.Errorf("exit code %d, output %q", got, &stdout)
+			}
+		})
 	})
 }
 
@@ -500,7 +505,7 @@ func TestShutdownEndsSessionsWithAStatus(t *testing.T) {
 
 func TestIdleSessionEndsWithAStatus(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
-		s := startServer(t, Config{IdleTimeout: map[session.Kind]time.Duration{session.Exec: 300 * time.Millisecond}})
+		s := startServer(t, Config{Settings: Settings{IdleTimeout: map[session.Kind]time.Duration{session.Exec: 300 * time.Millisecond}}})
 		options := remotecommand.StreamOptions{Stdout: io.Discard}
 		u := s.execURL(&hostExecutor{t: t}, options, "sleep", "600")
 		if err := stream(t.Context(), t, transport, u, options); err == nil || !strings.Contains(err.Error(), "nothing was sent or received") {
@@ -548,7 +553,7 @@ func TestTokenAnswers(t *testing.T) {
 
 // A client that does not open its streams is let go.
 func TestMissingStreams(t *testing.T) {
-	s := startServer(t, Config{StreamCreationTimeout: 100 * time.Millisecond})
+	s := startServer(t, Config{waits: waits{streamCreation: 100 * time.Millisecond}})
 	u := s.execURL(&hostExecutor{t: t}, remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}, "true")
 	// The client opens no stdin although the request has one.
 	err := stream(t.Context(), t, "SPDY", u, remotecommand.StreamOptions{Stdout: io.Discard})

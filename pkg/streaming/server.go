@@ -1,6 +1,7 @@
 package streaming
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,86 +15,96 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// Config is what a Server needs to know. Zero durations take the default named with each field;
-// a negative one turns the limit off where the field says so.
+// Config is what a Server needs to know. Log and Sessions are required. Every value is taken as it is: the
+// defaults of what users may set stand in pkg/config alone, and zero is off where a comment says so.
 type Config struct {
 	Log      *slog.Logger
 	Sessions *session.Registry
 
-	// StreamCreationTimeout is how long a client may take to open its streams after the upgrade.
-	// Default 30 s.
-	StreamCreationTimeout time.Duration
-	// FirstSizeWait is how long the start of a command with a terminal waits for the terminal's
-	// size, so that the command finds it right from its first instruction (kubernetes#47990).
-	// A client that sends none waits as long. Default 500 ms, which a busy node with two proxies
-	// between needs.
-	FirstSizeWait time.Duration
 	// DrainIdle is how long the output of a command that has exited must be silent before it is
 	// taken to be complete although some background child still holds it (kubernetes#44371).
-	// Default 2 s; negative waits for the end of output for ever, as other runtimes do.
+	// Zero waits for the end of output for ever, as other runtimes do.
 	DrainIdle time.Duration
-	// DrainMax bounds the same wait while output still flows. Default 10 min.
+	// DrainMax bounds the same wait while output still flows.
 	DrainMax time.Duration
 	// LingerIdle is how long a finished session waits without any progress for the client to take
-	// what is left and to close the connection. Default 10 min.
+	// what is left and to close the connection.
 	LingerIdle time.Duration
 	// StatusWait bounds how long the status of a finished command is held back for a client over SPDY,
 	// which may translate for somebody else, to have read the output: since the last sign that it has read
-	// something. Default 1 min; negative does not hold it back.
+	// something. Zero does not hold it back.
 	StatusWait time.Duration
 	// InputGrace is how long a command without a terminal, whose client has left in order, may take none of
 	// the input that came before, and, once it has all of it, how long it may run on before it is treated as
-	// one whose client has gone. Default 30 s; negative is not at all.
+	// one whose client has gone. Zero is not at all.
 	InputGrace time.Duration
-	// DisconnectWait is how long a session whose client has gone stays in the registry until its
-	// process has followed. Default 30 s; negative does not wait, for processes that are kept.
-	DisconnectWait time.Duration
-	// IdleTimeout ends a session in which no payload has moved for this long. Pings do not count
-	// (containerd#5563). Default 4 h; negative is off.
-	IdleTimeout map[session.Kind]time.Duration
-	// MaxLifetime ends a session this long after its start. Default off.
-	MaxLifetime map[session.Kind]time.Duration
-	// Bandwidth is how many bytes a second one session may move in each direction, its bursts
-	// included; default off. The sessions' counters and pings are not held up by it.
-	Bandwidth int64
-	// Starts bounds how many commands start at the same time. Default no bound.
+	// KeepProcesses says that processes live on without their clients, so that a session whose client
+	// has gone does not wait for its process to follow.
+	KeepProcesses bool
+	// Settings are those at the start, see Server.Update.
+	Settings
+	// Starts bounds how many commands start at the same time. Nil is no bound.
 	Starts StartGate
-	// Warning is how long before the end by IdleTimeout or MaxLifetime a line on the terminal says
-	// so, when the limit is more than twice as long. Default 1 min.
-	Warning time.Duration
 	// Stall is how long one forwarded connection whose pod reads nothing may hold up its neighbours,
 	// once it has used up the room that all of them share, before it is reset (kubernetes#78446).
-	// Default 30 s; negative is never.
+	// Zero is never.
 	Stall time.Duration
-	// PeerTimeout is how long the network may stay silent, although an answer is due, before the
-	// client is taken to be gone. Default 45 s.
-	PeerTimeout time.Duration
-	// ReportRefused makes port-forward write a refused or failed dial on the error stream. Off by
-	// default: kubectl ends the whole port-forward on any text there (kubernetes#111825).
+	// ReportRefused makes port-forward write a refused or failed dial on the error stream, at which
+	// kubectl ends the whole port-forward (kubernetes#111825).
 	ReportRefused bool
 	// AttachBuffer is how many bytes of output wait for an attached client that reads too slowly;
-	// what comes beyond is skipped. Default 1 MiB.
+	// what comes beyond is skipped.
 	AttachBuffer int
 	// Observe is told of each Event as it happens, from many goroutines; it must not block. Nil
 	// means that nobody asks.
 	Observe func(Event)
+
+	waits // those that are zero become the package's own
+}
+
+// Settings are the part of Config that may change while the server runs. A zero, or a kind of session
+// that is missing, is no limit.
+type Settings struct {
+	// IdleTimeout ends a session in which no payload has moved for this long. Pings do not count
+	// (containerd#5563).
+	IdleTimeout map[session.Kind]time.Duration
+	// MaxLifetime ends a session this long after its start.
+	MaxLifetime map[session.Kind]time.Duration
+	// Bandwidth is how many bytes a second one session may move in each direction, its bursts
+	// included. The sessions' counters and pings are not held up by it.
+	Bandwidth int64
+}
+
+// waits are the times that no user sets.
+type waits struct {
+	// streamCreation is how long a client may take to open its streams after the upgrade.
+	streamCreation time.Duration
+	// firstSize is how long the start of a command with a terminal waits for the terminal's size, so
+	// that the command finds it right from its first instruction (kubernetes#47990). A client that
+	// sends none waits as long; a busy node with two proxies between needs it.
+	firstSize time.Duration
+	// warning is how long before the end by IdleTimeout or MaxLifetime a line on the terminal says
+	// so, when the limit is more than twice as long.
+	warning time.Duration
+	// peerSilence is how long the network may stay silent, although an answer is due, before the
+	// client is taken to be gone.
+	peerSilence time.Duration
+	// processEnd is how long a session whose client has gone stays in the registry until its process has
+	// followed.
+	processEnd time.Duration
+}
+
+func (w waits) complete() waits {
+	return waits{
+		streamCreation: cmp.Or(w.streamCreation, 30*time.Second),
+		firstSize:      cmp.Or(w.firstSize, 500*time.Millisecond),
+		warning:        cmp.Or(w.warning, time.Minute),
+		peerSilence:    cmp.Or(w.peerSilence, 45*time.Second),
+		processEnd:     cmp.Or(w.processEnd, 30*time.Second),
+	}
 }
 
 const (
-	defaultStreamCreationTimeout = 30 * time.Second
-	defaultFirstSizeWait         = 500 * time.Millisecond
-	defaultDrainIdle             = 2 * time.Second
-	defaultDrainMax              = 10 * time.Minute
-	defaultLingerIdle            = 10 * time.Minute
-	defaultStatusWait            = time.Minute
-	defaultInputGrace            = 30 * time.Second
-	defaultDisconnectWait        = 30 * time.Second
-	defaultIdleTimeout           = 4 * time.Hour
-	defaultWarning               = time.Minute
-	defaultStall                 = 30 * time.Second
-	defaultPeerTimeout           = 45 * time.Second
-	defaultAttachBuffer          = 1 << 20
-
 	requestTimeout      = 10 * time.Second // for an HTTP request to come, and for its answer to be taken
 	keepAliveTimeout    = 60 * time.Second // of an HTTP connection between requests
 	maxHeaderBytes      = 64 << 10
@@ -101,39 +112,6 @@ const (
 
 	shutdownGrace = 2 * time.Second // for clients to read the status at shutdown
 )
-
-func (c Config) withDefaults() Config {
-	duration := func(d *time.Duration, def time.Duration) {
-		if *d == 0 {
-			*d = def
-		}
-	}
-	duration(&c.StreamCreationTimeout, defaultStreamCreationTimeout)
-	duration(&c.FirstSizeWait, defaultFirstSizeWait)
-	duration(&c.DrainIdle, defaultDrainIdle)
-	duration(&c.DrainMax, defaultDrainMax)
-	duration(&c.LingerIdle, defaultLingerIdle)
-	duration(&c.StatusWait, defaultStatusWait)
-	duration(&c.InputGrace, defaultInputGrace)
-	duration(&c.DisconnectWait, defaultDisconnectWait)
-	duration(&c.Warning, defaultWarning)
-	duration(&c.Stall, defaultStall)
-	duration(&c.PeerTimeout, defaultPeerTimeout)
-	if c.AttachBuffer == 0 {
-		c.AttachBuffer = defaultAttachBuffer
-	}
-	if c.Observe == nil {
-		c.Observe = func(Event) {}
-	}
-	return c
-}
-
-func (c Config) idleTimeout(k session.Kind) time.Duration {
-	if d, ok := c.IdleTimeout[k]; ok && d != 0 {
-		return max(d, 0)
-	}
-	return defaultIdleTimeout
-}
 
 // Server gives out streaming URLs and serves them.
 type Server struct {
@@ -153,12 +131,6 @@ type Server struct {
 	settings Settings
 }
 
-// Settings are the part of Config that may change while the server runs.
-type Settings struct {
-	IdleTimeout, MaxLifetime map[session.Kind]time.Duration
-	Bandwidth                int64
-}
-
 // Update takes over new settings. Sessions that live keep those they began with.
 func (s *Server) Update(settings Settings) {
 	s.mu.Lock()
@@ -171,20 +143,22 @@ func (s *Server) current() Config {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	c := s.config
-	c.IdleTimeout, c.MaxLifetime, c.Bandwidth = s.settings.IdleTimeout, s.settings.MaxLifetime, s.settings.Bandwidth
+	c.Settings = s.settings
 	return c
 }
 
 // NewServer returns a server whose URLs point to the listener's address, which must be one that
 // clients on this node can dial. Serve starts it.
 func NewServer(config Config, listener net.Addr) *Server {
+	config.waits = config.waits.complete()
+	if config.Observe == nil {
+		config.Observe = func(Event) {}
+	}
 	s := &Server{
-		config: config.withDefaults(),
-		plain:  newPlainConnections(maxPlainConnections),
-		base:   url.URL{Scheme: "http", Host: listener.String()},
-		settings: Settings{
-			IdleTimeout: config.IdleTimeout, MaxLifetime: config.MaxLifetime, Bandwidth: config.Bandwidth,
-		},
+		config:   config,
+		settings: config.Settings,
+		plain:    newPlainConnections(maxPlainConnections),
+		base:     url.URL{Scheme: "http", Host: listener.String()},
 	}
 	s.tokens = newTokenCache(s.config.Observe)
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())

@@ -20,7 +20,7 @@ import (
 func startHastyServer(t *testing.T) *testServer {
 	t.Helper()
 	leak.Check(t)
-	config := Config{Log: slog.New(slog.DiscardHandler)}
+	config := ordinary(Config{Log: slog.New(slog.DiscardHandler)})
 	config.Sessions = session.NewRegistry(config.Log)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -25,13 +25,13 @@ type timeouts struct {
 }
 
 func newTimeouts(c Config, s *session.Session) *timeouts {
-	t := &timeouts{idle: c.idleTimeout(s.Kind), session: s, last: time.Now()}
+	t := &timeouts{idle: c.IdleTimeout[s.Kind], session: s, last: time.Now()}
 	// A limit of a few minutes needs no warning.
-	if s.TTY && t.idle > 2*c.Warning {
-		t.warning = c.Warning
+	if s.TTY && t.idle > 2*c.warning {
+		t.warning = c.warning
 	}
-	if limit := c.MaxLifetime[s.Kind]; s.TTY && limit > 2*c.Warning {
-		t.before = c.Warning
+	if limit := c.MaxLifetime[s.Kind]; s.TTY && limit > 2*c.warning {
+		t.before = c.warning
 		t.ends = s.Start.Add(limit)
 	}
 	if t.idle > 0 || !t.ends.IsZero() {

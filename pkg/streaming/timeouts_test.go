@@ -40,9 +40,7 @@ func (s *testServer) attachURL(upstream func() *url.URL, options remotecommand.S
 
 // limitOf is a limit for one kind of session, so that the test of one sees no other's.
 func limitOf(kind session.Kind, limit time.Duration) map[session.Kind]time.Duration {
-	all := map[session.Kind]time.Duration{session.Exec: -1, session.Attach: -1, session.PortForward: -1}
-	all[kind] = limit
-	return all
+	return map[session.Kind]time.Duration{kind: limit}
 }
 
 // Both limits end a session of each kind, over each transport, with words that say why.
@@ -53,10 +51,10 @@ func TestLimitsEndSessionsWithAStatus(t *testing.T) {
 			config     func(session.Kind) Config
 		}{
 			{"idle", "nothing was sent or received for 200ms", func(k session.Kind) Config {
-				return Config{IdleTimeout: limitOf(k, 200*time.Millisecond)}
+				return Config{Settings: Settings{IdleTimeout: limitOf(k, 200*time.Millisecond)}}
 			}},
 			{"lifetime", "sessions may last 300ms at most", func(k session.Kind) Config {
-				return Config{IdleTimeout: limitOf(k, -1), MaxLifetime: limitOf(k, 300*time.Millisecond)}
+				return Config{Settings: Settings{MaxLifetime: limitOf(k, 300*time.Millisecond)}}
 			}},
 		} {
 			options := remotecommand.StreamOptions{Stdout: io.Discard}
@@ -103,48 +101,51 @@ func TestLimitsEndSessionsWithAStatus(t *testing.T) {
 func TestOnlyPayloadCounts(t *testing.T) {
 	const idle = 2 * time.Second // far above what a busy machine takes between two of the activities
 	options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true}
-	for name, active := range map[string]bool{"ping": false, "stdin": true, "stdout": true, "resize": true} {
-		t.Run(name, func(t *testing.T) {
-			forEachTransport(t, func(t *testing.T, transport string) {
-				s := startServer(t, Config{IdleTimeout: limitOf(session.Exec, idle)})
-				command := "stty -echo; sleep 600"
-				if name == "stdout" {
-					command = "while sleep 0.05; do echo x; done"
-				}
-				executor := &hostExecutor{t: t}
-				u := s.execURL(executor, options, "sh", "-c", command)
-				act, conn := activity(t, transport, u, name)
-				defer conn.Close()
-				discarded := make(chan struct{})
-				go func() {
-					defer close(discarded)
-					io.Copy(io.Discard, conn)
-				}()
-				defer func() { conn.Close(); <-discarded }()
-				eventually(t, "the command's start", func() bool { return executor.count() == 1 })
-				process := executor.last()
-				ticker := time.NewTicker(idle / 40)
-				defer ticker.Stop()
-				over := time.After(idle * 3 / 2)
-				for {
-					select {
-					case <-process.disconnected:
-						if active {
-							t.Error("a session with " + name + " ended as idle")
-						}
-						return
-					case <-over:
-						if active {
-							return
-						}
-						over = nil // the end is waited for
-					case <-ticker.C:
-						act()
+	runTogether(t, func(t *testing.T) {
+		for name, active := range map[string]bool{"ping": false, "stdin": true, "stdout": true, "resize": true} {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				forEachTransport(t, func(t *testing.T, transport string) {
+					s := startServer(t, Config{Settings: Settings{IdleTimeout: limitOf(session.Exec, idle)}})
+					command := "stty -echo; sleep 600"
+					if name == "stdout" {
+						command = "while sleep 0.05; do echo x; done"
 					}
-				}
+					executor := &hostExecutor{t: t}
+					u := s.execURL(executor, options, "sh", "-c", command)
+					act, conn := activity(t, transport, u, name)
+					defer conn.Close()
+					discarded := make(chan struct{})
+					go func() {
+						defer close(discarded)
+						io.Copy(io.Discard, conn)
+					}()
+					defer func() { conn.Close(); <-discarded }()
+					eventually(t, "the command's start", func() bool { return executor.count() == 1 })
+					process := executor.last()
+					ticker := time.NewTicker(idle / 40)
+					defer ticker.Stop()
+					over := time.After(idle * 3 / 2)
+					for {
+						select {
+						case <-process.disconnected:
+							if active {
+								t.Error("a session with " + name + " ended as idle")
+							}
+							return
+						case <-over:
+							if active {
+								return
+							}
+							over = nil // the end is waited for
+						case <-ticker.C:
+							act()
+						}
+					}
+				})
 			})
-		})
-	}
+		}
+	})
 }
 
 // activity connects a client and returns what makes it do one kind of thing once.
@@ -178,27 +179,32 @@ func activity(t *testing.T, transport string, u *url.URL, kind string) (act func
 // The user of a terminal is warned before either limit, and the warning does not count as activity.
 func TestWarningBeforeALimit(t *testing.T) {
 	const limit = 3 * time.Second
-	forEachTransport(t, func(t *testing.T, transport string) {
-		for says, config := range map[string]Config{
-			"is idle and will be ended in":                          {IdleTimeout: limitOf(session.Exec, limit)},
-			"has reached its longest lifetime and will be ended in": {IdleTimeout: limitOf(session.Exec, -1), MaxLifetime: limitOf(session.Exec, limit)},
-		} {
-			config.Warning = limit * 2 / 5 // less than half of it, or there is none
-			s := startServer(t, config)
-			var output syncBuffer
-			options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: &output, Tty: true}
-			start := time.Now()
-			err := stream(t.Context(), t, transport, s.execURL(&hostExecutor{t: t}, options, "sleep", "600"), options)
-			if err == nil || !strings.Contains(err.Error(), "the session was ended because") {
-				t.Errorf("the client got %v", err)
+	runTogether(t, func(t *testing.T) {
+		forEachTransport(t, func(t *testing.T, transport string) {
+			for says, config := range map[string]Config{
+				"is idle and will be ended in":                          {Settings: Settings{IdleTimeout: limitOf(session.Exec, limit)}},
+				"has reached its longest lifetime and will be ended in": {Settings: Settings{MaxLifetime: limitOf(session.Exec, limit)}},
+			} {
+				t.Run(says, func(t *testing.T) {
+					t.Parallel()
+					config.warning = limit * 2 / 5 // less than half of it, or there is none
+					s := startServer(t, config)
+					var output syncBuffer
+					options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: &output, Tty: true}
+					start := time.Now()
+					err := stream(t.Context(), t, transport, s.execURL(&hostExecutor{t: t}, options, "sleep", "600"), options)
+					if err == nil || !strings.Contains(err.Error(), "the session was ended because") {
+						t.Errorf("the client got %v", err)
+					}
+					if n := strings.Count(output.String(), says); n != 1 {
+						t.Errorf("%d warnings in %q", n, output.String())
+					}
+					if lasted := time.Since(start); lasted < limit {
+						t.Errorf("the session lasted %v", lasted)
+					}
+				})
 			}
-			if n := strings.Count(output.String(), says); n != 1 {
-				t.Errorf("%d warnings in %q", n, output.String())
-			}
-			if lasted := time.Since(start); lasted < limit {
-				t.Errorf("the session lasted %v", lasted)
-			}
-		}
+		})
 	})
 }
 

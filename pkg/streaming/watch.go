@@ -102,8 +102,8 @@ func (w *watcher) look(e *watchedSession, now time.Time) {
 	if isClosed(e.client.Done()) {
 		return
 	}
-	if peerIsDead(e.network, w.config.PeerTimeout) {
-		e.session.Log().Debug("client does not answer any more", "limit", w.config.PeerTimeout)
+	if peerIsDead(e.network, w.config.peerSilence) {
+		e.session.Log().Debug("client does not answer any more", "limit", w.config.peerSilence)
 		w.config.Observe(PeerDead)
 		e.client.Close() //nolint:errcheck // the session sees the end of the connection
 		return

@@ -40,7 +40,7 @@ func TestLingerIsBoundedByLackOfProgress(t *testing.T) {
 	}
 	defer live.End(session.Outcome{})
 	events := map[Event]int{}
-	w := newWatcher(Config{LingerIdle: limit, PeerTimeout: time.Hour, Observe: func(e Event) { events[e]++ }})
+	w := newWatcher(Config{LingerIdle: limit, waits: waits{peerSilence: time.Hour}, Observe: func(e Event) { events[e]++ }})
 	client := &watchedFake{lastReceived: time.Now()}
 	peer, network := net.Pipe()
 	defer peer.Close()

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/test/wire"
 )
 
 // The floor of a copy is a process that does nothing but read from one descriptor and write to the
@@ -140,7 +142,7 @@ func pipe() (read, write *os.File, err error) {
 // receiveAll reads as the client does and wants to see so many bytes.
 func receiveAll(conn net.Conn, want int64) error {
 	defer conn.Close() //nolint:errcheck // everything has come
-	buffer := make([]byte, readBuffer)
+	buffer := make([]byte, wire.ReadBuffer)
 	for got := int64(0); ; {
 		n, err := conn.Read(buffer)
 		got += int64(n)
@@ -158,7 +160,7 @@ func receiveAll(conn net.Conn, want int64) error {
 
 // sendAll writes as the client does.
 func sendAll(conn net.Conn, total int64) error {
-	batch := make([]byte, framesPerWrite*(headerLength+frameSize))
+	batch := make([]byte, wire.FramesPerWrite*(wire.HeaderLength+wire.FrameSize))
 	for sent := int64(0); sent < total; {
 		n, err := conn.Write(batch[:min(int64(len(batch)), total-sent)])
 		if err != nil {

@@ -14,6 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/streamshim/streamshim/test/wire"
 )
 
 // What the server in the pod does with a connection; its first byte says which.
@@ -89,9 +91,9 @@ func servePort(conn net.Conn) error {
 		_, err := conn.Write(request)
 		return err
 	case modeSource:
-		chunk := make([]byte, readBuffer)
+		chunk := make([]byte, wire.ReadBuffer)
 		for left := binary.BigEndian.Uint64(request[1:]); left > 0; {
-			n, err := conn.Write(chunk[:min(left, readBuffer)])
+			n, err := conn.Write(chunk[:min(left, wire.ReadBuffer)])
 			if err != nil {
 				return err
 			}
@@ -100,7 +102,7 @@ func servePort(conn net.Conn) error {
 		return nil
 	case modeSink:
 		// Not until the client's FIN: containerd ends the connection then, and the answer is lost.
-		chunk := make([]byte, readBuffer)
+		chunk := make([]byte, wire.ReadBuffer)
 		for left := binary.BigEndian.Uint64(request[1:]); left > 0; {
 			n, err := conn.Read(chunk)
 			if err != nil {
@@ -130,7 +132,7 @@ func podRequest(mode byte, amount int64) []byte {
 
 // tunnel is a port-forward session.
 type tunnel struct {
-	*connection
+	*wire.Conn
 	port     string
 	requests int
 }
@@ -140,14 +142,14 @@ func openTunnel(ctx context.Context, client runtimeapi.RuntimeServiceClient, san
 	if err != nil {
 		return nil, err
 	}
-	conn, err := upgrade(response.Url, "portforward.k8s.io")
+	conn, err := wire.Upgrade(response.Url, "portforward.k8s.io")
 	if err != nil {
 		return nil, err
 	}
-	if err := conn.SetDeadline(time.Now().Add(sessionTimeout)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(wire.SessionTimeout)); err != nil {
 		return nil, err
 	}
-	return &tunnel{connection: conn, port: strconv.Itoa(int(port))}, nil
+	return &tunnel{Conn: conn, port: strconv.Itoa(int(port))}, nil
 }
 
 // connect opens a connection through the tunnel as kubectl does, an error stream whose other half is
@@ -156,11 +158,11 @@ func (t *tunnel) connect(request []byte, fin bool) (data, failure uint32, err er
 	t.requests++
 	id := strconv.Itoa(t.requests)
 	var frames []byte
-	frames, failure = t.appendStream(frames, "streamtype", "error", "port", t.port, "requestid", id)
-	frames = appendDataHeader(frames, failure, true, 0)
-	frames, data = t.appendStream(frames, "streamtype", "data", "port", t.port, "requestid", id)
-	frames = appendData(frames, data, fin, request)
-	return data, failure, t.write(frames)
+	frames, failure = t.AppendStream(frames, "streamtype", "error", "port", t.port, "requestid", id)
+	frames = wire.AppendDataHeader(frames, failure, true, 0)
+	frames, data = t.AppendStream(frames, "streamtype", "data", "port", t.port, "requestid", id)
+	frames = wire.AppendData(frames, data, fin, request)
+	return data, failure, t.WriteFrames(frames)
 }
 
 // untilEnd is more than any connection brings.
@@ -170,20 +172,20 @@ const untilEnd = math.MaxInt64
 // many came.
 func (t *tunnel) await(data, failure uint32, amount int64) (received int64, err error) {
 	for open := 2; open > 0 && received < amount; {
-		e, err := t.read()
+		e, err := t.Next()
 		if err != nil {
 			return received, err
 		}
-		if e.reset {
-			return received, fmt.Errorf("stream %d was reset", e.stream)
+		if e.Reset {
+			return received, fmt.Errorf("stream %d was reset", e.Stream)
 		}
 		switch {
-		case e.stream == failure && len(e.data) > 0:
-			return received, fmt.Errorf("the port-forward failed: %s", e.data)
-		case e.stream == data:
-			received += int64(len(e.data))
+		case e.Stream == failure && len(e.Data) > 0:
+			return received, fmt.Errorf("the port-forward failed: %s", e.Data)
+		case e.Stream == data:
+			received += int64(len(e.Data))
 		}
-		if e.fin {
+		if e.Fin {
 			open--
 		}
 	}

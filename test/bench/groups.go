@@ -40,6 +40,7 @@ var groups = []group{
 	{name: "seccomp", each: (*bench).execConfined, engines: true},
 	{name: "runc", round: (*bench).runtimeFloors},
 	{name: "storm", each: (*bench).storm},
+	{name: "cut", rounds: once, each: (*bench).cut},
 	{name: "floor", round: func(b *bench, _ context.Context) error { return b.floorRates() }},
 	{name: "stdout", each: (*bench).stdout},
 	{name: "stdin", each: (*bench).stdin},

@@ -61,12 +61,12 @@ func run() error {
 	}
 	amount := scale{
 		rounds: 9, execs: 60, bytes: 1 << 30, connections: 500, keystrokes: 1000, calls: 500,
-		sessions: 1000, forwarded: 500, containers: 500, stormWaves: 2,
+		sessions: 1000, forwarded: 500, containers: 500, stormWaves: 2, cut: []int{300, 1000},
 	}
 	if o.quick {
 		amount = scale{
 			rounds: 2, execs: 30, bytes: 256 << 20, connections: 100, keystrokes: 200, calls: 200,
-			sessions: 200, forwarded: 100, containers: 50, stormWaves: 1,
+			sessions: 200, forwarded: 100, containers: 50, stormWaves: 1, cut: []int{300},
 		}
 	}
 	if o.rounds > 0 {

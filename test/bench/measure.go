@@ -12,6 +12,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/wire"
 )
 
 // side is one of the two CRI endpoints of the same node.
@@ -22,20 +23,20 @@ type side struct {
 
 // bench is everything that a measurement needs.
 type bench struct {
-	node        *node.Node
-	scale       scale
-	results     results
-	program     string // of streamshim
-	sides       []side
+	node          *node.Node
+	scale         scale
+	results       results
+	program       string // of streamshim
+	sides         []side
 	throughNative side
-	servers     accounts // containerd with its shims, and both streamshims
-	container   *account // the processes in the container, runc's own last steps there included
-	sandbox     string   // IDs
-	containerID string   // without a seccomp profile, as Kubernetes has it unless told otherwise
-	confined    confined
-	server      *podServer
-	floors      floors
-	copySize    map[string]int // the best buffer size of each floor
+	servers       accounts // containerd with its shims, and both streamshims
+	container     *account // the processes in the container, runc's own last steps there included
+	sandbox       string   // IDs
+	containerID   string   // without a seccomp profile, as Kubernetes has it unless told otherwise
+	confined      confined
+	server        *podServer
+	floors        floors
+	copySize      map[string]int // the best buffer size of each floor
 }
 
 // scale is how much is measured.
@@ -50,6 +51,7 @@ type scale struct {
 	forwarded   int // idle forwarded connections
 	containers  int // in the large list
 	stormWaves  int
+	cut         []int // idle sessions that are cut at once
 }
 
 const (
@@ -93,11 +95,11 @@ type confined struct {
 
 func oneExec(ctx context.Context, s side, container string) (time.Duration, error) {
 	begin := time.Now()
-	session, err := startExec(ctx, s.client, container, command{args: []string{"true"}, stderr: true})
+	session, err := wire.StartExec(ctx, s.client, container, wire.Command{Args: []string{"true"}, Stderr: true})
 	if err != nil {
 		return 0, err
 	}
-	_, err = session.finish()
+	_, err = session.Finish()
 	return time.Since(begin), err
 }
 
@@ -198,16 +200,16 @@ func (b *bench) addThroughput(id string, who subject, t throughput) {
 }
 
 func (b *bench) stdout(ctx context.Context, s side) error {
-	session, err := startExec(ctx, s.client, b.containerID, command{args: append([]string{"dd"}, producerArgs(b.scale.bytes)...), stderr: true})
+	session, err := wire.StartExec(ctx, s.client, b.containerID, wire.Command{Args: append([]string{"dd"}, producerArgs(b.scale.bytes)...), Stderr: true})
 	if err != nil {
 		return err
 	}
-	first, err := session.first(session.stdout) // the session has started and data flows
+	first, err := session.First(session.Stdout) // the session has started and data flows
 	if err != nil {
 		return err
 	}
 	return b.rate("stdout", s.name, func() error {
-		received, err := session.finish()
+		received, err := session.Finish()
 		if received += int64(first); err == nil && received != b.scale.bytes {
 			err = fmt.Errorf("received %d bytes of %d", received, b.scale.bytes)
 		}
@@ -219,17 +221,17 @@ func (b *bench) stdout(ctx context.Context, s side) error {
 // soon as its stdout has ended.
 func (b *bench) stdin(ctx context.Context, s side) error {
 	consumer := []string{"sh", "-c", "echo; dd " + strings.Join(consumerArgs(), " ") + "; true"}
-	session, err := startExec(ctx, s.client, b.containerID, command{args: consumer, stdin: true, stderr: true})
+	session, err := wire.StartExec(ctx, s.client, b.containerID, wire.Command{Args: consumer, Stdin: true, Stderr: true})
 	if err != nil {
 		return err
 	}
-	if _, err := session.first(session.stdout); err != nil { // the session has started
+	if _, err := session.First(session.Stdout); err != nil { // the session has started
 		return err
 	}
 	return b.rate("stdin", s.name, func() error {
 		uploaded := make(chan error, 1)
-		go func() { uploaded <- session.upload(session.stdin, b.scale.bytes) }()
-		_, err := session.finish()
+		go func() { uploaded <- session.Upload(session.Stdin, b.scale.bytes) }()
+		_, err := session.Finish()
 		return errors.Join(err, <-uploaded)
 	})
 }
@@ -266,8 +268,8 @@ func (b *bench) upload(ctx context.Context, s side) error {
 			return err
 		}
 		uploaded := make(chan error, 1)
-		go func() { uploaded <- t.connection.upload(data, b.scale.bytes) }()
-		_, err = t.first(data)
+		go func() { uploaded <- t.Conn.Upload(data, b.scale.bytes) }()
+		_, err = t.First(data)
 		return errors.Join(err, <-uploaded)
 	})
 }
@@ -311,18 +313,18 @@ func (b *bench) concurrentConnections(t *tunnel, s side) error {
 	}
 	total := 2 * b.scale.connections
 	for done, opened := 0, concurrency; done < total; {
-		e, err := t.read()
+		e, err := t.Next()
 		if err != nil {
 			return err
 		}
-		if e.reset {
-			return fmt.Errorf("stream %d was reset", e.stream)
+		if e.Reset {
+			return fmt.Errorf("stream %d was reset", e.Stream)
 		}
-		left := open[e.stream]
-		if !e.fin || left == nil {
+		left := open[e.Stream]
+		if !e.Fin || left == nil {
 			continue
 		}
-		delete(open, e.stream)
+		delete(open, e.Stream)
 		if *left--; *left > 0 {
 			continue
 		}
@@ -341,7 +343,7 @@ func (b *bench) concurrentConnections(t *tunnel, s side) error {
 // idleSessions opens terminals, measures keystrokes among the first of them and the memory of all,
 // and ends them.
 func (b *bench) idleSessions(ctx context.Context, s side) (err error) {
-	sessions := make([]*execSession, b.scale.sessions)
+	sessions := make([]*wire.Exec, b.scale.sessions)
 	defer func() {
 		ends := atOnce(concurrency, func(i int) error {
 			var errs []error
@@ -357,7 +359,7 @@ func (b *bench) idleSessions(ctx context.Context, s side) (err error) {
 	open := func(from, to int) error {
 		return atOnce(2, func(i int) error {
 			for i += from; i < to; i += 2 {
-				session, err := startExec(ctx, s.client, b.containerID, command{args: []string{"cat"}, stdin: true, tty: true})
+				session, err := wire.StartExec(ctx, s.client, b.containerID, wire.Command{Args: []string{"cat"}, Stdin: true, TTY: true})
 				if err != nil {
 					return err
 				}
@@ -365,7 +367,7 @@ func (b *bench) idleSessions(ctx context.Context, s side) (err error) {
 				if err := echo(session); err != nil { // it has really started
 					return err
 				}
-				session.release()
+				session.Release()
 			}
 			return nil
 		})
@@ -404,7 +406,7 @@ func (b *bench) settledMemory() (int64, error) {
 	return least, err
 }
 
-func (b *bench) keystrokes(s side, session *execSession) error {
+func (b *bench) keystrokes(s side, session *wire.Exec) error {
 	var durations []time.Duration
 	for range b.scale.keystrokes {
 		begin := time.Now()
@@ -418,19 +420,19 @@ func (b *bench) keystrokes(s side, session *execSession) error {
 }
 
 // echo types a character and waits until the terminal echoes it.
-func echo(session *execSession) error {
-	if err := session.write(appendData(nil, session.stdin, false, []byte("x"))); err != nil {
+func echo(session *wire.Exec) error {
+	if err := session.WriteFrames(wire.AppendData(nil, session.Stdin, false, []byte("x"))); err != nil {
 		return err
 	}
-	return session.expect(session.stdout, "x")
+	return session.Expect(session.Stdout, "x")
 }
 
 // endTerminal ends the line and then the input, which ends cat.
-func endTerminal(session *execSession) error {
-	if err := session.write(appendData(nil, session.stdin, false, []byte("\r\x04"))); err != nil {
+func endTerminal(session *wire.Exec) error {
+	if err := session.WriteFrames(wire.AppendData(nil, session.Stdin, false, []byte("\r\x04"))); err != nil {
 		return errors.Join(err, session.Close())
 	}
-	_, err := session.finish()
+	_, err := session.Finish()
 	return err
 }
 
@@ -449,7 +451,7 @@ func (b *bench) idleConnections(ctx context.Context, s side) error {
 		if err != nil {
 			return err
 		}
-		if _, err := t.first(data); err != nil {
+		if _, err := t.First(data); err != nil {
 			return err
 		}
 	}

@@ -50,7 +50,7 @@ func (b *bench) plot() string {
 	}
 	var shown []figure
 	for _, f := range figures {
-		if !f.added && len(b.results[f.id][f.subject()]) > 0 {
+		if !f.added && !math.IsNaN(b.results.ratio(f.id, f.subject(), containerd)) {
 			shown = append(shown, f)
 		}
 	}

@@ -29,7 +29,7 @@ func Check(t testing.TB, ignored ...goleak.Option) {
 	t.Helper()
 	startPoller()
 	before := takeAccount()
-	goroutines := append(ignored, goleak.IgnoreCurrent())
+	goroutines := append(clientLibraries(), append(ignored, goleak.IgnoreCurrent())...)
 	t.Cleanup(func() {
 		if t.Failed() {
 			return // what a test leaves behind that was cut short says nothing
@@ -38,6 +38,16 @@ func Check(t testing.TB, ignored ...goleak.Option) {
 			t.Errorf("left behind after %v:\n%s", settleTime, found)
 		}
 	})
+}
+
+// clientLibraries names goroutines of clients that stay for a moment after their connection's end.
+func clientLibraries() []goleak.Option {
+	return []goleak.Option{
+		// Sees at its next tick, after up to 5 s, that the connection is closed.
+		goleak.IgnoreTopFunction("k8s.io/client-go/tools/remotecommand.(*heartbeat).start"),
+		// Waits a second for somebody to collect the error of a close.
+		goleak.IgnoreTopFunction("github.com/moby/spdystream.(*Connection).shutdown"),
+	}
 }
 
 // settle waits until nothing is left behind, and returns what is when the limit is over.

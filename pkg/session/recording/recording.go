@@ -47,18 +47,16 @@ type Recorder struct {
 	mu         sync.Mutex
 	config     Config
 	recordings map[*session.Session]*recording
-	live       map[string]bool // names of files that are being written
+	places     map[string]*directory // by path; as many as configurations have named
 	closed     bool
 	writers    sync.WaitGroup
-
-	retention sync.Mutex // one clean-up at a time
 }
 
 // New returns a recorder. Close it when all sessions have ended.
 func New(config Config, log *slog.Logger) *Recorder {
 	return &Recorder{
 		log: log, config: config,
-		recordings: make(map[*session.Session]*recording), live: make(map[string]bool),
+		recordings: make(map[*session.Session]*recording), places: make(map[string]*directory),
 	}
 }
 
@@ -138,36 +136,46 @@ func (r *Recorder) Ended(s *session.Session, o session.Outcome) {
 	}
 }
 
+// place is what is known of a directory.
+func (r *Recorder) place(path string) *directory {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.places[path] == nil {
+		r.places[path] = newDirectory(path, r.log)
+	}
+	return r.places[path]
+}
+
 func (r *Recorder) begin(config Config, s *session.Session) (*recording, error) {
 	if err := os.MkdirAll(config.Directory, 0o700); err != nil {
 		return nil, err
 	}
 	name := fileName(s)
 	path := filepath.Join(config.Directory, name)
+	place := r.place(config.Directory)
+	place.begin(name) // before it is there, or a clean-up could find it first
 	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
+		place.abandon(name, 0)
 		return nil, err
 	}
 	rec := &recording{
-		config: config, session: s, path: path, file: file, outcome: make(chan session.Outcome, 1),
+		config: config, session: s, place: place, path: path, file: file, outcome: make(chan session.Outcome, 1),
 		flawed: sync.OnceFunc(func() { r.incomplete.Add(1) }),
 	}
 	// The first bytes of the disk are asked for now, so that a full one is noticed while the session
 	// can still be denied.
 	if err := rec.writeHeader(defaultWidth, defaultHeight); err != nil {
-		return nil, errors.Join(err, file.Close(), os.Remove(path))
+		err = errors.Join(err, file.Close(), os.Remove(path))
+		place.abandon(name, rec.size)
+		return nil, err
 	}
 	rec.queue = session.NewTapQueue(config.Buffer, config.Input, rec.overflow)
 	rec.remove = s.Taps.Add(rec.queue)
-	r.mu.Lock()
-	r.live[path] = true
-	r.mu.Unlock()
-	r.writers.Go(func() { r.retain(config) }) // apart: the session's buffer must not fill up meanwhile
+	r.writers.Go(func() { place.retain(config) }) // apart: the session's buffer must not fill up meanwhile
 	r.writers.Go(func() {
 		rec.run()
-		r.mu.Lock()
-		delete(r.live, path)
-		r.mu.Unlock()
+		place.end(name, rec.size)
 	})
 	return rec, nil
 }
@@ -204,6 +212,7 @@ func plain(name string) string {
 type recording struct {
 	config  Config
 	session *session.Session
+	place   *directory
 	path    string
 	file    *os.File
 	queue   *session.TapQueue
@@ -243,6 +252,7 @@ func (rec *recording) resize(e *session.TapEvent) error {
 	if _, err := rec.file.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
+	rec.place.grew(-rec.size)
 	rec.size, rec.buffer = 0, rec.buffer[:0]
 	return rec.writeHeader(int(e.Width), int(e.Height))
 }
@@ -301,6 +311,7 @@ func (rec *recording) flush() error {
 	}
 	rec.buffer = rec.buffer[:0]
 	rec.size += int64(whole)
+	rec.place.grew(int64(whole))
 	if whole < n {
 		_, seekErr := rec.file.Seek(rec.size, io.SeekStart)
 		err = errors.Join(err, rec.file.Truncate(rec.size), seekErr)

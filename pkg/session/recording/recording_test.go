@@ -412,7 +412,7 @@ func TestRetention(t *testing.T) {
 		t.Error(err)
 	}
 	f.config.MaxTotal = 1
-	f.retain(f.config)
+	f.place(f.config.Directory).retain(f.config)
 	if files := f.files(t); len(files) != 0 {
 		t.Errorf("with a total of one byte %v are left", files)
 	}
@@ -422,7 +422,7 @@ func TestLiveRecordingsStay(t *testing.T) {
 	f := newFixture(t, func(c *Config) { c.MaxTotal = 1 })
 	live := f.begin(t, info)
 	f.begin(t, info).End(session.Outcome{Reason: "exited"})
-	f.retain(f.config)
+	f.place(f.config.Directory).retain(f.config)
 	if len(f.files(t)) == 0 {
 		t.Error("a recording was removed while it was written")
 	}

@@ -1,58 +1,210 @@
 package recording
 
 import (
+	"container/heap"
 	"errors"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"time"
 )
 
-// retain removes the oldest recordings until the rest keeps to the limits. Those that are being
-// written stay, and so does everything that is no recording.
-func (r *Recorder) retain(config Config) {
+// relistAfter is how long what is known of a directory counts before it is listed again, to see what others
+// have put there or removed. Listing at each recording would cost as much as there are recordings.
+const relistAfter = time.Minute
+
+// directory knows the recordings that are in a directory. Its methods may be called from several goroutines.
+type directory struct {
+	path string
+	log  *slog.Logger
+
+	mu        sync.Mutex
+	live      map[string]bool // names of files that are being written
+	liveBytes int64           // as far as they are written
+	finished  byName          // the oldest first
+	known     map[string]*finishedFile
+	bytes     int64 // of those that are finished
+	listed    time.Time
+
+	cleaning bool // one clean-up at a time
+	again    bool // and another one after it
+	settings Config
+}
+
+// finishedFile is a recording that nobody writes to any more.
+type finishedFile struct {
+	name     string
+	size     int64
+	modified time.Time
+}
+
+// byName is a heap; names begin with the time at which the session began.
+type byName []*finishedFile
+
+func (h byName) Len() int           { return len(h) }
+func (h byName) Less(i, j int) bool { return h[i].name < h[j].name }
+func (h byName) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
+func (h *byName) Push(x any)        { *h = append(*h, x.(*finishedFile)) }
+func (h *byName) Pop() any {
+	last := (*h)[len(*h)-1]
+	(*h)[len(*h)-1] = nil
+	*h = (*h)[:len(*h)-1]
+	return last
+}
+
+func newDirectory(path string, log *slog.Logger) *directory {
+	return &directory{path: path, log: log, live: make(map[string]bool), known: make(map[string]*finishedFile)}
+}
+
+// begin says that a file is being written, which keeps it from being removed.
+func (d *directory) begin(name string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.live[name] = true
+}
+
+// grew says that a file that is being written has become longer, or shorter.
+func (d *directory) grew(bytes int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.liveBytes += bytes
+}
+
+// end says that a file is complete.
+func (d *directory) end(name string, size int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.live, name)
+	d.liveBytes -= size
+	if d.known[name] == nil {
+		d.addLocked(&finishedFile{name, size, time.Now()})
+	}
+}
+
+// abandon says that a file that was begun is not there.
+func (d *directory) abandon(name string, size int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.live, name)
+	d.liveBytes -= size
+}
+
+func (d *directory) addLocked(file *finishedFile) {
+	d.known[file.name] = file
+	d.bytes += file.size
+	heap.Push(&d.finished, file)
+}
+
+func (d *directory) forgetLocked(file *finishedFile) {
+	if d.known[file.name] == file {
+		delete(d.known, file.name)
+		d.bytes -= file.size
+	}
+}
+
+// retain removes the oldest recordings until the rest keeps to the limits. Those that are being written stay,
+// and so does everything that is no recording. It returns at once while another call does so: that one
+// then looks once more.
+func (d *directory) retain(config Config) {
 	if config.MaxFiles == 0 && config.MaxTotal == 0 {
 		return
 	}
-	r.retention.Lock()
-	defer r.retention.Unlock()
-	entries, err := os.ReadDir(config.Directory) // sorted by name, which is by time
-	if err != nil {
-		r.log.Warn("old recordings cannot be removed", "directory", config.Directory, "error", err)
+	d.mu.Lock()
+	d.settings = config
+	if d.cleaning {
+		d.again = true
+		d.mu.Unlock()
 		return
 	}
-	type old struct {
-		path string
-		size int64
+	d.cleaning = true
+	for again := true; again; again = d.again {
+		d.again = false
+		config = d.settings
+		d.mu.Unlock()
+		d.clean(config)
+		d.mu.Lock()
 	}
-	var (
-		files []old
-		total int64
-	)
-	for _, entry := range entries {
-		info, err := entry.Info()
-		if err != nil || !info.Mode().IsRegular() || !strings.HasSuffix(entry.Name(), Suffix) {
-			continue
-		}
-		files = append(files, old{filepath.Join(config.Directory, entry.Name()), info.Size()})
-		total += info.Size()
-	}
-	left := len(files)
-	for _, file := range files {
-		if (config.MaxFiles == 0 || left <= config.MaxFiles) && (config.MaxTotal == 0 || total <= config.MaxTotal) {
+	d.cleaning = false
+	d.mu.Unlock()
+}
+
+// clean is one clean-up. Files are listed and removed without the lock, for which recordings would wait.
+func (d *directory) clean(config Config) {
+	if time.Since(d.listed) >= relistAfter {
+		if err := d.list(); err != nil {
+			d.log.Warn("old recordings cannot be removed", "directory", d.path, "error", err)
 			return
 		}
-		r.mu.Lock()
-		live := r.live[file.path]
-		r.mu.Unlock()
-		if live {
-			continue
-		}
-		if err := os.Remove(file.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			r.log.Warn("an old recording cannot be removed", "file", file.path, "error", err)
-			continue
-		}
-		left--
-		total -= file.size
 	}
+	var stuck []*finishedFile
+	for {
+		file := d.next(config)
+		if file == nil {
+			break
+		}
+		err := os.Remove(filepath.Join(d.path, file.name))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			d.log.Warn("an old recording cannot be removed", "file", filepath.Join(d.path, file.name), "error", err)
+			stuck = append(stuck, file)
+			continue
+		}
+		d.mu.Lock()
+		d.forgetLocked(file)
+		d.mu.Unlock()
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, file := range stuck {
+		heap.Push(&d.finished, file)
+	}
+}
+
+// next takes the file that is to be removed next, if there are too many.
+func (d *directory) next(config Config) *finishedFile {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	tooMany := config.MaxFiles > 0 && len(d.live)+len(d.known) > config.MaxFiles
+	tooMuch := config.MaxTotal > 0 && d.liveBytes+d.bytes > config.MaxTotal
+	if (!tooMany && !tooMuch) || len(d.finished) == 0 {
+		return nil
+	}
+	return heap.Pop(&d.finished).(*finishedFile)
+}
+
+// list takes account of what is in the directory. A file that ends meanwhile may be in the list or not; what
+// end says of it counts.
+func (d *directory) list() error {
+	start := time.Now()
+	entries, err := os.ReadDir(d.path)
+	if err != nil {
+		return err
+	}
+	var found []*finishedFile
+	for _, entry := range entries {
+		if !strings.HasSuffix(entry.Name(), Suffix) {
+			continue
+		}
+		if info, err := entry.Info(); err == nil && info.Mode().IsRegular() {
+			found = append(found, &finishedFile{entry.Name(), info.Size(), info.ModTime()})
+		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	before := d.known
+	d.known, d.finished, d.bytes = make(map[string]*finishedFile, len(found)), nil, 0
+	for _, file := range before {
+		if !file.modified.Before(start) {
+			d.addLocked(file)
+		}
+	}
+	for _, file := range found {
+		if !d.live[file.name] && d.known[file.name] == nil {
+			d.addLocked(file)
+		}
+	}
+	d.listed = start
+	return nil
 }

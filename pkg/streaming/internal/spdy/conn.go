@@ -51,9 +51,9 @@ type Config struct {
 	ConnBuffer   int
 	// Stall bounds how long one stream can hold up the connection that way (kubernetes#78446):
 	// when the connection has not been read for so long, and the stream in the way was not read
-	// either, the stream with most unread data among those that stand still is reset. Default 30 s.
-	// Negative: never, which is right where all streams serve one process, as with exec: there a
-	// command that does not read its stdin for a minute is nothing unusual.
+	// either, the stream with most unread data among those that stand still is reset. Zero: never,
+	// which is right where all streams serve one process, as with exec: there a command that does not
+	// read its stdin for a minute is nothing unusual.
 	Stall time.Duration
 	// OnStall is called, from the read loop, when a stream is reset for that reason. It must not
 	// block. May be nil.
@@ -73,7 +73,6 @@ func (c Config) withDefaults() Config {
 	c.MaxHeaderBytes = cmp.Or(c.MaxHeaderBytes, 64<<10)
 	c.StreamBuffer = cmp.Or(c.StreamBuffer, 64<<10)
 	c.ConnBuffer = cmp.Or(c.ConnBuffer, 16<<20)
-	c.Stall = cmp.Or(c.Stall, 30*time.Second)
 	return c
 }
 

@@ -99,7 +99,7 @@ func TestDoneWhileBlocked(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			peer, ours, s := blockedPeer(t, Config{Stall: -1})
+			peer, ours, s := blockedPeer(t, Config{})
 			end(peer)
 			await(t, ours.Done(), "the end to be noticed")
 			if name == "closed" {
@@ -291,7 +291,7 @@ func TestPingOvertakesData(t *testing.T) {
 }
 
 func TestCloseRead(t *testing.T) {
-	peer, ours, s := blockedPeer(t, Config{Stall: -1})
+	peer, ours, s := blockedPeer(t, Config{})
 	frame := make([]byte, headerLen+4<<20)
 	putDataHeader(frame, 1, 0, 4<<20)
 	goDo(t, func() { peer.Write(frame) })

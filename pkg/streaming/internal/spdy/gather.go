@@ -103,7 +103,7 @@ func (s *Stream) awaitCaughtUp() {
 // mayWait says whether the read loop may wait for one stream: where nobody suffers from it, because all
 // streams serve one process or one forwarded connection, which has two.
 func (c *Conn) mayWait() bool {
-	if c.cfg.Stall < 0 {
+	if c.cfg.Stall == 0 {
 		return true
 	}
 	c.mu.Lock()

@@ -1,4 +1,4 @@
-package cri
+package endpoint
 
 import (
 	"context"
@@ -16,8 +16,6 @@ import (
 )
 
 const (
-	// A Unix socket's path must fit in sockaddr_un.sun_path with its NUL (unix(7)).
-	maxSocketPath = 107
 	// listenLockTimeout is how long Listen waits for another Listen in the same directory.
 	listenLockTimeout = 2 * time.Second
 	// probeTimeout is how long Listen asks an existing socket whether somebody is there.
@@ -32,8 +30,8 @@ func Listen(path string) (net.Listener, error) {
 	if !filepath.IsAbs(path) {
 		return nil, fmt.Errorf("listen on %q: the path of a socket must be absolute", path)
 	}
-	if len(path) > maxSocketPath {
-		return nil, fmt.Errorf("listen on %s: the path has %d characters, a Unix socket's may have %d", path, len(path), maxSocketPath)
+	if len(path) > maxPath {
+		return nil, fmt.Errorf("listen on %s: the path has %d characters, a Unix socket's may have %d", path, len(path), maxPath)
 	}
 	directory := filepath.Dir(path)
 	if err := os.MkdirAll(directory, 0o700); err != nil {

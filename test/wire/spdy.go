@@ -1,4 +1,6 @@
-package main
+// Package wire is the client's end of a streaming connection for benchmarks and soaks: cheap, and with every
+// frame in the caller's hand.
+package wire
 
 import (
 	"bufio"
@@ -12,13 +14,15 @@ import (
 	"sync"
 )
 
-// The client speaks just enough SPDY/3.1 to be cheap: it reads 256 KiB at a time, looks at frame
+// It speaks just enough SPDY/3.1 to be cheap: it reads 256 KiB at a time, looks at frame
 // headers in place, never inflates a header block, and sends its own blocks as stored deflate
 // blocks. It has no goroutine: whoever uses it reads its events.
 
 const (
-	headerLength = 8
-	readBuffer   = 256 << 10
+	// HeaderLength is that of a frame, in bytes.
+	HeaderLength = 8
+	// ReadBuffer is how much is read at once, in bytes.
+	ReadBuffer = 256 << 10
 
 	flagFin = 1
 
@@ -29,8 +33,8 @@ const (
 	typeGoAway    = 7
 )
 
-// connection is the client's end. Reading belongs to one goroutine, writing may be done by others.
-type connection struct {
+// Conn is the client's end. Reading belongs to one goroutine, writing may be done by others.
+type Conn struct {
 	net.Conn
 
 	buffer     []byte // buffer[start:end] is read and not looked at
@@ -44,18 +48,19 @@ type connection struct {
 	next     uint32
 }
 
-// event is something that came from the server. Its data is valid until the next one.
-type event struct {
-	stream uint32
-	data   []byte
-	fin    bool // the stream's last
-	reset  bool
+// Event is something that came from the server. Its data is valid until the next one.
+type Event struct {
+	Stream uint32
+	Data   []byte
+	Fin    bool // the stream's last
+	Reset  bool
 }
 
-var errGoAway = errors.New("the server said GOAWAY")
+// ErrGoAway is the error of Next when the server ends the connection.
+var ErrGoAway = errors.New("the server said GOAWAY")
 
-// upgrade dials a streaming URL and upgrades the connection.
-func upgrade(address, protocol string) (*connection, error) {
+// Upgrade dials a streaming URL and upgrades the connection.
+func Upgrade(address, protocol string) (*Conn, error) {
 	target, err := url.Parse(address)
 	if err != nil {
 		return nil, err
@@ -80,26 +85,26 @@ func upgrade(address, protocol string) (*connection, error) {
 		response.Body.Close()                                       //nolint:errcheck // only read
 		return nil, errors.Join(fmt.Errorf("upgrade: %s: %s", response.Status, text), raw.Close())
 	}
-	c := &connection{Conn: raw, next: 1}
+	c := &Conn{Conn: raw, next: 1}
 	if n := reader.Buffered(); n > 0 {
 		early, _ := reader.Peek(n) //nolint:errcheck // n bytes are there
-		c.buffer = make([]byte, readBuffer)
+		c.buffer = make([]byte, ReadBuffer)
 		c.end = copy(c.buffer, early)
 	}
 	return c, nil
 }
 
-// release gives the buffer back, for a connection that is to be idle; nothing may be unread.
-func (c *connection) release() {
+// Release gives the buffer back, for a connection that is to be idle; nothing may be unread.
+func (c *Conn) Release() {
 	if c.start == c.end {
 		c.buffer, c.start, c.end = nil, 0, 0
 	}
 }
 
 // fill reads more, keeping what is there.
-func (c *connection) fill() error {
+func (c *Conn) fill() error {
 	if c.buffer == nil {
-		c.buffer = make([]byte, readBuffer)
+		c.buffer = make([]byte, ReadBuffer)
 	}
 	if c.start > 0 {
 		c.end = copy(c.buffer, c.buffer[c.start:c.end])
@@ -113,77 +118,78 @@ func (c *connection) fill() error {
 	return err
 }
 
-// read returns the next event: payload as it comes, the end of a stream, a reset.
-func (c *connection) read() (event, error) {
+// Next returns the next event: payload as it comes, the end of a stream, a reset.
+func (c *Conn) Next() (Event, error) {
 	for {
 		if c.remaining > 0 {
 			if c.start == c.end {
 				if err := c.fill(); err != nil {
-					return event{}, err
+					return Event{}, err
 				}
 			}
 			n := min(c.end-c.start, c.remaining)
-			e := event{stream: c.stream, data: c.buffer[c.start : c.start+n]}
+			e := Event{Stream: c.stream, Data: c.buffer[c.start : c.start+n]}
 			c.start += n
 			c.remaining -= n
-			e.fin = c.fin && c.remaining == 0
+			e.Fin = c.fin && c.remaining == 0
 			return e, nil
 		}
-		for c.end-c.start < headerLength {
+		for c.end-c.start < HeaderLength {
 			if err := c.fill(); err != nil {
-				return event{}, err
+				return Event{}, err
 			}
 		}
 		frame := c.buffer[c.start:c.end]
 		flags, length := frame[4], int(frame[5])<<16|int(frame[6])<<8|int(frame[7])
 		if frame[0]&0x80 == 0 {
 			c.stream, c.remaining, c.fin = binary.BigEndian.Uint32(frame), length, flags&flagFin != 0
-			c.start += headerLength
+			c.start += HeaderLength
 			if length == 0 {
-				return event{stream: c.stream, fin: c.fin}, nil
+				return Event{Stream: c.stream, Fin: c.fin}, nil
 			}
 			continue
 		}
-		if headerLength+length > readBuffer {
-			return event{}, fmt.Errorf("control frame of %d bytes", length)
+		if HeaderLength+length > ReadBuffer {
+			return Event{}, fmt.Errorf("control frame of %d bytes", length)
 		}
-		for c.end-c.start < headerLength+length {
+		for c.end-c.start < HeaderLength+length {
 			if err := c.fill(); err != nil {
-				return event{}, err
+				return Event{}, err
 			}
 		}
-		frame = c.buffer[c.start : c.start+headerLength+length]
+		frame = c.buffer[c.start : c.start+HeaderLength+length]
 		c.start += len(frame)
-		payload := frame[headerLength:]
+		payload := frame[HeaderLength:]
 		switch binary.BigEndian.Uint16(frame[2:]) {
 		case typeSynReply:
 			if flags&flagFin != 0 {
-				return event{stream: binary.BigEndian.Uint32(payload), fin: true}, nil
+				return Event{Stream: binary.BigEndian.Uint32(payload), Fin: true}, nil
 			}
 		case typeRstStream:
-			return event{stream: binary.BigEndian.Uint32(payload), reset: true}, nil
+			return Event{Stream: binary.BigEndian.Uint32(payload), Reset: true}, nil
 		case typePing:
 			if binary.BigEndian.Uint32(payload)%2 == 0 { // the server's own; answers to ours are odd
-				if err := c.write(append([]byte(nil), frame...)); err != nil {
-					return event{}, err
+				if err := c.WriteFrames(append([]byte(nil), frame...)); err != nil {
+					return Event{}, err
 				}
 			}
 		case typeGoAway:
-			return event{}, errGoAway
+			return Event{}, ErrGoAway
 		}
 	}
 }
 
-func (c *connection) write(frames []byte) error {
+// WriteFrames writes whole frames, made by AppendStream, AppendData and AppendDataHeader.
+func (c *Conn) WriteFrames(frames []byte) error {
 	c.writing.Lock()
 	defer c.writing.Unlock()
 	_, err := c.Write(frames)
 	return err
 }
 
-// appendStream appends a SYN_STREAM with the given headers, name after value after name, and returns
+// AppendStream appends a SYN_STREAM with the given headers, name after value after name, and returns
 // the new stream's number. The caller is the only one to open streams.
-func (c *connection) appendStream(frames []byte, headers ...string) ([]byte, uint32) {
+func (c *Conn) AppendStream(frames []byte, headers ...string) ([]byte, uint32) {
 	id := c.next
 	c.next += 2
 	block := binary.BigEndian.AppendUint32(nil, uint32(len(headers)/2))
@@ -210,13 +216,14 @@ func (c *connection) appendStream(frames []byte, headers ...string) ([]byte, uin
 	return append(frames, packed...), id
 }
 
-// appendData appends a data frame.
-func appendData(frames []byte, stream uint32, fin bool, payload []byte) []byte {
-	frames = appendDataHeader(frames, stream, fin, len(payload))
+// AppendData appends a data frame.
+func AppendData(frames []byte, stream uint32, fin bool, payload []byte) []byte {
+	frames = AppendDataHeader(frames, stream, fin, len(payload))
 	return append(frames, payload...)
 }
 
-func appendDataHeader(frames []byte, stream uint32, fin bool, length int) []byte {
+// AppendDataHeader appends a data frame of that length without its payload.
+func AppendDataHeader(frames []byte, stream uint32, fin bool, length int) []byte {
 	frames = binary.BigEndian.AppendUint32(frames, stream)
 	word := uint32(length)
 	if fin {

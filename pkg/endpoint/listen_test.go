@@ -1,4 +1,4 @@
-package cri
+package endpoint
 
 import (
 	"errors"
@@ -10,6 +10,17 @@ import (
 	"sync"
 	"testing"
 )
+
+// socketDir is a directory with a path short enough for a socket in it.
+func socketDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "sock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
 
 func TestListenCreatesPrivateSocketAndRemovesIt(t *testing.T) {
 	path := filepath.Join(socketDir(t), "new", "folder", "s.sock")

@@ -1,0 +1,157 @@
+package wire
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// SessionTimeout bounds one session on a busy machine; it is there to end a run that hangs.
+const SessionTimeout = 3 * time.Minute
+
+// Command is an exec that the client asks for.
+type Command struct {
+	Args               []string
+	Stdin, Stderr, TTY bool
+}
+
+// Exec is an exec under way.
+type Exec struct {
+	*Conn
+	Failure, Stdin, Stdout, Stderr, Resize uint32 // the streams' numbers, 0 where there is none
+}
+
+// StartExec asks for an exec, upgrades, and opens the streams. It does not wait for the command.
+func StartExec(ctx context.Context, client runtimeapi.RuntimeServiceClient, container string, c Command) (*Exec, error) {
+	response, err := client.Exec(ctx, &runtimeapi.ExecRequest{
+		ContainerId: container, Cmd: c.Args, Stdin: c.Stdin, Stdout: true, Stderr: c.Stderr && !c.TTY, Tty: c.TTY,
+	})
+	if err != nil {
+		return nil, err
+	}
+	conn, err := Upgrade(response.Url, "v4.channel.k8s.io")
+	if err != nil {
+		return nil, err
+	}
+	if err := conn.SetDeadline(time.Now().Add(SessionTimeout)); err != nil {
+		return nil, err
+	}
+	s := &Exec{Conn: conn}
+	var frames []byte
+	frames, s.Failure = conn.AppendStream(frames, "streamtype", "error")
+	if c.Stdin {
+		frames, s.Stdin = conn.AppendStream(frames, "streamtype", "stdin")
+	}
+	frames, s.Stdout = conn.AppendStream(frames, "streamtype", "stdout")
+	if c.Stderr && !c.TTY {
+		frames, s.Stderr = conn.AppendStream(frames, "streamtype", "stderr")
+	}
+	if c.TTY {
+		frames, s.Resize = conn.AppendStream(frames, "streamtype", "resize")
+		frames = AppendData(frames, s.Resize, false, []byte(`{"Width":80,"Height":24}`+"\n"))
+	}
+	if err := conn.WriteFrames(frames); err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	return s, nil
+}
+
+// Finish reads until the status has come and all streams have ended, says how many bytes came on
+// stdout, and closes the connection. A command that failed is an error.
+func (s *Exec) Finish() (received int64, err error) {
+	defer func() { err = errors.Join(err, s.Close()) }()
+	open := map[uint32]bool{s.Failure: true, s.Stdout: true}
+	if s.Stderr != 0 {
+		open[s.Stderr] = true
+	}
+	var status bytes.Buffer
+	for len(open) > 0 {
+		e, err := s.Next()
+		if errors.Is(err, ErrGoAway) || errors.Is(err, io.EOF) {
+			break // the status decides
+		}
+		if err != nil {
+			return received, err
+		}
+		switch e.Stream {
+		case s.Failure:
+			status.Write(e.Data)
+		case s.Stdout:
+			received += int64(len(e.Data))
+		}
+		if e.Fin || e.Reset {
+			delete(open, e.Stream)
+		}
+	}
+	var result struct{ Status, Message string }
+	if err := json.Unmarshal(status.Bytes(), &result); err != nil {
+		return received, fmt.Errorf("status %q: %w", status.Bytes(), err)
+	}
+	if result.Status != "Success" {
+		return received, fmt.Errorf("the command ended with %s: %s", result.Status, result.Message)
+	}
+	return received, nil
+}
+
+// FrameSize is the payload of the frames the client sends: what io.Copy in client-go makes. Several
+// of them leave with one write.
+const (
+	FrameSize      = 32 << 10
+	FramesPerWrite = 8
+)
+
+// Upload sends total bytes and FIN on a stream.
+func (c *Conn) Upload(stream uint32, total int64) error {
+	var batch []byte
+	for range FramesPerWrite {
+		batch = AppendData(batch, stream, false, make([]byte, FrameSize))
+	}
+	const payload = FrameSize * FramesPerWrite
+	for sent := int64(0); sent < total; sent += payload {
+		if err := c.WriteFrames(batch); err != nil {
+			return err
+		}
+	}
+	return c.WriteFrames(AppendDataHeader(nil, stream, true, 0))
+}
+
+// Expect reads until the text has come on the stream.
+func (c *Conn) Expect(stream uint32, text string) error {
+	var got []byte
+	for {
+		e, err := c.Next()
+		if err != nil {
+			return err
+		}
+		if e.Stream == stream {
+			if got = append(got, e.Data...); bytes.Contains(got, []byte(text)) {
+				return nil
+			}
+		}
+		if e.Fin || e.Reset {
+			return fmt.Errorf("stream %d ended before %q came; got %q", e.Stream, text, got)
+		}
+	}
+}
+
+// First reads until something has come on the stream and says how many bytes.
+func (c *Conn) First(stream uint32) (int, error) {
+	for {
+		e, err := c.Next()
+		if err != nil {
+			return 0, err
+		}
+		if e.Stream == stream && len(e.Data) > 0 {
+			return len(e.Data), nil
+		}
+		if e.Fin || e.Reset {
+			return 0, fmt.Errorf("stream %d ended before anything came on %d", e.Stream, stream)
+		}
+	}
+}
