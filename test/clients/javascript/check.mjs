@@ -6,15 +6,20 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { PassThrough, Readable } from 'node:stream';
 import { setTimeout as sleep } from 'node:timers/promises';
+import tar from 'tar-fs';
 import WebSocket from 'ws';
-import { Attach, Cp, Exec, KubeConfig, PortForward, WebSocketHandler } from '@kubernetes/client-node';
+import { Attach, Cp, Exec, KubeConfig, PortForward } from '@kubernetes/client-node';
 
 const [kubeconfig, pod, check] = process.argv.slice(2);
 const config = new KubeConfig();
 config.loadFromFile(kubeconfig);
 
 // offering makes the client speak one protocol, as its older versions do.
-const offering = (protocol) => new WebSocketHandler(config, (uri, _, options) => new WebSocket(uri, [protocol], options));
+const offering = (protocol) => {
+    const { handler } = new Exec(config);
+    handler.socketFactory = (uri, _, options) => new WebSocket(uri, [protocol], options);
+    return handler;
+};
 
 const sum = (data) => createHash('sha256').update(data).digest('hex');
 
@@ -75,7 +80,9 @@ const checks = {
             const cp = new Cp(config, new Exec(config, handler));
             await cp.cpToPod('default', pod, 'main', join(local, 'in'), '/tmp/js-in');
             await until('the file is in the pod', async () => (await shell('cat /tmp/js-in/file 2>/dev/null | sha256sum')).startsWith(sum(data)));
-            await cp.cpFromPod('default', pod, 'main', 'js-in', join(local, 'out'), '/tmp');
+            // Not cpFromPod, which in this version compresses in the pod and does not decompress here.
+            await new Exec(config, handler).exec('default', pod, 'main', ['tar', 'cf', '-', '-C', '/tmp', 'js-in'],
+                tar.extract(join(local, 'out')), collect(), null, false);
             await until('the file is back', () => {
                 try {
                     return sum(readFileSync(join(local, 'out', 'js-in', 'file'))) === sum(data);
