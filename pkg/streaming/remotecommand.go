@@ -38,6 +38,9 @@ type remoteCommandClient struct {
 	// statusRefused is closed when the error stream has ended from the client's side; nil where a
 	// client cannot end it.
 	statusRefused <-chan struct{}
+	// answersItself and sendsSize are what is known of the client from its request: see firstsize.go.
+	// kubectl sends the size of its terminal in any case.
+	answersItself, sendsSize bool
 	// holdback says how long the status is to wait for the client to read; nil where it need not.
 	holdback *holdback
 	// farewell tells the client that the session is over, after everything was sent, and returns
@@ -171,25 +174,6 @@ func (s *remoteCommandSession) sayNotStarted(result *status) {
 		s.client.farewell(ctx)
 	default:
 	}
-}
-
-// firstSize waits a moment for the terminal's size, which clients send at once, so that the command
-// never sees a wrong one.
-func (s *remoteCommandSession) firstSize(ctx context.Context) (width, height uint16) {
-	if !s.command.TTY || s.client.resize == nil {
-		return 0, 0
-	}
-	s.terminal.known = make(chan struct{})
-	s.others.Go(func() { s.terminal.follow(s.client.resize) })
-	timeout := time.NewTimer(s.config.firstSize)
-	defer timeout.Stop()
-	select {
-	case <-s.terminal.known:
-	case <-timeout.C:
-	case <-s.client.Done():
-	case <-ctx.Done():
-	}
-	return s.terminal.size()
 }
 
 // startFailed tells the client why the command did not start: a command that is not there is the
