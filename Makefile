@@ -61,6 +61,20 @@ e2e: peers kubernetes build ## kubectl against containerd and streamshim side by
 	STREAMSHIM_E2E=$(E2E) STREAMSHIM_E2E_REPORT=$(if $(filter shim,$(E2E)),,$(CURDIR)/docs/compatibility.md) \
 		go test -v -count 1 -timeout 60m ./test/e2e
 
+.PHONY: clients
+clients: client-packages peers kubernetes build test/clients/javascript/node_modules ## stock clients of other languages (Python, JavaScript) against a cluster with streamshim
+	STREAMSHIM_CLIENTS=1 go test -v -count 1 -timeout 15m ./test/clients
+
+.PHONY: client-packages
+client-packages:
+	@test/setup.sh clients
+
+# From the lock file, which has each package's hash and no host names.
+test/clients/javascript/node_modules: test/clients/javascript/package-lock.json | client-packages
+	$(call say,@kubernetes/client-node: installed once)
+	@cd test/clients/javascript && npm ci --ignore-scripts --no-audit --no-fund >/dev/null
+	@touch $@
+
 .PHONY: lint
 lint: setup ## check formatting, go vet and golangci-lint
 	$(call say,gofmt)
@@ -143,7 +157,7 @@ bin/nfpm: test/tools/nfpm/go.mod
 
 .PHONY: clean
 clean: ## remove what was built here (not ~/.cache/streamshim, not a running lab)
-	rm -rf bin dist .artefacts $(ENTER)
+	rm -rf bin dist .artefacts $(ENTER) test/clients/javascript/node_modules
 
 .PHONY: setup
 setup:

@@ -365,6 +365,7 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe ho
 		DrainMax:      time.Duration(c.Exec.DrainMax),
 		LingerIdle:    time.Duration(c.Exec.Linger),
 		StatusWait:    time.Duration(c.Exec.StatusWait),
+		InputGrace:    time.Duration(c.Exec.InputGrace),
 		KeepProcesses: execproc.Policy(c.Exec.OnDisconnect) == execproc.PolicyKeep,
 		Settings:      streamingSettings(c),
 		Stall:         time.Duration(c.PortForward.Stall),

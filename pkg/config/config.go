@@ -75,6 +75,7 @@ type Exec struct {
 	OnDisconnect string   `toml:"on_disconnect"` // what becomes of a command whose client has gone: hangup, kill or keep
 	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
 	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
+	InputGrace   Duration `toml:"input_grace"`   // for a command whose client has closed its connection in order: without taking any of the input that came before, and, once it has it all, until the hang-up; 0 is hang up at once
 	StartTimeout Duration `toml:"start_timeout"` // for the OCI runtime to start the command, once it is its turn
 	DrainIdle    Duration `toml:"drain_idle"`    // silence after which output held by a background child is complete; 0 is for ever, for ExecSync 10 s
 	DrainMax     Duration `toml:"drain_max"`     // the same wait while output still flows; for ExecSync at most 10 s
@@ -210,6 +211,7 @@ func Default() Config {
 			OnDisconnect: "hangup",
 			TermAfter:    Duration(5 * time.Second),
 			KillAfter:    Duration(10 * time.Second),
+			InputGrace:   Duration(30 * time.Second),
 			StartTimeout: Duration(30 * time.Second),
 			DrainIdle:    Duration(2 * time.Second),
 			DrainMax:     Duration(10 * time.Minute),

@@ -178,7 +178,7 @@ func TestFilesThatAreNoConfiguration(t *testing.T) {
 		t.Errorf("/dev/zero: %v", err)
 	}
 	done := make(chan error, 1)
-	go func() { done <- c.Read(fifo) }()
+	go func() { done <- c.Read(fifo, nil) }()
 	select {
 	case <-done: // as an empty file, or an error
 	case <-time.After(time.Minute):

@@ -104,7 +104,7 @@ func (p *Process) ContainerEnding() bool {
 // Disconnect begins the end of a process whose client has gone, as Config.OnDisconnect says: with
 // PolicyHangup its streams are closed and the whole tree gets SIGHUP, then SIGTERM, then SIGKILL;
 // with PolicyKill it gets SIGKILL at once; with PolicyKeep it lives on, its output read and thrown
-// away, its stdin at its end unless that is a terminal. It returns at once; may be called more than
+// away, its stdin at its end only if the caller has closed it before. It returns at once; may be called more than
 // once, and after Close.
 func (p *Process) Disconnect() {
 	switch p.policy {
@@ -268,8 +268,11 @@ func (p *Process) discardOutput() {
 		}
 		return
 	}
+	// Input that was cut must not look whole: only who has given it all closes stdin.
 	if p.pipes.stdin != nil {
-		p.pipes.stdin.Close()
+		if file, err := duplicate(p.pipes.stdin); err == nil {
+			p.hold(file)
+		}
 	}
 	for _, output := range []*os.File{p.pipes.stdout, p.pipes.stderr} {
 		if output == nil {
@@ -281,6 +284,20 @@ func (p *Process) discardOutput() {
 			continue
 		}
 		p.discard(file)
+	}
+}
+
+// hold keeps a file open until the process ends or the Runner does.
+func (p *Process) hold(file io.Closer) {
+	started := p.runner.background(func() {
+		defer file.Close()
+		select {
+		case <-p.watch.exited:
+		case <-p.runner.ctx.Done():
+		}
+	})
+	if !started {
+		file.Close()
 	}
 }
 

@@ -102,6 +102,7 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, r *http.Request,
 	ready := make(chan struct{})
 	client := &remoteCommandClient{
 		protocol: remoteCommandProtocolByName(protocol), ready: ready, failureOpened: make(chan Stream, 1),
+		answersItself: answersItself(r, false), sendsSize: isKubectl(r),
 	}
 	expected := map[string]*Stream{streamTypeError: &client.failure}
 	for name, s := range map[string]struct {
@@ -180,6 +181,7 @@ func (s *Server) acceptWebSocketRemoteCommand(w http.ResponseWriter, r *http.Req
 		Channels: websocket.RemoteCommandChannels(c.Stdin, c.Stdout, c.Stderr && !c.TTY),
 		Greeting: true,
 		Room:     rc.buffers,
+		Patience: max(s.config.InputGrace, time.Second),
 	})
 	if err != nil {
 		return nil, nil, err
@@ -187,10 +189,11 @@ func (s *Server) acceptWebSocketRemoteCommand(w http.ResponseWriter, r *http.Req
 	ready := make(chan struct{})
 	close(ready)
 	client := &remoteCommandClient{
-		connection: webSocketConnection{conn},
-		protocol:   remoteCommandProtocol{name: string(protocol), resize: true, jsonStatus: protocol.StatusVersion() >= 4},
-		ready:      ready,
-		failure:    conn.Channel(websocket.Error),
+		connection:    webSocketConnection{conn},
+		protocol:      remoteCommandProtocol{name: string(protocol), resize: true, jsonStatus: protocol.StatusVersion() >= 4},
+		ready:         ready,
+		answersItself: answersItself(r, true), sendsSize: isKubectl(r),
+		failure: conn.Channel(websocket.Error),
 		// The close handshake is the protocol's end of output: there is no FIN of a channel.
 		farewell: func(ctx context.Context) { conn.CloseAndWait(ctx) }, //nolint:errcheck // the session is over either way
 	}

@@ -34,6 +34,7 @@ const (
 type relay struct {
 	conn           *spdy.Conn
 	buffers        *bufferShare
+	network        net.Conn // below conn
 	stdin, resize  *spdy.Stream
 	stdinGrace     time.Duration // see startRelay
 	stdout, stderr io.ReadCloser
@@ -57,11 +58,11 @@ func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, 
 	if err != nil {
 		return nil, fmt.Errorf("ask the upstream for its streaming URL: %w", err)
 	}
-	conn, protocol, err := dialUpstream(ctx, target, buffers)
+	conn, network, protocol, err := dialUpstream(ctx, target, buffers)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the upstream's streaming server: %w", err)
 	}
-	r := &relay{conn: conn, buffers: buffers, stdinGrace: stdinGrace, exited: make(chan struct{})}
+	r := &relay{conn: conn, network: network, buffers: buffers, stdinGrace: stdinGrace, exited: make(chan struct{})}
 	r.upstream.Go(func() { conn.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done
 	if err := r.open(c, protocol, buffer); err != nil {
 		r.Close() //nolint:errcheck // of no use
@@ -72,10 +73,10 @@ func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, 
 
 // dialUpstream connects to a runtime's streaming server and upgrades the connection to SPDY, the
 // protocol that every runtime speaks.
-func dialUpstream(ctx context.Context, target string, buffers *bufferShare) (*spdy.Conn, remoteCommandProtocol, error) {
+func dialUpstream(ctx context.Context, target string, buffers *bufferShare) (*spdy.Conn, net.Conn, remoteCommandProtocol, error) {
 	u, err := url.Parse(target)
 	if err != nil {
-		return nil, remoteCommandProtocol{}, err
+		return nil, nil, remoteCommandProtocol{}, err
 	}
 	var dialer interface {
 		DialContext(ctx context.Context, network, address string) (net.Conn, error)
@@ -90,14 +91,14 @@ func dialUpstream(ctx context.Context, target string, buffers *bufferShare) (*sp
 	}
 	network, err := dialer.DialContext(ctx, "tcp", address)
 	if err != nil {
-		return nil, remoteCommandProtocol{}, err
+		return nil, nil, remoteCommandProtocol{}, err
 	}
 	conn, protocol, err := upgradeUpstream(ctx, network, target, buffers)
 	if err != nil {
 		network.Close() //nolint:errcheck // of no use
-		return nil, remoteCommandProtocol{}, err
+		return nil, nil, remoteCommandProtocol{}, err
 	}
-	return conn, protocol, nil
+	return conn, network, protocol, nil
 }
 
 func upgradeUpstream(ctx context.Context, network net.Conn, target string, buffers *bufferShare) (*spdy.Conn, remoteCommandProtocol, error) {
@@ -247,6 +248,17 @@ func (r *relay) detach() {
 	if !waitFor(r.exited, upstreamDetachWait) {
 		r.detached.Store(true)
 		r.conn.Close() //nolint:errcheck // seen through Exited
+	}
+}
+
+// Pending is how much the upstream's kernel has not acknowledged.
+func (i relayInput) Pending() int { return unacknowledged(i.relay.network) }
+
+// ClientLeft passes the end of the client's input on although the session was to go on after it: there is
+// nobody left whose output could be cut. Only where it is also the end of the container's, it must have come.
+func (i relayInput) ClientLeft(complete bool) {
+	if complete || i.grace < 0 {
+		i.CloseWrite() //nolint:errcheck // fails when the upstream has gone, which shows in Exited
 	}
 }
 

@@ -34,6 +34,10 @@ type Config struct {
 	// which may translate for somebody else, to have read the output: since the last sign that it has read
 	// something. Zero does not hold it back.
 	StatusWait time.Duration
+	// InputGrace is how long a command without a terminal, whose client has left in order, may take none of
+	// the input that came before, and, once it has all of it, how long it may run on before it is treated as
+	// one whose client has gone. Zero is not at all.
+	InputGrace time.Duration
 	// KeepProcesses says that processes live on without their clients, so that a session whose client
 	// has gone does not wait for its process to follow.
 	KeepProcesses bool
@@ -80,9 +84,12 @@ type waits struct {
 	// streamCreation is how long a client may take to open its streams after the upgrade.
 	streamCreation time.Duration
 	// firstSize is how long the start of a command with a terminal waits for the terminal's size, so
-	// that the command finds it right from its first instruction (kubernetes#47990). A client that
-	// sends none waits as long; a busy node with two proxies between needs it.
+	// that the command finds it right from its first instruction (kubernetes#47990). A busy node with two
+	// proxies between needs it. A client that is known to send none waits less, see firstsize.go.
 	firstSize time.Duration
+	// sizeSlack is how long the size may come after the first input, or after the answer to a ping: a client
+	// that sends one does so at once, but maybe from another thread.
+	sizeSlack time.Duration
 	// warning is how long before the end by IdleTimeout or MaxLifetime a line on the terminal says
 	// so, when the limit is more than twice as long.
 	warning time.Duration
@@ -98,6 +105,7 @@ func (w waits) complete() waits {
 	return waits{
 		streamCreation: cmp.Or(w.streamCreation, 30*time.Second),
 		firstSize:      cmp.Or(w.firstSize, 500*time.Millisecond),
+		sizeSlack:      cmp.Or(w.sizeSlack, 60*time.Millisecond),
 		warning:        cmp.Or(w.warning, time.Minute),
 		peerSilence:    cmp.Or(w.peerSilence, 45*time.Second),
 		processEnd:     cmp.Or(w.processEnd, 30*time.Second),

@@ -22,6 +22,8 @@ type connection interface {
 	// Done is closed as soon as the client is known to be gone; Err then says why.
 	Done() <-chan struct{}
 	Err() error
+	// Ping asks for an answer, which shows in LastReceived. It does not block.
+	Ping() error
 	// LastReceived is when the client last sent anything, pings included.
 	LastReceived() time.Time
 	// Close ends the connection at once and wakes everybody who waits for it.

@@ -223,7 +223,7 @@ func (c *Conn) OpenStream(header http.Header) (*Stream, error) {
 // here. Data that came before can still be read.
 func (c *Conn) Done() <-chan struct{} { return c.done }
 
-// Err says why Done is closed: ErrPeerClosed, ErrGoAway, ErrClosed, a *ConnectionError, the cause
+// Err says why Done is closed: ErrPeerClosed, ErrGoAway, ErrPeerReset, ErrClosed, a *ConnectionError, the cause
 // of Serve's context, or an error of the network. It is nil before.
 func (c *Conn) Err() error {
 	c.mu.Lock()

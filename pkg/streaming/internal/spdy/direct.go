@@ -24,9 +24,17 @@ type direct struct {
 	tryPieces func(fd uintptr) bool // (*direct).writePiecesNow, made once
 }
 
+// directFile is a writer past which may be written directly, to a file; nil when not.
+type directFile interface{ DirectFile() *os.File }
+
 // directTo returns nil when w is none of these. Types that embed one are not trusted: they may do
 // something of their own in Write, as a terminal's input does.
 func directTo(w io.Writer) *direct {
+	if d, ok := w.(directFile); ok {
+		if file := d.DirectFile(); file != nil {
+			w = file
+		}
+	}
 	var conn syscall.Conn
 	switch w := w.(type) {
 	case *os.File:

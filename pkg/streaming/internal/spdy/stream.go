@@ -126,7 +126,8 @@ func (s *Stream) Read(p []byte) (int, error) {
 // WriteTo writes all that comes to w, up to 64 KiB with one write, until the peer's FIN. For the
 // rest of what it returns see Read. When w fails, the data of that write is lost.
 //
-// A non-blocking *os.File or *net.TCPConn is also written by the goroutine of Conn.Serve, while
+// A non-blocking *os.File or *net.TCPConn, or the file of a writer with a method DirectFile() *os.File, is also
+// written by the goroutine of Conn.Serve, while
 // WriteTo itself has nothing to write; nobody else may write to it until WriteTo returns.
 func (s *Stream) WriteTo(w io.Writer) (written int64, err error) {
 	to, relay := w.(*Stream)
@@ -529,7 +530,8 @@ func (s *Stream) startFrame(fin bool) error {
 	return nil
 }
 
-func (s *Stream) peerFinished() bool {
+// InputEnded says that the peer's FIN has come, although there may still be data to read.
+func (s *Stream) InputEnded() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.readErr == io.EOF

@@ -69,7 +69,7 @@ type inbox struct {
 	softLimit  int   // grows while nobody reads
 	received   int64 // payload bytes of the channel's whole life
 	filling    bool  // the read loop reads into tail
-	ended      bool  // half-closed by the client
+	ended      bool  // the client sends no more
 	discard    bool  // nobody wants the payload
 }
 
@@ -305,6 +305,13 @@ func (in *inbound) end(channel int) {
 	box.arrived.Broadcast()
 }
 
+// endAll marks all channels as ended by the client.
+func (in *inbound) endAll() {
+	for channel := range in.channels {
+		in.end(channel)
+	}
+}
+
 // discardChannel throws away what the channel holds and will receive.
 func (in *inbound) discardChannel(channel int) {
 	in.mu.Lock()
@@ -328,7 +335,8 @@ func (in *inbound) discardLocked(box *inbox) {
 	box.arrived.Broadcast()
 }
 
-// fail ends all channels: readers get what is buffered and then this error.
+// fail ends all channels that have not ended: readers get what is buffered and then this error, the first
+// that fail is called with.
 func (in *inbound) fail(err error) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -346,6 +354,12 @@ func (in *inbound) receivedBytes(channel int) int64 {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	return in.channels[channel].received
+}
+
+func (in *inbound) hasEnded(channel int) bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.channels[channel].ended
 }
 
 // signalRoom wakes the read loop if it waits. Called with mu held.

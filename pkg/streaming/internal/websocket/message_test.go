@@ -24,7 +24,7 @@ func takeIn(protocol Protocol, wrap func(io.Reader) io.Reader, messages ...[]byt
 	for i := range ended {
 		ended[i] = in.channels[i].ended
 	}
-	in.fail(errClientVanished)
+	in.fail(ErrClientVanished)
 	for i := range payload {
 		for {
 			c, piece, err := in.next(i)
