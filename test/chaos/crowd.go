@@ -9,14 +9,13 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
 
-// crowd are all clients. Each has a place and a source of decisions of its own.
+// crowd are all clients. Each session has a number, and a source of decisions of its own that follows from it.
 type crowd struct {
 	s      *soakRun
-	begins chan struct{} // a session may begin
+	begins chan int // the number of a session that may begin
 
 	// sessions is what sessions run under: those that live when no more begin go on until end, so that they
 	// are seen to end well. idle ends the idle time of all.
@@ -26,19 +25,21 @@ type crowd struct {
 }
 
 func newCrowd(ctx context.Context, s *soakRun) *crowd {
-	c := &crowd{s: s, begins: make(chan struct{}), sessions: ctx}
+	c := &crowd{s: s, begins: make(chan int), sessions: ctx}
 	c.idle, c.endIdle = context.WithCancel(ctx)
 	return c
 }
 
 // run lets sessions come and go until the context ends.
 func (c *crowd) run(ctx context.Context) {
-	for i := range c.s.sessions {
-		c.clients.Go(func() { c.place(ctx, i) })
+	for range c.s.sessions {
+		c.clients.Go(func() { c.place(ctx) })
 	}
+	number := 0
 	every(ctx, time.Duration(float64(time.Second)/c.s.rate), func() {
+		number++ // also without a place for it: at the same time comes the same session
 		select {
-		case c.begins <- struct{}{}:
+		case c.begins <- number:
 		case <-ctx.Done():
 		default: // all places are taken
 		}
@@ -51,15 +52,14 @@ func (c *crowd) end() {
 	c.clients.Wait()
 }
 
-func (c *crowd) place(ctx context.Context, number int) {
-	r := c.s.random("session", number)
+func (c *crowd) place(ctx context.Context) {
 	for {
 		select {
-		case <-c.begins:
+		case number := <-c.begins:
+			c.s.session(c.sessions, c.idle, c.s.random("session", number))
 		case <-ctx.Done():
 			return
 		}
-		c.s.session(c.sessions, c.idle, r)
 	}
 }
 
@@ -144,8 +144,8 @@ func (s *soakRun) causeOf(c *client, begin, end time.Time, err error) string {
 		return cause
 	}
 	// The first exec in a container, or the first after a restart, asks the upstream.
-	asks := c.upstream || status.Code(errors.Unwrap(err)) != codes.Unknown || c.pod.kind != stable
-	if asks {
+	_, ofCall := status.FromError(err)
+	if c.upstream || ofCall || c.pod.kind != stable {
 		return s.excused(begin, end, func(e excuse) bool { return e.upstream })
 	}
 	return ""
