@@ -11,6 +11,8 @@ PROGRAMS := $(or $(STREAMSHIM_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/stre
 FUZZTIME ?= 20s
 # Flags of the comparison with containerd, see bin/bench -h
 BENCHFLAGS ?=
+# Flags of the soak, see bin/chaos -h, for instance: make chaos CHAOSFLAGS='-duration 2m -seed 1'
+CHAOSFLAGS ?=
 LAB_DIR ?= .lab
 LAB_K8S_DIR ?= .lab-k8s
 # shim: streamshim alone, as CI runs it; quick: beside bare containerd; full: every setting, slowly
@@ -49,6 +51,20 @@ e2e: peers kubernetes build ## kubectl against containerd and streamshim side by
 	STREAMSHIM_E2E=$(E2E) STREAMSHIM_E2E_REPORT=$(if $(filter shim,$(E2E)),,$(CURDIR)/docs/compatibility.md) \
 		go test -v -count 1 -timeout 60m ./test/e2e
 
+.PHONY: clients
+clients: client-packages peers kubernetes build test/clients/javascript/node_modules ## stock clients of other languages (Python, JavaScript) against a cluster with streamshim
+	STREAMSHIM_CLIENTS=1 go test -v -count 1 -timeout 15m ./test/clients
+
+.PHONY: client-packages
+client-packages:
+	@test/setup.sh clients
+
+# From the lock file, which has each package's hash and no host names.
+test/clients/javascript/node_modules: test/clients/javascript/package-lock.json | client-packages
+	$(call say,@kubernetes/client-node: installed once)
+	@cd test/clients/javascript && npm ci --ignore-scripts --no-audit --no-fund >/dev/null
+	@touch $@
+
 .PHONY: lint
 lint: setup ## check formatting, go vet and golangci-lint
 	$(call say,gofmt)
@@ -68,6 +84,16 @@ fuzz: setup ## run every fuzz test for FUZZTIME (20s)
 bench: peers build ## measure streamshim beside the containerd behind it; flags: make bench BENCHFLAGS=-quick
 	@go build -buildvcs=false -o bin/bench ./test/bench
 	@bin/bench $(BENCHFLAGS)
+
+.PHONY: chaos
+chaos: peers build ## ten minutes of everything going wrong on one node, with invariants; CHAOSFLAGS='-seed N' runs it again
+	@go build -buildvcs=false -o bin/chaos ./test/chaos
+	@bin/chaos $(CHAOSFLAGS)
+
+.PHONY: chaos-teeth
+chaos-teeth: peers build ## show that make chaos finds a leak, a cut and a stall that are injected into it
+	@go build -buildvcs=false -o bin/chaos ./test/chaos
+	@bin/chaos -teeth -duration 40s $(CHAOSFLAGS)
 
 .PHONY: gobench
 gobench: peers ## run the packages' own Go benchmarks
@@ -121,7 +147,7 @@ bin/nfpm: test/tools/nfpm/go.mod
 
 .PHONY: clean
 clean: ## remove what was built here (not ~/.cache/streamshim, not a running lab)
-	rm -rf bin dist .artefacts
+	rm -rf bin dist .artefacts test/clients/javascript/node_modules
 
 .PHONY: setup
 setup:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # setup.sh makes sure that the operating system has what building and testing streamshim needs, on
 # Debian 12 or later. It looks first and installs only what is missing; with nothing missing it
-# needs neither root nor the network.
+# needs neither root nor the network. "setup.sh clients" also looks for what test/clients needs.
 set -euo pipefail
 
 missing=()
@@ -21,6 +21,12 @@ need iptables has iptables                         # CNI's portmap
 need iproute2 has ip
 need util-linux has ipcmk # critest's HostIpc specs call it
 need procps has ps
+need crun has crun # pkg/execproc's tests of terminals; CRI-O's usual runtime
+if [ "${1:-}" = clients ]; then
+  need python3-kubernetes /usr/bin/python3 -c 'import kubernetes'
+  need nodejs has node
+  need npm has npm
+fi
 
 if [ -n "${missing[*]}" ]; then
   if [ "$(id -u)" != 0 ]; then

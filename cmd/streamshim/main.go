@@ -30,9 +30,11 @@ port-forward and ExecSync itself, and passes every other CRI call on untouched.
 
 Start it with "streamshim serve" and point the kubelet's containerRuntimeEndpoint, or crictl's
 --runtime-endpoint, at its socket. "streamshim check" tells whether this node is ready for it.`,
+		Version:       version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
+	root.SetVersionTemplate(versionLine())
 	root.AddCommand(newServeCommand(), newSessionsCommand(), newCheckCommand(), newVersionCommand())
 	return root
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -204,5 +205,92 @@ func TestSettingsPrecedence(t *testing.T) {
 	}
 	if c.LogLevel != "debug" || c.LogFormat != "json" || c.Upstream != "unix:///from/file.sock" || c.Listen != config.Default().Listen {
 		t.Errorf("%+v", c)
+	}
+}
+
+// A flag also mends what the file has wrong, and each mistake is told where it is.
+func TestFlagMendsFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "config.toml")
+	if err := os.WriteFile(file, []byte("log_format = 'json'\nlog_level = 'loud'\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		args []string
+		want string // the error begins with it; none when empty
+	}{
+		{nil, file + ":2: log_level: "},
+		{[]string{"--log-level", "debug"}, ""},
+		{[]string{"--log-level", "quiet"}, "log_level: \"quiet\""},
+		{[]string{"--log-format", "text"}, file + ":2: log_level: "},
+	} {
+		flags := pflag.NewFlagSet("test", pflag.ContinueOnError)
+		settings := addSettings(flags)
+		if err := flags.Parse(append([]string{"--config", file}, test.args...)); err != nil {
+			t.Fatal(err)
+		}
+		c, err := settings.load(flags)
+		switch {
+		case test.want == "" && (err != nil || c.LogLevel != "debug" || c.LogFormat != "json"):
+			t.Errorf("%v: %+v, %v", test.args, c, err)
+		case test.want != "" && (err == nil || !strings.HasPrefix(err.Error(), test.want)):
+			t.Errorf("%v: %v", test.args, err)
+		}
+	}
+}
+
+// exec.drain_max holds for ExecSync as well, which does not wait longer than 10 s anyway.
+func TestDrainMaxOfExecSync(t *testing.T) {
+	for set, want := range map[time.Duration]time.Duration{
+		time.Second: time.Second, 10 * time.Minute: 10 * time.Second,
+	} {
+		c := config.Default()
+		c.Exec.DrainMax = config.Duration(set)
+		if got := runnerConfig(c, nil, hooks{}).DrainMax; got != want {
+			t.Errorf("exec.drain_max %v: ExecSync waits %v", set, got)
+		}
+	}
+}
+
+func TestVersionFlag(t *testing.T) {
+	flag, err := run(t, "--version")
+	command, commandErr := run(t, "version")
+	if flag != command || err != nil || commandErr != nil {
+		t.Errorf("--version %q, version %q, %v, %v", flag, command, err, commandErr)
+	}
+}
+
+// Who forgets the ID is told where to find it.
+func TestArgumentsAreNamed(t *testing.T) {
+	for _, command := range []string{"kill", "show", "watch"} {
+		if _, err := run(t, "sessions", command); err == nil || !strings.Contains(err.Error(), "sessions list") {
+			t.Errorf("%s: %v", command, err)
+		}
+	}
+	if _, err := run(t, "sessions", "replay"); err == nil || !strings.Contains(err.Error(), ".cast") {
+		t.Errorf("replay: %v", err)
+	}
+}
+
+// What the configuration names and is not there is said when streamshim is ready.
+func TestMissingIsSaid(t *testing.T) {
+	var logged bytes.Buffer
+	log := slog.New(slog.NewTextHandler(&logged, nil))
+	dir := t.TempDir()
+	c := config.Default()
+	c.Upstream, c.Runtime.Binary = "unix://"+filepath.Join(dir, "away.sock"), filepath.Join(dir, "no-runc")
+	warnOfMissing(log, c)
+	for _, want := range []string{"away.sock", "no-runc"} {
+		if !strings.Contains(logged.String(), want) {
+			t.Errorf("nothing of %s: %s", want, &logged)
+		}
+	}
+	logged.Reset()
+	if err := os.WriteFile(filepath.Join(dir, "away.sock"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.Runtime.Binary = "/bin/true"
+	warnOfMissing(log, c)
+	if os.Geteuid() == 0 && logged.Len() > 0 {
+		t.Errorf("all is there: %s", &logged)
 	}
 }

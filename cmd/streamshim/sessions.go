@@ -22,6 +22,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/config"
 	"github.com/streamshim/streamshim/pkg/endpoint"
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/session/recording"
 )
 
 func newSessionsCommand() *cobra.Command {
@@ -53,7 +54,7 @@ An ID may be shortened as long as it is unique.`,
 // adminSocket is the path of the admin socket: as named, or as the configuration says.
 func adminSocket(address, file string) (string, error) {
 	if address == "" {
-		c, err := (&settings{file: file}).read()
+		c, err := (&settings{file: file}).read(nil)
 		if err != nil {
 			return "", fmt.Errorf("%w; --admin names the socket without it", err)
 		}
@@ -137,7 +138,7 @@ func printSessions(out io.Writer, sessions []admin.Session, output string) error
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	columns := []string{"ID", "KIND", "POD", "CONTAINER", "COMMAND", "TTY", "PROTOCOL", "CLIENT", "AGE", "IDLE", "IN", "OUT"}
 	if output == "wide" {
-		columns = append(columns, "PHASE", "PID", "USER", "CONTAINER ID", "AUDIT ID")
+		columns = append(columns, "PHASE", "PID", "USER", "CONTAINER ID", "AUDIT ID (UNVERIFIED)")
 	}
 	fmt.Fprintln(table, strings.Join(columns, "\t"))
 	for _, s := range sessions {
@@ -165,11 +166,46 @@ func printSessions(out io.Writer, sessions []admin.Session, output string) error
 
 const maxCommandColumn = 40
 
+// oneSession wants one ID, and says where to find it.
+func oneSession(_ *cobra.Command, args []string) error {
+	if len(args) != 1 {
+		return errors.New("name one session by its ID, as \"streamshim sessions list\" shows it; it may be shortened")
+	}
+	return nil
+}
+
+// sessionIDs completes IDs from the live sessions, with a word about each.
+func sessionIDs(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	address, addressErr := cmd.Flags().GetString("admin")
+	file, fileErr := cmd.Flags().GetString("config")
+	path, err := adminSocket(address, file)
+	if len(args) > 0 || errors.Join(addressErr, fileErr, err) != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), completionTimeout)
+	defer cancel()
+	c := admin.NewClient(path)
+	defer c.Close()
+	sessions, err := c.List(ctx)
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var ids []string
+	for _, s := range sessions {
+		ids = append(ids, s.ID+"\t"+printable(string(s.Kind)+" "+s.PodNamespace+"/"+s.PodName+" "+s.Container))
+	}
+	return ids, cobra.ShellCompDirectiveNoFileComp
+}
+
+// completionTimeout bounds how long the shell waits for IDs.
+const completionTimeout = 2 * time.Second
+
 func newShowCommand(withClient clientCommand) *cobra.Command {
 	return &cobra.Command{
-		Use:   "show ID",
-		Short: "Print all that is known of one session, as JSON",
-		Args:  cobra.ExactArgs(1),
+		Use:               "show ID",
+		Short:             "Print all that is known of one session, as JSON",
+		Args:              oneSession,
+		ValidArgsFunction: sessionIDs,
 		RunE: withClient(func(cmd *cobra.Command, c *admin.Client, args []string) error {
 			s, err := c.Show(cmd.Context(), args[0])
 			if err != nil {
@@ -187,7 +223,8 @@ func newKillCommand(withClient clientCommand) *cobra.Command {
 		Long: `kill ends a session: its client is told that an operator ended it, and its process is treated as when
 a client has gone (exec.on_disconnect). With --signal the session stays, and its process gets the
 signal.`,
-		Args: cobra.ExactArgs(1),
+		Args:              oneSession,
+		ValidArgsFunction: sessionIDs,
 	}
 	name := command.Flags().StringP("signal", "s", "", "`name` or number of a signal for the process, such as INT or 15")
 	command.RunE = withClient(func(cmd *cobra.Command, c *admin.Client, args []string) error {
@@ -221,10 +258,15 @@ func newWatchCommand(withClient clientCommand) *cobra.Command {
 		Short: "See what a session's terminal shows from now on",
 		Long: `watch copies what a session's terminal shows, from now on, until the session ends or ^C. It is read-only,
 and never slows the session: what is too much for the watcher is skipped. With notify_watch the
-session's user is told. A program that draws the whole screen is seen in full at its next redraw.`,
-		Args: cobra.ExactArgs(1),
+session's user is told. A program that draws the whole screen is seen in full at its next redraw.
+
+What the session shows speaks to this terminal as it does to its user's; of a container that is not
+trusted, --escapes=show prints escapes instead of obeying them.`,
+		Args:              oneSession,
+		ValidArgsFunction: sessionIDs,
 	}
 	raw := command.Flags().Bool("asciicast", false, "write an asciicast v2 instead, with the times")
+	visible := addVisible(command)
 	command.RunE = withClient(func(cmd *cobra.Command, c *admin.Client, args []string) error {
 		cast, err := c.Watch(cmd.Context(), args[0])
 		if err != nil {
@@ -235,7 +277,7 @@ session's user is told. A program that draws the whole screen is seen in full at
 			_, err = io.Copy(cmd.OutOrStdout(), cast)
 		} else {
 			defer borrowTerminal(os.Stdin, cmd.OutOrStdout())()
-			err = play(cmd.Context(), cmd.OutOrStdout(), cast, nil)
+			err = play(cmd.Context(), visible(cmd.OutOrStdout()), cast, nil)
 		}
 		if cmd.Context().Err() != nil {
 			return nil
@@ -249,10 +291,18 @@ func newReplayCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "replay FILE",
 		Short: "Play a recording in this terminal",
-		Args:  cobra.ExactArgs(1),
+		Long: `replay plays a recording in this terminal, with its pauses. What it shows speaks to this terminal; of a
+container that is not trusted, --escapes=show prints escapes instead of obeying them.`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return errors.New("name one recording, a file that ends with " + recording.Suffix)
+			}
+			return nil
+		},
 	}
 	speed := command.Flags().Float64("speed", 1, "`times` as fast")
 	idle := command.Flags().Duration("idle", 0, "longest pause; 0 keeps the recording's")
+	visible := addVisible(command)
 	command.RunE = func(cmd *cobra.Command, args []string) error {
 		if *speed <= 0 {
 			return errors.New("--speed must be more than 0")
@@ -263,7 +313,7 @@ func newReplayCommand() *cobra.Command {
 		}
 		defer file.Close() //nolint:errcheck // only read
 		defer borrowTerminal(os.Stdin, cmd.OutOrStdout())()
-		err = play(cmd.Context(), cmd.OutOrStdout(), file, &pace{speed: *speed, idle: *idle})
+		err = play(cmd.Context(), visible(cmd.OutOrStdout()), file, &pace{speed: *speed, idle: *idle})
 		if cmd.Context().Err() != nil {
 			return nil
 		}

@@ -60,9 +60,14 @@ func newTelemetry(ctx context.Context, c config.Config, o *operation, log *slog.
 	t.metrics = metrics.New(metrics.Config{
 		Version: version, Methods: cri.Methods(), WaitingTokens: func() int { return t.streams.WaitingTokens() },
 		LostAudit: o.audit.Lost, IncompleteRecordings: o.recorder.Incomplete,
+		Buffered: o.buffers.Used, BuffersRefused: o.buffers.Refused,
 	})
 	t.server = metrics.NewServer(metrics.ServerConfig{
-		Metrics: t.metrics, Ready: t.self.Answers, Profiling: c.Profiling, Log: log,
+		Metrics: t.metrics, Profiling: c.Profiling, Log: log,
+		Ready: func(ctx context.Context) error {
+			_, err := t.self.Version(ctx) // which goes through this process to the upstream
+			return err
+		},
 	})
 	return t, nil
 }

@@ -42,11 +42,13 @@ type Session struct {
 	PID       int           `json:"pid,omitempty"` // on the node; absent when it is not known
 	User      *session.User `json:"user,omitempty"`
 	AuditID   string        `json:"kubernetes_audit_id,omitempty"`
-	Started   time.Time     `json:"started"`
-	Age       float64       `json:"age_seconds"`
-	Idle      float64       `json:"idle_seconds"`
-	BytesIn   int64         `json:"bytes_in"`  // from the client
-	BytesOut  int64         `json:"bytes_out"` // to the client
+	// AuditIDVerified is false wherever there is an AuditID: a client can bring one of its own.
+	AuditIDVerified *bool     `json:"kubernetes_audit_id_verified,omitempty"`
+	Started         time.Time `json:"started"`
+	Age             float64   `json:"age_seconds"`
+	Idle            float64   `json:"idle_seconds"`
+	BytesIn         int64     `json:"bytes_in"`  // from the client
+	BytesOut        int64     `json:"bytes_out"` // to the client
 }
 
 // KillRequest says how to end a session.

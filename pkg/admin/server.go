@@ -250,6 +250,9 @@ func (s *Server) describe(live *session.Session) Session {
 		User: live.User, AuditID: live.AuditID, Started: live.Start,
 		Age: now.Sub(live.Start).Seconds(), Idle: live.Idle(now).Seconds(),
 	}
+	if live.AuditID != "" {
+		d.AuditIDVerified = new(bool)
+	}
 	d.BytesIn, d.BytesOut = live.Transferred()
 	if controls := live.Controls(); controls != nil {
 		d.PID = controls.PID()

@@ -14,11 +14,12 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/pkg/cri"
 	"github.com/streamshim/streamshim/pkg/endpoint"
 )
 
@@ -49,11 +50,7 @@ const DefaultKubeletConfig = "/var/lib/kubelet/config.yaml"
 // Run does all checks, in the order in which they matter.
 func Run(ctx context.Context, c config.Config, kubeletConfig string) []Result {
 	results := []Result{privileges(), pidfd(), networkNamespaces(), subreaper()}
-	upstream, version := upstreamAnswers(ctx, c)
-	results = append(results, upstream)
-	if version != nil {
-		results = append(results, upstreamConditions(ctx, c))
-	}
+	results = append(results, upstreamResults(ctx, c)...)
 	return append(results,
 		ociRuntime(ctx, c),
 		engine(c),
@@ -125,52 +122,70 @@ func subreaper() Result {
 	return ok(name, "available")
 }
 
-func dial(c config.Config) (*grpc.ClientConn, error) {
-	path, err := endpoint.Path(c.Upstream)
-	if err != nil {
-		return nil, err
-	}
-	return grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"))
-}
-
-func upstreamAnswers(ctx context.Context, c config.Config) (Result, *runtimeapi.VersionResponse) {
+// upstreamResults call the runtime through what serve calls it through.
+func upstreamResults(ctx context.Context, c config.Config) []Result {
 	const name = "upstream"
 	const mend = "start the runtime, or name its CRI socket with --upstream or the key upstream"
 	if c.Upstream == "" {
-		return failed(name, mend, "no runtime's socket is where it usually is, and none is named"), nil
+		return []Result{failed(name, mend, "no runtime's socket is where it usually is, and none is named")}
 	}
-	conn, err := dial(c)
+	upstream, err := cri.NewUpstream(c.Upstream, 0)
 	if err != nil {
-		return failed(name, mend, "%v", err), nil
+		return []Result{failed(name, mend, "%v", err)}
 	}
-	defer conn.Close() //nolint:errcheck // nothing runs on it
+	defer upstream.Close() //nolint:errcheck // nothing runs on it
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	version, err := runtimeapi.NewRuntimeServiceClient(conn).Version(ctx, &runtimeapi.VersionRequest{})
+	version, err := upstream.Version(ctx)
 	if err != nil {
-		return failed(name, mend, "%s does not answer: %v", c.Upstream, err), nil
+		return []Result{upstreamFailure(name, mend, c.Upstream, err)}
 	}
 	if version.GetRuntimeApiVersion() != "v1" {
-		return failed(name, "use a runtime that speaks CRI v1", "%s speaks CRI %s", c.Upstream, version.GetRuntimeApiVersion()), nil
+		return []Result{failed(name, "use a runtime that speaks CRI v1", "%s speaks CRI %s", c.Upstream, version.GetRuntimeApiVersion())}
 	}
-	return ok(name, "%s %s at %s", version.GetRuntimeName(), version.GetRuntimeVersion(), c.Upstream), version
+	return []Result{
+		ok(name, "%s %s at %s", version.GetRuntimeName(), version.GetRuntimeVersion(), c.Upstream),
+		upstreamConditions(ctx, upstream),
+	}
 }
 
-func upstreamConditions(ctx context.Context, c config.Config) Result {
-	const name = "upstream conditions"
-	conn, err := dial(c)
-	if err != nil {
-		return failed(name, "see above", "%v", err)
+// upstreamFailure says what a failed first call means.
+func upstreamFailure(name, mend, address string, err error) Result {
+	if status.Code(err) == codes.Unimplemented {
+		return failed(name, "name the CRI socket of the runtime with --upstream or the key upstream",
+			"what listens on %s speaks gRPC and not CRI v1", address)
 	}
-	defer conn.Close() //nolint:errcheck // nothing runs on it
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	status, err := runtimeapi.NewRuntimeServiceClient(conn).Status(ctx, &runtimeapi.StatusRequest{})
+	path, pathErr := endpoint.Path(address)
+	if pathErr != nil {
+		return failed(name, mend, "%v", pathErr)
+	}
+	switch conn, dialErr := net.DialTimeout("unix", path, callTimeout); {
+	case errors.Is(dialErr, unix.ENOENT):
+		return failed(name, mend, "there is no socket %s", path)
+	case errors.Is(dialErr, unix.EPROTOTYPE):
+		return failed(name, mend, "%s is a socket of another type (datagram or sequenced packets)", path)
+	case errors.Is(dialErr, unix.ECONNREFUSED):
+		if info, statErr := os.Stat(path); statErr == nil && info.Mode().Type() != os.ModeSocket {
+			return failed(name, mend, "%s is no socket", path)
+		}
+		return failed(name, mend, "nobody listens on %s", path)
+	case dialErr != nil:
+		return failed(name, mend, "%v", dialErr)
+	default:
+		conn.Close() //nolint:errcheck // only dialled to see whether somebody listens
+	}
+	return failed(name, "see whether the runtime is well (its log) and whether this is its CRI socket; name another one with --upstream or the key upstream",
+		"what listens on %s does not answer a CRI call as forwarded calls are made: %s", path, status.Convert(err).Message())
+}
+
+func upstreamConditions(ctx context.Context, upstream *cri.Upstream) Result {
+	const name = "upstream conditions"
+	response, err := upstream.Status(ctx)
 	if err != nil {
 		return warning(name, "look at the runtime's log", "no status: %v", err)
 	}
 	others := ""
-	for _, condition := range status.GetStatus().GetConditions() {
+	for _, condition := range response.GetStatus().GetConditions() {
 		switch {
 		case condition.GetStatus():
 		case condition.GetType() == runtimeapi.RuntimeReady, condition.GetType() == runtimeapi.NetworkReady:

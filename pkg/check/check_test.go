@@ -12,6 +12,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/test/criosocket"
 )
 
 func find(t *testing.T, results []Result, name string) Result {
@@ -162,6 +163,8 @@ func TestRuncVersion(t *testing.T) {
 		{"runc version 1.0.0-rc93", Failed},
 		{"runc version 1.1.11", Warning},
 		{"runc version 1.1.12", OK},
+		{"runc version 1.1.5+ds1\ncommit: 1.1.5+ds1-1+deb12u1", OK}, // patched by Debian
+		{"runc version 1.1.5+ds1\ncommit: 1.1.5+ds1-1", Warning},    // and not yet
 		{"runc version v1.5.2", OK},
 		{"runc version 2.0.0", OK},
 		{"crun version 0.9", OK}, // other runtimes count differently
@@ -239,6 +242,75 @@ func TestPlacesAreChecked(t *testing.T) {
 	for _, name := range []string{"recordings", "inotify"} {
 		if r := find(t, results, name); r.Level != OK {
 			t.Errorf("%s: %+v", name, r)
+		}
+	}
+}
+
+// What answers an ordinary client and not the calls as serve makes them is no upstream that works, and what is
+// wrong with a socket is said in words.
+func TestUpstreamThatIsNone(t *testing.T) {
+	dir := t.TempDir()
+	path := func(name string) string { return filepath.Join(dir, name) }
+	listen := func(network, name string) {
+		t.Helper()
+		listener, err := net.ListenUnix(network, &net.UnixAddr{Name: path(name), Net: network})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { listener.Close() })
+		go func() {
+			for {
+				conn, err := listener.AcceptUnix()
+				if err != nil {
+					return
+				}
+				conn.Close()
+			}
+		}()
+	}
+	write(t, path("file"), "")
+	listen("unixpacket", "packets")
+	listen("unix", "closes")
+	shared, err := criosocket.Listen(path("crio"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	crio := grpc.NewServer()
+	runtimeapi.RegisterRuntimeServiceServer(crio, &upstream{})
+	strange := grpc.NewServer() // gRPC without CRI
+	plain, err := net.Listen("unix", path("strange"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 2)
+	go func() { served <- crio.Serve(shared.GRPC()) }()
+	go func() { served <- strange.Serve(plain) }()
+	t.Cleanup(func() {
+		crio.Stop()
+		strange.Stop()
+		<-served
+		<-served
+		shared.Close()
+	})
+	for name, want := range map[string]struct {
+		level Level
+		says  string
+	}{
+		"crio":    {OK, "containerd v2"},
+		"missing": {Failed, "there is no socket"},
+		"file":    {Failed, "is no socket"},
+		"packets": {Failed, "socket of another type"},
+		"closes":  {Failed, "does not answer a CRI call"},
+		"strange": {Failed, "not CRI v1"},
+	} {
+		c := config.Default()
+		c.Upstream = "unix://" + path(name)
+		r := find(t, Run(t.Context(), c, path("none")), "upstream")
+		if r.Level != want.level || !strings.Contains(r.Detail, want.says) || (r.Level == Failed) != (r.Mend != "") {
+			t.Errorf("%s: %+v, want %s with %q", name, r, want.level, want.says)
+		}
+		if strings.Contains(r.Detail, "rpc error") {
+			t.Errorf("%s: gRPC's own words: %s", name, r.Detail)
 		}
 	}
 }

@@ -30,6 +30,10 @@ func (v runcVersion) String() string {
 	return strconv.Itoa(v.major) + "." + strconv.Itoa(v.minor) + "." + strconv.Itoa(v.patch)
 }
 
+// patchedByDebian is the second line of "runc --version" of Debian 12's runc with the fix, which it has had since
+// its first security update; the first line says 1.1.5 all the same.
+var patchedByDebian = regexp.MustCompile(`(?m)^commit: 1\.1\.5\+ds1-1\+deb12u[1-9]`)
+
 var runcLine = regexp.MustCompile(`^runc version v?(\d+)\.(\d+)\.(\d+)`)
 
 // parseRuncVersion reads the first line of "runc --version"; other runtimes say something else.
@@ -66,11 +70,13 @@ func ociRuntime(ctx context.Context, c config.Config) Result {
 	if err != nil {
 		return failed(name, "reinstall "+path, "%s --version: %v", path, err)
 	}
-	first, _, _ := strings.Cut(string(out), "\n")
+	first, rest, _ := strings.Cut(string(out), "\n")
 	if version, isRunc := parseRuncVersion(first); isRunc {
 		switch {
 		case version.before(minimumRunc):
 			return failed(name, "install runc "+safeRunc.String()+" or later", "%s (%s) is older than %s", first, path, minimumRunc)
+		case version.before(safeRunc) && patchedByDebian.MatchString(rest):
+			return ok(name, "%s (%s), in which Debian has mended CVE-2024-21626", first, path)
 		case version.before(safeRunc):
 			return warning(name, "install runc "+safeRunc.String()+" or later", "%s (%s): a container can escape at exec (CVE-2024-21626)", first, path)
 		}

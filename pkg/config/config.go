@@ -6,12 +6,14 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -73,9 +75,10 @@ type Exec struct {
 	OnDisconnect string   `toml:"on_disconnect"` // what becomes of a command whose client has gone: hangup, kill or keep
 	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
 	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
-	StartTimeout Duration `toml:"start_timeout"` // for the OCI runtime to start the command
+	InputGrace   Duration `toml:"input_grace"`   // for a command whose client has closed its connection in order: without taking any of the input that came before, and, once it has it all, until the hang-up; 0 is hang up at once
+	StartTimeout Duration `toml:"start_timeout"` // for the OCI runtime to start the command, once it is its turn
 	DrainIdle    Duration `toml:"drain_idle"`    // silence after which output held by a background child is complete; 0 is for ever, for ExecSync 10 s
-	DrainMax     Duration `toml:"drain_max"`     // the same wait while output still flows
+	DrainMax     Duration `toml:"drain_max"`     // the same wait while output still flows; for ExecSync at most 10 s
 	Linger       Duration `toml:"linger"`        // without progress, for a client to take the rest
 	StatusWait   Duration `toml:"status_wait"`   // since the last sign that output was read, for which the exit status is held back from who may translate for a slow reader; 0 is off
 	IdleTimeout  Duration `toml:"idle_timeout"`  // without payload in either direction, until a session is ended; 0 is off
@@ -125,9 +128,12 @@ type Recording struct {
 	Input     bool   `toml:"input"`     // also what is typed, passwords included
 	NonTTY    bool   `toml:"non_tty"`   // also sessions without a terminal
 	MaxSize   int64  `toml:"max_size"`  // bytes of one recording
-	MaxFiles  int    `toml:"max_files"` // recordings that are kept, the oldest is removed first; 0 is no limit
+	MaxFiles  int    `toml:"max_files"` // recordings that are kept, the oldest of the pod that has most is removed first; 0 is no limit
 	MaxTotal  int64  `toml:"max_total"` // bytes of all recordings together that are kept; 0 is no limit
-	Buffer    int    `toml:"buffer"`    // bytes of one session that may wait to be written
+	// MinAge is how long a recording is kept whatever the limits; while everything is younger and the limits are
+	// reached, new sessions are treated as on_failure says. 0 is no such time.
+	MinAge Duration `toml:"min_age"`
+	Buffer int      `toml:"buffer"` // bytes of one session that may wait to be written
 	// OnFailure says what happens when a session cannot be recorded completely, because of a full
 	// disk, its size, or a disk that is too slow: allow it to go on with a gap in the recording, or
 	// deny it.
@@ -155,9 +161,11 @@ type Limits struct {
 	Sessions             int   `toml:"sessions"`               // on this node
 	SessionsPerPod       int   `toml:"sessions_per_pod"`       // in one pod
 	SessionsPerContainer int   `toml:"sessions_per_container"` // in one container
-	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands that start at the same time, of one pod a quarter of it; ExecSync does not count
+	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands that start at the same time, of one pod a quarter of it; ExecSync, attach and what the runtime itself starts do not count
 	WaitingStarts        int   `toml:"waiting_starts"`         // commands that may wait for their turn to start, of one pod a quarter of it
 	Bandwidth            int64 `toml:"bandwidth"`              // bytes a second of one session, in each direction
+	Buffers              int64 `toml:"buffers"`                // bytes of unread data of all sessions together; beyond them clients are slowed down, and attached clients miss output; -1 is a sixteenth of the memory, of the machine or of streamshim's cgroup, 64 MiB to 1 GiB
+	SpareDescriptors     int   `toml:"spare_descriptors"`      // open files that are kept for probes and running sessions: new sessions and forwarded connections are refused when no more are left; -1 is an eighth of those that streamshim may open
 }
 
 // Deny is a rule that refuses sessions. What is left out chooses all, except that execsync must be
@@ -203,6 +211,7 @@ func Default() Config {
 			OnDisconnect: "hangup",
 			TermAfter:    Duration(5 * time.Second),
 			KillAfter:    Duration(10 * time.Second),
+			InputGrace:   Duration(30 * time.Second),
 			StartTimeout: Duration(30 * time.Second),
 			DrainIdle:    Duration(2 * time.Second),
 			DrainMax:     Duration(10 * time.Minute),
@@ -222,7 +231,9 @@ func Default() Config {
 			Directory: "/var/log/streamshim/recordings", MaxSize: 100 << 20, MaxFiles: 1000, MaxTotal: 1 << 30,
 			Buffer: 1 << 20, OnFailure: "allow",
 		},
-		Limits: Limits{Sessions: 4096, ConcurrentStarts: 32, WaitingStarts: 1024},
+		Limits: Limits{
+			Sessions: 4096, SessionsPerPod: 1024, ConcurrentStarts: 32, WaitingStarts: 1024, Buffers: -1, SpareDescriptors: -1,
+		},
 		Traces: Traces{SampleRatio: 1},
 	}
 }
@@ -233,19 +244,64 @@ const maxSyncOutput = 15 << 20
 
 // Read puts the file's settings into c. Unknown keys and values of the wrong type are refused, with
 // their line.
-func (c *Config) Read(file string) error {
-	text, err := os.ReadFile(file)
+//
+// What has precedence over the file, such as flags, is set by override, which may be nil. It is called before
+// the values are checked, so that it can mend what the file has wrong.
+func (c *Config) Read(file string, override func(*Config)) error {
+	text, err := readLimited(file)
 	if err != nil {
 		return fmt.Errorf("read the configuration: %w", err)
 	}
-	if err := c.parse(text); err != nil {
+	if err := c.decode(text); err != nil {
 		return fmt.Errorf("%s:%w", file, err)
+	}
+	inFile := c.validate()
+	if override != nil {
+		override(c)
+	}
+	problem := c.validate()
+	if problem == nil {
+		return nil
+	}
+	if inFile != nil && *problem == *inFile {
+		return fmt.Errorf("%s:%d: %w", file, lineOf(text, problem.key), problem)
+	}
+	return problem
+}
+
+// parse is Read of a text; its errors begin with the line.
+func (c *Config) parse(text []byte) error {
+	if err := c.decode(text); err != nil {
+		return err
+	}
+	if problem := c.validate(); problem != nil {
+		return fmt.Errorf("%d: %w", lineOf(text, problem.key), problem)
 	}
 	return nil
 }
 
-// parse returns errors that begin with the line, for "file:line: message".
-func (c *Config) parse(text []byte) error {
+// maxFile bounds the configuration file, in bytes.
+const maxFile = 1 << 20
+
+func readLimited(path string) ([]byte, error) {
+	// Of a FIFO that nobody writes to, opening alone would wait for ever.
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close() //nolint:errcheck // only read
+	text, err := io.ReadAll(io.LimitReader(file, maxFile+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(text) > maxFile {
+		return nil, fmt.Errorf("%s is larger than %d bytes, which no configuration is", path, maxFile)
+	}
+	return text, nil
+}
+
+// decode returns errors that begin with the line, for "file:line: message".
+func (c *Config) decode(text []byte) error {
 	if problem := durationsWithoutUnit(text); problem != nil {
 		return fmt.Errorf("%d: %w", lineOf(text, problem.key), problem)
 	}
@@ -269,9 +325,6 @@ func (c *Config) parse(text []byte) error {
 	}
 	if err != nil {
 		return fmt.Errorf("1: %w", err)
-	}
-	if problem := c.validate(); problem != nil {
-		return fmt.Errorf("%d: %w", lineOf(text, problem.key), problem)
 	}
 	return nil
 }
@@ -326,7 +379,7 @@ type ValueError struct {
 
 func (e *ValueError) Error() string { return e.key + ": " + e.problem }
 
-// Validate checks the values themselves. It is called again when flags have changed some.
+// Validate checks the values themselves.
 func (c *Config) Validate() error {
 	if problem := c.validate(); problem != nil {
 		return problem

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -136,14 +137,14 @@ func TestMistakes(t *testing.T) {
 func TestReadNamesTheFile(t *testing.T) {
 	c := Default()
 	missing := filepath.Join(t.TempDir(), "none.toml")
-	if err := c.Read(missing); err == nil || !strings.Contains(err.Error(), missing) {
+	if err := c.Read(missing, nil); err == nil || !strings.Contains(err.Error(), missing) {
 		t.Errorf("missing file: %v", err)
 	}
 	file := filepath.Join(t.TempDir(), "config.toml")
 	if err := os.WriteFile(file, []byte("x = 1"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Read(file); err == nil || !strings.HasPrefix(err.Error(), file+":1: ") {
+	if err := c.Read(file, nil); err == nil || !strings.HasPrefix(err.Error(), file+":1: ") {
 		t.Errorf("bad file: %v", err)
 	}
 }
@@ -156,4 +157,31 @@ func FuzzParse(f *testing.F) {
 		c := Default()
 		c.parse([]byte(text)) //nolint:errcheck // must only not panic
 	})
+}
+
+// What docs/security.md says of them: nothing is written down until somebody asks for it.
+func TestAuditAndRecordingAreOff(t *testing.T) {
+	c := Default()
+	if c.Audit.Destination != "off" || len(c.Recording.Rule) != 0 || c.Recording.Input || c.Profiling || c.MetricsAddress != "" {
+		t.Errorf("audit %q, recording %+v, profiling %v, metrics %q", c.Audit.Destination, c.Recording, c.Profiling, c.MetricsAddress)
+	}
+}
+
+// What is no configuration is not read into memory, and a FIFO is not waited for.
+func TestFilesThatAreNoConfiguration(t *testing.T) {
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := Default()
+	if err := c.Read("/dev/zero", nil); err == nil || !strings.Contains(err.Error(), "larger than") {
+		t.Errorf("/dev/zero: %v", err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- c.Read(fifo, nil) }()
+	select {
+	case <-done: // as an empty file, or an error
+	case <-time.After(time.Minute):
+		t.Error("a FIFO is waited for")
+	}
 }

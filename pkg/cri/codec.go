@@ -27,9 +27,7 @@ type rawCodec struct {
 	proto encoding.CodecV2
 }
 
-func newRawCodec() rawCodec {
-	return rawCodec{proto: encoding.GetCodecV2(proto.Name)}
-}
+var codec = rawCodec{proto: encoding.GetCodecV2(proto.Name)}
 
 // Marshal hands out the frame's buffers with a reference of their own, which gRPC frees.
 func (c rawCodec) Marshal(v any) (mem.BufferSlice, error) {
@@ -57,5 +55,7 @@ func (c rawCodec) Unmarshal(data mem.BufferSlice, v any) error {
 	return nil
 }
 
-// Name is the content-subtype, which stays what it is without this codec.
-func (rawCodec) Name() string { return proto.Name }
+// Name is the content-subtype of calls to the upstream: none, as every stock client has it. CRI-O shares its
+// socket between gRPC and HTTP and takes a connection for gRPC only when the content type of its first
+// request is exactly "application/grpc".
+func (rawCodec) Name() string { return "" }

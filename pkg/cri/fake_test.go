@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/endpoint"
 	"github.com/streamshim/streamshim/pkg/streaming"
+	"github.com/streamshim/streamshim/test/criosocket"
 )
 
 // testTimeout bounds every wait of a test; it is long because the machine may be busy.
@@ -64,11 +66,10 @@ func (f *fakeRuntime) called(method string) int {
 
 func (f *fakeRuntime) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
 	f.count("Version")
-	name := f.name
-	if name == "" {
-		name = "containerd"
+	if f.name == crioRuntimeName {
+		return &runtimeapi.VersionResponse{Version: "0.1.0", RuntimeName: f.name, RuntimeVersion: "1.37.0", RuntimeApiVersion: "v1"}, nil
 	}
-	return &runtimeapi.VersionResponse{Version: "0.1.0", RuntimeName: name, RuntimeVersion: "v2.4.2", RuntimeApiVersion: "v1"}, nil
+	return &runtimeapi.VersionResponse{Version: "0.1.0", RuntimeName: "containerd", RuntimeVersion: "v2.4.2", RuntimeApiVersion: "v1"}, nil
 }
 
 func (f *fakeRuntime) Status(context.Context, *runtimeapi.StatusRequest) (*runtimeapi.StatusResponse, error) {
@@ -115,13 +116,18 @@ func (f *fakeRuntime) Attach(_ context.Context, request *runtimeapi.AttachReques
 	return f.attach(request)
 }
 
-// fakeUpstream is a gRPC server on a Unix socket that can be killed and started again.
+// fakeUpstream is a gRPC server on a Unix socket that can be killed and started again. It is as strict as CRI-O
+// about what it takes for gRPC, see criosocket.
 type fakeUpstream struct {
 	path     string
 	register func(*grpc.Server)
 	options  []grpc.ServerOption
+	web      http.Handler                    // what it answers to HTTP, nothing when nil
+	listen   func(net.Listener) net.Listener // what the gRPC server accepts from, may be nil
 
+	socket *criosocket.Socket
 	server *grpc.Server
+	http   *http.Server
 	done   chan error
 }
 
@@ -139,15 +145,24 @@ func newFakeUpstream(t testing.TB, register func(*grpc.Server), options ...grpc.
 
 func (f *fakeUpstream) start(t testing.TB) {
 	t.Helper()
-	listener, err := net.Listen("unix", f.path)
+	socket, err := criosocket.Listen(f.path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	server := grpc.NewServer(f.options...)
 	f.register(server)
-	done := make(chan error, 1)
+	web := &http.Server{Handler: f.web, ReadHeaderTimeout: testTimeout}
+	if f.web == nil {
+		web.Handler = http.NotFoundHandler()
+	}
+	listener := socket.GRPC()
+	if f.listen != nil {
+		listener = f.listen(listener)
+	}
+	done := make(chan error, 2)
 	go func() { done <- server.Serve(listener) }()
-	f.server, f.done = server, done
+	go func() { done <- web.Serve(socket.HTTP()) }()
+	f.socket, f.server, f.http, f.done = socket, server, web, done
 }
 
 // kill ends the server and all its connections, and removes the socket.
@@ -156,7 +171,10 @@ func (f *fakeUpstream) kill() {
 		return
 	}
 	f.server.Stop()
+	f.http.Close()
 	<-f.done
+	<-f.done
+	f.socket.Close()
 	f.server = nil
 }
 
@@ -175,6 +193,13 @@ func socketDir(t testing.TB) string {
 // to it.
 func startServer(t testing.TB, upstreamPath string, change func(*Config)) (*Server, *grpc.ClientConn) {
 	t.Helper()
+	path := filepath.Join(socketDir(t), "streamshim.sock")
+	return serveAt(t, path, upstreamPath, change), dialSocket(t, path)
+}
+
+// serveAt serves the CRI on the socket at path.
+func serveAt(t testing.TB, path, upstreamPath string, change func(*Config)) *Server {
+	t.Helper()
 	upstream, err := NewUpstream("unix://"+upstreamPath, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -188,7 +213,6 @@ func startServer(t testing.TB, upstreamPath string, change func(*Config)) (*Serv
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(socketDir(t), "streamshim.sock")
 	listener, err := endpoint.Listen(path)
 	if err != nil {
 		t.Fatal(err)
@@ -203,7 +227,7 @@ func startServer(t testing.TB, upstreamPath string, change func(*Config)) (*Serv
 			t.Errorf("Serve: %v", err)
 		}
 	})
-	return server, dialSocket(t, path)
+	return server
 }
 
 func dialSocket(t testing.TB, path string) *grpc.ClientConn {

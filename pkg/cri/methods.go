@@ -30,3 +30,14 @@ var unaryMethods = func() map[string]bool {
 	}
 	return names
 }()
+
+// streamDescs are those of Methods that are streams.
+var streamDescs = func() map[string]*grpc.StreamDesc {
+	descs := map[string]*grpc.StreamDesc{}
+	for _, service := range []grpc.ServiceDesc{runtimeapi.RuntimeService_ServiceDesc, runtimeapi.ImageService_ServiceDesc} {
+		for _, m := range service.Streams {
+			descs["/"+service.ServiceName+"/"+m.StreamName] = &grpc.StreamDesc{ClientStreams: m.ClientStreams, ServerStreams: m.ServerStreams}
+		}
+	}
+	return descs
+}()

@@ -8,12 +8,14 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
 
-// forwardDesc makes a forwarded call a bidirectional stream, of which unary, client-streaming and
-// server-streaming calls are special cases on the wire.
+// forwardDesc makes a forwarded call of a kind that is not known a bidirectional stream, of which all others
+// are special cases on the wire.
 var forwardDesc = &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}
 
 // forward carries one call of any kind to the upstream and back without decoding it. Deadline and
@@ -29,7 +31,11 @@ func (s *Server) forward(_ any, client grpc.ServerStream) error {
 	}
 	ctx, cancel := context.WithCancel(outgoing(client.Context()))
 	defer cancel()
-	upstream, err := s.upstream.conn.NewStream(ctx, forwardDesc, method, grpc.ForceCodecV2(s.codec))
+	desc := forwardDesc
+	if known := streamDescs[method]; known != nil {
+		desc = known // the half-close of a call with one request goes with that request
+	}
+	upstream, err := s.upstream.conn.NewStream(ctx, desc, method, forwardOptions(ctx)...)
 	if err != nil {
 		return err
 	}
@@ -69,7 +75,7 @@ func (s *Server) forwardUnary(client grpc.ServerStream, method string) error {
 func (s *Server) invokeUpstream(ctx context.Context, method string, request, response *frame) error {
 	var header, trailer metadata.MD
 	err := s.upstream.conn.Invoke(outgoing(ctx), method, request, response,
-		grpc.ForceCodecV2(s.codec), grpc.Header(&header), grpc.Trailer(&trailer))
+		append(forwardOptions(ctx), grpc.Header(&header), grpc.Trailer(&trailer))...)
 	if headerErr := grpc.SetHeader(ctx, withoutReserved(header)); err == nil {
 		err = headerErr
 	}
@@ -139,6 +145,30 @@ func outgoing(ctx context.Context) context.Context {
 		return ctx
 	}
 	return metadata.NewOutgoingContext(ctx, withoutReserved(received))
+}
+
+// forwardOptions are those of a call to the upstream that shall look as the client's own call does. The context
+// is the client's. What gRPC gives no way to pass on is the user agent; the upstream sees that of a Go client.
+func forwardOptions(ctx context.Context) []grpc.CallOption {
+	options := []grpc.CallOption{grpc.ForceCodecV2(codec)}
+	received, _ := metadata.FromIncomingContext(ctx)
+	var accepted []string
+	for _, names := range received.Get("grpc-accept-encoding") {
+		for name := range strings.SplitSeq(names, ",") {
+			if name = strings.TrimSpace(name); encoding.GetCompressor(name) != nil { // or we could not read it
+				accepted = append(accepted, name)
+			}
+		}
+	}
+	if len(accepted) > 0 {
+		options = append(options, experimental.AcceptCompressors(accepted...))
+	}
+	// gRPC keeps grpc-encoding out of the metadata; its own streams know it.
+	stream, ok := grpc.ServerTransportStreamFromContext(ctx).(interface{ RecvCompress() string })
+	if ok && stream.RecvCompress() != "" {
+		options = append(options, grpc.UseCompressor(stream.RecvCompress()))
+	}
+	return options
 }
 
 // withoutReserved drops what belongs to one connection and not to the call: HTTP/2 pseudo headers

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -73,6 +72,11 @@ func runningContainer(id, info string) func(*runtimeapi.ContainerStatusRequest) 
 		}
 		return response, nil
 	}
+}
+
+// readyPod answers PodSandboxStatus for any pod.
+func readyPod(*runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {
+	return &runtimeapi.PodSandboxStatusResponse{Status: &runtimeapi.PodSandboxStatus{Labels: podLabels}}, nil
 }
 
 func TestResolveContainerdContainer(t *testing.T) {
@@ -208,24 +212,19 @@ func TestCrioConfigOverHTTP(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(run, "runc", crioID), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(socketDir(t), "crio.sock")
-	listener, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	web := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, request *http.Request) {
+	upstream := newFakeUpstream(t, func(*grpc.Server) {})
+	upstream.kill()
+	upstream.web = http.HandlerFunc(func(w http.ResponseWriter, request *http.Request) {
 		if request.URL.Path != "/config" {
 			http.NotFound(w, request)
 			return
 		}
 		w.Header().Set("Content-Type", "application/toml")
 		w.Write([]byte(testdata(t, "crio.conf", "@BIN@", bin, "@RUN@", run)))
-	})}
-	served := make(chan struct{})
-	go func() { defer close(served); web.Serve(listener) }()
-	t.Cleanup(func() { web.Close(); <-served })
+	})
+	upstream.start(t)
 
-	r := &resolver{upstream: &Upstream{path: path}, lookPath: lookPath}
+	r := &resolver{upstream: &Upstream{path: upstream.path}, lookPath: lookPath}
 	text, err := r.crioHTTPConfig(testContext(t))
 	if err != nil {
 		t.Fatal(err)
@@ -324,7 +323,7 @@ func TestFactsAreKeptForTheContainersLife(t *testing.T) {
 	const id = ":/"
 	info := `{"sandboxID":"p","pid":` + strconv.Itoa(command.Process.Pid) + `,"runtimeType":"io.containerd.runc.v2",
 		"runtimeOptions":{"binary_name":"` + executable(t, t.TempDir(), "runc") + `"},"runtimeSpec":{"process":{"cwd":"/"}}}`
-	fake := &fakeRuntime{containerStatus: runningContainer(id, info)}
+	fake := &fakeRuntime{containerStatus: runningContainer(id, info), podSandboxStatus: readyPod}
 	upstream := newFakeUpstream(t, func(s *grpc.Server) { runtimeapi.RegisterRuntimeServiceServer(s, fake) })
 	server, conn := startServer(t, upstream.path, nil)
 	client := runtimeapi.NewRuntimeServiceClient(conn)
@@ -533,4 +532,40 @@ func TestEndReason(t *testing.T) {
 			t.Errorf("got %q", got)
 		}
 	})
+}
+
+// Labels that could not be had once are asked for again, whatever the error was: a rule that denies by label
+// would otherwise deny everything in the container for its whole life.
+func TestPodLabelsAreAskedForAgain(t *testing.T) {
+	runc := executable(t, t.TempDir(), "runc")
+	for _, test := range []struct {
+		code  codes.Code
+		fails bool // the call itself, which the caller repeats
+		asked bool // again, at the next call
+	}{
+		{codes.Unknown, false, true},
+		{codes.Internal, false, true},
+		{codes.ResourceExhausted, false, true},
+		{codes.NotFound, false, true},
+		{codes.Unavailable, true, true},
+		{codes.Unimplemented, false, false},
+	} {
+		t.Run(test.code.String(), func(t *testing.T) {
+			fake := &fakeRuntime{
+				containerStatus: runningContainer(containerdID,
+					testdata(t, "containerd-container.json", "@BINARY@", runc, "@ROOT@", "/run/other/runc")),
+				podSandboxStatus: func(*runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {
+					return nil, status.Error(test.code, "not now")
+				},
+			}
+			r := startResolver(t, fake)
+			if got, err := r.running(testContext(t), containerdID); (err != nil) != test.fails || got.PodLabels != nil {
+				t.Errorf("labels %v, %v", got.PodLabels, err)
+			}
+			// What is kept is taken from then on, for as long as the container's main process lives.
+			if _, kept := r.containers.peek(containerdID); kept == test.asked {
+				t.Errorf("kept for the container's life: %v", kept)
+			}
+		})
+	}
 }

@@ -137,7 +137,7 @@ func (s *Server) attach(ctx context.Context, raw []byte) (any, error) {
 // as it came and in its trace. It is made once, into response.
 func (s *Server) upstreamURL(trace map[string]string, method string, raw []byte, response interface{ GetUrl() string }) func(context.Context) (string, error) {
 	return func(ctx context.Context) (string, error) {
-		err := s.upstream.conn.Invoke(withTrace(ctx, trace), method, newFrame(raw), response, grpc.ForceCodecV2(s.codec))
+		err := s.upstream.conn.Invoke(withTrace(ctx, trace), method, newFrame(raw), response, grpc.ForceCodecV2(codec))
 		return response.GetUrl(), err
 	}
 }

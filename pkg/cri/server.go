@@ -63,7 +63,6 @@ type Server struct {
 	askSync         BeginSyncFunc
 	trace           TraceFunc
 
-	codec    rawCodec
 	resolver *resolver
 	grpc     *grpc.Server
 }
@@ -83,7 +82,6 @@ func NewServer(config Config) (*Server, error) {
 		observe:         config.Observe,
 		askSync:         config.BeginSync,
 		trace:           config.Trace,
-		codec:           newRawCodec(),
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
@@ -97,7 +95,7 @@ func NewServer(config Config) (*Server, error) {
 		maxMessageSize = DefaultMaxMessageSize
 	}
 	s.grpc = grpc.NewServer(
-		grpc.ForceServerCodecV2(s.codec),
+		grpc.ForceServerCodecV2(codec),
 		grpc.UnknownServiceHandler(s.forward),
 		grpc.NumStreamWorkers(callWorkers),
 		grpc.MaxRecvMsgSize(maxMessageSize),

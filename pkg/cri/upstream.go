@@ -12,7 +12,10 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/experimental"
+	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/pkg/endpoint"
@@ -77,6 +80,8 @@ func NewUpstream(address string, maxMessageSize int) (*Upstream, error) {
 		grpc.WithDefaultCallOptions(
 			grpc.MaxCallRecvMsgSize(maxMessageSize),
 			grpc.MaxCallSendMsgSize(maxMessageSize),
+			// A stock client offers no compression; a forwarded call offers what its client does.
+			experimental.AcceptCompressors(),
 		),
 		grpc.WithUnaryInterceptor(func(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 			if err := u.ready(ctx); err != nil {
@@ -102,10 +107,34 @@ func NewUpstream(address string, maxMessageSize int) (*Upstream, error) {
 // Endpoint is the upstream's address, always in the form unix:///path.
 func (u *Upstream) Endpoint() string { return u.endpoint }
 
-// Answers asks for the upstream's version and tells why there is no answer.
-func (u *Upstream) Answers(ctx context.Context) error {
-	_, err := u.runtime.Version(ctx, &runtimeapi.VersionRequest{})
-	return err
+// Version asks for the upstream's version by the way of forwarded calls: when it fails, so does all else.
+func (u *Upstream) Version(ctx context.Context) (*runtimeapi.VersionResponse, error) {
+	response := &runtimeapi.VersionResponse{}
+	return response, u.callForwarded(ctx, runtimeapi.RuntimeService_Version_FullMethodName, &runtimeapi.VersionRequest{}, response)
+}
+
+// Status asks for the upstream's conditions, by the same way.
+func (u *Upstream) Status(ctx context.Context) (*runtimeapi.StatusResponse, error) {
+	response := &runtimeapi.StatusResponse{}
+	return response, u.callForwarded(ctx, runtimeapi.RuntimeService_Status_FullMethodName, &runtimeapi.StatusRequest{}, response)
+}
+
+// callForwarded makes a call of our own as if a client had made it and it were forwarded.
+func (u *Upstream) callForwarded(ctx context.Context, method string, request, response proto.Message) error {
+	encoded, err := proto.Marshal(request)
+	if err != nil {
+		return fmt.Errorf("encode %T: %w", request, err)
+	}
+	asked := frame{mem.BufferSlice{mem.SliceBuffer(encoded)}}
+	var answered frame
+	defer answered.free()
+	if err := u.conn.Invoke(ctx, method, &asked, &answered, forwardOptions(ctx)...); err != nil {
+		return err
+	}
+	if err := proto.Unmarshal(answered.data.Materialize(), response); err != nil {
+		return fmt.Errorf("decode the answer to %s: %w", method, err)
+	}
+	return nil
 }
 
 // Close ends the connection and every call on it.

@@ -39,6 +39,6 @@
 //
 // For each process there is a record in Config.StateDir, begun before the runtime is run and completed when
 // the process is known. Should this process be killed, the next Runner with the same directory ends what still
-// runs, recognized by pid, start time and boot, unless its policy was to keep it; and, whatever the policy, what the starts have
-// come to that were under way.
+// runs, recognized by pid, start time and boot, and what the starts have come to that were under way, unless
+// the policy was to keep it.
 package execproc

@@ -29,6 +29,9 @@ import (
 var rootfs string // made once, shared by all containers
 
 func TestMain(m *testing.M) {
+	if pid := os.Getenv(tracerVariable); pid != "" {
+		trace(pid) // does not return
+	}
 	if dir := os.Getenv("EXECPROC_TEST_PREDECESSOR"); dir != "" {
 		predecessor(dir) // does not return
 	}
@@ -134,17 +137,23 @@ var containers atomic.Int64
 // newContainer runs a container whose main process sleeps, changed by the functions.
 func newContainer(t testing.TB, changes ...func(*specs.Spec)) Container {
 	t.Helper()
-	id := fmt.Sprintf("execproc-test-%d-%d-", os.Getpid(), containers.Add(1))
-	id += strings.Repeat("0", 64-len(id)) // as long as those of containerd
-	return runContainer(t, t.TempDir(), id, changes...)
+	return newContainerOf(t, peer(t, "runc"), changes...)
 }
 
-// runContainer is newContainer with an id and runc's folder for its state.
-func runContainer(t testing.TB, root, id string, changes ...func(*specs.Spec)) Container {
+// newContainerOf does so with another OCI runtime; the specification is runc's.
+func newContainerOf(t testing.TB, binary string, changes ...func(*specs.Spec)) Container {
 	t.Helper()
-	fs, binary := makeRootfs(t), peer(t, "runc")
+	id := fmt.Sprintf("execproc-test-%d-%d-", os.Getpid(), containers.Add(1))
+	id += strings.Repeat("0", 64-len(id)) // as long as those of containerd
+	return runContainer(t, binary, t.TempDir(), id, changes...)
+}
+
+// runContainer is newContainerOf with an id and the runtime's folder for its state.
+func runContainer(t testing.TB, binary, root, id string, changes ...func(*specs.Spec)) Container {
+	t.Helper()
+	fs := makeRootfs(t)
 	bundle := t.TempDir()
-	spec := exec.Command(binary, "spec")
+	spec := exec.Command(peer(t, "runc"), "spec")
 	spec.Dir = bundle
 	if out, err := spec.CombinedOutput(); err != nil {
 		t.Fatalf("runc spec: %v: %s", err, out)
@@ -223,6 +232,9 @@ func noLeaks(t testing.TB) {
 				break
 			}
 			time.Sleep(20 * time.Millisecond)
+		}
+		if children, err := ownChildren(); err == nil {
+			t.Logf("children: %+v", children)
 		}
 		buffer := make([]byte, 1<<20)
 		t.Errorf("goroutines, descriptors, children: %v, at the start %v\n%s", now, before, buffer[:runtime.Stack(buffer, true)])

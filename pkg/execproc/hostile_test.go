@@ -29,7 +29,7 @@ func TestContainerReplacedDuringStart(t *testing.T) {
 		launched := false
 		replaceFirst := func(ctx context.Context, c Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
 			runc(t, c, "delete", "--force", c.ID)
-			runContainer(t, c.Root, c.ID, named("other"))
+			runContainer(t, c.Runtime, c.Root, c.ID, named("other"))
 			pid, err := execInContainer(ctx, c, spec, f, streams, stderr)
 			launched = err == nil
 			return pid, err

@@ -7,7 +7,6 @@ import (
 	"strconv"
 	"sync"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -104,7 +103,7 @@ func (p *Process) ContainerEnding() bool {
 // Disconnect begins the end of a process whose client has gone, as Config.OnDisconnect says: with
 // PolicyHangup its streams are closed and the whole tree gets SIGHUP, then SIGTERM, then SIGKILL;
 // with PolicyKill it gets SIGKILL at once; with PolicyKeep it lives on, its output read and thrown
-// away, its stdin at its end unless that is a terminal. It returns at once; may be called more than
+// away, its stdin at its end only if the caller has closed it before. It returns at once; may be called more than
 // once, and after Close.
 func (p *Process) Disconnect() {
 	switch p.policy {
@@ -189,21 +188,26 @@ func (p *Process) beginEnd() {
 // endTree is the end of a process and of everything that descends from it.
 func (p *Process) endTree() {
 	t := newTree(p.leader, p.container.InitPid, p.ends)
+	t.stranger = p.pipes == nil && p.tty == nil // a predecessor's
+	if p.pipes != nil {
+		t.pipes = p.pipes.watchEnds()
+		defer t.pipes.close()
+	}
 	// Before anything is closed or signalled: later the leader may be gone, and with it the trace to
 	// its children.
 	living := p.firstLook(t)
-	if config := p.runner.config; p.await(0, nil) {
+	config := p.runner.config
+	if !p.killed() {
 		p.closeStreams()
-		// A stopped process gets no signal but KILL before it is continued.
-		signalAll(living, unix.SIGHUP, unix.SIGCONT)
-		if living = p.graceOver(t, config.TermAfter); len(living) > 0 {
-			signalAll(living, unix.SIGTERM, unix.SIGCONT)
-			if living = p.graceOver(t, config.KillAfter-config.TermAfter); len(living) > 0 && config.OnKill != nil {
-				config.OnKill()
-			}
+		living = t.ask(living, unix.SIGHUP, config.TermAfter, p.killNow)
+		if !p.killed() {
+			living = t.ask(living, unix.SIGTERM, config.KillAfter-config.TermAfter, p.killNow)
+		}
+		if len(living) > 0 && !p.killed() && config.OnKill != nil {
+			config.OnKill()
 		}
 	}
-	if !t.kill() {
+	if len(living) > 0 && !t.kill() {
 		p.runner.log.Warn("processes of an exec survived SIGKILL; is the container paused, or I/O stuck?",
 			"container", p.container.ID, "pid", p.leader.pid)
 		return
@@ -228,6 +232,7 @@ func (p *Process) firstLook(t *tree) []procStat {
 			defer master.Close()
 		}
 	}
+	t.killing = p.killed()
 	return t.living()
 }
 
@@ -240,42 +245,13 @@ func (p *Process) endLook() {
 	}
 }
 
-// graceOver waits until the grace is over and returns what lives then: nothing, when all have ended
-// before or when Kill was called, and so there is nobody to be asked any more.
-func (p *Process) graceOver(t *tree, grace time.Duration) []procStat {
-	deadline := time.Now().Add(grace)
-	exited := p.watch.exited
-	for {
-		if p.hasExited() {
-			exited = nil // from now on only the deadline is worth waiting for
-			if len(t.living()) == 0 {
-				return nil
-			}
-		}
-		if !p.await(time.Until(deadline), exited) {
-			return nil
-		}
-		if !time.Now().Before(deadline) {
-			return t.living()
-		}
-	}
-}
-
-// await waits for the duration or, if not nil, for the channel. It answers false at once when the
-// time for patience is over: Kill was called.
-func (p *Process) await(duration time.Duration, early <-chan struct{}) bool {
-	timer := time.NewTimer(duration)
-	defer timer.Stop()
+// killed reports whether Kill was called.
+func (p *Process) killed() bool {
 	select {
 	case <-p.killNow:
-	case <-early:
-	case <-timer.C:
-	}
-	select {
-	case <-p.killNow: // also when the other came at the same moment
-		return false
-	default:
 		return true
+	default:
+		return false
 	}
 }
 
@@ -291,8 +267,11 @@ func (p *Process) discardOutput() {
 		}
 		return
 	}
+	// Input that was cut must not look whole: only who has given it all closes stdin.
 	if p.pipes.stdin != nil {
-		p.pipes.stdin.Close()
+		if file, err := duplicate(p.pipes.stdin); err == nil {
+			p.hold(file)
+		}
 	}
 	for _, output := range []*os.File{p.pipes.stdout, p.pipes.stderr} {
 		if output == nil {
@@ -304,6 +283,20 @@ func (p *Process) discardOutput() {
 			continue
 		}
 		p.discard(file)
+	}
+}
+
+// hold keeps a file open until the process ends or the Runner does.
+func (p *Process) hold(file io.Closer) {
+	started := p.runner.background(func() {
+		defer file.Close()
+		select {
+		case <-p.watch.exited:
+		case <-p.runner.ctx.Done():
+		}
+	})
+	if !started {
+		file.Close()
 	}
 }
 

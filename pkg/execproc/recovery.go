@@ -3,7 +3,6 @@ package execproc
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -16,90 +15,114 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// record is what a successor must know of a process, should this one be killed. It is one small file in
-// the state directory that lasts until the process has ended. Its first line is written before anything
-// is started and has no pid; the second, with the pid, when the process is known.
+// record is what a successor must know of a command, should this process be killed. It is one small file in
+// the state directory, removed when the command ends. It is written twice: before the start, when there is no
+// pid yet, and once the command is known. Between the two, what was started is found by what the runtime
+// left and by the command's pipes.
 type record struct {
 	Container string   `json:"container"`
 	InitPid   int      `json:"initPid"`
+	InitStart uint64   `json:"initStart,omitempty"` // as Start
+	Pid       int      `json:"pid,omitempty"`
+	Start     uint64   `json:"start,omitempty"` // clock ticks since boot, /proc/PID/stat
+	Since     uint64   `json:"since,omitempty"` // without a pid: what was started is not older
+	Pipes     []string `json:"pipes,omitempty"` // without a pid: as in streamEnds
 	Boot      string   `json:"boot"`
 	Policy    Policy   `json:"policy"`
-	Began     uint64   `json:"began,omitempty"` // nothing of the start is older; clock ticks since boot
-	Pipes     []string `json:"pipes,omitempty"` // as streamEnds has them
-	Pid       int      `json:"pid,omitempty"`   // 0 while the process is being started
-	Start     uint64   `json:"start,omitempty"` // clock ticks since boot, /proc/PID/stat
 }
 
-// beginRecord writes the first line. The file stays open, and locked, until the runtime is executed: as each
-// descriptor it is copied into the process that is forked to become the runtime, so that the lock tells a
-// successor that there is one which does not look like a runtime yet.
-func (p *Process) beginRecord() (*os.File, error) {
-	file, err := os.OpenFile(p.record, os.O_WRONLY|os.O_APPEND|os.O_CREATE|os.O_EXCL, 0o600)
+// writeIntent writes down that a command is about to be started. It returns the file, locked, to be closed
+// when the runtime has ended: as each descriptor it is copied into the process that is forked to become
+// the runtime, and closed there by execve, so that the lock tells a successor of a process that does not look like
+// a runtime yet.
+func (p *Process) writeIntent() (*os.File, error) {
+	since, err := ticksSinceBoot()
 	if err != nil {
-		return nil, fmt.Errorf("recovery record: %w", err)
+		return nil, err
 	}
-	if err = unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
-		err = p.appendRecord(file, record{Began: ticksSinceBoot(), Pipes: slices.Collect(maps.Keys(p.ends.pipes))})
+	intent := p.newRecord()
+	intent.Since, intent.Pipes = since, slices.Sorted(maps.Keys(p.ends.pipes))
+	if err := intent.write(p.record); err != nil {
+		return nil, err
 	}
+	file, err := os.Open(p.record)
 	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		file.Close()
-		os.Remove(p.record)
-		return nil, fmt.Errorf("recovery record: %w", err)
+		return nil, fmt.Errorf("lock: %w", err)
 	}
 	return file, nil
 }
 
-// completeRecord writes the second line: the process is known.
-func (p *Process) completeRecord(file *os.File) error {
-	return p.appendRecord(file, record{Pid: p.leader.pid, Start: p.leader.start})
+// awaitExecve waits until no process is left that was forked to become the start's runtime and has not
+// executed it, at most until the deadline or until the channel is closed.
+func awaitExecve(recordFile string, deadline time.Time, cut <-chan struct{}) {
+	file, err := os.Open(recordFile)
+	if err != nil {
+		return
+	}
+	defer file.Close()
+	for unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB) == unix.EWOULDBLOCK && time.Now().Before(deadline) {
+		select {
+		case <-cut:
+			return
+		case <-time.After(5 * time.Millisecond): // flock(2) itself waits without a deadline
+		}
+	}
 }
 
-// appendRecord adds a line: whenever this process is killed, the lines before it stay whole.
-func (p *Process) appendRecord(file *os.File, line record) error {
-	line.Container, line.InitPid, line.Boot, line.Policy = p.container.ID, p.container.InitPid, p.runner.boot, p.policy
-	data, err := json.Marshal(line)
-	if err != nil {
-		return err
+// writeRecord writes down which process the command is.
+func (p *Process) writeRecord() error {
+	r := p.newRecord()
+	r.Pid, r.Start = p.leader.pid, p.leader.start
+	return r.write(p.record)
+}
+
+func (p *Process) newRecord() record {
+	return record{
+		Container: p.container.ID, InitPid: p.container.InitPid, InitStart: p.container.InitStartTime,
+		Boot: p.runner.boot, Policy: p.policy,
 	}
-	_, err = file.Write(append(data, '\n'))
+}
+
+// write replaces the file as a whole: whoever is killed meanwhile leaves the old one.
+func (r record) write(path string) error {
+	data, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("encode recovery record: %w", err)
+	}
+	unfinished := unfinishedFile(path)
+	err = os.WriteFile(unfinished, data, 0o600)
+	if err == nil {
+		err = os.Rename(unfinished, path)
+	}
+	if err != nil {
+		os.Remove(unfinished)
+	}
 	return err
 }
 
-// parseRecord returns the last line that was written whole.
-func parseRecord(data []byte) (record, error) {
-	var last record
-	err := errors.New("empty")
-	for line := range bytes.Lines(data) {
-		var found record
-		lineErr := json.Unmarshal(line, &found)
-		if lineErr == nil {
-			last, err = found, nil
-			continue
-		}
-		if err != nil {
-			err = lineErr
-		}
-		break // cut off when its writer was killed: what stands before it counts
-	}
-	if err == nil && (last.Pid < 0 || last.Pid == 1 || last.Pid == 0 && last.Began == 0) {
-		err = errors.New("no pid")
-	}
-	if err != nil {
-		return record{}, fmt.Errorf("recovery record: %w", err)
-	}
-	return last, nil
-}
-
-// ticksPerSecond is the unit of /proc/PID/stat, USER_HZ, 100 wherever Go runs.
-const ticksPerSecond = 100
-
-// ticksSinceBoot is now, on the clock of the start times in /proc/PID/stat.
-func ticksSinceBoot() uint64 {
+// ticksSinceBoot is the time in the unit of /proc/PID/stat.
+func ticksSinceBoot() (uint64, error) {
+	const tick = 10 * time.Millisecond // USER_HZ is 100 on every architecture that Go runs on
 	var now unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
-		return 1 // at boot: everything is younger
+		return 0, fmt.Errorf("time since boot: %w", err)
 	}
-	return uint64(max(1, now.Nano()/(int64(time.Second)/ticksPerSecond)))
+	return uint64(time.Duration(now.Nano()) / tick), nil
+}
+
+func parseRecord(data []byte) (record, error) {
+	var found record
+	if err := json.Unmarshal(data, &found); err != nil {
+		return record{}, fmt.Errorf("recovery record: %w", err)
+	}
+	if found.Pid < 0 || found.Pid == 1 || found.Pid == 0 && found.Since == 0 {
+		return record{}, fmt.Errorf("recovery record: no pid")
+	}
+	return found, nil
 }
 
 // ownerOf reads which process a file of the state directory belongs to: PID-START-NUMBER.ending, with a
@@ -126,186 +149,118 @@ func (r *Runner) recover() {
 		r.log.Warn("cannot look for processes left by a predecessor", "error", err)
 		return
 	}
-	var unfinished []unfinishedStart
-	kept := map[string]bool{} // paths without endings, of unfinished starts, whose files are still needed
+	var rest []string
+	interrupted := map[string]bool{} // starts, by the name of their files
 	for _, entry := range entries {
 		owner, ok := ownerOf(entry.Name())
-		base, isRecord := strings.CutSuffix(filepath.Join(r.config.StateDir, entry.Name()), recordEnding)
-		if !ok || !isRecord || owner.alive() {
+		if !ok || owner.alive() {
 			continue
 		}
-		files := filesOf(base)
-		data, err := os.ReadFile(files.record)
-		if err != nil {
-			continue
-		}
-		left, err := parseRecord(data)
-		leader := identity{left.Pid, left.Start}
-		switch {
-		case err == nil && left.Boot == r.boot && left.Pid == 0:
-			kept[base] = true
-			unfinished = append(unfinished, unfinishedStart{left, files})
-		case err != nil || left.Boot != r.boot || left.Policy == PolicyKeep || !leader.alive():
-			os.Remove(files.record)
-		default:
-			r.log.Info("ending a process left by a predecessor", "container", left.Container, "pid", left.Pid)
-			r.endLeftover(left, files.record)
+		if base, isRecord := strings.CutSuffix(entry.Name(), ".record"); isRecord && base[0] != '.' {
+			interrupted[base] = r.recoverRecord(filepath.Join(r.config.StateDir, base))
+		} else {
+			rest = append(rest, entry.Name())
 		}
 	}
-	for _, entry := range entries {
-		owner, ok := ownerOf(entry.Name())
-		if !ok || owner.alive() || filepath.Ext(entry.Name()) == recordEnding {
-			continue
+	for _, name := range rest {
+		base, _, _ := strings.Cut(strings.TrimPrefix(name, "."), ".")
+		if !interrupted[base] {
+			os.Remove(filepath.Join(r.config.StateDir, name))
 		}
-		name, _, _ := strings.Cut(strings.TrimPrefix(entry.Name(), "."), ".")
-		if !kept[filepath.Join(r.config.StateDir, name)] {
-			os.Remove(filepath.Join(r.config.StateDir, entry.Name()))
-		}
-	}
-	if len(unfinished) > 0 {
-		r.background(func() { r.endUnfinished(unfinished) })
 	}
 }
 
-// unfinishedStart is a start during which a predecessor was killed.
-type unfinishedStart struct {
-	record
-	files files
-}
-
-// endUnfinished ends what starts have come to that nobody saw the end of, whatever the policy: no client
-// was ever told that its command runs.
-//
-// The runtime goes on without the streamshim that began it. While it lives, the command is its child. Once
-// it has ended by itself it has written the pid. And if it was killed as well, what it started holds the
-// pipes of the start.
-func (r *Runner) endUnfinished(starts []unfinishedStart) {
-	for _, start := range starts {
-		if !start.forked() {
-			r.log.Warn("a start that a predecessor began has not come to run its runtime", "container", start.Container)
-		}
-	}
-	runtimes := findRuntimes(starts)
-	for i, start := range starts {
-		log := r.log.With("container", start.Container)
-		ended := true
-		if runtime := runtimes[i]; runtime.pid != 0 {
-			log.Info("ending a start left by a predecessor", "runtime", runtime.pid)
-			ended = newTree(runtime, start.InitPid, streamEnds{}).kill()
-		}
-		ends := streamEnds{pipes: map[string]bool{}}
-		for _, pipe := range start.Pipes {
-			ends.pipes[pipe] = true
-		}
-		leader := identity{pid: -1, start: start.Began} // no process has this pid, but pipes have holders
-		if command, found := start.command(); found {
-			log.Info("ending a process left by a predecessor", "pid", command.pid)
-			leader = command
-		}
-		if !newTree(leader, start.InitPid, ends).kill() || !ended {
-			log.Warn("processes of a start that a predecessor began survived SIGKILL; is the container paused, or I/O stuck?")
-		}
-		os.Remove(start.files.record)
-		start.files.removeStart()
-		os.Remove(start.files.socket)
-	}
-}
-
-// forkTimeout bounds the time from fork to execve, which is milliseconds.
-const forkTimeout = 10 * time.Second
-
-// forked waits until no process is left that was forked to become the runtime and has not executed it.
-func (s unfinishedStart) forked() bool {
-	file, err := os.Open(s.files.record)
+// recoverRecord deals with one command of a predecessor. It reports whether the files of the command's
+// start are still needed.
+func (r *Runner) recoverRecord(base string) (interrupted bool) {
+	path := filesOf(base).record
+	data, err := os.ReadFile(path)
 	if err != nil {
-		return true
+		return false
 	}
-	defer file.Close()
-	for deadline := time.Now().Add(forkTimeout); unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB) == unix.EWOULDBLOCK; {
-		if time.Now().After(deadline) {
-			return false
+	left, err := parseRecord(data)
+	leader := identity{left.Pid, left.Start}
+	switch {
+	case err != nil || left.Boot != r.boot || left.Policy == PolicyKeep:
+		os.Remove(path)
+	case left.Pid == 0:
+		r.log.Info("ending what a predecessor was starting", "container", left.Container)
+		return r.background(func() { r.endInterrupted(left, filesOf(base)) })
+	case !leader.alive():
+		os.Remove(path)
+	default:
+		r.log.Info("ending a process left by a predecessor", "container", left.Container, "pid", left.Pid)
+		r.endLeftover(left, path)
+	}
+	return false
+}
+
+// interruptedTimeout is how long a runtime that lost its streamshim may go on starting a command.
+const interruptedTimeout = 5 * time.Second
+
+// endInterrupted kills the command of a start during which the predecessor was killed: nobody ever had its
+// streams. The runtime may still be at it, and is left to finish, so that it undoes or names what it began.
+func (r *Runner) endInterrupted(left record, f files) {
+	awaitExecve(f.record, time.Now().Add(interruptedTimeout), r.ctx.Done())
+	runtimes := processesWithArgument(f.process)
+	if awaitEnds(runtimes, time.Now().Add(interruptedTimeout), r.ctx.Done()) == wasCut {
+		return // for the next one to do
+	}
+	for _, p := range runtimes {
+		t := newTree(p.identity, 0, streamEnds{})
+		t.stranger = true
+		t.kill()
+	}
+	ends := streamEnds{pipes: map[string]bool{}}
+	for _, pipe := range left.Pipes {
+		ends.pipes[pipe] = true
+	}
+	leader := identity{pid: -1, start: left.Since}
+	if pid, err := readPidFile(f.pid); err == nil {
+		if stat, err := readStat(pid); err == nil && stat.start >= left.Since && inSameContainer(pid, left.InitPid) {
+			leader = stat.identity
 		}
-		time.Sleep(5 * time.Millisecond) // waiting in flock(2) has no deadline
 	}
-	return true
+	// When the container has ended nothing of it is left, and its main process's pid may be another's.
+	if left.InitStart == 0 || (identity{left.InitPid, left.InitStart}).alive() {
+		t := newTree(leader, left.InitPid, ends)
+		t.stranger = true
+		t.kill()
+	}
+	f.removeStart()
+	os.RemoveAll(f.socket)
+	os.Remove(unfinishedFile(f.record))
+	os.Remove(f.record)
 }
 
-// command is the process whose pid the runtime has written. As the pid may be another's by now, it must
-// have begun between the start and the writing, and be in the container's cgroup.
-func (s unfinishedStart) command() (identity, bool) {
-	pid, err := readPidFile(s.files.pid)
-	if err != nil {
-		return identity{}, false
-	}
-	info, err := os.Stat(s.files.pid)
-	if err != nil {
-		return identity{}, false
-	}
-	stat, err := readStat(pid)
-	if err != nil || stat.zombie() || stat.start < s.Began || pid == s.InitPid {
-		return identity{}, false
-	}
-	age := time.Since(info.ModTime()).Nanoseconds() / (int64(time.Second) / ticksPerSecond)
-	if written := int64(ticksSinceBoot()) - age; int64(stat.start) > written+1 { // rounding
-		return identity{}, false
-	}
-	t := newTree(identity{pid: -1}, s.InitPid, streamEnds{})
-	t.cgroups = readCgroups(s.InitPid)
-	return stat.identity, t.inCgroup(pid)
-}
-
-// findRuntimes returns the runtimes that still work on the starts, zero where there is none.
-func findRuntimes(starts []unfinishedStart) []identity {
-	deadline := time.Now().Add(forkTimeout)
-	for {
-		found, settled := lookForRuntimes(starts)
-		if settled || time.Now().After(deadline) {
-			return found
-		}
-		time.Sleep(5 * time.Millisecond) // nothing announces the end of an execve
-	}
-}
-
-// lookForRuntimes looks once. A runtime is known by its command line, which names the start's files. It is
-// not settled while there is a process that has none, as in the middle of execve. The command line is
-// only read of processes in our own mount namespace: of others the reading itself can be held up (a command
-// line is memory, and memory may be a file of FUSE).
-func lookForRuntimes(starts []unfinishedStart) (found []identity, settled bool) {
-	found = make([]identity, len(starts))
-	own, err := os.Readlink("/proc/self/ns/mnt")
-	if err != nil {
-		return found, true
-	}
+// processesWithArgument finds the processes that have the path among their arguments: the OCI runtime that
+// was told to start what it describes. A process of a container that gives itself such an argument has
+// itself killed.
+func processesWithArgument(path string) []procStat {
 	all, err := allProcesses()
 	if err != nil {
-		return found, true
+		return nil
 	}
-	settled = true
+	var found []procStat
+	buffer := make([]byte, 4<<10)
 	for _, p := range all {
-		dir := "/proc/" + strconv.Itoa(p.pid)
-		if p.session != p.pid || p.zombie() || p.exiting {
-			continue // runtimes are started in a session of their own
-		}
-		if namespace, err := os.Readlink(dir + "/ns/mnt"); err != nil || namespace != own {
-			continue
-		}
-		line, err := os.ReadFile(dir + "/cmdline")
-		if err != nil {
-			continue
-		}
-		for i, start := range starts {
-			if p.start < start.Began {
-				continue
-			}
-			if len(line) == 0 {
-				settled = false
-			}
-			if bytes.Contains(line, []byte("\x00"+start.files.pid+"\x00")) {
-				found[i] = p.identity
-			}
+		arguments, err := readProc("/proc/"+strconv.Itoa(p.pid)+"/cmdline", &buffer)
+		if err == nil && slices.ContainsFunc(bytes.Split(arguments, []byte{0}), func(a []byte) bool { return string(a) == path }) {
+			found = append(found, p)
 		}
 	}
-	return found, settled
+	return found
+}
+
+// inSameContainer reports whether two processes have the same mount namespace, which a container shares
+// with no other.
+func inSameContainer(a, b int) bool {
+	first, err := os.Readlink("/proc/" + strconv.Itoa(a) + "/ns/mnt")
+	if err != nil {
+		return false
+	}
+	second, err := os.Readlink("/proc/" + strconv.Itoa(b) + "/ns/mnt")
+	return err == nil && first == second
 }
 
 // endLeftover ends a process as its policy says, in the background. It is no child of ours, so that

@@ -290,9 +290,17 @@ func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.
 	if err := r.launchAndWatch(ctx, p, launch, spec, f, own.process, own.stderr); err != nil {
 		return err
 	}
-	file, err := socket.receive(consoleTimeout)
+	wait := consoleTimeout
+	if deadline, ok := ctx.Deadline(); ok {
+		wait = min(wait, time.Until(deadline))
+	}
+	file, err := socket.receive(wait)
 	if err != nil {
 		p.Kill() // nobody could talk to it
+		if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
+			<-ctx.Done() // at any moment
+			return context.Cause(ctx)
+		}
 		return err
 	}
 	p.tty = newTerminal(file, p.watch.exited)
@@ -315,22 +323,19 @@ const consoleTimeout = 5 * time.Second
 
 // launchAndWatch starts the process and registers it with the reaper.
 func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) error {
+	intent, err := p.writeIntent()
+	if err != nil {
+		r.log.Warn("cannot write the recovery record of an exec; were streamshim killed now, the process would stay", "error", err)
+	}
+	started := false
+	defer func() {
+		intent.Close() //nolint:errcheck // nothing is written to it; nil if it could not be written
+		if !started {
+			os.Remove(p.record)
+		}
+	}()
 	start := r.reaper.beginStart()
 	defer r.reaper.endStart(start)
-	record, err := p.beginRecord()
-	if err != nil {
-		return err
-	}
-	defer record.Close()
-	if err := r.launchRecorded(ctx, p, launch, spec, f, streams, stderr, record); err != nil {
-		os.Remove(p.record)
-		return err
-	}
-	return nil
-}
-
-// launchRecorded does it, once there is a record by which a successor would find what comes of it.
-func (r *Runner) launchRecorded(ctx context.Context, p *Process, launch launcher, spec *specs.Process, f files, streams [3]*os.File, stderr, record *os.File) error {
 	pid, err := launch(ctx, p.container, spec, f, streams, stderr)
 	if err != nil {
 		return err
@@ -352,14 +357,15 @@ func (r *Runner) launchRecorded(ctx context.Context, p *Process, launch launcher
 		return fmt.Errorf("%w: its main process has ended while the command was being started", ErrNotRunning)
 	}
 	// Before the reaper knows of it, which removes the record when the process ends.
-	if err := p.completeRecord(record); err != nil {
-		r.log.Warn("cannot complete the recovery record of an exec; were streamshim killed now, the process would be taken for one that was being started", "error", err)
+	if err := p.writeRecord(); err != nil {
+		r.log.Warn("cannot write the recovery record of an exec; were streamshim killed now, the process would stay", "error", err)
 	}
 	p.watch, err = r.reaper.watchProcess(pid, func() { r.exited(p) })
 	if err != nil {
 		newTree(p.leader, p.container.InitPid, p.ends).kill()
 		return fmt.Errorf("watch process %d: %w", pid, err)
 	}
+	started = true
 	return nil
 }
 

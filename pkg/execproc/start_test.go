@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -121,7 +123,7 @@ func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
 			t.Cleanup(func() { unix.Unmount(dir, 0) })
 			writeFile(t, filepath.Join(dir, "filler"), strings.Repeat("x", 4096), 0o600)
 			r.config.StateDir = dir
-		}, unix.ENOSPC, "recovery record"},
+		}, unix.ENOSPC, "write process spec"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			r := newRunner(t)
@@ -520,5 +522,64 @@ func TestNoWayOut(t *testing.T) {
 				p.Close()
 			}
 		}
+	}
+}
+
+// Whatever a runtime does, and whatever it leaves behind stopped: a start ends with its time-out and the time that
+// ending a tree may take, also when the machine is busy.
+func TestNoStartOutlastsItsTimeout(t *testing.T) {
+	const timeout = 300 * time.Millisecond
+	const limit = timeout + 2*killTimeout + patience/2
+	for range runtime.NumCPU() {
+		burner := exec.Command("sh", "-c", "while :; do :; done")
+		if err := burner.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			burner.Process.Kill()
+			burner.Wait()
+		}()
+	}
+	r := newRunner(t, func(c *Config) { c.StartTimeout = timeout })
+	c := newContainer(t)
+	for name, text := range map[string]string{
+		"hangs":                         "sleep 1000",
+		"is stopped":                    "kill -STOP $$; sleep 1000",
+		"has a stopped child":           "sh -c 'kill -STOP $$' & wait",
+		"leaves a child with the pipes": "setsid sleep 1000 & exec sleep 1000",
+		"ignores signals":               "trap '' HUP INT TERM; while :; do sleep 1; done",
+		"forks away":                    "while :; do setsid sleep 1000 & sleep 0.01; done",
+	} {
+		for _, tty := range []bool{false, true} {
+			path := filepath.Join(t.TempDir(), "runtime")
+			writeFile(t, path, "#!/bin/sh\n"+text+"\n", 0o755)
+			c.Runtime = path
+			began := time.Now()
+			p, err := r.Start(t.Context(), c, Command{Args: []string{"true"}, Stdin: true, Stdout: true, TTY: tty})
+			if p != nil {
+				p.Close()
+			}
+			if !errors.Is(err, ErrStartTimeout) && !(name == "has a stopped child" && errors.Is(err, errStopped)) {
+				t.Errorf("a runtime that %s (terminal: %v): %v, want %v", name, tty, err, ErrStartTimeout)
+			}
+			if took := time.Since(began); took > limit {
+				t.Errorf("a runtime that %s (terminal: %v) took %v", name, tty, took)
+			}
+		}
+	}
+}
+
+// A runtime that says it has started a terminal's command and sends no terminal has no more time for it than the
+// start has.
+func TestTerminalThatNeverComes(t *testing.T) {
+	r := newRunner(t, func(c *Config) { c.StartTimeout = time.Second })
+	c := newContainer(t)
+	path := filepath.Join(t.TempDir(), "runtime")
+	writeFile(t, path, "#!/bin/sh\nwhile [ \"$1\" != --pid-file ]; do shift; done; setsid sleep 1000 & echo $! >\"$2\"\n", 0o755)
+	c.Runtime = path
+	began := time.Now()
+	_, err := r.Start(t.Context(), c, Command{Args: []string{"true"}, Stdout: true, TTY: true})
+	if err == nil || time.Since(began) >= consoleTimeout {
+		t.Errorf("%v after %v", err, time.Since(began))
 	}
 }

@@ -1,14 +1,17 @@
 package execproc
 
 import (
+	"bufio"
 	"errors"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -22,6 +25,37 @@ func TestTerminalSizeOnFirstCommand(t *testing.T) {
 			t.Fatalf("%q, exit code %d", out, code)
 		}
 	}
+}
+
+// crun sets the size only after it has let the command go, so that the first instructions may find none; a moment
+// later it is there, always, and whoever asked too early gets SIGWINCH. See docs/behaviour.md.
+func TestTerminalSizeWithCrun(t *testing.T) {
+	binary, err := exec.LookPath("crun")
+	if err != nil {
+		if os.Getenv("STREAMSHIM_REAL") == "required" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	// crun refuses a hybrid cgroup hierarchy whose second version has controllers; seen from here it has none.
+	wrapper := filepath.Join(t.TempDir(), "crun")
+	writeFile(t, wrapper, "#!/bin/sh\nexec unshare -m sh -c 'umount /sys/fs/cgroup/unified 2>/dev/null; exec \"$0\" \"$@\"' "+binary+" \"$@\"\n", 0o755)
+	r := newRunner(t)
+	c := newContainerOf(t, wrapper, func(s *specs.Spec) { s.Version = "1.0.2" }) // crun 1.8 knows no later one
+	first := 0
+	for range 100 {
+		out, _ := output(t, r, c, Command{
+			Args: shell("size=$(stty size 2>/dev/null); echo first $size; until [ \"$size\" ]; do size=$(stty size 2>/dev/null); done; echo $size"),
+			TTY:  true, Stdin: true, Width: 123, Height: 45,
+		})
+		if strings.HasPrefix(out, "first 45 123\r\n") {
+			first++
+		}
+		if !strings.HasSuffix(out, "45 123\r\n") {
+			t.Errorf("the size never came: %q", out)
+		}
+	}
+	t.Logf("%s: right at the first instruction %d times of 100", binary, first)
 }
 
 func TestResize(t *testing.T) {
@@ -112,6 +146,44 @@ func TestTerminalStdinEOF(t *testing.T) {
 			t.Errorf("exit code %d", code)
 		}
 		p.Close()
+	}
+}
+
+// The end of input stays the end for whoever reads next, and reaches a shell that edits lines. A program that takes
+// keys, such as an editor, gets it as a key and so only once.
+func TestTerminalStdinEOFReachesReaders(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	for name, test := range map[string]struct {
+		args []string
+		want string // the last that is said
+	}{
+		"one reader after another": {shell("stty -echo; echo ready; cat; sleep 0.5; cat; sleep 1; cat; echo end"), "end\r\n"},
+		"a shell":                  {[]string{"sh"}, ""},
+		"a shell in a shell":       {shell("sh; echo end"), "end\r\n"},
+		"a program that takes keys": {
+			shell("stty raw -echo; echo ready; timeout 3 cat >/tmp/keys; stty sane; wc -c </tmp/keys"), "1\r\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := start(t, r, c, Command{Args: test.args, TTY: true, Stdin: true, Stdout: true})
+			output := bufio.NewReader(p.Stdout())
+			if strings.Contains(strings.Join(test.args, " "), "ready") {
+				if line, err := output.ReadString('\n'); err != nil || strings.TrimSpace(line) != "ready" {
+					t.Fatalf("%q, %v", line, err)
+				}
+			}
+			if err := p.Stdin().Close(); err != nil {
+				t.Fatal(err)
+			}
+			out, err := io.ReadAll(output)
+			if !strings.HasSuffix(string(out), test.want) || err != nil {
+				t.Errorf("%q, %v", out, err)
+			}
+			if code := exitCode(t, p); code != 0 {
+				t.Errorf("exit code %d", code)
+			}
+			p.Close()
+		})
 	}
 }
 

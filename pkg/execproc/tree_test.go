@@ -213,6 +213,28 @@ func TestKeep(t *testing.T) {
 	}
 }
 
+// Input that was cut does not look whole to a process that is kept: only who has given it all ends it.
+func TestKeepDoesNotEndInput(t *testing.T) {
+	r := newRunner(t, func(config *Config) { config.OnDisconnect = PolicyKeep })
+	c := newContainer(t)
+	command := Command{Args: shell("cat >/dev/null; exit 5"), Stdin: true}
+	cut, whole := start(t, r, c, command), start(t, r, c, command)
+	whole.Stdin().Close()
+	for _, p := range []*Process{cut, whole} {
+		p.Disconnect()
+		p.Close()
+	}
+	if code := exitCode(t, whole); code != 5 {
+		t.Errorf("with all of its input it ended with %d", code)
+	}
+	time.Sleep(200 * time.Millisecond) // a wrong end of input takes effect meanwhile
+	if cut.hasExited() {
+		t.Error("the process took its cut input for all of it")
+	}
+	cut.Kill()
+	exitCode(t, cut)
+}
+
 // The kernel's list of processes may hold anything as a name.
 func FuzzParseStat(f *testing.F) {
 	f.Add("42 (a b) c) S 1 42 43 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 12345 0 0")
@@ -227,7 +249,7 @@ func FuzzParseStat(f *testing.F) {
 
 func TestParseStat(t *testing.T) {
 	stat, err := parseStat([]byte("42 (a b) c) S 1 42 43 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 12345 0 0\n"))
-	want := procStat{identity: identity{42, 12345}, comm: "a b) c", state: 'S', ppid: 1, session: 43}
+	want := procStat{identity: identity{42, 12345}, comm: "a b) c", state: 'S', ppid: 1, session: 43, threads: 1}
 	if err != nil || stat != want {
 		t.Errorf("%+v, %v", stat, err)
 	}

@@ -28,6 +28,7 @@ func (m moved) Transferred() (received, sent int64) { return m.received, m.sent 
 func newForTest() *Metrics {
 	return New(Config{
 		Version: "test", Methods: []string{"/runtime.v1.RuntimeService/Exec"}, WaitingTokens: func() int { return 3 },
+		Buffered: func() int64 { return 11 }, BuffersRefused: func() int64 { return 13 },
 		LostAudit: func() int64 { return 5 }, IncompleteRecordings: func() int64 { return 7 },
 	})
 }
@@ -184,8 +185,9 @@ func TestServer(t *testing.T) {
 		return problem
 	}}
 	get := func(s *Server, path string) (int, string) {
-		recorder := httptest.NewRecorder()
-		s.http.Handler.ServeHTTP(recorder, httptest.NewRequest(http.MethodGet, path, nil))
+		recorder, request := httptest.NewRecorder(), httptest.NewRequest(http.MethodGet, path, nil)
+		request.Host = "localhost"
+		s.http.Handler.ServeHTTP(recorder, request)
 		body, err := io.ReadAll(recorder.Body)
 		if err != nil {
 			t.Fatal(err)
@@ -214,7 +216,7 @@ func TestServer(t *testing.T) {
 	if code, _ := get(s, "/debug/pprof/"); code != 404 {
 		t.Errorf("profiling is off: %d", code)
 	}
-	config.Profiling = true
+	config.Profiling = true // see TestProfilesCheckHost, too
 	if code, _ := get(NewServer(config), "/debug/pprof/"); code != 200 {
 		t.Errorf("profiling is on: %d", code)
 	}
@@ -286,5 +288,31 @@ func BenchmarkSession(b *testing.B) {
 				s.End(session.Outcome{Reason: "exited"})
 			}
 		})
+	}
+}
+
+// Profiles are not for pages that lead a browser on the node to a loopback address by a name of their own.
+func TestProfilesCheckHost(t *testing.T) {
+	server := NewServer(ServerConfig{Metrics: New(Config{}), Ready: func(context.Context) error { return nil }, Profiling: true, Log: slog.New(slog.DiscardHandler)})
+	for _, test := range []struct {
+		host, origin string
+		want         int
+	}{
+		{"127.0.0.1:9000", "", 200}, {"localhost", "", 200}, {"[::1]:9000", "", 200}, {"127.1.2.3", "", 200},
+		{"evil.example:9000", "", 403}, {"10.0.0.1:9000", "", 403}, {"localhost.evil.example", "", 403}, {"", "", 403},
+		{"127.0.0.1:9000", "http://evil.example", 403},
+	} {
+		for _, path := range []string{"/debug/pprof/", "/debug/pprof/goroutine", "/debug/pprof/symbol"} {
+			request := httptest.NewRequest(http.MethodGet, path, http.NoBody)
+			request.Host = test.host
+			if test.origin != "" {
+				request.Header.Set("Origin", test.origin)
+			}
+			answer := httptest.NewRecorder()
+			server.http.Handler.ServeHTTP(answer, request)
+			if answer.Code != test.want {
+				t.Errorf("%s of %q from %q: %d, want %d", path, test.host, test.origin, answer.Code, test.want)
+			}
+		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"strings"
 	"sync"
 	"time"
 
@@ -51,15 +52,36 @@ func NewServer(c ServerConfig) *Server {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.Handle("GET /readyz", &readiness{ready: c.Ready})
 	if c.Profiling {
-		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
-		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
-		mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
-		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+		mux.HandleFunc("GET /debug/pprof/", onlyLocalNames(pprof.Index))
+		mux.HandleFunc("GET /debug/pprof/profile", onlyLocalNames(pprof.Profile))
+		mux.HandleFunc("GET /debug/pprof/symbol", onlyLocalNames(pprof.Symbol))
+		mux.HandleFunc("GET /debug/pprof/trace", onlyLocalNames(pprof.Trace))
 	}
 	return &Server{http: &http.Server{
 		Handler: mux, ReadHeaderTimeout: headerTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
 		ErrorLog: slog.NewLogLogger(c.Log.Handler(), slog.LevelDebug),
 	}}
+}
+
+// onlyLocalNames refuses requests whose Host is no loopback address and not localhost, and those that a page of another
+// origin has made: a browser on the node may be led to a loopback address by a name of the attacker's (DNS rebinding).
+func onlyLocalNames(handle http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		host := r.Host
+		if name, _, err := net.SplitHostPort(host); err == nil {
+			host = name
+		}
+		host = strings.Trim(host, "[]")
+		if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+			http.Error(w, "profiles are served by a loopback address or the name localhost only", http.StatusForbidden)
+			return
+		}
+		if r.Header.Get("Origin") != "" {
+			http.Error(w, "profiles are not served to web pages", http.StatusForbidden)
+			return
+		}
+		handle(w, r)
+	}
 }
 
 // Serve serves the listener until Close, then returns nil. It closes the listener.

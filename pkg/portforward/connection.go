@@ -17,6 +17,7 @@ import (
 //
 //	client's FIN              -> CloseWrite towards the pod, the answer goes on
 //	pod's FIN                 -> CloseWrite on the stream at once, the upload goes on
+//	client leaves behind FIN  -> the rest of the upload and the FIN are delivered, the answer is thrown away
 //	client's reset            -> both ended, reset towards the pod
 //	pod's reset               -> what it sent before is delivered, then the stream is reset
 //	pod's reset after its FIN -> the answer is complete and stays so; the rest of the upload is discarded
@@ -34,6 +35,7 @@ type connection struct {
 
 	idle halfClosedTimer
 	late halfClosedTimer // after the client's reset
+	left halfClosedTimer // after the client has left
 
 	endOnce sync.Once
 	err     error // why both directions were ended; valid after endOnce
@@ -43,8 +45,13 @@ func newConnection(pod *net.TCPConn, stream Stream, halfClosedIdle time.Duration
 	c := &connection{pod: pod, stream: stream, copied: make(chan struct{})}
 	c.idle = halfClosedTimer{limit: halfClosedIdle, progress: c.progress, expired: func() { c.abort(ErrHalfClosedIdle) }}
 	c.late = halfClosedTimer{limit: resetGrace, progress: c.progress, expired: c.clientReset}
+	c.left = halfClosedTimer{limit: leftGrace, progress: c.progress, expired: c.clientReset}
 	return c
 }
+
+// leftGrace is how long a connection may move nothing whose client has left behind the end of its input: the
+// pod may be slow to take it, and has nobody to answer.
+const leftGrace = 30 * time.Second
 
 // resetGrace is how long the pod may take nothing of what a client has sent before its reset. Without
 // it a client that gives up a connection whose pod does not read would leave it behind for ever: the
@@ -67,6 +74,9 @@ func (c *connection) forward(ctx context.Context) (sent, received int64, err err
 	if s, ok := c.stream.(resettable); ok {
 		s.AfterReset(c.late.start)
 	}
+	if s, ok := c.stream.(leaver); ok {
+		defer s.AfterLeaving(c.left.start)()
+	}
 
 	uploadEnded := make(chan struct{})
 	go func() {
@@ -78,6 +88,7 @@ func (c *connection) forward(ctx context.Context) (sent, received int64, err err
 
 	c.idle.stop()
 	c.late.stop()
+	c.left.stop()
 	// After an abort this only waits for it to be through; after this an abort does nothing.
 	c.endOnce.Do(func() { c.pod.Close() })
 	return c.sent, received, c.err

@@ -39,6 +39,13 @@ type Stream interface {
 // which a second replaces; it is called at once when that has happened. WebSocket channels are not.
 type resettable interface{ AfterReset(f func()) }
 
+// leaver is a Stream that goes on when its client leaves after the end of its input: WriteTo moves the rest, and
+// what is sent to the client goes nowhere. It has do called when that has happened, in a goroutine of its own,
+// unless stop was called before.
+type leaver interface {
+	AfterLeaving(do func()) (stop func() bool)
+}
+
 // Config is what a Forwarder needs to know beside the namespace. The zero value is usable, but
 // notices the end of the sandbox only at the next Forward.
 type Config struct {

@@ -53,7 +53,8 @@ type Info struct {
 	User *User
 	// AuditID is the API server's id of the request, as KEP-6035 hands it down; empty when the
 	// client did not come through an API server that does, or not through an API server at all
-	// (kubernetes#119640).
+	// (kubernetes#119640). Nothing proves it: it is a variable of the CRI call, which a client of the kubelet
+	// or of our socket may set, and a client of the API server chooses it with the header Audit-ID.
 	AuditID string
 	// Trace is the W3C trace context of the CRI call ("traceparent", "tracestate"), nil when it has
 	// none.

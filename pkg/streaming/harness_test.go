@@ -82,7 +82,7 @@ func ordinary(c Config) Config {
 		ordinary time.Duration
 	}{
 		{&c.DrainIdle, 2 * time.Second}, {&c.DrainMax, 10 * time.Minute}, {&c.LingerIdle, 10 * time.Minute},
-		{&c.StatusWait, time.Minute}, {&c.Stall, 30 * time.Second},
+		{&c.StatusWait, time.Minute}, {&c.InputGrace, 30 * time.Second}, {&c.Stall, 30 * time.Second},
 	} {
 		switch *limit.value {
 		case 0:

@@ -26,6 +26,7 @@ type portForwardSession struct {
 	session   *session.Session
 	forwarder PortForwarder
 	client    connection
+	buffers   *bufferShare
 
 	bandwidth   *bandwidth
 	connections sync.WaitGroup
@@ -42,10 +43,17 @@ type portForwardSession struct {
 	// for each port, open from the start.
 	legacy     []*forwardedConnection
 	legacyDone chan struct{} // closed when all of them have ended
-	farewell   func(context.Context)
+	// closeWrite tells the client of legacy that no port has anything more to say, and farewell that all
+	// is over, after which it waits for the client to close.
+	closeWrite, farewell func(context.Context)
 
 	ctx    context.Context // of the forwards; ends with run
 	cancel context.CancelFunc
+	// departure ends when the client has left in order, see input.go.
+	departure context.Context
+	depart    context.CancelFunc
+	served    chan struct{} // closed when nothing more will come from the client
+	fewer     chan struct{} // has a value after a connection has ended
 }
 
 // forwardedConnection is one local connection of the client: two streams, one for the bytes and one
@@ -54,6 +62,8 @@ type forwardedConnection struct {
 	port          uint16
 	data, failure Stream
 	timeout       *time.Timer // until the other stream has come
+	// outputEnded is called, once or more, when the pod will say no more. Nil but for legacy ones.
+	outputEnded func()
 }
 
 // maxWaiting bounds the streams that wait for their other half: a client that opens and resets streams
@@ -65,10 +75,15 @@ func (s *portForwardSession) run() session.Outcome {
 	// Not a child of the session's context: when the session is told to end, the reason comes first
 	// and the end of the connections second.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(s.session.Context()))
+	s.departure, s.depart = context.WithCancel(s.ctx)
+	s.served, s.fewer = make(chan struct{}), make(chan struct{}, 1)
 	s.session.SetPhase(session.Running)
-	// Not this context: the client is to be told why the session ends.
-	s.connections.Go(func() { s.client.Serve(context.WithoutCancel(s.ctx)) }) //nolint:errcheck // seen through Done and Err
 	s.startLegacy()
+	// Not this context: the client is to be told why the session ends.
+	s.connections.Go(func() {
+		defer close(s.served)
+		s.client.Serve(context.WithoutCancel(s.ctx)) //nolint:errcheck // seen through Done and Err
+	})
 	defer func() {
 		s.cancel()
 		s.client.Close() //nolint:errcheck // the session is over
@@ -81,6 +96,7 @@ func (s *portForwardSession) run() session.Outcome {
 	for {
 		select {
 		case <-s.client.Done():
+			s.finishUploads()
 			return clientGone(s.client.Err())
 		case <-s.forwarder.Gone():
 			// kubectl would only notice at its next connection (kubernetes#59816, kubectl#686).
@@ -100,35 +116,95 @@ func (s *portForwardSession) run() session.Outcome {
 	}
 }
 
-// fullCloseStream is for a protocol without half-close: when the pod has ended its side the client,
-// who cannot end his own, is not waited for.
-type fullCloseStream struct{ Stream }
-
-// CloseWrite implements Stream.
-func (s fullCloseStream) CloseWrite() error {
-	err := s.Stream.CloseWrite()
-	s.CloseRead()
-	return err
+// finishUploads lets the pod have what a client has sent that has left in order: all of it, and the FIN, of
+// the connections whose end of input has come in. The others are reset. It is bounded by pkg/portforward,
+// which sees whether the pod takes anything.
+func (s *portForwardSession) finishUploads() {
+	if !leftInOrder(s.client.Err()) {
+		return
+	}
+	s.depart()
+	served := s.served
+	for {
+		s.mu.Lock()
+		open := len(s.open)
+		s.mu.Unlock()
+		if open == 0 && served == nil {
+			return
+		}
+		select {
+		case <-served:
+			served = nil
+		case <-s.fewer:
+		case <-s.session.Context().Done():
+			return
+		}
+	}
 }
 
-// dataStream ends the error stream together with the pod's side: nothing can go wrong any more that the
+// forwardedStream is a client's data stream as pkg/portforward sees it. When its client leaves after the end of its
+// input, what it has sent goes on to the pod and what the pod says goes nowhere.
+type forwardedStream struct {
+	Stream
+	session    *portForwardSession
+	connection *forwardedConnection
+}
+
+// outlives tells whether the stream goes on although writing to its client has failed with err.
+func (f forwardedStream) outlives(err error) bool {
+	var reset *spdy.ResetError
+	if errors.As(err, &reset) || !leftInOrder(f.session.client.Err()) {
+		return false
+	}
+	// As long as not everything has been read the end of input may still be among it.
+	return f.InputEnded() || !isClosed(f.session.served)
+}
+
+// ReadFrom implements Stream.
+func (f forwardedStream) ReadFrom(r io.Reader) (int64, error) {
+	n, err := f.Stream.ReadFrom(r)
+	if err == nil || !f.outlives(err) {
+		return n, err
+	}
+	_, err = io.Copy(io.Discard, r)
+	return n, err
+}
+
+// CloseWrite ends the error stream together with the pod's side: nothing can go wrong any more that the
 // client would want to know. Clients up to Kubernetes 1.22 wait for the end of the error stream before
 // they pass the pod's EOF on to the local program, which in turn may wait for it to end its own side.
-type dataStream struct {
-	Stream
-	spdy    *spdy.Stream // underneath
-	failure Stream
+func (f forwardedStream) CloseWrite() error {
+	err := f.Stream.CloseWrite()
+	if f.connection.outputEnded != nil {
+		f.connection.outputEnded()
+	} else {
+		f.connection.failure.CloseWrite() //nolint:errcheck // as with the data stream, seen in the connection
+	}
+	if err != nil && f.outlives(err) {
+		return nil
+	}
+	return err
 }
 
-// CloseWrite implements Stream.
-func (s dataStream) CloseWrite() error {
-	err := s.Stream.CloseWrite()
-	s.failure.CloseWrite() //nolint:errcheck // as with the data stream, seen in the connection
-	return err
+// AfterLeaving is what pkg/portforward looks for in a stream that may outlive its client.
+func (f forwardedStream) AfterLeaving(do func()) (stop func() bool) {
+	return context.AfterFunc(f.session.departure, do)
+}
+
+// resettableStream is one whose client can reset it.
+type resettableStream struct {
+	forwardedStream
+	spdy *spdy.Stream // underneath
 }
 
 // AfterReset is what pkg/portforward looks for in a stream that its client can reset.
-func (s dataStream) AfterReset(f func()) { s.spdy.AfterReset(f) }
+func (r resettableStream) AfterReset(do func()) {
+	r.spdy.AfterReset(func() {
+		if !r.outlives(r.spdy.Err()) {
+			do()
+		}
+	})
+}
 
 // startLegacy begins to forward the connections that are open from the start.
 func (s *portForwardSession) startLegacy() {
@@ -136,15 +212,24 @@ func (s *portForwardSession) startLegacy() {
 		return
 	}
 	s.legacyDone = make(chan struct{})
-	var left atomic.Int32
-	left.Store(int32(len(s.legacy))) //nolint:gosec // at most websocket.MaxPorts
+	var open, talking atomic.Int32
+	open.Store(int32(len(s.legacy)))    //nolint:gosec // at most websocket.MaxPorts
+	talking.Store(int32(len(s.legacy))) //nolint:gosec // as above
 	for _, c := range s.legacy {
 		s.mu.Lock()
 		s.open[c] = struct{}{}
 		s.mu.Unlock()
+		c.outputEnded = sync.OnceFunc(func() {
+			// The protocol has no half-close of a port: it takes the last one to tell the client, who answers
+			// with the end of its own side.
+			if talking.Add(-1) == 0 {
+				s.session.SetPhase(session.Lingering)
+				s.closeWrite(s.ctx)
+			}
+		})
 		s.connections.Go(func() {
 			s.forward(c)
-			if left.Add(-1) == 0 {
+			if open.Add(-1) == 0 {
 				close(s.legacyDone)
 			}
 		})
@@ -231,15 +316,25 @@ func (s *portForwardSession) dropWaiting() {
 // errSandboxGone is the end of a session whose pod was stopped.
 var errSandboxGone = errors.New("the pod is gone: its sandbox was stopped")
 
-// forward serves one connection. Whatever becomes of it concerns this connection alone: the error
-// stream stays empty, because kubectl answers any text there by ending the whole port-forward
-// (kubernetes#74551, kubernetes#111825). When the whole port-forward ends, that is what is wanted.
+// forward serves one connection. Whatever becomes of it concerns this connection alone: over SPDY and the
+// tunnel the error stream stays empty, because kubectl answers any text there by ending the whole port-forward
+// (kubernetes#74551, kubernetes#111825). When the whole port-forward ends, that is what is wanted. The clients
+// of the legacy protocol learn of a port that fails in no other way, and keep the others.
 func (s *portForwardSession) forward(c *forwardedConnection) {
-	data := s.bandwidth.stream(c.data)
+	forwarded := forwardedStream{Stream: s.bandwidth.stream(c.data), session: s, connection: c}
+	var data Stream = forwarded
 	if stream, ok := c.data.(*spdy.Stream); ok {
-		data = dataStream{Stream: data, spdy: stream, failure: c.failure}
+		data = resettableStream{forwarded, stream}
 	}
-	_, _, err := s.forwarder.Forward(s.ctx, c.port, data)
+	var err error
+	if s.config.MayConnect != nil {
+		err = s.config.MayConnect()
+	}
+	if err == nil {
+		_, _, err = s.forwarder.Forward(s.ctx, c.port, data)
+	} else {
+		data.Reset() //nolint:errcheck // the client sees the reset
+	}
 	received, sent := transferred(c.data)
 	s.mu.Lock()
 	delete(s.open, c)
@@ -257,12 +352,19 @@ func (s *portForwardSession) forward(c *forwardedConnection) {
 		switch {
 		case reason != nil:
 			io.WriteString(c.failure, reason.Error()) //nolint:errcheck // best effort
-		case s.config.ReportRefused && errors.As(err, &refused) && refused.Refused():
+		case c.outputEnded != nil, s.config.ReportRefused && errors.As(err, &refused) && refused.Refused():
 			fmt.Fprintf(c.failure, "forwarding port %d failed: %v", c.port, err) //nolint:errcheck // best effort
 		}
 	}
 	c.failure.CloseRead()
 	c.failure.CloseWrite() //nolint:errcheck // a client that has gone is noticed in run
+	if c.outputEnded != nil {
+		c.outputEnded()
+	}
+	select {
+	case s.fewer <- struct{}{}:
+	default:
+	}
 }
 
 func isClosed(c <-chan struct{}) bool {
@@ -292,6 +394,9 @@ func (s *portForwardSession) tellAndClose(reason error) {
 
 // LastActivity implements session.Connection.
 func (s *portForwardSession) LastActivity() time.Time { return s.client.LastActivity() }
+
+// Done implements watchedClient.
+func (s *portForwardSession) Done() <-chan struct{} { return s.client.Done() }
 
 // LastReceived implements watchedClient.
 func (s *portForwardSession) LastReceived() time.Time { return s.client.LastReceived() }
@@ -325,16 +430,18 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upg
 	forwarder, err := forward.Open()
 	if err != nil {
 		live.End(session.Outcome{Reason: "start-failed", ExitCode: -1, Err: err})
-		http.Error(w, "port-forward into the pod: "+err.Error(), http.StatusInternalServerError)
+		writeError(w, http.StatusInternalServerError, "port-forward into the pod: "+err.Error())
 		return
 	}
 	config := s.current()
 	running := &portForwardSession{
-		config: config, session: live, forwarder: forwarder,
+		buffers: s.config.Buffers.share(),
+		config:  config, session: live, forwarder: forwarder,
 		waiting: make(map[string]*forwardedConnection), open: make(map[*forwardedConnection]struct{}),
 	}
 	network, err := running.accept(w, r, up, forward.Ports)
 	if err != nil {
+		running.buffers.Close()
 		forwarder.Close() //nolint:errcheck // of no use
 		live.End(clientGone(err))
 		return
@@ -342,6 +449,7 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upg
 	running.bandwidth = newBandwidth(config.Bandwidth, running.client.Done())
 	live.Connect(running)
 	s.sessions.Go(func() {
+		defer running.buffers.Close()
 		defer s.watch.add(live, running, network)()
 		defer limitLifetime(config, live)()
 		live.End(running.run())
@@ -351,7 +459,7 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upg
 // accept upgrades the connection to the transport that was negotiated. Nothing is read from it
 // before run.
 func (s *portForwardSession) accept(w http.ResponseWriter, r *http.Request, up upgrade, ports []int32) (net.Conn, error) {
-	config := spdy.Config{OnStream: s.onStream, Stall: s.config.Stall, OnStall: func() { s.config.Observe(StreamStalled) }}
+	config := spdy.Config{OnStream: s.onStream, Room: s.buffers, Stall: s.config.Stall, OnStall: func() { s.config.Observe(StreamStalled) }}
 	if !up.websocket {
 		network, buffered, err := hijackSPDY(w, up.protocol)
 		if err == nil {
@@ -372,19 +480,20 @@ func (s *portForwardSession) accept(w http.ResponseWriter, r *http.Request, up u
 	for _, port := range ports {
 		if port <= 0 || port > math.MaxUint16 {
 			err := fmt.Errorf("%d is no port", port)
-			http.Error(w, err.Error(), http.StatusBadRequest)
+			writeError(w, http.StatusBadRequest, err.Error())
 			return nil, err
 		}
 		named = append(named, uint16(port))
 	}
-	conn, err := websocket.AcceptPortForward(w, r, protocol, named, websocket.Config{})
+	conn, err := websocket.AcceptPortForward(w, r, protocol, named, websocket.Config{Room: s.buffers})
 	if err != nil {
 		return nil, err
 	}
 	s.client = webSocketConnection{conn.ChannelConn}
+	s.closeWrite = func(ctx context.Context) { conn.CloseWrite(ctx) } //nolint:errcheck // a client that has gone is noticed in run
 	s.farewell = func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
 	for _, c := range conn.Ports() {
-		s.legacy = append(s.legacy, &forwardedConnection{port: c.Port, data: fullCloseStream{c.Data}, failure: c.Error})
+		s.legacy = append(s.legacy, &forwardedConnection{port: c.Port, data: c.Data, failure: c.Error})
 	}
 	return conn.NetConn(), nil
 }

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/url"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
@@ -24,6 +25,7 @@ const (
 	maxUpstreamStatus    = 64 << 10         // bytes read of the upstream's error stream
 	maxUpstreamMessage   = 1 << 10          // bytes shown of an upstream's refusal
 	skipBufferKeep       = 64 << 10         // bytes of an empty skipBuffer that are not given back
+	upstreamDetachWait   = time.Second      // for the upstream to end an attach whose client has detached
 )
 
 // relay is a process that the upstream's own streaming server serves: the main process of a
@@ -31,12 +33,15 @@ const (
 // session it is a Process like any other.
 type relay struct {
 	conn           *spdy.Conn
+	buffers        *bufferShare
+	network        net.Conn // below conn
 	stdin, resize  *spdy.Stream
 	stdinGrace     time.Duration // see startRelay
 	stdout, stderr io.ReadCloser
 	upstream       sync.WaitGroup
 	exited         chan struct{}
-	result         *status // valid once exited is closed
+	detached       atomic.Bool // the connection is closed because the client has detached
+	result         *status     // valid once exited is closed
 	closeOnce      sync.Once
 }
 
@@ -44,19 +49,20 @@ type relay struct {
 // read and a client that is too slow misses output, instead of stopping the container (moby#41827);
 // with none the client's pace is the command's, as it is for an exec.
 //
-// The client's end of input is passed on after stdinGrace, never when that is negative.
-func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, error), c Command, buffer int, stdinGrace time.Duration) (Process, error) {
+// The client's end of input is passed on after stdinGrace, never when that is negative. When it is positive it
+// is a detach, after which the session ends whether the upstream ends it or not.
+func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, error), c Command, buffer int, stdinGrace time.Duration, buffers *bufferShare) (Process, error) {
 	ctx, cancel := context.WithTimeout(ctx, relayDialTimeout)
 	defer cancel()
 	target, err := upstreamURL(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("ask the upstream for its streaming URL: %w", err)
 	}
-	conn, protocol, err := dialUpstream(ctx, target)
+	conn, network, protocol, err := dialUpstream(ctx, target, buffers)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the upstream's streaming server: %w", err)
 	}
-	r := &relay{conn: conn, stdinGrace: stdinGrace, exited: make(chan struct{})}
+	r := &relay{conn: conn, network: network, buffers: buffers, stdinGrace: stdinGrace, exited: make(chan struct{})}
 	r.upstream.Go(func() { conn.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done
 	if err := r.open(c, protocol, buffer); err != nil {
 		r.Close() //nolint:errcheck // of no use
@@ -67,10 +73,10 @@ func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, 
 
 // dialUpstream connects to a runtime's streaming server and upgrades the connection to SPDY, the
 // protocol that every runtime speaks.
-func dialUpstream(ctx context.Context, target string) (*spdy.Conn, remoteCommandProtocol, error) {
+func dialUpstream(ctx context.Context, target string, buffers *bufferShare) (*spdy.Conn, net.Conn, remoteCommandProtocol, error) {
 	u, err := url.Parse(target)
 	if err != nil {
-		return nil, remoteCommandProtocol{}, err
+		return nil, nil, remoteCommandProtocol{}, err
 	}
 	var dialer interface {
 		DialContext(ctx context.Context, network, address string) (net.Conn, error)
@@ -85,17 +91,17 @@ func dialUpstream(ctx context.Context, target string) (*spdy.Conn, remoteCommand
 	}
 	network, err := dialer.DialContext(ctx, "tcp", address)
 	if err != nil {
-		return nil, remoteCommandProtocol{}, err
+		return nil, nil, remoteCommandProtocol{}, err
 	}
-	conn, protocol, err := upgradeUpstream(ctx, network, target)
+	conn, protocol, err := upgradeUpstream(ctx, network, target, buffers)
 	if err != nil {
 		network.Close() //nolint:errcheck // of no use
-		return nil, remoteCommandProtocol{}, err
+		return nil, nil, remoteCommandProtocol{}, err
 	}
-	return conn, protocol, nil
+	return conn, network, protocol, nil
 }
 
-func upgradeUpstream(ctx context.Context, network net.Conn, target string) (*spdy.Conn, remoteCommandProtocol, error) {
+func upgradeUpstream(ctx context.Context, network net.Conn, target string, buffers *bufferShare) (*spdy.Conn, remoteCommandProtocol, error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodPost, target, http.NoBody)
 	if err != nil {
 		return nil, remoteCommandProtocol{}, err
@@ -129,7 +135,7 @@ func upgradeUpstream(ctx context.Context, network net.Conn, target string) (*spd
 		buffered = append(buffered, peeked...)
 	}
 	protocol := remoteCommandProtocolByName(response.Header.Get(headerProtocolVersion))
-	return spdy.NewClient(network, buffered, spdy.Config{}), protocol, nil
+	return spdy.NewClient(network, buffered, spdy.Config{Room: buffers}), protocol, nil
 }
 
 // open opens the streams that the command wants and starts to follow them.
@@ -167,6 +173,10 @@ func (r *relay) open(c Command, protocol remoteCommandProtocol, buffer int) erro
 	r.upstream.Go(func() {
 		defer close(r.exited)
 		message, err := io.ReadAll(io.LimitReader(failure, maxUpstreamStatus))
+		if len(message) == 0 && err != nil && r.detached.Load() {
+			r.result = successStatus()
+			return
+		}
 		if len(message) == 0 && err != nil {
 			r.result = internalErrorStatus("the connection to the upstream's streaming server was lost: " + err.Error())
 			return
@@ -199,7 +209,7 @@ func (r *relay) output(stream *spdy.Stream, tty bool, buffer int) io.ReadCloser 
 	if buffer == 0 {
 		return relayOutput{stream}
 	}
-	skip := newSkipBuffer(buffer, tty)
+	skip := newSkipBuffer(buffer, tty, r.buffers)
 	r.upstream.Go(func() {
 		stream.WriteTo(skip) //nolint:errcheck // its end is the end of output
 		skip.end()
@@ -216,6 +226,7 @@ func (o relayOutput) Close() error {
 
 type relayInput struct {
 	*spdy.Stream
+	relay *relay
 	grace time.Duration // see startRelay
 }
 
@@ -226,8 +237,29 @@ func (i relayInput) Close() error {
 	case i.grace == 0:
 		return i.CloseWrite()
 	}
-	time.AfterFunc(i.grace, func() { i.CloseWrite() }) //nolint:errcheck // fails when the session has ended before
+	time.AfterFunc(i.grace, i.relay.detach)
 	return nil
+}
+
+// detach passes the end of a terminal's input on. containerd ends the session for it; CRI-O goes on until the
+// container ends.
+func (r *relay) detach() {
+	r.stdin.CloseWrite() //nolint:errcheck // fails when the session has ended before
+	if !waitFor(r.exited, upstreamDetachWait) {
+		r.detached.Store(true)
+		r.conn.Close() //nolint:errcheck // seen through Exited
+	}
+}
+
+// Pending is how much the upstream's kernel has not acknowledged.
+func (i relayInput) Pending() int { return unacknowledged(i.relay.network) }
+
+// ClientLeft passes the end of the client's input on although the session was to go on after it: there is
+// nobody left whose output could be cut. Only where it is also the end of the container's, it must have come.
+func (i relayInput) ClientLeft(complete bool) {
+	if complete || i.grace < 0 {
+		i.CloseWrite() //nolint:errcheck // fails when the upstream has gone, which shows in Exited
+	}
 }
 
 // Stdin implements Process.
@@ -235,7 +267,7 @@ func (r *relay) Stdin() io.WriteCloser {
 	if r.stdin == nil {
 		return nil
 	}
-	return relayInput{r.stdin, r.stdinGrace}
+	return relayInput{r.stdin, r, r.stdinGrace}
 }
 
 // Stdout implements Process.
@@ -289,6 +321,7 @@ func (r *relay) Close() error {
 // what does not fit is skipped, and the reader finds a line that says how much.
 type skipBuffer struct {
 	max     int
+	buffers *bufferShare // counts data.Len()
 	newline string
 
 	mu      sync.Mutex
@@ -298,8 +331,8 @@ type skipBuffer struct {
 	ended   bool
 }
 
-func newSkipBuffer(limit int, tty bool) *skipBuffer {
-	b := &skipBuffer{max: limit, newline: "\n"}
+func newSkipBuffer(limit int, tty bool, buffers *bufferShare) *skipBuffer {
+	b := &skipBuffer{max: limit, buffers: buffers, newline: "\n"}
 	if tty {
 		b.newline = "\r\n"
 	}
@@ -314,7 +347,8 @@ func (b *skipBuffer) Write(p []byte) (int, error) {
 	if b.ended {
 		return 0, errors.New("nobody reads any more")
 	}
-	if b.skipped > 0 && b.max-b.data.Len() < b.max/2 {
+	defer b.count(b.data.Len())
+	if b.skipped > 0 && b.max-b.data.Len() < b.max/2 || b.data.Len() > 0 && b.buffers.Full() {
 		b.skipped += int64(len(p)) // one long gap is better than many short ones
 		return len(p), nil
 	}
@@ -325,6 +359,9 @@ func (b *skipBuffer) Write(p []byte) (int, error) {
 	b.changed.Signal()
 	return len(p), nil
 }
+
+// count tells the share how much more, or less, there is than before. b.mu is held.
+func (b *skipBuffer) count(before int) { b.buffers.Take(b.data.Len() - before) }
 
 // mark writes down the gap before what follows; b.mu is held.
 func (b *skipBuffer) mark() {
@@ -338,6 +375,7 @@ func (b *skipBuffer) mark() {
 func (b *skipBuffer) end() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	defer b.count(b.data.Len())
 	b.mark()
 	b.ended = true
 	b.changed.Broadcast()
@@ -353,6 +391,7 @@ func (b *skipBuffer) Read(p []byte) (int, error) {
 		}
 		b.changed.Wait()
 	}
+	defer b.count(b.data.Len())
 	n, err := b.data.Read(p)
 	if b.data.Len() == 0 && b.data.Cap() > skipBufferKeep {
 		b.data = bytes.Buffer{}
@@ -364,6 +403,7 @@ func (b *skipBuffer) Read(p []byte) (int, error) {
 func (b *skipBuffer) Close() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	defer b.count(b.data.Len())
 	b.ended = true
 	b.data.Reset()
 	b.changed.Broadcast()

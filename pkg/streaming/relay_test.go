@@ -100,6 +100,34 @@ func TestUpstreamFails(t *testing.T) {
 	})
 }
 
+// A client detaches from a terminal by ending its input; the session ends, and well, also where the upstream does
+// not end it (CRI-O), and what the container had said before has come.
+func TestDetachFromTerminal(t *testing.T) {
+	forEachTransport(t, func(t *testing.T, transport string) {
+		upstream, s := startServer(t, Config{}), startServer(t, Config{AttachBuffer: 64 << 10})
+		var out syncBuffer
+		input, typed := io.Pipe()
+		defer typed.Close()
+		options := remotecommand.StreamOptions{Stdin: input, Stdout: &out, Tty: true}
+		main := func() *url.URL {
+			return upstream.execURL(&hostExecutor{t: t}, options, "sh", "-c", "trap '' HUP; echo attached; while :; do sleep 600; done")
+		}
+		ended := make(chan error, 1)
+		u := s.attachURL(main, options)
+		go func() { ended <- stream(t.Context(), t, transport, u, options) }()
+		eventually(t, "the container's output", func() bool { return strings.Contains(out.String(), "attached") })
+		typed.Close()
+		select {
+		case err := <-ended:
+			if err != nil {
+				t.Errorf("the client detached and got %v", err)
+			}
+		case <-time.After(testTimeout):
+			t.Error("the session goes on after the client has detached")
+		}
+	})
+}
+
 // A viewer that does not read does not hold up what it is attached to (moby#41827): the main process
 // writes all it wants, and the viewer finds a line in place of what it missed.
 func TestSlowViewerMissesOutput(t *testing.T) {
@@ -144,7 +172,7 @@ func (b *gatedBuffer) Write(p []byte) (int, error) {
 // Whatever the order of writes and reads: a skipBuffer holds no more than its limit, never
 // makes its writer wait, and what it gives out and says that it has skipped is what was written.
 func TestSkipBuffer(t *testing.T) {
-	b := newSkipBuffer(1000, false)
+	b := newSkipBuffer(1000, false, (*Buffers)(nil).share())
 	write := func(s string) {
 		t.Helper()
 		if n, err := b.Write([]byte(s)); n != len(s) || err != nil {

@@ -20,6 +20,7 @@ import (
 // remoteCommand is what an exec or attach session is to do, independent of its transport.
 type remoteCommand struct {
 	command   Command
+	buffers   *bufferShare
 	start     func(context.Context, Command) (Process, error)
 	endReason func(context.Context) string
 }
@@ -38,6 +39,9 @@ type remoteCommandClient struct {
 	// statusRefused is closed when the error stream has ended from the client's side; nil where a
 	// client cannot end it.
 	statusRefused <-chan struct{}
+	// answersItself and sendsSize are what is known of the client from its request: see firstsize.go.
+	// kubectl sends the size of its terminal in any case.
+	answersItself, sendsSize bool
 	// holdback says how long the status is to wait for the client to read; nil where it need not.
 	holdback *holdback
 	// farewell tells the client that the session is over, after everything was sent, and returns
@@ -90,6 +94,8 @@ type remoteCommandSession struct {
 	remoteCommand
 
 	process  Process
+	input    *input        // nil where the client sends none
+	served   chan struct{} // closed when nothing more will come from the client
 	terminal terminal
 	outputs  sync.WaitGroup // the copiers of stdout and stderr
 	others   sync.WaitGroup // connection reader, stdin, resize, warnings
@@ -103,9 +109,18 @@ type remoteCommandSession struct {
 func (s *remoteCommandSession) run() session.Outcome {
 	ctx := s.session.Context()
 	// Not the session's context: a session that is told to end still has a status to deliver.
-	s.others.Go(func() { s.client.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done and Err
+	s.served = make(chan struct{})
+	s.others.Go(func() {
+		defer close(s.served)
+		s.client.Serve(context.WithoutCancel(ctx)) //nolint:errcheck // seen through Done and Err
+	})
 	defer s.others.Wait()
 	defer s.client.Close() //nolint:errcheck // the session is over
+	defer func() {
+		if s.input != nil {
+			s.input.close()
+		}
+	}()
 
 	if outcome, ok := s.waitForStreams(ctx); !ok {
 		return outcome
@@ -132,6 +147,10 @@ func (s *remoteCommandSession) waitForStreams(ctx context.Context) (session.Outc
 	case <-s.client.ready:
 		return session.Outcome{}, true
 	case <-s.client.Done():
+		// It may have said all it has to say, in one breath.
+		if isClosed(s.client.ready) && s.hasInputToFinish() {
+			return session.Outcome{}, true
+		}
 		return clientGone(s.client.Err()), false
 	case <-ctx.Done():
 		outcome := stopped(ctx)
@@ -156,25 +175,6 @@ func (s *remoteCommandSession) sayNotStarted(result *status) {
 		s.client.farewell(ctx)
 	default:
 	}
-}
-
-// firstSize waits a moment for the terminal's size, which clients send at once, so that the command
-// never sees a wrong one.
-func (s *remoteCommandSession) firstSize(ctx context.Context) (width, height uint16) {
-	if !s.command.TTY || s.client.resize == nil {
-		return 0, 0
-	}
-	s.terminal.known = make(chan struct{})
-	s.others.Go(func() { s.terminal.follow(s.client.resize) })
-	timeout := time.NewTimer(s.config.firstSize)
-	defer timeout.Stop()
-	select {
-	case <-s.terminal.known:
-	case <-timeout.C:
-	case <-s.client.Done():
-	case <-ctx.Done():
-	}
-	return s.terminal.size()
 }
 
 // startFailed tells the client why the command did not start: a command that is not there is the
@@ -212,9 +212,9 @@ func (s *remoteCommandSession) startFailed(ctx context.Context, err error) sessi
 
 func (s *remoteCommandSession) copyStreams() {
 	if stdin := s.process.Stdin(); stdin != nil && s.client.stdin != nil {
-		s.others.Go(func() { copyInput(stdin, s.operatedInput(s.client.stdin)) })
+		s.input = copyInput(&s.others, stdin, s.operatedInput(s.client.stdin))
 	}
-	s.drain.idle, s.drain.observe = s.config.DrainIdle, s.config.Observe
+	s.drain.idle, s.drain.observe, s.drain.unwanted = s.config.DrainIdle, s.config.Observe, s.outputUnwanted
 	for _, o := range []struct {
 		to   Stream
 		from io.ReadCloser
@@ -254,6 +254,7 @@ func (s *remoteCommandSession) wait(ctx context.Context) session.Outcome {
 			}
 			return s.exited(ctx)
 		case <-s.client.Done():
+			s.finishInput(ctx)
 			return s.disconnected()
 		case <-refused:
 			if s.client.refusesStatus() {
@@ -353,10 +354,14 @@ func (s *remoteCommandSession) containerEnd(ctx context.Context) string {
 	return "the container's main process has ended"
 }
 
-// disconnected ends a session whose client has gone: its process follows (kubernetes#89031).
+// disconnected ends a session whose client has gone: its process follows (kubernetes#89031), unless it has
+// ended by itself.
 func (s *remoteCommandSession) disconnected() session.Outcome {
 	outcome := clientGone(s.client.Err())
-	s.process.Disconnect()
+	if !isClosed(s.process.Exited()) {
+		defer s.holdInput()()
+		s.process.Disconnect()
+	}
 	s.client.Close() //nolint:errcheck // wakes the copiers
 	s.stopInput()
 	if s.processFollows() {
@@ -367,11 +372,36 @@ func (s *remoteCommandSession) disconnected() session.Outcome {
 	return outcome
 }
 
+// holdInput keeps the end of input from a process that is about to be hung up and has not been given all of
+// it, until release: it may live for a while, and input that was cut must not look whole.
+func (s *remoteCommandSession) holdInput() (release func()) {
+	release = func() {}
+	if s.input == nil || isClosed(s.input.ended) && !s.input.cut {
+		return release
+	}
+	if stdin, ok := s.input.stdin.(*os.File); ok {
+		control(stdin, func(fd int) {
+			if held, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err == nil { //nolint:gosec // a descriptor
+				release = func() { unix.Close(held) } //nolint:errcheck // a pipe's end
+			}
+		})
+	}
+	return release
+}
+
+// outputUnwanted tells what to do with output that the client does not take any more: true is to throw it
+// away. A command that is still to take its client's input must not end because of its output.
+func (s *remoteCommandSession) outputUnwanted(err error) bool {
+	var reset *spdy.ResetError
+	return !errors.As(err, &reset) && s.hasInputToFinish()
+}
+
 // stop ends a session from outside: the client gets a status at once, the process is treated as if
 // the client had gone.
 func (s *remoteCommandSession) stop(ctx context.Context, outcome session.Outcome) session.Outcome {
 	stopWatching := time.AfterFunc(shutdownGrace, func() { s.client.Close() }) //nolint:errcheck // see run
 	defer stopWatching.Stop()
+	defer s.holdInput()()
 	s.process.Disconnect()
 	s.stopInput()
 	s.drain.begin(0)
@@ -384,15 +414,12 @@ func (s *remoteCommandSession) stop(ctx context.Context, outcome session.Outcome
 	return outcome
 }
 
-// stopInput makes the stdin copier end and throws away what the client still sends: a client that
-// goes on writing must not fill the connection up. The process's stdin is not closed: for one that
-// is kept alive the client's end is not the end of input.
+// stopInput throws away what the client still sends.
 func (s *remoteCommandSession) stopInput() {
-	if s.client.stdin != nil {
+	if s.input != nil {
+		s.input.stop()
+	} else if s.client.stdin != nil {
 		s.client.stdin.CloseRead()
-	}
-	if stdin, ok := s.process.Stdin().(interface{ SetWriteDeadline(time.Time) error }); ok {
-		stdin.SetWriteDeadline(time.Unix(1, 0)) //nolint:errcheck // a stdin that is closed blocks nobody
 	}
 }
 
@@ -424,25 +451,17 @@ func withGrace(ctx context.Context) (context.Context, context.CancelFunc) {
 	}
 }
 
-// copyInput moves the client's bytes into the process until the client's FIN, which is the end of
-// input; the loss of the connection is not. When the process closes its stdin early, the rest is
-// thrown away and the session goes on.
-func copyInput(stdin io.WriteCloser, from Stream) {
-	if _, err := from.WriteTo(stdin); err == nil {
-		stdin.Close() //nolint:errcheck // the process may have closed it first
-	}
-	from.CloseRead()
-}
-
 // drain decides when the output of a process that has exited is complete. Usually that is the end
 // of the pipe; but a background child may hold the pipe open for ever, and then it is complete when
 // the pipe has been silent for a while (kubernetes#44371, containerd#7802).
 type drain struct {
 	idle    time.Duration
 	observe func(Event)
-	sources []io.ReadCloser
-	until   atomic.Int64 // Unix nanoseconds; 0 while the process runs
-	stopped atomic.Bool  // the session was told to end, and its output with it
+	// unwanted is asked when the client takes no more: true means that the rest is read and thrown away.
+	unwanted func(err error) bool
+	sources  []io.ReadCloser
+	until    atomic.Int64 // Unix nanoseconds; 0 while the process runs
+	stopped  atomic.Bool  // the session was told to end, and its output with it
 }
 
 // deadliner is a pipe or a pty of ours, whose reads can be given a limit.
@@ -469,6 +488,9 @@ func (d *drain) copyOutput(to Stream, from io.ReadCloser) {
 	for {
 		n, err := to.ReadFrom(from)
 		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			if d.unwanted(err) {
+				io.Copy(io.Discard, from) //nolint:errcheck // until the process or the session ends
+			}
 			from.Close() //nolint:errcheck // the process sees EPIPE, as in a shell's pipe
 			return
 		}
@@ -510,9 +532,7 @@ func copyPending(to Stream, from io.ReadCloser) {
 	if !ok {
 		return
 	}
-	pending := 0
-	control(source, func(fd int) { pending, _ = unix.IoctlGetInt(fd, unix.TIOCINQ) }) //nolint:errcheck // then nothing is known to be there
-	if pending > 0 && source.SetReadDeadline(time.Time{}) == nil {
+	if pending := pending(source); pending > 0 && source.SetReadDeadline(time.Time{}) == nil {
 		to.ReadFrom(io.LimitReader(from, int64(pending))) //nolint:errcheck // a client that has gone is noticed elsewhere
 	}
 }

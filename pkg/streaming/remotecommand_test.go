@@ -109,7 +109,7 @@ func (s sizes) Next() *remotecommand.TerminalSize {
 // The command sees the size of the client's terminal from its first instruction (kubernetes#47990).
 func TestFirstTerminalSize(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
-		s := startServer(t, Config{waits: waits{firstSize: 10 * time.Second}}) // a busy machine must not fail the test
+		s := startServer(t, Config{waits: waits{firstSize: 10 * time.Second, sizeSlack: 10 * time.Second}}) // a busy machine must not fail the test
 		for range 10 {
 			var stdout bytes.Buffer
 			queue := make(sizes, 2)
@@ -307,7 +307,7 @@ func TestClientGone(t *testing.T) {
 			}
 			t.Run(fmt.Sprintf("%s/politely=%v", test.name, politely), func(t *testing.T) {
 				forEachTransport(t, func(t *testing.T, transport string) {
-					s := startServer(t, Config{})
+					s := startServer(t, Config{InputGrace: time.Second})
 					executor := &hostExecutor{t: t}
 					options := test.options
 					if options.Stdout == (never{}) {

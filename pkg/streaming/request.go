@@ -145,8 +145,11 @@ type PortForwarder interface {
 type Stream interface {
 	io.Reader
 	io.Writer
-	// WriteTo moves what the client sends into w until the client's FIN, without copies of its own.
+	// WriteTo moves what the client sends into w, without copies of its own. It returns nil at the end of
+	// the client's input, and an error when that was cut; what came before either is moved first.
 	io.WriterTo
+	// InputEnded says that the end of the client's input has come in, read or not.
+	InputEnded() bool
 	// ReadFrom sends r's bytes to the client until r's end, at the price of one read and one write
 	// a chunk. It does not send a FIN.
 	io.ReaderFrom

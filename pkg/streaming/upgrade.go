@@ -22,6 +22,8 @@ type connection interface {
 	// Done is closed as soon as the client is known to be gone; Err then says why.
 	Done() <-chan struct{}
 	Err() error
+	// Ping asks for an answer, which shows in LastReceived. It does not block.
+	Ping() error
 	// LastReceived is when the client last sent anything, pings included.
 	LastReceived() time.Time
 	// Close ends the connection at once and wakes everybody who waits for it.
@@ -83,7 +85,7 @@ func writeUpgradeError(w http.ResponseWriter, kind session.Kind, err error) {
 			w.Header().Add(headerAcceptedVersions, p)
 		}
 	}
-	http.Error(w, err.Error(), code)
+	writeError(w, code, err.Error())
 }
 
 // hijackSPDY answers the upgrade and takes the connection over from net/http.

@@ -36,6 +36,8 @@ type watcher struct {
 type watchedClient interface {
 	session.Connection
 	LastReceived() time.Time
+	// Done is closed when the client is known to have gone. What it has sent may still be on its way.
+	Done() <-chan struct{}
 	Close() error
 }
 
@@ -97,6 +99,9 @@ func (w *watcher) run(ctx context.Context) {
 }
 
 func (w *watcher) look(e *watchedSession, now time.Time) {
+	if isClosed(e.client.Done()) {
+		return
+	}
 	if peerIsDead(e.network, w.config.peerSilence) {
 		e.session.Log().Debug("client does not answer any more", "limit", w.config.peerSilence)
 		w.config.Observe(PeerDead)

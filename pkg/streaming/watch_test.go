@@ -23,6 +23,7 @@ type watchedFake struct {
 func (f *watchedFake) Transferred() (received, sent int64) { return f.received, f.sent }
 func (f *watchedFake) LastActivity() time.Time             { return time.Time{} }
 func (f *watchedFake) LastReceived() time.Time             { return f.lastReceived }
+func (f *watchedFake) Done() <-chan struct{}               { return nil }
 func (f *watchedFake) Close() error {
 	f.closed = true
 	return nil

@@ -3,6 +3,7 @@ package main
 import (
 	"math"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -32,11 +33,28 @@ func TestVerdicts(t *testing.T) {
 		{"stdout.rate", []float64{1}, []float64{2.6}, nil, false}, // the floor was not measured
 		{"call.small", []float64{100}, []float64{240}, nil, true},
 		{"call.small", []float64{100}, []float64{260}, nil, false},
-		{"exec.p99", []float64{1}, []float64{100}, nil, true}, // no bar
+		{"cut1000.cpu", []float64{1}, []float64{5}, nil, true},
+		{"cut1000.cpu", []float64{1}, []float64{5.1}, nil, false},
+		{"cut1000.gone", []float64{1}, nil, nil, false},         // some commands stayed
+		{"cut300.p50", []float64{1}, []float64{10}, nil, false}, // nothing is known of before
+		{"exec.p99", []float64{1}, []float64{100}, nil, true},   // no bar
 	} {
 		r := results{test.id: {containerd: test.theirs, streamshim: test.ours, bareCopy: test.floor}}
 		if _, ok := r.verdict(figureOf(test.id)); ok != test.want {
 			t.Errorf("%s: containerd %v, streamshim %v, floor %v: met %v", test.id, test.theirs, test.ours, test.floor, ok)
+		}
+	}
+}
+
+// While sessions end, probes may take three times as long as before, whatever containerd takes.
+func TestVerdictOfCalm(t *testing.T) {
+	i := slices.IndexFunc(figures, func(f figure) bool { return f.id == "cut300.p50" })
+	for during, want := range map[float64]bool{30: true, 30.1: false} {
+		r := results{}
+		r.add("cut300.quiet", streamshim, 10)
+		r.add("cut300.p50", streamshim, during)
+		if _, ok := r.verdict(figures[i]); ok != want {
+			t.Errorf("%v after 10: met %v", during, ok)
 		}
 	}
 }

@@ -78,6 +78,9 @@ streamshim has a ✗, with two exceptions, which are beyond a node:
    KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false nothing is lost.
 2. kubectl stops reading all connections of a port-forward when one of its local clients stops reading.
    Its SPDY library has no flow control.
+
+CRI-O is not in this table: the run has none. What was tried on it is in
+[install.md](install.md#on-a-cri-o-node).
 `
 
 var nodeTitles = map[string]string{"bare": "bare containerd", "shim": "through streamshim"}

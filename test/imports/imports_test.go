@@ -22,7 +22,7 @@ var allowed = map[string][]string{
 	"pkg/session/audit":     {"pkg/session"},
 	"pkg/session/limits":    {"pkg/session"},
 	"pkg/session/recording": {"pkg/asciicast", "pkg/session"},
-	"pkg/check":             {"pkg/config", "pkg/endpoint"},
+	"pkg/check":             {"pkg/config", "pkg/cri", "pkg/endpoint"},
 	"pkg/config":            {"pkg/endpoint"},
 	"pkg/metrics":           {"pkg/session"},
 	"pkg/tracing":           {"pkg/session"},
@@ -38,7 +38,7 @@ var foreign = map[string][]string{
 	"k8s.io/cri-api":         {"cmd/streamshim", "pkg/check", "pkg/cri"},
 	// Metrics and traces are told of things; nobody else counts or traces.
 	"github.com/prometheus":    {"cmd/streamshim", "pkg/metrics"},
-	"go.opentelemetry.io/otel": {"cmd/streamshim", "pkg/cri", "pkg/tracing"}, // containerd's client brings it to pkg/cri
+	"go.opentelemetry.io/otel": {"cmd/streamshim", "pkg/check", "pkg/cri", "pkg/tracing"}, // containerd's client brings it to pkg/cri
 	// Peers in tests, no parts of the product.
 	"github.com/moby/spdystream": nil,
 	"k8s.io/streaming":           nil,

@@ -3,6 +3,9 @@ package main
 import (
 	"errors"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/streamshim/streamshim/test/node"
@@ -26,6 +29,14 @@ func TestLab(t *testing.T) {
 	}()
 	if err := up(t.Context(), dir, binary); err != nil {
 		t.Fatal(err)
+	}
+	for script, args := range map[string][]string{"crictl": {"ps"}, "streamshim": {"sessions", "list"}} {
+		if out, err := exec.Command(filepath.Join(dir, script), args...).CombinedOutput(); err != nil {
+			t.Errorf("%s %v: %v\n%s", script, args, err, out)
+		}
+	}
+	if out, _ := exec.Command(filepath.Join(dir, "streamshim"), "check").CombinedOutput(); !strings.Contains(string(out), "ok       upstream            containerd") {
+		t.Errorf("check in the lab:\n%s", out)
 	}
 	containerd := pid(t, dir)
 	if err := up(t.Context(), dir, binary); err != nil {

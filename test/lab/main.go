@@ -84,7 +84,7 @@ func up(ctx context.Context, dir, streamshim string) error {
 	}
 	p, err := ensurePod(ctx, n)
 	if err == nil {
-		err = writeCrictl(n)
+		err = writeScripts(n, streamshim)
 	}
 	if err != nil {
 		return errors.Join(err, n.Close())
@@ -132,10 +132,22 @@ func ensurePod(ctx context.Context, n *node.Node) (pod, error) {
 	return pod{sandbox, container}, err
 }
 
-// writeCrictl leaves a script in the lab's folder that is crictl with the right endpoint.
-func writeCrictl(n *node.Node) error {
-	script := fmt.Sprintf("#!/bin/sh\nexec '%s' --config '%s' \"$@\"\n", n.Program("crictl"), filepath.Join(n.Dir(), "crictl.yaml"))
-	return os.WriteFile(filepath.Join(n.Dir(), "crictl"), []byte(script), 0o755)
+// writeScripts leaves scripts in the lab's folder that are crictl and streamshim with the lab's own sockets.
+func writeScripts(n *node.Node, binary string) error {
+	for name, script := range map[string]string{
+		"crictl": fmt.Sprintf("exec '%s' --config '%s' \"$@\"\n", n.Program("crictl"), filepath.Join(n.Dir(), "crictl.yaml")),
+		"streamshim": fmt.Sprintf(`case "$1" in
+sessions) shift; exec '%[1]s' sessions --admin 'unix://%[2]s' "$@" ;;
+check) shift; exec '%[1]s' check --admin 'unix://%[2]s' --listen '%[3]s' --upstream '%[4]s' "$@" ;;
+esac
+exec '%[1]s' "$@"
+`, binary, n.AdminSocket(), n.Socket(), n.ContainerdSocket()),
+	} {
+		if err := os.WriteFile(filepath.Join(n.Dir(), name), []byte("#!/bin/sh\n"+script), 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func printHelp(dir string, n *node.Node, p pod) {
@@ -150,10 +162,12 @@ and passes on to containerd on %s. Things to try:
   %[3]s attach -i %[4]s                 # the main process: type a line, it answers
   %[3]s port-forward %[5]s 8080:80      # then: curl http://127.0.0.1:8080
   %[3]s exec -r websocket -it %[4]s sh  # over WebSocket, which containerd 2.4 refuses
+  %[7]s sessions list                     # who is in which container right now
+  %[7]s check                             # is this node ready for it? (it has no kubelet)
 
 Logs are in %[6]s. To end it: make lab-down
 
-`, n.Socket(), n.ContainerdSocket(), crictl, container, sandbox, filepath.Join(dir, "log"))
+`, n.Socket(), n.ContainerdSocket(), crictl, container, sandbox, filepath.Join(dir, "log"), filepath.Join(dir, "streamshim"))
 }
 
 // shell puts the user into the pod.

@@ -300,3 +300,14 @@ func TestUnit(t *testing.T) {
 		t.Errorf("%v: %s", err, out)
 	}
 }
+
+// The node keeps the runtime it has: apt would install what is recommended.
+func TestNothingElseIsInstalled(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(top, "deploy/package/nfpm.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if found := regexp.MustCompile(`(?m)^(recommends|depends):`).FindString(string(text)); found != "" {
+		t.Errorf("the package %s something", found)
+	}
+}

@@ -48,6 +48,9 @@ type Config struct {
 	Fsync       Fsync
 	// Deny refuses a session whose start cannot be written.
 	Deny bool
+	// OpenDir is where sessions are noted while they are open, so that after a kill the next New writes their
+	// ends, with the reason "interrupted". Only one process may use it. Empty means that nobody does.
+	OpenDir string
 }
 
 const (
@@ -73,9 +76,12 @@ var (
 // wait for it only where Config.Deny says so.
 type Log struct {
 	log   *slog.Logger
+	open  openSessions
 	queue chan entry
 	done  chan struct{} // closed when the goroutine has ended
 	gone  atomic.Int64  // records that were lost, ever
+
+	interrupted []*Record // of sessions that a predecessor has left open
 
 	mu     sync.Mutex // guards what follows, and sending to a queue that may be closed
 	config Config
@@ -88,6 +94,7 @@ type entry struct {
 	line    []byte
 	replace *destination // to be used from now on
 	written chan<- error // nil when nobody waits; has room for one
+	ends    string       // the session that is over with this line, if any
 }
 
 // destination is a sink and how it is used.
@@ -111,7 +118,11 @@ func New(config Config, log *slog.Logger) (*Log, error) {
 	if err != nil {
 		return nil, fmt.Errorf("audit log: %w", err)
 	}
-	l := &Log{log: log, config: config, queue: make(chan entry, queueSize+updatesSize), done: make(chan struct{})}
+	l := &Log{log: log, config: config, open: openSessions{config.OpenDir}, queue: make(chan entry, queueSize+updatesSize), done: make(chan struct{})}
+	var unreadable error
+	if l.interrupted, unreadable = l.open.left(); unreadable != nil {
+		log.Warn("not all sessions that an earlier streamshim left open are known", "error", unreadable)
+	}
 	go l.run(destination{s, config.Fsync})
 	return l, nil
 }
@@ -188,7 +199,7 @@ func (l *Log) Refused(info session.Info, reason error) {
 		record.Reason = string(refused.Refusal)
 	}
 	record.Error = reason.Error()
-	l.put(record.line(), nil) //nolint:errcheck // what is lost is counted
+	l.put(entry{line: record.line()}) //nolint:errcheck // what is lost is counted
 }
 
 // BeginSync writes the start of an ExecSync. End, which is never nil without an error, writes how it
@@ -217,16 +228,20 @@ func (l *Log) start(ctx context.Context, id string, info session.Info) error {
 	if config.Destination == Off {
 		return nil
 	}
-	line := describe(Start, id, info, config.Command).line()
+	record := describe(Start, id, info, config.Command)
+	if err := l.open.begin(record); err != nil {
+		l.log.Warn("an audited session cannot be noted; were streamshim killed now, it would have no end record", "session", id, "error", err)
+	}
+	line := record.line()
 	if !config.Deny {
-		l.put(line, nil) //nolint:errcheck // as in Refused
+		l.put(entry{line: line}) //nolint:errcheck // as in Refused
 		return nil
 	}
 	written := make(chan error, 1)
 	timeout := time.NewTimer(writeTimeout)
 	defer timeout.Stop()
 	began := time.Now()
-	err := l.put(line, written)
+	err := l.put(entry{line: line, written: written})
 	if err == nil {
 		givenUp := false
 		select {
@@ -244,6 +259,9 @@ func (l *Log) start(ctx context.Context, id string, info session.Info) error {
 	if err == nil {
 		return nil
 	}
+	if !errors.Is(err, errTimeout) && ctx.Err() == nil {
+		l.open.end(id) // no start was written; else the record of the end does it
+	}
 	l.log.Error("a session is denied because its start cannot be audited", "session", id, "error", err)
 	return &session.RefusedError{
 		Refusal: session.Unavailable,
@@ -254,15 +272,18 @@ func (l *Log) start(ctx context.Context, id string, info session.Info) error {
 func (l *Log) end(id string, info session.Info, began time.Time, in, out int64, o session.Outcome) {
 	config := l.current()
 	if config.Destination == Off {
+		l.open.end(id)
 		return
 	}
 	record := describe(End, id, info, config.Command)
 	record.finish(began, in, out, o)
-	l.put(record.line(), nil) //nolint:errcheck // what is lost is counted
+	if l.put(entry{line: record.line(), ends: id}) != nil { // what is lost is counted
+		l.open.end(id)
+	}
 }
 
 // put queues a line and never waits. Without room the line is lost, which is counted.
-func (l *Log) put(line []byte, written chan<- error) error {
+func (l *Log) put(e entry) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
@@ -273,7 +294,7 @@ func (l *Log) put(line []byte, written chan<- error) error {
 		l.gone.Add(1)
 		return errQueueFull
 	}
-	l.queue <- entry{line: line, written: written}
+	l.queue <- e
 	return nil
 }
 
@@ -292,6 +313,7 @@ func (l *Log) takeLost() int64 {
 type writer struct {
 	destination
 	log        *slog.Logger
+	open       openSessions
 	lost       int64         // not yet noted in the log itself
 	gone       *atomic.Int64 // the Log's
 	complained time.Time
@@ -300,7 +322,8 @@ type writer struct {
 
 func (l *Log) run(d destination) {
 	defer close(l.done)
-	w := &writer{destination: d, log: l.log, gone: &l.gone}
+	w := &writer{destination: d, log: l.log, open: l.open, gone: &l.gone}
+	w.endInterrupted(l.interrupted)
 	ticker := time.NewTicker(syncInterval)
 	defer ticker.Stop()
 	for {
@@ -334,6 +357,9 @@ func (w *writer) batch(e entry, queue <-chan entry) {
 				waiting = append(waiting, e.written)
 			}
 		}
+		if e.ends != "" {
+			w.open.end(e.ends)
+		}
 		if len(waiting) >= queueSize {
 			break
 		}
@@ -350,6 +376,14 @@ func (w *writer) batch(e entry, queue <-chan entry) {
 	}
 	for _, written := range waiting {
 		written <- err
+	}
+}
+
+// endInterrupted writes the ends that a predecessor could not write.
+func (w *writer) endInterrupted(records []*Record) {
+	for _, record := range records {
+		w.line(record.line()) //nolint:errcheck // what is lost is counted
+		w.open.end(record.Session)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -162,7 +163,7 @@ func TestFileMovedAway(t *testing.T) {
 func flush(t *testing.T, l *Log) {
 	t.Helper()
 	written := make(chan error, 1)
-	if err := l.put((&Record{Event: Lost}).line(), written); err != nil {
+	if err := l.put(entry{line: (&Record{Event: Lost}).line(), written: written}); err != nil {
 		t.Fatal(err)
 	}
 	if err := <-written; err != nil {
@@ -562,5 +563,75 @@ func TestManyWait(t *testing.T) {
 	l.Close()
 	if got := len(records(t, c.File)); got != 200 {
 		t.Errorf("%d records", got)
+	}
+}
+
+// What a kill leaves without an end gets one from the next process, once, and nothing else does.
+func TestSessionsThatAKillHasCut(t *testing.T) {
+	for _, fails := range []bool{false, true} {
+		c := fileConfig(t)
+		c.OpenDir = filepath.Join(t.TempDir(), "audit")
+		c.Deny = fails
+		killed := newLog(t, c)
+		var open []string
+		for i := range 3 {
+			s, err := begin(t, killed)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if i == 0 {
+				s.End(session.Outcome{Reason: "exited", ExitCode: 0})
+				continue
+			}
+			open = append(open, s.ID)
+		}
+		flush(t, killed)
+		// Cut short by the kill, and something that is none of ours.
+		for name, text := range map[string]string{"0000000000000000.open": `{"version":1`, "else": "x"} {
+			if err := os.WriteFile(filepath.Join(c.OpenDir, name), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := len(records(t, c.File))
+		for range 2 { // the second start finds nothing
+			next := newLog(t, c)
+			next.Close()
+		}
+		added := records(t, c.File)[before:]
+		var ended []string
+		for _, r := range added {
+			if r.Event != End || r.Reason != "interrupted" || r.PodName != "web" || fmt.Sprint(r.Command) != "[sh]" || r.Duration != nil {
+				t.Errorf("%+v", r)
+			}
+			ended = append(ended, r.Session)
+		}
+		slices.Sort(open)
+		slices.Sort(ended)
+		if !slices.Equal(ended, open) {
+			t.Errorf("ends of %v, want %v", ended, open)
+		}
+		if left, err := os.ReadDir(c.OpenDir); err != nil || len(left) != 1 {
+			t.Errorf("left: %v, %v", left, err)
+		}
+	}
+}
+
+// An audit id proves nothing, and its record says so.
+func TestAuditIDIsUnverified(t *testing.T) {
+	c := fileConfig(t)
+	l := newLog(t, c)
+	s, err := begin(t, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.End(session.Outcome{Reason: "exited"})
+	l.Close()
+	for _, r := range records(t, c.File) {
+		if r.AuditID == "" || r.AuditIDVerified == nil || *r.AuditIDVerified {
+			t.Errorf("%+v", r)
+		}
+	}
+	if r := describe(Start, "", session.Info{}, session.CommandNone); r.AuditIDVerified != nil {
+		t.Error("a session without an id has one that is unverified")
 	}
 }

@@ -27,28 +27,30 @@ type Record struct {
 	Event   Event     `json:"event"`
 
 	// Session is the same in the records of one session; empty for one that was refused.
-	Session      string        `json:"session,omitempty"`
-	Kind         session.Kind  `json:"kind,omitempty"`
-	PodNamespace string        `json:"pod_namespace,omitempty"`
-	PodName      string        `json:"pod_name,omitempty"`
-	PodUID       string        `json:"pod_uid,omitempty"`
-	Container    string        `json:"container,omitempty"`
-	ContainerID  string        `json:"container_id,omitempty"`
-	SandboxID    string        `json:"sandbox_id,omitempty"`
-	Command      []string      `json:"command,omitempty"`
-	CommandCut   bool          `json:"command_cut,omitempty"`
-	AuditID      string        `json:"kubernetes_audit_id,omitempty"`
-	TTY          bool          `json:"tty"`
-	User         *session.User `json:"user,omitempty"`
-	Protocol     string        `json:"protocol,omitempty"`
-	Peer         string        `json:"peer,omitempty"`
-	BytesIn      *int64        `json:"bytes_in,omitempty"`         // of End: from the client
-	BytesOut     *int64        `json:"bytes_out,omitempty"`        // of End: to the client
-	Duration     *float64      `json:"duration_seconds,omitempty"` // of End
-	ExitCode     *int          `json:"exit_code,omitempty"`        // of End, when a process ran and its status is known
-	Reason       string        `json:"reason,omitempty"`           // of End and Refused, one word
-	Error        string        `json:"error,omitempty"`            // of End and Refused
-	LostRecords  int64         `json:"lost_records,omitempty"`     // of Lost
+	Session      string       `json:"session,omitempty"`
+	Kind         session.Kind `json:"kind,omitempty"`
+	PodNamespace string       `json:"pod_namespace,omitempty"`
+	PodName      string       `json:"pod_name,omitempty"`
+	PodUID       string       `json:"pod_uid,omitempty"`
+	Container    string       `json:"container,omitempty"`
+	ContainerID  string       `json:"container_id,omitempty"`
+	SandboxID    string       `json:"sandbox_id,omitempty"`
+	Command      []string     `json:"command,omitempty"`
+	CommandCut   bool         `json:"command_cut,omitempty"`
+	AuditID      string       `json:"kubernetes_audit_id,omitempty"`
+	// AuditIDVerified is false wherever there is an AuditID: a client can bring one of its own.
+	AuditIDVerified *bool         `json:"kubernetes_audit_id_verified,omitempty"`
+	TTY             bool          `json:"tty"`
+	User            *session.User `json:"user,omitempty"`
+	Protocol        string        `json:"protocol,omitempty"`
+	Peer            string        `json:"peer,omitempty"`
+	BytesIn         *int64        `json:"bytes_in,omitempty"`         // of End: from the client
+	BytesOut        *int64        `json:"bytes_out,omitempty"`        // of End: to the client
+	Duration        *float64      `json:"duration_seconds,omitempty"` // of End
+	ExitCode        *int          `json:"exit_code,omitempty"`        // of End, when a process ran and its status is known
+	Reason          string        `json:"reason,omitempty"`           // of End and Refused, one word
+	Error           string        `json:"error,omitempty"`            // of End and Refused
+	LostRecords     int64         `json:"lost_records,omitempty"`     // of Lost
 }
 
 // describe fills in what does not change in a session's life.
@@ -58,6 +60,9 @@ func describe(event Event, id string, info session.Info, level session.CommandLe
 		PodNamespace: info.Target.PodNamespace, PodName: info.Target.PodName, PodUID: info.Target.PodUID,
 		Container: info.Target.ContainerName, ContainerID: info.Target.ContainerID, SandboxID: info.Target.SandboxID,
 		AuditID: info.AuditID, TTY: info.TTY, User: info.User, Protocol: info.Protocol, Peer: info.Peer,
+	}
+	if info.AuditID != "" {
+		r.AuditIDVerified = new(bool)
 	}
 	r.Command, r.CommandCut = level.Visible(info.Command)
 	return r

@@ -28,6 +28,7 @@ type Config struct {
 	MaxSize   int64              // bytes of one recording
 	MaxFiles  int                // recordings that are kept
 	MaxTotal  int64              // bytes of all recordings that are kept
+	MinAge    time.Duration      // for which a recording is kept whatever the limits; new ones are refused instead
 	Buffer    int                // bytes of one session that may wait to be written; must be set
 	Command   session.CommandLevel
 	// Deny refuses or ends a session that cannot be recorded completely. Otherwise it goes on with a
@@ -154,6 +155,14 @@ func (r *Recorder) begin(config Config, s *session.Session) (*recording, error) 
 	path := filepath.Join(config.Directory, name)
 	place := r.place(config.Directory)
 	place.begin(name) // before it is there, or a clean-up could find it first
+	if config.MinAge > 0 {
+		place.retain(config)
+		if place.full(config) {
+			place.abandon(name, 0)
+			return nil, fmt.Errorf("%s has as much as recording.max_files and recording.max_total allow, and nothing in it is older than recording.min_age (%v)",
+				config.Directory, config.MinAge)
+		}
+	}
 	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		place.abandon(name, 0)
@@ -339,14 +348,14 @@ func (rec *recording) failed() {
 func (rec *recording) run() {
 	defer rec.file.Close() //nolint:errcheck // see finish
 	err := rec.copy()
+	if err != nil && rec.config.Deny {
+		rec.failed() // before the queue is closed, which would let any amount pass
+	}
 	rec.remove()
 	rec.queue.Close()
 	if err != nil {
 		rec.flawed()
 		rec.session.Log().Warn("the recording ends before its session", "file", rec.path, "error", err)
-		if rec.config.Deny {
-			rec.failed()
-		}
 	}
 	rec.finish(err)
 }

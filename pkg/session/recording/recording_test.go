@@ -438,3 +438,27 @@ func TestFileName(t *testing.T) {
 		t.Errorf("name %q", name)
 	}
 }
+
+// How much a session may have shown unrecorded when it is told to end (docs/sessions.md).
+func TestShownUnrecordedIsBounded(t *testing.T) {
+	const buffer, piece = 64 << 10, 1000
+	f := newFixture(t, func(c *Config) {
+		c.Directory, c.Deny, c.Buffer = filepath.Join(tmpfs(t, "512k"), "r"), true, buffer
+	})
+	s := f.begin(t, info)
+	shown := 0
+	for s.Context().Err() == nil && shown < 64<<20 {
+		s.Taps.Output(session.Stdout, bytes.Repeat([]byte("x"), piece))
+		shown += piece
+		if shown%buffer < piece {
+			time.Sleep(time.Millisecond) // or the queue would be full before the disk is
+		}
+	}
+	s.End(session.Outcome{Reason: "exited"})
+	f.writers.Wait()
+	recorded := len(parseCast(t, f.files(t)[0]).text("o"))
+	if unrecorded := shown - recorded; unrecorded > 2*buffer+flushSize+piece {
+		t.Errorf("%d bytes were shown and %d recorded", shown, recorded)
+	}
+	t.Logf("%d bytes were shown and %d recorded", shown, recorded)
+}

@@ -22,9 +22,9 @@ type directory struct {
 	log  *slog.Logger
 
 	mu        sync.Mutex
-	live      map[string]bool // names of files that are being written
-	liveBytes int64           // as far as they are written
-	finished  byName          // the oldest first
+	live      map[string]bool      // names of files that are being written
+	liveBytes int64                // as far as they are written
+	pods      map[string]*podFiles // of recordings that are finished
 	known     map[string]*finishedFile
 	bytes     int64 // of those that are finished
 	listed    time.Time
@@ -39,6 +39,22 @@ type finishedFile struct {
 	name     string
 	size     int64
 	modified time.Time
+}
+
+// podFiles are one pod's finished recordings. When there are too many, the pod that has most gives one up: a pod with
+// a thousand short sessions does not push out what was recorded of others.
+type podFiles struct {
+	finished byName // the oldest first
+	bytes    int64
+}
+
+// podOf is what a recording's name says of its pod; "" for all names that say nothing.
+func podOf(name string) string {
+	parts := strings.Split(name, "_") // no part of a name has one, see plain
+	if len(parts) < 4 {
+		return ""
+	}
+	return parts[1] + "_" + parts[2]
 }
 
 // byName is a heap; names begin with the time at which the session began.
@@ -56,7 +72,7 @@ func (h *byName) Pop() any {
 }
 
 func newDirectory(path string, log *slog.Logger) *directory {
-	return &directory{path: path, log: log, live: make(map[string]bool), known: make(map[string]*finishedFile)}
+	return &directory{path: path, log: log, live: make(map[string]bool), pods: make(map[string]*podFiles), known: make(map[string]*finishedFile)}
 }
 
 // begin says that a file is being written, which keeps it from being removed.
@@ -95,7 +111,28 @@ func (d *directory) abandon(name string, size int64) {
 func (d *directory) addLocked(file *finishedFile) {
 	d.known[file.name] = file
 	d.bytes += file.size
-	heap.Push(&d.finished, file)
+	d.pushLocked(file)
+}
+
+func (d *directory) pushLocked(file *finishedFile) {
+	pod := d.pods[podOf(file.name)]
+	if pod == nil {
+		pod = &podFiles{}
+		d.pods[podOf(file.name)] = pod
+	}
+	heap.Push(&pod.finished, file)
+	pod.bytes += file.size
+}
+
+// popLocked takes the oldest recording of a pod.
+func (d *directory) popLocked(name string) *finishedFile {
+	pod := d.pods[name]
+	file := heap.Pop(&pod.finished).(*finishedFile)
+	pod.bytes -= file.size
+	if len(pod.finished) == 0 {
+		delete(d.pods, name)
+	}
+	return file
 }
 
 func (d *directory) forgetLocked(file *finishedFile) {
@@ -158,20 +195,53 @@ func (d *directory) clean(config Config) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, file := range stuck {
-		heap.Push(&d.finished, file)
+		d.pushLocked(file)
 	}
 }
 
-// next takes the file that is to be removed next, if there are too many.
+// next takes the file that is to be removed next, if there are too many: the oldest one of the pod that has most of
+// what there is too much of, among those that are old enough.
 func (d *directory) next(config Config) *finishedFile {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	tooMany := config.MaxFiles > 0 && len(d.live)+len(d.known) > config.MaxFiles
 	tooMuch := config.MaxTotal > 0 && d.liveBytes+d.bytes > config.MaxTotal
-	if (!tooMany && !tooMuch) || len(d.finished) == 0 {
+	if !tooMany && !tooMuch {
 		return nil
 	}
-	return heap.Pop(&d.finished).(*finishedFile)
+	most, found := "", false
+	for name, pod := range d.pods {
+		if time.Since(pod.finished[0].modified) < config.MinAge {
+			continue
+		}
+		if !found || d.pods[most].lessThan(pod, tooMuch) {
+			most, found = name, true
+		}
+	}
+	if !found {
+		return nil
+	}
+	return d.popLocked(most)
+}
+
+// lessThan compares what two pods have, and how old it is where they have the same.
+func (p *podFiles) lessThan(other *podFiles, inBytes bool) bool {
+	mine, others := int64(len(p.finished)), int64(len(other.finished))
+	if inBytes {
+		mine, others = p.bytes, other.bytes
+	}
+	if mine != others {
+		return mine < others
+	}
+	return p.finished[0].name > other.finished[0].name
+}
+
+// full tells whether there is no room for another recording and nothing that may be removed for it.
+func (d *directory) full(config Config) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return config.MaxFiles > 0 && len(d.live)+len(d.known) > config.MaxFiles ||
+		config.MaxTotal > 0 && d.liveBytes+d.bytes > config.MaxTotal
 }
 
 // list takes account of what is in the directory. A file that ends meanwhile may be in the list or not; what
@@ -194,7 +264,7 @@ func (d *directory) list() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	before := d.known
-	d.known, d.finished, d.bytes = make(map[string]*finishedFile, len(found)), nil, 0
+	d.known, d.pods, d.bytes = make(map[string]*finishedFile, len(found)), make(map[string]*podFiles), 0
 	for _, file := range before {
 		if !file.modified.Before(start) {
 			d.addLocked(file)

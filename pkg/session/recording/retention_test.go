@@ -121,3 +121,67 @@ func BenchmarkRetention(b *testing.B) {
 		})
 	}
 }
+
+// A pod that begins one short session after the other pushes out its own recordings, not those of others.
+func TestOnePodDoesNotPushOutOthers(t *testing.T) {
+	f := newFixture(t, func(c *Config) { c.MaxFiles = 6 })
+	record := func(pod string) {
+		other := info
+		other.Target.PodName = pod
+		f.begin(t, other).End(session.Outcome{Reason: "exited"})
+		f.writers.Wait()
+	}
+	record("first")
+	record("second")
+	for range 30 {
+		record("busy")
+	}
+	of := map[string]int{}
+	for _, path := range f.files(t) {
+		of[podOf(filepath.Base(path))]++
+	}
+	namespace := info.Target.PodNamespace
+	if of[namespace+"_first"] != 1 || of[namespace+"_second"] != 1 || of[namespace+"_busy"] != 4 {
+		t.Errorf("kept: %v", of)
+	}
+}
+
+// What is younger than recording.min_age stays, however many come, and what has no room then is not recorded and not
+// begun where that is demanded.
+func TestMinimumAge(t *testing.T) {
+	for _, deny := range []bool{false, true} {
+		f := newFixture(t, func(c *Config) { c.MaxFiles, c.MinAge, c.Deny = 2, time.Hour, deny })
+		for range 2 {
+			f.begin(t, info).End(session.Outcome{Reason: "exited"})
+			f.writers.Wait()
+		}
+		kept := f.files(t)
+		s, err := f.registry.Begin(t.Context(), info)
+		if (err != nil) != deny {
+			t.Errorf("deny: %v, and a session without room for its recording: %v", deny, err)
+		}
+		if err == nil {
+			s.End(session.Outcome{Reason: "exited"})
+			f.writers.Wait()
+		}
+		if now := f.files(t); fmt.Sprint(now) != fmt.Sprint(kept) || f.Incomplete() != 1 {
+			t.Errorf("kept %v of %v, %d are counted as incomplete", now, kept, f.Incomplete())
+		}
+		// When they are old enough they go.
+		old := time.Now().Add(-2 * time.Hour)
+		for _, path := range kept {
+			if err := os.Chtimes(path, old, old); err != nil {
+				t.Fatal(err)
+			}
+		}
+		f.place(f.config.Directory).listed = time.Time{}
+		for _, file := range f.place(f.config.Directory).known {
+			file.modified = old
+		}
+		f.begin(t, info).End(session.Outcome{Reason: "exited"})
+		f.writers.Wait()
+		if now := f.files(t); len(now) != 2 || now[0] == kept[0] {
+			t.Errorf("after an hour: %v", now)
+		}
+	}
+}

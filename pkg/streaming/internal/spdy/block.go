@@ -16,10 +16,14 @@ import (
 // SETTINGS and not a PING: the client library answers PING under the lock that its stuck writer
 // holds, and five of them stop all its streams.
 //
-// Only a server probes, since RST also throws away what the peer had still to deliver. A client of
-// these protocols that closes while it sends has died. A server closes right after its last byte,
-// and its kernel delivers the rest for as long as nobody disturbs it.
-const probeInterval = time.Second
+// Only a server probes, since RST also throws away what the peer had still to deliver. A server closes
+// right after its last byte, and its kernel delivers the rest for as long as nobody disturbs it. A client of
+// these protocols that closes while it sends has most often died; but some finish an upload and go, and so
+// the first probe comes when nothing has moved for probePatience.
+const (
+	probePatience = 5 * time.Second
+	probeInterval = time.Second
+)
 
 // aLongTimeAgo as a deadline ends a wait at once.
 var aLongTimeAgo = time.Unix(1, 0)
@@ -76,7 +80,7 @@ func (k *blocker) wait(s *Stream) error {
 	k.c.out.flush()
 	k.stream = s
 	began := time.Now()
-	nextProbe := began.Add(probeInterval)
+	nextProbe := began.Add(probePatience)
 	nextStall := began.Add(k.c.cfg.Stall)
 	defer k.stop()
 	for {
@@ -153,9 +157,10 @@ func (k *blocker) waitUntil(until time.Time) error {
 
 // check runs when the wait begins and whenever something happens at the socket.
 func (k *blocker) check(fd uintptr) bool {
-	if peerGone(fd) {
+	if end := peerEnd(fd); end != nil {
 		// What it has sent is still delivered as room is made.
-		k.c.markGone(ErrPeerClosed)
+		k.c.markGone(end)
+		k.c.out.fail(end) // nobody is there to read what a writer may be stuck with
 	}
 	return k.stream.hasRoom() || k.c.closing.Load()
 }

@@ -5,7 +5,6 @@ import (
 	"net"
 	"os"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,9 +24,17 @@ type direct struct {
 	tryPieces func(fd uintptr) bool // (*direct).writePiecesNow, made once
 }
 
+// directFile is a writer past which may be written directly, to a file; nil when not.
+type directFile interface{ DirectFile() *os.File }
+
 // directTo returns nil when w is none of these. Types that embed one are not trusted: they may do
 // something of their own in Write, as a terminal's input does.
 func directTo(w io.Writer) *direct {
+	if d, ok := w.(directFile); ok {
+		if file := d.DirectFile(); file != nil {
+			w = file
+		}
+	}
 	var conn syscall.Conn
 	switch w := w.(type) {
 	case *os.File:
@@ -111,15 +118,4 @@ func (d *direct) writePiecesNow(fd uintptr) bool {
 		}
 		return true
 	}
-}
-
-// await waits until the destination takes something, and says whether it does.
-func (d *direct) await(limit time.Duration) bool {
-	ready := false
-	err := d.raw.Control(func(fd uintptr) {
-		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
-		n, err := unix.Poll(fds, int(limit/time.Millisecond))
-		ready = err == nil && n == 1 && fds[0].Revents&unix.POLLOUT != 0 || err == unix.EINTR
-	})
-	return err == nil && ready
 }

@@ -10,8 +10,10 @@ var (
 	ErrClosed = errors.New("spdy: connection closed")
 	// ErrGoAway is the end of a connection whose peer said goodbye with GOAWAY.
 	ErrGoAway = errors.New("spdy: peer closed the connection with GOAWAY")
-	// ErrPeerClosed is the end of a connection whose peer closed it without GOAWAY.
+	// ErrPeerClosed is the end of a connection whose peer closed it, with FIN, without GOAWAY.
 	ErrPeerClosed = errors.New("spdy: peer closed the connection")
+	// ErrPeerReset is the end of a connection that the peer's kernel has reset.
+	ErrPeerReset = errors.New("spdy: peer reset the connection")
 	// ErrWriteClosed is returned for writes after CloseWrite.
 	ErrWriteClosed = errors.New("spdy: write after FIN")
 	// ErrReadClosed is returned for reads after CloseRead.

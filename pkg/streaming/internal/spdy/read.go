@@ -1,6 +1,7 @@
 package spdy
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -35,6 +36,7 @@ type reader struct {
 	gather   bool // payload goes to gathered, see gather.go
 	gathered *Stream
 	pieces   [][]byte // in buf, of gathered
+	room     room
 
 	tryRead func(fd uintptr) bool // (*reader).readSocket, made once
 	n       int                   // its result
@@ -51,6 +53,7 @@ func (r *reader) init(c *Conn, buffered []byte) {
 func (c *Conn) readFrames() error {
 	r := &c.read
 	defer r.drop()
+	defer r.room.close()
 	r.now = time.Now().UnixNano()
 	rest, err := r.parse(r.partial)
 	r.partial = append([]byte(nil), rest...)
@@ -70,6 +73,9 @@ func (r *reader) fill() error {
 	if err != nil {
 		if err == io.EOF {
 			return ErrPeerClosed
+		}
+		if errors.Is(err, unix.ECONNRESET) {
+			return ErrPeerReset
 		}
 		return fmt.Errorf("spdy: reading from the peer: %w", err)
 	}
@@ -231,7 +237,7 @@ func (r *reader) startData(h frameHeader) error {
 		r.c.out.enqueue(bestEffort, func(b []byte) []byte { //nolint:errcheck // a connection that cannot be written to is noticed by its reader
 			return appendRstStream(b, h.streamID, ResetInvalidStream)
 		})
-	case s != nil && h.length > 0 && s.peerFinished():
+	case s != nil && h.length > 0 && s.InputEnded():
 		s.reset(ResetStreamAlreadyClosed, "data after FIN") //nolint:errcheck // as above
 		s = nil
 	}

@@ -65,10 +65,23 @@ func writeFD(fd uintptr, p []byte) (int, error) {
 	}
 }
 
-// peerGone says whether the peer has closed or reset the socket, also while there are bytes before
-// the end that nobody has read.
-func peerGone(fd uintptr) bool {
+// peerEnd says how the peer has ended the connection, also while there are bytes before the end that nobody
+// has read: ErrPeerClosed, ErrPeerReset, or nil while it has not.
+func peerEnd(fd uintptr) error {
 	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
 	n, err := unix.Poll(fds, 0)
-	return err == nil && n == 1 && fds[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
+	if err != nil || n != 1 {
+		return nil
+	}
+	switch events := fds[0].Revents; {
+	case events&(unix.POLLHUP|unix.POLLERR) != 0:
+		// A reset behind a FIN, which what is sent to a closed socket is answered with, is called EPIPE.
+		if code, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR); err == nil && unix.Errno(code) == unix.ECONNRESET {
+			return ErrPeerReset
+		}
+		return ErrPeerClosed
+	case events&unix.POLLRDHUP != 0:
+		return ErrPeerClosed
+	}
+	return nil
 }

@@ -126,7 +126,8 @@ func (s *Stream) Read(p []byte) (int, error) {
 // WriteTo writes all that comes to w, up to 64 KiB with one write, until the peer's FIN. For the
 // rest of what it returns see Read. When w fails, the data of that write is lost.
 //
-// A non-blocking *os.File or *net.TCPConn is also written by the goroutine of Conn.Serve, while
+// A non-blocking *os.File or *net.TCPConn, or the file of a writer with a method DirectFile() *os.File, is also
+// written by the goroutine of Conn.Serve, while
 // WriteTo itself has nothing to write; nobody else may write to it until WriteTo returns.
 func (s *Stream) WriteTo(w io.Writer) (written int64, err error) {
 	to, relay := w.(*Stream)
@@ -306,6 +307,9 @@ func (s *Stream) appendLocked(b *buffer) {
 // takeRoomLocked counts n more bytes against the stream's own room and, past that, against the
 // connection's. A stream that holds nothing always gets its first buffer.
 func (s *Stream) takeRoomLocked(n int) bool {
+	if s.buffered > 0 && s.conn.cfg.Room.Full() {
+		return false
+	}
 	own := s.conn.cfg.StreamBuffer
 	borrow := int64(max(0, s.buffered+n-own) - max(0, s.buffered-own))
 	if borrow > 0 && s.conn.borrowed.Add(borrow) > int64(s.conn.cfg.ConnBuffer) && s.buffered > 0 {
@@ -313,6 +317,7 @@ func (s *Stream) takeRoomLocked(n int) bool {
 		return false
 	}
 	s.buffered += n
+	s.conn.cfg.Room.Take(n)
 	return true
 }
 
@@ -322,6 +327,7 @@ func (s *Stream) returnRoomLocked(n int) {
 		s.conn.borrowed.Add(-int64(lent))
 	}
 	s.buffered -= n
+	s.conn.cfg.Room.Return(n)
 }
 
 // hasRoom says whether put would store something.
@@ -524,7 +530,8 @@ func (s *Stream) startFrame(fin bool) error {
 	return nil
 }
 
-func (s *Stream) peerFinished() bool {
+// InputEnded says that the peer's FIN has come, although there may still be data to read.
+func (s *Stream) InputEnded() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.readErr == io.EOF

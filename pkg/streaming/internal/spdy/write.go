@@ -1,6 +1,7 @@
 package spdy
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"sync"
@@ -298,6 +299,12 @@ func (w *writer) writeSocket(fd uintptr) bool {
 
 // failLocked notes a failed write. What was known before about the peer's end explains it better.
 func (w *writer) failLocked(err error) {
+	switch {
+	case errors.Is(err, unix.EPIPE): // the peer had closed before: what was sent to it was answered with RST
+		err = fmt.Errorf("%w: %w", ErrPeerClosed, err)
+	case errors.Is(err, unix.ECONNRESET):
+		err = ErrPeerReset
+	}
 	w.c.markGone(err)
 	err = w.c.Err()
 	w.failed.CompareAndSwap(nil, &err)

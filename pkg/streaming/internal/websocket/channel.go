@@ -25,11 +25,14 @@ type Channel struct {
 // Received is the number of payload bytes that arrived, read or not; base64 is not counted.
 func (ch *Channel) Received() int64 { return ch.conn.inbound.receivedBytes(int(ch.number)) }
 
+// InputEnded says that the end of the client's input has come, although there may still be some to read.
+func (ch *Channel) InputEnded() bool { return ch.conn.inbound.hasEnded(int(ch.number)) }
+
 // Sent is the number of payload bytes that were handed to the kernel.
 func (ch *Channel) Sent() int64 { return ch.sent.Load() }
 
-// Read reads what the client sent. io.EOF is the client's half-close, which only v5 has. When the
-// connection ends, what arrived before is given out first and then ChannelConn.Err.
+// Read reads what the client sent. io.EOF is the end of the client's input, see ChannelConn.Serve. When the
+// connection ends otherwise, what arrived before is given out first and then why.
 func (ch *Channel) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
@@ -43,8 +46,8 @@ func (ch *Channel) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// WriteTo writes what the client sends to w, without a copy in between, until the client's
-// half-close, the end of the connection, or an error from w.
+// WriteTo writes what the client sends to w, without a copy in between, until the end of the client's
+// input, the end of the connection, or an error from w.
 func (ch *Channel) WriteTo(w io.Writer) (int64, error) {
 	var total int64
 	for {
@@ -295,14 +298,21 @@ func (ch *Channel) writable() error {
 	return ch.conn.Err()
 }
 
-// failed ends the connection after a write that failed on the wire.
+// failed ends the connection after a write that failed on the wire. A client that has closed it is gone, but
+// the read loop goes on: what came before its end is still there to be read.
 func (ch *Channel) failed(err error) error {
-	if !errors.Is(err, errWriteClosed) {
+	switch {
+	case errors.Is(err, errWriteClosed):
+		return err
+	case errors.Is(err, syscall.EPIPE): // there was a FIN, and what was sent behind it was answered with RST
+		ch.conn.finish(ErrClientVanished)
+	case errors.Is(err, syscall.ECONNRESET):
+		ch.conn.finish(ErrClientReset)
+	default:
 		ch.conn.finish(err)
 		ch.conn.network.Close()
-		return ch.conn.doneErr // who ended it before the write failed knows better why
 	}
-	return err
+	return ch.conn.doneErr // who ended it before the write failed knows better why
 }
 
 func (ch *Channel) count(payload int) {

@@ -7,6 +7,8 @@ import (
 	"net"
 	"net/http"
 	"time"
+
+	"github.com/gorilla/websocket"
 )
 
 const (
@@ -23,8 +25,14 @@ const (
 	// makes the kernel of a killed client answer with RST, where its FIN waits behind data that we
 	// do not take in; and it keeps a client-go client, whose pings we cannot see, from giving up
 	// after 61 seconds.
+	//
+	// The first Pong comes when nothing has moved for Config.Patience.
 	blockedPoll = 250 * time.Millisecond
 	blockedPong = time.Second
+
+	defaultPatience = 30 * time.Second
+	// halfClosePatience is as in package spdy.
+	halfClosePatience = 5 * time.Second
 )
 
 // Channels of exec and attach.
@@ -69,7 +77,33 @@ type Config struct {
 	// Budget is the most payload of all channels together. At this limit the connection is not read
 	// until somebody takes something out. Default 16 MiB, at least 64 KiB.
 	Budget int
+	// Room is what this connection shares with others for unread payload. While it is full, no connection that
+	// holds 64 KiB of its own is read, until somebody takes something out. Nil: only the limits above.
+	Room Room
+	// Patience is how long the connection must have been without room until Pongs are sent that nobody asked
+	// for. The client may have closed its socket right behind its last byte of input, and then its kernel
+	// answers the Pong with RST and throws away what it has still to deliver. But that is also how a client
+	// is missed that has died. Default 30 s, and 5 s at most with a protocol that has a half-close: there
+	// closing is not how a client says that its input is complete.
+	Patience time.Duration
 }
+
+// Room is room for unread payload that several connections share. Its methods are called from many goroutines, with
+// locks held, and must not block.
+type Room interface {
+	// Full says that no more payload should be kept.
+	Full() bool
+	// Take says that n more bytes are kept, Return that n are not any more.
+	Take(n int)
+	Return(n int)
+}
+
+// unshared is the room of a connection that shares none.
+type unshared struct{}
+
+func (unshared) Full() bool { return false }
+func (unshared) Take(int)   {}
+func (unshared) Return(int) {}
 
 // ChannelConn is a WebSocket connection with numbered channels. Its methods may be called from
 // several goroutines.
@@ -104,19 +138,28 @@ func Accept(w http.ResponseWriter, r *http.Request, protocol Protocol, config Co
 	if config.Budget == 0 {
 		config.Budget = defaultBudget
 	}
+	if config.Patience == 0 {
+		config.Patience = defaultPatience
+	}
+	if protocol.HalfClose() {
+		config.Patience = min(config.Patience, halfClosePatience)
+	}
 	config.Budget = max(config.Budget, minBudget)
+	if config.Room == nil {
+		config.Room = unshared{}
+	}
 
 	c := &ChannelConn{
 		protocol: protocol,
 		config:   config,
-		inbound:  newInbound(protocol, config.Channels, config.ChannelBuffer, config.Budget),
+		inbound:  newInbound(protocol, config.Channels, config.ChannelBuffer, config.Budget, config.Room),
 		channels: make([]Channel, len(config.Channels)),
 	}
 	c.inbound.wait = c.waitForRoom
 	for i := range c.channels {
 		c.channels[i] = Channel{conn: c, number: byte(i), direction: config.Channels[i]}
 	}
-	base, err := accept(w, r, protocol, c.inbound.fail)
+	base, err := accept(w, r, protocol)
 	if err != nil {
 		return nil, err
 	}
@@ -165,7 +208,13 @@ func (c *ChannelConn) Channel(number byte) *Channel {
 // the socket before it returns. It must be called once; without it nothing is received, no Ping is
 // answered and no client is missed. The context's end is CloseNow.
 //
-// The error is nil when the client sent Close, or closed its end after ours; otherwise it is Err.
+// The error is nil when the client sent Close, or closed its end after ours; otherwise it says why the
+// connection is over.
+//
+// The end of the client is one thing, Done; the end of what it sends on a channel another, which a reader of
+// the channel sees: io.EOF after a half-close. Protocols that have none end all channels so when the client
+// sends Close with 1000 or without a code, or FIN between two messages: those are what their clients have to
+// say it with. Any other end is an error behind what came before.
 func (c *ChannelConn) Serve(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, c.CloseNow)
 	defer stop()
@@ -173,7 +222,7 @@ func (c *ChannelConn) Serve(ctx context.Context) error {
 	for {
 		_, message, err := c.ws.NextReader()
 		if err != nil {
-			return c.ended(err)
+			return c.ended(err, c.buffered.Buffered() == 0)
 		}
 		c.received()
 		n, err := c.inbound.receive(message)
@@ -181,39 +230,47 @@ func (c *ChannelConn) Serve(ctx context.Context) error {
 			c.active()
 		}
 		if err != nil {
-			return c.ended(err)
+			return c.ended(err, false)
 		}
 	}
 }
 
-// ended turns the error that ended the read loop into Serve's.
-func (c *ChannelConn) ended(err error) error {
+// ended turns the error that ended the read loop into Serve's. The loop was between two messages or not.
+func (c *ChannelConn) ended(err error, between bool) error {
 	if c.timer != nil {
 		c.timer.Stop()
 	}
-	select {
-	case <-c.done: // somebody else ended it, and knows better why
-		err = c.doneErr
-	default:
-		err = c.readError(err)
-	}
-	if err == ErrClientClosed || errors.Is(err, errClientVanished) && c.closeSent.Load() {
+	err = c.readError(err, func(reason error) {
+		if !c.protocol.HalfClose() && saysEndOfInput(err, reason, between) {
+			c.inbound.endAll()
+		}
+		c.inbound.fail(reason)
+	})
+	if err == ErrClientClosed || err == ErrClientVanished && c.closeSent.Load() {
 		return nil
 	}
 	return err
 }
 
-// waitForRoom waits until room is signalled or the time is up, and notices meanwhile that the client
-// went away (kubernetes#89031: its process would otherwise stay for ever behind a stuck stdin).
-func (c *ChannelConn) waitForRoom(room <-chan struct{}, atMost time.Duration) error {
-	var deadline time.Time
-	if atMost > 0 {
-		deadline = time.Now().Add(atMost)
+// saysEndOfInput tells whether a client without half-close has said with the end of its connection that its
+// input is complete.
+func saysEndOfInput(err, reason error, between bool) bool {
+	var closed *websocket.CloseError
+	if errors.As(err, &closed) && reason == ErrClientClosed {
+		return closed.Code == CloseNormal || closed.Code == closeNoStatus
 	}
+	return reason == ErrClientVanished && between
+}
+
+// waitForRoom waits until room is signalled or the time is up, and notices meanwhile that the client
+// went away (kubernetes#89031: its process would otherwise stay for ever behind a stuck stdin). After a FIN it
+// goes on, as what came before is still to be read.
+func (c *ChannelConn) waitForRoom(room <-chan struct{}, atMost time.Duration) error {
+	began := time.Now()
 	for {
 		tick := blockedPoll
 		if atMost > 0 {
-			tick = min(tick, time.Until(deadline))
+			tick = min(tick, time.Until(began.Add(atMost)))
 			if tick <= 0 {
 				return nil
 			}
@@ -227,22 +284,25 @@ func (c *ChannelConn) waitForRoom(room <-chan struct{}, atMost time.Duration) er
 		case <-room:
 			c.timer.Stop()
 			return nil
-		case <-c.done:
-			return c.doneErr
 		case now := <-c.timer.C:
-			if c.peerGone() {
-				return errClientVanished
-			}
-			if now.Sub(c.lastPong) >= blockedPong {
-				c.lastPong = now
-				c.heartbeat()
+			switch end := c.peerEnd(); end {
+			case nil:
+				if now.Sub(began) >= c.config.Patience && now.Sub(c.lastPong) >= blockedPong {
+					c.lastPong = now
+					c.heartbeat()
+				}
+			case ErrClientVanished:
+				c.finish(end)
+				c.network.SetWriteDeadline(time.Unix(1, 0)) //nolint:errcheck // for writers that are stuck; nobody reads
+			default:
+				return end
 			}
 		}
 	}
 }
 
 // Done is closed as soon as the connection is over: the client's Close or end of stream, an error,
-// or the end of a close from our side.
+// or the end of a close from our side. What came before the client's end may still have to be read.
 func (c *ChannelConn) Done() <-chan struct{} { return c.done }
 
 // Err says why the connection is over, nil while it is not. ErrClientClosed and ErrClosed are the
@@ -284,6 +344,13 @@ func (c *ChannelConn) CloseAndWait(ctx context.Context) error {
 	return c.close(ctx, CloseNormal, "")
 }
 
+// CloseWrite sends Close with code 1000 behind everything written before: nothing more comes from us. Reading
+// goes on until the client closes, which it does when it sees the Close. It returns when the Close is sent or
+// the context is done.
+func (c *ChannelConn) CloseWrite(ctx context.Context) error {
+	return c.sendClose(ctx, CloseNormal, "")
+}
+
 // Close does the close handshake with this code and reason (of which at most 123 bytes are sent),
 // and waits for the client at most 2 seconds, a writer that is stuck included. Then the connection
 // is closed, and writers and readers of its channels return.
@@ -311,6 +378,7 @@ func (c *ChannelConn) close(ctx context.Context, code int, reason string) error 
 // CloseNow ends the connection without a word to the client. It does not block; may be called more
 // than once.
 func (c *ChannelConn) CloseNow() {
+	c.inbound.fail(ErrClosed)
 	c.finish(ErrClosed)
 	c.network.Close()
 }

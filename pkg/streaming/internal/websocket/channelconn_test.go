@@ -458,21 +458,23 @@ func blockStdin(t *testing.T, client *net.TCPConn) {
 // TestClientGoneBehindBlockedStdin: the client's FIN waits in its kernel behind stdin that the
 // server takes none of, and the read loop must notice all the same (kubernetes#89031).
 func TestClientGoneBehindBlockedStdin(t *testing.T) {
-	config := execConfig()
-	config.Budget = 128 << 10
-	s := newTestServer(t, config, untilDone)
-	client := s.dialRaw(t, ChannelV4)
-	reading := make(chan struct{})
-	go func() { // nothing may be unread at the client's close, or its kernel would send RST by itself
-		defer close(reading)
-		io.Copy(io.Discard, client)
-	}()
-	blockStdin(t, client)
-	client.SetReadDeadline(time.Now())
-	<-reading
-	client.Close()
-	if err := s.waitEnded(t); err == nil {
-		t.Error("Serve took it for an orderly end")
+	for _, protocol := range []Protocol{ChannelV4, ChannelV5} {
+		config := execConfig()
+		config.Budget, config.Patience = 128<<10, 2*time.Second
+		s := newTestServer(t, config, untilDone)
+		client := s.dialRaw(t, protocol)
+		reading := make(chan struct{})
+		go func() { // nothing may be unread at the client's close, or its kernel would send RST by itself
+			defer close(reading)
+			io.Copy(io.Discard, client)
+		}()
+		blockStdin(t, client)
+		client.SetReadDeadline(time.Now())
+		<-reading
+		client.Close()
+		if err := s.waitEnded(t); err == nil {
+			t.Errorf("%s: Serve took it for an orderly end", protocol)
+		}
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -36,14 +37,18 @@ const (
 const closeTimeout = 2 * time.Second
 
 var (
-	// ErrClientClosed is why a connection is over after the client's Close frame.
+	// ErrClientClosed is why a connection is over after the client's Close frame. With a code other than
+	// 1000 and 1001, by which a client says that something went wrong, it is wrapped.
 	ErrClientClosed = errors.New("websocket: the client closed the connection")
+	// ErrClientVanished is why a connection is over whose byte stream has ended, with FIN, without a Close.
+	ErrClientVanished = fmt.Errorf("websocket: the client went away without a Close: %w", io.ErrUnexpectedEOF)
+	// ErrClientReset is why a connection is over that the client's kernel has reset.
+	ErrClientReset = errors.New("websocket: the client's connection was reset")
 	// ErrClosed is why a connection is over that was closed from our side.
 	ErrClosed = fmt.Errorf("websocket: connection closed: %w", net.ErrClosed)
 
-	errClientVanished = fmt.Errorf("websocket: the client went away without a Close: %w", io.ErrUnexpectedEOF)
-	errWriteClosed    = errors.New("websocket: write after CloseWrite, Reset or Close")
-	errReadClosed     = errors.New("websocket: read after CloseRead or Reset")
+	errWriteClosed = errors.New("websocket: write after CloseWrite, Reset or Close")
+	errReadClosed  = errors.New("websocket: read after CloseRead or Reset")
 )
 
 // conn is one upgraded connection: gorilla's for reading, our own frames for writing.
@@ -51,7 +56,8 @@ type conn struct {
 	// Immutable.
 	ws       *websocket.Conn // for reading only
 	network  net.Conn
-	vectored bool // network takes several slices in one system call
+	buffered *bufio.Reader // what ws reads from
+	vectored bool          // network takes several slices in one system call
 
 	// writeLock has one place; whoever filled it owns the fields below. A channel and not a mutex,
 	// so that it can be waited for together with a context.
@@ -77,17 +83,15 @@ type conn struct {
 
 	done     chan struct{}
 	doneOnce sync.Once
-	doneErr  error       // valid once done is closed
-	onDone   func(error) // called once, before done is closed
+	doneErr  error // valid once done is closed
 }
 
 // accept answers the handshake and takes the connection over from net/http. After an error the
 // request has been answered.
-func accept(w http.ResponseWriter, r *http.Request, protocol Protocol, onDone func(error)) (*conn, error) {
+func accept(w http.ResponseWriter, r *http.Request, protocol Protocol) (*conn, error) {
 	c := &conn{
 		writeLock: make(chan struct{}, 1),
 		done:      make(chan struct{}),
-		onDone:    onDone,
 	}
 	upgrader := websocket.Upgrader{
 		// Zero takes net/http's own read buffer, which lives as long as the handler in any case.
@@ -96,7 +100,8 @@ func accept(w http.ResponseWriter, r *http.Request, protocol Protocol, onDone fu
 		WriteBufferPool: noBufferPool{},
 		CheckOrigin:     originAllowed,
 		Error: func(w http.ResponseWriter, _ *http.Request, status int, reason error) {
-			http.Error(w, reason.Error(), status)
+			// client-go would take a text with a colon and a blank for YAML, and show nothing.
+			http.Error(w, strings.ReplaceAll(reason.Error(), ": ", ", "), status)
 		},
 	}
 	var header http.Header
@@ -150,7 +155,7 @@ func (t *takeover) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		// Past net/http's own reader, which takes a lock for each read.
 		buffered.Reader.Reset(network)
 	}
-	t.conn.network = network
+	t.conn.network, t.conn.buffered = network, buffered.Reader
 	t.library = &libraryConn{Conn: network, conn: t.conn}
 	return t.library, buffered, nil
 }
@@ -190,9 +195,6 @@ func (c *conn) active()   { c.lastActivity.Store(time.Now().UnixNano()) }
 func (c *conn) finish(err error) {
 	c.doneOnce.Do(func() {
 		c.doneErr = err
-		if c.onDone != nil {
-			c.onDone(err)
-		}
 		close(c.done)
 	})
 }
@@ -206,42 +208,69 @@ func (c *conn) release() {
 	c.writers.Wait()
 }
 
-// readError says why reading failed, and answers the client's Close, if that is the reason.
-func (c *conn) readError(err error) error {
+// readError says why reading failed, and answers the client's Close, if that is the reason. What is to be
+// done before others hear of the end is done by before, which may be nil.
+func (c *conn) readError(err error, before func(reason error)) error {
+	finish := func(reason error) {
+		if before != nil {
+			before(reason)
+		}
+		c.finish(reason)
+	}
 	var closed *websocket.CloseError
 	var violation *protocolError
 	switch {
 	case errors.As(err, &closed) && closed.Code == websocket.CloseAbnormalClosure:
 		// Gorilla's word for an end of the stream without a Close; the code is never sent.
-		c.finish(errClientVanished)
-		return errClientVanished
+		reason := c.streamEnd()
+		finish(reason)
+		return reason
 	case errors.As(err, &closed):
 		reason := ErrClientClosed
 		if closed.Code != CloseNormal && closed.Code != CloseGoingAway && closed.Code != closeNoStatus {
 			reason = fmt.Errorf("%w with code %d: %q", ErrClientClosed, closed.Code, closed.Text)
 		}
-		c.finish(reason)
+		finish(reason)
 		c.sendCloseWithin(closeTimeout, closed.Code, "")
 		return reason
 	case errors.As(err, &violation):
 		c.sendCloseWithin(closeTimeout, violation.code, violation.reason)
-		c.finish(err)
+		finish(err)
 		c.linger()
 		return err
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET):
-		c.finish(errClientVanished)
-		return errClientVanished
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		reason := c.streamEnd()
+		finish(reason)
+		return reason
+	case errors.Is(err, syscall.ECONNRESET):
+		finish(ErrClientReset)
+		return ErrClientReset
 	case errors.Is(err, net.ErrClosed):
-		c.finish(ErrClosed)
+		finish(ErrClosed)
 		return c.doneErr
 	default:
 		err = fmt.Errorf("read from the client: %w", err)
-		c.finish(err)
+		finish(err)
 		if c.closeSent.Load() { // by gorilla, which says why in its Close
 			c.linger()
 		}
 		return err
 	}
+}
+
+// streamEnd says how the client's byte stream has ended, when it has been read to its end. The kernel tells a
+// reset just once, and when a write was told, a read finds the same end that a FIN makes.
+func (c *conn) streamEnd() error {
+	if c.socketDead() {
+		// No write hangs any more: the lock is to be had.
+		c.writeLock <- struct{}{}
+		err := c.writeErr
+		<-c.writeLock
+		if errors.Is(err, syscall.ECONNRESET) || c.socketError() == syscall.ECONNRESET {
+			return ErrClientReset
+		}
+	}
+	return ErrClientVanished
 }
 
 // lingerTimeout bounds how long what a client still sends is read after a Close that it is to see.
@@ -468,26 +497,54 @@ func (c *conn) sendCloseWithin(timeout time.Duration, code int, reason string) {
 	_ = c.sendClose(ctx, code, reason)
 }
 
-// peerGone asks the kernel whether the client's end of the connection is closed, without reading.
-// It is for when nothing can be read because there is no room; a FIN behind unread data shows.
-func (c *conn) peerGone() bool {
+// controlSocket calls f with the descriptor of the socket, below TLS too, unless there is none.
+func (c *conn) controlSocket(f func(fd int)) {
 	network := c.network
 	if secure, ok := network.(*tls.Conn); ok {
 		network = secure.NetConn()
 	}
-	socket, ok := network.(syscall.Conn)
-	if !ok {
-		return false
+	if socket, ok := network.(syscall.Conn); ok {
+		if raw, err := socket.SyscallConn(); err == nil {
+			raw.Control(func(fd uintptr) { f(int(fd)) }) //nolint:errcheck // fails on a closed connection, of which nothing is to be learnt
+		}
 	}
-	raw, err := socket.SyscallConn()
-	if err != nil {
-		return false
-	}
-	gone := false
-	err = raw.Control(func(fd uintptr) {
-		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+}
+
+// peerEnd asks the kernel how the client's end of the connection has ended, without reading: ErrClientVanished
+// for a FIN, ErrClientReset, or nil while it is open. It is for when nothing can be read because there is no
+// room; a FIN behind unread data shows, and what is before it can still be read.
+func (c *conn) peerEnd() (end error) {
+	c.controlSocket(func(fd int) {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}} //nolint:gosec // a descriptor
 		n, err := unix.Poll(fds, 0)
-		gone = err == nil && n > 0 && fds[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
+		if err != nil || n == 0 {
+			return
+		}
+		switch events := fds[0].Revents; {
+		case events&(unix.POLLHUP|unix.POLLERR) != 0:
+			end = c.streamEnd()
+		case events&unix.POLLRDHUP != 0:
+			end = ErrClientVanished
+		}
 	})
-	return gone || err != nil
+	return end
+}
+
+// socketDead tells whether nothing can go either way any more.
+func (c *conn) socketDead() (dead bool) {
+	c.controlSocket(func(fd int) {
+		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+		dead = err == nil && info.State == unix.BPF_TCP_CLOSE
+	})
+	return dead
+}
+
+// socketError takes the error that the kernel has not told anybody yet.
+func (c *conn) socketError() (reset error) {
+	c.controlSocket(func(fd int) {
+		if code, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
+			reset = unix.Errno(code)
+		}
+	})
+	return reset
 }

@@ -11,7 +11,8 @@ const MaxPorts = maxChannels / 2
 
 // PortForwardConn is a legacy port-forward over channels (v4, base64 or unnamed): the ports are
 // known from the request, and port number i has the channels 2i for data and 2i+1 for errors. There
-// is one connection per port and no half-close.
+// is one connection per port. Half-close there is only for all ports together: see ChannelConn.CloseWrite for our
+// side, and ChannelConn.Serve for the client's.
 type PortForwardConn struct {
 	*ChannelConn
 	ports []PortChannels

@@ -29,7 +29,7 @@ var _ net.Conn = (*TunnelConn)(nil)
 // AcceptTunnel answers the handshake of a request for which Negotiate chose PortForwardTunnel. After
 // an error the request has been answered. The caller closes the connection.
 func AcceptTunnel(w http.ResponseWriter, r *http.Request) (*TunnelConn, error) {
-	base, err := accept(w, r, PortForwardTunnel, nil)
+	base, err := accept(w, r, PortForwardTunnel)
 	if err != nil {
 		return nil, err
 	}
@@ -89,7 +89,7 @@ func (t *TunnelConn) failed(err error) error {
 		t.finish(err)
 		return err
 	}
-	t.readError(err) //nolint:errcheck // called for what it notes
+	t.readError(err, nil) //nolint:errcheck // called for what it notes
 	return t.ended()
 }
 

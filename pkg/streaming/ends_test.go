@@ -1,0 +1,397 @@
+package streaming
+
+import (
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"github.com/moby/spdystream/spdy"
+	"k8s.io/client-go/tools/remotecommand"
+)
+
+// The table of ends in docs/protocols.md.
+
+// channelClient is a client of the channel protocols that decides itself how its connection ends.
+type channelClient struct {
+	t        *testing.T
+	protocol string
+	ws       *websocket.Conn
+	tcp      *net.TCPConn
+	reading  sync.WaitGroup
+
+	mu     sync.Mutex
+	output map[byte][]byte // by channel
+	ended  error           // of reading
+}
+
+func dialChannels(t *testing.T, u *url.URL, protocol string) *channelClient {
+	t.Helper()
+	return dialNumbered(t, u, protocol, true)
+}
+
+// dialNumbered is dialChannels for a server that greets, as it does for exec and attach, or not.
+func dialNumbered(t *testing.T, u *url.URL, protocol string, greeted bool) *channelClient {
+	t.Helper()
+	dialer := websocket.Dialer{}
+	if protocol != "" {
+		dialer.Subprotocols = []string{protocol}
+	}
+	ws, response, err := dialer.Dial("ws://"+u.Host+u.Path, nil)
+	if err != nil {
+		t.Fatalf("%v: %+v", err, response)
+	}
+	response.Body.Close()
+	ws.SetCloseHandler(func(int, string) error { return nil })
+	c := &channelClient{t: t, protocol: protocol, ws: ws, tcp: ws.NetConn().(*net.TCPConn), output: map[byte][]byte{}}
+	if greeted { // an empty message says that the connection stands; unread, it would make closing a reset
+		if _, _, err := ws.ReadMessage(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.reading.Go(c.read)
+	t.Cleanup(func() {
+		ws.Close()
+		c.reading.Wait()
+	})
+	return c
+}
+
+func (c *channelClient) base64() bool { return strings.Contains(c.protocol, "base64") }
+
+// read takes everything, so that closing the socket does not reset the connection by itself.
+func (c *channelClient) read() {
+	for {
+		_, message, err := c.ws.ReadMessage()
+		c.mu.Lock()
+		if err != nil {
+			c.ended = err
+			c.mu.Unlock()
+			return
+		}
+		if len(message) > 0 {
+			channel, payload := message[0], message[1:]
+			if c.base64() {
+				payload, _ = base64.StdEncoding.DecodeString(string(payload))
+				channel -= '0'
+			}
+			c.output[channel] = append(c.output[channel], payload...)
+		}
+		c.mu.Unlock()
+	}
+}
+
+func (c *channelClient) on(channel byte) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return string(c.output[channel])
+}
+
+func (c *channelClient) send(channel byte, data []byte) {
+	c.t.Helper()
+	for first := true; first || len(data) > 0; first = false {
+		piece := data[:min(len(data), 1+rand.IntN(60_000))]
+		data = data[len(piece):]
+		kind, message := websocket.BinaryMessage, append([]byte{channel}, piece...)
+		if c.base64() {
+			kind, message = websocket.TextMessage, append([]byte{'0' + channel}, base64.StdEncoding.EncodeToString(piece)...)
+		}
+		if err := c.ws.WriteMessage(kind, message); err != nil {
+			c.t.Fatal(err)
+		}
+	}
+}
+
+// closeFrame is a Close with this code; 0 is none.
+func (c *channelClient) closeFrame(code int) {
+	var payload []byte
+	if code != 0 {
+		payload = binary.BigEndian.AppendUint16(nil, uint16(code)) //nolint:gosec // a close code
+	}
+	c.ws.WriteControl(websocket.CloseMessage, payload, time.Now().Add(testTimeout)) //nolint:errcheck // seen by its effect
+}
+
+// end ends the connection in one of the ways of the table.
+func (c *channelClient) end(how string) {
+	switch how {
+	case "Close 1000":
+		c.closeFrame(1000)
+	case "Close":
+		c.closeFrame(0)
+	case "Close 1000, socket closed":
+		c.closeFrame(1000)
+		c.tcp.Close()
+	case "Close 1001":
+		c.closeFrame(1001)
+	case "Close 1011":
+		c.closeFrame(1011)
+	case "FIN":
+		c.tcp.CloseWrite()
+	case "socket closed":
+		c.tcp.Close()
+	case "FIN inside a message":
+		begin := []byte{0x82, 0xfe, 0x10, 0x00, 0, 0, 0, 0, 0, 'x'}
+		if c.base64() {
+			begin[0], begin[8] = 0x81, '0'
+		}
+		c.tcp.Write(begin) //nolint:errcheck // as in closeFrame
+		c.tcp.CloseWrite()
+	case "RST":
+		c.tcp.SetLinger(0)
+		c.tcp.Close()
+	case "half-close, Close 1000", "half-close, FIN", "half-close, socket closed":
+		c.ws.WriteMessage(websocket.BinaryMessage, []byte{255, 0})
+		c.end(strings.TrimPrefix(how, "half-close, "))
+	default:
+		c.t.Fatalf("no such end: %s", how)
+	}
+}
+
+func sum(data []byte) string {
+	s := sha256.Sum256(data)
+	return hex.EncodeToString(s[:])
+}
+
+func randomBytes(size int) []byte {
+	data := make([]byte, size)
+	rand.NewChaCha8([32]byte{byte(size)}).Read(data) //nolint:errcheck // never fails
+	return data
+}
+
+// upload is a command that writes its stdin to a file and, only when it has seen the end, its sum to another.
+type upload struct {
+	t   *testing.T
+	dir string
+}
+
+func newUpload(t *testing.T) upload { return upload{t, t.TempDir()} }
+
+// args is the command; before it reads it does what is said, and it reads by these means.
+func (u upload) args(before, read string) []string {
+	return []string{"sh", "-c", fmt.Sprintf("cd %s; %s; %s > up; sha256sum < up > whole.tmp; mv whole.tmp whole", u.dir, before, read)}
+}
+
+// received is how many bytes have arrived.
+func (u upload) received() int {
+	data, _ := os.ReadFile(filepath.Join(u.dir, "up"))
+	return len(data)
+}
+
+// whole is the sum of what the command takes for the whole input, empty while it waits for more.
+func (u upload) whole() string {
+	text, _ := os.ReadFile(filepath.Join(u.dir, "whole"))
+	return strings.TrimSuffix(string(text), "  -\n")
+}
+
+var readers = map[string][2]string{
+	"at once": {":", "cat"},
+	"late":    {"sleep 1.5", "cat"},
+	// 32 KiB and then a pause.
+	"slow": {":", "while dd bs=32k count=1 2>/dev/null | tee piece && test -s piece; do sleep 0.05; done"},
+}
+
+// What has come in before an orderly end of the client arrives, whole, and only what is whole looks so.
+func TestInputArrivesWhole(t *testing.T) {
+	ends := map[string][]string{
+		"":                         {"Close 1000", "FIN"},
+		"channel.k8s.io":           {"Close 1000", "Close"},
+		"base64.channel.k8s.io":    {"Close 1000", "FIN"},
+		"v4.base64.channel.k8s.io": {"Close 1000", "socket closed"},
+		"v4.channel.k8s.io":        {"Close 1000", "Close", "FIN", "socket closed", "Close 1000, socket closed"},
+		"v5.channel.k8s.io":        {"half-close, Close 1000", "half-close, FIN", "half-close, socket closed"},
+		"SPDY":                     {"FIN, GOAWAY", "FIN, FIN", "FIN, socket closed"},
+	}
+	type reading struct {
+		name string
+		size int
+	}
+	runTogether(t, func(t *testing.T) {
+		for protocol, ways := range ends {
+			for _, way := range ways {
+				for _, r := range []reading{
+					{"at once", 1}, {"late", 1}, {"late", 32_000}, {"slow", 400_000}, {"late", 3_200_000}, {"at once", 32 << 20}, {"late", 32 << 20},
+				} {
+					if r.size > 4<<20 && way != ways[0] {
+						continue // the ways differ in their end, not in their bytes
+					}
+					t.Run(fmt.Sprintf("%s/%s/%s/%d", protocol, way, r.name, r.size), func(t *testing.T) {
+						t.Parallel()
+						s, up, data := startServer(t, Config{InputGrace: 10 * time.Second}), newUpload(t), randomBytes(r.size)
+						executor := &hostExecutor{t: t}
+						options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}
+						u := s.execURL(executor, options, up.args(readers[r.name][0], readers[r.name][1])...)
+						if protocol == "SPDY" {
+							uploadOverSPDY(t, u, data, way)
+						} else {
+							client := dialChannels(t, u, protocol)
+							client.send(0, data)
+							client.end(way)
+						}
+						eventually(t, "the end of input", func() bool { return up.whole() != "" })
+						if up.whole() != sum(data) {
+							t.Errorf("%d bytes of %d arrived, or others", up.received(), len(data))
+						}
+						eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
+						select {
+						case <-executor.last().disconnected:
+							t.Error("a command that has ended was hung up")
+						default:
+						}
+					})
+				}
+			}
+		}
+	})
+}
+
+// uploadOverSPDY sends stdin and ends the stream and the connection in one of these ways.
+func uploadOverSPDY(t *testing.T, u *url.URL, data []byte, way string) {
+	t.Helper()
+	client := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines("v4.channel.k8s.io")...))
+	streams := client.remoteCommandStreams(streamTypeError, streamTypeStdin, streamTypeStdout)
+	client.until("the reply", func() bool { return client.streams[streams[streamTypeStdout]].replied })
+	streamEnd, connectionEnd, _ := strings.Cut(way, ", ")
+	for len(data) > 0 {
+		n := min(len(data), 1+rand.IntN(60_000))
+		client.send(streams[streamTypeStdin], string(data[:n]), n == len(data) && streamEnd == "FIN")
+		data = data[n:]
+	}
+	tcp := client.conn.(*net.TCPConn)
+	switch connectionEnd {
+	case "GOAWAY":
+		client.write(&spdy.GoAwayFrame{})
+		tcp.CloseWrite()
+	case "FIN":
+		tcp.CloseWrite()
+	case "RST":
+		tcp.SetLinger(0)
+		tcp.Close()
+	default:
+		tcp.Close()
+	}
+}
+
+// Input that was cut is given to the command as far as it came, but never looks whole: the command sees no end
+// of input before it is hung up.
+func TestCutInputDoesNotLookWhole(t *testing.T) {
+	runTogether(t, func(t *testing.T) {
+		for protocol, ways := range map[string][]string{
+			"v4.channel.k8s.io":        {"Close 1001", "Close 1011", "FIN inside a message", "RST"},
+			"v4.base64.channel.k8s.io": {"Close 1011", "RST"},
+			"v5.channel.k8s.io":        {"Close 1000", "Close 1001", "FIN", "socket closed", "RST"},
+			"SPDY":                     {"open, GOAWAY", "open, FIN", "open, RST"},
+		} {
+			for _, way := range ways {
+				t.Run(protocol+"/"+way, func(t *testing.T) {
+					t.Parallel()
+					s, up, data := startServer(t, Config{}), newUpload(t), randomBytes(300_000)
+					executor := &hostExecutor{t: t}
+					options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}
+					u := s.execURL(executor, options, up.args("sleep 0.5", "cat")...)
+					if protocol == "SPDY" {
+						uploadOverSPDY(t, u, data, way)
+					} else {
+						client := dialChannels(t, u, protocol)
+						client.send(0, data)
+						client.end(way)
+					}
+					eventually(t, "the command's start", func() bool { return executor.count() == 1 || len(s.config.Sessions.List()) == 0 })
+					if executor.count() == 0 { // the reset came before
+						return
+					}
+					receive(t, executor.last().disconnected, "the command to be hung up")
+					inOrder := !strings.HasSuffix(way, "RST") && !strings.HasSuffix(way, "1011")
+					if inOrder && up.received() < len(data) {
+						t.Errorf("%d bytes of %d arrived before the hang-up", up.received(), len(data))
+					}
+					eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
+					if up.whole() != "" {
+						t.Error("the command took it for the whole input")
+					}
+				})
+			}
+		}
+	})
+}
+
+// A command that does not end although it has everything is hung up after Config.InputGrace, and so is one that
+// takes nothing. Neither a terminal nor a command without input gets it.
+func TestHangUpAfterInput(t *testing.T) {
+	const grace = time.Second
+	runTogether(t, func(t *testing.T) {
+		for _, test := range []struct {
+			name, command string
+			options       remotecommand.StreamOptions
+			size          int
+			waits         bool
+		}{
+			{"has everything", "cat > /dev/null; sleep 600", remotecommand.StreamOptions{Stdin: strings.NewReader("")}, 100_000, true},
+			{"takes nothing", "sleep 600", remotecommand.StreamOptions{Stdin: strings.NewReader("")}, 5 << 20, true},
+			{"no input", "sleep 600", remotecommand.StreamOptions{Stdout: io.Discard}, 0, false},
+			{"terminal", "sleep 600", remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true}, 10, false},
+		} {
+			t.Run(test.name, func(t *testing.T) {
+				t.Parallel()
+				s := startServer(t, Config{InputGrace: grace})
+				executor := &hostExecutor{t: t}
+				client := dialChannels(t, s.execURL(executor, test.options, "sh", "-c", test.command), "v4.channel.k8s.io")
+				eventually(t, "the command's start", func() bool { return executor.count() == 1 })
+				client.send(0, make([]byte, test.size))
+				began := time.Now()
+				client.end("Close 1000")
+				receive(t, executor.last().disconnected, "the hang-up")
+				if took := time.Since(began); (took >= grace) != test.waits {
+					t.Errorf("hung up after %v", took)
+				}
+			})
+		}
+	})
+}
+
+// A command whose client does not take its output any more still takes its input: it does not end because of
+// its output.
+func TestOutputOfAnUploadGoesNowhere(t *testing.T) {
+	s, up, data := startServer(t, Config{}), newUpload(t), randomBytes(100_000)
+	options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}
+	command := fmt.Sprintf("cd %s; sleep 0.5; tee up; sha256sum < up > whole.tmp; mv whole.tmp whole", up.dir)
+	client := dialChannels(t, s.execURL(&hostExecutor{t: t}, options, "bash", "-o", "pipefail", "-c", command), "v4.channel.k8s.io")
+	client.send(0, data)
+	client.end("Close 1000, socket closed")
+	eventually(t, "the end of input", func() bool { return up.whole() != "" })
+	if up.whole() != sum(data) {
+		t.Errorf("%d bytes of %d arrived, or others", up.received(), len(data))
+	}
+}
+
+// A client that says everything in one breath, and goes, is served all the same.
+func TestUploadInOneBreath(t *testing.T) {
+	for range 20 {
+		s, up := startServer(t, Config{}), newUpload(t)
+		options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}
+		u := s.execURL(&hostExecutor{t: t}, options, up.args(":", "cat")...)
+		conn, err := net.Dial("tcp", u.Host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		head := upgradeRequest(http.MethodGet, u, "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13",
+			"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", "Sec-WebSocket-Protocol: v4.channel.k8s.io")
+		if _, err := conn.Write(append(head, "\x82\x85\x00\x00\x00\x00\x00data\x88\x82\x00\x00\x00\x00\x03\xe8"...)); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the end of input", func() bool { return up.whole() == sum([]byte("data")) })
+		conn.Close()
+	}
+}

@@ -1,0 +1,183 @@
+package streaming
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/moby/spdystream/spdy"
+)
+
+// podUpload is how an upload to a pod has ended.
+type podUpload struct {
+	data []byte
+	err  error // nil for FIN
+}
+
+// uploadPod is a program that reads to the end, late, and then answers.
+func uploadPod(t *testing.T, late time.Duration) (port int, uploads chan podUpload) {
+	uploads = make(chan podUpload, 10)
+	return pod(t, func(c *net.TCPConn) {
+		c.SetReadDeadline(time.Now().Add(testTimeout))
+		time.Sleep(late)
+		data, err := io.ReadAll(c)
+		fmt.Fprintf(c, "got %d", len(data)) // nobody may be there any more
+		uploads <- podUpload{data, err}
+	}), uploads
+}
+
+// A client of the legacy port-forward that sends and leaves in order has everything delivered, and FIN; one that breaks
+// off has its connection reset.
+func TestLegacyPortForwardUploads(t *testing.T) {
+	runTogether(t, func(t *testing.T) {
+		for _, protocol := range []string{"", "v4.channel.k8s.io", "v4.base64.channel.k8s.io"} {
+			for way, complete := range map[string]bool{
+				"Close 1000": true, "Close": true, "FIN": true, "socket closed": true, "Close 1000, socket closed": true,
+				"Close 1001": false, "Close 1011": false, "FIN inside a message": false, "RST": false,
+			} {
+				for _, size := range []int{1, 32_000, 3_200_000, 32 << 20} {
+					if size > 4<<20 && (way != "Close 1000" || protocol != "v4.channel.k8s.io") {
+						continue
+					}
+					t.Run(fmt.Sprintf("%s/%s/%d", protocol, way, size), func(t *testing.T) {
+						t.Parallel()
+						s, data := startServer(t, Config{}), randomBytes(size)
+						port, uploads := uploadPod(t, 500*time.Millisecond)
+						client := dialNumbered(t, s.portForwardURL(nil, int32(port)), protocol, false) //nolint:gosec // a port
+						eventually(t, "the announcements", func() bool { return len(client.on(0)) == 2 && len(client.on(1)) == 2 })
+						client.send(0, data)
+						client.end(way)
+						got := receive(t, uploads, "the end of the upload")
+						if complete && (got.err != nil || !bytes.Equal(got.data, data)) {
+							t.Errorf("%d bytes of %d arrived, or others: %v", len(got.data), size, got.err)
+						}
+						if !complete && got.err == nil {
+							t.Errorf("the pod takes %d bytes for all of %d", len(got.data), size)
+						}
+						eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
+					})
+				}
+			}
+		}
+	})
+}
+
+// Failures of a port are told on its error channel, in which no other port has a part.
+func TestLegacyPortForwardTellsFailures(t *testing.T) {
+	s := startServer(t, Config{})
+	good, refused := pod(t, answer), unusedPort(t)
+	broken := pod(t, func(c *net.TCPConn) {
+		io.ReadFull(c, make([]byte, 3))
+		c.SetLinger(0)
+	})
+	//nolint:gosec // ports
+	client := dialNumbered(t, s.portForwardURL(nil, int32(refused), int32(good), int32(broken)), "v4.channel.k8s.io", false)
+	client.send(4, []byte("abc"))
+	eventually(t, "the messages", func() bool { return len(client.on(1)) > 2 && len(client.on(5)) > 2 })
+	for channel, want := range map[byte]string{1: fmt.Sprintf("nobody listens on port %d", refused), 5: "reset by the pod"} {
+		if got := client.on(channel)[2:]; !strings.Contains(got, want) {
+			t.Errorf("channel %d says %q", channel, got)
+		}
+	}
+	client.send(2, []byte("abc"))
+	eventually(t, "the answer", func() bool { return strings.HasSuffix(client.on(2), "answer to abc") })
+	if got := client.on(3); len(got) != 2 {
+		t.Errorf("the good port's error channel says %q", got[2:])
+	}
+	// All three have nothing more to say.
+	eventually(t, "the server's Close", func() bool {
+		client.mu.Lock()
+		defer client.mu.Unlock()
+		return client.ended != nil
+	})
+	client.end("Close 1000")
+}
+
+// A pod that has ended its side still gets what its client sends until the client has seen that.
+func TestLegacyPortForwardPodEndsFirst(t *testing.T) {
+	s := startServer(t, Config{})
+	uploads := make(chan podUpload, 1)
+	port := pod(t, func(c *net.TCPConn) {
+		c.SetReadDeadline(time.Now().Add(testTimeout))
+		io.WriteString(c, "hello")
+		c.CloseWrite()
+		data, err := io.ReadAll(c)
+		uploads <- podUpload{data, err}
+	})
+	client := dialNumbered(t, s.portForwardURL(nil, int32(port)), "v4.channel.k8s.io", false) //nolint:gosec // a port
+	eventually(t, "the pod's end", func() bool {
+		client.mu.Lock()
+		defer client.mu.Unlock()
+		return client.ended != nil
+	})
+	client.send(0, []byte("late"))
+	client.end("Close 1000")
+	if got := receive(t, uploads, "the end of the upload"); string(got.data) != "late" || got.err != nil {
+		t.Errorf("the pod got %q, %v", got.data, got.err)
+	}
+	if got := client.on(0); !strings.HasSuffix(got, "hello") {
+		t.Errorf("the client got %q", got)
+	}
+}
+
+// Over SPDY and the tunnel a connection that had its FIN before the client left is finished, one without is reset.
+func TestPortForwardUploadsOfAClientThatLeaves(t *testing.T) {
+	runTogether(t, func(t *testing.T) {
+		for _, transport := range []string{"SPDY", "tunnel"} {
+			for _, way := range []string{"GOAWAY", "FIN", "socket closed", "RST"} {
+				for _, size := range []int{1, 200_000, 3_200_000} {
+					t.Run(fmt.Sprintf("%s/%s/%d", transport, way, size), func(t *testing.T) {
+						t.Parallel()
+						s, data := startServer(t, Config{}), randomBytes(size)
+						port, uploads := uploadPod(t, time.Second)
+						cutPort, cut := uploadPod(t, 0)
+						u := s.portForwardURL(nil)
+						var client *rawClient
+						if transport == "tunnel" {
+							client = dialTunnel(t, u)
+						} else {
+							client = dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+						}
+						stream, _ := client.openPair(itoa(port), "1")
+						other, _ := client.openPair(itoa(cutPort), "2")
+						client.until("the replies", func() bool { return client.streams[stream].replied && client.streams[other].replied })
+						client.send(other, "no FIN", false)
+						for rest := data; len(rest) > 0; {
+							n := min(len(rest), 60_000)
+							client.send(stream, string(rest[:n]), n == len(rest))
+							rest = rest[n:]
+						}
+						tcp := client.conn.(*net.TCPConn)
+						switch way {
+						case "GOAWAY":
+							client.write(&spdy.GoAwayFrame{})
+							tcp.CloseWrite()
+						case "FIN":
+							tcp.CloseWrite()
+						case "RST":
+							tcp.SetLinger(0)
+							tcp.Close()
+						default:
+							tcp.Close()
+						}
+						eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
+						if way == "RST" { // it may be faster than the pod's ports
+							return
+						}
+						if got := receive(t, cut, "the end of the cut upload"); got.err == nil {
+							t.Errorf("the pod takes %q for everything", got.data)
+						}
+						if got := receive(t, uploads, "the end of the upload"); got.err != nil || !bytes.Equal(got.data, data) {
+							t.Errorf("%d bytes of %d arrived, or others: %v", len(got.data), size, got.err)
+						}
+					})
+				}
+			}
+		}
+	})
+}

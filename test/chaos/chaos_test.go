@@ -1,0 +1,185 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+func newTestRun(t *testing.T) *soakRun {
+	t.Helper()
+	log, err := os.Create(filepath.Join(t.TempDir(), "events.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { log.Close() })
+	return &soakRun{
+		options: options{seed: 7, duration: time.Minute, output: t.TempDir()}, log: log, begin: time.Now(),
+		violations: map[violationKind]int{}, counts: map[string]int{},
+	}
+}
+
+func TestSequence(t *testing.T) {
+	if got := string(sequence(11)); got != "1\n2\n3\n4\n5\n6\n7\n8\n9\n10\n11\n" {
+		t.Errorf("%q", got)
+	}
+	if got := string(sequence(2)); got != "1\n2\n" || sequence(0) != nil {
+		t.Errorf("%q", got)
+	}
+}
+
+// Output that is cut, changed or too long is wrong when the session succeeds, and only then.
+func TestJudge(t *testing.T) {
+	success := metav1.Status{Status: metav1.StatusSuccess}
+	exit := func(code int) metav1.Status {
+		return metav1.Status{
+			Status: metav1.StatusFailure, Reason: "NonZeroExitCode",
+			Details: &metav1.StatusDetails{Causes: []metav1.StatusCause{{Type: "ExitCode", Message: fmt.Sprint(code)}}},
+		}
+	}
+	for _, test := range []struct {
+		name   string
+		writes []string
+		drop   int
+		status metav1.Status
+		code   int
+		wrong  bool
+		fails  bool
+	}{
+		{"right", []string{"1\n", "2\n3\n"}, 0, success, 0, false, false},
+		{"right, with an exit code", []string{"1\n2\n3\n"}, 0, exit(3), 3, false, false},
+		{"cut", []string{"1\n", "2\n"}, 0, success, 0, true, false},
+		{"nothing", nil, 0, success, 0, true, false},
+		{"dropped", []string{"1\n", "2\n3\n"}, 1, success, 0, true, false},
+		{"changed", []string{"1\n2\nx\n"}, 0, success, 0, true, false},
+		{"too long", []string{"1\n2\n3\n4"}, 0, success, 0, true, false},
+		{"another exit code", []string{"1\n2\n3\n"}, 0, exit(3), 0, true, false},
+		{"killed with its container", []string{"1\n"}, 0, exit(killedCode), 0, false, true},
+		{"failed", []string{"1\n"}, 0, metav1.Status{Status: metav1.StatusFailure, Message: "shutdown"}, 0, false, true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			k := &checker{want: sequence(3), drop: test.drop}
+			for _, text := range test.writes {
+				k.Write([]byte(text))
+			}
+			err := judge(test.status, k, nil, test.code)
+			var wrong wrongError
+			if errors.As(err, &wrong) != test.wrong || (err != nil) != (test.wrong || test.fails) {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+// A failure is explained by what goes on at its time, and by what has that consequence.
+func TestCauses(t *testing.T) {
+	s := newTestRun(t)
+	now := time.Now()
+	at := func(seconds float64) time.Time { return now.Add(time.Duration(seconds * float64(time.Second))) }
+	s.windows = []*window{
+		{name: "state-full", begin: at(10), end: at(12), excuses: excuse{failures: true, starts: true}},
+		{name: "killed", begin: at(30), end: at(31), excuses: everything},
+		{name: "hangs", begin: at(50), excuses: upstream},
+	}
+	living := &pod{kind: stable}
+	for _, test := range []struct {
+		name       string
+		c          *client
+		begin, end float64
+		err        error
+		want       string
+	}{
+		{"nothing going on", &client{pod: living}, 1, 5, errors.New("x"), ""},
+		{"began before the disk was full", &client{pod: living}, 1, 11, errors.New("x"), ""},
+		{"began while it was", &client{pod: living}, 11, 11.5, errors.New("x"), "state-full"},
+		{"soon after", &client{pod: living}, 14, 15, errors.New("x"), "state-full"},
+		{"long after", &client{pod: living}, 16, 17, errors.New("x"), ""},
+		{"lived when streamshim was killed", &client{pod: living}, 1, 30.5, errors.New("x"), "killed"},
+		{"hangs, whatever was going on", &client{pod: living}, 1, 30.5, os.ErrDeadlineExceeded, ""},
+		{"needs no upstream", &client{pod: living}, 51, 52, errors.New("x"), ""},
+		{"needs the upstream", &client{pod: living, upstream: true}, 51, 52, errors.New("x"), "hangs"},
+		{"dead pod", &client{pod: &pod{kind: victim, gone: now}}, 1, 2, errors.New("x"), "pod killed"},
+	} {
+		if got := s.causeOf(test.c, at(test.begin), at(test.end), test.err); got != test.want {
+			t.Errorf("%s: %q, want %q", test.name, got, test.want)
+		}
+	}
+}
+
+func TestAccountAbove(t *testing.T) {
+	before := account{descriptors: 20, goroutines: 30, members: 6}
+	if found := (account{descriptors: 20 + moreDescriptors, goroutines: 30 + moreGoroutines, members: 6}).above(before); found != nil {
+		t.Errorf("within: %v", found)
+	}
+	for _, more := range []account{
+		{sessions: 1}, {descriptors: 21 + moreDescriptors}, {goroutines: 31 + moreGoroutines}, {children: 1}, {members: 7},
+		{records: 1}, {buffered: 1}, {mounts: 1}, {namespaces: 1}, {heap: moreHeap + 1}, {rss: moreRSS + 1},
+	} {
+		if found := more.above(before); len(found) != 1 {
+			t.Errorf("%+v: %v", more, found)
+		}
+	}
+}
+
+// The bar is a second, or twice what containerd takes on the same machine.
+func TestProbeBar(t *testing.T) {
+	samples := func(slow time.Duration) []sample {
+		all := make([]sample, 100)
+		for i := range all {
+			all[i].took = 10 * time.Millisecond
+		}
+		all[98].took, all[99].took = slow, slow
+		return append(all, sample{took: time.Minute, excused: true})
+	}
+	for _, test := range []struct {
+		ours, theirs time.Duration
+		want         int
+	}{
+		{900 * time.Millisecond, 10 * time.Millisecond, 0},
+		{1100 * time.Millisecond, 10 * time.Millisecond, 1},
+		{1100 * time.Millisecond, 600 * time.Millisecond, 0},
+		{1300 * time.Millisecond, 600 * time.Millisecond, 1},
+	} {
+		s := newTestRun(t)
+		s.probes, s.reference = samples(test.ours), samples(test.theirs)
+		s.judgeProbes()
+		if s.violations[slowProbes] != test.want {
+			t.Errorf("%+v: %v", test, s.violations)
+		}
+	}
+}
+
+// The same seed makes the same decisions, and each part its own.
+func TestRandom(t *testing.T) {
+	a, b := newTestRun(t), newTestRun(t)
+	if a.random("session", 3).Uint64() != b.random("session", 3).Uint64() {
+		t.Error("the same seed decides otherwise")
+	}
+	b.seed++
+	for _, other := range []uint64{a.random("session", 4).Uint64(), a.random("faults", 3).Uint64(), b.random("session", 3).Uint64()} {
+		if other == a.random("session", 3).Uint64() {
+			t.Error("another part decides the same")
+		}
+	}
+}
+
+func TestReport(t *testing.T) {
+	s := newTestRun(t)
+	s.violations[leftBehind] = 1
+	s.probes = []sample{{at: time.Second, took: time.Millisecond}, {at: 59 * time.Second, took: 2 * time.Second}}
+	s.samples = []usage{{at: time.Second, rss: 1 << 20, sessions: 3}, {at: 90 * time.Second, rss: 2 << 20}}
+	s.windows = []*window{{name: "a <fault>", begin: s.begin, end: s.begin.Add(time.Second)}}
+	s.report()
+	for name, want := range map[string]string{"report.txt": "left behind", "soak.svg": "a &lt;fault&gt;"} {
+		text, err := os.ReadFile(filepath.Join(s.output, name))
+		if err != nil || !strings.Contains(string(text), want) || strings.Contains(string(text), "NaN") {
+			t.Errorf("%s: %v\n%s", name, err, text)
+		}
+	}
+}
