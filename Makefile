@@ -56,6 +56,14 @@ e2e: peers kubernetes build ## kubectl against containerd and streamshim side by
 	STREAMSHIM_E2E=$(E2E) STREAMSHIM_E2E_REPORT=$(if $(filter shim,$(E2E)),,$(CURDIR)/docs/compatibility.md) \
 		go test -v -count 1 -timeout 60m ./test/e2e
 
+# How many commands each attack meets, and more flags: test/hostile/README.md
+COUNT ?= 2000
+HOSTILE ?=
+.PHONY: hostile
+hostile: peers build ## attack COUNT (2000) commands on their way into containers, for each attack, configuration and engine
+	cd test/hostile && STREAMSHIM_REAL=required go test -v -count 1 -timeout 48h . \
+		-hostile.alone -hostile.count $(COUNT) $(HOSTILE)
+
 .PHONY: lint
 lint: setup ## check formatting, go vet and golangci-lint
 	$(call say,gofmt)
