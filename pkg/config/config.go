@@ -155,8 +155,8 @@ type Limits struct {
 	Sessions             int   `toml:"sessions"`               // on this node
 	SessionsPerPod       int   `toml:"sessions_per_pod"`       // in one pod
 	SessionsPerContainer int   `toml:"sessions_per_container"` // in one container
-	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands that start at the same time; ExecSync does not count
-	WaitingStarts        int   `toml:"waiting_starts"`         // commands that may wait for their turn to start
+	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands that start at the same time, at most a quarter of them in one container; ExecSync does not count
+	WaitingStarts        int   `toml:"waiting_starts"`         // commands that may wait for their turn to start, at most a quarter of them in one container
 	Bandwidth            int64 `toml:"bandwidth"`              // bytes a second of one session, in each direction
 }
 

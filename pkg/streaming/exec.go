@@ -76,7 +76,7 @@ func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up u
 	}
 	live.Connect(client)
 	config := s.current()
-	rc.start = startWhenAllowed(config.Starts, rc.start)
+	rc.start = startWhenAllowed(config.Starts, live.Target.ContainerID, rc.start)
 	s.sessions.Go(func() {
 		defer s.watch.add(live, client, network)()
 		defer limitLifetime(config, live)()

@@ -16,19 +16,19 @@ import (
 
 // StartGate bounds how many commands start at the same time.
 type StartGate interface {
-	// Acquire waits for a turn. Release ends it; it is nil with an error, which is a
+	// Acquire waits for a turn in a container. Release ends it; it is nil with an error, which is a
 	// *session.RefusedError when too many wait already, or the context's.
-	Acquire(ctx context.Context) (release func(), err error)
+	Acquire(ctx context.Context, container string) (release func(), err error)
 }
 
 type startFunc = func(context.Context, Command) (Process, error)
 
-func startWhenAllowed(gate StartGate, start startFunc) startFunc {
+func startWhenAllowed(gate StartGate, container string, start startFunc) startFunc {
 	if gate == nil {
 		return start
 	}
 	return func(ctx context.Context, c Command) (Process, error) {
-		release, err := gate.Acquire(ctx)
+		release, err := gate.Acquire(ctx, container)
 		if err != nil {
 			return nil, err
 		}

@@ -107,8 +107,12 @@ func TestAttacks(t *testing.T) {
 		t.Run(configuration.name, func(t *testing.T) {
 			attacker, victim := configuration.containers(t)
 			for _, entrance := range entrances(t) {
+				commands := *count
+				if entrance.runner == nil { // runc exec is there to compare, not to be proven
+					commands = min(commands, 100)
+				}
 				for _, attack := range attacks {
-					r := makeAttack(t, attack, attacker, victim, entrance, *count)
+					r := makeAttack(t, attack, attacker, victim, entrance, commands)
 					r.configuration = configuration.name
 					note(r)
 					judge(t, r)

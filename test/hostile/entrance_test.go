@@ -19,7 +19,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc"
 )
 
-// startTimeout bounds each start: long for a machine that is busy, short for a test that waits for it.
+// startTimeout bounds the starts of the tests that wait for it.
 const startTimeout = 3 * time.Second
 
 // entrance is a way of starting a command in a container.
@@ -71,7 +71,7 @@ func runCommand(ctx context.Context, program string, arguments ...string) (strin
 }
 
 // engineEntrance is what streamshim does with the engine.
-func engineEntrance(t testing.TB, engine execproc.Engine) *entrance {
+func engineEntrance(t testing.TB, engine execproc.Engine, startTimeout time.Duration) *entrance {
 	t.Helper()
 	native := new(atomic.Int64)
 	runner, err := execproc.NewRunner(execproc.Config{
@@ -88,7 +88,7 @@ func engineEntrance(t testing.TB, engine execproc.Engine) *entrance {
 	return &entrance{
 		name: "engine " + string(engine), native: native, runner: runner,
 		enter: func(ctx context.Context, c *container, command ...string) (string, error) {
-			result, err := runner.RunSync(ctx, c.Container, execproc.SyncCommand{Args: command, Timeout: startTimeout + patience})
+			result, err := runner.RunSync(ctx, c.Container, execproc.SyncCommand{Args: command, Timeout: timeoutOf(ctx)})
 			if err == nil && result.ExitCode != 0 {
 				err = fmt.Errorf("exit code %d: %s", result.ExitCode, bytes.TrimSpace(result.Stderr))
 			}
@@ -97,17 +97,30 @@ func engineEntrance(t testing.TB, engine execproc.Engine) *entrance {
 	}
 }
 
+// timeoutOf is the time that is left, or what a test without a deadline may take.
+func timeoutOf(ctx context.Context) time.Duration {
+	if deadline, set := ctx.Deadline(); set {
+		return time.Until(deadline)
+	}
+	return startTimeout + patience
+}
+
 // entrances are the reference and all engines.
 func entrances(t testing.TB) []*entrance {
 	t.Helper()
-	return append([]*entrance{reference()}, engineEntrances(t)...)
+	all := []*entrance{reference()}
+	for engine := range strings.SplitSeq(*engines, ",") {
+		all = append(all, engineEntrance(t, execproc.Engine(engine), patience)) // the machine may be busy
+	}
+	return all
 }
 
+// engineEntrances are all engines, which give a start up after startTimeout.
 func engineEntrances(t testing.TB) []*entrance {
 	t.Helper()
 	var all []*entrance
 	for engine := range strings.SplitSeq(*engines, ",") {
-		all = append(all, engineEntrance(t, execproc.Engine(engine)))
+		all = append(all, engineEntrance(t, execproc.Engine(engine), startTimeout))
 	}
 	return all
 }

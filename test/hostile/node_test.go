@@ -5,13 +5,16 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/wire"
 )
 
 // startNode runs containerd with streamshim in front.
@@ -72,12 +75,25 @@ func execSync(ctx context.Context, n *node.Node, container string) (string, erro
 	return string(answer.GetStdout()), err
 }
 
-// The same through real containerd and streamshim: a default container of Kubernetes gains nothing of its execs.
+// execStreamed runs a victim in a streamed session.
+func execStreamed(ctx context.Context, n *node.Node, container string) error {
+	session, err := wire.StartExec(ctx, n.Runtime(), container, wire.Command{Args: []string{"/victim", hostFile}})
+	if err != nil {
+		return err
+	}
+	defer context.AfterFunc(ctx, func() { session.Close() })()
+	_, err = session.Finish()
+	return err
+}
+
+// The same through real containerd and streamshim: a default container of Kubernetes gains nothing of its execs,
+// and one that stops all that enters it does not keep others waiting.
 func TestNode(t *testing.T) {
 	for engine := range strings.SplitSeq(*engines, ",") {
 		t.Run(engine, func(t *testing.T) {
 			n := startNode(t, engine)
 			t.Run("attacks", func(t *testing.T) { attackOnNode(t, n, engine) })
+			t.Run("stopped", func(t *testing.T) { stopOnNode(t, n, engine) })
 		})
 	}
 }
@@ -105,4 +121,71 @@ func attackOnNode(t *testing.T, n *node.Node, engine string) {
 		}
 		note(r)
 	}
+}
+
+func stopOnNode(t *testing.T, n *node.Node, engine string) {
+	const execs = 40
+	_, other := runAttacker(t, n, "other", "idle")
+	_, hostile := runAttacker(t, n, "stopper", "once", "stop", "10", hostFile)
+	for range 3 {
+		if err := execStreamed(t.Context(), n, other); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var stopped sync.WaitGroup
+	for range execs {
+		stopped.Go(func() {
+			for ctx.Err() == nil {
+				_ = execStreamed(ctx, n, hostile) // it runs only if the attacker was too late
+			}
+		})
+	}
+	// Not all, as an engine may let only so many begin in one container, and ends those that are stopped.
+	most := 0
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end) && most < execs; time.Sleep(10 * time.Millisecond) {
+		most = max(most, stoppedProcesses(t))
+	}
+	if most == 0 {
+		t.Error("nobody was stopped")
+	}
+	var took []time.Duration
+	for range 10 {
+		began := time.Now()
+		err := execStreamed(t.Context(), n, other)
+		took = append(took, time.Since(began))
+		if err != nil {
+			t.Errorf("an exec in another container: %v", err)
+		}
+		if err != nil || took[len(took)-1] > patience/4 {
+			break // it is as bad as it gets
+		}
+	}
+	cancel()
+	stopped.Wait()
+	// The attacker lets them go; streamshim gives such a start up later.
+	eventually(t, "the stopped processes go on and end", func() bool { return stoppedProcesses(t) == 0 })
+	slices.Sort(took)
+	t.Logf("with %d stopped processes execs in another container took %v", most, took)
+	note(row{attack: "stop, others", configuration: "containerd", entrance: "engine " + engine, commands: len(took), seen: most})
+	// The median: forty execs begin at one time, on a machine that may have two CPUs.
+	if middle := took[len(took)/2]; middle > time.Second {
+		t.Errorf("while a container stops what enters it, execs in another one took %v", took)
+	}
+}
+
+// stoppedProcesses counts those that SIGSTOP has stopped.
+func stoppedProcesses(t testing.TB) (stopped int) {
+	t.Helper()
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, entry := range entries {
+		stat, err := os.ReadFile(filepath.Join("/proc", entry.Name(), "stat"))
+		if err == nil && strings.HasPrefix(string(stat[strings.LastIndexByte(string(stat), ')')+1:]), " T") {
+			stopped++
+		}
+	}
+	return stopped
 }

@@ -35,13 +35,27 @@ type Limiter struct {
 	pods       map[string]int // sessions by pod
 	containers map[string]int // sessions by container
 
-	starting int
-	waiting  []chan struct{} // first come, first served; closed when it is one's turn
+	starting   int
+	startingIn map[string]int // the same by container
+	waiting    []waiter       // first come, first served, but for those whose container has its share
 }
+
+// waiter waits for a turn to start a command.
+type waiter struct {
+	container string
+	turn      chan struct{} // closed when it has come
+}
+
+// containerShare is how much of the starts on a node, and of those that wait, one container may take: a part of it.
+// A container can stop whatever enters it, and with it the start, until that times out.
+const containerShare = 4
+
+// shareOf is the share of one container in a limit.
+func shareOf(limit int) int { return max(1, limit/containerShare) }
 
 // New returns a limiter.
 func New(config Config) *Limiter {
-	return &Limiter{config: config, pods: make(map[string]int), containers: make(map[string]int)}
+	return &Limiter{config: config, pods: make(map[string]int), containers: make(map[string]int), startingIn: make(map[string]int)}
 }
 
 // Update takes over new limits. Sessions that live are counted, and not ended.
@@ -135,57 +149,97 @@ func (l *Limiter) checkLocked(info session.Info) error {
 	return nil
 }
 
-// Acquire waits for a turn to start a command; release ends it. The error is the context's, or a
-// *session.RefusedError when too many wait already.
-func (l *Limiter) Acquire(ctx context.Context) (release func(), err error) {
+// Acquire waits for a turn to start a command in a container; release ends it. The error is the context's, or a
+// *session.RefusedError when too many wait already. One container has at most a quarter of the turns, and of the places
+// of those who wait.
+func (l *Limiter) Acquire(ctx context.Context, container string) (release func(), err error) {
 	l.mu.Lock()
-	if l.config.ConcurrentStarts == 0 || (l.starting < l.config.ConcurrentStarts && len(l.waiting) == 0) {
-		l.starting++
+	if l.mayStartLocked(container) { // and then nobody who waits may
+		l.startLocked(container)
 		l.mu.Unlock()
-		return l.release, nil
+		return func() { l.release(container) }, nil
 	}
-	if l.config.WaitingStarts > 0 && len(l.waiting) >= l.config.WaitingStarts {
-		n := len(l.waiting)
+	if err := l.checkWaitingLocked(container); err != nil {
 		l.mu.Unlock()
-		return nil, &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
-			"%d commands wait to be started on this node, and no more may wait (limits.waiting_starts): try again later", n)}
+		return nil, err
 	}
 	turn := make(chan struct{})
-	l.waiting = append(l.waiting, turn)
+	l.waiting = append(l.waiting, waiter{container, turn})
 	l.mu.Unlock()
 	select {
 	case <-turn:
-		return l.release, nil
+		return func() { l.release(container) }, nil
 	case <-ctx.Done():
-		l.giveUp(turn)
+		l.giveUp(container, turn)
 		return nil, context.Cause(ctx)
 	}
 }
 
-func (l *Limiter) release() {
+func (l *Limiter) mayStartLocked(container string) bool {
+	limit := l.config.ConcurrentStarts
+	return limit == 0 || (l.starting < limit && l.startingIn[container] < shareOf(limit))
+}
+
+// checkWaitingLocked says why a start may not wait.
+func (l *Limiter) checkWaitingLocked(container string) error {
+	limit := l.config.WaitingStarts
+	if limit == 0 {
+		return nil
+	}
+	if n := len(l.waiting); n >= limit {
+		return &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
+			"%d commands wait to be started on this node, and no more may wait (limits.waiting_starts): try again later", n)}
+	}
+	n := 0
+	for _, w := range l.waiting {
+		if w.container == container {
+			n++
+		}
+	}
+	if n >= shareOf(limit) {
+		return &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
+			"%d commands wait to be started in this container, a quarter of limits.waiting_starts, and no more may wait: try again later", n)}
+	}
+	return nil
+}
+
+func (l *Limiter) startLocked(container string) {
+	l.starting++
+	l.startingIn[container]++
+}
+
+func (l *Limiter) release(container string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.starting--
+	decrement(l.startingIn, container)
 	l.wakeLocked()
 }
 
-func (l *Limiter) giveUp(turn chan struct{}) {
+func (l *Limiter) giveUp(container string, turn chan struct{}) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	for i, waiting := range l.waiting {
-		if waiting == turn {
+		if waiting.turn == turn {
 			l.waiting = append(l.waiting[:i], l.waiting[i+1:]...)
+			l.mu.Unlock()
 			return
 		}
 	}
-	l.starting-- // the turn came at the same moment
-	l.wakeLocked()
+	l.mu.Unlock()
+	l.release(container) // the turn came at the same moment
 }
 
+// wakeLocked gives turns to all who may start, in the order in which they came.
 func (l *Limiter) wakeLocked() {
-	for len(l.waiting) > 0 && (l.config.ConcurrentStarts == 0 || l.starting < l.config.ConcurrentStarts) {
-		l.starting++
-		close(l.waiting[0])
-		l.waiting = l.waiting[1:]
+	still := l.waiting[:0]
+	for _, w := range l.waiting {
+		if !l.mayStartLocked(w.container) {
+			still = append(still, w)
+			continue
+		}
+		l.startLocked(w.container)
+		close(w.turn)
 	}
+	clear(l.waiting[len(still):])
+	l.waiting = still
 }

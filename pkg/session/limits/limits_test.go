@@ -3,6 +3,7 @@ package limits
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"sync"
@@ -143,8 +144,8 @@ func TestDeny(t *testing.T) {
 func TestStarts(t *testing.T) {
 	l := New(Config{ConcurrentStarts: 2, WaitingStarts: 2})
 	var releases []func()
-	for range 2 {
-		release, err := l.Acquire(t.Context())
+	for i := range 2 {
+		release, err := l.Acquire(t.Context(), fmt.Sprint(i))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -155,7 +156,7 @@ func TestStarts(t *testing.T) {
 	got := make(chan func(), 2)
 	for i := range 2 {
 		go func() {
-			release, err := l.Acquire(context.Background())
+			release, err := l.Acquire(context.Background(), fmt.Sprint("waits ", i))
 			if err != nil {
 				t.Error(err)
 				return
@@ -165,7 +166,7 @@ func TestStarts(t *testing.T) {
 		}()
 		waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.waiting) == i+1 })
 	}
-	if _, err := l.Acquire(t.Context()); refusal(err) != session.TooMany {
+	if _, err := l.Acquire(t.Context(), "third"); refusal(err) != session.TooMany {
 		t.Errorf("a third that waits: %v", err)
 	}
 	for want, release := range releases {
@@ -177,7 +178,7 @@ func TestStarts(t *testing.T) {
 	// Who gives up does not take a turn.
 	gone, cancel := context.WithCancel(context.Background())
 	cancel()
-	if _, err := l.Acquire(gone); !errors.Is(err, context.Canceled) {
+	if _, err := l.Acquire(gone, "gone"); !errors.Is(err, context.Canceled) {
 		t.Errorf("given up: %v", err)
 	}
 	(<-got)()
@@ -187,11 +188,11 @@ func TestStarts(t *testing.T) {
 	}
 	// A higher limit lets those in who wait.
 	l.Update(Config{ConcurrentStarts: 1, WaitingStarts: 1})
-	if _, err := l.Acquire(t.Context()); err != nil {
+	if _, err := l.Acquire(t.Context(), "first"); err != nil {
 		t.Fatal(err)
 	}
 	go func() {
-		if _, err := l.Acquire(context.Background()); err != nil {
+		if _, err := l.Acquire(context.Background(), "second"); err != nil {
 			t.Error(err)
 		}
 		order <- 0
@@ -201,16 +202,82 @@ func TestStarts(t *testing.T) {
 	<-order
 }
 
+// A container that holds its starts, and has as many waiting as it may, is in nobody's way.
+func TestShareOfContainer(t *testing.T) {
+	l := New(Config{ConcurrentStarts: 8, WaitingStarts: 8})
+	ctx, cancel := context.WithCancel(t.Context())
+	var waiting sync.WaitGroup
+	for range 2 {
+		if _, err := l.Acquire(ctx, "holds"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		waiting.Go(func() {
+			if _, err := l.Acquire(ctx, "holds"); !errors.Is(err, context.Canceled) {
+				t.Errorf("beyond its share: %v", err)
+			}
+		})
+	}
+	waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.waiting) == 2 })
+	if _, err := l.Acquire(ctx, "holds"); refusal(err) != session.TooMany {
+		t.Errorf("one more that waits: %v", err)
+	}
+	for range 10 {
+		release, err := l.Acquire(t.Context(), "other")
+		if err != nil {
+			t.Fatal(err)
+		}
+		release()
+	}
+	cancel()
+	waiting.Wait()
+	if l.starting != 2 || len(l.startingIn) != 1 {
+		t.Errorf("%d start, in %v", l.starting, l.startingIn)
+	}
+}
+
+// A turn that comes free goes to the first who may have it.
+func TestTurnPassesContainersWithTheirShare(t *testing.T) {
+	l := New(Config{ConcurrentStarts: 4})
+	var releases []func()
+	for _, container := range []string{"a", "b", "c", "d"} {
+		release, err := l.Acquire(t.Context(), container)
+		if err != nil {
+			t.Fatal(err)
+		}
+		releases = append(releases, release)
+	}
+	order := make(chan string, 2)
+	for i, container := range []string{"a", "e"} {
+		go func() {
+			if _, err := l.Acquire(context.Background(), container); err != nil {
+				t.Error(err)
+			}
+			order <- container
+		}()
+		waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.waiting) == i+1 })
+	}
+	releases[1]() // b's
+	if container := <-order; container != "e" {
+		t.Errorf("the turn went to %s, which has its share", container)
+	}
+	releases[0]()
+	if container := <-order; container != "a" {
+		t.Errorf("the turn went to %s", container)
+	}
+}
+
 // As with the other limits, 0 is none.
 func TestAnyNumberMayWait(t *testing.T) {
 	l := New(Config{ConcurrentStarts: 1})
-	release, err := l.Acquire(t.Context())
+	release, err := l.Acquire(t.Context(), "c")
 	if err != nil {
 		t.Fatal(err)
 	}
 	second := make(chan error, 1)
 	go func() {
-		releaseSecond, err := l.Acquire(t.Context())
+		releaseSecond, err := l.Acquire(t.Context(), "c")
 		if err == nil {
 			releaseSecond()
 		}
@@ -226,15 +293,15 @@ func TestAnyNumberMayWait(t *testing.T) {
 // Turns are not lost when waiters give up at the moment they come.
 func TestStartsGivenUp(t *testing.T) {
 	l := New(Config{ConcurrentStarts: 1, WaitingStarts: 100})
-	release, err := l.Acquire(t.Context())
+	release, err := l.Acquire(t.Context(), "c")
 	if err != nil {
 		t.Fatal(err)
 	}
 	turn := make(chan struct{})
-	l.waiting = append(l.waiting, turn)
+	l.waiting = append(l.waiting, waiter{"c", turn})
 	release()
 	<-turn
-	l.giveUp(turn)
+	l.giveUp("c", turn)
 	if l.starting != 0 {
 		t.Errorf("%d start after the only one gave up", l.starting)
 	}
@@ -243,7 +310,7 @@ func TestStartsGivenUp(t *testing.T) {
 		all.Go(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), time.Duration(i)*50*time.Microsecond)
 			defer cancel()
-			if release, err := l.Acquire(ctx); err == nil {
+			if release, err := l.Acquire(ctx, fmt.Sprint(i%3)); err == nil {
 				release()
 			}
 		})
