@@ -81,8 +81,24 @@ func TestSignals(t *testing.T) {
 				}
 				recovers(t, e, c)
 			}
+			if attack == "stop" {
+				seesNoEnd(t, c)
+			}
 		})
 	}
+}
+
+// seesNoEnd shows that the attack works: who just waits for runc exec waits for as long as the container likes.
+func seesNoEnd(t testing.TB, c *container) {
+	t.Helper()
+	c.attacker.begin("stop")
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if output, err := reference().enter(ctx, c, "/victim", hostFile); err == nil {
+		t.Errorf("a runc exec that the container stops ends: %q", output)
+	}
+	c.attacker.end()
+	eventually(t, "what was stopped ends", func() bool { return c.processes(t) == 1 })
 }
 
 // The container is frozen while commands enter it.
