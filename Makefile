@@ -65,6 +65,14 @@ test/clients/javascript/node_modules: test/clients/javascript/package-lock.json 
 	@cd test/clients/javascript && npm ci --ignore-scripts --no-audit --no-fund >/dev/null
 	@touch $@
 
+# How many commands each attack meets, and more flags: test/hostile/README.md
+COUNT ?= 2000
+HOSTILE ?=
+.PHONY: hostile
+hostile: peers build ## attack COUNT (2000) commands on their way into containers, for each attack, configuration and engine
+	cd test/hostile && STREAMSHIM_REAL=required go test -v -count 1 -timeout 48h . \
+		-hostile.alone -hostile.count $(COUNT) $(HOSTILE)
+
 .PHONY: lint
 lint: setup ## check formatting, go vet and golangci-lint
 	$(call say,gofmt)

@@ -1,0 +1,191 @@
+package hostile
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// Whatever is done to a command while it is on its way, it runs as it should or it does not run: never twice, never
+// with more than it may have, and nobody waits for ever.
+
+// answerTime bounds the answer to an exec whose start is given up: the timeout and the end of what was started.
+const answerTime = startTimeout + 3*time.Second
+
+// outcomes are what has become of commands.
+type outcomes struct{ ran, failed int }
+
+// try has a command run, or not, and looks at what has come of it.
+func (o *outcomes) try(t testing.TB, e *entrance, c *container) {
+	t.Helper()
+	before, began := c.runs(t), time.Now()
+	output, err := e.enter(context.Background(), c, "/victim", hostFile, "runs=/runs")
+	if took := time.Since(began); took > answerTime {
+		t.Errorf("%s: the answer took %v: %v", e.name, took, err)
+	}
+	if runs := c.runs(t) - before; runs > 1 || (err == nil && runs != 1) {
+		t.Errorf("%s: the command ran %d times (%v)", e.name, runs, err)
+	}
+	if err != nil {
+		o.failed++
+		return
+	}
+	s, err := parseState(output)
+	if err != nil { // killed while it wrote it
+		o.failed++
+		return
+	}
+	o.ran++
+	for _, wrong := range s.wrongs(t, c) {
+		t.Errorf("%s: %s: %v", e.name, wrong, s)
+	}
+}
+
+// recovers fails the test unless the container is left as it was, and takes commands again.
+func recovers(t testing.TB, e *entrance, c *container) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("%s: nothing but the main process is left in the container", e.name), func() bool { return c.processes(t) == 1 })
+	var o outcomes
+	if o.try(t, e, c); o.ran != 1 {
+		t.Errorf("%s: no command runs any more", e.name)
+	}
+}
+
+// The container signals what enters it, at any moment.
+func TestSignals(t *testing.T) {
+	for _, attack := range []string{"stop", "stop-later", "kill"} {
+		t.Run(attack, func(t *testing.T) {
+			c := newContainer(t)
+			for _, e := range engineEntrances(t) {
+				commands := *count * 5
+				if attack != "kill" { // the others take the timeout each
+					commands = max(1, *count/2)
+				}
+				r := row{attack: attack, configuration: "default", entrance: e.name, commands: commands}
+				c.attacker.begin(attack)
+				var o outcomes
+				for range commands {
+					o.try(t, e, c)
+				}
+				gained, seen := c.attacker.end()
+				r.failed, r.seen, r.native = o.failed, seen, int(e.native.Load())
+				note(r)
+				if gained["stop"]+gained["kill"] == 0 {
+					t.Errorf("%s: nothing was signalled", e.name)
+				}
+				recovers(t, e, c)
+			}
+			if attack == "stop" {
+				seesNoEnd(t, c)
+			}
+		})
+	}
+}
+
+// seesNoEnd shows that the attack works: who just waits for runc exec waits for as long as the container likes.
+func seesNoEnd(t testing.TB, c *container) {
+	t.Helper()
+	c.attacker.begin("stop")
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if output, err := reference().enter(ctx, c, "/victim", hostFile); err == nil {
+		t.Errorf("a runc exec that the container stops ends: %q", output)
+	}
+	c.attacker.end()
+	eventually(t, "what was stopped ends", func() bool { return c.processes(t) == 1 })
+}
+
+// The container is frozen while commands enter it.
+func TestFreezer(t *testing.T) {
+	c := newContainer(t)
+	for _, e := range engineEntrances(t) {
+		var o outcomes
+		for range *count * 2 {
+			var freeze sync.WaitGroup
+			freeze.Go(func() {
+				time.Sleep(time.Duration(rand.IntN(40)) * time.Millisecond) // any moment of a start
+				c.runc(t, "pause", c.ID)
+				time.Sleep(100 * time.Millisecond) // a start stands still meanwhile
+				c.runc(t, "resume", c.ID)
+			})
+			o.try(t, e, c)
+			freeze.Wait()
+		}
+		note(row{attack: "freezer", configuration: "default", entrance: e.name, commands: *count * 2, failed: o.failed, native: int(e.native.Load())})
+		recovers(t, e, c)
+	}
+}
+
+// The container has room for only so many processes, or so much memory: each start fails at another step.
+func TestLimits(t *testing.T) {
+	many := int64(1000)
+	c := newContainer(t, func(s *specs.Spec) { s.Linux.Resources.Pids = &specs.LinuxPids{Limit: &many} })
+	for _, e := range engineEntrances(t) {
+		var o outcomes
+		for pids := range 13 {
+			c.runc(t, "update", "--pids-limit", fmt.Sprint(pids+1), c.ID)
+			o.try(t, e, c)
+		}
+		c.runc(t, "update", "--pids-limit", "1000", c.ID)
+		note(row{attack: "pids.max", configuration: "default", entrance: e.name, commands: 13, failed: o.failed, native: int(e.native.Load())})
+		recovers(t, e, c)
+	}
+	for _, e := range engineEntrances(t) {
+		var o outcomes
+		limits := []int64{300, 700, 1500, 3000, 6000, 12000}
+		for _, kilobytes := range limits {
+			// One for each: the kernel may well end the main process.
+			c := newContainer(t)
+			out, err := runCommand(context.Background(), runc(), "--root", c.Root, "update", "--memory", fmt.Sprint(kilobytes<<10), c.ID)
+			if err != nil {
+				t.Logf("a memory limit of %d KiB: %v %s", kilobytes, err, out)
+			}
+			o.try(t, e, c)
+		}
+		note(row{attack: "memory limit", configuration: "default", entrance: e.name, commands: len(limits), failed: o.failed, native: int(e.native.Load())})
+	}
+}
+
+// While a container stops everything that enters it, commands in others are answered as ever.
+func TestStoppedContainerDoesNotStallOthers(t *testing.T) {
+	const execs = 40
+	hostile, other := newContainer(t), newContainer(t)
+	for _, e := range engineEntrances(t) {
+		var o outcomes
+		for range 3 { // and for the native engine to know the container
+			o.try(t, e, other)
+		}
+		hostile.attacker.begin("stop")
+		var stopped sync.WaitGroup
+		for range execs {
+			stopped.Go(func() {
+				_, _ = e.enter(context.Background(), hostile, "/victim", hostFile) // it fails, or not: others matter
+			})
+		}
+		var took []time.Duration
+		for range 10 {
+			began := time.Now()
+			o.try(t, e, other)
+			took = append(took, time.Since(began))
+		}
+		stopped.Wait()
+		gained, _ := hostile.attacker.end()
+		slices.Sort(took)
+		t.Logf("%s: %d were stopped; others were answered within %v to %v", e.name, gained["stop"], took[0], took[len(took)-1])
+		note(row{attack: "stop, others", configuration: "default", entrance: e.name, commands: 10, failed: o.failed, seen: gained["stop"]})
+		if gained["stop"] == 0 {
+			t.Errorf("%s: nobody was stopped", e.name)
+		}
+		// The median: forty processes start at first, on a machine that may have two CPUs.
+		if middle := took[len(took)/2]; o.failed > 0 || middle > time.Second {
+			t.Errorf("%s: commands in another container took %v; %d failed", e.name, took, o.failed)
+		}
+		recovers(t, e, hostile)
+	}
+}
