@@ -25,15 +25,8 @@ say = @echo '== $(1)'
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# The program by which commands are started without runc (pkg/execproc/internal/enter). It is embedded, and a
-# build without it leaves every start to runc. For another machine: make clean packages GOARCH=... CC=...
-ENTER := pkg/execproc/internal/enter/program/enter
-
-$(ENTER): $(ENTER).c
-	$(CC) -O2 -Wall -Wextra -Werror -static -s -o $@ $<
-
 .PHONY: build
-build: $(ENTER) ## build bin/streamshim
+build: ## build bin/streamshim
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
 
 .PHONY: test
@@ -136,7 +129,7 @@ bin/nfpm: test/tools/nfpm/go.mod
 
 .PHONY: clean
 clean: ## remove what was built here (not ~/.cache/streamshim, not a running lab)
-	rm -rf bin dist .artefacts $(ENTER)
+	rm -rf bin dist .artefacts
 
 .PHONY: setup
 setup:

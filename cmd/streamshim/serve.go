@@ -196,8 +196,9 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		return err
 	}
 	defer telemetry.close()
-	if c.Exec.Engine != string(execproc.EngineRunc) {
-		log.Warn("a hostile container can escape through this engine, see docs/engines.md; set exec.engine = \"runc\"", "engine", c.Exec.Engine)
+	if c.Exec.Engine != "runc" {
+		log.Warn("this engine was removed, because a container could escape through it: commands are started by the OCI runtime "+
+			"(docs/engines.md); take exec.engine out of the configuration", "engine", c.Exec.Engine)
 	}
 	telemetry.observe(operation.sessions)
 	observe := telemetry.hooks()
@@ -311,7 +312,6 @@ const syncDrainMax = 10 * time.Second
 func runnerConfig(c config.Config, log *slog.Logger, observe hooks) execproc.Config {
 	return execproc.Config{
 		StateDir:     filepath.Join(c.StateDir, "exec"),
-		Engine:       execproc.Engine(c.Exec.Engine),
 		StartTimeout: time.Duration(c.Exec.StartTimeout),
 		OnDisconnect: execproc.Policy(c.Exec.OnDisconnect),
 		TermAfter:    time.Duration(c.Exec.TermAfter),

@@ -69,7 +69,7 @@ func newTelemetry(ctx context.Context, c config.Config, o *operation, log *slog.
 
 // hooks are what the parts call to tell of what they do. They are nil where nobody asks.
 type hooks struct {
-	started   func(native bool)
+	started   func()
 	killed    func()
 	event     func(streaming.Event)
 	call      func(method string, code codes.Code, d time.Duration)

@@ -56,7 +56,7 @@ func Run(ctx context.Context, c config.Config, kubeletConfig string) []Result {
 	}
 	return append(results,
 		ociRuntime(ctx, c),
-		nativeEngine(c),
+		engine(c),
 		socket("listen socket", "--listen", c.Listen),
 		adminSocket(c),
 		stateDir(c),

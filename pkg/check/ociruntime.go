@@ -9,7 +9,6 @@ import (
 	"strings"
 
 	"github.com/streamshim/streamshim/pkg/config"
-	"github.com/streamshim/streamshim/pkg/execproc"
 )
 
 // runcVersion is a release of runc.
@@ -79,11 +78,12 @@ func ociRuntime(ctx context.Context, c config.Config) Result {
 	return ok(name, "%s (%s)", first, path)
 }
 
-// nativeEngine warns of the engines through which a container can escape.
-func nativeEngine(c config.Config) Result {
-	const name = "native engine"
-	if execproc.Engine(c.Exec.Engine) == execproc.EngineRunc {
-		return ok(name, "switched off (exec.engine)")
+// engine warns of engines that were removed.
+func engine(c config.Config) Result {
+	const name = "engine"
+	if c.Exec.Engine == "runc" {
+		return ok(name, "commands are started by the OCI runtime")
 	}
-	return warning(name, "set exec.engine = \"runc\"", "exec.engine = %q: a hostile container can escape through it (docs/engines.md)", c.Exec.Engine)
+	return warning(name, "take exec.engine out of the configuration", "exec.engine = %q was removed, because a container could escape through it: "+
+		"commands are started by the OCI runtime (docs/engines.md)", c.Exec.Engine)
 }

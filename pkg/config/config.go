@@ -69,7 +69,7 @@ type Runtime struct {
 
 // Exec is how commands run in containers.
 type Exec struct {
-	Engine       string   `toml:"engine"`        // what starts commands: runc (always the container's OCI runtime); auto and native start them without it and let a hostile container escape, see docs/engines.md before you set them
+	Engine       string   `toml:"engine"`        // what starts commands: runc, which is the container's OCI runtime; auto and native were removed and are taken for runc, see docs/engines.md
 	OnDisconnect string   `toml:"on_disconnect"` // what becomes of a command whose client has gone: hangup, kill or keep
 	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
 	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL

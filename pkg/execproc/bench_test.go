@@ -29,16 +29,12 @@ func BenchmarkStart(b *testing.B) {
 }
 
 func BenchmarkRunSync(b *testing.B) {
-	for _, engine := range []Engine{EngineRunc, EngineNative} {
-		b.Run(string(engine), func(b *testing.B) {
-			r := newRunner(b, func(c *Config) { c.Engine = engine })
-			c := newContainer(b)
-			for b.Loop() {
-				if result, err := r.RunSync(context.Background(), c, SyncCommand{Args: []string{"true"}}); err != nil || result.ExitCode != 0 {
-					b.Fatal(result, err)
-				}
-			}
-		})
+	r := newRunner(b)
+	c := newContainer(b)
+	for b.Loop() {
+		if result, err := r.RunSync(context.Background(), c, SyncCommand{Args: []string{"true"}}); err != nil || result.ExitCode != 0 {
+			b.Fatal(result, err)
+		}
 	}
 }
 

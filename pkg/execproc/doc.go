@@ -4,7 +4,6 @@
 //
 //	runc --root R --log L --log-format json exec --process P --detach --pid-file F [--console-socket S] ID
 //
-// or, in a container in which that is proven to come to the same, natively (type nativeEngine),
 // and from then on no runtime process stands in between: its streams are pipes whose other ends are
 // ours, or a terminal whose master was handed to us, and it is a child of this process, which is a
 // child subreaper. So bytes take one hop, the exit status comes from the kernel, and the process

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -47,47 +46,7 @@ func TestMain(m *testing.M) {
 	rootfs = filepath.Join(dir, "rootfs")
 	code := m.Run()
 	os.RemoveAll(dir)
-	if code == 0 && runTwice() {
-		fmt.Println("execproc: once more, with the engine " + EngineNative)
-		again := exec.Command(os.Args[0], os.Args[1:]...)
-		again.Env = append(os.Environ(), engineVariable+"="+string(EngineNative))
-		again.Stdout, again.Stderr = os.Stdout, os.Stderr
-		if err := again.Run(); err != nil {
-			fmt.Fprintln(os.Stderr, "execproc: with the engine native:", err)
-			code = 1
-		}
-	}
 	os.Exit(code)
-}
-
-// runTwice reports whether these are tests, and all of them.
-func runTwice() bool {
-	for _, other := range []string{"test.bench", "test.fuzz", "test.list"} {
-		if flag.Lookup(other).Value.String() != "" {
-			return false
-		}
-	}
-	_, chosen := os.LookupEnv(engineVariable)
-	return !chosen
-}
-
-// engineVariable names the engine of all Runners. Unless it is set every test runs twice, once with each
-// of them: whatever holds for runc must hold for the native engine.
-const engineVariable = "EXECPROC_TEST_ENGINE"
-
-func testEngine() Engine {
-	if os.Getenv(engineVariable) == string(EngineNative) {
-		return EngineNative
-	}
-	return EngineRunc
-}
-
-// expectEngine fails the test if a process that is no terminal was not started by the engine under test.
-func expectEngine(t testing.TB, p *Process) {
-	t.Helper()
-	if want := testEngine() == EngineNative && p.tty == nil; p.Native() != want {
-		t.Errorf("started natively: %v", p.Native())
-	}
 }
 
 // peer returns the path of a program that test/peers/build.sh builds.
@@ -280,7 +239,7 @@ func resources(t testing.TB) [3]int {
 // testConfig has the times that users have by default.
 func testConfig(stateDir string) Config {
 	return Config{
-		StateDir: stateDir, Engine: testEngine(), OnDisconnect: PolicyHangup,
+		StateDir: stateDir, OnDisconnect: PolicyHangup,
 		StartTimeout: 30 * time.Second, TermAfter: 5 * time.Second, KillAfter: 10 * time.Second,
 		DrainIdle: 2 * time.Second, DrainMax: 10 * time.Second, OutputLimit: 15 << 20,
 	}
@@ -324,7 +283,6 @@ func start(t testing.TB, r *Runner, c Container, command Command) *Process {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { p.Close() })
-	expectEngine(t, p)
 	return p
 }
 

@@ -21,7 +21,6 @@ type Process struct {
 	record    string // path of its recovery record
 	watch     *watch
 	init      *watch // nil when the container's main process is not known
-	native    bool   // started without the OCI runtime
 
 	stdin  io.WriteCloser
 	stdout io.ReadCloser
@@ -342,9 +341,6 @@ func duplicate(from syscall.Conn) (*os.File, error) {
 
 // PID is the process in our pid namespace. After the process has ended it may be another's.
 func (p *Process) PID() int { return p.leader.pid }
-
-// Native reports whether the process was started without the container's OCI runtime.
-func (p *Process) Native() bool { return p.native }
 
 // Signal sends a signal to the process itself, not to its tree. The error is unix.ESRCH when it has
 // ended.

@@ -240,7 +240,6 @@ func TestIgnoresNothing(t *testing.T) {
 // background the interrupt. Commands would inherit that, and could neither be hung up nor trap it.
 func TestStartedIgnoringSignals(t *testing.T) {
 	again := exec.Command("sh", "-c", "trap '' HUP INT TSTP TTIN TTOU; exec \"$0\" -test.v -test.timeout 5m -test.run '^(TestIgnoresNothing|TestHangupComesFirst)$'", os.Args[0])
-	again.Env = append(os.Environ(), engineVariable+"="+string(testEngine()))
 	if text, err := again.CombinedOutput(); err != nil || bytes.Count(text, []byte("--- PASS")) != 2 {
 		t.Errorf("%v:\n%s", err, text)
 	}

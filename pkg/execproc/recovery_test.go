@@ -95,7 +95,6 @@ func TestKilledPredecessor(t *testing.T) {
 				names, _ := filepath.Glob(filepath.Join(dir, "*.record"))
 				return names
 			}
-			// The native engine's proof has left its own a moment ago.
 			eventually(t, "two records", func() bool { return len(records()) == 2 })
 			processes, recorded := marked(t, marker), records()
 

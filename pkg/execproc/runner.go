@@ -26,14 +26,12 @@ const (
 	PolicyKeep   Policy = "keep"   // it lives on
 )
 
-// Config is how a Runner works. StateDir, the engine, the policy and all times are required: the defaults
+// Config is how a Runner works. StateDir, the policy and all times are required: the defaults
 // of what users may set stand in pkg/config alone.
 type Config struct {
 	// StateDir holds the files of starts and the recovery records; made with mode 0700. It belongs
 	// on a tmpfs, such as /run/streamshim/exec.
 	StateDir string
-	// Engine is what starts commands.
-	Engine Engine
 	// StartTimeout bounds one start, as far as the caller's context does not.
 	StartTimeout time.Duration
 	// OnDisconnect is what Disconnect, Shutdown and recovery do.
@@ -51,9 +49,8 @@ type Config struct {
 	OutputLimit int
 	// Logger gets what an operator should know; default slog.Default.
 	Logger *slog.Logger
-	// OnStart is called when a command was started: natively, or else by the OCI runtime. It must not
-	// block. May be nil.
-	OnStart func(native bool)
+	// OnStart is called when a command was started. It must not block. May be nil.
+	OnStart func()
 	// OnKill is called when something of a process's tree still lived when its time after
 	// Disconnect was over and so had to be killed, or at once with PolicyKill. It must not block.
 	// May be nil.
@@ -77,11 +74,6 @@ func (c Config) complete() (Config, error) {
 	default:
 		return c, fmt.Errorf("execproc: on_disconnect is hangup, kill or keep, not %q", c.OnDisconnect)
 	}
-	switch c.Engine {
-	case EngineAuto, EngineRunc, EngineNative:
-	default:
-		return c, fmt.Errorf("execproc: engine is auto, runc or native, not %q", c.Engine)
-	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
@@ -95,7 +87,6 @@ type Runner struct {
 	reaper *reaper
 	owner  identity // this process, part of the names of its files
 	boot   string   // bootID
-	native *nativeEngine
 
 	ctx  context.Context // done when the Runner gives up waiting: starts and drains end
 	stop context.CancelFunc
@@ -144,7 +135,6 @@ func NewRunner(config Config) (*Runner, error) {
 	}
 	r.ctx, r.stop = context.WithCancel(context.Background())
 	r.idle = sync.NewCond(&r.mu)
-	r.native = newNativeEngine(r)
 	r.recover()
 	return r, nil
 }
@@ -165,38 +155,15 @@ func (r *Runner) Start(ctx context.Context, container Container, command Command
 }
 
 func (r *Runner) startCommand(ctx context.Context, c Container, command Command, policy Policy) (*Process, error) {
-	p, err := r.start(ctx, c, command, policy, r.launch)
+	p, err := r.start(ctx, c, command, policy, execInContainer)
 	if err == nil && r.config.OnStart != nil {
-		r.config.OnStart(p.native)
+		r.config.OnStart()
 	}
 	return p, err
 }
 
-// launcher has a process started in p.container and returns its pid; it then is a child of this
-// process. The streams are as for execInContainer, whose errors it shares.
-type launcher func(ctx context.Context, p *Process, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (pid int, err error)
-
-// launch is the launcher of commands.
-func (r *Runner) launch(ctx context.Context, p *Process, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
-	if !spec.Terminal { // runc makes terminals, once for each session
-		if container := r.native.trusted(ctx, p.container); container != nil {
-			pid, started, err := r.native.startIn(ctx, container, p, spec, streams)
-			if started {
-				p.native = err == nil
-				return pid, err
-			}
-		}
-	}
-	return r.runtimeLauncher(nil)(ctx, p, spec, f, streams, stderr)
-}
-
-// runtimeLauncher has the container's OCI runtime start commands. A file that is not nil is their
-// descriptor 3.
-func (r *Runner) runtimeLauncher(file *os.File) launcher {
-	return func(ctx context.Context, p *Process, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
-		return execInContainer(ctx, p.container, spec, f, streams, stderr, file)
-	}
-}
+// launcher is execInContainer, or in tests something that does more.
+type launcher func(ctx context.Context, c Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (pid int, err error)
 
 func (r *Runner) start(ctx context.Context, c Container, command Command, policy Policy, launch launcher) (_ *Process, err error) {
 	ctx, cancelTimeout := context.WithTimeoutCause(ctx, r.config.StartTimeout, ErrStartTimeout)
@@ -350,7 +317,7 @@ const consoleTimeout = 5 * time.Second
 func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) error {
 	start := r.reaper.beginStart()
 	defer r.reaper.endStart(start)
-	pid, err := launch(ctx, p, spec, f, streams, stderr)
+	pid, err := launch(ctx, p.container, spec, f, streams, stderr)
 	if err != nil {
 		return err
 	}
@@ -449,7 +416,6 @@ func (r *Runner) Shutdown(ctx context.Context) error {
 		r.reaper.dropProcess(p.watch)
 	}
 	close(r.done)
-	r.native.close()
 	r.reaper.release()
 	if !graceful {
 		return fmt.Errorf("processes were killed at shutdown: %w", context.Cause(ctx))

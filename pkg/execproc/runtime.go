@@ -65,11 +65,10 @@ var errProcessUnknown = errors.New("the OCI runtime said it started the command"
 // execInContainer runs `RUNTIME exec --detach` and returns the process's pid. The process is then a
 // child of ours, as the runtime has ended and this process is a subreaper. The streams are the
 // process's, or, with a terminal, the runtime's own; stderr, if not nil, is the other side of the
-// third, where the reason of a failure may stand. A file that is not nil becomes the process's
-// descriptor 3.
+// third, where the reason of a failure may stand.
 //
 // When the context is done the runtime is killed with all that it has started.
-func execInContainer(ctx context.Context, c Container, spec *specs.Process, f files, streams [3]*os.File, stderr, file *os.File) (int, error) {
+func execInContainer(ctx context.Context, c Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
 	encoded, err := json.Marshal(spec)
 	if err != nil {
 		return 0, fmt.Errorf("encode process spec: %w", err)
@@ -90,16 +89,11 @@ func execInContainer(ctx context.Context, c Container, spec *specs.Process, f fi
 	if spec.Terminal {
 		args = append(args, "--console-socket", f.socket)
 	}
-	var extra []*os.File
-	if file != nil {
-		args, extra = append(args, "--preserve-fds", "1"), []*os.File{file}
-	}
 	args = append(args, c.ID)
 
 	command := exec.CommandContext(ctx, binary, args...)
 	command.Env = runtimeEnvironment()
 	command.Dir = "/"
-	command.ExtraFiles = extra
 	// Files, so that os/exec starts no copying goroutines and Wait waits for the runtime alone.
 	command.Stdin, command.Stdout, command.Stderr = streams[0], streams[1], streams[2]
 	// A session of its own is how the reaper tells the runtime's orphans from os/exec's children.

@@ -501,3 +501,24 @@ func TestContainerEnding(t *testing.T) {
 		t.Error("a container that has ended is not said to end")
 	}
 }
+
+// A command cannot be named by way of a descriptor that only its start had open: from a folder of the
+// host, such as a cgroup's, the way up leads out of the container (CVE-2024-21626).
+func TestNoWayOut(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	for fd := range 32 {
+		for _, program := range []string{"bin/true", "usr/bin/true"} {
+			path := fmt.Sprintf("/proc/self/fd/%d/%s%s", fd, strings.Repeat("../", 12), program)
+			p, err := r.Start(context.Background(), c, Command{Args: []string{path}})
+			var failed *StartError
+			if !errors.As(err, &failed) {
+				t.Errorf("%s: %v", path, err)
+			}
+			if err == nil {
+				p.Kill()
+				p.Close()
+			}
+		}
+	}
+}

@@ -39,7 +39,7 @@ type Metrics struct {
 	refused        *prometheus.CounterVec
 	events         map[string]prometheus.Counter
 	kills          prometheus.Counter
-	starts         *prometheus.CounterVec
+	starts         prometheus.Counter
 	calls          *prometheus.CounterVec
 	callDuration   *prometheus.HistogramVec
 	execSync       *prometheus.HistogramVec
@@ -89,10 +89,7 @@ func New(c Config) *Metrics {
 	m.events["stream-stalled"] = m.counter("stream_stalls_total", "Streams of port-forwards that were reset because nobody read them and they held up others.")
 	m.events["peer-dead"] = m.counter("dead_peers_total", "Clients that did not answer any more.")
 	m.kills = m.counter("disconnect_kills_total", "Process trees that had to be killed after their client had gone.")
-	m.starts = m.counters("command_starts_total", "Commands started, by the engine that did it: native or runc.", "engine")
-	for _, engine := range []string{engineNative, engineRunc} {
-		m.starts.WithLabelValues(engine)
-	}
+	m.starts = m.counter("command_starts_total", "Commands started by the OCI runtime.")
 	m.calls = m.counters("cri_calls_total", "CRI calls, answered here or forwarded, by method and gRPC code.", "method", "code")
 	m.callDuration = m.histogram("cri_call_seconds", "Time of CRI calls, answered here or forwarded.", callBuckets, "method")
 	m.execSync = m.histogram("execsync_seconds", "Time of ExecSync calls, which are mostly probes, by result.", execSyncBuckets, "result")
@@ -207,17 +204,8 @@ func (m *Metrics) Event(event string) {
 // Killed counts a process tree that had to be killed after its client had gone.
 func (m *Metrics) Killed() { m.kills.Inc() }
 
-// Who starts commands.
-const engineNative, engineRunc = "native", "runc"
-
-// Started counts a command that was started, natively or by the OCI runtime.
-func (m *Metrics) Started(native bool) {
-	engine := engineRunc
-	if native {
-		engine = engineNative
-	}
-	m.starts.WithLabelValues(engine).Inc()
-}
+// Started counts a command that was started.
+func (m *Metrics) Started() { m.starts.Inc() }
 
 // Call counts a CRI call.
 func (m *Metrics) Call(fullMethod, code string, duration time.Duration) {

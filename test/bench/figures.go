@@ -10,8 +10,7 @@ import (
 // figure is one line of the table.
 type figure struct {
 	id, title, unit string
-	who             subject // whose it is; streamshim's when empty
-	digits          int     // after the point
+	digits          int // after the point
 	// bar is what the ratio of streamshim to containerd may be: at most, or at least when higher is
 	// better. Zero means that there is none.
 	bar    float64
@@ -21,13 +20,6 @@ type figure struct {
 	limit float64
 	// floor is the id of the bare copy's figure, which streamshim is to reach to within 15 %.
 	floor bool
-}
-
-func (f figure) subject() subject {
-	if f.who == "" {
-		return streamshim
-	}
-	return f.who
 }
 
 // within is how close to the floor a throughput is to come.
@@ -62,12 +54,6 @@ var figures = []figure{
 	{id: "cut1000.gone", title: "1000 sessions cut at once: commands gone after", unit: "s", digits: 1},
 	{id: "cut1000.cpu", title: "1000 sessions cut at once: the server's CPU", unit: "s", digits: 2},
 	{id: "cut1000.memory", title: "1000 sessions cut at once: the server's peak memory", unit: "MiB", digits: 0},
-	{id: "exec.p50", who: throughNative, title: "engine native: exec round trip, p50", unit: "ms", digits: 1, bar: 0.40},
-	{id: "exec.cpu", who: throughNative, title: "engine native: CPU per exec", unit: "ms", digits: 1, bar: 0.40},
-	{id: "sync.p50", who: throughNative, title: "engine native: ExecSync, p50", unit: "ms", digits: 1, bar: 0.40},
-	{id: "sync.cpu", who: throughNative, title: "engine native: CPU per ExecSync", unit: "ms", digits: 1, bar: 0.40},
-	{id: "seccomp.p50", who: throughNative, title: "engine native: exec with a seccomp profile, p50", unit: "ms", digits: 1, bar: 0.40},
-	{id: "seccomp.cpu", who: throughNative, title: "engine native: CPU per exec with a seccomp profile", unit: "ms", digits: 1, bar: 0.40},
 	{id: "stdout.rate", title: "stdout", unit: "GB/s", digits: 2, bar: 2.5, higher: true, floor: true},
 	{id: "stdout.cpu", title: "stdout, CPU", unit: "s/GB", digits: 2, bar: 0.35},
 	{id: "stdin.rate", title: "stdin", unit: "GB/s", digits: 2, bar: 2.5, higher: true, floor: true},
@@ -93,8 +79,6 @@ const (
 	containerd subject = "containerd"
 	streamshim subject = "streamshim"
 	bareCopy   subject = "floor"
-	// throughNative is a second streamshim, which starts commands itself (exec.engine = "native").
-	throughNative subject = "streamshim with engine native"
 )
 
 // results are the values of every figure, one for each round.
@@ -132,19 +116,19 @@ func (r results) pairwise(id string, who, base subject, join func(a, b float64) 
 func (r results) verdict(f figure) (text string, ok bool) {
 	switch {
 	case f.limit > 0:
-		ok = r.difference(f.id, f.subject(), containerd) <= f.limit
+		ok = r.difference(f.id, streamshim, containerd) <= f.limit
 		text = fmt.Sprintf("≤ +%.0f %s", f.limit, f.unit)
 	case f.bar > 0 && f.higher:
-		ok = r.ratio(f.id, f.subject(), containerd) >= f.bar
+		ok = r.ratio(f.id, streamshim, containerd) >= f.bar
 		text = fmt.Sprintf("≥ %.2f", f.bar)
 	case f.bar > 0:
-		ok = r.ratio(f.id, f.subject(), containerd) <= f.bar
+		ok = r.ratio(f.id, streamshim, containerd) <= f.bar
 		text = fmt.Sprintf("≤ %.2f", f.bar)
 	default:
 		return "", true
 	}
 	if f.floor {
-		ok = ok && r.ratio(f.id, f.subject(), bareCopy) >= within
+		ok = ok && r.ratio(f.id, streamshim, bareCopy) >= within
 		text += fmt.Sprintf(", %.2f of floor", within)
 	}
 	return text, ok

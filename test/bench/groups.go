@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"time"
 
 	"github.com/streamshim/streamshim/test/node"
@@ -19,10 +18,8 @@ type group struct {
 	// rounds is how many there are; nil means as many as the scale says.
 	rounds func(scale) int
 	// each measures one side, once for each side and round; or else round measures both.
-	each func(*bench, context.Context, side) error
-	// engines has it measure streamshim with the engine runc as well.
-	engines bool
-	round   func(*bench, context.Context) error
+	each  func(*bench, context.Context, side) error
+	round func(*bench, context.Context) error
 	// prepare runs before the first round.
 	prepare func(*bench, context.Context) error
 }
@@ -32,12 +29,12 @@ func once(scale) int { return 1 }
 // groups in the order they are measured: memory first, as long as the servers have none that they
 // have freed and not given back; the call with 500 containers last, as they weigh on containerd.
 var groups = []group{
-	{name: "warm", rounds: once, each: (*bench).warm, engines: true},
+	{name: "warm", rounds: once, each: (*bench).warm},
 	{name: "idle-forward", rounds: once, each: (*bench).idleConnections},
 	{name: "idle", rounds: once, each: (*bench).idleSessions},
-	{name: "exec", each: (*bench).exec, engines: true},
-	{name: "sync", each: (*bench).execSync, engines: true},
-	{name: "seccomp", each: (*bench).execConfined, engines: true},
+	{name: "exec", each: (*bench).exec},
+	{name: "sync", each: (*bench).execSync},
+	{name: "seccomp", each: (*bench).execConfined},
 	{name: "runc", round: (*bench).runtimeFloors},
 	{name: "storm", each: (*bench).storm},
 	{name: "cut", rounds: once, each: (*bench).cut},
@@ -107,9 +104,6 @@ func (b *bench) runGroup(ctx context.Context, g group, round int) error {
 		return g.round(b, ctx)
 	}
 	sides := b.sides
-	if g.engines {
-		sides = append(slices.Clone(sides), b.throughNative)
-	}
 	for i := range sides {
 		s := sides[(i+round)%len(sides)] // who comes first takes turns
 		if err := g.each(b, ctx, s); err != nil {

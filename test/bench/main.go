@@ -103,7 +103,7 @@ func newBench(ctx context.Context, o options, amount scale) (b *bench, done func
 	if err != nil {
 		return nil, nil, err
 	}
-	b = &bench{program: program, scale: amount, results: results{}, copySize: map[string]int{}}
+	b = &bench{scale: amount, results: results{}, copySize: map[string]int{}}
 	done = func() error {
 		if b.server != nil {
 			_ = b.server.listener.Close() //nolint:errcheck // nobody dials it any more
@@ -136,10 +136,7 @@ func (b *bench) prepare(ctx context.Context, n *node.Node) error {
 	b.node = n
 	b.sides = []side{{containerd, n.Upstream()}, {streamshim, n.Runtime()}}
 	var err error
-	if b.throughNative, err = startThroughNative(ctx, n, b.program); err != nil {
-		return err
-	}
-	for _, name := range []string{"containerd", "streamshim", nativeProcess} {
+	for _, name := range []string{"containerd", "streamshim"} {
 		a, err := newAccount(name, n.PID(name))
 		if err != nil {
 			return err

@@ -23,20 +23,18 @@ type side struct {
 
 // bench is everything that a measurement needs.
 type bench struct {
-	node          *node.Node
-	scale         scale
-	results       results
-	program       string // of streamshim
-	sides         []side
-	throughNative side
-	servers       accounts // containerd with its shims, and both streamshims
-	container     *account // the processes in the container, runc's own last steps there included
-	sandbox       string   // IDs
-	containerID   string   // without a seccomp profile, as Kubernetes has it unless told otherwise
-	confined      confined
-	server        *podServer
-	floors        floors
-	copySize      map[string]int // the best buffer size of each floor
+	node        *node.Node
+	scale       scale
+	results     results
+	sides       []side
+	servers     accounts // containerd with its shims, and both streamshims
+	container   *account // the processes in the container, runc's own last steps there included
+	sandbox     string   // IDs
+	containerID string   // without a seccomp profile, as Kubernetes has it unless told otherwise
+	confined    confined
+	server      *podServer
+	floors      floors
+	copySize    map[string]int // the best buffer size of each floor
 }
 
 // scale is how much is measured.

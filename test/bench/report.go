@@ -13,17 +13,17 @@ func (b *bench) table() string {
 	t.WriteString("| figure | unit | containerd | streamshim | ratio | floor | of floor | bar | |\n")
 	t.WriteString("|---|---|---:|---:|---:|---:|---:|---|---|\n")
 	for _, f := range figures {
-		if len(b.results[f.id][f.subject()]) == 0 {
+		if len(b.results[f.id][streamshim]) == 0 {
 			continue
 		}
-		ratio := fmt.Sprintf("%.2f", b.results.ratio(f.id, f.subject(), containerd))
+		ratio := fmt.Sprintf("%.2f", b.results.ratio(f.id, streamshim, containerd))
 		if f.added {
-			ratio = fmt.Sprintf("%+.0f", b.results.difference(f.id, f.subject(), containerd))
+			ratio = fmt.Sprintf("%+.0f", b.results.difference(f.id, streamshim, containerd))
 		}
 		floor, ofFloor := "", ""
 		if len(b.results[f.id][bareCopy]) > 0 {
 			floor = fmt.Sprintf("%.*f", f.digits, b.results.median(f.id, bareCopy))
-			ofFloor = fmt.Sprintf("%.2f", b.results.ratio(f.id, f.subject(), bareCopy))
+			ofFloor = fmt.Sprintf("%.2f", b.results.ratio(f.id, streamshim, bareCopy))
 		}
 		bar, ok := b.results.verdict(f)
 		word := ""
@@ -31,7 +31,7 @@ func (b *bench) table() string {
 			word = map[bool]string{true: "met", false: "**missed**"}[ok]
 		}
 		fmt.Fprintf(&t, "| %s | %s | %.*f | %.*f | %s | %s | %s | %s | %s |\n", f.title, f.unit,
-			f.digits, b.results.median(f.id, containerd), f.digits, b.results.median(f.id, f.subject()),
+			f.digits, b.results.median(f.id, containerd), f.digits, b.results.median(f.id, streamshim),
 			ratio, floor, ofFloor, bar, word)
 	}
 	return t.String()
@@ -50,7 +50,7 @@ func (b *bench) plot() string {
 	}
 	var shown []figure
 	for _, f := range figures {
-		if !f.added && !math.IsNaN(b.results.ratio(f.id, f.subject(), containerd)) {
+		if !f.added && !math.IsNaN(b.results.ratio(f.id, streamshim, containerd)) {
 			shown = append(shown, f)
 		}
 	}
@@ -65,7 +65,7 @@ func (b *bench) plot() string {
 	}
 	for i, f := range shown {
 		y := top + row*float64(i)
-		better := b.results.ratio(f.id, f.subject(), containerd)
+		better := b.results.ratio(f.id, streamshim, containerd)
 		bar := f.bar
 		if !f.higher {
 			better, bar = 1/better, 1/bar

@@ -58,7 +58,7 @@ func identity(t *testing.T, pid int) map[string]string {
 func TestCommandHasAnotherIdentity(t *testing.T) {
 	t.Parallel()
 	user, group := int64(1234), int64(2345)
-	engines := map[string]*streamshim{"native": shared.shim, "runc": startStreamshim(t, "[exec]\nengine = \"runc\"\n")}
+	shim := shared.shim
 	for _, test := range []struct {
 		name      string
 		pod       node.PodSpec
@@ -88,55 +88,49 @@ func TestCommandHasAnotherIdentity(t *testing.T) {
 			// StartContainer returns a moment before runc's own process has become the container's.
 			eventually(t, testTimeout, "the main process runs", func() bool { return strings.HasPrefix(commandLine(main), "sleep ") })
 			want := identity(t, main)
-			for engine, shim := range engines {
-				for _, transport := range transports {
-					for _, tty := range []bool{false, true} {
-						mark := unique("identity")
-						options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: &buffer{}, Tty: tty}
-						_, cancel := begin(t, transport, shim.execURL(t, container, options, "sh", "-c", "sleep 1000; : "+mark), options)
-						pid := 0
-						eventually(t, testTimeout, "the command runs", func() bool {
-							for _, path := range glob("/proc/[0-9]*/cmdline") {
-								text, _ := os.ReadFile(path) //nolint:errcheck // it may have ended
-								if bytes.HasSuffix(text, []byte(": "+mark+"\x00")) && bytes.HasPrefix(text, []byte("sh\x00")) {
-									fmt.Sscanf(path, "/proc/%d/", &pid) //nolint:errcheck // it is a number
-									return true
-								}
-							}
-							return false
-						})
-						got := identity(t, pid)
-						if tty {
-							got["environment"] = strings.Replace(got["environment"], "\nTERM=xterm", "", 1)
-						}
-						for name := range want {
-							if got[name] != want[name] {
-								t.Errorf("engine %s, %s, tty %v: %s is %q, the container's %q", engine, transport, tty, name, got[name], want[name])
+			for _, transport := range transports {
+				for _, tty := range []bool{false, true} {
+					mark := unique("identity")
+					options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: &buffer{}, Tty: tty}
+					_, cancel := begin(t, transport, shim.execURL(t, container, options, "sh", "-c", "sleep 1000; : "+mark), options)
+					pid := 0
+					eventually(t, testTimeout, "the command runs", func() bool {
+						for _, path := range glob("/proc/[0-9]*/cmdline") {
+							text, _ := os.ReadFile(path) //nolint:errcheck // it may have ended
+							if bytes.HasSuffix(text, []byte(": "+mark+"\x00")) && bytes.HasPrefix(text, []byte("sh\x00")) {
+								fmt.Sscanf(path, "/proc/%d/", &pid) //nolint:errcheck // it is a number
+								return true
 							}
 						}
-						cancel()
+						return false
+					})
+					got := identity(t, pid)
+					if tty {
+						got["environment"] = strings.Replace(got["environment"], "\nTERM=xterm", "", 1)
 					}
-					var output, errors buffer
-					err := shim.exec(t, transport, container,
-						remotecommand.StreamOptions{Stdin: strings.NewReader("input\n"), Stdout: &output, Stderr: &errors},
-						"sh", "-c", "cat /dev/stdin; echo out > /dev/stdout; echo err > /dev/stderr; cat < /proc/self/fd/0")
-					if err != nil || output.String() != "input\nout\n" || errors.String() != "err\n" {
-						t.Errorf("engine %s, %s: reopened streams: %q, %q, %v", engine, transport, &output.text, &errors.text, err)
+					for name := range want {
+						if got[name] != want[name] {
+							t.Errorf("%s, tty %v: %s is %q, the container's %q", transport, tty, name, got[name], want[name])
+						}
 					}
+					cancel()
 				}
-				// ExecSync is another way to the same.
-				response, err := shim.execSync(t.Context(), container, 0, "cat", "/proc/self/status")
-				if err != nil {
-					t.Fatal(err)
+				var output, errors buffer
+				err := shim.exec(t, transport, container,
+					remotecommand.StreamOptions{Stdin: strings.NewReader("input\n"), Stdout: &output, Stderr: &errors},
+					"sh", "-c", "cat /dev/stdin; echo out > /dev/stdout; echo err > /dev/stderr; cat < /proc/self/fd/0")
+				if err != nil || output.String() != "input\nout\n" || errors.String() != "err\n" {
+					t.Errorf("%s: reopened streams: %q, %q, %v", transport, &output.text, &errors.text, err)
 				}
-				for _, name := range []string{"Groups", "Umask", "NoNewPrivs", "CapEff", "CapBnd", "CapPrm", "Seccomp"} {
-					if !strings.Contains(strings.Join(strings.Fields(string(response.Stdout)), " "), name+": "+want[name]) && test.pod.UserNamespace == false {
-						t.Errorf("engine %s: ExecSync: %s is not %q:\n%s", engine, name, want[name], response.Stdout)
-					}
-				}
-				if text, err := os.ReadFile(shim.log); err != nil || strings.Contains(string(text), "container="+container+" took") != (engine == "native") ||
-					strings.Contains(string(text), "by its OCI runtime alone\" container="+container) {
-					t.Errorf("engine %s: the log does not say that it started the commands: %v", engine, err)
+			}
+			// ExecSync is another way to the same.
+			response, err := shim.execSync(t.Context(), container, 0, "cat", "/proc/self/status")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, name := range []string{"Groups", "Umask", "NoNewPrivs", "CapEff", "CapBnd", "CapPrm", "Seccomp"} {
+				if !strings.Contains(strings.Join(strings.Fields(string(response.Stdout)), " "), name+": "+want[name]) && test.pod.UserNamespace == false {
+					t.Errorf("ExecSync: %s is not %q:\n%s", name, want[name], response.Stdout)
 				}
 			}
 		})

@@ -57,18 +57,7 @@ func runTests(m *testing.M) int {
 	name.Write([]byte(binary)) //nolint:errcheck // never fails
 	folder := filepath.Join(os.TempDir(), "streamshim-test", fmt.Sprintf("symptoms-%08x", name.Sum32()))
 	ctx := context.Background()
-	// With the native engine, which must cure what runc exec does. The tests that start a streamshim of
-	// their own have the default, which leaves the first commands of a container to runc.
-	config := filepath.Join(os.TempDir(), "streamshim-test", fmt.Sprintf("symptoms-%08x.toml", name.Sum32()))
-	if err = os.MkdirAll(filepath.Dir(config), 0o755); err == nil {
-		err = os.WriteFile(config, []byte("[exec]\nengine = \"native\"\n"), 0o600)
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "symptoms:", err)
-		return 1
-	}
-	defer os.Remove(config)
-	n, err := node.Start(ctx, node.Config{Dir: folder, Streamshim: binary, StreamshimArgs: []string{"--config", config}})
+	n, err := node.Start(ctx, node.Config{Dir: folder, Streamshim: binary})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "symptoms:", err)
 		return 1
