@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -27,10 +26,8 @@ type entrance struct {
 	name string
 	// enter runs the command to its end and returns what it wrote to stdout. The error says that it did not
 	// start, or did not end in time.
-	enter func(ctx context.Context, c *container, command ...string) (string, error)
-	// native counts the commands that were started without runc; nil where there are none.
-	native *atomic.Int64
-	runner *execproc.Runner // nil if it is no engine
+	enter  func(ctx context.Context, c *container, command ...string) (string, error)
+	runner *execproc.Runner // nil if it is no engine of streamshim's
 }
 
 // reference is "runc exec", than which no engine may give a container more.
@@ -70,10 +67,9 @@ func runCommand(ctx context.Context, program string, arguments ...string) (strin
 	return stdout.String(), nil
 }
 
-// engineEntrance is what streamshim does with the engine.
-func engineEntrance(t testing.TB, engine string, startTimeout time.Duration) *entrance {
+// streamshimEntrance is what streamshim does, by way of runc, which is the only engine that it has.
+func streamshimEntrance(t testing.TB, startTimeout time.Duration) *entrance {
 	t.Helper()
-	native := new(atomic.Int64)
 	runner, err := execproc.NewRunner(execproc.Config{
 		StateDir: filepath.Join(newFolder(t), "exec"), StartTimeout: startTimeout,
 		OnDisconnect: execproc.PolicyHangup, TermAfter: 300 * time.Millisecond, KillAfter: 600 * time.Millisecond,
@@ -85,7 +81,7 @@ func engineEntrance(t testing.TB, engine string, startTimeout time.Duration) *en
 	}
 	t.Cleanup(func() { runner.Close() })
 	return &entrance{
-		name: "engine " + engine, native: native, runner: runner,
+		name: "engine runc", runner: runner,
 		enter: func(ctx context.Context, c *container, command ...string) (string, error) {
 			result, err := runner.RunSync(ctx, c.Container, execproc.SyncCommand{Args: command, Timeout: timeoutOf(ctx)})
 			if err == nil && result.ExitCode != 0 {
@@ -107,21 +103,13 @@ func timeoutOf(ctx context.Context) time.Duration {
 // entrances are the reference and all engines.
 func entrances(t testing.TB) []*entrance {
 	t.Helper()
-	all := []*entrance{reference()}
-	for engine := range strings.SplitSeq(*engines, ",") {
-		all = append(all, engineEntrance(t, engine, patience)) // the machine may be busy
-	}
-	return all
+	return []*entrance{reference(), streamshimEntrance(t, patience)} // the machine may be busy
 }
 
-// engineEntrances are all engines, which give a start up after startTimeout.
-func engineEntrances(t testing.TB) []*entrance {
+// engines are all that may be configured, which give a start up after startTimeout.
+func engines(t testing.TB) []*entrance {
 	t.Helper()
-	var all []*entrance
-	for engine := range strings.SplitSeq(*engines, ",") {
-		all = append(all, engineEntrance(t, engine, startTimeout))
-	}
-	return all
+	return []*entrance{streamshimEntrance(t, startTimeout)}
 }
 
 // patience is for what should happen soon, on a machine that is busy with other things.

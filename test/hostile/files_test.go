@@ -61,15 +61,15 @@ func TestUserDatabases(t *testing.T) {
 	for name, make := range strangeFiles {
 		for _, file := range []string{"etc/passwd", "etc/group"} {
 			replace(t, c, file, make)
-			for _, e := range engineEntrances(t) {
+			for _, e := range engines(t) {
 				var o outcomes
 				o.try(t, e, c)
-				note(row{attack: file + ": " + name, configuration: "default", entrance: e.name, commands: 1, failed: o.failed, native: int(e.native.Load())})
+				note(row{attack: file + ": " + name, configuration: "default", entrance: e.name, commands: 1, failed: o.failed})
 			}
 			replace(t, c, file, func(path string) error { return os.WriteFile(path, []byte("root:x:0:0:root:/:/\n"), 0o644) })
 		}
 	}
-	for _, e := range engineEntrances(t) {
+	for _, e := range engines(t) {
 		recovers(t, e, c)
 	}
 	// The test would see it: a launcher that opens the file does not answer.
@@ -186,7 +186,7 @@ func TestTerminals(t *testing.T) {
 		if _, err := reference().enter(context.Background(), c, "/attacker", "cover", cover); err != nil {
 			t.Fatal(err)
 		}
-		for _, e := range engineEntrances(t) {
+		for _, e := range engines(t) {
 			s, err := withTerminal(t, e, c)
 			r := row{attack: "terminals: " + cover, configuration: "default", entrance: e.name, commands: 1}
 			if err != nil {

@@ -22,7 +22,6 @@ var (
 	count   = flag.Int("hostile.count", 2, "how many commands each attack meets, with each engine")
 	alone   = flag.Bool("hostile.alone", false, "make each attack alone, not those together that do not disturb each other")
 	only    = flag.String("hostile.attacks", "", "make only these attacks, separated by commas")
-	engines = flag.String("hostile.engines", "runc", "the engines under attack, separated by commas")
 	configs = flag.String("hostile.configurations", "", "use only these configurations, separated by commas")
 )
 

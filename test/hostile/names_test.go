@@ -29,9 +29,6 @@ func TestCommandWithOurName(t *testing.T) {
 			}
 		}
 		r := row{attack: "our own names", configuration: "default", entrance: e.name, commands: *count * len(markers)}
-		if e.native != nil {
-			r.native = int(e.native.Load())
-		}
 		note(r)
 	}
 	if runs := run(wrong(t, "runs-twice"), markers[0]); runs != 2 {
@@ -42,7 +39,7 @@ func TestCommandWithOurName(t *testing.T) {
 // The whole tree of a command ends with it, whatever its processes are called.
 func TestStrangeNames(t *testing.T) {
 	c := newContainer(t)
-	for _, e := range engineEntrances(t) {
+	for _, e := range engines(t) {
 		for _, name := range append([]string{"a) R 1 1 1", "a\n) Z 1", "((((", "))))", ") 0 (", "\n\n\n", " ", "\xff\xfe", "1"}, markers[:2]...) {
 			const children = 4
 			p, err := e.runner.Start(context.Background(), c.Container, execproc.Command{
@@ -60,6 +57,6 @@ func TestStrangeNames(t *testing.T) {
 			eventually(t, fmt.Sprintf("%s: all processes named %q end", e.name, name), func() bool { return c.processes(t) == 1 })
 			p.Close()
 		}
-		note(row{attack: "strange names", configuration: "default", entrance: e.name, commands: 11, native: int(e.native.Load())})
+		note(row{attack: "strange names", configuration: "default", entrance: e.name, commands: 11})
 	}
 }

@@ -17,16 +17,6 @@ import (
 	"github.com/streamshim/streamshim/test/wire"
 )
 
-// startNode runs containerd with streamshim in front.
-func startNode(t *testing.T, engine string) *node.Node {
-	t.Helper()
-	file := filepath.Join(newFolder(t), "config.toml")
-	if err := os.WriteFile(file, []byte("[exec]\nengine = \""+engine+"\"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return node.StartForTest(t, node.Config{Name: "hostile", Streamshim: node.Binary(t), StreamshimArgs: []string{"--config", file}})
-}
-
 // runAttacker runs a pod whose main process is the attacker, which attacks for so long.
 func runAttacker(t *testing.T, n *node.Node, name string, arguments ...string) (pod, container string) {
 	t.Helper()
@@ -89,20 +79,16 @@ func execStreamed(ctx context.Context, n *node.Node, container string) error {
 // The same through real containerd and streamshim: a default container of Kubernetes gains nothing of its execs,
 // and one that stops all that enters it does not keep others waiting.
 func TestNode(t *testing.T) {
-	for engine := range strings.SplitSeq(*engines, ",") {
-		t.Run(engine, func(t *testing.T) {
-			n := startNode(t, engine)
-			t.Run("attacks", func(t *testing.T) { attackOnNode(t, n, engine) })
-			t.Run("stopped", func(t *testing.T) { stopOnNode(t, n, engine) })
-		})
-	}
+	n := node.StartForTest(t, node.Config{Name: "hostile", Streamshim: node.Binary(t)})
+	t.Run("attacks", func(t *testing.T) { attackOnNode(t, n) })
+	t.Run("stopped", func(t *testing.T) { stopOnNode(t, n) })
 }
 
-func attackOnNode(t *testing.T, n *node.Node, engine string) {
+func attackOnNode(t *testing.T, n *node.Node) {
 	for _, attack := range []string{"together", "plant"} {
 		const seconds = 2
 		pod, container := runAttacker(t, n, attack, "once", attack, fmt.Sprint(seconds), hostFile)
-		r := row{attack: attack, configuration: "containerd", entrance: "engine " + engine, gained: map[string]int{}}
+		r := row{attack: attack, configuration: "containerd", entrance: "streamshim", gained: map[string]int{}}
 		for end := time.Now().Add(seconds*time.Second - 200*time.Millisecond); time.Now().Before(end); {
 			output, err := execSync(t.Context(), n, container)
 			s, stateErr := parseState(output)
@@ -123,7 +109,7 @@ func attackOnNode(t *testing.T, n *node.Node, engine string) {
 	}
 }
 
-func stopOnNode(t *testing.T, n *node.Node, engine string) {
+func stopOnNode(t *testing.T, n *node.Node) {
 	const execs = 40
 	_, other := runAttacker(t, n, "other", "idle")
 	_, hostile := runAttacker(t, n, "stopper", "once", "stop", "10", hostFile)
@@ -167,7 +153,7 @@ func stopOnNode(t *testing.T, n *node.Node, engine string) {
 	eventually(t, "the stopped processes go on and end", func() bool { return stoppedProcesses(t) == 0 })
 	slices.Sort(took)
 	t.Logf("with %d stopped processes execs in another container took %v", most, took)
-	note(row{attack: "stop, others", configuration: "containerd", entrance: "engine " + engine, commands: len(took), seen: most})
+	note(row{attack: "stop, others", configuration: "containerd", entrance: "streamshim", commands: len(took), seen: most})
 	// The median: forty execs begin at one time, on a machine that may have two CPUs.
 	if middle := took[len(took)/2]; middle > time.Second {
 		t.Errorf("while a container stops what enters it, execs in another one took %v", took)

@@ -62,7 +62,7 @@ func TestSignals(t *testing.T) {
 	for _, attack := range []string{"stop", "stop-later", "kill"} {
 		t.Run(attack, func(t *testing.T) {
 			c := newContainer(t)
-			for _, e := range engineEntrances(t) {
+			for _, e := range engines(t) {
 				commands := *count * 5
 				if attack != "kill" { // the others take the timeout each
 					commands = max(1, *count/2)
@@ -74,7 +74,7 @@ func TestSignals(t *testing.T) {
 					o.try(t, e, c)
 				}
 				gained, seen := c.attacker.end()
-				r.failed, r.seen, r.native = o.failed, seen, int(e.native.Load())
+				r.failed, r.seen = o.failed, seen
 				note(r)
 				if gained["stop"]+gained["kill"] == 0 {
 					t.Errorf("%s: nothing was signalled", e.name)
@@ -104,7 +104,7 @@ func seesNoEnd(t testing.TB, c *container) {
 // The container is frozen while commands enter it.
 func TestFreezer(t *testing.T) {
 	c := newContainer(t)
-	for _, e := range engineEntrances(t) {
+	for _, e := range engines(t) {
 		var o outcomes
 		for range *count * 2 {
 			var freeze sync.WaitGroup
@@ -117,7 +117,7 @@ func TestFreezer(t *testing.T) {
 			o.try(t, e, c)
 			freeze.Wait()
 		}
-		note(row{attack: "freezer", configuration: "default", entrance: e.name, commands: *count * 2, failed: o.failed, native: int(e.native.Load())})
+		note(row{attack: "freezer", configuration: "default", entrance: e.name, commands: *count * 2, failed: o.failed})
 		recovers(t, e, c)
 	}
 }
@@ -126,17 +126,17 @@ func TestFreezer(t *testing.T) {
 func TestLimits(t *testing.T) {
 	many := int64(1000)
 	c := newContainer(t, func(s *specs.Spec) { s.Linux.Resources.Pids = &specs.LinuxPids{Limit: &many} })
-	for _, e := range engineEntrances(t) {
+	for _, e := range engines(t) {
 		var o outcomes
 		for pids := range 13 {
 			c.runc(t, "update", "--pids-limit", fmt.Sprint(pids+1), c.ID)
 			o.try(t, e, c)
 		}
 		c.runc(t, "update", "--pids-limit", "1000", c.ID)
-		note(row{attack: "pids.max", configuration: "default", entrance: e.name, commands: 13, failed: o.failed, native: int(e.native.Load())})
+		note(row{attack: "pids.max", configuration: "default", entrance: e.name, commands: 13, failed: o.failed})
 		recovers(t, e, c)
 	}
-	for _, e := range engineEntrances(t) {
+	for _, e := range engines(t) {
 		var o outcomes
 		limits := []int64{300, 700, 1500, 3000, 6000, 12000}
 		for _, kilobytes := range limits {
@@ -148,7 +148,7 @@ func TestLimits(t *testing.T) {
 			}
 			o.try(t, e, c)
 		}
-		note(row{attack: "memory limit", configuration: "default", entrance: e.name, commands: len(limits), failed: o.failed, native: int(e.native.Load())})
+		note(row{attack: "memory limit", configuration: "default", entrance: e.name, commands: len(limits), failed: o.failed})
 	}
 }
 
@@ -156,7 +156,7 @@ func TestLimits(t *testing.T) {
 func TestStoppedContainerDoesNotStallOthers(t *testing.T) {
 	const execs = 40
 	hostile, other := newContainer(t), newContainer(t)
-	for _, e := range engineEntrances(t) {
+	for _, e := range engines(t) {
 		var o outcomes
 		for range 3 { // and for the native engine to know the container
 			o.try(t, e, other)

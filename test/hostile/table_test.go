@@ -13,7 +13,7 @@ import (
 // row is one attack in one configuration on one engine.
 type row struct {
 	attack, configuration, entrance string
-	commands, failed, native, seen  int
+	commands, failed, seen          int
 	gained                          map[string]int
 }
 
@@ -34,7 +34,7 @@ func printTable(to io.Writer) {
 		return
 	}
 	w := tabwriter.NewWriter(to, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "attack\tconfiguration\tengine\tcommands\tnative\tfailed\tseen\tgained")
+	fmt.Fprintln(w, "attack\tconfiguration\tengine\tcommands\tfailed\tseen\tgained")
 	for _, r := range table.rows {
 		gained := make([]string, 0, len(r.gained))
 		for _, what := range slices.Sorted(maps.Keys(r.gained)) {
@@ -47,7 +47,7 @@ func printTable(to io.Writer) {
 		if len(gained) == 0 {
 			gained = []string{"-"}
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\t%d\t%d\t%s\n", r.attack, r.configuration, r.entrance, r.commands, r.native, r.failed, r.seen, strings.Join(gained, "; "))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\t%d\t%s\n", r.attack, r.configuration, r.entrance, r.commands, r.failed, r.seen, strings.Join(gained, "; "))
 	}
 	w.Flush()
 }
