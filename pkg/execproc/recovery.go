@@ -217,7 +217,7 @@ func (r *Runner) endInterrupted(left record, f files) {
 	}
 	leader := identity{pid: -1, start: left.Since}
 	if pid, err := readPidFile(f.pid); err == nil {
-		if stat, err := readStat(pid); err == nil && stat.start >= left.Since && inSameContainer(pid, left.InitPid) {
+		if stat, err := readStat(pid); err == nil && stat.start >= left.Since && sameMountNamespace(pid, left.InitPid) {
 			leader = stat.identity
 		}
 	}
@@ -234,8 +234,8 @@ func (r *Runner) endInterrupted(left record, f files) {
 }
 
 // processesWithArgument finds the processes that have the path among their arguments: the OCI runtime that
-// was told to start what it describes. A process of a container that gives itself such an argument has
-// itself killed.
+// was told to start what it describes. It has not left our mount namespace. The memory of a container's
+// process is not read, which could be backed by a file system of its own that never answers.
 func processesWithArgument(path string) []procStat {
 	all, err := allProcesses()
 	if err != nil {
@@ -244,6 +244,9 @@ func processesWithArgument(path string) []procStat {
 	var found []procStat
 	buffer := make([]byte, 4<<10)
 	for _, p := range all {
+		if !sameMountNamespace(p.pid, os.Getpid()) {
+			continue
+		}
 		arguments, err := readProc("/proc/"+strconv.Itoa(p.pid)+"/cmdline", &buffer)
 		if err == nil && slices.ContainsFunc(bytes.Split(arguments, []byte{0}), func(a []byte) bool { return string(a) == path }) {
 			found = append(found, p)
@@ -252,9 +255,9 @@ func processesWithArgument(path string) []procStat {
 	return found
 }
 
-// inSameContainer reports whether two processes have the same mount namespace, which a container shares
+// sameMountNamespace reports whether two processes have the same mount namespace. A container shares its own
 // with no other.
-func inSameContainer(a, b int) bool {
+func sameMountNamespace(a, b int) bool {
 	first, err := os.Readlink("/proc/" + strconv.Itoa(a) + "/ns/mnt")
 	if err != nil {
 		return false
