@@ -11,6 +11,8 @@ PROGRAMS := $(or $(STREAMSHIM_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/stre
 FUZZTIME ?= 20s
 # Flags of the comparison with containerd, see bin/bench -h
 BENCHFLAGS ?=
+# Flags of the soak, see bin/chaos -h, for instance: make chaos CHAOSFLAGS='-duration 2m -seed 1'
+CHAOSFLAGS ?=
 LAB_DIR ?= .lab
 LAB_K8S_DIR ?= .lab-k8s
 # shim: streamshim alone, as CI runs it; quick: beside bare containerd; full: every setting, slowly
@@ -78,6 +80,16 @@ fuzz: setup ## run every fuzz test for FUZZTIME (20s)
 bench: peers build ## measure streamshim beside the containerd behind it; flags: make bench BENCHFLAGS=-quick
 	@go build -buildvcs=false -o bin/bench ./test/bench
 	@bin/bench $(BENCHFLAGS)
+
+.PHONY: chaos
+chaos: peers build ## ten minutes of everything going wrong on one node, with invariants; CHAOSFLAGS='-seed N' runs it again
+	@go build -buildvcs=false -o bin/chaos ./test/chaos
+	@bin/chaos $(CHAOSFLAGS)
+
+.PHONY: chaos-teeth
+chaos-teeth: peers build ## show that make chaos finds a leak, a cut and a stall that are injected into it
+	@go build -buildvcs=false -o bin/chaos ./test/chaos
+	@bin/chaos -teeth -duration 40s $(CHAOSFLAGS)
 
 .PHONY: gobench
 gobench: peers ## run the packages' own Go benchmarks

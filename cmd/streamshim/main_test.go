@@ -251,3 +251,46 @@ func TestMissingIsSaid(t *testing.T) {
 		t.Errorf("all is there: %s", &logged)
 	}
 }
+
+// A flag also mends what the file has wrong, and each mistake is told where it is.
+func TestFlagMendsFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "config.toml")
+	if err := os.WriteFile(file, []byte("log_format = 'json'\nlog_level = 'loud'\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		args []string
+		want string // the error begins with it; none when empty
+	}{
+		{nil, file + ":2: log_level: "},
+		{[]string{"--log-level", "debug"}, ""},
+		{[]string{"--log-level", "quiet"}, "log_level: \"quiet\""},
+		{[]string{"--log-format", "text"}, file + ":2: log_level: "},
+	} {
+		flags := pflag.NewFlagSet("test", pflag.ContinueOnError)
+		settings := addSettings(flags)
+		if err := flags.Parse(append([]string{"--config", file}, test.args...)); err != nil {
+			t.Fatal(err)
+		}
+		c, err := settings.load(flags)
+		switch {
+		case test.want == "" && (err != nil || c.LogLevel != "debug" || c.LogFormat != "json"):
+			t.Errorf("%v: %+v, %v", test.args, c, err)
+		case test.want != "" && (err == nil || !strings.HasPrefix(err.Error(), test.want)):
+			t.Errorf("%v: %v", test.args, err)
+		}
+	}
+}
+
+// exec.drain_max holds for ExecSync as well, which does not wait longer than 10 s anyway.
+func TestDrainMaxOfExecSync(t *testing.T) {
+	for set, want := range map[time.Duration]time.Duration{
+		time.Second: time.Second, 10 * time.Minute: 10 * time.Second,
+	} {
+		c := config.Default()
+		c.Exec.DrainMax = config.Duration(set)
+		if got := runnerConfig(c, nil, hooks{}).DrainMax; got != want {
+			t.Errorf("exec.drain_max %v: ExecSync waits %v", set, got)
+		}
+	}
+}

@@ -24,6 +24,7 @@ type operation struct {
 	audit    *audit.Log
 	recorder *recording.Recorder
 	sessions *session.Registry
+	buffers  *streaming.Buffers
 }
 
 // newOperation opens the audit log. The caller closes the operation when all sessions have ended.
@@ -36,6 +37,7 @@ func newOperation(c config.Config, log *slog.Logger, level *slog.LevelVar) (*ope
 		log: log, level: level, audit: auditLog,
 		limits:   limits.New(limitsConfig(c)),
 		recorder: recording.New(recordingConfig(c), log),
+		buffers:  streaming.NewBuffers(buffersLimit(c, availableMemory())),
 	}
 	o.sessions = session.NewRegistry(log, o.limits, o.audit, o.recorder)
 	return o, nil
@@ -55,6 +57,7 @@ func (o *operation) apply(c config.Config, streams *streaming.Server) error {
 	o.level.Set(c.Level())
 	o.limits.Update(limitsConfig(c))
 	o.recorder.Update(recordingConfig(c))
+	o.buffers.Update(buffersLimit(c, availableMemory()))
 	streams.Update(streamingSettings(c))
 	return nil
 }
@@ -112,6 +115,7 @@ func limitsConfig(c config.Config) limits.Config {
 		SessionsPerContainer: c.Limits.SessionsPerContainer,
 		ConcurrentStarts:     c.Limits.ConcurrentStarts,
 		WaitingStarts:        c.Limits.WaitingStarts,
+		SpareDescriptors:     c.Limits.SpareDescriptors,
 	}
 	for _, rule := range c.Deny {
 		selector := session.Selector{Namespaces: rule.Namespaces, PodLabels: rule.PodLabels, TTY: rule.TTY}

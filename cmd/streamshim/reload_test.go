@@ -73,19 +73,19 @@ func TestReloadWithoutFile(t *testing.T) {
 	defaultFile = file
 	t.Cleanup(func() { defaultFile = config.DefaultFile })
 	s := &settings{}
-	if c, err := s.read(); err != nil || c.LogLevel != config.Default().LogLevel {
+	if c, err := s.read(nil); err != nil || c.LogLevel != config.Default().LogLevel {
 		t.Errorf("without a file: %q, %v", c.LogLevel, err)
 	}
 	if err := os.WriteFile(file, []byte("log_level = 'warn'\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if c, err := s.read(); err != nil || c.LogLevel != "warn" {
+	if c, err := s.read(nil); err != nil || c.LogLevel != "warn" {
 		t.Errorf("a file that has come: %q, %v", c.LogLevel, err)
 	}
 	if err := os.Remove(file); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.read(); err == nil || !strings.Contains(err.Error(), file) {
+	if _, err := s.read(nil); err == nil || !strings.Contains(err.Error(), file) {
 		t.Errorf("a file that has gone: %v", err)
 	}
 }

@@ -90,29 +90,33 @@ func addSettings(flags *pflag.FlagSet) *settings {
 	return s
 }
 
-// read is the configuration from defaults and file. A file that was there once is missed from then
-// on: a reload while it is moved away must not drop rules and audit.
-func (s *settings) read() (config.Config, error) {
+// read is the configuration from defaults, file and override, which may be nil. A file that was there once is
+// missed from then on: a reload while it is moved away must not drop rules and audit.
+func (s *settings) read(override func(*config.Config)) (config.Config, error) {
 	c := config.Default()
 	if s.file == "" {
 		if _, err := os.Stat(defaultFile); err == nil {
 			s.file = defaultFile
 		}
 	}
-	if s.file == "" {
-		return c, nil
+	if s.file != "" {
+		err := c.Read(s.file, override)
+		return c, err
 	}
-	err := c.Read(s.file)
-	return c, err
+	if override != nil {
+		override(&c)
+	}
+	return c, c.Validate()
 }
 
 // load is the configuration from defaults, file and flags, in this order. Its upstream may be empty;
 // see findUpstream.
 func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
-	c, err := s.read()
-	if err != nil {
-		return c, err
-	}
+	return s.read(func(c *config.Config) { s.override(c, flags) })
+}
+
+// override copies the flags that were given.
+func (s *settings) override(c *config.Config, flags *pflag.FlagSet) {
 	for name, copyFlag := range map[string]func(){
 		"listen":          func() { c.Listen = s.flags.Listen },
 		"upstream":        func() { c.Upstream = s.flags.Upstream },
@@ -127,7 +131,6 @@ func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
 			copyFlag()
 		}
 	}
-	return c, c.Validate()
 }
 
 // loadAgain is load with the upstream that was found at the start, "" if it was named: it is not looked
@@ -191,6 +194,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	}
 	defer lock.Close() //nolint:errcheck // which gives it up, after all that uses it
 
+	limitMemory(c, log)
 	operation, err := newOperation(c, log, level)
 	if err != nil {
 		return err
@@ -330,7 +334,7 @@ func listenAdmin(c config.Config) (net.Listener, error) {
 }
 
 // syncDrainMax is how long an ExecSync, whose caller has a timeout of its own, waits for the output of
-// background children.
+// background children at most.
 const syncDrainMax = 10 * time.Second
 
 func runnerConfig(c config.Config, log *slog.Logger, observe hooks) execproc.Config {
@@ -342,7 +346,7 @@ func runnerConfig(c config.Config, log *slog.Logger, observe hooks) execproc.Con
 		TermAfter:    time.Duration(c.Exec.TermAfter),
 		KillAfter:    time.Duration(c.Exec.KillAfter),
 		DrainIdle:    time.Duration(c.Exec.DrainIdle),
-		DrainMax:     syncDrainMax,
+		DrainMax:     min(time.Duration(c.Exec.DrainMax), syncDrainMax),
 		OutputLimit:  c.Exec.SyncOutput,
 		Logger:       log,
 		OnStart:      observe.started,
@@ -355,6 +359,8 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe ho
 		Log:           log,
 		Sessions:      o.sessions,
 		Starts:        o.limits,
+		Buffers:       o.buffers,
+		MayConnect:    o.limits.MayConnect,
 		DrainIdle:     time.Duration(c.Exec.DrainIdle),
 		DrainMax:      time.Duration(c.Exec.DrainMax),
 		LingerIdle:    time.Duration(c.Exec.Linger),
@@ -377,7 +383,7 @@ func streamErrorCode(err error) codes.Code {
 		}[refused.Refusal]
 	case errors.Is(err, streaming.ErrTooManyRequests):
 		return codes.ResourceExhausted
-	case errors.Is(err, streaming.ErrShuttingDown):
+	case errors.Is(err, streaming.ErrShuttingDown), errors.Is(err, streaming.ErrNotListening):
 		return codes.Unavailable
 	}
 	return codes.Internal

@@ -54,7 +54,7 @@ An ID may be shortened as long as it is unique.`,
 // adminSocket is the path of the admin socket: as named, or as the configuration says.
 func adminSocket(address, file string) (string, error) {
 	if address == "" {
-		c, err := (&settings{file: file}).read()
+		c, err := (&settings{file: file}).read(nil)
 		if err != nil {
 			return "", fmt.Errorf("%w; --admin names the socket without it", err)
 		}

@@ -60,6 +60,7 @@ func newTelemetry(ctx context.Context, c config.Config, o *operation, log *slog.
 	t.metrics = metrics.New(metrics.Config{
 		Version: version, Methods: cri.Methods(), WaitingTokens: func() int { return t.streams.WaitingTokens() },
 		LostAudit: o.audit.Lost, IncompleteRecordings: o.recorder.Incomplete,
+		Buffered: o.buffers.Used, BuffersRefused: o.buffers.Refused,
 	})
 	t.server = metrics.NewServer(metrics.ServerConfig{
 		Metrics: t.metrics, Profiling: c.Profiling, Log: log,

@@ -77,7 +77,7 @@ type Exec struct {
 	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
 	StartTimeout Duration `toml:"start_timeout"` // for the OCI runtime to start the command, once it is its turn
 	DrainIdle    Duration `toml:"drain_idle"`    // silence after which output held by a background child is complete; 0 is for ever, for ExecSync 10 s
-	DrainMax     Duration `toml:"drain_max"`     // the same wait while output still flows
+	DrainMax     Duration `toml:"drain_max"`     // the same wait while output still flows; for ExecSync at most 10 s
 	Linger       Duration `toml:"linger"`        // without progress, for a client to take the rest
 	StatusWait   Duration `toml:"status_wait"`   // since the last sign that output was read, for which the exit status is held back from who may translate for a slow reader; 0 is off
 	IdleTimeout  Duration `toml:"idle_timeout"`  // without payload in either direction, until a session is ended; 0 is off
@@ -160,9 +160,11 @@ type Limits struct {
 	Sessions             int   `toml:"sessions"`               // on this node
 	SessionsPerPod       int   `toml:"sessions_per_pod"`       // in one pod
 	SessionsPerContainer int   `toml:"sessions_per_container"` // in one container
-	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands that start at the same time; ExecSync does not count
+	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands that start at the same time; ExecSync, attach and what the runtime itself starts do not count
 	WaitingStarts        int   `toml:"waiting_starts"`         // commands that may wait for their turn to start
 	Bandwidth            int64 `toml:"bandwidth"`              // bytes a second of one session, in each direction
+	Buffers              int64 `toml:"buffers"`                // bytes of unread data of all sessions together; beyond them clients are slowed down, and attached clients miss output; -1 is a sixteenth of the memory, of the machine or of streamshim's cgroup, 64 MiB to 1 GiB
+	SpareDescriptors     int   `toml:"spare_descriptors"`      // open files that are kept for probes and running sessions: new sessions and forwarded connections are refused when no more are left; -1 is an eighth of those that streamshim may open
 }
 
 // Deny is a rule that refuses sessions. What is left out chooses all, except that execsync must be
@@ -227,7 +229,7 @@ func Default() Config {
 			Directory: "/var/log/streamshim/recordings", MaxSize: 100 << 20, MaxFiles: 1000, MaxTotal: 1 << 30,
 			Buffer: 1 << 20, OnFailure: "allow",
 		},
-		Limits: Limits{Sessions: 4096, SessionsPerPod: 1024, ConcurrentStarts: 32, WaitingStarts: 1024},
+		Limits: Limits{Sessions: 4096, SessionsPerPod: 1024, ConcurrentStarts: 32, WaitingStarts: 1024, Buffers: -1, SpareDescriptors: -1},
 		Traces: Traces{SampleRatio: 1},
 	}
 }
@@ -238,13 +240,38 @@ const maxSyncOutput = 15 << 20
 
 // Read puts the file's settings into c. Unknown keys and values of the wrong type are refused, with
 // their line.
-func (c *Config) Read(file string) error {
+//
+// What has precedence over the file, such as flags, is set by override, which may be nil. It is called before
+// the values are checked, so that it can mend what the file has wrong.
+func (c *Config) Read(file string, override func(*Config)) error {
 	text, err := readLimited(file)
 	if err != nil {
 		return fmt.Errorf("read the configuration: %w", err)
 	}
-	if err := c.parse(text); err != nil {
+	if err := c.decode(text); err != nil {
 		return fmt.Errorf("%s:%w", file, err)
+	}
+	inFile := c.validate()
+	if override != nil {
+		override(c)
+	}
+	problem := c.validate()
+	if problem == nil {
+		return nil
+	}
+	if inFile != nil && *problem == *inFile {
+		return fmt.Errorf("%s:%d: %w", file, lineOf(text, problem.key), problem)
+	}
+	return problem
+}
+
+// parse is Read of a text; its errors begin with the line.
+func (c *Config) parse(text []byte) error {
+	if err := c.decode(text); err != nil {
+		return err
+	}
+	if problem := c.validate(); problem != nil {
+		return fmt.Errorf("%d: %w", lineOf(text, problem.key), problem)
 	}
 	return nil
 }
@@ -269,8 +296,8 @@ func readLimited(path string) ([]byte, error) {
 	return text, nil
 }
 
-// parse returns errors that begin with the line, for "file:line: message".
-func (c *Config) parse(text []byte) error {
+// decode returns errors that begin with the line, for "file:line: message".
+func (c *Config) decode(text []byte) error {
 	if problem := durationsWithoutUnit(text); problem != nil {
 		return fmt.Errorf("%d: %w", lineOf(text, problem.key), problem)
 	}
@@ -294,9 +321,6 @@ func (c *Config) parse(text []byte) error {
 	}
 	if err != nil {
 		return fmt.Errorf("1: %w", err)
-	}
-	if problem := c.validate(); problem != nil {
-		return fmt.Errorf("%d: %w", lineOf(text, problem.key), problem)
 	}
 	return nil
 }
@@ -351,7 +375,7 @@ type ValueError struct {
 
 func (e *ValueError) Error() string { return e.key + ": " + e.problem }
 
-// Validate checks the values themselves. It is called again when flags have changed some.
+// Validate checks the values themselves.
 func (c *Config) Validate() error {
 	if problem := c.validate(); problem != nil {
 		return problem

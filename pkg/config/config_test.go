@@ -137,14 +137,14 @@ func TestMistakes(t *testing.T) {
 func TestReadNamesTheFile(t *testing.T) {
 	c := Default()
 	missing := filepath.Join(t.TempDir(), "none.toml")
-	if err := c.Read(missing); err == nil || !strings.Contains(err.Error(), missing) {
+	if err := c.Read(missing, nil); err == nil || !strings.Contains(err.Error(), missing) {
 		t.Errorf("missing file: %v", err)
 	}
 	file := filepath.Join(t.TempDir(), "config.toml")
 	if err := os.WriteFile(file, []byte("x = 1"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Read(file); err == nil || !strings.HasPrefix(err.Error(), file+":1: ") {
+	if err := c.Read(file, nil); err == nil || !strings.HasPrefix(err.Error(), file+":1: ") {
 		t.Errorf("bad file: %v", err)
 	}
 }
@@ -174,11 +174,11 @@ func TestFilesThatAreNoConfiguration(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := Default()
-	if err := c.Read("/dev/zero"); err == nil || !strings.Contains(err.Error(), "larger than") {
+	if err := c.Read("/dev/zero", nil); err == nil || !strings.Contains(err.Error(), "larger than") {
 		t.Errorf("/dev/zero: %v", err)
 	}
 	done := make(chan error, 1)
-	go func() { done <- c.Read(fifo) }()
+	go func() { done <- c.Read(fifo, nil) }()
 	select {
 	case <-done: // as an empty file, or an error
 	case <-time.After(time.Minute):

@@ -36,6 +36,8 @@ func (c *Config) validateOperation(choice func(key, value string, choices ...str
 		atLeast("limits.concurrent_starts", int64(c.Limits.ConcurrentStarts), 0, false),
 		atLeast("limits.waiting_starts", int64(c.Limits.WaitingStarts), 0, false),
 		atLeast("limits.bandwidth", c.Limits.Bandwidth, minBandwidth, true),
+		atLeast("limits.buffers", c.Limits.Buffers, -1, false),
+		atLeast("limits.spare_descriptors", int64(c.Limits.SpareDescriptors), -1, false),
 	}
 	for i, rule := range c.Recording.Rule {
 		checks = append(checks, validateSelection(fmt.Sprintf("recording.rule[%d]", i), rule.Namespaces, rule.PodLabels))

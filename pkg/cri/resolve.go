@@ -83,14 +83,19 @@ func (r *resolver) running(ctx context.Context, id string) (Container, error) {
 	if isTransient(factsErr) {
 		return Container{}, factsErr
 	}
-	if err := r.addPodLabels(ctx, &container); isTransient(err) {
-		return Container{}, err
-	} else if err != nil {
-		r.log.Debug("the labels of the container's pod are not known", "container", container.ContainerID, "error", err)
+	labelsErr := r.addPodLabels(ctx, &container)
+	if isTransient(labelsErr) {
+		return Container{}, labelsErr
 	}
+	if labelsErr != nil {
+		r.log.Debug("the labels of the container's pod are not known", "container", container.ContainerID, "error", labelsErr)
+	}
+	// What cannot be found out may be known at the next call: not cached.
 	if factsErr != nil {
-		// What cannot be found out may be known at the next call: not cached.
 		r.warnRelayed(container, factsErr)
+		return container, nil
+	}
+	if labelsErr != nil && !neverTold(labelsErr) {
 		return container, nil
 	}
 	r.containers.put(container)
@@ -104,6 +109,14 @@ func isTransient(err error) bool {
 		return true
 	}
 	return false
+}
+
+// errNoSandbox is what addPodLabels answers where the runtime tells of no sandbox.
+var errNoSandbox = errors.New("the runtime does not say which sandbox is the container's")
+
+// neverTold tells whether a runtime that was asked for labels does not have them, however often it is asked.
+func neverTold(err error) bool {
+	return errors.Is(err, errNoSandbox) || status.Code(err) == codes.Unimplemented
 }
 
 // addPodLabels adds the labels of the container's sandbox, which do not change in its life. A
@@ -123,7 +136,7 @@ func (r *resolver) addPodLabels(ctx context.Context, container *Container) error
 		}
 	}
 	if container.SandboxID == "" {
-		return errors.New("the runtime does not say which sandbox is the container's")
+		return errNoSandbox
 	}
 	response, err := r.upstream.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: container.SandboxID})
 	if err != nil {

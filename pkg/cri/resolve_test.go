@@ -74,6 +74,11 @@ func runningContainer(id, info string) func(*runtimeapi.ContainerStatusRequest) 
 	}
 }
 
+// readyPod answers PodSandboxStatus for any pod.
+func readyPod(*runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {
+	return &runtimeapi.PodSandboxStatusResponse{Status: &runtimeapi.PodSandboxStatus{Labels: podLabels}}, nil
+}
+
 func TestResolveContainerdContainer(t *testing.T) {
 	runc := executable(t, t.TempDir(), "runc")
 	fake := &fakeRuntime{containerStatus: runningContainer(containerdID,
@@ -318,7 +323,7 @@ func TestFactsAreKeptForTheContainersLife(t *testing.T) {
 	const id = ":/"
 	info := `{"sandboxID":"p","pid":` + strconv.Itoa(command.Process.Pid) + `,"runtimeType":"io.containerd.runc.v2",
 		"runtimeOptions":{"binary_name":"` + executable(t, t.TempDir(), "runc") + `"},"runtimeSpec":{"process":{"cwd":"/"}}}`
-	fake := &fakeRuntime{containerStatus: runningContainer(id, info)}
+	fake := &fakeRuntime{containerStatus: runningContainer(id, info), podSandboxStatus: readyPod}
 	upstream := newFakeUpstream(t, func(s *grpc.Server) { runtimeapi.RegisterRuntimeServiceServer(s, fake) })
 	server, conn := startServer(t, upstream.path, nil)
 	client := runtimeapi.NewRuntimeServiceClient(conn)
@@ -527,4 +532,40 @@ func TestEndReason(t *testing.T) {
 			t.Errorf("got %q", got)
 		}
 	})
+}
+
+// Labels that could not be had once are asked for again, whatever the error was: a rule that denies by label
+// would otherwise deny everything in the container for its whole life.
+func TestPodLabelsAreAskedForAgain(t *testing.T) {
+	runc := executable(t, t.TempDir(), "runc")
+	for _, test := range []struct {
+		code  codes.Code
+		fails bool // the call itself, which the caller repeats
+		asked bool // again, at the next call
+	}{
+		{codes.Unknown, false, true},
+		{codes.Internal, false, true},
+		{codes.ResourceExhausted, false, true},
+		{codes.NotFound, false, true},
+		{codes.Unavailable, true, true},
+		{codes.Unimplemented, false, false},
+	} {
+		t.Run(test.code.String(), func(t *testing.T) {
+			fake := &fakeRuntime{
+				containerStatus: runningContainer(containerdID,
+					testdata(t, "containerd-container.json", "@BINARY@", runc, "@ROOT@", "/run/other/runc")),
+				podSandboxStatus: func(*runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {
+					return nil, status.Error(test.code, "not now")
+				},
+			}
+			r := startResolver(t, fake)
+			if got, err := r.running(testContext(t), containerdID); (err != nil) != test.fails || got.PodLabels != nil {
+				t.Errorf("labels %v, %v", got.PodLabels, err)
+			}
+			// What is kept is taken from then on, for as long as the container's main process lives.
+			if _, kept := r.containers.peek(containerdID); kept == test.asked {
+				t.Errorf("kept for the container's life: %v", kept)
+			}
+		})
+	}
 }

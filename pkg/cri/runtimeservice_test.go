@@ -339,6 +339,7 @@ func TestExecSyncOfAClientThatHasGone(t *testing.T) {
 
 func TestExecSyncOfAnotherRuntimeIsForwarded(t *testing.T) {
 	n := startNode(t, kataInfo(t))
+	n.fake.podSandboxStatus = readyPod
 	n.fake.execSync = func(ctx context.Context, request *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
 		md, _ := metadata.FromIncomingContext(ctx)
 		grpc.SetHeader(ctx, metadata.Pairs("header", "h"))

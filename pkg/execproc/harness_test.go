@@ -30,6 +30,9 @@ import (
 var rootfs string // made once, shared by all containers
 
 func TestMain(m *testing.M) {
+	if pid := os.Getenv(tracerVariable); pid != "" {
+		trace(pid) // does not return
+	}
 	if dir := os.Getenv("EXECPROC_TEST_PREDECESSOR"); dir != "" {
 		predecessor(dir) // does not return
 	}
@@ -264,6 +267,9 @@ func noLeaks(t testing.TB) {
 				break
 			}
 			time.Sleep(20 * time.Millisecond)
+		}
+		if children, err := ownChildren(); err == nil {
+			t.Logf("children: %+v", children)
 		}
 		buffer := make([]byte, 1<<20)
 		t.Errorf("goroutines, descriptors, children: %v, at the start %v\n%s", now, before, buffer[:runtime.Stack(buffer, true)])

@@ -7,7 +7,6 @@ import (
 	"strconv"
 	"sync"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -190,21 +189,26 @@ func (p *Process) beginEnd() {
 // endTree is the end of a process and of everything that descends from it.
 func (p *Process) endTree() {
 	t := newTree(p.leader, p.container.InitPid, p.ends)
+	t.stranger = p.pipes == nil && p.tty == nil // a predecessor's
+	if p.pipes != nil {
+		t.pipes = p.pipes.watchEnds()
+		defer t.pipes.close()
+	}
 	// Before anything is closed or signalled: later the leader may be gone, and with it the trace to
 	// its children.
 	living := p.firstLook(t)
-	if config := p.runner.config; p.await(0, nil) {
+	config := p.runner.config
+	if !p.killed() {
 		p.closeStreams()
-		// A stopped process gets no signal but KILL before it is continued.
-		signalAll(living, unix.SIGHUP, unix.SIGCONT)
-		if living = p.graceOver(t, config.TermAfter); len(living) > 0 {
-			signalAll(living, unix.SIGTERM, unix.SIGCONT)
-			if living = p.graceOver(t, config.KillAfter-config.TermAfter); len(living) > 0 && config.OnKill != nil {
-				config.OnKill()
-			}
+		living = t.ask(living, unix.SIGHUP, config.TermAfter, p.killNow)
+		if !p.killed() {
+			living = t.ask(living, unix.SIGTERM, config.KillAfter-config.TermAfter, p.killNow)
+		}
+		if len(living) > 0 && !p.killed() && config.OnKill != nil {
+			config.OnKill()
 		}
 	}
-	if !t.kill() {
+	if len(living) > 0 && !t.kill() {
 		p.runner.log.Warn("processes of an exec survived SIGKILL; is the container paused, or I/O stuck?",
 			"container", p.container.ID, "pid", p.leader.pid)
 		return
@@ -229,6 +233,7 @@ func (p *Process) firstLook(t *tree) []procStat {
 			defer master.Close()
 		}
 	}
+	t.killing = p.killed()
 	return t.living()
 }
 
@@ -241,42 +246,13 @@ func (p *Process) endLook() {
 	}
 }
 
-// graceOver waits until the grace is over and returns what lives then: nothing, when all have ended
-// before or when Kill was called, and so there is nobody to be asked any more.
-func (p *Process) graceOver(t *tree, grace time.Duration) []procStat {
-	deadline := time.Now().Add(grace)
-	exited := p.watch.exited
-	for {
-		if p.hasExited() {
-			exited = nil // from now on only the deadline is worth waiting for
-			if len(t.living()) == 0 {
-				return nil
-			}
-		}
-		if !p.await(time.Until(deadline), exited) {
-			return nil
-		}
-		if !time.Now().Before(deadline) {
-			return t.living()
-		}
-	}
-}
-
-// await waits for the duration or, if not nil, for the channel. It answers false at once when the
-// time for patience is over: Kill was called.
-func (p *Process) await(duration time.Duration, early <-chan struct{}) bool {
-	timer := time.NewTimer(duration)
-	defer timer.Stop()
+// killed reports whether Kill was called.
+func (p *Process) killed() bool {
 	select {
 	case <-p.killNow:
-	case <-early:
-	case <-timer.C:
-	}
-	select {
-	case <-p.killNow: // also when the other came at the same moment
-		return false
-	default:
 		return true
+	default:
+		return false
 	}
 }
 

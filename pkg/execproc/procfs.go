@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,18 +26,50 @@ type procStat struct {
 	state   byte
 	ppid    int
 	session int
+	threads int  // that have not ended
 	exiting bool // it has begun to end
 }
 
-func (p procStat) zombie() bool { return p.state == 'Z' || p.state == 'X' }
+// zombie reports whether the process has ended. One whose first thread alone has ended looks the same but
+// for its other threads.
+func (p procStat) zombie() bool { return p.state == 'X' || p.state == 'Z' && p.threads <= 1 }
 
 // readStat reads /proc/PID/stat, which also works for a zombie.
 func readStat(pid int) (procStat, error) {
-	data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	buffer := procBuffers.Get().(*[]byte)
+	defer procBuffers.Put(buffer)
+	data, err := readProc("/proc/"+strconv.Itoa(pid)+"/stat", buffer)
 	if err != nil {
 		return procStat{}, err
 	}
 	return parseStat(data)
+}
+
+var procBuffers = sync.Pool{New: func() any { buffer := make([]byte, 4<<10); return &buffer }}
+
+// readProc reads a file of /proc into the buffer, which grows if it must. It asks for half of what
+// os.ReadFile does, and thousands of these are read when many sessions end at once.
+func readProc(path string, buffer *[]byte) ([]byte, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	defer unix.Close(fd)
+	for length := 0; ; {
+		if length == len(*buffer) {
+			*buffer = append(*buffer, make([]byte, len(*buffer))...)
+		}
+		n, err := unix.Read(fd, (*buffer)[length:])
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w", path, err)
+		}
+		if length += n; n == 0 {
+			return (*buffer)[:length], nil
+		}
+	}
 }
 
 // parseStat parses a line of proc_pid_stat(5). The name of the program stands in parentheses and
@@ -51,7 +84,7 @@ func parseStat(line []byte) (procStat, error) {
 		return procStat{}, fmt.Errorf("proc stat: pid: %w", err)
 	}
 	fields := strings.Fields(string(line[end+1:]))
-	const state, ppid, session, flags, start = 0, 1, 3, 6, 19
+	const state, ppid, session, flags, threads, start = 0, 1, 3, 6, 17, 19
 	if len(fields) <= start || len(fields[state]) != 1 {
 		return procStat{}, errors.New("proc stat: too few fields")
 	}
@@ -69,6 +102,9 @@ func parseStat(line []byte) (procStat, error) {
 	}
 	const exiting = 4 // PF_EXITING, include/linux/sched.h
 	stat.exiting = bits&exiting != 0
+	if stat.threads, err = strconv.Atoi(fields[threads]); err != nil {
+		return procStat{}, fmt.Errorf("proc stat: threads: %w", err)
+	}
 	if stat.start, err = strconv.ParseUint(fields[start], 10, 64); err != nil {
 		return procStat{}, fmt.Errorf("proc stat: start time: %w", err)
 	}
@@ -92,7 +128,11 @@ func allProcesses() ([]procStat, error) {
 		if err != nil {
 			continue
 		}
-		if stat, err := readStat(pid); err == nil {
+		stat, err := readStat(pid)
+		if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) {
+			return nil, err // some would look as if they had ended
+		}
+		if err == nil {
 			processes = append(processes, stat)
 		}
 	}
@@ -101,33 +141,76 @@ func allProcesses() ([]procStat, error) {
 
 // ownChildren lists the children of this process, whichever thread they belong to.
 func ownChildren() ([]procStat, error) {
-	tasks, err := os.ReadDir("/proc/self/task")
+	pids, err := childrenOf(os.Getpid(), many)
+	if errors.Is(err, errNoChildrenFile) {
+		return childrenByScan()
+	}
 	if err != nil {
 		return nil, err
 	}
 	var children []procStat
+	for _, pid := range pids {
+		if stat, err := readStat(pid); err == nil {
+			children = append(children, stat)
+		}
+	}
+	return children, nil
+}
+
+// errNoChildrenFile is what childrenOf answers on a kernel without CONFIG_PROC_CHILDREN.
+var errNoChildrenFile = errors.New("this kernel does not list the children of processes (CONFIG_PROC_CHILDREN)")
+
+const many = 2 // threads
+
+// childrenOf lists the pids of a process's children, each of which belongs to one of its threads. While
+// children end the kernel may leave others out (proc_pid_children(5)). A process that has ended has none.
+func childrenOf(pid, threads int) ([]int, error) {
+	dir := "/proc/" + strconv.Itoa(pid) + "/task/"
+	tasks := []string{strconv.Itoa(pid)}
+	if threads > 1 {
+		names, err := readNames(dir)
+		if err != nil {
+			return nil, err
+		}
+		tasks = names
+	}
+	buffer := procBuffers.Get().(*[]byte)
+	defer procBuffers.Put(buffer)
+	var children []int
 	for _, task := range tasks {
-		list, err := os.ReadFile("/proc/self/task/" + task.Name() + "/children")
-		if errors.Is(err, os.ErrNotExist) {
-			if _, gone := os.Stat("/proc/self/task/" + task.Name()); gone != nil {
-				continue // the thread ended
+		list, err := readProc(dir+task+"/children", buffer)
+		if gone(err) {
+			if _, missing := os.Stat(dir + task + "/stat"); missing == nil {
+				return nil, errNoChildrenFile
 			}
-			return childrenByScan() // a kernel without CONFIG_PROC_CHILDREN
+			continue // the thread has ended
 		}
 		if err != nil {
-			continue
+			return nil, err
 		}
-		for _, field := range strings.Fields(string(list)) {
-			pid, err := strconv.Atoi(field)
-			if err != nil {
-				continue
-			}
-			if stat, err := readStat(pid); err == nil {
-				children = append(children, stat)
+		for field := range bytes.FieldsSeq(list) {
+			if child, err := strconv.Atoi(string(field)); err == nil {
+				children = append(children, child)
 			}
 		}
 	}
 	return children, nil
+}
+
+func readNames(dir string) ([]string, error) {
+	file, err := os.Open(dir)
+	if gone(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	names, err := file.Readdirnames(-1)
+	if gone(err) {
+		return nil, nil
+	}
+	return names, err
 }
 
 func childrenByScan() ([]procStat, error) {
@@ -144,9 +227,9 @@ func childrenByScan() ([]procStat, error) {
 	return children, nil
 }
 
-// sendSignal signals exactly this process. The descriptor is opened first and the identity checked
-// afterwards: from then on the pid may be reused without the signal going astray.
-func (id identity) sendSignal(signal unix.Signal) error {
+// sendSignal sends the signals to exactly this process. The descriptor is opened first and the identity
+// checked afterwards: from then on the pid may be reused without a signal going astray.
+func (id identity) sendSignal(signals ...unix.Signal) error {
 	pidfd, err := unix.PidfdOpen(id.pid, 0)
 	if err != nil {
 		return err
@@ -159,7 +242,12 @@ func (id identity) sendSignal(signal unix.Signal) error {
 	if now.identity != id {
 		return unix.ESRCH
 	}
-	return unix.PidfdSendSignal(pidfd, signal, nil, 0)
+	for _, signal := range signals {
+		if err := unix.PidfdSendSignal(pidfd, signal, nil, 0); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // alive reports whether this very process still runs; a zombie does not. When that cannot be known,

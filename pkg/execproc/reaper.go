@@ -51,8 +51,9 @@ type reaper struct {
 	containers map[int]*watch      // by pid, shared by all processes in a container
 	starts     map[uint64]struct{} // under way
 	lastStart  uint64
-	orphans    map[int]uint64 // zombies seen, with the last Start begun by then
-	unseen     bool           // SIGCHLD came while a Start was under way; nobody has looked yet
+	orphans    map[int]uint64      // zombies seen, with the last Start begun by then
+	held       map[*watch]struct{} // zombies that cannot be reaped yet: a tracer has them
+	unseen     bool                // SIGCHLD came while a Start was under way; nobody has looked yet
 	looked     time.Time
 	names      uint64
 }
@@ -142,6 +143,7 @@ func newReaper() (*reaper, error) {
 		containers: map[int]*watch{},
 		starts:     map[uint64]struct{}{},
 		orphans:    map[int]uint64{},
+		held:       map[*watch]struct{}{},
 	}
 	raw, err := r.epoll.SyscallConn()
 	if err != nil {
@@ -208,6 +210,7 @@ func (r *reaper) waitForOrphans() {
 	for {
 		select {
 		case <-r.signals:
+			r.reapHeld()
 			r.mu.Lock()
 			busy := len(r.starts) > 0
 			r.unseen = r.unseen || busy
@@ -231,10 +234,22 @@ const neverExecuted = ":[2:INIT]"
 func (r *reaper) exited(token int32) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	w := r.watches[token]
-	if w == nil {
-		return
+	if w := r.watches[token]; w != nil {
+		r.endedLocked(w)
 	}
+}
+
+// reapHeld tries again to reap what a tracer had.
+func (r *reaper) reapHeld() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for w := range r.held {
+		r.endedLocked(w)
+	}
+}
+
+// endedLocked reaps a process that has ended, if it is ours, and tells those who wait.
+func (r *reaper) endedLocked(w *watch) {
 	if r.processes[w.pid] == w {
 		stat, statErr := readStat(w.pid)
 		var status unix.WaitStatus
@@ -246,7 +261,8 @@ func (r *reaper) exited(token int32) {
 		case err != nil:
 			w.status = 255 // not our child any more: nobody knows
 		case pid == 0:
-			return // not yet; the event is level-triggered and comes again
+			r.holdLocked(w)
+			return
 		case status.Signaled():
 			w.status = 128 + int(status.Signal())
 		default:
@@ -269,9 +285,30 @@ func (r *reaper) exited(token int32) {
 	}
 }
 
+// holdLocked is for a process that has ended and cannot be reaped: a debugger that traces it is to see its end
+// first (ptrace(2)). Its pidfd stays readable all the time, so that it is no longer waited for. When the
+// tracer lets go of it, the kernel sends SIGCHLD once more.
+func (r *reaper) holdLocked(w *watch) {
+	if _, known := r.held[w]; known {
+		return
+	}
+	raw, err := r.epoll.SyscallConn()
+	if err != nil {
+		return // closed by release
+	}
+	r.held[w] = struct{}{}
+	_ = raw.Control(func(epfd uintptr) { _ = unix.EpollCtl(int(epfd), unix.EPOLL_CTL_DEL, w.pidfd, nil) })
+	// It may have let go between the wait and now.
+	select {
+	case r.signals <- unix.SIGCHLD:
+	default: // a look is due anyway
+	}
+}
+
 // forget stops watching. The caller holds the lock.
 func (r *reaper) forget(w *watch) {
 	delete(r.watches, w.token)
+	delete(r.held, w)
 	unix.Close(w.pidfd) // which also takes it out of the epoll set
 }
 

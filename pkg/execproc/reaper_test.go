@@ -1,6 +1,7 @@
 package execproc
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -279,4 +281,95 @@ func TestShutdown(t *testing.T) {
 	if code := p.ExitCode(); code != 137 {
 		t.Errorf("exit code %d", code)
 	}
+}
+
+// A zombie that a debugger has cannot be reaped. It costs nothing meanwhile, and is reaped when the debugger lets go.
+func TestZombieHeldByTracer(t *testing.T) {
+	r, err := acquireReaper()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.release()
+	command := exec.Command("sleep", "1000")
+	command.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid := command.Process.Pid
+	w, err := r.watchProcess(pid, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The tracer is a process of its own: a tracer that is the parent as well is no obstacle.
+	tracer := exec.Command(os.Args[0], "-test.run=^$")
+	tracer.Env = append(os.Environ(), tracerVariable+"="+strconv.Itoa(pid))
+	release, err := tracer.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	attached, err := tracer.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tracer.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(attached).ReadString('\n'); line != "attached\n" {
+		t.Fatalf("the tracer says %q, %v", line, err)
+	}
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	held := func() bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		_, held := r.held[w]
+		return held
+	}
+	eventually(t, "the zombie is known to be held", held)
+	select {
+	case <-w.exited:
+		t.Fatal("reaped although traced: the test proves nothing")
+	default:
+	}
+	before := ownTime(t)
+	time.Sleep(time.Second)
+	if spent := ownTime(t) - before; spent > 500*time.Millisecond {
+		t.Errorf("%v of CPU time in a second while a tracer holds a zombie", spent)
+	}
+	release.Close()
+	if err := tracer.Wait(); err != nil {
+		t.Error(err)
+	}
+	closes(t, w.exited, "the zombie to be reaped")
+	if w.status != 128+int(unix.SIGKILL) {
+		t.Errorf("status %d", w.status)
+	}
+}
+
+func ownTime(t *testing.T) time.Duration {
+	t.Helper()
+	var usage unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &usage); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+}
+
+// tracerVariable makes the test's program one that traces this process until its input ends.
+const tracerVariable = "EXECPROC_TEST_TRACE"
+
+func trace(pid string) {
+	runtime.LockOSThread()
+	number, err := strconv.Atoi(pid)
+	if err == nil {
+		err = unix.PtraceSeize(number)
+	}
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	fmt.Println("attached")
+	io.Copy(io.Discard, os.Stdin)
+	os.Exit(0)
 }

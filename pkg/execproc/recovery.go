@@ -1,36 +1,86 @@
 package execproc
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// record is what a successor must know of a running process, should this one be killed. It is one
-// small file in the state directory, removed when the process ends.
+// record is what a successor must know of a command, should this process be killed. It is one small file in
+// the state directory, removed when the command ends. It is written twice: before the start, when there is no
+// pid yet, and once the command is known. Between the two, what was started is found by what the runtime
+// left and by the command's pipes.
 type record struct {
-	Container string `json:"container"`
-	InitPid   int    `json:"initPid"`
-	Pid       int    `json:"pid"`
-	Start     uint64 `json:"start"` // clock ticks since boot, /proc/PID/stat
-	Boot      string `json:"boot"`
-	Policy    Policy `json:"policy"`
+	Container string   `json:"container"`
+	InitPid   int      `json:"initPid"`
+	InitStart uint64   `json:"initStart,omitempty"` // as Start
+	Pid       int      `json:"pid,omitempty"`
+	Start     uint64   `json:"start,omitempty"` // clock ticks since boot, /proc/PID/stat
+	Since     uint64   `json:"since,omitempty"` // without a pid: what was started is not older
+	Pipes     []string `json:"pipes,omitempty"` // without a pid: as in streamEnds
+	Boot      string   `json:"boot"`
+	Policy    Policy   `json:"policy"`
 }
 
+// writeIntent writes down that a command is about to be started.
+func (p *Process) writeIntent() error {
+	since, err := ticksSinceBoot()
+	if err != nil {
+		return err
+	}
+	intent := p.newRecord()
+	intent.Since, intent.Pipes = since, slices.Sorted(maps.Keys(p.ends.pipes))
+	return intent.write(p.record)
+}
+
+// writeRecord writes down which process the command is.
 func (p *Process) writeRecord() error {
-	data, err := json.Marshal(record{
-		Container: p.container.ID, InitPid: p.container.InitPid,
-		Pid: p.leader.pid, Start: p.leader.start, Boot: p.runner.boot, Policy: p.policy,
-	})
+	r := p.newRecord()
+	r.Pid, r.Start = p.leader.pid, p.leader.start
+	return r.write(p.record)
+}
+
+func (p *Process) newRecord() record {
+	return record{
+		Container: p.container.ID, InitPid: p.container.InitPid, InitStart: p.container.InitStartTime,
+		Boot: p.runner.boot, Policy: p.policy,
+	}
+}
+
+// write replaces the file as a whole: whoever is killed meanwhile leaves the old one.
+func (r record) write(path string) error {
+	data, err := json.Marshal(r)
 	if err != nil {
 		return fmt.Errorf("encode recovery record: %w", err)
 	}
-	return os.WriteFile(p.record, data, 0o600)
+	unfinished := unfinishedFile(path)
+	err = os.WriteFile(unfinished, data, 0o600)
+	if err == nil {
+		err = os.Rename(unfinished, path)
+	}
+	if err != nil {
+		os.Remove(unfinished)
+	}
+	return err
+}
+
+// ticksSinceBoot is the time in the unit of /proc/PID/stat.
+func ticksSinceBoot() (uint64, error) {
+	const tick = 10 * time.Millisecond // USER_HZ is 100 on every architecture that Go runs on
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
+		return 0, fmt.Errorf("time since boot: %w", err)
+	}
+	return uint64(time.Duration(now.Nano()) / tick), nil
 }
 
 func parseRecord(data []byte) (record, error) {
@@ -38,7 +88,7 @@ func parseRecord(data []byte) (record, error) {
 	if err := json.Unmarshal(data, &found); err != nil {
 		return record{}, fmt.Errorf("recovery record: %w", err)
 	}
-	if found.Pid <= 1 {
+	if found.Pid < 0 || found.Pid == 1 || found.Pid == 0 && found.Since == 0 {
 		return record{}, fmt.Errorf("recovery record: no pid")
 	}
 	return found, nil
@@ -68,29 +118,117 @@ func (r *Runner) recover() {
 		r.log.Warn("cannot look for processes left by a predecessor", "error", err)
 		return
 	}
+	var rest []string
+	interrupted := map[string]bool{} // starts, by the name of their files
 	for _, entry := range entries {
 		owner, ok := ownerOf(entry.Name())
 		if !ok || owner.alive() {
 			continue
 		}
-		path := filepath.Join(r.config.StateDir, entry.Name())
-		if filepath.Ext(path) != ".record" {
-			os.Remove(path)
-			continue
+		if base, isRecord := strings.CutSuffix(entry.Name(), ".record"); isRecord && base[0] != '.' {
+			interrupted[base] = r.recoverRecord(filepath.Join(r.config.StateDir, base))
+		} else {
+			rest = append(rest, entry.Name())
 		}
-		data, err := os.ReadFile(path)
-		if err != nil {
-			continue
+	}
+	for _, name := range rest {
+		base, _, _ := strings.Cut(strings.TrimPrefix(name, "."), ".")
+		if !interrupted[base] {
+			os.Remove(filepath.Join(r.config.StateDir, name))
 		}
-		left, err := parseRecord(data)
-		leader := identity{left.Pid, left.Start}
-		if err != nil || left.Boot != r.boot || left.Policy == PolicyKeep || !leader.alive() {
-			os.Remove(path)
-			continue
-		}
+	}
+}
+
+// recoverRecord deals with one command of a predecessor. It reports whether the files of the command's
+// start are still needed.
+func (r *Runner) recoverRecord(base string) (interrupted bool) {
+	path := filesOf(base).record
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return false
+	}
+	left, err := parseRecord(data)
+	leader := identity{left.Pid, left.Start}
+	switch {
+	case err != nil || left.Boot != r.boot || left.Policy == PolicyKeep:
+		os.Remove(path)
+	case left.Pid == 0:
+		r.log.Info("ending what a predecessor was starting", "container", left.Container)
+		return r.background(func() { r.endInterrupted(left, filesOf(base)) })
+	case !leader.alive():
+		os.Remove(path)
+	default:
 		r.log.Info("ending a process left by a predecessor", "container", left.Container, "pid", left.Pid)
 		r.endLeftover(left, path)
 	}
+	return false
+}
+
+// interruptedTimeout is how long a runtime that lost its streamshim may go on starting a command.
+const interruptedTimeout = 5 * time.Second
+
+// endInterrupted kills the command of a start during which the predecessor was killed: nobody ever had its
+// streams. The runtime may still be at it, and is left to finish, so that it undoes or names what it began.
+func (r *Runner) endInterrupted(left record, f files) {
+	runtimes := processesWithArgument(f.process)
+	if awaitEnds(runtimes, time.Now().Add(interruptedTimeout), r.ctx.Done()) == wasCut {
+		return // for the next one to do
+	}
+	for _, p := range runtimes {
+		t := newTree(p.identity, 0, streamEnds{})
+		t.stranger = true
+		t.kill()
+	}
+	ends := streamEnds{pipes: map[string]bool{}}
+	for _, pipe := range left.Pipes {
+		ends.pipes[pipe] = true
+	}
+	leader := identity{pid: -1, start: left.Since}
+	if pid, err := readPidFile(f.pid); err == nil {
+		if stat, err := readStat(pid); err == nil && stat.start >= left.Since && inSameContainer(pid, left.InitPid) {
+			leader = stat.identity
+		}
+	}
+	// When the container has ended nothing of it is left, and its main process's pid may be another's.
+	if left.InitStart == 0 || (identity{left.InitPid, left.InitStart}).alive() {
+		t := newTree(leader, left.InitPid, ends)
+		t.stranger = true
+		t.kill()
+	}
+	f.removeStart()
+	os.RemoveAll(f.socket)
+	os.Remove(unfinishedFile(f.record))
+	os.Remove(f.record)
+}
+
+// processesWithArgument finds the processes that have the path among their arguments: the OCI runtime that
+// was told to start what it describes. A process of a container that gives itself such an argument has
+// itself killed.
+func processesWithArgument(path string) []procStat {
+	all, err := allProcesses()
+	if err != nil {
+		return nil
+	}
+	var found []procStat
+	buffer := make([]byte, 4<<10)
+	for _, p := range all {
+		arguments, err := readProc("/proc/"+strconv.Itoa(p.pid)+"/cmdline", &buffer)
+		if err == nil && slices.ContainsFunc(bytes.Split(arguments, []byte{0}), func(a []byte) bool { return string(a) == path }) {
+			found = append(found, p)
+		}
+	}
+	return found
+}
+
+// inSameContainer reports whether two processes have the same mount namespace, which a container shares
+// with no other.
+func inSameContainer(a, b int) bool {
+	first, err := os.Readlink("/proc/" + strconv.Itoa(a) + "/ns/mnt")
+	if err != nil {
+		return false
+	}
+	second, err := os.Readlink("/proc/" + strconv.Itoa(b) + "/ns/mnt")
+	return err == nil && first == second
 }
 
 // endLeftover ends a process as its policy says, in the background. It is no child of ours, so that

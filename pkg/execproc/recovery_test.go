@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -36,6 +37,9 @@ func predecessor(dir string) {
 		fail(err)
 	}
 	marker := os.Getenv("EXECPROC_TEST_MARKER")
+	if os.Getenv("EXECPROC_TEST_BUSY") != "" {
+		startWithoutEnd(r, c, marker)
+	}
 	for _, script := range []string{
 		"sleep " + marker,
 		"trap '' HUP TERM; setsid sleep " + marker + " & sleep " + marker + "; sleep " + marker,
@@ -48,7 +52,23 @@ func predecessor(dir string) {
 	time.Sleep(time.Hour)
 }
 
-func startPredecessor(t *testing.T, c Container, dir, marker string, policy Policy) *exec.Cmd {
+// startWithoutEnd starts one command after the other, several at a time, until the process is killed.
+func startWithoutEnd(r *Runner, c Container, marker string) {
+	for i := range 4 {
+		go func() {
+			for {
+				command := Command{Args: []string{"sleep", marker}, Stdin: true, Stdout: true, Stderr: i%2 == 0, TTY: i%2 != 0}
+				if _, err := r.Start(context.Background(), c, command); err != nil {
+					fmt.Fprintln(os.Stderr, err)
+				}
+			}
+		}()
+	}
+	fmt.Println("started")
+	select {}
+}
+
+func startPredecessor(t *testing.T, c Container, dir, marker string, policy Policy, environment ...string) *exec.Cmd {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -61,6 +81,7 @@ func startPredecessor(t *testing.T, c Container, dir, marker string, policy Poli
 	command := exec.Command(self)
 	command.Env = append(os.Environ(), "EXECPROC_TEST_PREDECESSOR="+dir, "EXECPROC_TEST_CONTAINER="+string(encoded),
 		"EXECPROC_TEST_MARKER="+marker, "EXECPROC_TEST_POLICY="+string(policy))
+	command.Env = append(command.Env, environment...)
 	command.Stderr = os.Stderr
 	out, err := command.StdoutPipe()
 	if err != nil {
@@ -91,10 +112,7 @@ func TestKilledPredecessor(t *testing.T) {
 				return newRunner(t, func(config *Config) { config.StateDir, config.OnDisconnect = dir, policy })
 			}
 			eventually(t, "all processes run", func() bool { return len(marked(t, "sleep\x00"+marker)) == 3 })
-			records := func() []string {
-				names, _ := filepath.Glob(filepath.Join(dir, "*.record"))
-				return names
-			}
+			records := func() []string { return recordsIn(dir) }
 			// The native engine's proof has left its own a moment ago.
 			eventually(t, "two records", func() bool { return len(records()) == 2 })
 			processes, recorded := marked(t, marker), records()
@@ -123,6 +141,50 @@ func TestKilledPredecessor(t *testing.T) {
 			second.Close()
 		})
 	}
+}
+
+// A streamshim that is killed while it starts commands leaves none that the next one does not end, at
+// whatever step of a start it was. EXECPROC_TEST_KILLS says how many are killed.
+func TestKilledWhileStarting(t *testing.T) {
+	kills := 10
+	if n, err := strconv.Atoi(os.Getenv("EXECPROC_TEST_KILLS")); err == nil {
+		kills = n
+	}
+	c := newContainer(t)
+	dir, marker := filepath.Join(t.TempDir(), "exec"), newMarker()
+	newRunner(t, func(config *Config) { config.StateDir = filepath.Join(t.TempDir(), "exec") }) // reaps those who lose their parent
+	for i := range kills {
+		command := startPredecessor(t, c, dir, marker, PolicyHangup, "EXECPROC_TEST_BUSY=1")
+		time.Sleep(time.Duration(i*7%100) * time.Millisecond) // the moment of the kill
+		command.Process.Kill()
+		command.Wait()
+	}
+	interrupted := 0
+	for _, path := range recordsIn(dir) {
+		if data, err := os.ReadFile(path); err == nil && strings.Contains(string(data), `"since"`) {
+			interrupted++
+		}
+	}
+	t.Logf("%d processes, %d interrupted starts", len(marked(t, marker)), interrupted)
+	if interrupted == 0 {
+		t.Error("no start was interrupted: the test shows nothing")
+	}
+	successor := newRunner(t, func(config *Config) { config.StateDir = dir })
+	eventually(t, "nothing of the predecessors is left", func() bool {
+		entries, err := os.ReadDir(dir)
+		return len(marked(t, marker)) == 0 && err == nil && len(entries) == 0
+	})
+	successor.Close()
+	// Copies of a predecessor that was killed between fork and execve. The reaper takes them for children of
+	// the test's own, because of their session; of a service they would be init's.
+	for pid := 1; pid > 0; {
+		pid, _ = unix.Wait4(-1, nil, unix.WNOHANG, nil)
+	}
+}
+
+func recordsIn(dir string) []string {
+	names, _ := filepath.Glob(filepath.Join(dir, "[0-9]*.record"))
+	return names
 }
 
 // A record whose pid now belongs to somebody else must hurt nobody.
@@ -162,7 +224,7 @@ func TestRecordOfReusedPid(t *testing.T) {
 func FuzzParseRecord(f *testing.F) {
 	f.Add(`{"container":"c","initPid":7,"pid":8,"start":9,"boot":"b","policy":"hangup"}`)
 	f.Fuzz(func(t *testing.T, text string) {
-		if found, err := parseRecord([]byte(text)); err == nil && found.Pid <= 1 {
+		if found, err := parseRecord([]byte(text)); err == nil && found.Pid <= 1 && (found.Pid != 0 || found.Since == 0) {
 			t.Errorf("pid %d of %q", found.Pid, text)
 		}
 		if owner, ok := ownerOf(text); ok && (owner.pid <= 0 || !strings.Contains(text, "-")) {

@@ -352,6 +352,15 @@ const consoleTimeout = 5 * time.Second
 
 // launchAndWatch starts the process and registers it with the reaper.
 func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) error {
+	if err := p.writeIntent(); err != nil {
+		r.log.Warn("cannot write the recovery record of an exec; were streamshim killed now, the process would stay", "error", err)
+	}
+	started := false
+	defer func() {
+		if !started {
+			os.Remove(p.record)
+		}
+	}()
 	start := r.reaper.beginStart()
 	defer r.reaper.endStart(start)
 	pid, err := launch(ctx, p, spec, f, streams, stderr)
@@ -372,10 +381,10 @@ func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher
 	}
 	p.watch, err = r.reaper.watchProcess(pid, func() { r.exited(p) })
 	if err != nil {
-		os.Remove(p.record)
 		newTree(p.leader, p.container.InitPid, p.ends).kill()
 		return fmt.Errorf("watch process %d: %w", pid, err)
 	}
+	started = true
 	return nil
 }
 

@@ -37,8 +37,13 @@ func filesOf(base string) files {
 func (f files) removeStart() {
 	os.Remove(f.process)
 	os.Remove(f.pid)
-	os.Remove(filepath.Join(filepath.Dir(f.pid), "."+filepath.Base(f.pid))) // from a runc killed while it wrote it
+	os.Remove(unfinishedFile(f.pid)) // from a runc killed while it wrote it
 	os.Remove(f.log)
+}
+
+// unfinishedFile is the path of a file until it is whole, for runc's pid file as for our records.
+func unfinishedFile(path string) string {
+	return filepath.Join(filepath.Dir(path), "."+filepath.Base(path))
 }
 
 // passedEnvironment is all that the runtime sees of our environment. LISTEN_FDS in particular must

@@ -239,8 +239,10 @@ const (
 // lost the answer). After an unfinished line it takes two: the first only hands over the line.
 //
 // It is typed more than once, because a terminal forgets it: a shell that takes over line editing
-// between the typing and its next read finds a NUL in its place. As with a
-// pipe, the end then stays the end for whoever reads next.
+// between the typing and its next read finds a NUL in its place. As with a pipe, the end then stays the end
+// for whoever reads next. But only in canonical mode does the character mean the end of input, and does not reach
+// who reads. Otherwise it is a key like any other, which to a shell's line editor means the same and to an editor
+// of texts does not, so that each foreground process group gets it only once.
 func (t *terminalInput) Close() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -248,46 +250,68 @@ func (t *terminalInput) Close() error {
 		return nil
 	}
 	t.finished = true
-	eof := byte(4)
-	_ = t.control(func(fd int) error {
-		settings, err := unix.IoctlGetTermios(fd, unix.TCGETS)
-		if err == nil {
-			eof = settings.Cc[unix.VEOF]
-		}
-		return err
-	})
-	typed := []byte{eof}
-	if t.midLine {
-		typed = []byte{eof, eof}
-	}
-	if err := t.file.SetWriteDeadline(time.Now().Add(endOfFileTimeout)); err != nil {
-		return nil // closed: a process without a terminal needs no end of file
-	}
-	_, err := t.file.Write(typed)
+	typing := endOfFile{terminal: t.terminal, told: map[int]bool{}}
+	err := typing.typeOnce(t.midLine)
 	if errors.Is(err, os.ErrClosed) || errors.Is(err, unix.EIO) {
-		return nil
+		return nil // a process without a terminal needs no end of file
 	}
 	if err != nil {
 		return fmt.Errorf("send end of file to the terminal: %w", err)
 	}
-	go t.repeatEndOfFile(eof) // ends with the terminal
+	go typing.repeat() // ends with the terminal
 	return nil
 }
 
-func (t *terminalInput) repeatEndOfFile(eof byte) {
+// endOfFile types the end of file.
+type endOfFile struct {
+	*terminal
+	told map[int]bool // process groups that were in the foreground outside canonical mode
+}
+
+// repeat types the end of file for as long as there may be somebody to read it.
+func (e *endOfFile) repeat() {
 	for pause := firstEndOfFileRepeat; pause <= lastEndOfFileRepeat; pause *= 2 {
 		timer := time.NewTimer(pause)
 		select {
-		case <-t.closed:
+		case <-e.closed:
 			timer.Stop()
 			return
 		case <-timer.C:
 		}
-		if t.file.SetWriteDeadline(time.Now().Add(endOfFileTimeout)) != nil {
-			return
-		}
-		if _, err := t.file.Write([]byte{eof}); err != nil {
+		if e.typeOnce(false) != nil {
 			return // the process has ended, or has not read what was typed before
 		}
 	}
+}
+
+// typeOnce types the end of file, unless it would be a key that the one who reads has had already.
+func (e *endOfFile) typeOnce(midLine bool) error {
+	typed := []byte{4}
+	skip := false
+	err := e.control(func(fd int) error {
+		settings, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+		if err != nil {
+			return err
+		}
+		typed[0] = settings.Cc[unix.VEOF]
+		if settings.Lflag&unix.ICANON == 0 {
+			group, err := unix.IoctlGetInt(fd, unix.TIOCGPGRP)
+			if err != nil {
+				group = 0 // nobody's: all are taken for one
+			}
+			skip = e.told[group]
+			e.told[group] = true
+		} else if midLine {
+			typed = append(typed, typed[0])
+		}
+		return nil
+	})
+	if err != nil || skip {
+		return err
+	}
+	if err := e.file.SetWriteDeadline(time.Now().Add(endOfFileTimeout)); err != nil {
+		return err
+	}
+	_, err = e.file.Write(typed)
+	return err
 }

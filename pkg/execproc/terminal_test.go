@@ -1,6 +1,7 @@
 package execproc
 
 import (
+	"bufio"
 	"errors"
 	"io"
 	"os"
@@ -145,6 +146,44 @@ func TestTerminalStdinEOF(t *testing.T) {
 			t.Errorf("exit code %d", code)
 		}
 		p.Close()
+	}
+}
+
+// The end of input stays the end for whoever reads next, and reaches a shell that edits lines. A program that takes
+// keys, such as an editor, gets it as a key and so only once.
+func TestTerminalStdinEOFReachesReaders(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	for name, test := range map[string]struct {
+		args []string
+		want string // the last that is said
+	}{
+		"one reader after another": {shell("stty -echo; echo ready; cat; sleep 0.5; cat; sleep 1; cat; echo end"), "end\r\n"},
+		"a shell":                  {[]string{"sh"}, ""},
+		"a shell in a shell":       {shell("sh; echo end"), "end\r\n"},
+		"a program that takes keys": {
+			shell("stty raw -echo; echo ready; timeout 3 cat >/tmp/keys; stty sane; wc -c </tmp/keys"), "1\r\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := start(t, r, c, Command{Args: test.args, TTY: true, Stdin: true, Stdout: true})
+			output := bufio.NewReader(p.Stdout())
+			if strings.Contains(strings.Join(test.args, " "), "ready") {
+				if line, err := output.ReadString('\n'); err != nil || strings.TrimSpace(line) != "ready" {
+					t.Fatalf("%q, %v", line, err)
+				}
+			}
+			if err := p.Stdin().Close(); err != nil {
+				t.Fatal(err)
+			}
+			out, err := io.ReadAll(output)
+			if !strings.HasSuffix(string(out), test.want) || err != nil {
+				t.Errorf("%q, %v", out, err)
+			}
+			if code := exitCode(t, p); code != 0 {
+				t.Errorf("exit code %d", code)
+			}
+			p.Close()
+		})
 	}
 }
 

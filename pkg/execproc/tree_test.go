@@ -227,7 +227,7 @@ func FuzzParseStat(f *testing.F) {
 
 func TestParseStat(t *testing.T) {
 	stat, err := parseStat([]byte("42 (a b) c) S 1 42 43 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 12345 0 0\n"))
-	want := procStat{identity: identity{42, 12345}, comm: "a b) c", state: 'S', ppid: 1, session: 43}
+	want := procStat{identity: identity{42, 12345}, comm: "a b) c", state: 'S', ppid: 1, session: 43, threads: 1}
 	if err != nil || stat != want {
 		t.Errorf("%+v, %v", stat, err)
 	}

@@ -26,6 +26,9 @@ type Config struct {
 	WaitingTokens func() int
 	// LostAudit and IncompleteRecordings are asked for totals since the start; nil is none.
 	LostAudit, IncompleteRecordings func() int64
+	// Buffered is asked for the bytes of unread data that sessions hold, BuffersRefused how many times there was no
+	// room for more; nil is none.
+	Buffered, BuffersRefused func() int64
 }
 
 // Metrics are the numbers. It is a session.Observer. Its methods may be called from many goroutines.
@@ -121,6 +124,12 @@ func New(c Config) *Metrics {
 	build.Set(1)
 	m.counterFunc("audit_records_lost_total", "Audit records that could not be written.", c.LostAudit)
 	m.counterFunc("recordings_incomplete_total", "Recordings that could not be begun, have gaps, or ended before their session.", c.IncompleteRecordings)
+	m.counterFunc("buffers_refused_total", "Times that data of a session had to wait, or was skipped, because limits.buffers was reached.", c.BuffersRefused)
+	if c.Buffered != nil {
+		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "streamshim_buffered_bytes", Help: "Unread data that sessions hold.",
+		}, func() float64 { return float64(c.Buffered()) }))
+	}
 	m.registry.MustRegister(build, (*liveCollector)(m),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "streamshim_tokens_waiting", Help: "One-time URLs that wait for their client.",

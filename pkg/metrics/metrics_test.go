@@ -28,6 +28,7 @@ func (m moved) Transferred() (received, sent int64) { return m.received, m.sent 
 func newForTest() *Metrics {
 	return New(Config{
 		Version: "test", Methods: []string{"/runtime.v1.RuntimeService/Exec"}, WaitingTokens: func() int { return 3 },
+		Buffered: func() int64 { return 11 }, BuffersRefused: func() int64 { return 13 },
 		LostAudit: func() int64 { return 5 }, IncompleteRecordings: func() int64 { return 7 },
 	})
 }

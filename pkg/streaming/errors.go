@@ -8,4 +8,6 @@ var (
 	ErrTooManyRequests = errors.New("too many streaming requests wait for their client; try again in a minute")
 	// ErrShuttingDown: the server takes no new requests.
 	ErrShuttingDown = errors.New("streamshim is shutting down")
+	// ErrNotListening: the listener for streams has failed and is not open again yet.
+	ErrNotListening = errors.New("streamshim's listener for streams has failed and is being opened again, try again")
 )

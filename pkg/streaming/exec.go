@@ -14,14 +14,17 @@ import (
 
 func (s *Server) serveExec(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
 	exec := request.(*ExecRequest)
-	start := func(ctx context.Context, c Command) (Process, error) { return exec.Executor.Start(ctx, c) }
-	if exec.Executor == nil {
+	buffers := s.config.Buffers.share()
+	var start startFunc
+	if exec.Executor != nil {
+		start = startWhenAllowed(s.config.Starts, exec.Executor.Start)
+	} else {
 		start = func(ctx context.Context, c Command) (Process, error) {
-			return startRelay(ctx, exec.UpstreamURL, c, 0, 0)
+			return startRelay(ctx, exec.UpstreamURL, c, 0, 0, buffers)
 		}
 	}
 	s.serveRemoteCommand(w, r, up, exec.info(),
-		remoteCommand{command: exec.Command, start: start, endReason: exec.EndReason})
+		remoteCommand{command: exec.Command, buffers: buffers, start: start, endReason: exec.EndReason})
 }
 
 // detachGrace is how long an attached terminal stays attached after the client's input has ended.
@@ -40,10 +43,12 @@ func (s *Server) serveAttach(w http.ResponseWriter, r *http.Request, up upgrade,
 	case attach.StdinOnce:
 		stdinGrace = 0
 	}
+	buffers := s.config.Buffers.share()
 	s.serveRemoteCommand(w, r, up, attach.info(), remoteCommand{
+		buffers: buffers,
 		command: Command{Stdin: attach.Stdin, Stdout: attach.Stdout, Stderr: attach.Stderr, TTY: attach.TTY},
 		start: func(ctx context.Context, c Command) (Process, error) {
-			return startRelay(ctx, attach.UpstreamURL, c, s.config.AttachBuffer, stdinGrace)
+			return startRelay(ctx, attach.UpstreamURL, c, s.config.AttachBuffer, stdinGrace, buffers)
 		},
 		endReason: attach.EndReason,
 	})
@@ -66,18 +71,19 @@ func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up u
 		network net.Conn
 	)
 	if up.websocket {
-		client, network, err = s.acceptWebSocketRemoteCommand(w, r, websocket.Protocol(up.protocol), rc.command)
+		client, network, err = s.acceptWebSocketRemoteCommand(w, r, websocket.Protocol(up.protocol), rc)
 	} else {
-		client, network, err = s.acceptSPDYRemoteCommand(w, r, up.protocol, rc.command)
+		client, network, err = s.acceptSPDYRemoteCommand(w, r, up.protocol, rc)
 	}
 	if err != nil {
+		rc.buffers.Close()
 		live.End(clientGone(err))
 		return
 	}
 	live.Connect(client)
 	config := s.current()
-	rc.start = startWhenAllowed(config.Starts, rc.start)
 	s.sessions.Go(func() {
+		defer rc.buffers.Close()
 		defer s.watch.add(live, client, network)()
 		defer limitLifetime(config, live)()
 		running := &remoteCommandSession{config: config, session: live, client: client, remoteCommand: rc}
@@ -87,7 +93,8 @@ func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up u
 
 // acceptSPDYRemoteCommand takes the connection over. The client opens one stream for each of those
 // that the command wants, and says with the header streamtype which it is.
-func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, r *http.Request, protocol string, c Command) (*remoteCommandClient, net.Conn, error) {
+func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, r *http.Request, protocol string, rc remoteCommand) (*remoteCommandClient, net.Conn, error) {
+	c := rc.command
 	network, buffered, err := hijackSPDY(w, protocol)
 	if err != nil {
 		return nil, nil, err
@@ -121,6 +128,7 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, r *http.Request,
 	conn = spdy.NewServer(network, buffered, spdy.Config{
 		// A backlog of stdin serves nobody, and one that outgrows the CPU caches costs a third more.
 		ConnBuffer: 1 << 20,
+		Room:       rc.buffers,
 		OnReceipt:  onReceipt,
 		// Called by the connection's reader alone, so that it needs no lock; ready publishes the streams.
 		OnStream: func(stream *spdy.Stream) {
@@ -166,10 +174,12 @@ func awaitClose(ctx context.Context, c connection) {
 }
 
 // acceptWebSocketRemoteCommand upgrades the connection. The channels are there from the start.
-func (s *Server) acceptWebSocketRemoteCommand(w http.ResponseWriter, r *http.Request, protocol websocket.Protocol, c Command) (*remoteCommandClient, net.Conn, error) {
+func (s *Server) acceptWebSocketRemoteCommand(w http.ResponseWriter, r *http.Request, protocol websocket.Protocol, rc remoteCommand) (*remoteCommandClient, net.Conn, error) {
+	c := rc.command
 	conn, err := websocket.Accept(w, r, protocol, websocket.Config{
 		Channels: websocket.RemoteCommandChannels(c.Stdin, c.Stdout, c.Stderr && !c.TTY),
 		Greeting: true,
+		Room:     rc.buffers,
 	})
 	if err != nil {
 		return nil, nil, err

@@ -23,6 +23,8 @@ type StartGate interface {
 
 type startFunc = func(context.Context, Command) (Process, error)
 
+// startWhenAllowed is for commands that are started here. What the upstream starts, or has started, costs
+// nothing here and takes no turn: were the upstream to hang, it would keep local ones waiting.
 func startWhenAllowed(gate StartGate, start startFunc) startFunc {
 	if gate == nil {
 		return start
@@ -37,22 +39,39 @@ func startWhenAllowed(gate StartGate, start startFunc) startFunc {
 	}
 }
 
-// writeRefused answers a request whose session was refused. Clients show the message of a
-// metav1.Status. Plain text would do as well, if client-go did not try to read it as YAML first: a
-// sentence with a colon is a mapping, and so a Status without a message (transport/websocket).
-func writeRefused(w http.ResponseWriter, err error) {
-	refused := refusedStatus(err)
-	body, marshalErr := json.Marshal(struct {
+// writeRefused answers a request whose session was refused.
+func writeRefused(w http.ResponseWriter, err error) { writeStatus(w, refusedStatus(err)) }
+
+// writeError answers a request that cannot be served.
+func writeError(w http.ResponseWriter, code int, message string) {
+	writeStatus(w, &status{Status: statusFailure, Reason: statusReasons[code], Code: code, Message: message})
+}
+
+// writeStatus answers with a metav1.Status, whose message clients show. Plain text would do as well, if
+// client-go did not try to read it as YAML first: a sentence with a colon is a mapping, and so a Status without
+// a message (transport/websocket).
+func writeStatus(w http.ResponseWriter, s *status) {
+	body, err := json.Marshal(struct {
 		Kind       string `json:"kind"`
 		APIVersion string `json:"apiVersion"`
 		*status
-	}{"Status", "v1", refused})
-	if marshalErr != nil {
-		body = []byte(err.Error()) // cannot happen: the struct holds strings and an int
+	}{"Status", "v1", s})
+	if err != nil {
+		body = []byte(s.Message) // cannot happen: the struct holds strings and an int
 	}
 	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(refused.Code)
+	w.WriteHeader(s.Code)
 	w.Write(append(body, '\n')) //nolint:errcheck // the client has gone
+}
+
+// statusReasons are those of metav1.StatusReason.
+var statusReasons = map[int]string{
+	http.StatusBadRequest:          "BadRequest",
+	http.StatusForbidden:           "Forbidden",
+	http.StatusNotFound:            "NotFound",
+	http.StatusTooManyRequests:     "TooManyRequests",
+	http.StatusInternalServerError: "InternalError",
+	http.StatusServiceUnavailable:  "ServiceUnavailable",
 }
 
 func refusedCode(err error) int {
@@ -68,16 +87,10 @@ func refusedCode(err error) int {
 	return http.StatusServiceUnavailable
 }
 
-// refusedStatus is the outcome of a session that was refused. The reasons are those of
-// metav1.StatusReason.
+// refusedStatus is the outcome of a session that was refused.
 func refusedStatus(err error) *status {
 	code := refusedCode(err)
-	reason := map[int]string{
-		http.StatusForbidden:          "Forbidden",
-		http.StatusTooManyRequests:    "TooManyRequests",
-		http.StatusServiceUnavailable: "ServiceUnavailable",
-	}[code]
-	return &status{Status: statusFailure, Reason: reason, Code: code, Message: err.Error()}
+	return &status{Status: statusFailure, Reason: statusReasons[code], Code: code, Message: err.Error()}
 }
 
 // beginOperating lets operators at the session, whose process runs now. A terminal can always be

@@ -26,6 +26,7 @@ type portForwardSession struct {
 	session   *session.Session
 	forwarder PortForwarder
 	client    connection
+	buffers   *bufferShare
 
 	bandwidth   *bandwidth
 	connections sync.WaitGroup
@@ -239,7 +240,15 @@ func (s *portForwardSession) forward(c *forwardedConnection) {
 	if stream, ok := c.data.(*spdy.Stream); ok {
 		data = dataStream{Stream: data, spdy: stream, failure: c.failure}
 	}
-	_, _, err := s.forwarder.Forward(s.ctx, c.port, data)
+	var err error
+	if s.config.MayConnect != nil {
+		err = s.config.MayConnect()
+	}
+	if err == nil {
+		_, _, err = s.forwarder.Forward(s.ctx, c.port, data)
+	} else {
+		data.Reset() //nolint:errcheck // the client sees the reset
+	}
 	received, sent := transferred(c.data)
 	s.mu.Lock()
 	delete(s.open, c)
@@ -325,16 +334,18 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upg
 	forwarder, err := forward.Open()
 	if err != nil {
 		live.End(session.Outcome{Reason: "start-failed", ExitCode: -1, Err: err})
-		http.Error(w, "port-forward into the pod: "+err.Error(), http.StatusInternalServerError)
+		writeError(w, http.StatusInternalServerError, "port-forward into the pod: "+err.Error())
 		return
 	}
 	config := s.current()
 	running := &portForwardSession{
-		config: config, session: live, forwarder: forwarder,
+		buffers: s.config.Buffers.share(),
+		config:  config, session: live, forwarder: forwarder,
 		waiting: make(map[string]*forwardedConnection), open: make(map[*forwardedConnection]struct{}),
 	}
 	network, err := running.accept(w, r, up, forward.Ports)
 	if err != nil {
+		running.buffers.Close()
 		forwarder.Close() //nolint:errcheck // of no use
 		live.End(clientGone(err))
 		return
@@ -342,6 +353,7 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upg
 	running.bandwidth = newBandwidth(config.Bandwidth, running.client.Done())
 	live.Connect(running)
 	s.sessions.Go(func() {
+		defer running.buffers.Close()
 		defer s.watch.add(live, running, network)()
 		defer limitLifetime(config, live)()
 		live.End(running.run())
@@ -351,7 +363,7 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upg
 // accept upgrades the connection to the transport that was negotiated. Nothing is read from it
 // before run.
 func (s *portForwardSession) accept(w http.ResponseWriter, r *http.Request, up upgrade, ports []int32) (net.Conn, error) {
-	config := spdy.Config{OnStream: s.onStream, Stall: s.config.Stall, OnStall: func() { s.config.Observe(StreamStalled) }}
+	config := spdy.Config{OnStream: s.onStream, Room: s.buffers, Stall: s.config.Stall, OnStall: func() { s.config.Observe(StreamStalled) }}
 	if !up.websocket {
 		network, buffered, err := hijackSPDY(w, up.protocol)
 		if err == nil {
@@ -372,12 +384,12 @@ func (s *portForwardSession) accept(w http.ResponseWriter, r *http.Request, up u
 	for _, port := range ports {
 		if port <= 0 || port > math.MaxUint16 {
 			err := fmt.Errorf("%d is no port", port)
-			http.Error(w, err.Error(), http.StatusBadRequest)
+			writeError(w, http.StatusBadRequest, err.Error())
 			return nil, err
 		}
 		named = append(named, uint16(port))
 	}
-	conn, err := websocket.AcceptPortForward(w, r, protocol, named, websocket.Config{})
+	conn, err := websocket.AcceptPortForward(w, r, protocol, named, websocket.Config{Room: s.buffers})
 	if err != nil {
 		return nil, err
 	}

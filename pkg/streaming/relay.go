@@ -33,6 +33,7 @@ const (
 // session it is a Process like any other.
 type relay struct {
 	conn           *spdy.Conn
+	buffers        *bufferShare
 	stdin, resize  *spdy.Stream
 	stdinGrace     time.Duration // see startRelay
 	stdout, stderr io.ReadCloser
@@ -49,18 +50,18 @@ type relay struct {
 //
 // The client's end of input is passed on after stdinGrace, never when that is negative. When it is positive it
 // is a detach, after which the session ends whether the upstream ends it or not.
-func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, error), c Command, buffer int, stdinGrace time.Duration) (Process, error) {
+func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, error), c Command, buffer int, stdinGrace time.Duration, buffers *bufferShare) (Process, error) {
 	ctx, cancel := context.WithTimeout(ctx, relayDialTimeout)
 	defer cancel()
 	target, err := upstreamURL(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("ask the upstream for its streaming URL: %w", err)
 	}
-	conn, protocol, err := dialUpstream(ctx, target)
+	conn, protocol, err := dialUpstream(ctx, target, buffers)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the upstream's streaming server: %w", err)
 	}
-	r := &relay{conn: conn, stdinGrace: stdinGrace, exited: make(chan struct{})}
+	r := &relay{conn: conn, buffers: buffers, stdinGrace: stdinGrace, exited: make(chan struct{})}
 	r.upstream.Go(func() { conn.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done
 	if err := r.open(c, protocol, buffer); err != nil {
 		r.Close() //nolint:errcheck // of no use
@@ -71,7 +72,7 @@ func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, 
 
 // dialUpstream connects to a runtime's streaming server and upgrades the connection to SPDY, the
 // protocol that every runtime speaks.
-func dialUpstream(ctx context.Context, target string) (*spdy.Conn, remoteCommandProtocol, error) {
+func dialUpstream(ctx context.Context, target string, buffers *bufferShare) (*spdy.Conn, remoteCommandProtocol, error) {
 	u, err := url.Parse(target)
 	if err != nil {
 		return nil, remoteCommandProtocol{}, err
@@ -91,7 +92,7 @@ func dialUpstream(ctx context.Context, target string) (*spdy.Conn, remoteCommand
 	if err != nil {
 		return nil, remoteCommandProtocol{}, err
 	}
-	conn, protocol, err := upgradeUpstream(ctx, network, target)
+	conn, protocol, err := upgradeUpstream(ctx, network, target, buffers)
 	if err != nil {
 		network.Close() //nolint:errcheck // of no use
 		return nil, remoteCommandProtocol{}, err
@@ -99,7 +100,7 @@ func dialUpstream(ctx context.Context, target string) (*spdy.Conn, remoteCommand
 	return conn, protocol, nil
 }
 
-func upgradeUpstream(ctx context.Context, network net.Conn, target string) (*spdy.Conn, remoteCommandProtocol, error) {
+func upgradeUpstream(ctx context.Context, network net.Conn, target string, buffers *bufferShare) (*spdy.Conn, remoteCommandProtocol, error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodPost, target, http.NoBody)
 	if err != nil {
 		return nil, remoteCommandProtocol{}, err
@@ -133,7 +134,7 @@ func upgradeUpstream(ctx context.Context, network net.Conn, target string) (*spd
 		buffered = append(buffered, peeked...)
 	}
 	protocol := remoteCommandProtocolByName(response.Header.Get(headerProtocolVersion))
-	return spdy.NewClient(network, buffered, spdy.Config{}), protocol, nil
+	return spdy.NewClient(network, buffered, spdy.Config{Room: buffers}), protocol, nil
 }
 
 // open opens the streams that the command wants and starts to follow them.
@@ -207,7 +208,7 @@ func (r *relay) output(stream *spdy.Stream, tty bool, buffer int) io.ReadCloser 
 	if buffer == 0 {
 		return relayOutput{stream}
 	}
-	skip := newSkipBuffer(buffer, tty)
+	skip := newSkipBuffer(buffer, tty, r.buffers)
 	r.upstream.Go(func() {
 		stream.WriteTo(skip) //nolint:errcheck // its end is the end of output
 		skip.end()
@@ -308,6 +309,7 @@ func (r *relay) Close() error {
 // what does not fit is skipped, and the reader finds a line that says how much.
 type skipBuffer struct {
 	max     int
+	buffers *bufferShare // counts data.Len()
 	newline string
 
 	mu      sync.Mutex
@@ -317,8 +319,8 @@ type skipBuffer struct {
 	ended   bool
 }
 
-func newSkipBuffer(limit int, tty bool) *skipBuffer {
-	b := &skipBuffer{max: limit, newline: "\n"}
+func newSkipBuffer(limit int, tty bool, buffers *bufferShare) *skipBuffer {
+	b := &skipBuffer{max: limit, buffers: buffers, newline: "\n"}
 	if tty {
 		b.newline = "\r\n"
 	}
@@ -333,7 +335,8 @@ func (b *skipBuffer) Write(p []byte) (int, error) {
 	if b.ended {
 		return 0, errors.New("nobody reads any more")
 	}
-	if b.skipped > 0 && b.max-b.data.Len() < b.max/2 {
+	defer b.count(b.data.Len())
+	if b.skipped > 0 && b.max-b.data.Len() < b.max/2 || b.data.Len() > 0 && b.buffers.Full() {
 		b.skipped += int64(len(p)) // one long gap is better than many short ones
 		return len(p), nil
 	}
@@ -344,6 +347,9 @@ func (b *skipBuffer) Write(p []byte) (int, error) {
 	b.changed.Signal()
 	return len(p), nil
 }
+
+// count tells the share how much more, or less, there is than before. b.mu is held.
+func (b *skipBuffer) count(before int) { b.buffers.Take(b.data.Len() - before) }
 
 // mark writes down the gap before what follows; b.mu is held.
 func (b *skipBuffer) mark() {
@@ -357,6 +363,7 @@ func (b *skipBuffer) mark() {
 func (b *skipBuffer) end() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	defer b.count(b.data.Len())
 	b.mark()
 	b.ended = true
 	b.changed.Broadcast()
@@ -372,6 +379,7 @@ func (b *skipBuffer) Read(p []byte) (int, error) {
 		}
 		b.changed.Wait()
 	}
+	defer b.count(b.data.Len())
 	n, err := b.data.Read(p)
 	if b.data.Len() == 0 && b.data.Cap() > skipBufferKeep {
 		b.data = bytes.Buffer{}
@@ -383,6 +391,7 @@ func (b *skipBuffer) Read(p []byte) (int, error) {
 func (b *skipBuffer) Close() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	defer b.count(b.data.Len())
 	b.ended = true
 	b.data.Reset()
 	b.changed.Broadcast()

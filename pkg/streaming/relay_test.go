@@ -172,7 +172,7 @@ func (b *gatedBuffer) Write(p []byte) (int, error) {
 // Whatever the order of writes and reads: a skipBuffer holds no more than its limit, never
 // makes its writer wait, and what it gives out and says that it has skipped is what was written.
 func TestSkipBuffer(t *testing.T) {
-	b := newSkipBuffer(1000, false)
+	b := newSkipBuffer(1000, false, (*Buffers)(nil).share())
 	write := func(s string) {
 		t.Helper()
 		if n, err := b.Write([]byte(s)); n != len(s) || err != nil {

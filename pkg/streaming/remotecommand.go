@@ -20,6 +20,7 @@ import (
 // remoteCommand is what an exec or attach session is to do, independent of its transport.
 type remoteCommand struct {
 	command   Command
+	buffers   *bufferShare
 	start     func(context.Context, Command) (Process, error)
 	endReason func(context.Context) string
 }

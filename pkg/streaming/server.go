@@ -51,6 +51,10 @@ type Config struct {
 	// AttachBuffer is how many bytes of output wait for an attached client that reads too slowly;
 	// what comes beyond is skipped.
 	AttachBuffer int
+	// MayConnect is asked before each forwarded connection, which its error resets. Nil allows all.
+	MayConnect func() error
+	// Buffers bounds the unread data of all sessions. Nil is no limit.
+	Buffers *Buffers
 	// Observe is told of each Event as it happens, from many goroutines; it must not block. Nil
 	// means that nobody asks.
 	Observe func(Event)
@@ -124,6 +128,8 @@ type Server struct {
 
 	mu       sync.Mutex
 	closed   bool
+	closing  chan struct{} // closed when Shutdown begins
+	deaf     bool          // nobody listens at the address of the URLs
 	settings Settings
 }
 
@@ -154,6 +160,7 @@ func NewServer(config Config, listener net.Addr) *Server {
 		config:   config,
 		settings: config.Settings,
 		plain:    newPlainConnections(maxPlainConnections),
+		closing:  make(chan struct{}),
 		base:     url.URL{Scheme: "http", Host: listener.String()},
 	}
 	s.tokens = newTokenCache(s.config.Observe)
@@ -173,7 +180,7 @@ func NewServer(config Config, listener net.Addr) *Server {
 }
 
 // Exec keeps the request and returns the one-time URL at which a client may have it served. The
-// error is ErrTooManyRequests, ErrShuttingDown or that of a guard of Config.Sessions, such as a
+// error is ErrTooManyRequests, ErrShuttingDown, ErrNotListening or that of a guard of Config.Sessions, such as a
 // *session.RefusedError.
 func (s *Server) Exec(r *ExecRequest) (string, error) { return s.insert(r.info(), r) }
 
@@ -187,10 +194,13 @@ func (s *Server) PortForward(r *PortForwardRequest) (string, error) {
 
 func (s *Server) insert(info session.Info, request any) (string, error) {
 	s.mu.Lock()
-	closed := s.closed
+	closed, deaf := s.closed, s.deaf
 	s.mu.Unlock()
 	if closed {
 		return "", ErrShuttingDown
+	}
+	if deaf {
+		return "", ErrNotListening
 	}
 	if err := s.config.Sessions.Check(info); err != nil {
 		return "", err
@@ -205,27 +215,64 @@ func (s *Server) insert(info session.Info, request any) (string, error) {
 // WaitingTokens is how many URLs have been given out that nobody has opened yet.
 func (s *Server) WaitingTokens() int { return s.tokens.waiting() }
 
-// Serve serves the listener until Shutdown. It closes the listener.
+// Serve serves the listener until Shutdown. It closes the listener, and opens it again if it fails.
 func (s *Server) Serve(listener net.Listener) error {
 	watching := make(chan struct{})
 	go func() {
 		defer close(watching)
 		s.watch.run(s.ctx)
 	}()
-	err := s.http.Serve(listener)
+	s.accept(listener)
 	<-s.ctx.Done()
 	<-watching
-	if errors.Is(err, http.ErrServerClosed) {
-		return nil
+	return nil
+}
+
+// listenPause is between two attempts to open the listener again.
+const listenPause = 500 * time.Millisecond
+
+// accept takes connections until Shutdown. A listener that fails, which is not for want of descriptors,
+// is opened again at the same address; until then no URLs are given out.
+func (s *Server) accept(listener net.Listener) {
+	address := listener.Addr()
+	for {
+		err := s.http.Serve(listener) // closes it
+		if errors.Is(err, http.ErrServerClosed) {
+			return
+		}
+		s.config.Log.Error("the listener for streams has failed and is opened again", "address", address.String(), "error", err)
+		s.setDeaf(true)
+		for {
+			pause := time.NewTimer(listenPause)
+			select {
+			case <-pause.C:
+			case <-s.closing:
+				pause.Stop()
+				return
+			}
+			if listener, err = net.Listen(address.Network(), address.String()); err == nil {
+				break
+			}
+			s.config.Log.Error("the listener for streams cannot be opened", "address", address.String(), "error", err)
+		}
+		s.setDeaf(false)
 	}
-	return err
+}
+
+func (s *Server) setDeaf(deaf bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.deaf = deaf
 }
 
 // Shutdown ends the server in three steps: it takes no new requests and connections, lets sessions
 // go on until the context is done, and then ends those that are left with a status that says so.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Lock()
-	s.closed = true
+	if !s.closed {
+		s.closed = true
+		close(s.closing)
+	}
 	s.mu.Unlock()
 	s.config.Sessions.Close()
 	err := s.http.Close() // idle and half-read connections; upgraded ones are ours, not net/http's
@@ -272,7 +319,7 @@ func (s *Server) enter() bool {
 func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kind, serve serveFunc) {
 	// Counted from here on, so that Shutdown waits also for a session that is about to begin.
 	if !s.enter() {
-		http.Error(w, ErrShuttingDown.Error(), http.StatusServiceUnavailable)
+		writeError(w, http.StatusServiceUnavailable, ErrShuttingDown.Error())
 		return
 	}
 	defer s.sessions.Done()
@@ -294,10 +341,8 @@ func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kin
 	serve(w, r, up, request)
 }
 
-// tokenNotFound answers in a text without ": ", which client-go's WebSocket clients would try to
-// read as YAML, and show nothing.
 func (s *Server) tokenNotFound(w http.ResponseWriter, kind session.Kind) {
 	s.config.Observe(TokenUnknown)
-	http.Error(w, fmt.Sprintf("no %s request waits at this URL. Its token is unknown, has been used, or has expired "+
-		"(a token is good for one connection within %v of the CRI call)", kind, s.tokens.ttl), http.StatusNotFound)
+	writeError(w, http.StatusNotFound, fmt.Sprintf("no %s request waits at this URL: its token is unknown, has been used, or has expired "+
+		"(a token is good for one connection within %v of the CRI call)", kind, s.tokens.ttl))
 }

@@ -1,11 +1,20 @@
 package streaming
 
 import (
+	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -141,5 +150,134 @@ func TestPlainConnectionsAreBounded(t *testing.T) {
 	eventually(t, "the commands run", func() bool { return executor.count() == 3 })
 	if n := len(s.config.Sessions.List()); n != 3 {
 		t.Errorf("%d sessions live", n)
+	}
+}
+
+// A listener that fails is opened again at the same address, and until then no URLs are given out that
+// nobody serves.
+func TestListenerFails(t *testing.T) {
+	leak.Check(t)
+	config := ordinary(Config{Log: slog.New(slog.DiscardHandler)})
+	config.Sessions = session.NewRegistry(config.Log)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := listener.Addr().String()
+	s := &testServer{Server: NewServer(config, listener.Addr()), t: t, served: make(chan error, 1)}
+	go func() { s.served <- s.Serve(listener) }()
+	t.Cleanup(s.stop)
+	eventually := func(what string, condition func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(testTimeout); !condition(); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("waited in vain: %s", what)
+			}
+		}
+	}
+	request := func() error {
+		_, err := s.Exec(&ExecRequest{Command: Command{Args: []string{"true"}}, Executor: &hostExecutor{t: t}})
+		return err
+	}
+	if err := request(); err != nil {
+		t.Fatal(err)
+	}
+	listener.Close()
+	other, err := net.Listen("tcp", address) // so that it cannot be opened again at once
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually("no URLs are given out", func() bool { return errors.Is(request(), ErrNotListening) })
+	other.Close()
+	eventually("URLs are given out again", func() bool { return request() == nil })
+	var out bytes.Buffer
+	options := remotecommand.StreamOptions{Stdout: &out}
+	u := s.execURL(&hostExecutor{t: t}, options, "echo", "hello")
+	if err := stream(t.Context(), t, "SPDY", u, options); err != nil || out.String() != "hello\n" {
+		t.Errorf("%q, %v", &out, err)
+	}
+
+	// Shutdown does not wait for a listener that cannot be opened.
+	s2 := NewServer(config, other.Addr())
+	closed, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed.Close()
+	served := make(chan error, 1)
+	go func() { served <- s2.Serve(closed) }()
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	s2.Shutdown(ended)
+	if err := receive(t, served, "Serve to return"); err != nil {
+		t.Error(err)
+	}
+}
+
+// A hung upstream, which keeps attaches and relayed commands from starting, does not keep local commands.
+func TestOnlyLocalStartsTakeTurns(t *testing.T) {
+	gate := &countingGate{}
+	upstream, s := startServer(t, Config{}), startServer(t, Config{Starts: gate})
+	executor := &hostExecutor{t: t}
+	var out bytes.Buffer
+	options := remotecommand.StreamOptions{Stdout: &out}
+	u := s.relayedURL(upstream.execURL(executor, options, "echo", "relayed"), options)
+	if err := stream(t.Context(), t, "SPDY", u, options); err != nil || out.String() != "relayed\n" {
+		t.Errorf("%q, %v", &out, err)
+	}
+	if n := gate.turns.Load(); n != 0 {
+		t.Errorf("a relayed command took %d turns", n)
+	}
+	if err := stream(t.Context(), t, "SPDY", s.execURL(executor, options, "echo", "local"), options); err != nil {
+		t.Error(err)
+	}
+	if n := gate.turns.Load(); n != 1 {
+		t.Errorf("a local command took %d turns", n)
+	}
+}
+
+type countingGate struct{ turns atomic.Int32 }
+
+func (g *countingGate) Acquire(context.Context) (func(), error) {
+	g.turns.Add(1)
+	return func() {}, nil
+}
+
+// Stock clients show why a request is refused, in full: client-go takes a plain text with a colon and a blank for
+// YAML and shows nothing.
+func TestRefusalsAreShown(t *testing.T) {
+	for code, message := range map[int]string{
+		http.StatusInternalServerError: "port-forward into the pod: open namespace: permission denied",
+		http.StatusBadRequest:          "none of the protocol versions offered is spoken here: offered [\"v9\"]",
+	} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { writeError(w, code, message) }))
+		u, err := url.Parse(server.URL + "/exec/x")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, transport := range transports {
+			err := stream(t.Context(), t, transport, u, remotecommand.StreamOptions{Stdout: io.Discard})
+			if err == nil || !strings.Contains(err.Error(), message) {
+				t.Errorf("%s: %v", transport, err)
+			}
+		}
+		server.Close()
+	}
+}
+
+// No file answers a request in plain text, except where no client-go looks.
+func TestNoPlainTextAnswers(t *testing.T) {
+	files, err := filepath.Glob("*.go")
+	if err != nil || len(files) == 0 {
+		t.Fatal(files, err)
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.HasSuffix(file, "_test.go") && bytes.Contains(text, []byte("http.Error(")) {
+			t.Errorf("%s: use writeError", file)
+		}
 	}
 }

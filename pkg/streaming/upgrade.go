@@ -83,7 +83,7 @@ func writeUpgradeError(w http.ResponseWriter, kind session.Kind, err error) {
 			w.Header().Add(headerAcceptedVersions, p)
 		}
 	}
-	http.Error(w, err.Error(), code)
+	writeError(w, code, err.Error())
 }
 
 // hijackSPDY answers the upgrade and takes the connection over from net/http.

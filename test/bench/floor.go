@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/test/node"
 	"github.com/streamshim/streamshim/test/wire"
 )
 
@@ -233,7 +234,7 @@ func (f floors) stdin(size int, bytes int64) (throughput, error) {
 // dial connects to the pod's server.
 func (f floors) dial(request []byte) (net.Conn, error) {
 	var conn net.Conn
-	err := inNetworkNamespace(f.pod, func() (err error) {
+	err := node.InNetworkNamespace(f.pod, func() (err error) {
 		conn, err = net.Dial("tcp4", f.server.listener.Addr().String())
 		return err
 	})

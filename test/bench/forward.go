@@ -7,14 +7,12 @@ import (
 	"io"
 	"math"
 	"net"
-	"os"
-	"runtime"
 	"strconv"
 	"time"
 
-	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/test/node"
 	"github.com/streamshim/streamshim/test/wire"
 )
 
@@ -39,7 +37,7 @@ type podServer struct {
 // servePod listens on the loopback address of a process's network namespace.
 func servePod(pid int) (*podServer, error) {
 	var listener net.Listener
-	err := inNetworkNamespace(pid, func() (err error) {
+	err := node.InNetworkNamespace(pid, func() (err error) {
 		listener, err = net.Listen("tcp4", "127.0.0.1:0")
 		return err
 	})
@@ -60,25 +58,6 @@ func servePod(pid int) (*podServer, error) {
 		}
 	}()
 	return s, nil
-}
-
-func inNetworkNamespace(pid int, do func() error) error {
-	result := make(chan error)
-	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
-		result <- func() error {
-			namespace, err := os.Open("/proc/" + strconv.Itoa(pid) + "/ns/net")
-			if err != nil {
-				return err
-			}
-			defer namespace.Close() //nolint:errcheck // read only
-			if err := unix.Setns(int(namespace.Fd()), unix.CLONE_NEWNET); err != nil {
-				return fmt.Errorf("enter the pod's network namespace: %w", err)
-			}
-			return do()
-		}()
-	}()
-	return <-result
 }
 
 func servePort(conn net.Conn) error {

@@ -5,7 +5,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -172,7 +171,7 @@ func (b *bench) runContainer(ctx context.Context, name string, profile runtimeap
 	if err != nil {
 		return "", 0, nil, err
 	}
-	if pid, err = containerPID(ctx, b.node.Upstream(), id); err != nil {
+	if pid, err = node.ContainerPID(ctx, b.node.Upstream(), id); err != nil {
 		return "", 0, nil, err
 	}
 	if own, err = accountOf(pid); err != nil {
@@ -182,16 +181,4 @@ func (b *bench) runContainer(ctx context.Context, name string, profile runtimeap
 		return "", 0, nil, errors.New("the container is in its runtime's cgroup, so their CPU times cannot be told apart")
 	}
 	return id, pid, own, nil
-}
-
-func containerPID(ctx context.Context, client runtimeapi.RuntimeServiceClient, id string) (int, error) {
-	response, err := client.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id, Verbose: true})
-	if err != nil {
-		return 0, err
-	}
-	var info struct{ Pid int }
-	if err := json.Unmarshal([]byte(response.Info["info"]), &info); err != nil {
-		return 0, fmt.Errorf("the container's info: %w", err)
-	}
-	return info.Pid, nil
 }

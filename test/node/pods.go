@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"path/filepath"
@@ -269,4 +270,17 @@ func int64Value(value *int64) *runtimeapi.Int64Value {
 		return nil
 	}
 	return &runtimeapi.Int64Value{Value: *value}
+}
+
+// ContainerPID returns the process ID of a container's main process, on the node.
+func ContainerPID(ctx context.Context, client runtimeapi.RuntimeServiceClient, id string) (int, error) {
+	response, err := client.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id, Verbose: true})
+	if err != nil {
+		return 0, err
+	}
+	var info struct{ Pid int }
+	if err := json.Unmarshal([]byte(response.Info["info"]), &info); err != nil {
+		return 0, fmt.Errorf("the container's info: %w", err)
+	}
+	return info.Pid, nil
 }

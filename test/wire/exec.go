@@ -9,6 +9,7 @@ import (
 	"io"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -35,7 +36,12 @@ func StartExec(ctx context.Context, client runtimeapi.RuntimeServiceClient, cont
 	if err != nil {
 		return nil, err
 	}
-	conn, err := Upgrade(response.Url, "v4.channel.k8s.io")
+	return Open(response.Url, c)
+}
+
+// Open upgrades the URL of an exec or attach and opens the streams. The arguments of the command do not count.
+func Open(address string, c Command) (*Exec, error) {
+	conn, err := Upgrade(address, "v4.channel.k8s.io")
 	if err != nil {
 		return nil, err
 	}
@@ -66,37 +72,57 @@ func StartExec(ctx context.Context, client runtimeapi.RuntimeServiceClient, cont
 // stdout, and closes the connection. A command that failed is an error.
 func (s *Exec) Finish() (received int64, err error) {
 	defer func() { err = errors.Join(err, s.Close()) }()
+	var stdout counter
+	status, err := s.Copy(&stdout, io.Discard)
+	if err == nil && status.Status != "Success" {
+		err = fmt.Errorf("the command ended with %s: %s", status.Status, status.Message)
+	}
+	return int64(stdout), err
+}
+
+type counter int64
+
+func (c *counter) Write(data []byte) (int, error) {
+	*c += counter(len(data))
+	return len(data), nil
+}
+
+// Copy reads until the status has come and all streams have ended. It is an error when they end without a
+// status. The connection stays open.
+func (s *Exec) Copy(stdout, stderr io.Writer) (metav1.Status, error) {
 	open := map[uint32]bool{s.Failure: true, s.Stdout: true}
 	if s.Stderr != 0 {
 		open[s.Stderr] = true
 	}
-	var status bytes.Buffer
+	var text bytes.Buffer
 	for len(open) > 0 {
 		e, err := s.Next()
 		if errors.Is(err, ErrGoAway) || errors.Is(err, io.EOF) {
 			break // the status decides
 		}
 		if err != nil {
-			return received, err
+			return metav1.Status{}, err
 		}
 		switch e.Stream {
 		case s.Failure:
-			status.Write(e.Data)
+			_, err = text.Write(e.Data)
 		case s.Stdout:
-			received += int64(len(e.Data))
+			_, err = stdout.Write(e.Data)
+		case s.Stderr:
+			_, err = stderr.Write(e.Data)
+		}
+		if err != nil {
+			return metav1.Status{}, err
 		}
 		if e.Fin || e.Reset {
 			delete(open, e.Stream)
 		}
 	}
-	var result struct{ Status, Message string }
-	if err := json.Unmarshal(status.Bytes(), &result); err != nil {
-		return received, fmt.Errorf("status %q: %w", status.Bytes(), err)
+	var status metav1.Status
+	if err := json.Unmarshal(text.Bytes(), &status); err != nil {
+		return status, fmt.Errorf("status %q: %w", text.Bytes(), err)
 	}
-	if result.Status != "Success" {
-		return received, fmt.Errorf("the command ended with %s: %s", result.Status, result.Message)
-	}
-	return received, nil
+	return status, nil
 }
 
 // FrameSize is the payload of the frames the client sends: what io.Copy in client-go makes. Several

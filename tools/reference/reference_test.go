@@ -67,7 +67,7 @@ func read(t *testing.T, text string) config.Config {
 		t.Fatal(err)
 	}
 	c := config.Default()
-	if err := c.Read(file); err != nil {
+	if err := c.Read(file, nil); err != nil {
 		t.Fatal(err)
 	}
 	return c

@@ -17,6 +17,7 @@ type Config struct {
 	SessionsPerContainer int
 	ConcurrentStarts     int // commands that start at the same time
 	WaitingStarts        int // commands that wait for their turn to start
+	SpareDescriptors     int // that no new session may use; -1 is an eighth of those that there are
 	Deny                 []Rule
 }
 
@@ -34,6 +35,8 @@ type Limiter struct {
 	sessions   int
 	pods       map[string]int // sessions by pod
 	containers map[string]int // sessions by container
+
+	descriptors descriptors
 
 	starting int
 	waiting  []chan struct{} // first come, first served; closed when it is one's turn
@@ -67,6 +70,7 @@ func (l *Limiter) Admit(_ context.Context, s *session.Session) error {
 	if err := l.checkLocked(s.Info); err != nil {
 		return err
 	}
+	l.descriptors.admitted(perSession)
 	l.sessions++
 	l.pods[podOf(s.Info)]++
 	l.containers[s.Target.ContainerID]++
@@ -116,6 +120,9 @@ func (l *Limiter) checkLocked(info session.Info) error {
 	if info.Kind == session.ExecSync {
 		return nil
 	}
+	if err := l.descriptors.check(l.config.SpareDescriptors); err != nil {
+		return err
+	}
 	for _, limit := range []struct {
 		where     string
 		key       string
@@ -132,6 +139,17 @@ func (l *Limiter) checkLocked(info session.Info) error {
 			"this %s has %d exec, attach and port-forward sessions, and may have %d (limits.%s): try again when one has ended",
 			limit.where, limit.now, limit.most, limit.key)}
 	}
+	return nil
+}
+
+// MayConnect refuses a forwarded connection when no more files are left than are kept for others.
+func (l *Limiter) MayConnect() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.descriptors.check(l.config.SpareDescriptors); err != nil {
+		return err
+	}
+	l.descriptors.admitted(perConnection)
 	return nil
 }
 

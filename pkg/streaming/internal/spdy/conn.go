@@ -49,6 +49,9 @@ type Config struct {
 	// 64 KiB and 16 MiB.
 	StreamBuffer int
 	ConnBuffer   int
+	// Room is what this connection shares with others for unread data. While it is full, a stream that holds
+	// some already gets no more until it is read. Nil: only the limits above.
+	Room Room
 	// Stall bounds how long one stream can hold up the connection that way (kubernetes#78446):
 	// when the connection has not been read for so long, and the stream in the way was not read
 	// either, the stream with most unread data among those that stand still is reset. Zero: never,
@@ -65,6 +68,23 @@ type Config struct {
 	OnReceipt func(Receipt)
 }
 
+// Room is room for unread data that several connections share. Its methods are called from many goroutines, with
+// locks held, and must not block.
+type Room interface {
+	// Full says that no more data should be kept.
+	Full() bool
+	// Take says that n more bytes are kept, Return that n are not any more.
+	Take(n int)
+	Return(n int)
+}
+
+// unshared is the room of a connection that shares none.
+type unshared struct{}
+
+func (unshared) Full() bool { return false }
+func (unshared) Take(int)   {}
+func (unshared) Return(int) {}
+
 func (c Config) withDefaults() Config {
 	c.MaxStreams = cmp.Or(c.MaxStreams, 1024)
 	c.MaxControlFrame = min(cmp.Or(c.MaxControlFrame, maxControlFrame), maxControlFrame)
@@ -73,6 +93,9 @@ func (c Config) withDefaults() Config {
 	c.MaxHeaderBytes = cmp.Or(c.MaxHeaderBytes, 64<<10)
 	c.StreamBuffer = cmp.Or(c.StreamBuffer, 64<<10)
 	c.ConnBuffer = cmp.Or(c.ConnBuffer, 16<<20)
+	if c.Room == nil {
+		c.Room = unshared{}
+	}
 	return c
 }
 

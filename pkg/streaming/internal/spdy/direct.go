@@ -5,7 +5,6 @@ import (
 	"net"
 	"os"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -111,15 +110,4 @@ func (d *direct) writePiecesNow(fd uintptr) bool {
 		}
 		return true
 	}
-}
-
-// await waits until the destination takes something, and says whether it does.
-func (d *direct) await(limit time.Duration) bool {
-	ready := false
-	err := d.raw.Control(func(fd uintptr) {
-		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
-		n, err := unix.Poll(fds, int(limit/time.Millisecond))
-		ready = err == nil && n == 1 && fds[0].Revents&unix.POLLOUT != 0 || err == unix.EINTR
-	})
-	return err == nil && ready
 }

@@ -11,9 +11,10 @@ const (
 	gatherMin = 16 << 10
 	// maxPieces bounds how many frames are written at once.
 	maxPieces = 64
-	// directWait bounds how long the read loop waits at a time for a destination that is full: those who
-	// read make room long before. After it the payload is kept in the stream's buffers, as it is for any
-	// reader who is slow. See also mayWait.
+	// directWait bounds how long the read loop waits for a destination that is full, until all that it has read
+	// at once is written: those who read make room long before. After it the payload is kept in the stream's
+	// buffers, as it is for any reader who is slow, and the read loop sees what else the client sends, such as
+	// pings. See also mayWait.
 	directWait = 20 * time.Millisecond
 )
 
@@ -31,6 +32,7 @@ func (r *reader) flushGathered() error {
 	if len(pieces) == 0 {
 		return nil
 	}
+	var deadline time.Time // of all the waiting together
 	for len(pieces) > 0 {
 		n, full := s.writePieces(pieces)
 		for n > 0 {
@@ -41,7 +43,13 @@ func (r *reader) flushGathered() error {
 				pieces = pieces[1:]
 			}
 		}
-		if len(pieces) > 0 && !(full && s.awaitDirect()) {
+		if len(pieces) == 0 {
+			break
+		}
+		if deadline.IsZero() {
+			deadline = time.Now().Add(directWait)
+		}
+		if !full || !r.awaitDirect(s, time.Until(deadline)) {
 			break
 		}
 	}
@@ -67,15 +75,15 @@ func (s *Stream) writePieces(pieces [][]byte) (n int, full bool) {
 	return n, !s.direct.failed
 }
 
-// awaitDirect waits for room where WriteTo would write and says whether there is some.
-func (s *Stream) awaitDirect() bool {
+// awaitDirect waits for room where the stream's WriteTo would write and says whether there is some.
+func (r *reader) awaitDirect(s *Stream, limit time.Duration) bool {
 	if !s.conn.mayWait() {
 		return false
 	}
 	s.mu.Lock()
 	direct := s.direct
 	s.mu.Unlock()
-	return direct != nil && direct.await(directWait)
+	return direct != nil && r.room.await(direct.raw, limit)
 }
 
 // awaitCaughtUp waits for WriteTo to have written what is buffered, so that what comes next can take the direct

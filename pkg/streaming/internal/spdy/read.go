@@ -35,6 +35,7 @@ type reader struct {
 	gather   bool // payload goes to gathered, see gather.go
 	gathered *Stream
 	pieces   [][]byte // in buf, of gathered
+	room     room
 
 	tryRead func(fd uintptr) bool // (*reader).readSocket, made once
 	n       int                   // its result
@@ -51,6 +52,7 @@ func (r *reader) init(c *Conn, buffered []byte) {
 func (c *Conn) readFrames() error {
 	r := &c.read
 	defer r.drop()
+	defer r.room.close()
 	r.now = time.Now().UnixNano()
 	rest, err := r.parse(r.partial)
 	r.partial = append([]byte(nil), rest...)

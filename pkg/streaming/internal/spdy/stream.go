@@ -306,6 +306,9 @@ func (s *Stream) appendLocked(b *buffer) {
 // takeRoomLocked counts n more bytes against the stream's own room and, past that, against the
 // connection's. A stream that holds nothing always gets its first buffer.
 func (s *Stream) takeRoomLocked(n int) bool {
+	if s.buffered > 0 && s.conn.cfg.Room.Full() {
+		return false
+	}
 	own := s.conn.cfg.StreamBuffer
 	borrow := int64(max(0, s.buffered+n-own) - max(0, s.buffered-own))
 	if borrow > 0 && s.conn.borrowed.Add(borrow) > int64(s.conn.cfg.ConnBuffer) && s.buffered > 0 {
@@ -313,6 +316,7 @@ func (s *Stream) takeRoomLocked(n int) bool {
 		return false
 	}
 	s.buffered += n
+	s.conn.cfg.Room.Take(n)
 	return true
 }
 
@@ -322,6 +326,7 @@ func (s *Stream) returnRoomLocked(n int) {
 		s.conn.borrowed.Add(-int64(lent))
 	}
 	s.buffered -= n
+	s.conn.cfg.Room.Return(n)
 }
 
 // hasRoom says whether put would store something.

@@ -69,7 +69,27 @@ type Config struct {
 	// Budget is the most payload of all channels together. At this limit the connection is not read
 	// until somebody takes something out. Default 16 MiB, at least 64 KiB.
 	Budget int
+	// Room is what this connection shares with others for unread payload. While it is full, no connection that
+	// holds 64 KiB of its own is read, until somebody takes something out. Nil: only the limits above.
+	Room Room
 }
+
+// Room is room for unread payload that several connections share. Its methods are called from many goroutines, with
+// locks held, and must not block.
+type Room interface {
+	// Full says that no more payload should be kept.
+	Full() bool
+	// Take says that n more bytes are kept, Return that n are not any more.
+	Take(n int)
+	Return(n int)
+}
+
+// unshared is the room of a connection that shares none.
+type unshared struct{}
+
+func (unshared) Full() bool { return false }
+func (unshared) Take(int)   {}
+func (unshared) Return(int) {}
 
 // ChannelConn is a WebSocket connection with numbered channels. Its methods may be called from
 // several goroutines.
@@ -105,11 +125,14 @@ func Accept(w http.ResponseWriter, r *http.Request, protocol Protocol, config Co
 		config.Budget = defaultBudget
 	}
 	config.Budget = max(config.Budget, minBudget)
+	if config.Room == nil {
+		config.Room = unshared{}
+	}
 
 	c := &ChannelConn{
 		protocol: protocol,
 		config:   config,
-		inbound:  newInbound(protocol, config.Channels, config.ChannelBuffer, config.Budget),
+		inbound:  newInbound(protocol, config.Channels, config.ChannelBuffer, config.Budget, config.Room),
 		channels: make([]Channel, len(config.Channels)),
 	}
 	c.inbound.wait = c.waitForRoom

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -96,7 +97,8 @@ func accept(w http.ResponseWriter, r *http.Request, protocol Protocol, onDone fu
 		WriteBufferPool: noBufferPool{},
 		CheckOrigin:     originAllowed,
 		Error: func(w http.ResponseWriter, _ *http.Request, status int, reason error) {
-			http.Error(w, reason.Error(), status)
+			// client-go would take a text with a colon and a blank for YAML, and show nothing.
+			http.Error(w, strings.ReplaceAll(reason.Error(), ": ", ", "), status)
 		},
 	}
 	var header http.Header

@@ -41,6 +41,7 @@ type inbound struct {
 	protocol  Protocol
 	softLimit int // bytes in one channel
 	budget    int // bytes in all channels
+	shared    Room
 	// wait blocks until room is signalled, or for atMost if that is not zero. An error ends the
 	// connection.
 	wait func(room <-chan struct{}, atMost time.Duration) error
@@ -72,11 +73,12 @@ type inbox struct {
 	discard    bool  // nobody wants the payload
 }
 
-func newInbound(protocol Protocol, directions []Direction, softLimit, budget int) *inbound {
+func newInbound(protocol Protocol, directions []Direction, softLimit, budget int, shared Room) *inbound {
 	in := &inbound{
 		protocol:  protocol,
 		softLimit: softLimit,
 		budget:    budget,
+		shared:    shared,
 		room:      make(chan struct{}, 1),
 		channels:  make([]inbox, len(directions)),
 	}
@@ -153,6 +155,8 @@ func (in *inbound) reserve(channel int) ([]byte, error) {
 		var atMost time.Duration
 		switch {
 		case in.budget-in.used < minReserve: // until there is room
+		case in.used >= minBudget && in.shared.Full():
+			atMost = softWait // room that another connection gives back is not signalled here
 		case box.size < box.softLimit:
 			return in.free(box), nil
 		default:
@@ -206,6 +210,7 @@ func (in *inbound) commit(channel, n int) {
 	box.tail.users--
 	box.size += n
 	in.used += n
+	in.shared.Take(n)
 	if box.discard {
 		in.drop(box)
 		return
@@ -249,6 +254,7 @@ func (in *inbound) taken(channel int, c *chunk, n int) {
 		c.read += n
 		box.size -= n
 		in.used -= n
+		in.shared.Return(n)
 		in.trim(box)
 		if box.size < in.softLimit {
 			box.softLimit = in.softLimit
@@ -279,6 +285,7 @@ func (in *inbound) drop(box *inbox) {
 		return
 	}
 	in.used -= box.size
+	in.shared.Return(box.size)
 	box.size = 0
 	for c := box.head; c != nil; {
 		following := c.next

@@ -1,0 +1,64 @@
+package main
+
+import (
+	"math"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/streamshim/streamshim/pkg/config"
+)
+
+func TestCgroupMemory(t *testing.T) {
+	for _, test := range []struct {
+		name, membership string
+		files            map[string]string
+		want             int64
+	}{
+		{"none", "0::/\n", nil, math.MaxInt64},
+		{"version 2", "0::/system.slice/streamshim.service\n",
+			map[string]string{"system.slice/streamshim.service/memory.max": "300\n"}, 300},
+		{"the slice has less", "0::/system.slice/streamshim.service\n",
+			map[string]string{"system.slice/streamshim.service/memory.max": "300\n", "system.slice/memory.max": "200\n"}, 200},
+		{"version 2 without a limit", "0::/a\n", map[string]string{"a/memory.max": "max\n"}, math.MaxInt64},
+		{"version 1", "4:cpu,cpuacct:/x\n3:memory:/a/b\n0::/y\n",
+			map[string]string{"memory/a/b/memory.limit_in_bytes": "700\n", "memory/a/memory.limit_in_bytes": "9223372036854771712\n"}, 700},
+		{"version 1 without a limit", "3:memory:/a\n",
+			map[string]string{"memory/a/memory.limit_in_bytes": "9223372036854771712\n"}, math.MaxInt64},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			root := t.TempDir()
+			for name, text := range test.files {
+				if err := os.MkdirAll(filepath.Join(root, filepath.Dir(name)), 0o755); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(filepath.Join(root, name), []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			membership := filepath.Join(root, "membership")
+			if err := os.WriteFile(membership, []byte(test.membership), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if got := cgroupMemory(membership, root); got != test.want {
+				t.Errorf("%d, want %d", got, test.want)
+			}
+		})
+	}
+}
+
+func TestBuffersLimit(t *testing.T) {
+	for _, test := range []struct{ configured, memory, want int64 }{
+		{-1, 2 << 30, 128 << 20},
+		{-1, 512 << 20, 64 << 20},
+		{-1, 256 << 30, 1 << 30},
+		{0, 2 << 30, 0},
+		{5, 2 << 30, 5},
+	} {
+		c := config.Default()
+		c.Limits.Buffers = test.configured
+		if got := buffersLimit(c, test.memory); got != test.want {
+			t.Errorf("%d of %d: %d, want %d", test.configured, test.memory, got, test.want)
+		}
+	}
+}

@@ -1,0 +1,82 @@
+package limits
+
+import (
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+const (
+	// countAfter is how long a count of the open files is good. In between, sessions are taken to have opened what
+	// a session opens at most.
+	countAfter    = time.Second
+	perSession    = 10
+	perConnection = 3 // forwarded
+	spareFraction = 8 // one part of those that may be open, for SpareDescriptors = -1
+)
+
+// descriptors refuses sessions before no file can be opened any more, by which probes would fail too, and sessions
+// that live already. The Limiter's lock protects it.
+type descriptors struct {
+	counted time.Time
+	open    int
+	limit   uint64
+	since   int // opened since the count, as what was admitted is taken to need
+	// look is countDescriptors, replaced by tests.
+	look func() (open int, limit uint64, err error)
+}
+
+// check refuses when no more than so many are left.
+func (d *descriptors) check(spare int) error {
+	if spare == 0 {
+		return nil
+	}
+	if now := time.Now(); d.counted.IsZero() || now.Sub(d.counted) >= countAfter {
+		look := d.look
+		if look == nil {
+			look = countDescriptors
+		}
+		open, limit, err := look()
+		if err != nil {
+			// Nothing can be opened any more, or /proc is not there: then other errors say so.
+			open = 0
+		}
+		d.open, d.limit, d.since, d.counted = open, limit, 0, now
+	}
+	most := int(min(d.limit, 1<<30)) //nolint:gosec // bounded just here
+	if spare < 0 {
+		spare = most / spareFraction
+	}
+	if open := d.open + d.since; d.open > 0 && open > most-spare {
+		return &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
+			"streamshim has about %d of %d files open, and keeps %d for probes and the sessions that run (limits.spare_descriptors): try again when sessions have ended, or raise LimitNOFILE",
+			open, most, spare)}
+	}
+	return nil
+}
+
+// admitted says that so many files will be opened.
+func (d *descriptors) admitted(files int) { d.since += files }
+
+// countDescriptors counts the files that this process has open, and says how many it may.
+func countDescriptors() (open int, limit uint64, err error) {
+	var allowed unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &allowed); err != nil {
+		return 0, 0, err
+	}
+	// Linux 6.2 and later say the number as the folder's size.
+	if info, err := os.Stat("/proc/self/fd"); err == nil && info.Size() > 0 {
+		return int(info.Size()), allowed.Cur, nil
+	}
+	folder, err := os.Open("/proc/self/fd")
+	if err != nil {
+		return 0, 0, err
+	}
+	defer folder.Close() //nolint:errcheck // only read
+	names, err := folder.Readdirnames(-1)
+	return len(names), allowed.Cur, err
+}
