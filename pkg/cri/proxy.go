@@ -8,8 +8,6 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/encoding"
-	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
@@ -148,21 +146,10 @@ func outgoing(ctx context.Context) context.Context {
 }
 
 // forwardOptions are those of a call to the upstream that shall look as the client's own call does. The context
-// is the client's. What gRPC gives no way to pass on is the user agent; the upstream sees that of a Go client.
+// is the client's. What gRPC gives no way to pass on is the user agent, which is that of a Go client, and that a client
+// takes no compressed answers: gzip is offered, as kubelet and crictl offer it.
 func forwardOptions(ctx context.Context) []grpc.CallOption {
 	options := []grpc.CallOption{grpc.ForceCodecV2(codec)}
-	received, _ := metadata.FromIncomingContext(ctx)
-	var accepted []string
-	for _, names := range received.Get("grpc-accept-encoding") {
-		for name := range strings.SplitSeq(names, ",") {
-			if name = strings.TrimSpace(name); encoding.GetCompressor(name) != nil { // or we could not read it
-				accepted = append(accepted, name)
-			}
-		}
-	}
-	if len(accepted) > 0 {
-		options = append(options, experimental.AcceptCompressors(accepted...))
-	}
 	// gRPC keeps grpc-encoding out of the metadata; its own streams know it.
 	stream, ok := grpc.ServerTransportStreamFromContext(ctx).(interface{ RecvCompress() string })
 	if ok && stream.RecvCompress() != "" {
