@@ -366,14 +366,32 @@ func (c *ChannelConn) close(ctx context.Context, code int, reason string) error 
 		c.CloseNow()
 		return err
 	}
-	select {
-	case <-c.done:
-		return nil
-	case <-ctx.Done():
-		c.CloseNow()
-		return fmt.Errorf("wait for the client's Close: %w", context.Cause(ctx))
+	ended := time.NewTicker(closedQuiet)
+	defer ended.Stop()
+	for {
+		select {
+		case <-c.done:
+			return nil
+		case <-ended.C:
+			// Clients of the older protocols wait for the end of the connection. A client that looks at its
+			// socket before it reads does not even see frames that came in one TLS record with others
+			// (python-websocket's poll). We go on reading, so that what it may still send does no harm. Behind
+			// a proxy that closes both ways at our end it is as with a runtime that closes first, but for
+			// what has not come as far as the proxy yet.
+			if half, ok := c.network.(interface{ CloseWrite() error }); ok && !c.protocol.HalfClose() && c.allAcknowledged() {
+				half.CloseWrite() //nolint:errcheck // the client may have gone
+				ended.Stop()
+			}
+		case <-ctx.Done():
+			c.CloseNow()
+			return fmt.Errorf("wait for the client's Close: %w", context.Cause(ctx))
+		}
 	}
 }
+
+// closedQuiet is for how long after our Close a client of a protocol without half-close may answer it before
+// our side of the connection is ended.
+const closedQuiet = 250 * time.Millisecond
 
 // CloseNow ends the connection without a word to the client. It does not block; may be called more
 // than once.

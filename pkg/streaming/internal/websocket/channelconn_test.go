@@ -947,3 +947,28 @@ func TestClientVanishesDuringOutput(t *testing.T) {
 		s.waitEnded(t)
 	}
 }
+
+// A client of a protocol without half-close gets the end of the connection soon after our Close, without having
+// answered it, and what it sends afterwards is still read: it gets no reset. A client of v5 closes itself.
+func TestEndOfConnectionAfterClose(t *testing.T) {
+	for protocol, ends := range map[Protocol]bool{ChannelV4: true, ChannelUnnamed: true, ChannelV5: false} {
+		t.Run(string(protocol), func(t *testing.T) {
+			s := newTestServer(t, execConfig(), func(c *ChannelConn) {
+				io.WriteString(c.Channel(Error), "status")
+				c.CloseAndWait(t.Context())
+			})
+			client := s.dialRaw(t, protocol)
+			client.SetReadDeadline(time.Now().Add(4 * closedQuiet))
+			if _, err := io.Copy(io.Discard, client); (err == nil) != ends {
+				t.Fatalf("reading ended with %v", err)
+			}
+			for range 10 {
+				if _, err := client.Write(clientFrame(opPing, true, "p")); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(10 * time.Millisecond) // for a reset to come, if one did
+			}
+			client.Write(clientFrame(opClose, true, "\x03\xe8"))
+		})
+	}
+}

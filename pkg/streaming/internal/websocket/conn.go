@@ -539,6 +539,17 @@ func (c *conn) socketDead() (dead bool) {
 	return dead
 }
 
+// allAcknowledged reports whether the peer's kernel has everything that was written.
+func (c *conn) allAcknowledged() bool {
+	unacknowledged := -1
+	c.controlSocket(func(fd int) {
+		if n, err := unix.IoctlGetInt(fd, unix.SIOCOUTQ); err == nil {
+			unacknowledged = n
+		}
+	})
+	return unacknowledged == 0
+}
+
 // socketError takes the error that the kernel has not told anybody yet.
 func (c *conn) socketError() (reset error) {
 	c.controlSocket(func(fd int) {
