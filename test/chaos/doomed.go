@@ -69,10 +69,8 @@ func doomed(command wire.Command, how death) func(context.Context, *client) erro
 			pause(ctx, alive)
 		}
 		_ = session.SetReadDeadline(end)
-		for {
-			if _, err := session.Next(); err != nil {
-				break
-			}
+		for err := error(nil); err == nil; {
+			_, err = session.Next()
 		}
 		c.die(ctx, session.Conn, how, session.Stdin)
 		return nil

@@ -77,7 +77,7 @@ func (c *client) start(ctx context.Context, command wire.Command) (*wire.Exec, e
 // finish reads to the end and checks output and exit code.
 func finish(session *wire.Exec, stdout, stderr *checker, exitCode int) error {
 	defer session.Close() //nolint:errcheck // everything has come
-	var errs io.Writer = io.Discard
+	errs := io.Discard
 	if stderr != nil {
 		errs = stderr
 	}
