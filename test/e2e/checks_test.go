@@ -72,11 +72,24 @@ func checkExecTerminal(ctx context.Context, t *target) (string, error) {
 }
 
 func checkTerminalSize(ctx context.Context, t *target) (string, error) {
+	return terminalSizes(ctx, t)
+}
+
+func checkTerminalSizeFarAway(ctx context.Context, t *target) (string, error) {
+	flags, end, err := farAway(ctx, t)
+	if err != nil {
+		return "", err
+	}
+	defer end()
+	return terminalSizes(ctx, t, flags...)
+}
+
+func terminalSizes(ctx context.Context, t *target, flags ...string) (string, error) {
 	const runs = 20
 	var mu sync.Mutex
 	right := 0
 	parallel(runs, 2, func(int) {
-		s, err := t.startTerminal(ctx, "exec", "-it", t.pod, "--", "stty", "size")
+		s, err := t.startTerminal(ctx, append(flags[:len(flags):len(flags)], "exec", "-it", t.pod, "--", "stty", "size")...)
 		if err != nil {
 			return
 		}

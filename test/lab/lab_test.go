@@ -5,7 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
+	"regexp"
 	"testing"
 
 	"github.com/streamshim/streamshim/test/node"
@@ -35,7 +35,7 @@ func TestLab(t *testing.T) {
 			t.Errorf("%s %v: %v\n%s", script, args, err, out)
 		}
 	}
-	if out, _ := exec.Command(filepath.Join(dir, "streamshim"), "check").CombinedOutput(); !strings.Contains(string(out), "ok       upstream            containerd") {
+	if out, _ := exec.Command(filepath.Join(dir, "streamshim"), "check").CombinedOutput(); !regexp.MustCompile(`(?m)^ok +upstream +containerd`).Match(out) {
 		t.Errorf("check in the lab:\n%s", out)
 	}
 	containerd := pid(t, dir)

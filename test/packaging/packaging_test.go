@@ -163,7 +163,7 @@ func expectWorks(t *testing.T, root string) {
 	if err == nil {
 		t.Error("check is content without a runtime")
 	}
-	for _, want := range []string{"ok ", "failed ", "pidfd", "no.sock does not answer", "-> start the runtime"} {
+	for _, want := range []string{"ok ", "failed ", "pidfd", "there is no socket", "no.sock", "-> start the runtime"} {
 		if !strings.Contains(string(out), want) {
 			t.Errorf("check does not say %q:\n%s", want, out)
 		}
