@@ -132,6 +132,11 @@ func connect(ctx context.Context, pod *namespace, to netip.AddrPort, deadline ti
 	}
 	switch {
 	case waitErr != nil:
+		// The pod may have the connection all the same, and a FIN would tell it that an upload which was cut
+		// off is complete.
+		raw.Control(func(fd uintptr) {
+			unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+		})
 		return nil, waitErr
 	case connectErr != nil && connectErr != unix.EISCONN:
 		return nil, os.NewSyscallError("connect", connectErr)
@@ -150,6 +155,7 @@ func connect(ctx context.Context, pod *namespace, to netip.AddrPort, deadline ti
 		return nil, os.NewSyscallError("connect", unix.ECONNREFUSED)
 	}
 	if err := conn.SetKeepAliveConfig(keepAlive); err != nil {
+		conn.SetLinger(0)
 		conn.Close()
 		return nil, err
 	}
