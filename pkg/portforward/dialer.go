@@ -134,8 +134,8 @@ func connect(ctx context.Context, pod *namespace, to netip.AddrPort, deadline ti
 	case waitErr != nil:
 		// The pod may have the connection all the same, and a FIN would tell it that an upload which was cut
 		// off is complete.
-		raw.Control(func(fd uintptr) {
-			unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+		raw.Control(func(fd uintptr) { //nolint:errcheck // fails on a closed socket only
+			_ = unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}) // an option that every socket has
 		})
 		return nil, waitErr
 	case connectErr != nil && connectErr != unix.EISCONN:
