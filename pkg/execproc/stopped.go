@@ -3,9 +3,6 @@ package execproc
 import (
 	"context"
 	"errors"
-	"os"
-	"strconv"
-	"strings"
 	"time"
 )
 
@@ -56,25 +53,14 @@ func endIfStopped(ctx context.Context, runtime int, end func()) {
 func descendants(pid int) []procStat {
 	var found []procStat
 	for parents := []int{pid}; len(parents) > 0 && len(found) < maxStarting; parents = parents[1:] {
-		dir := "/proc/" + strconv.Itoa(parents[0]) + "/task/"
-		tasks, err := os.ReadDir(dir)
+		children, err := childrenOf(parents[0], many)
 		if err != nil {
-			continue // ended
+			continue
 		}
-		for _, task := range tasks {
-			list, err := os.ReadFile(dir + task.Name() + "/children")
-			if err != nil {
-				continue
-			}
-			for _, field := range strings.Fields(string(list)) {
-				child, err := strconv.Atoi(field)
-				if err != nil {
-					continue
-				}
-				if stat, err := readStat(child); err == nil {
-					found = append(found, stat)
-					parents = append(parents, child)
-				}
+		for _, child := range children {
+			if stat, err := readStat(child); err == nil {
+				found = append(found, stat)
+				parents = append(parents, child)
 			}
 		}
 	}

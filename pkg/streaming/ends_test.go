@@ -269,10 +269,15 @@ func uploadOverSPDY(t *testing.T, u *url.URL, data []byte, way string) {
 		client.send(streams[streamTypeStdin], string(data[:n]), n == len(data) && streamEnd == "FIN")
 		data = data[n:]
 	}
-	tcp := client.conn.(*net.TCPConn)
-	switch connectionEnd {
+	client.end(connectionEnd)
+}
+
+// end ends the connection in one of these ways; any other is to close the socket.
+func (c *rawClient) end(way string) {
+	tcp := c.conn.(*net.TCPConn)
+	switch way {
 	case "GOAWAY":
-		client.write(&spdy.GoAwayFrame{})
+		c.write(&spdy.GoAwayFrame{})
 		tcp.CloseWrite()
 	case "FIN":
 		tcp.CloseWrite()

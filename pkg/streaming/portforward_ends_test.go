@@ -9,8 +9,6 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/moby/spdystream/spdy"
 )
 
 // podUpload is how an upload to a pod has ended.
@@ -152,19 +150,7 @@ func TestPortForwardUploadsOfAClientThatLeaves(t *testing.T) {
 							client.send(stream, string(rest[:n]), n == len(rest))
 							rest = rest[n:]
 						}
-						tcp := client.conn.(*net.TCPConn)
-						switch way {
-						case "GOAWAY":
-							client.write(&spdy.GoAwayFrame{})
-							tcp.CloseWrite()
-						case "FIN":
-							tcp.CloseWrite()
-						case "RST":
-							tcp.SetLinger(0)
-							tcp.Close()
-						default:
-							tcp.Close()
-						}
+						client.end(way)
 						eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
 						if way == "RST" { // it may be faster than the pod's ports
 							return
