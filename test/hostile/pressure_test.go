@@ -73,10 +73,10 @@ func TestSignals(t *testing.T) {
 				for range commands {
 					o.try(t, e, c)
 				}
-				gained, seen := c.attacker.end()
-				r.failed, r.seen = o.failed, seen
+				end := c.attacker.end()
+				r.failed, r.seen, r.met = o.failed, end.seen, end.met
 				note(r)
-				if gained["stop"]+gained["kill"] == 0 {
+				if end.gained["stop"]+end.gained["kill"] == 0 {
 					t.Errorf("%s: nothing was signalled", e.name)
 				}
 				recovers(t, e, c)
@@ -175,7 +175,7 @@ func TestStoppedContainerDoesNotStallOthers(t *testing.T) {
 			took = append(took, time.Since(began))
 		}
 		stopped.Wait()
-		gained, _ := hostile.attacker.end()
+		gained := hostile.attacker.end().gained
 		slices.Sort(took)
 		t.Logf("%s: %d were stopped; others were answered within %v to %v", e.name, gained["stop"], took[0], took[len(took)-1])
 		note(row{attack: "stop, others", configuration: "default", entrance: e.name, commands: 10, failed: o.failed, seen: gained["stop"]})
