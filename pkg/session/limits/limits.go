@@ -58,7 +58,10 @@ func share(all int) int { return (all + shares - 1) / shares }
 
 // New returns a limiter.
 func New(config Config) *Limiter {
-	return &Limiter{config: config, pods: make(map[string]int), containers: make(map[string]int), starting: make(map[string]int)}
+	return &Limiter{
+		config: config, pods: make(map[string]int), containers: make(map[string]int), starting: make(map[string]int),
+		descriptors: descriptors{count: countDescriptors, limit: descriptorLimit},
+	}
 }
 
 // Update takes over new limits. Sessions that live are counted, and not ended.
