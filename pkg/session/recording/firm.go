@@ -1,0 +1,86 @@
+package recording
+
+import (
+	"bytes"
+	"errors"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+// diskPatience is how long a session waits for one write of its recording before it is ended.
+const diskPatience = 10 * time.Second
+
+var (
+	errNotRecorded = errors.New("the recording has ended, and nothing may be shown without it")
+	errSlowDisk    = errors.New("the recording's disk takes too long")
+)
+
+// firmTap is the tap of a session of which nothing may be shown that is not recorded: its methods return when
+// what they were given is written to the file, or with an error. Sizes of the terminal are written with the next
+// output.
+type firmTap struct {
+	rec      *recording
+	patience time.Duration
+	events   chan firmEvent // taken by the writer
+	ended    chan struct{}  // closed when the writer takes no more
+}
+
+type firmEvent struct {
+	session.TapEvent
+	written chan<- struct{} // has room
+}
+
+func newFirmTap(rec *recording) *firmTap {
+	return &firmTap{rec: rec, patience: diskPatience, events: make(chan firmEvent), ended: make(chan struct{})}
+}
+
+// Output implements session.Tap.
+func (t *firmTap) Output(from session.Output, p []byte) error {
+	return t.write(session.TapEvent{Kind: session.TapOutput, From: from}, p)
+}
+
+// Input implements session.Tap.
+func (t *firmTap) Input(p []byte) error {
+	if !t.rec.config.Input {
+		return nil
+	}
+	return t.write(session.TapEvent{Kind: session.TapInput}, p)
+}
+
+// Resize implements session.Tap.
+func (t *firmTap) Resize(width, height uint16) { t.rec.queue.Resize(width, height) }
+
+// write has as much written at a time as recording.buffer allows.
+func (t *firmTap) write(event session.TapEvent, p []byte) error {
+	timer := time.NewTimer(t.patience)
+	defer timer.Stop()
+	for len(p) > 0 {
+		piece := p[:min(len(p), t.rec.config.Buffer)]
+		p = p[len(piece):]
+		event.At = time.Now()
+		event.Data = bytes.Clone(piece) // which the writer still has if this gives up
+		written := make(chan struct{}, 1)
+		select {
+		case t.events <- firmEvent{event, written}:
+		case <-t.ended:
+			return errNotRecorded
+		case <-timer.C:
+			return t.giveUp()
+		}
+		select {
+		case <-written:
+		case <-t.ended:
+			return errNotRecorded
+		case <-timer.C:
+			return t.giveUp()
+		}
+	}
+	return nil
+}
+
+func (t *firmTap) giveUp() error {
+	t.rec.flawed()
+	t.rec.failed()
+	return errSlowDisk
+}
