@@ -44,7 +44,10 @@ type Limiter struct {
 
 // New returns a limiter.
 func New(config Config) *Limiter {
-	return &Limiter{config: config, pods: make(map[string]int), containers: make(map[string]int)}
+	return &Limiter{
+		config: config, pods: make(map[string]int), containers: make(map[string]int),
+		descriptors: descriptors{count: countDescriptors, limit: descriptorLimit},
+	}
 }
 
 // Update takes over new limits. Sessions that live are counted, and not ended.
