@@ -19,7 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/pkg/execproc"
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // container is a real one, of runc, whose main process is the attacker unless it is said otherwise.

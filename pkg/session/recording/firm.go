@@ -21,6 +21,7 @@ var (
 // output.
 type firmTap struct {
 	rec      *recording
+	room     session.TapRoom // nil is no bound
 	patience time.Duration
 	events   chan firmEvent // taken by the writer
 	ended    chan struct{}  // closed when the writer takes no more
@@ -31,8 +32,8 @@ type firmEvent struct {
 	written chan<- struct{} // has room
 }
 
-func newFirmTap(rec *recording) *firmTap {
-	return &firmTap{rec: rec, patience: diskPatience, events: make(chan firmEvent), ended: make(chan struct{})}
+func newFirmTap(rec *recording, room session.TapRoom) *firmTap {
+	return &firmTap{rec: rec, room: room, patience: diskPatience, events: make(chan firmEvent), ended: make(chan struct{})}
 }
 
 // Output implements session.Tap.
@@ -51,32 +52,51 @@ func (t *firmTap) Input(p []byte) error {
 // Resize implements session.Tap.
 func (t *firmTap) Resize(width, height uint16) { t.rec.queue.Resize(width, height) }
 
-// write has as much written at a time as recording.buffer allows.
+// firmPiece is how much may be copied for the writer when there is no room with the other sessions.
+const firmPiece = 16 << 10
+
+// write has as much written at a time as recording.buffer and the room allow.
 func (t *firmTap) write(event session.TapEvent, p []byte) error {
 	timer := time.NewTimer(t.patience)
 	defer timer.Stop()
 	for len(p) > 0 {
-		piece := p[:min(len(p), t.rec.config.Buffer)]
-		p = p[len(piece):]
-		event.At = time.Now()
-		event.Data = bytes.Clone(piece) // which the writer still has if this gives up
-		written := make(chan struct{}, 1)
-		select {
-		case t.events <- firmEvent{event, written}:
-		case <-t.ended:
-			return errNotRecorded
-		case <-timer.C:
-			return t.giveUp()
+		size := min(len(p), t.rec.config.Buffer)
+		taken := size > firmPiece && t.room != nil
+		if taken && !t.room.Take(size) {
+			size, taken = firmPiece, false
 		}
-		select {
-		case <-written:
-		case <-t.ended:
-			return errNotRecorded
-		case <-timer.C:
-			return t.giveUp()
+		event.At = time.Now()
+		event.Data = bytes.Clone(p[:size]) // which the writer still has if this gives up
+		p = p[size:]
+		err := t.await(event, timer.C)
+		if taken {
+			t.room.Return(size)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+// await returns when the event is written.
+func (t *firmTap) await(event session.TapEvent, late <-chan time.Time) error {
+	written := make(chan struct{}, 1)
+	select {
+	case t.events <- firmEvent{event, written}:
+	case <-t.ended:
+		return errNotRecorded
+	case <-late:
+		return t.giveUp()
+	}
+	select {
+	case <-written:
+		return nil
+	case <-t.ended:
+		return errNotRecorded
+	case <-late:
+		return t.giveUp()
+	}
 }
 
 func (t *firmTap) giveUp() error {
