@@ -140,7 +140,7 @@ PACKAGE_VERSION ?= $(or $(shell git describe --tags --match 'v[0-9]*' 2>/dev/nul
 packages: build bin/nfpm ## the .deb and .rpm, in PACKAGES_DIR (dist)
 	$(call say,man pages and completions)
 	@rm -rf bin/package && mkdir -p bin/package/man bin/package/completion $(PACKAGES_DIR)
-	@for page in deploy/man/*.8; do gzip -9n <$$page >bin/package/man/$$(basename $$page).gz; done
+	@for page in deploy/man/*.[58]; do gzip -9n <$$page >bin/package/man/$$(basename $$page).gz; done
 	@for shell in bash zsh fish; do bin/streamshim completion $$shell >bin/package/completion/streamshim.$$shell; done
 	@for packager in deb rpm; do \
 		ARCH=$$(go env GOARCH) PACKAGE_VERSION=$(PACKAGE_VERSION) \
