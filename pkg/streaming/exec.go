@@ -27,21 +27,26 @@ func (s *Server) serveExec(w http.ResponseWriter, r *http.Request, up upgrade, r
 		remoteCommand{command: exec.Command, buffers: buffers, start: start, endReason: exec.EndReason})
 }
 
-// detachGrace is how long an attached terminal stays attached after the client's input has ended.
-const detachGrace = time.Second
+const (
+	// detachGrace is how long a container must have been silent, after the client's input has ended, until the
+	// client is detached: the answer to the last line is to reach it (cri-tools#269).
+	detachGrace = time.Second
+	// detachMax is when it is detached in any case.
+	detachMax = 10 * time.Second
+)
 
 func (s *Server) serveAttach(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
 	attach := request.(*AttachRequest)
 	// The end of one client's input is the end of the container's only where the container says so.
-	// Elsewhere containerd answers it by ending the whole session and cuts the output (cri-tools#269).
-	// With a terminal that is how clients detach (crictl's ctrl-P ctrl-Q), so there it is passed on once
-	// the answer to the last line had time to come.
-	stdinGrace := time.Duration(-1)
+	// Elsewhere containerd answers it by ending the whole session, which scripts rely on, and so does crictl's
+	// ctrl-P ctrl-Q at a terminal. It is passed on once the answer to the last line had time to come.
+	stdinGrace := detachGrace
 	switch {
 	case attach.TTY:
-		stdinGrace = detachGrace
 	case attach.StdinOnce:
 		stdinGrace = 0
+	case s.config.AttachStays:
+		stdinGrace = -1
 	}
 	buffers := s.config.Buffers.share()
 	s.serveRemoteCommand(w, r, up, attach.info(), remoteCommand{
