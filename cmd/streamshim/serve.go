@@ -243,9 +243,9 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	if err != nil {
 		return fmt.Errorf("listen for streams: %w", err)
 	}
-	streams := streaming.NewServer(streamingConfig(c, log, operation, observe), streamListener.Addr())
+	streams := streaming.NewServer(streamingConfig(c, log, operation, observe, engine{upstream, runner, watcher}), streamListener.Addr())
 	criServer, err := cri.NewServer(cri.Config{
-		Upstream: upstream, Streams: streams, Engine: &engine{runner: runner, watcher: watcher, runtime: c.Runtime},
+		Upstream: upstream, Streams: streams, Runner: runner,
 		StreamErrorCode: streamErrorCode, BeginSync: observe.countSync(operation.beginSync), Logger: log,
 		Observe: observe.call, Trace: observe.trace,
 	})
@@ -341,6 +341,8 @@ const syncDrainMax = 10 * time.Second
 func runnerConfig(c config.Config, log *slog.Logger, observe hooks) execproc.Config {
 	return execproc.Config{
 		StateDir:     filepath.Join(c.StateDir, "exec"),
+		Runtime:      c.Runtime.Binary,
+		Root:         c.Runtime.Root,
 		StartTimeout: time.Duration(c.Exec.StartTimeout),
 		OnDisconnect: execproc.Policy(c.Exec.OnDisconnect),
 		TermAfter:    time.Duration(c.Exec.TermAfter),
@@ -354,10 +356,12 @@ func runnerConfig(c config.Config, log *slog.Logger, observe hooks) execproc.Con
 	}
 }
 
-func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe hooks) streaming.Config {
+func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe hooks, e engine) streaming.Config {
 	return streaming.Config{
 		Log:           log,
 		Sessions:      o.sessions,
+		Runtime:       e,
+		Pods:          e,
 		Starts:        o.limits,
 		Buffers:       o.buffers,
 		MayConnect:    o.limits.MayConnect,

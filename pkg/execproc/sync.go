@@ -7,21 +7,9 @@ import (
 	"io"
 	"sync"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
-
-// SyncCommand is a command that is run to its end, its output collected: a probe, mostly.
-type SyncCommand struct {
-	Args []string
-	Env  []string // as Command.Env
-	// Timeout counts from the call, start included. Zero means none.
-	Timeout time.Duration
-}
-
-// SyncResult is what a command left.
-type SyncResult struct {
-	Stdout, Stderr []byte
-	ExitCode       int
-}
 
 // afterTimeout is how long RunSync goes on after the timeout to see the killed command's end.
 const afterTimeout = 500 * time.Millisecond
@@ -36,9 +24,9 @@ const afterTimeout = 500 * time.Millisecond
 // When the timeout is over or the context is done the whole tree is killed and the error wraps
 // ErrTimeout, within a second; the result then holds the output so far. Otherwise errors are as for
 // Start, among them *StartError.
-func (r *Runner) RunSync(ctx context.Context, c Container, command SyncCommand) (SyncResult, error) {
+func (r *Runner) RunSync(ctx context.Context, c workload.Container, command workload.SyncCommand) (workload.Result, error) {
 	if !r.enter() {
-		return SyncResult{}, ErrClosed
+		return workload.Result{}, ErrClosed
 	}
 	defer r.leave()
 	var timedOut error
@@ -48,18 +36,18 @@ func (r *Runner) RunSync(ctx context.Context, c Container, command SyncCommand) 
 		ctx, cancel = context.WithTimeoutCause(ctx, command.Timeout, timedOut)
 		defer cancel()
 	}
-	p, err := r.startCommand(ctx, c, Command{Args: command.Args, Env: command.Env, Stdout: true, Stderr: true}, PolicyKill)
+	p, err := r.startCommand(ctx, c, workload.Command{Args: command.Args, Env: command.Env, Stdout: true, Stderr: true}, PolicyKill)
 	if err != nil {
 		if ctx.Err() != nil && !errors.Is(err, ErrTimeout) {
 			err = fmt.Errorf("%w: %w", ErrTimeout, err)
 		}
-		return SyncResult{}, err
+		return workload.Result{}, err
 	}
 	output := collect(p, r.config.OutputLimit)
 	exitCode, err := r.waitSync(ctx, p, output)
 	p.Close() // ends what is left of the collecting
 	<-output.done
-	result := SyncResult{Stdout: output.stdout, Stderr: output.stderr, ExitCode: exitCode}
+	result := workload.Result{Stdout: output.stdout, Stderr: output.stderr, ExitCode: exitCode}
 	if err != nil {
 		result.ExitCode = 0
 	}

@@ -2,7 +2,6 @@ package streaming
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"io"
 	"net/url"
@@ -16,21 +15,8 @@ import (
 // relayedURL is the URL of a command that an upstream's streaming server serves.
 func (s *testServer) relayedURL(upstream *url.URL, options remotecommand.StreamOptions) *url.URL {
 	s.t.Helper()
-	raw, err := s.Exec(&ExecRequest{
-		Command: Command{
-			Args:  []string{"the", "upstream", "knows"},
-			Stdin: options.Stdin != nil, Stdout: options.Stdout != nil, Stderr: options.Stderr != nil, TTY: options.Tty,
-		},
-		UpstreamURL: func(context.Context) (string, error) { return upstream.String(), nil },
-	})
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	u, err := url.Parse(raw)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	return u
+	request := s.relayedRequest(func() *url.URL { return upstream }, streamsOf(options, "the", "upstream", "knows"))
+	return s.url(s.Exec(request))
 }
 
 // A command in a container whose runtime is no runc is served by the upstream, and its client sees no

@@ -110,9 +110,9 @@ func TestFreezer(t *testing.T) {
 			var freeze sync.WaitGroup
 			freeze.Go(func() {
 				time.Sleep(time.Duration(rand.IntN(40)) * time.Millisecond) // any moment of a start
-				c.runc(t, "pause", c.ID)
+				c.runc(t, "pause", c.ContainerID)
 				time.Sleep(100 * time.Millisecond) // a start stands still meanwhile
-				c.runc(t, "resume", c.ID)
+				c.runc(t, "resume", c.ContainerID)
 			})
 			o.try(t, e, c)
 			freeze.Wait()
@@ -129,10 +129,10 @@ func TestLimits(t *testing.T) {
 	for _, e := range engines(t) {
 		var o outcomes
 		for pids := range 13 {
-			c.runc(t, "update", "--pids-limit", fmt.Sprint(pids+1), c.ID)
+			c.runc(t, "update", "--pids-limit", fmt.Sprint(pids+1), c.ContainerID)
 			o.try(t, e, c)
 		}
-		c.runc(t, "update", "--pids-limit", "1000", c.ID)
+		c.runc(t, "update", "--pids-limit", "1000", c.ContainerID)
 		note(row{attack: "pids.max", configuration: "default", entrance: e.name, commands: 13, failed: o.failed})
 		recovers(t, e, c)
 	}
@@ -142,7 +142,7 @@ func TestLimits(t *testing.T) {
 		for _, kilobytes := range limits {
 			// One for each: the kernel may well end the main process.
 			c := newContainer(t)
-			out, err := runCommand(context.Background(), runc(), "--root", c.Root, "update", "--memory", fmt.Sprint(kilobytes<<10), c.ID)
+			out, err := runCommand(context.Background(), runc(), "--root", c.Root, "update", "--memory", fmt.Sprint(kilobytes<<10), c.ContainerID)
 			if err != nil {
 				t.Logf("a memory limit of %d KiB: %v %s", kilobytes, err, out)
 			}
