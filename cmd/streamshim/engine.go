@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/streamshim/streamshim/pkg/cri"
 	"github.com/streamshim/streamshim/pkg/execproc"
 	"github.com/streamshim/streamshim/pkg/portforward"
+	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
@@ -26,6 +28,16 @@ func (e engine) Start(ctx context.Context, container workload.Container, command
 		return nil, err // not the nil *Process, which is no nil interface
 	}
 	return process, nil
+}
+
+// RunSync implements cri.Runner.
+func (e engine) RunSync(ctx context.Context, container workload.Container, command workload.SyncCommand) (workload.Result, error) {
+	result, err := e.runner.RunSync(ctx, container, command)
+	if errors.Is(err, execproc.ErrNoRoom) {
+		err = &session.RefusedError{Refusal: session.TooMany, Message: "the command was ended because ExecSync calls on this node " +
+			"have as much output as they may keep together (limits.sync_output): try again later, or use exec"}
+	}
+	return result, err
 }
 
 // Forwarder implements streaming.Pods.

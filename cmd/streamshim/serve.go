@@ -27,6 +27,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/portforward"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // endTimeout is how long the parts may take to end once sessions have been told to.
@@ -213,7 +214,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	telemetry.observe(operation.sessions)
 	observe := telemetry.hooks()
 
-	runner, err := execproc.NewRunner(runnerConfig(c, log, observe))
+	runner, err := execproc.NewRunner(runnerConfig(c, log, operation, observe))
 	if err != nil {
 		return err
 	}
@@ -243,9 +244,10 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	if err != nil {
 		return fmt.Errorf("listen for streams: %w", err)
 	}
-	streams := streaming.NewServer(streamingConfig(c, log, operation, observe, engine{upstream, runner, watcher}), streamListener.Addr())
+	engine := engine{upstream, runner, watcher}
+	streams := streaming.NewServer(streamingConfig(c, log, operation, observe, engine), streamListener.Addr())
 	criServer, err := cri.NewServer(cri.Config{
-		Upstream: upstream, Streams: streams, Runner: runner,
+		Upstream: upstream, Streams: streams, Runner: engine,
 		StreamErrorCode: streamErrorCode, BeginSync: observe.countSync(operation.beginSync), Logger: log,
 		Observe: observe.call, Trace: observe.trace,
 	})
@@ -338,7 +340,7 @@ func listenAdmin(c config.Config) (net.Listener, error) {
 // background children at most.
 const syncDrainMax = 10 * time.Second
 
-func runnerConfig(c config.Config, log *slog.Logger, observe hooks) execproc.Config {
+func runnerConfig(c config.Config, log *slog.Logger, o *operation, observe hooks) execproc.Config {
 	return execproc.Config{
 		StateDir:     filepath.Join(c.StateDir, "exec"),
 		Runtime:      c.Runtime.Binary,
@@ -350,9 +352,13 @@ func runnerConfig(c config.Config, log *slog.Logger, observe hooks) execproc.Con
 		DrainIdle:    time.Duration(c.Exec.DrainIdle),
 		DrainMax:     min(time.Duration(c.Exec.DrainMax), syncDrainMax),
 		OutputLimit:  c.Exec.SyncOutput,
-		Logger:       log,
-		OnStart:      observe.started,
-		OnKill:       observe.killed,
+		OutputRoom:   o.syncOutput,
+		SyncTurn: func(ctx context.Context, c workload.Container) (func(), error) {
+			return o.limits.Acquire(ctx, session.Info{Kind: session.ExecSync, Target: c.Target})
+		},
+		Logger:  log,
+		OnStart: observe.started,
+		OnKill:  observe.killed,
 	}
 }
 

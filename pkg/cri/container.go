@@ -21,6 +21,6 @@ type Runner interface {
 	// ends the whole process tree and returns an error for which errors.Is(err,
 	// context.DeadlineExceeded) holds; the same when ctx is done, with ctx's error. An error with a
 	// method ExitCode() int means that the command could not be started, its text being one line for
-	// people.
+	// people, and a *session.RefusedError that there was no room for it.
 	RunSync(context.Context, workload.Container, workload.SyncCommand) (workload.Result, error)
 }

@@ -48,7 +48,7 @@ func startNode(t testing.TB, info string) *node {
 	n.server, n.conn = startServer(t, upstream.path, func(config *Config) {
 		config.Streams, config.Runner = n.streams, n.runner
 		config.StreamErrorCode = func(err error) codes.Code {
-			if errors.Is(err, errTooMany) {
+			if refused := (*session.RefusedError)(nil); errors.Is(err, errTooMany) || errors.As(err, &refused) {
 				return codes.ResourceExhausted
 			}
 			return codes.OK
@@ -263,6 +263,12 @@ func TestExecSync(t *testing.T) {
 	}
 	_, err = n.client.ExecSync(ctx, request)
 	wantCode(t, err, codes.DeadlineExceeded, "timeout 7s exceeded: context deadline exceeded")
+
+	n.runner.runSync = func(context.Context, workload.SyncCommand) (workload.Result, error) {
+		return workload.Result{}, fmt.Errorf("wait: %w", &session.RefusedError{Refusal: session.TooMany, Message: "too many"})
+	}
+	_, err = n.client.ExecSync(ctx, request)
+	wantCode(t, err, codes.ResourceExhausted, "too many")
 
 	n.runner.runSync = func(context.Context, workload.SyncCommand) (workload.Result, error) {
 		return workload.Result{}, fmt.Errorf("start: %w", startError{127})

@@ -18,6 +18,8 @@ var (
 	// ErrTimeout is in the error of a RunSync whose time is up, or whose context is done.
 	// context.DeadlineExceeded is in it too.
 	ErrTimeout error = timeoutError{}
+	// ErrNoRoom is in the error of a RunSync whose command wrote more than there was room for, see Config.OutputRoom.
+	ErrNoRoom = errors.New("no room for the command's output")
 	// ErrClosed is in the error of a start after Shutdown or Close.
 	ErrClosed = errors.New("shutting down: no new processes are started")
 )

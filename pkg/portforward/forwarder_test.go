@@ -14,8 +14,8 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/workload"
-	"github.com/streamshim/streamshim/test/leak"
 )
 
 func TestForwardRefused(t *testing.T) {

@@ -10,9 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/client-go/tools/remotecommand"
 
+	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/workload"
-	"github.com/streamshim/streamshim/test/leak"
 )
 
 // countingListener counts what is written to its connections, call by call.
