@@ -497,7 +497,7 @@ func TestShutdownEndsSessionsWithAStatus(t *testing.T) {
 		if err := <-done; err == nil || !strings.Contains(err.Error(), ErrShuttingDown.Error()) {
 			t.Errorf("the client got %v", err)
 		}
-		if _, err := s.Exec(&ExecRequest{}); !errors.Is(err, ErrShuttingDown) {
+		if _, err := s.Exec(&CommandRequest{}); !errors.Is(err, ErrShuttingDown) {
 			t.Errorf("a request after the shutdown: %v", err)
 		}
 	})
