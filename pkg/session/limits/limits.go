@@ -221,10 +221,10 @@ func (l *Limiter) mayWaitLocked(pod string) error {
 	switch {
 	case len(l.waiting) >= most:
 		return &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
-			"%d commands wait to be started on this node, and no more may wait (limits.waiting_starts): try again later", len(l.waiting))}
+			"%d commands wait to be started on this node, and no more may wait: try again later", len(l.waiting))}
 	case inPod >= share(most):
 		return &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
-			"%d commands wait to be started in this pod, and no more may wait (a quarter of limits.waiting_starts): try again later", inPod)}
+			"%d commands wait to be started in this pod, and no more may wait: try again later", inPod)}
 	}
 	return nil
 }
