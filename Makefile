@@ -27,9 +27,10 @@ say = @echo '== $(1)'
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+BIN ?= bin
 .PHONY: build
 build: ## build bin/streamshim
-	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o $(BIN)/ ./cmd/...
 
 .PHONY: test
 test: peers build ## run all tests, with the race detector and against real containerd, runc and critest
@@ -136,21 +137,19 @@ PACKAGES_DIR ?= dist
 # The last tag and what came after it, or 0.0.0 and the commit, in the words of semver.
 PACKAGE_VERSION ?= $(or $(shell git describe --tags --match 'v[0-9]*' 2>/dev/null | sed 's/^v//'),0.0.0-g$(shell git rev-parse --short=10 HEAD 2>/dev/null || echo 0))
 
-.PHONY: packages
-packages: build bin/nfpm ## the .deb and .rpm, in PACKAGES_DIR (dist)
-	$(call say,man pages and completions)
-	@rm -rf bin/package && mkdir -p bin/package/man bin/package/completion $(PACKAGES_DIR)
-	@for page in deploy/man/*.8; do gzip -9n <$$page >bin/package/man/$$(basename $$page).gz; done
-	@for shell in bash zsh fish; do bin/streamshim completion $$shell >bin/package/completion/streamshim.$$shell; done
-	@for packager in deb rpm; do \
-		ARCH=$$(go env GOARCH) PACKAGE_VERSION=$(PACKAGE_VERSION) \
-		bin/nfpm package --config deploy/package/nfpm.yaml --packager $$packager --target $(PACKAGES_DIR)/; \
-	done
+# For which architectures, for instance: make packages ARCH='amd64 arm64'
+ARCH ?= $(shell go env GOARCH)
 
-# A module of its own, so that its dependencies stay out of the product's.
+.PHONY: packages
+packages: build bin/nfpm bin/cyclonedx-gomod ## .deb, .rpm, bill of materials and checksums for ARCH (this machine's), in PACKAGES_DIR (dist)
+	@VERSION='$(VERSION)' PACKAGE_VERSION='$(PACKAGE_VERSION)' deploy/package/build.sh $(PACKAGES_DIR) $(ARCH)
+
+# Each is a module of its own, so that its dependencies stay out of the product's.
 bin/nfpm: test/internal/tools/nfpm/go.mod
-	$(call say,nfpm: built once$(,) about a minute)
-	@cd test/internal/tools/nfpm && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -o $(CURDIR)/bin/ tool
+bin/cyclonedx-gomod: test/internal/tools/sbom/go.mod
+bin/nfpm bin/cyclonedx-gomod:
+	$(call say,$(@F): built once$(,) about a minute)
+	@cd $(<D) && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -o $(CURDIR)/bin/ tool
 	@touch $@
 
 .PHONY: clean

@@ -245,7 +245,7 @@ func TestDrainMaxOfExecSync(t *testing.T) {
 	} {
 		c := config.Default()
 		c.Exec.DrainMax = config.Duration(set)
-		if got := runnerConfig(c, nil, hooks{}).DrainMax; got != want {
+		if got := runnerConfig(c, nil, &operation{}, hooks{}).DrainMax; got != want {
 			t.Errorf("exec.drain_max %v: ExecSync waits %v", set, got)
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -57,6 +58,9 @@ func TestClients(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), checkLimit)
 				defer cancel()
 				command := exec.CommandContext(ctx, language.interpreter, language.script, cluster.Kubeconfig(), podName, match[1])
+				// Python says with faulthandler where each of its threads is.
+				command.Cancel = func() error { return command.Process.Signal(syscall.SIGABRT) }
+				command.Env = append(os.Environ(), "PYTHONFAULTHANDLER=1")
 				command.WaitDelay = 5 * time.Second
 				if output, err := command.CombinedOutput(); err != nil {
 					t.Errorf("%v\n%s", err, output)

@@ -128,7 +128,7 @@ func newFixture(t *testing.T, change func(*Config)) *fixture {
 	if change != nil {
 		change(&f.config)
 	}
-	f.Recorder = New(f.config, slog.New(slog.DiscardHandler))
+	f.Recorder = New(f.config, nil, slog.New(slog.DiscardHandler))
 	f.registry = session.NewRegistry(slog.New(slog.DiscardHandler), f.Recorder)
 	t.Cleanup(f.Close)
 	return f
