@@ -217,10 +217,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		return err
 	}
 	defer telemetry.close()
-	if c.Exec.Engine != "runc" {
-		log.Warn("this engine was removed, because a container could escape through it: commands are started by the OCI runtime "+
-			"(docs/engines.md); take exec.engine out of the configuration", "engine", c.Exec.Engine)
-	}
+	warnRemoved(c, log)
 	telemetry.observe(operation.sessions)
 	observe := telemetry.hooks()
 
@@ -373,7 +370,7 @@ func runnerConfig(c config.Config, log *slog.Logger, o *operation, observe hooks
 		KillAfter:    time.Duration(c.Exec.KillAfter),
 		DrainIdle:    time.Duration(c.Exec.DrainIdle),
 		DrainMax:     min(time.Duration(c.Exec.DrainMax), syncDrainMax),
-		OutputLimit:  c.Exec.SyncOutput,
+		OutputLimit:  config.SyncOutput,
 		OutputRoom:   o.syncOutput,
 		SyncTurn: func(ctx context.Context, c workload.Container) (func(), error) {
 			return o.limits.Acquire(ctx, session.Info{Kind: session.ExecSync, Target: c.Target})
@@ -402,7 +399,7 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe ho
 		Settings:      streamingSettings(c),
 		Stall:         time.Duration(c.PortForward.Stall),
 		ReportRefused: c.PortForward.Refused == "report",
-		AttachBuffer:  c.Attach.Buffer,
+		AttachBuffer:  config.AttachBuffer,
 		AttachStays:   c.Attach.InputEnd == "stay",
 		Observe:       observe.event,
 	}

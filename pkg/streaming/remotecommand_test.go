@@ -540,7 +540,7 @@ func TestShutdownTakesSessionsUntilItsEnd(t *testing.T) {
 			t.Errorf("the open session: %v", err)
 		}
 		eventually(t, "no more URLs", func() bool {
-			_, err := s.Exec(&ExecRequest{})
+			_, err := s.Exec(&CommandRequest{})
 			return errors.Is(err, ErrShuttingDown)
 		})
 		// A URL that was given out before is good until redeemGrace is over.
