@@ -9,6 +9,24 @@ import (
 	"time"
 )
 
+// What the runtime's environment has for the runtime's own sake is not in the command's.
+func TestRuntimeEnvironmentStaysOut(t *testing.T) {
+	r, c := newRunner(t), newContainer(t)
+	result, err := r.RunSync(t.Context(), c, SyncCommand{Args: []string{"env"}, Env: []string{"GOGC=7"}})
+	if err != nil || !strings.Contains(string(result.Stdout), "GOGC=7\n") {
+		t.Fatalf("env: %v: %s", err, result.Stdout)
+	}
+	for _, variable := range runtimeEnvironment() {
+		name, _, _ := strings.Cut(variable, "=")
+		if name == "PATH" || name == "HOME" { // the container has its own
+			continue
+		}
+		if strings.Contains("\n"+string(result.Stdout), "\n"+name+"=") {
+			t.Errorf("the command has %s in its environment: %s", name, result.Stdout)
+		}
+	}
+}
+
 func TestRunSync(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)

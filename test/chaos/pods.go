@@ -18,8 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/streamshim/streamshim/test/images"
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/images"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // podKind says what may happen to a pod.

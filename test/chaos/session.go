@@ -16,7 +16,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/streamshim/streamshim/test/wire"
+	"github.com/streamshim/streamshim/test/internal/wire"
 )
 
 // sessionLimit is longer than any healthy session may take beyond its own time.

@@ -13,8 +13,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/test/node"
-	"github.com/streamshim/streamshim/test/wire"
+	"github.com/streamshim/streamshim/test/internal/node"
+	"github.com/streamshim/streamshim/test/internal/wire"
 )
 
 // violationKind is which invariant does not hold.

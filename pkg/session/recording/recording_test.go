@@ -17,8 +17,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/session"
-	"github.com/streamshim/streamshim/test/leak"
 )
 
 // cast is a recording as a strict reader of the asciicast v2 specification sees it. It shares no
