@@ -136,7 +136,7 @@ type Recording struct {
 	MinAge Duration `toml:"min_age"`
 	// OnFailure says what happens when a session cannot be recorded completely, because of a full
 	// disk, its size, or a disk that is too slow: allow it to go on with a gap in the recording, or
-	// deny it.
+	// deny it. With deny everything is written before it is delivered.
 	OnFailure string `toml:"on_failure"`
 	// Rule chooses the sessions that are recorded: those that any of these rules chooses. Without
 	// rules nothing is recorded.

@@ -103,6 +103,7 @@ type remoteCommandSession struct {
 	drain    drain
 
 	bandwidth *bandwidth
+	withheld  atomic.Bool // output that could not be recorded and so was not sent; the session is stopped
 }
 
 // run serves the session from the upgraded connection to its end. When it returns, the connection
@@ -294,6 +295,11 @@ func (s *remoteCommandSession) exited(ctx context.Context) session.Outcome {
 		result = exitStatus(outcome.ExitCode, outcome.Err.Error())
 	}
 	s.awaitOutput()
+	if s.withheld.Load() { // also behind a command that has ended well
+		code := outcome.ExitCode
+		outcome = stopped(ctx)
+		outcome.ExitCode, result = code, endedStatus(outcome.Err.Error())
+	}
 	s.process.Close() //nolint:errcheck // nothing is left in it that anybody wants
 	if outcome.Err != nil {
 		s.sayLine("[streamshim: " + outcome.Err.Error() + "]")
