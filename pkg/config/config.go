@@ -85,6 +85,7 @@ type Exec struct {
 	IdleTimeout  Duration `toml:"idle_timeout"`  // without payload in either direction, until a session is ended; 0 is off
 	MaxLifetime  Duration `toml:"max_lifetime"`  // of a session; 0 is off
 	SyncOutput   int      `toml:"sync_output"`   // bytes of output that an ExecSync returns
+	Helpers      []string `toml:"helpers"`       // what streamshim brings along for containers that do not have it: "tar", for the commands of kubectl cp; see docs/engines.md
 }
 
 // Attach is how attach sessions behave.
@@ -221,6 +222,7 @@ func Default() Config {
 			StatusWait:   Duration(time.Minute),
 			IdleTimeout:  Duration(4 * time.Hour),
 			SyncOutput:   maxSyncOutput,
+			Helpers:      []string{},
 		},
 		Attach:      Attach{Buffer: 1 << 20, InputEnd: "detach", IdleTimeout: Duration(4 * time.Hour)},
 		PortForward: PortForward{Refused: "reset", Stall: Duration(30 * time.Second), IdleTimeout: Duration(4 * time.Hour)},
@@ -433,6 +435,9 @@ func (c *Config) validate() *ValueError {
 	}
 	if !strings.HasPrefix(c.StateDir, "/") {
 		checks = append(checks, &ValueError{"state_dir", "must be an absolute path"})
+	}
+	for _, name := range c.Exec.Helpers {
+		checks = append(checks, choice("exec.helpers", name, "tar"))
 	}
 	for _, wait := range []struct {
 		key   string
