@@ -31,6 +31,7 @@ type Process struct {
 	standIn string // see StandIn
 
 	policy  Policy
+	probe   bool // started by RunSync
 	keep    sync.Once
 	end     sync.Once
 	kill    sync.Once
@@ -190,6 +191,7 @@ func (p *Process) beginEnd() {
 // endTree is the end of a process and of everything that descends from it.
 func (p *Process) endTree() {
 	t := newTree(p.leader, p.container.InitPid, p.ends)
+	t.urgent = p.probe
 	t.stranger = p.pipes == nil && p.tty == nil // a predecessor's
 	if p.pipes != nil {
 		t.pipes = p.pipes.watchEnds()

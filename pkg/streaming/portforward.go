@@ -490,7 +490,9 @@ func (s *portForwardSession) accept(w http.ResponseWriter, r *http.Request, up u
 		return nil, err
 	}
 	s.client = webSocketConnection{conn.ChannelConn}
-	s.closeWrite = func(ctx context.Context) { conn.CloseWrite(ctx) } //nolint:errcheck // a client that has gone is noticed in run
+	s.closeWrite = func(ctx context.Context) {
+		s.connections.Go(func() { conn.CloseWrite(ctx) }) //nolint:errcheck // a client that has gone is noticed in run
+	}
 	s.farewell = func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
 	for _, c := range conn.Ports() {
 		s.legacy = append(s.legacy, &forwardedConnection{port: c.Port, data: c.Data, failure: c.Error})
