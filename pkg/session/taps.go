@@ -5,6 +5,8 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // Output names a stream of a process.
@@ -24,7 +26,7 @@ const (
 type Tap interface {
 	Output(from Output, p []byte) error
 	Input(p []byte) error
-	Resize(width, height uint16)
+	Resize(workload.Size)
 }
 
 // Taps are the taps of one session. The zero value has none, and costs its session one atomic load
@@ -32,9 +34,9 @@ type Tap interface {
 type Taps struct {
 	list atomic.Pointer[[]Tap] // replaced, never changed
 
-	mu            sync.Mutex
-	open          bool
-	width, height uint16
+	mu   sync.Mutex
+	open bool
+	size workload.Size
 }
 
 // Add lets the tap see what comes from now on, until remove is called.
@@ -95,18 +97,18 @@ func (t *Taps) Input(p []byte) error {
 }
 
 // Resize tells all taps the terminal's new size.
-func (t *Taps) Resize(width, height uint16) {
+func (t *Taps) Resize(size workload.Size) {
 	t.mu.Lock()
-	t.width, t.height = width, height
+	t.size = size
 	t.mu.Unlock()
 	for _, tap := range t.current() {
-		tap.Resize(width, height)
+		tap.Resize(size)
 	}
 }
 
 // Size is the terminal's size in characters, 0 when it is not known.
-func (t *Taps) Size() (width, height uint16) {
+func (t *Taps) Size() workload.Size {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.width, t.height
+	return t.size
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/session/recording"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 func TestTokenBucket(t *testing.T) {
@@ -112,7 +113,7 @@ func measureTap(b *testing.B, from, way string, amount int64) time.Duration {
 	if err != nil {
 		b.Fatal(err)
 	}
-	var to Stream = stream
+	var to workload.Stream = stream
 	taps := &session.Taps{}
 	if way != "plain" {
 		to = tappedStream{Stream: stream, sent: func(p []byte) error { return taps.Output(session.Stdout, p) }}

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // diskPatience is how long a session waits for one write of its recording before it is ended.
@@ -50,7 +51,7 @@ func (t *firmTap) Input(p []byte) error {
 }
 
 // Resize implements session.Tap.
-func (t *firmTap) Resize(width, height uint16) { t.rec.queue.Resize(width, height) }
+func (t *firmTap) Resize(size workload.Size) { t.rec.queue.Resize(size) }
 
 // firmPiece is how much may be copied for the writer when there is no room with the other sessions.
 const firmPiece = 16 << 10

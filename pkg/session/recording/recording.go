@@ -17,6 +17,8 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/asciicast"
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/session/transcript"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // Config is what is recorded, and where. A limit of 0 is none, except where noted.
@@ -238,12 +240,12 @@ type recording struct {
 	outcome chan session.Outcome // filled at the end of the session
 
 	cast     *asciicast.Writer
-	encoder  *asciicast.Encoder
-	buffer   []byte    // lines that are not written yet
-	size     int64     // bytes that are
-	events   int       // other than sizes
-	ending   bool      // the last event may use endReserve
-	lastSize [2]uint16 // of the terminal
+	encoder  *transcript.Encoder
+	buffer   []byte        // lines that are not written yet
+	size     int64         // bytes that are
+	events   int           // other than sizes
+	ending   bool          // the last event may use endReserve
+	lastSize workload.Size // of the terminal
 }
 
 // defaultWidth and defaultHeight are for a session whose size is not known, or not yet.
@@ -255,11 +257,10 @@ const (
 // resize notes a new size of the terminal. The first one, which comes before any output, belongs
 // into the header: not all players know of later ones.
 func (rec *recording) resize(e *session.TapEvent) error {
-	size := [2]uint16{e.Width, e.Height}
-	if size == rec.lastSize {
+	if e.Size == rec.lastSize {
 		return nil
 	}
-	rec.lastSize = size
+	rec.lastSize = e.Size
 	if rec.events > 0 {
 		return rec.encoder.Encode(e)
 	}
@@ -271,7 +272,7 @@ func (rec *recording) resize(e *session.TapEvent) error {
 	}
 	rec.place.grew(-rec.size)
 	rec.size, rec.buffer = 0, rec.buffer[:0]
-	return rec.writeHeader(int(e.Width), int(e.Height))
+	return rec.writeHeader(int(e.Size.Width), int(e.Size.Height))
 }
 
 func (rec *recording) writeHeader(width, height int) error {
@@ -294,7 +295,7 @@ func (rec *recording) writeHeader(width, height int) error {
 	if err != nil {
 		return err
 	}
-	rec.encoder = asciicast.NewEncoder(rec.cast, s.Start, s.TTY)
+	rec.encoder = transcript.NewEncoder(rec.cast, s.Start, s.TTY)
 	return rec.flush()
 }
 

@@ -19,6 +19,7 @@ import (
 
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // cast is a recording as a strict reader of the asciicast v2 specification sees it. It shares no
@@ -135,7 +136,7 @@ func newFixture(t *testing.T, change func(*Config)) *fixture {
 }
 
 var info = session.Info{
-	Kind: session.Exec, Target: session.Target{PodName: "web", PodNamespace: "shop", ContainerName: "app"},
+	Kind: session.Exec, Target: workload.Target{PodName: "web", PodNamespace: "shop", ContainerName: "app"},
 	Command: []string{"/bin/bash", "-l"}, TTY: true,
 }
 
@@ -171,14 +172,14 @@ func (f *fixture) only(t *testing.T) cast {
 func TestRecording(t *testing.T) {
 	f := newFixture(t, nil)
 	s := f.begin(t, info)
-	s.Taps.Resize(132, 43)
-	s.Taps.Resize(132, 43) // a size that is no news
+	s.Taps.Resize(workload.Size{Width: 132, Height: 43})
+	s.Taps.Resize(workload.Size{Width: 132, Height: 43}) // a size that is no news
 	euro := []byte("10 €\r\n")
 	s.Taps.Output(session.Stdout, euro[:4])
 	s.Taps.Output(session.Stdout, euro[4:])
 	s.Taps.Output(session.Stdout, []byte("\x1b[0m\xff\x00<"))
 	s.Taps.Input([]byte("password\r"))
-	s.Taps.Resize(80, 25)
+	s.Taps.Resize(workload.Size{Width: 80, Height: 25})
 	s.Taps.Output(session.Stdout, []byte("end\xe2"))
 	s.End(session.Outcome{Reason: "exited", ExitCode: 3})
 	c := f.only(t)
@@ -438,7 +439,7 @@ func TestLiveRecordingsStay(t *testing.T) {
 
 func TestFileName(t *testing.T) {
 	s := &session.Session{ID: "0123456789abcdef", Start: time.Unix(1, 0)}
-	s.Target = session.Target{PodNamespace: "../etc", PodName: strings.Repeat("ü/", 200), ContainerName: "a b"}
+	s.Target = workload.Target{PodNamespace: "../etc", PodName: strings.Repeat("ü/", 200), ContainerName: "a b"}
 	name := fileName(s)
 	if strings.ContainsAny(name, "/ ") || len(name) > 255 || !strings.HasPrefix(name, "19700101T000001.000Z_..-etc_") {
 		t.Errorf("name %q", name)
