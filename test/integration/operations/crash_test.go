@@ -16,12 +16,13 @@ import (
 	"k8s.io/client-go/transport/spdy"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // cutClient is a client whose session is there when its output has the text, and that ends with an error.
 type cutClient struct {
-	output *safeBuffer
+	output *testutil.Buffer
 	ready  string
 	ended  chan error
 }
@@ -68,7 +69,7 @@ func TestNoClientTakesAKillForSuccess(t *testing.T) {
 	clients["client-go port-forward spdy"] = forwardPorts(t, forward.Url)
 
 	for name, c := range clients {
-		eventually(t, name+" is there", func() bool { return strings.Contains(c.output.String(), c.ready) })
+		testutil.Eventually(t, name+" is there", func() bool { return strings.Contains(c.output.String(), c.ready) })
 	}
 	if err := o.StopStreamshim(0); err != nil {
 		t.Fatal(err)
@@ -80,7 +81,7 @@ func TestNoClientTakesAKillForSuccess(t *testing.T) {
 				t.Errorf("%s takes the end of streamshim for success: %q", name, c.output)
 			}
 			t.Logf("%s: %v: %.200q", name, err, last(c.output.String()))
-		case <-time.After(patience):
+		case <-time.After(testutil.Patience):
 			t.Errorf("%s does not end", name)
 		}
 	}
@@ -121,7 +122,7 @@ func stream(t *testing.T, executor func(*url.URL) (remotecommand.Executor, error
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &cutClient{output: &safeBuffer{}, ready: "ready", ended: make(chan error, 1)}
+	c := &cutClient{output: &testutil.Buffer{}, ready: "ready", ended: make(chan error, 1)}
 	go func() {
 		c.ended <- e.StreamWithContext(context.WithoutCancel(t.Context()), remotecommand.StreamOptions{Stdout: c.output, Stderr: c.output})
 	}()
@@ -134,7 +135,7 @@ func (o *operated) crictl(ready string, args ...string) *cutClient {
 	template := o.Crictl(args...)
 	command := exec.Command(template.Path, template.Args[1:]...)
 	command.Env = template.Env
-	c := &cutClient{output: &safeBuffer{}, ready: ready, ended: make(chan error, 1)}
+	c := &cutClient{output: &testutil.Buffer{}, ready: ready, ended: make(chan error, 1)}
 	command.Stdout, command.Stderr = c.output, c.output
 	if err := command.Start(); err != nil {
 		o.t.Fatal(err)
@@ -158,7 +159,7 @@ func forwardPorts(t *testing.T, address string) *cutClient {
 	dialer := spdy.NewDialer(upgrader, &http.Client{Transport: transport}, http.MethodPost, u)
 	stop := make(chan struct{})
 	t.Cleanup(func() { close(stop) })
-	c := &cutClient{output: &safeBuffer{}, ready: "Forwarding from", ended: make(chan error, 1)}
+	c := &cutClient{output: &testutil.Buffer{}, ready: "Forwarding from", ended: make(chan error, 1)}
 	forwarder, err := portforward.NewOnAddresses(dialer, []string{"127.0.0.1"}, []string{"0:80"}, stop, make(chan struct{}), io.Writer(c.output), c.output)
 	if err != nil {
 		t.Fatal(err)
