@@ -28,8 +28,11 @@ var allowed = map[string][]string{
 	"pkg/tracing":           {"pkg/session"},
 	"pkg/cri":               {"pkg/endpoint", "pkg/session", "pkg/streaming"},
 	"pkg/streaming": {
-		"pkg/session", "pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket",
+		"pkg/session", "pkg/streaming/internal/socket", "pkg/streaming/internal/spdy",
+		"pkg/streaming/internal/websocket",
 	},
+	"pkg/streaming/internal/spdy":      {"pkg/streaming/internal/memory"},
+	"pkg/streaming/internal/websocket": {"pkg/streaming/internal/memory", "pkg/streaming/internal/socket"},
 }
 
 // foreign are libraries that only the packages named may import, directly or not.
