@@ -17,7 +17,7 @@ LAB_DIR ?= .lab
 LAB_K8S_DIR ?= .lab-k8s
 # shim: streamshim alone, as CI runs it; quick: beside bare containerd; full: every setting, slowly
 E2E ?= quick
-# Go packages under test, for instance: make test PACKAGES=./pkg/execproc NODE_PACKAGES=./test/node
+# Go packages under test, for instance: make test PACKAGES=./pkg/execproc NODE_PACKAGES=./test/internal/node
 PACKAGES ?= ./cmd/... ./pkg/... ./tools/...
 NODE_PACKAGES ?= ./test/...
 
@@ -37,7 +37,7 @@ test: peers build ## run all tests, with the race detector and against real cont
 	$(call say,compiling the tests)
 	go build -race ./...
 	$(call say,testing: packages by themselves$(,) then with real nodes one after the other$(,) because they share host ports)
-	@# -parallel: on two cores two tests at once would mostly sleep, as those of test/symptoms do.
+	@# -parallel: on two cores two tests at once would mostly sleep, as those of test/integration/exec do.
 	@result=0; export STREAMSHIM_REAL=required; \
 	go test -race -p 4 -parallel 8 -count 1 -timeout 20m $(PACKAGES) || result=1; \
 	go test -race -p 1 -parallel 4 -count 1 -timeout 15m $(NODE_PACKAGES) || result=1; \
@@ -58,7 +58,7 @@ clients: client-packages peers kubernetes build test/clients/javascript/node_mod
 
 .PHONY: client-packages
 client-packages:
-	@test/setup.sh clients
+	@test/internal/setup.sh clients
 
 # From the lock file, which has each package's hash and no host names.
 test/clients/javascript/node_modules: test/clients/javascript/package-lock.json | client-packages
@@ -82,7 +82,7 @@ lint: setup ## check formatting, go vet and golangci-lint
 	$(call say,go vet)
 	go vet ./...
 	$(call say,golangci-lint)
-	@test/peers/build.sh lint >/dev/null
+	@test/internal/peers/build.sh lint >/dev/null
 	$(PROGRAMS)/golangci-lint run ./...
 
 .PHONY: fuzz
@@ -100,7 +100,7 @@ chaos: peers build ## ten minutes of everything going wrong on one node, with in
 	@bin/chaos $(CHAOSFLAGS)
 
 .PHONY: chaos-teeth
-chaos-teeth: peers build ## show that make chaos finds a leak, a cut and a stall that are injected into it
+chaos-teeth: peers build ## show in two minutes that make chaos finds a leak, a cut and a stall that are injected into it
 	@go build -buildvcs=false -o bin/chaos ./test/chaos
 	@bin/chaos -teeth -duration 40s $(CHAOSFLAGS)
 
@@ -109,23 +109,30 @@ gobench: peers ## run the packages' own Go benchmarks
 	go test -run '^$$' -bench . -benchmem -p 1 -timeout 60m $(PACKAGES)
 
 .PHONY: lab
-lab: peers build ## a private containerd with streamshim in front, and a shell in a pod
-	@go build -buildvcs=false -o bin/lab ./test/lab
+lab: setup ## a private containerd with streamshim in front, and a shell in a pod
+	$(call say,what a node needs: built once$(,) then taken from the cache)
+	@test/internal/peers/build.sh >/dev/null
+	$(call say,streamshim)
+	@$(MAKE) build bin/lab
 	@bin/lab -dir $(LAB_DIR) up
 
 .PHONY: lab-down
-lab-down: ## take the lab down without a trace
-	@go build -buildvcs=false -o bin/lab ./test/lab
+lab-down: bin/lab ## take the lab down without a trace
 	@bin/lab -dir $(LAB_DIR) down
+
+# Built as streamshim is, so that what both stand on is compiled once.
+.PHONY: bin/lab
+bin/lab:
+	@CGO_ENABLED=0 go build -trimpath -buildvcs=false -o bin/lab ./test/internal/lab
 
 .PHONY: lab-k8s
 lab-k8s: peers kubernetes build ## a whole Kubernetes node with streamshim, and kubectl exec in a pod
-	@go build -buildvcs=false -o bin/lab-k8s ./test/kubernetes/lab
+	@go build -buildvcs=false -o bin/lab-k8s ./test/internal/kubernetes/lab
 	@bin/lab-k8s -dir $(LAB_K8S_DIR) up
 
 .PHONY: lab-k8s-down
 lab-k8s-down: ## take that down without a trace
-	@go build -buildvcs=false -o bin/lab-k8s ./test/kubernetes/lab
+	@go build -buildvcs=false -o bin/lab-k8s ./test/internal/kubernetes/lab
 	@bin/lab-k8s -dir $(LAB_K8S_DIR) down
 
 .PHONY: generate
@@ -144,9 +151,15 @@ ARCH ?= $(shell go env GOARCH)
 packages: build bin/nfpm bin/cyclonedx-gomod ## .deb, .rpm, bill of materials and checksums for ARCH (this machine's), in PACKAGES_DIR (dist)
 	@VERSION='$(VERSION)' PACKAGE_VERSION='$(PACKAGE_VERSION)' deploy/package/build.sh $(PACKAGES_DIR) $(ARCH)
 
+# A tag has both; anything else is for trying: make release RELEASE=devel
+RELEASE ?= $(shell git describe --tags --exact-match --match 'v[0-9]*' 2>/dev/null)
+.PHONY: release
+release: ## everything that a release has, of the tag that is checked out, in PACKAGES_DIR (dist)
+	@deploy/release.sh "$(RELEASE)" $(PACKAGES_DIR)
+
 # Each is a module of its own, so that its dependencies stay out of the product's.
-bin/nfpm: test/tools/nfpm/go.mod
-bin/cyclonedx-gomod: test/tools/sbom/go.mod
+bin/nfpm: test/internal/tools/nfpm/go.mod
+bin/cyclonedx-gomod: test/internal/tools/sbom/go.mod
 bin/nfpm bin/cyclonedx-gomod:
 	$(call say,$(@F): built once$(,) about a minute)
 	@cd $(<D) && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -o $(CURDIR)/bin/ tool
@@ -158,16 +171,16 @@ clean: ## remove what was built here (not ~/.cache/streamshim, not a running lab
 
 .PHONY: setup
 setup:
-	@test/setup.sh
+	@test/internal/setup.sh
 
 .PHONY: peers
 peers: setup
 	$(call say,containerd$(,) runc$(,) CNI plugins$(,) crictl$(,) critest: built once$(,) then taken from the cache)
-	@test/peers/build.sh >/dev/null
+	@test/internal/peers/build.sh busybox runc cni critools containerd critest >/dev/null
 
 .PHONY: kubernetes
 kubernetes: setup
 	$(call say,etcd$(,) kube-apiserver$(,) kubelet$(,) kubectl: built once$(,) about six minutes$(,) then taken from the cache)
-	@test/peers/build.sh etcd kubernetes >/dev/null
+	@test/internal/peers/build.sh etcd kubernetes >/dev/null
 
 , := ,

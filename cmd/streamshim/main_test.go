@@ -18,8 +18,8 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/config"
-	"github.com/streamshim/streamshim/test/leak"
 )
 
 // testTimeout only bounds what would hang.

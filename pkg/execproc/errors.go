@@ -1,6 +1,7 @@
 package execproc
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,12 +16,20 @@ var (
 	// ErrStartTimeout is in the error of a start that the runtime did not finish in time.
 	ErrStartTimeout = errors.New("the OCI runtime did not start the command in time")
 	// ErrTimeout is in the error of a RunSync whose time is up, or whose context is done.
-	ErrTimeout = errors.New("command timed out")
+	// context.DeadlineExceeded is in it too.
+	ErrTimeout error = timeoutError{}
 	// ErrNoRoom is in the error of a RunSync whose command wrote more than there was room for, see Config.OutputRoom.
 	ErrNoRoom = errors.New("no room for the command's output")
 	// ErrClosed is in the error of a start after Shutdown or Close.
 	ErrClosed = errors.New("shutting down: no new processes are started")
 )
+
+type timeoutError struct{}
+
+func (timeoutError) Error() string { return "command timed out" }
+
+// Is implements what errors.Is looks for.
+func (timeoutError) Is(target error) bool { return target == context.DeadlineExceeded }
 
 // Exit codes of commands that could not be executed, as shells use them (POSIX, Shell Command
 // Language, 2.8.2).
@@ -33,6 +42,8 @@ const (
 type StartError struct {
 	Code    int // 127 when the command was not found, 126 when it is not executable
 	Message string
+
+	missing bool // no folder of the container's $PATH has the command
 }
 
 // Error is one line for the person who gave the command, such as
@@ -102,7 +113,7 @@ func classify(reason string) error {
 	if message := aboutCommand.FindString(reason); message != "" {
 		switch {
 		case has("not found in $path", "no such file or directory", "executable file not found", "not found"):
-			return &StartError{Code: exitNotFound, Message: message}
+			return &StartError{Code: exitNotFound, Message: message, missing: has("not found in $path")}
 		case has("permission denied", "is a directory", "not a directory", "exec format error", "not executable", "invalid executable"):
 			return &StartError{Code: exitNotExecutable, Message: message}
 		}

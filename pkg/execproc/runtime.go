@@ -14,6 +14,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 const (
@@ -77,7 +79,12 @@ var errProcessUnknown = errors.New("the OCI runtime said it started the command"
 //
 // When the context is done, or a process in the container stops what enters it, the runtime is killed with
 // all that it has started.
-func execInContainer(ctx context.Context, c Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
+func execInContainer(ctx context.Context, c workload.Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
+	return execPassing(ctx, c, spec, f, streams, stderr, nil)
+}
+
+// execPassing is execInContainer; the process inherits the file, if it is not nil, as passedDescriptor.
+func execPassing(ctx context.Context, c workload.Container, spec *specs.Process, f files, streams [3]*os.File, stderr, passed *os.File) (int, error) {
 	encoded, err := json.Marshal(spec)
 	if err != nil {
 		return 0, fmt.Errorf("encode process spec: %w", err)
@@ -98,7 +105,10 @@ func execInContainer(ctx context.Context, c Container, spec *specs.Process, f fi
 	if spec.Terminal {
 		args = append(args, "--console-socket", f.socket)
 	}
-	args = append(args, c.ID)
+	if passed != nil {
+		args = append(args, "--preserve-fds", "1")
+	}
+	args = append(args, c.ContainerID)
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -107,6 +117,9 @@ func execInContainer(ctx context.Context, c Container, spec *specs.Process, f fi
 	command.Dir = "/"
 	// Files, so that os/exec starts no copying goroutines and Wait waits for the runtime alone.
 	command.Stdin, command.Stdout, command.Stderr = streams[0], streams[1], streams[2]
+	if passed != nil {
+		command.ExtraFiles = []*os.File{passed}
+	}
 	// A session of its own is how the reaper tells the runtime's orphans from os/exec's children.
 	command.SysProcAttr = &unix.SysProcAttr{Setsid: true}
 	var runtime identity

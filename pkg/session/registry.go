@@ -12,6 +12,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // Kind is the verb a session serves.
@@ -41,7 +43,7 @@ const (
 // Info is what is known of a session when it begins. It does not change.
 type Info struct {
 	Kind   Kind
-	Target Target
+	Target workload.Target
 	// PodLabels are the labels of the pod's sandbox, nil when they are not known. They are shared:
 	// nobody writes to the map.
 	PodLabels map[string]string
@@ -65,6 +67,14 @@ type Info struct {
 type User struct {
 	UID uint32 `json:"uid"`
 	GID uint32 `json:"gid"`
+}
+
+// UserOf is whom a process runs as in the container, nil when that is not known.
+func UserOf(c workload.Container) *User {
+	if c.Process == nil {
+		return nil
+	}
+	return &User{UID: c.Process.User.UID, GID: c.Process.User.GID}
 }
 
 // AuditIDVariable is the environment variable with which a request carries its audit ID (KEP-6035).
@@ -114,6 +124,7 @@ type Session struct {
 	mu       sync.Mutex
 	conn     Connection // nil until Connect
 	phase    Phase
+	helper   string
 	controls Controls // nil until the process runs
 }
 
@@ -122,6 +133,7 @@ type Outcome struct {
 	Reason   string // one word: exited, client-gone, container-exited, idle-timeout, shutdown, …
 	ExitCode int    // of an exec whose process ran; -1 where there is none
 	Err      error  // what went wrong, nil when nothing did
+	Helper   string // what End fills in from SetHelper
 }
 
 // Guard decides whether sessions may begin, and sees each that did to its end: limits, the audit
@@ -167,7 +179,7 @@ type Registry struct {
 	mu       sync.Mutex
 	sessions map[string]*Session
 	closed   bool
-	empty    chan struct{} // closed when the last session has ended after Close
+	emptied  chan struct{} // closed when the last session has ended; nil unless somebody waits, see Empty
 }
 
 // ErrClosed is returned by Begin once the registry takes no more sessions.
@@ -176,7 +188,7 @@ var ErrClosed = errors.New("streamshim is shutting down and takes no new session
 // NewRegistry returns an empty registry that logs one line at the start and one at the end of each
 // session. The guards are asked in this order; when one refuses, those before it see the session end.
 func NewRegistry(log *slog.Logger, guards ...Guard) *Registry {
-	return &Registry{log: log, guards: guards, sessions: make(map[string]*Session), empty: make(chan struct{})}
+	return &Registry{log: log, guards: guards, sessions: make(map[string]*Session)}
 }
 
 // Check says whether a session would be refused as things are now.
@@ -246,8 +258,9 @@ func (r *Registry) remove(s *Session) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.sessions, s.ID)
-	if r.closed && len(r.sessions) == 0 {
-		close(r.empty)
+	if len(r.sessions) == 0 && r.emptied != nil {
+		close(r.emptied)
+		r.emptied = nil
 	}
 }
 
@@ -265,21 +278,27 @@ func (r *Registry) List() []*Session {
 	return list
 }
 
+// Empty returns a channel that is closed as soon as no session lives; the next one may begin at any time.
+func (r *Registry) Empty() <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.sessions) == 0 {
+		none := make(chan struct{})
+		close(none)
+		return none
+	}
+	if r.emptied == nil {
+		r.emptied = make(chan struct{})
+	}
+	return r.emptied
+}
+
 // Close makes Begin fail from now on.
 func (r *Registry) Close() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed {
-		return
-	}
 	r.closed = true
-	if len(r.sessions) == 0 {
-		close(r.empty)
-	}
 }
-
-// Drained is closed when, after Close, the last session has ended.
-func (r *Registry) Drained() <-chan struct{} { return r.empty }
 
 // Context ends when the session is told to end; context.Cause then tells why.
 func (s *Session) Context() context.Context { return s.ctx }
@@ -348,6 +367,13 @@ func (s *Session) Controls() Controls {
 	return s.controls
 }
 
+// SetHelper notes that a helper of ours runs instead of the command, which the container does not have.
+func (s *Session) SetHelper(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.helper = name
+}
+
 // Phase is how far the session has come.
 func (s *Session) Phase() Phase {
 	s.mu.Lock()
@@ -375,6 +401,9 @@ func (s *Session) Log() *slog.Logger { return s.registry.log.With("session", s.I
 // End takes the session out of the registry and logs how it ended.
 func (s *Session) End(o Outcome) {
 	s.cancel(nil)
+	s.mu.Lock()
+	o.Helper = s.helper
+	s.mu.Unlock()
 	r := s.registry
 	for _, g := range slices.Backward(r.guards) {
 		g.Ended(s, o)
@@ -389,6 +418,9 @@ func (s *Session) End(o Outcome) {
 		"received", received, "sent", sent)
 	if o.ExitCode >= 0 {
 		attributes = append(attributes, "exit_code", o.ExitCode)
+	}
+	if o.Helper != "" {
+		attributes = append(attributes, "helper", o.Helper)
 	}
 	if o.Err != nil {
 		attributes = append(attributes, "error", o.Err)

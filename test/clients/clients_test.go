@@ -1,6 +1,6 @@
 // Package clients runs stock Kubernetes clients of other languages against a real cluster whose node has
 // streamshim: Debian's python3-kubernetes, and @kubernetes/client-node from npm. kubectl and client-go are in
-// test/e2e, test/streams and test/symptoms.
+// test/e2e, test/integration/portforward and test/integration/exec.
 package clients
 
 import (
@@ -18,9 +18,9 @@ import (
 
 	"go.uber.org/goleak"
 
-	"github.com/streamshim/streamshim/test/images"
-	"github.com/streamshim/streamshim/test/kubernetes"
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/images"
+	"github.com/streamshim/streamshim/test/internal/kubernetes"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

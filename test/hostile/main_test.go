@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 var (

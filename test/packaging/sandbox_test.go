@@ -14,8 +14,8 @@ import (
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/streamshim/streamshim/test/node"
-	"github.com/streamshim/streamshim/test/wire"
+	"github.com/streamshim/streamshim/test/internal/node"
+	"github.com/streamshim/streamshim/test/internal/wire"
 )
 
 // sandboxInside says that this process has a mount namespace of its own, whose mounts propagate as systemd has it.

@@ -1,0 +1,103 @@
+package exec
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/remotecommand"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/test/internal/harness"
+	"github.com/streamshim/streamshim/test/internal/node"
+)
+
+// TestIdleTerminalsAreSmall measures the streamshim program with many idle shells, each on a terminal
+// of a real container: under 100 KiB each, where the runtimes' own servers take several hundred.
+func TestIdleTerminalsAreSmall(t *testing.T) {
+	const sessions, mostKiB = 100, 100
+	// What is held is measured, and not what has been let go of and waits for the next collection, which
+	// in an idle process is up to two minutes away.
+	t.Setenv("GOGC", "10")
+	n := node.StartForTest(t, node.Config{Name: "idle", Streamshim: node.Binary(t)})
+	pid := n.PID("streamshim")
+	for _, transport := range harness.Transports {
+		t.Run(transport, func(t *testing.T) {
+			pod, err := n.RunPod(t.Context(), node.PodSpec{Name: "pod-" + transport[:1] + strconv.Itoa(os.Getpid())})
+			if err != nil {
+				t.Fatal(err)
+			}
+			container, err := n.RunContainer(t.Context(), pod, node.ContainerSpec{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			var clients sync.WaitGroup
+			defer clients.Wait()
+			defer cancel()
+			open := func() {
+				response, err := n.Runtime().Exec(t.Context(), &runtimeapi.ExecRequest{
+					ContainerId: container, Cmd: []string{"sh", "-c", "echo ready; exec sleep 3600"}, Tty: true, Stdin: true, Stdout: true,
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				u, err := url.Parse(response.Url)
+				if err != nil {
+					t.Fatal(err)
+				}
+				stdin, typing := io.Pipe()
+				screen, stdout := io.Pipe()
+				config := &rest.Config{Host: u.Host}
+				executor, err := remotecommand.NewSPDYExecutor(config, http.MethodPost, u)
+				if transport == "WebSocket" {
+					executor, err = remotecommand.NewWebSocketExecutor(config, http.MethodGet, u.String())
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				clients.Go(func() {
+					defer typing.Close()
+					executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: stdin, Stdout: stdout, Tty: true}) //nolint:errcheck // cancelled
+					stdout.Close()
+				})
+				tooLate := time.AfterFunc(testutil.Patience, func() { screen.CloseWithError(errors.New("the shell is not ready")) })
+				if _, err := io.ReadFull(screen, make([]byte, len("ready"))); err != nil {
+					t.Fatal(err)
+				}
+				tooLate.Stop()
+				clients.Go(func() { io.Copy(io.Discard, screen) })
+			}
+			for range 10 { // what is made once is there afterwards
+				open()
+			}
+			before := harness.UsageOf(t, pid)
+			for range sessions {
+				open()
+			}
+			// Memory that is free goes back to the kernel after a while; until then it counts too.
+			deadline := time.Now().Add(testutil.Patience)
+			after := harness.UsageOf(t, pid)
+			for ; (after.RSSKiB-before.RSSKiB)/sessions >= mostKiB && time.Now().Before(deadline); after = harness.UsageOf(t, pid) {
+				time.Sleep(time.Second)
+			}
+			each := (after.RSSKiB - before.RSSKiB) / sessions
+			t.Logf("%d KiB and %d descriptors for each of %d sessions", each, (after.Descriptors-before.Descriptors)/sessions, sessions)
+			if each >= mostKiB {
+				t.Errorf("an idle session with a terminal takes %d KiB of streamshim, want less than %d", each, mostKiB)
+			}
+			if after.Threads > before.Threads+20 {
+				t.Errorf("%d threads before, %d with %d more sessions", before.Threads, after.Threads, sessions)
+			}
+		})
+	}
+}

@@ -1,0 +1,98 @@
+package harness
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/streamshim/streamshim/internal/testutil"
+)
+
+// markVariable marks the processes of one session: children inherit it.
+const markVariable = "SYMPTOM_MARK"
+
+// Marked is a command line whose process, with all that descends from it, carries the mark.
+func Marked(mark, script string) []string {
+	return []string{"env", markVariable + "=" + mark, "sh", "-c", script}
+}
+
+// WithMark finds the living processes that carry a mark; zombies have no environment any more.
+func WithMark(mark string) []int {
+	var found []int
+	for _, path := range Glob("/proc/[0-9]*/environ") {
+		environment, err := os.ReadFile(path)
+		if err != nil {
+			continue // it has ended meanwhile
+		}
+		for _, variable := range bytes.Split(environment, []byte{0}) {
+			if string(variable) == markVariable+"="+mark {
+				pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(path))) //nolint:errcheck // it is a number
+				found = append(found, pid)
+			}
+		}
+	}
+	return found
+}
+
+func Glob(pattern string) []string {
+	paths, _ := filepath.Glob(pattern) //nolint:errcheck // the patterns are good
+	return paths
+}
+
+// AwaitMarked waits until so many processes carry the mark.
+func AwaitMarked(t *testing.T, mark string, atLeast int) []int {
+	t.Helper()
+	var found []int
+	testutil.Eventually(t, fmt.Sprintf("%d processes of %s are there", atLeast, mark), func() bool {
+		found = WithMark(mark)
+		return len(found) >= atLeast
+	})
+	return found
+}
+
+// AwaitNone waits until no process carries the mark, and returns how long that took.
+func AwaitNone(t *testing.T, mark string, limit time.Duration) time.Duration {
+	t.Helper()
+	begin := time.Now()
+	for {
+		left := WithMark(mark)
+		if len(left) == 0 {
+			return time.Since(begin)
+		}
+		if time.Since(begin) > limit {
+			var lines []string
+			for _, pid := range left {
+				lines = append(lines, fmt.Sprintf("%d: %s", pid, CommandLine(pid)))
+			}
+			t.Errorf("%s: left behind after %v:\n%s", mark, limit, strings.Join(lines, "\n"))
+			return time.Since(begin)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+func CommandLine(pid int) string {
+	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)) //nolint:errcheck // empty when it has ended
+	return strings.ReplaceAll(strings.TrimRight(string(text), "\x00"), "\x00", " ")
+}
+
+// Zombies are the children of a process that have ended and were not reaped.
+func Zombies(parent int) []string {
+	var found []string
+	for _, path := range Glob("/proc/[0-9]*/stat") {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			continue
+		}
+		_, rest, ok := strings.Cut(string(text), ") ")
+		if fields := strings.Fields(rest); ok && len(fields) > 1 && fields[0] == "Z" && fields[1] == strconv.Itoa(parent) {
+			found = append(found, strings.TrimSpace(string(text)))
+		}
+	}
+	return found
+}
