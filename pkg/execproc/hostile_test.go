@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // What containers, and those who replace them, do to a start.
@@ -63,6 +65,7 @@ func stopper(t *testing.T) string {
 // A container that stops everything that enters it does not hold its starts up until their timeout, and
 // not at all those in another container.
 func TestStoppedStartEnds(t *testing.T) {
+	testutil.Slow(t)
 	program := stopper(t)
 	r := newRunner(t, func(config *Config) { config.StartTimeout = 10 * time.Minute })
 	hostile := newContainer(t, func(spec *specs.Spec) {

@@ -17,11 +17,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // Many short processes, os/exec's own children and orphans, all at once: everybody gets the status
 // that is theirs, and no zombie stays.
 func TestEveryStatusReachesItsOwner(t *testing.T) {
+	testutil.Slow(t)
 	r := newRunner(t)
 	c := newContainer(t, shareHostPID)
 	var all sync.WaitGroup
@@ -160,6 +163,7 @@ func TestOwnChildIsNoOrphan(t *testing.T) {
 
 // Good and failing, with and without terminal: nothing stays (containerd#9668).
 func TestThousandExecsLeaveNothing(t *testing.T) {
+	testutil.Slow(t)
 	count := 1000
 	if testing.Short() {
 		count = 100

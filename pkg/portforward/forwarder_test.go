@@ -15,6 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/internal/testutil/leak"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 func TestForwardRefused(t *testing.T) {
@@ -59,6 +61,7 @@ func TestForwardHostNetwork(t *testing.T) {
 
 // The ways in which a sandbox goes, and how soon that has to be known.
 func TestGone(t *testing.T) {
+	testutil.Slow(t)
 	for _, each := range []struct {
 		name string
 		// begin makes a sandbox that listens at the port and the way to end it.

@@ -15,10 +15,13 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 
 	"github.com/streamshim/streamshim/pkg/session"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // A client that says goodbye and leaves its connection open, as a proxy may, has gone all the same.
 func TestClientSaysGoodbye(t *testing.T) {
+	testutil.Slow(t)
 	start := func(t *testing.T) (*hostExecutor, *url.URL) {
 		s := startServer(t, Config{})
 		executor := &hostExecutor{t: t}

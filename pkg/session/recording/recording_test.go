@@ -19,6 +19,8 @@ import (
 
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/session"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // cast is a recording as a strict reader of the asciicast v2 specification sees it. It shares no
@@ -219,6 +221,7 @@ func TestInputWhenAsked(t *testing.T) {
 }
 
 func TestSelection(t *testing.T) {
+	testutil.Slow(t)
 	yes := true
 	for _, test := range []struct {
 		name   string
@@ -289,6 +292,7 @@ func TestSizeLimit(t *testing.T) {
 
 // A session that is faster than its recording has a gap that says how much is missing, or ends.
 func TestOverflow(t *testing.T) {
+	testutil.Slow(t)
 	for _, deny := range []bool{false, true} {
 		t.Run(fmt.Sprintf("deny=%v", deny), func(t *testing.T) {
 			f := newFixture(t, func(c *Config) { c.Buffer, c.Deny = 64<<10, deny })

@@ -12,12 +12,14 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/test/internal/node"
+
+	"github.com/streamshim/streamshim/test/internal/harness"
 )
 
 // TestExecSyncTimeoutCode checks the code by which the kubelet knows a probe that timed out. It takes
 // any other for a result it does not know, and a liveness probe then never restarts its container.
 func TestExecSyncTimeoutCode(t *testing.T) {
-	n := startNode(t, "synccode")
+	n := harness.Shared.Node
 	_, container := runLab(t, n, node.PodSpec{}, node.ContainerSpec{})
 	for _, client := range []struct {
 		name    string

@@ -9,6 +9,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/test/internal/node"
+
+	"github.com/streamshim/streamshim/test/internal/harness"
 )
 
 // calls are the streaming calls and ExecSync for a container.
@@ -32,7 +34,7 @@ func wantCalls(t *testing.T, n *node.Node, container string, code codes.Code, te
 
 // TestContainerStates calls for containers in all states, by full and by shortened ID.
 func TestContainerStates(t *testing.T) {
-	n := startNode(t, "states")
+	n := harness.Shared.Node
 	pod, running := runContainer(t, n, node.PodSpec{}, node.ContainerSpec{})
 	other, err := n.RunContainer(t.Context(), pod, node.ContainerSpec{Name: "other"})
 	if err != nil {
