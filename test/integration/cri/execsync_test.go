@@ -16,9 +16,9 @@ import (
 	"github.com/streamshim/streamshim/test/internal/harness"
 )
 
-// TestExecSyncTimeoutCode checks the code by which the kubelet knows a probe that timed out. It takes
+// TestExecSyncTimeoutIsDeadlineExceeded checks the code by which the kubelet knows a probe that timed out. It takes
 // any other for a result it does not know, and a liveness probe then never restarts its container.
-func TestExecSyncTimeoutCode(t *testing.T) {
+func TestExecSyncTimeoutIsDeadlineExceeded(t *testing.T) {
 	n := harness.Shared.Node
 	_, container := runLab(t, n, node.PodSpec{}, node.ContainerSpec{})
 	for _, client := range []struct {

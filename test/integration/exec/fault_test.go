@@ -82,7 +82,7 @@ func fakeRuntime(t *testing.T, script string) string {
 const pidFileOf = `for a; do [ "$last" = --pid-file ] && pidfile=$a; last=$a; done
 `
 
-func TestOCIRuntimeFails(t *testing.T) {
+func TestFailureOfTheOCIRuntimeIsTold(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	for _, test := range []struct {

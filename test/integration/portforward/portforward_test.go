@@ -171,9 +171,9 @@ func testPortForward(t *testing.T, shared *harness.Pod, transport string) {
 	})
 }
 
-// TestTenThousandConnections leave nothing behind in streamshim: no descriptor, no thread, no memory
+// TestTenThousandConnectionsLeaveNothing leave nothing behind in streamshim: no descriptor, no thread, no memory
 // that grows with their number.
-func TestTenThousandConnections(t *testing.T) {
+func TestTenThousandConnectionsLeaveNothing(t *testing.T) {
 	const connections, atOnce = 10_000, 20
 	n := harness.Shared.Node
 	p := harness.NewPod(t, n, node.PodSpec{Name: "thousands"})
