@@ -46,7 +46,7 @@ func (r *reloader) reload() {
 		return
 	}
 	merged := *r.current.Load()
-	needRestart := merged.Reload(next)
+	changed, needRestart := merged.Reload(next)
 	if err := r.apply(merged); err != nil {
 		r.log.Error("the configuration was not reloaded, the old one stays", "error", err)
 		return
@@ -56,7 +56,11 @@ func (r *reloader) reload() {
 	if len(needRestart) > 0 {
 		r.log.Warn("some settings were changed that need a restart", "keys", strings.Join(needRestart, ", "))
 	}
-	r.log.Info("the configuration was reloaded")
+	if len(changed) == 0 {
+		r.log.Info("the configuration was read again; nothing that needs no restart has changed")
+		return
+	}
+	r.log.Info("the configuration was reloaded", "changed", strings.Join(changed, ", "))
 }
 
 // warnRemoved tells of keys that the configuration file should not have any more.

@@ -4,6 +4,7 @@ package check
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -62,6 +63,7 @@ func Run(ctx context.Context, c config.Config, kubeletConfig string) []Result {
 		writes("recordings", len(c.Recording.Rule) > 0, c.Recording.Directory, "recording.directory"),
 		address("stream address", "--stream-address", c.StreamAddress),
 		address("metrics address", "--metrics-address", c.MetricsAddress),
+		traces(ctx, c),
 		openFiles(),
 		inotify(),
 		kubelet(c, kubeletConfig, "/proc"),
@@ -260,6 +262,33 @@ func address(name, flag, hostPort string) Result {
 	}
 	listener.Close() //nolint:errcheck // only opened to see that it can be
 	return ok(name, "%s", hostPort)
+}
+
+// traces says whether anybody takes the spans. Without it sessions go on, and the spans are lost.
+func traces(ctx context.Context, c config.Config) Result {
+	const name = "traces"
+	if c.Traces.Endpoint == "" {
+		return ok(name, "switched off")
+	}
+	const mend = "start the OTLP/gRPC receiver, or name it with the key traces.endpoint; until then spans are lost"
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	var dialer interface {
+		DialContext(ctx context.Context, network, address string) (net.Conn, error)
+	} = &net.Dialer{}
+	if !c.Traces.Insecure {
+		dialer = &tls.Dialer{Config: &tls.Config{NextProtos: []string{"h2"}, MinVersion: tls.VersionTLS12}} // as its client does
+	}
+	conn, err := dialer.DialContext(ctx, "tcp", c.Traces.Endpoint)
+	var noTLS tls.RecordHeaderError
+	switch {
+	case errors.As(err, &noTLS):
+		return warning(name, "set traces.insecure = true if that is meant", "%s does not speak TLS", c.Traces.Endpoint)
+	case err != nil:
+		return warning(name, mend, "%v", err)
+	}
+	conn.Close() //nolint:errcheck // only dialled to see whether somebody listens
+	return ok(name, "%s takes connections", c.Traces.Endpoint)
 }
 
 // stateDir says whether files can be kept, and whether they vanish with the next boot as they should.

@@ -12,6 +12,7 @@ import (
 	"os"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -88,6 +89,7 @@ type Exec struct {
 
 // Attach is how attach sessions behave.
 type Attach struct {
+	InputEnd    string   `toml:"input_end"`    // what a client whose input has ended does, unless that is the end of the container's too: detach, once the container has been silent for a second, at most ten later, or stay
 	IdleTimeout Duration `toml:"idle_timeout"` // without payload in either direction, until a session is ended; 0 is off
 	MaxLifetime Duration `toml:"max_lifetime"` // of a session; 0 is off
 }
@@ -134,7 +136,7 @@ type Recording struct {
 	MinAge Duration `toml:"min_age"`
 	// OnFailure says what happens when a session cannot be recorded completely, because of a full
 	// disk, its size, or a disk that is too slow: allow it to go on with a gap in the recording, or
-	// deny it.
+	// deny it. With deny everything is written before it is delivered.
 	OnFailure string `toml:"on_failure"`
 	// Rule chooses the sessions that are recorded: those that any of these rules chooses. Without
 	// rules nothing is recorded.
@@ -219,7 +221,7 @@ func Default() Config {
 			StatusWait:   Duration(time.Minute),
 			IdleTimeout:  Duration(4 * time.Hour),
 		},
-		Attach:      Attach{IdleTimeout: Duration(4 * time.Hour)},
+		Attach:      Attach{InputEnd: "detach", IdleTimeout: Duration(4 * time.Hour)},
 		PortForward: PortForward{Refused: "reset", Stall: Duration(30 * time.Second), IdleTimeout: Duration(4 * time.Hour)},
 		Shutdown:    Shutdown{Drain: Duration(10 * time.Second)},
 		Audit: Audit{
@@ -303,8 +305,12 @@ func (c *Config) parse(text []byte) error {
 	return nil
 }
 
-// maxFile bounds the configuration file, in bytes.
-const maxFile = 1 << 20
+// maxFile and readTime bound the configuration file, in bytes, and how long it may take to come, from a FIFO whose
+// writer writes nothing.
+const (
+	maxFile  = 1 << 20
+	readTime = 10 * time.Second
+)
 
 func readLimited(path string) ([]byte, error) {
 	// Of a FIFO that nobody writes to, opening alone would wait for ever.
@@ -312,7 +318,8 @@ func readLimited(path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer file.Close() //nolint:errcheck // only read
+	defer file.Close()                             //nolint:errcheck // only read
+	file.SetReadDeadline(time.Now().Add(readTime)) //nolint:errcheck // a file on a disk has none, and needs none
 	text, err := io.ReadAll(io.LimitReader(file, maxFile+1))
 	if err != nil {
 		return nil, err
@@ -435,6 +442,7 @@ func (c *Config) validate() *ValueError {
 		choice("log_level", c.LogLevel, "debug", "info", "warn", "error"),
 		choice("log_format", c.LogFormat, "text", "json"),
 		choice("exec.on_disconnect", c.Exec.OnDisconnect, "hangup", "kill", "keep"),
+		choice("attach.input_end", c.Attach.InputEnd, "detach", "stay"),
 		choice("portforward.refused", c.PortForward.Refused, "reset", "report"),
 		loopback("stream_address", c.StreamAddress),
 	}
@@ -485,13 +493,25 @@ func (c *Config) validate() *ValueError {
 // loopback refuses addresses that other machines could reach: the token in the URL is the only
 // credential (containerd#2483, cri-dockerd#106).
 func loopback(key, address string) *ValueError {
-	host, _, err := net.SplitHostPort(address)
+	host, port, err := net.SplitHostPort(address)
 	if err != nil {
 		return &ValueError{key, fmt.Sprintf("%q is not HOST:PORT, as in 127.0.0.1:0", address)}
+	}
+	if problem := portNumber(key, port, 0); problem != nil {
+		return problem
 	}
 	if ip := net.ParseIP(host); ip == nil || !ip.IsLoopback() {
 		return &ValueError{key, fmt.Sprintf("%q is not a loopback address such as 127.0.0.1 or [::1]: whoever can reach the "+
 			"streaming server and learns a token has a shell", host)}
+	}
+	return nil
+}
+
+// portNumber refuses what is no port of TCP. The names of /etc/services are none either: which there are differs
+// from node to node.
+func portNumber(key, port string, least int) *ValueError {
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || int(n) < least {
+		return &ValueError{key, fmt.Sprintf("%q is not a port, a number from %d to 65535", port, least)}
 	}
 	return nil
 }

@@ -33,6 +33,7 @@ func TestDefaults(t *testing.T) {
 		"attach.max_lifetime":      {c.Attach.MaxLifetime, Duration(0)},
 		"portforward.idle_timeout": {c.PortForward.IdleTimeout, Duration(4 * time.Hour)},
 		"portforward.max_lifetime": {c.PortForward.MaxLifetime, Duration(0)},
+		"attach.input_end":         {c.Attach.InputEnd, "detach"},
 		"portforward.refused":      {c.PortForward.Refused, "reset"},
 		"portforward.stall":        {c.PortForward.Stall, Duration(30 * time.Second)},
 	} {
@@ -76,7 +77,7 @@ func TestRemovedKeys(t *testing.T) {
 		}
 	}
 	running := Default()
-	if needRestart := running.Reload(c); len(needRestart) > 0 || len(running.Removed()) != len(told) {
+	if _, needRestart := running.Reload(c); len(needRestart) > 0 || len(running.Removed()) != len(told) {
 		t.Errorf("after a reload: need a restart %q, told %q", needRestart, running.Removed())
 	}
 	mended := Default()
@@ -114,6 +115,11 @@ func TestMistakes(t *testing.T) {
 		{"long socket", "listen = 'unix:///" + strings.Repeat("x", 120) + "'\n", []string{"1: ", "107"}},
 		{"upstream is ourselves", "\n\nupstream = 'unix:///run/streamshim/streamshim.sock'\n", []string{"3: ", "the runtime's"}},
 		{"not loopback", "stream_address = '0.0.0.0:0'\n", []string{"1: ", "loopback"}},
+		{"no such port", "log_level = 'info'\nstream_address = '127.0.0.1:99999'\n", []string{"2: ", "stream_address", "99999", "65535"}},
+		{"no such port of metrics", "metrics_address = ':70000'\n", []string{"1: ", "metrics_address", "70000"}},
+		{"no such port of traces", "[traces]\nendpoint = 'collector:65536'\n", []string{"2: ", "traces.endpoint", "65536"}},
+		{"no number of a port", "stream_address = '127.0.0.1:http'\n", []string{"1: ", "stream_address", "http"}},
+		{"input end", "[attach]\ninput_end = 'stays'\n", []string{"2: ", "attach.input_end", "detach, stay", `did you mean "stay"`}},
 		{"no port", "stream_address = '127.0.0.1'\n", []string{"1: ", "HOST:PORT"}},
 		{"kill before term", "[exec]\nterm_after = '5s'\nkill_after = '1s'\n", []string{"3: ", "term_after"}},
 		{"term at once", "[exec]\nterm_after = '0s'\n", []string{"2: ", "more than 0", `on_disconnect = "kill"`}},

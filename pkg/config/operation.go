@@ -94,10 +94,12 @@ var reloadable = []string{
 }
 
 // Reload puts those settings of next into c that can change without a restart, and returns the keys
-// of the others that differ, sorted.
-func (c *Config) Reload(next Config) (needRestart []string) {
+// of those that differ, and of the others that differ, both sorted.
+func (c *Config) Reload(next Config) (taken, needRestart []string) {
 	for _, key := range changed(*c, next) {
-		if !CanReload(key) {
+		if CanReload(key) {
+			taken = append(taken, key)
+		} else {
 			needRestart = append(needRestart, key)
 		}
 	}
@@ -107,7 +109,7 @@ func (c *Config) Reload(next Config) (needRestart []string) {
 	c.Exec.IdleTimeout, c.Exec.MaxLifetime = next.Exec.IdleTimeout, next.Exec.MaxLifetime
 	c.Attach.IdleTimeout, c.Attach.MaxLifetime = next.Attach.IdleTimeout, next.Attach.MaxLifetime
 	c.PortForward.IdleTimeout, c.PortForward.MaxLifetime = next.PortForward.IdleTimeout, next.PortForward.MaxLifetime
-	return needRestart
+	return taken, needRestart
 }
 
 // CanReload tells whether a running streamshim takes a change of the key over at a reload.

@@ -10,9 +10,8 @@ import (
 
 	"k8s.io/client-go/tools/remotecommand"
 
-	"github.com/streamshim/streamshim/pkg/session"
-
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/session"
 )
 
 // pacedReader takes rate bytes a second.

@@ -18,15 +18,14 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/pkg/execproc"
-	"github.com/streamshim/streamshim/test/internal/node"
-
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/workload"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // container is a real one, of runc, whose main process is the attacker unless it is said otherwise.
 type container struct {
-	execproc.Container
+	workload.Container
 	spec     *specs.Spec
 	rootfs   string
 	attacker *attacker // nil if the main process is another
@@ -141,8 +140,9 @@ func newContainer(t testing.TB, changes ...func(*specs.Spec)) *container {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.Container = execproc.Container{
-		ID: id, Runtime: runc(), Root: root, InitPid: pid, InitStartTime: startTime(t, pid), Process: spec.Process,
+	c.Container = workload.Container{
+		Target:  workload.Target{ContainerID: id},
+		Runtime: runc(), Root: root, InitPid: pid, InitStartTime: startTime(t, pid), Process: spec.Process,
 		UIDMappings: spec.Linux.UIDMappings, GIDMappings: spec.Linux.GIDMappings,
 	}
 	if serves {
@@ -181,7 +181,7 @@ func (c *container) processes(t testing.TB) int {
 		t.Fatal(err)
 	}
 	number := 0
-	want := "/" + c.ID
+	want := "/" + c.ContainerID
 	for _, entry := range entries {
 		text, err := os.ReadFile(filepath.Join("/proc", entry.Name(), "cgroup"))
 		if err == nil && strings.Contains(string(text), want) {

@@ -143,9 +143,9 @@ func (o *outcomes) whileFrozen(t testing.TB, e *entrance, c *container) (wrongs 
 	var freeze sync.WaitGroup
 	freeze.Go(func() {
 		time.Sleep(time.Duration(rand.IntN(40)) * time.Millisecond) // any moment of a start
-		c.runc(t, "pause", c.ID)
+		c.runc(t, "pause", c.ContainerID)
 		time.Sleep(100 * time.Millisecond) // a start stands still meanwhile
-		c.runc(t, "resume", c.ID)
+		c.runc(t, "resume", c.ContainerID)
 	})
 	wrongs = o.wrongs(t, e, c)
 	freeze.Wait()
@@ -189,10 +189,10 @@ func withFewProcesses(t testing.TB, e *entrance, c *container) (wrongs []string)
 	var o outcomes
 	const limits = 13 // with which each start has room
 	for pids := range limits {
-		c.runc(t, "update", "--pids-limit", fmt.Sprint(pids+1), c.ID)
+		c.runc(t, "update", "--pids-limit", fmt.Sprint(pids+1), c.ContainerID)
 		wrongs = append(wrongs, o.wrongs(t, e, c)...)
 	}
-	c.runc(t, "update", "--pids-limit", "1000", c.ID)
+	c.runc(t, "update", "--pids-limit", "1000", c.ContainerID)
 	note(row{attack: "pids.max", configuration: "default", entrance: e.name, commands: limits, failed: o.failed})
 	return wrongs
 }
@@ -206,7 +206,7 @@ func withLittleMemory(t testing.TB, e *entrance) (o outcomes, wrongs []string) {
 		c := newContainer(t)
 		// What the start of the main process has used is given back a little later; until then the kernel refuses.
 		testutil.Eventually(t, fmt.Sprintf("a memory limit of %d KiB", kilobytes), func() bool {
-			_, err := runCommand(context.Background(), runc(), "--root", c.Root, "update", "--memory", fmt.Sprint(kilobytes<<10), c.ID)
+			_, err := runCommand(context.Background(), runc(), "--root", c.Root, "update", "--memory", fmt.Sprint(kilobytes<<10), c.ContainerID)
 			return err == nil
 		})
 		wrongs = append(wrongs, o.wrongs(t, e, c)...)

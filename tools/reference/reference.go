@@ -42,8 +42,9 @@ func generate(source string) (map[string]string, error) {
 		return nil, err
 	}
 	return map[string]string{
-		"deploy/config.toml":    sample(tables),
-		"docs/configuration.md": markdown(tables),
+		"deploy/config.toml":             sample(tables),
+		"docs/configuration.md":          markdown(tables),
+		"deploy/man/streamshim-config.5": manual(tables),
 	}, nil
 }
 

@@ -139,13 +139,10 @@ func TestAttachStdinTable(t *testing.T) {
 				if row.eofEndsStdin {
 					testutil.Eventually(t, "the process sees the end", func() bool { return strings.Contains(output.String(), "end of input") })
 				} else {
-					select { // the session goes on, and others may go on typing
-					case err := <-ended:
-						t.Errorf("the session ended with its input: %v", err)
-					case <-time.After(2 * time.Second):
+					if err := harness.AwaitEnd(t, ended); err != nil {
+						t.Errorf("the input ended and the client got %v", err)
 					}
-					expectAnswer(t, container, transport, row.tty)
-					testutil.Eventually(t, "the first client sees it as well", func() bool { return strings.Contains(output.String(), "got again") })
+					expectAnswer(t, container, transport, row.tty) // others may go on typing
 				}
 				cancel()
 			})

@@ -8,9 +8,8 @@ import (
 
 	"github.com/creack/pty"
 
-	"github.com/streamshim/streamshim/test/internal/node"
-
 	"github.com/streamshim/streamshim/test/internal/harness"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // TestCrictl is what people do by hand with crictl, over both transports it knows. crictl's own exit

@@ -19,12 +19,10 @@ import (
 	"github.com/creack/pty"
 	"go.uber.org/goleak"
 
+	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/test/internal/harness"
 	"github.com/streamshim/streamshim/test/internal/images"
 	"github.com/streamshim/streamshim/test/internal/node"
-
-	"github.com/streamshim/streamshim/internal/testutil"
-
-	"github.com/streamshim/streamshim/test/internal/harness"
 )
 
 // waitTimeout bounds every wait of a test; it is long because the machine may be busy.

@@ -7,9 +7,8 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/streamshim/streamshim/test/internal/node"
-
 	"github.com/streamshim/streamshim/test/internal/harness"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // TestContainerdAPIAndVerboseStatusAgree brings up what the test of the same name in pkg/cri needs, which
