@@ -14,7 +14,7 @@ const module = "github.com/streamshim/streamshim/"
 // here may import nothing of it.
 var allowed = map[string][]string{
 	"cmd/streamshim": {
-		"pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/portforward",
+		"pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/helper", "pkg/portforward",
 		"pkg/metrics", "pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming", "pkg/support", "pkg/tracing",
 		"pkg/workload",
 	},
