@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/status"
@@ -22,6 +23,7 @@ type crowd struct {
 	// are seen to end well. idle ends the idle time of all.
 	sessions, idle context.Context
 	endIdle        context.CancelFunc
+	live           atomic.Int64
 	clients        sync.WaitGroup
 }
 
@@ -35,6 +37,9 @@ func newCrowd(ctx context.Context, s *soakRun) *crowd {
 // what waits would see nothing but waiting.
 const tooBusy = 2 * time.Second
 
+// leastSessions live also on a busy machine.
+const leastSessions = 20
+
 // hopeless is how long a `runc exec` takes on a machine on which a time-out says nothing.
 const hopeless = sessionLimit / 12
 
@@ -46,7 +51,7 @@ func (c *crowd) run(ctx context.Context) {
 	number := 0
 	every(ctx, time.Duration(float64(time.Second)/c.s.rate), func() {
 		number++ // also when it is not begun: at the same time comes the same session
-		if c.s.busy() > tooBusy {
+		if c.s.busy() > tooBusy && c.live.Load() >= leastSessions {
 			c.s.mu.Lock()
 			c.s.notBegun++
 			c.s.mu.Unlock()
@@ -70,7 +75,9 @@ func (c *crowd) place(ctx context.Context) {
 	for {
 		select {
 		case number := <-c.begins:
+			c.live.Add(1)
 			c.s.session(c.sessions, c.idle, c.s.random("session", number))
+			c.live.Add(-1)
 		case <-ctx.Done():
 			return
 		}
