@@ -83,7 +83,7 @@ func TestCauses(t *testing.T) {
 	now := time.Now()
 	at := func(seconds float64) time.Time { return now.Add(time.Duration(seconds * float64(time.Second))) }
 	s.windows = []*window{
-		{name: "state-full", begin: at(10), end: at(12), excuses: excuse{failures: true, starts: "no space left"}},
+		{name: "state-full", begin: at(10), end: at(12), excuses: excuse{failures: true, starts: []string{"no space left"}}},
 		{name: "killed", begin: at(30), end: at(31), excuses: everything},
 		{name: "hangs", begin: at(50), excuses: upstream},
 	}

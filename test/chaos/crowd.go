@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -163,7 +164,9 @@ func (s *soakRun) causeOf(c *client, begin, end time.Time, err error) string {
 	if cause := s.excused(begin, end, func(e excuse) bool { return e.sessions }); cause != "" {
 		return cause
 	}
-	refused := func(e excuse) bool { return e.starts != "" && strings.Contains(err.Error(), e.starts) }
+	refused := func(e excuse) bool {
+		return slices.ContainsFunc(e.starts, func(sign string) bool { return strings.Contains(err.Error(), sign) })
+	}
 	if cause := s.excused(begin, end, refused); cause != "" {
 		return cause
 	}
