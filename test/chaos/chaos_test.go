@@ -170,6 +170,8 @@ func TestProbeBar(t *testing.T) {
 		{"a busy machine", probes(3, 2*time.Second), []sample{{at: time.Second, took: 700 * time.Millisecond}}, 0},
 		{"and slow beside it", probes(3, 2200*time.Millisecond), []sample{{at: time.Second, took: 700 * time.Millisecond}}, 1},
 		{"a busy machine at another time", probes(3, 2*time.Second), []sample{{at: 10 * time.Second, took: time.Minute}}, 1},
+		{"a busy machine just before", probes(3, 2*time.Second), []sample{{at: -10 * time.Second, took: 900 * time.Millisecond}}, 0},
+		{"a quiet one since", probes(3, 2*time.Second), []sample{{at: -10 * time.Second, took: 5 * time.Second}, {at: -2 * time.Second, took: 50 * time.Millisecond}}, 1},
 	} {
 		s := newTestRun(t)
 		s.probes, s.floor = test.probes, test.floor
