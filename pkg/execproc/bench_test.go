@@ -11,13 +11,15 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // The time from the call to the exit of `true`, with what a session wants: three pipes or a terminal.
 func BenchmarkStart(b *testing.B) {
 	r := newRunner(b)
 	c := newContainer(b)
-	for name, command := range map[string]Command{
+	for name, command := range map[string]workload.Command{
 		"Pipes":    {Args: []string{"true"}, Stdin: true, Stdout: true, Stderr: true},
 		"Terminal": {Args: []string{"true"}, Stdin: true, Stdout: true, TTY: true},
 	} {
@@ -38,7 +40,7 @@ func BenchmarkRunSync(b *testing.B) {
 	r := newRunner(b)
 	c := newContainer(b)
 	for b.Loop() {
-		if result, err := r.RunSync(context.Background(), c, SyncCommand{Args: []string{"true"}}); err != nil || result.ExitCode != 0 {
+		if result, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: []string{"true"}}); err != nil || result.ExitCode != 0 {
 			b.Fatal(result, err)
 		}
 	}
@@ -48,7 +50,7 @@ func BenchmarkRunSync(b *testing.B) {
 func BenchmarkPlainRunc(b *testing.B) {
 	c := newContainer(b)
 	for b.Loop() {
-		if out, err := exec.Command(c.Runtime, "--root", c.Root, "exec", c.ID, "true").CombinedOutput(); err != nil {
+		if out, err := exec.Command(c.Runtime, "--root", c.Root, "exec", c.ContainerID, "true").CombinedOutput(); err != nil {
 			b.Fatalf("%v: %s", err, out)
 		}
 	}
@@ -58,7 +60,7 @@ func BenchmarkPlainRunc(b *testing.B) {
 func BenchmarkStdout(b *testing.B) {
 	r := newRunner(b)
 	c := newContainer(b)
-	p := start(b, r, c, Command{Args: []string{"dd", "if=/dev/zero", "bs=256k"}, Stdout: true})
+	p := start(b, r, c, workload.Command{Args: []string{"dd", "if=/dev/zero", "bs=256k"}, Stdout: true})
 	defer p.Kill()
 	buffer := make([]byte, 256<<10)
 	b.SetBytes(int64(len(buffer)))
