@@ -466,7 +466,7 @@ func TestUnit(t *testing.T) {
 		}
 	}
 	for name, want := range map[string]string{
-		"KillMode": "process", "Type": "notify", "Restart": "always", "UMask": "0022", "ExecReload": "/bin/kill -HUP $MAINPID",
+		"KillMode": "process", "Type": "notify", "Restart": "always", "RestartSec": "100ms", "UMask": "0022", "ExecReload": "/bin/kill -HUP $MAINPID",
 		"Before": "kubelet.service", "RuntimeDirectoryPreserve": "yes",
 		// What these do to commands: TestSettingsDoNotReachCommands.
 		"ProtectSystem": "strict", "ReadWritePaths": "-/run -/tmp", "DevicePolicy": "closed",
