@@ -29,6 +29,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/portforward"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // endTimeout is how long the parts may take to end once sessions have been told to.
@@ -218,10 +219,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		return err
 	}
 	defer telemetry.close()
-	if c.Exec.Engine != "runc" {
-		log.Warn("this engine was removed, because a container could escape through it: commands are started by the OCI runtime "+
-			"(docs/engines.md); take exec.engine out of the configuration", "engine", c.Exec.Engine)
-	}
+	warnRemoved(c, log)
 	telemetry.observe(operation.sessions)
 	observe := telemetry.hooks()
 
@@ -255,9 +253,10 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	if err != nil {
 		return fmt.Errorf("listen for streams: %w", err)
 	}
-	streams := streaming.NewServer(streamingConfig(c, log, operation, observe), streamListener.Addr())
+	engine := engine{upstream, runner, watcher}
+	streams := streaming.NewServer(streamingConfig(c, log, operation, observe, engine), streamListener.Addr())
 	criServer, err := cri.NewServer(cri.Config{
-		Upstream: upstream, Streams: streams, Engine: &engine{runner: runner, watcher: watcher, runtime: c.Runtime, starts: operation.limits},
+		Upstream: upstream, Streams: streams, Runner: engine,
 		StreamErrorCode: streamErrorCode, BeginSync: observe.countSync(operation.beginSync), Logger: log,
 		Observe: observe.call, Trace: observe.trace,
 	})
@@ -365,18 +364,23 @@ const syncDrainMax = 10 * time.Second
 func runnerConfig(c config.Config, log *slog.Logger, o *operation, observe hooks) execproc.Config {
 	return execproc.Config{
 		StateDir:     filepath.Join(c.StateDir, "exec"),
+		Runtime:      c.Runtime.Binary,
+		Root:         c.Runtime.Root,
 		StartTimeout: time.Duration(c.Exec.StartTimeout),
 		OnDisconnect: execproc.Policy(c.Exec.OnDisconnect),
 		TermAfter:    time.Duration(c.Exec.TermAfter),
 		KillAfter:    time.Duration(c.Exec.KillAfter),
 		DrainIdle:    time.Duration(c.Exec.DrainIdle),
 		DrainMax:     min(time.Duration(c.Exec.DrainMax), syncDrainMax),
-		OutputLimit:  c.Exec.SyncOutput,
+		OutputLimit:  config.SyncOutput,
 		OutputRoom:   o.syncOutput,
-		Logger:       log,
-		StandIn:      standIn(c.Exec.Helpers),
-		OnStart:      observe.started,
-		OnKill:       observe.killed,
+		SyncTurn: func(ctx context.Context, c workload.Container) (func(), error) {
+			return o.limits.Acquire(ctx, session.Info{Kind: session.ExecSync, Target: c.Target})
+		},
+		Logger:  log,
+		StandIn: standIn(c.Exec.Helpers),
+		OnStart: observe.started,
+		OnKill:  observe.killed,
 	}
 }
 
@@ -390,10 +394,12 @@ func standIn(helpers []string) func([]string) (string, []string, bool) {
 	}
 }
 
-func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe hooks) streaming.Config {
+func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe hooks, e engine) streaming.Config {
 	return streaming.Config{
 		Log:           log,
 		Sessions:      o.sessions,
+		Runtime:       e,
+		Pods:          e,
 		Starts:        o.limits,
 		Buffers:       o.buffers,
 		MayConnect:    o.limits.MayConnect,
@@ -406,7 +412,7 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe ho
 		Settings:      streamingSettings(c),
 		Stall:         time.Duration(c.PortForward.Stall),
 		ReportRefused: c.PortForward.Refused == "report",
-		AttachBuffer:  c.Attach.Buffer,
+		AttachBuffer:  config.AttachBuffer,
 		AttachStays:   c.Attach.InputEnd == "stay",
 		Observe:       observe.event,
 	}

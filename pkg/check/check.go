@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 	"unsafe"
 
@@ -54,7 +55,7 @@ func Run(ctx context.Context, c config.Config, kubeletConfig string) []Result {
 	results = append(results, upstreamResults(ctx, c)...)
 	return append(results,
 		ociRuntime(ctx, c),
-		engine(c),
+		removedKeys(c),
 		socket("listen socket", "--listen", c.Listen),
 		adminSocket(c),
 		stateDir(c),
@@ -79,6 +80,15 @@ func failed(name, mend, format string, args ...any) Result {
 
 func warning(name, mend, format string, args ...any) Result {
 	return Result{Name: name, Level: Warning, Detail: fmt.Sprintf(format, args...), Mend: mend}
+}
+
+// removedKeys warns of keys in the configuration file that have no effect any more.
+func removedKeys(c config.Config) Result {
+	const name = "configuration"
+	if removed := c.Removed(); len(removed) > 0 {
+		return warning(name, "take it out of the configuration file", "%s", strings.Join(removed, "; "))
+	}
+	return ok(name, "no key that was removed")
 }
 
 func privileges() Result {

@@ -10,6 +10,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 const (
@@ -28,7 +30,7 @@ const (
 // concerns no other command; and the file on the host is never in the container, where /proc/PID/exe would lead to
 // it (CVE-2019-5736). A container whose processes may mount can have something else in passedProgram's place: what
 // then runs is a file of the container, as the command would have been.
-func (r *Runner) startStandIn(ctx context.Context, c Container, command Command, failed error) (*Process, error) {
+func (r *Runner) startStandIn(ctx context.Context, c workload.Container, command workload.Command, failed error) (*Process, error) {
 	var start *StartError
 	if !errors.As(failed, &start) || !start.missing {
 		return nil, failed
@@ -45,11 +47,11 @@ func (r *Runner) startStandIn(ctx context.Context, c Container, command Command,
 	defer program.Close() //nolint:errcheck // the process has its own by now
 	command.Args = slices.Concat([]string{passedProgram}, args)
 	p, err := r.start(ctx, c, command, r.config.OnDisconnect,
-		func(ctx context.Context, c Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
+		func(ctx context.Context, c workload.Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
 			return execPassing(ctx, c, spec, f, streams, stderr, program)
 		})
 	if err != nil {
-		r.log.Warn("a helper did not start", "helper", name, "container", c.ID, "error", err)
+		r.log.Warn("a helper did not start", "helper", name, "container", c.ContainerID, "error", err)
 		if errors.As(err, new(*StartError)) { // such as a container without /proc
 			return nil, failed
 		}

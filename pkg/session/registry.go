@@ -12,6 +12,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // Kind is the verb a session serves.
@@ -41,7 +43,7 @@ const (
 // Info is what is known of a session when it begins. It does not change.
 type Info struct {
 	Kind   Kind
-	Target Target
+	Target workload.Target
 	// PodLabels are the labels of the pod's sandbox, nil when they are not known. They are shared:
 	// nobody writes to the map.
 	PodLabels map[string]string
@@ -65,6 +67,14 @@ type Info struct {
 type User struct {
 	UID uint32 `json:"uid"`
 	GID uint32 `json:"gid"`
+}
+
+// UserOf is whom a process runs as in the container, nil when that is not known.
+func UserOf(c workload.Container) *User {
+	if c.Process == nil {
+		return nil
+	}
+	return &User{UID: c.Process.User.UID, GID: c.Process.User.GID}
 }
 
 // AuditIDVariable is the environment variable with which a request carries its audit ID (KEP-6035).

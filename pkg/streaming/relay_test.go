@@ -16,21 +16,8 @@ import (
 // relayedURL is the URL of a command that an upstream's streaming server serves.
 func (s *testServer) relayedURL(upstream *url.URL, options remotecommand.StreamOptions) *url.URL {
 	s.t.Helper()
-	raw, err := s.Exec(&ExecRequest{
-		Command: Command{
-			Args:  []string{"the", "upstream", "knows"},
-			Stdin: options.Stdin != nil, Stdout: options.Stdout != nil, Stderr: options.Stderr != nil, TTY: options.Tty,
-		},
-		UpstreamURL: func(context.Context) (string, error) { return upstream.String(), nil },
-	})
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	u, err := url.Parse(raw)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	return u
+	request := s.relayedRequest(func() *url.URL { return upstream }, streamsOf(options, "the", "upstream", "knows"))
+	return s.url(s.Exec(request))
 }
 
 // A command in a container whose runtime is no runc is served by the upstream, and its client sees no
@@ -139,7 +126,7 @@ func TestInputEndDetaches(t *testing.T) {
 			// The last word of the answer comes later than detachGrace, but the container is never silent for so long.
 			main := func() *url.URL {
 				return upstream.execURL(&hostExecutor{t: t}, options, "sh", "-c",
-					"trap '' HUP; read line; for i in 1 2 3 4; do echo $i; sleep 0.6; done; echo answered $line; while :; do sleep 600; done")
+					"trap '' HUP; read line; for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 0.3; done; echo answered $line; while :; do sleep 600; done")
 			}
 			ctx, cancel := context.WithCancel(t.Context())
 			ended := make(chan error, 1)

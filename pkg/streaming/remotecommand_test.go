@@ -497,7 +497,7 @@ func TestShutdownEndsSessionsWithAStatus(t *testing.T) {
 		if err := <-done; err == nil || !strings.Contains(err.Error(), ErrShuttingDown.Error()) {
 			t.Errorf("the client got %v", err)
 		}
-		if _, err := s.Exec(&ExecRequest{}); !errors.Is(err, ErrShuttingDown) {
+		if _, err := s.Exec(&CommandRequest{}); !errors.Is(err, ErrShuttingDown) {
 			t.Errorf("a request after the shutdown: %v", err)
 		}
 	})
@@ -540,7 +540,7 @@ func TestShutdownTakesSessionsUntilItsEnd(t *testing.T) {
 			t.Errorf("the open session: %v", err)
 		}
 		eventually(t, "no more URLs", func() bool {
-			_, err := s.Exec(&ExecRequest{})
+			_, err := s.Exec(&CommandRequest{})
 			return errors.Is(err, ErrShuttingDown)
 		})
 		// A URL that was given out before is good until redeemGrace is over.

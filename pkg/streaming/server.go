@@ -15,11 +15,13 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// Config is what a Server needs to know. Log and Sessions are required. Every value is taken as it is: the
+// Config is what a Server needs to know. Log, Sessions, Runtime and Pods are required. Every value is taken as it is: the
 // defaults of what users may set stand in pkg/config alone, and zero is off where a comment says so.
 type Config struct {
 	Log      *slog.Logger
 	Sessions *session.Registry
+	Runtime  Runtime
+	Pods     Pods
 
 	// DrainIdle is how long the output of a command that has exited must be silent before it is
 	// taken to be complete although some background child still holds it (kubernetes#44371).
@@ -195,10 +197,12 @@ func NewServer(config Config, listener net.Addr) *Server {
 // Exec keeps the request and returns the one-time URL at which a client may have it served. The
 // error is ErrTooManyRequests, ErrShuttingDown, ErrNotListening or that of a guard of Config.Sessions, such as a
 // *session.RefusedError.
-func (s *Server) Exec(r *ExecRequest) (string, error) { return s.insert(r.info(), r) }
+func (s *Server) Exec(r *CommandRequest) (string, error) { return s.insert(r.info(session.Exec), r) }
 
 // Attach is Exec's twin for an attach.
-func (s *Server) Attach(r *AttachRequest) (string, error) { return s.insert(r.info(), r) }
+func (s *Server) Attach(r *CommandRequest) (string, error) {
+	return s.insert(r.info(session.Attach), r)
+}
 
 // PortForward is Exec's twin for a port-forward.
 func (s *Server) PortForward(r *PortForwardRequest) (string, error) {

@@ -35,7 +35,7 @@ type tokenCache struct {
 type waitingRequest struct {
 	token   string
 	kind    session.Kind
-	request any // *ExecRequest, *AttachRequest or *PortForwardRequest
+	request any // *CommandRequest or *PortForwardRequest
 	expires time.Time
 }
 

@@ -120,6 +120,9 @@ func describe(comments map[string]string) ([]table, error) {
 		tables = append(tables, current)
 		for i := range value.NumField() {
 			field, fieldValue := value.Type().Field(i), value.Field(i)
+			if !field.IsExported() {
+				continue
+			}
 			full := strings.TrimPrefix(name+"."+field.Tag.Get("toml"), ".")
 			text := comments[value.Type().Name()+"."+field.Name]
 			switch {
