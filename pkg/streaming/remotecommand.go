@@ -135,9 +135,7 @@ func (s *remoteCommandSession) run() session.Outcome {
 		return s.startFailed(ctx, err)
 	}
 	s.process = process
-	if helped, ok := process.(interface{ StandIn() string }); ok {
-		s.session.SetHelper(helped.StandIn())
-	}
+	s.session.SetHelper(process.StandIn())
 	s.session.SetPhase(session.Running)
 	s.beginOperating(process)
 	s.terminal.attach(s.announcingSizes(process))
