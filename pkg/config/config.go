@@ -235,6 +235,7 @@ func Default() Config {
 			OnFailure: "allow",
 		},
 		Limits: Limits{
+			Sessions: 4096, SessionsPerPod: 1024, ConcurrentStarts: 32, ConcurrentProbes: -1,
 			Buffers: -1, SyncOutput: -1, RecordingBuffers: -1, SpareDescriptors: -1, ConcurrentEnds: -1,
 		},
 		Traces: Traces{SampleRatio: 1},

@@ -32,8 +32,11 @@ var allowed = map[string][]string{
 	"pkg/tracing":            {"pkg/session"},
 	"pkg/cri":                {"pkg/endpoint", "pkg/session", "pkg/streaming", "pkg/workload"},
 	"pkg/streaming": {
-		"pkg/session", "pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket", "pkg/workload",
+		"pkg/session", "pkg/streaming/internal/socket", "pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket",
+		"pkg/workload",
 	},
+	"pkg/streaming/internal/spdy":      {"pkg/streaming/internal/memory"},
+	"pkg/streaming/internal/websocket": {"pkg/streaming/internal/memory", "pkg/streaming/internal/socket"},
 }
 
 // foreign are libraries that only the packages named may import, directly or not.
