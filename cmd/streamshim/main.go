@@ -35,6 +35,6 @@ Start it with "streamshim serve" and point the kubelet's containerRuntimeEndpoin
 		SilenceErrors: true,
 	}
 	root.SetVersionTemplate(versionLine())
-	root.AddCommand(newServeCommand(), newSessionsCommand(), newCheckCommand(), newVersionCommand())
+	root.AddCommand(newServeCommand(), newSessionsCommand(), newCheckCommand(), newNodeCommand(), newVersionCommand())
 	return root
 }

@@ -14,7 +14,7 @@ const module = "github.com/streamshim/streamshim/"
 // here may import nothing of it.
 var allowed = map[string][]string{
 	"cmd/streamshim": {
-		"pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/portforward",
+		"deploy", "pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/nodeinstall", "pkg/portforward",
 		"pkg/metrics", "pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming", "pkg/tracing",
 	},
 	"pkg/admin":             {"pkg/asciicast", "pkg/session"},
@@ -25,6 +25,7 @@ var allowed = map[string][]string{
 	"pkg/check":             {"pkg/config", "pkg/cri", "pkg/endpoint"},
 	"pkg/config":            {"pkg/endpoint"},
 	"pkg/metrics":           {"pkg/session"},
+	"pkg/nodeinstall":       {"pkg/endpoint"},
 	"pkg/tracing":           {"pkg/session"},
 	"pkg/cri":               {"pkg/endpoint", "pkg/session", "pkg/streaming"},
 	"pkg/streaming": {

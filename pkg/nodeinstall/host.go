@@ -1,0 +1,71 @@
+package nodeinstall
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// StartOnHost starts a command in the mount, network and UTS namespaces of process 1, which with the
+// pod's hostPID is the node's, so that it sees the node's files and addresses. It needs CAP_SYS_ADMIN,
+// CAP_SYS_CHROOT and CAP_SYS_PTRACE. The command's path is looked up there.
+func StartOnHost(command *exec.Cmd) error {
+	started := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with this goroutine
+		started <- func() error {
+			// A thread may enter a mount namespace when it shares its root and working directory with no other.
+			if err := unix.Unshare(unix.CLONE_FS); err != nil {
+				return fmt.Errorf("unshare: %w", err)
+			}
+			for _, namespace := range []struct {
+				name string
+				kind int
+			}{{"net", unix.CLONE_NEWNET}, {"uts", unix.CLONE_NEWUTS}, {"mnt", unix.CLONE_NEWNS}} {
+				if err := enter(namespace.name, namespace.kind); err != nil {
+					return err
+				}
+			}
+			return command.Start()
+		}()
+	}()
+	return <-started
+}
+
+// DialOnHost connects to a TCP address, IP and port, in the network namespace of process 1.
+func DialOnHost(ctx context.Context, address string) (net.Conn, error) {
+	type result struct {
+		conn net.Conn
+		err  error
+	}
+	dialled := make(chan result, 1)
+	go func() {
+		runtime.LockOSThread() // as above
+		if err := enter("net", unix.CLONE_NEWNET); err != nil {
+			dialled <- result{nil, err}
+			return
+		}
+		// One address is dialled in this goroutine, so that its socket is made on this thread.
+		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
+		dialled <- result{conn, err}
+	}()
+	r := <-dialled
+	return r.conn, r.err
+}
+
+func enter(name string, kind int) error {
+	file, err := os.Open("/proc/1/ns/" + name)
+	if err != nil {
+		return fmt.Errorf("%w; the pod needs hostPID and to be privileged", err)
+	}
+	defer file.Close() //nolint:errcheck // only read
+	if err := unix.Setns(int(file.Fd()), kind); err != nil {
+		return fmt.Errorf("enter the node's %s namespace: %w; the pod needs to be privileged", name, err)
+	}
+	return nil
+}
