@@ -17,7 +17,7 @@ LAB_DIR ?= .lab
 LAB_K8S_DIR ?= .lab-k8s
 # shim: streamshim alone, as CI runs it; quick: beside bare containerd; full: every setting, slowly
 E2E ?= quick
-# Go packages under test, for instance: make test PACKAGES=./pkg/execproc NODE_PACKAGES=./test/node
+# Go packages under test, for instance: make test PACKAGES=./pkg/execproc NODE_PACKAGES=./test/internal/node
 PACKAGES ?= ./cmd/... ./pkg/... ./tools/...
 NODE_PACKAGES ?= ./test/...
 
@@ -27,16 +27,17 @@ say = @echo '== $(1)'
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+BIN ?= bin
 .PHONY: build
 build: ## build bin/streamshim
-	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o $(BIN)/ ./cmd/...
 
 .PHONY: test
 test: peers build ## run all tests, with the race detector and against real containerd, runc and critest
 	$(call say,compiling the tests)
 	go build -race ./...
 	$(call say,testing: packages by themselves$(,) then with real nodes one after the other$(,) because they share host ports)
-	@# -parallel: on two cores two tests at once would mostly sleep, as those of test/symptoms do.
+	@# -parallel: on two cores two tests at once would mostly sleep, as those of test/integration/exec do.
 	@result=0; export STREAMSHIM_REAL=required; \
 	go test -race -p 4 -parallel 8 -count 1 -timeout 20m $(PACKAGES) || result=1; \
 	go test -race -p 1 -parallel 4 -count 1 -timeout 15m $(NODE_PACKAGES) || result=1; \
@@ -57,7 +58,7 @@ clients: client-packages peers kubernetes build test/clients/javascript/node_mod
 
 .PHONY: client-packages
 client-packages:
-	@test/setup.sh clients
+	@test/internal/setup.sh clients
 
 # From the lock file, which has each package's hash and no host names.
 test/clients/javascript/node_modules: test/clients/javascript/package-lock.json | client-packages
@@ -81,7 +82,7 @@ lint: setup ## check formatting, go vet and golangci-lint
 	$(call say,go vet)
 	go vet ./...
 	$(call say,golangci-lint)
-	@test/peers/build.sh lint >/dev/null
+	@test/internal/peers/build.sh lint >/dev/null
 	$(PROGRAMS)/golangci-lint run ./...
 
 .PHONY: fuzz
@@ -109,22 +110,22 @@ gobench: peers ## run the packages' own Go benchmarks
 
 .PHONY: lab
 lab: peers build ## a private containerd with streamshim in front, and a shell in a pod
-	@go build -buildvcs=false -o bin/lab ./test/lab
+	@go build -buildvcs=false -o bin/lab ./test/internal/lab
 	@bin/lab -dir $(LAB_DIR) up
 
 .PHONY: lab-down
 lab-down: ## take the lab down without a trace
-	@go build -buildvcs=false -o bin/lab ./test/lab
+	@go build -buildvcs=false -o bin/lab ./test/internal/lab
 	@bin/lab -dir $(LAB_DIR) down
 
 .PHONY: lab-k8s
 lab-k8s: peers kubernetes build ## a whole Kubernetes node with streamshim, and kubectl exec in a pod
-	@go build -buildvcs=false -o bin/lab-k8s ./test/kubernetes/lab
+	@go build -buildvcs=false -o bin/lab-k8s ./test/internal/kubernetes/lab
 	@bin/lab-k8s -dir $(LAB_K8S_DIR) up
 
 .PHONY: lab-k8s-down
 lab-k8s-down: ## take that down without a trace
-	@go build -buildvcs=false -o bin/lab-k8s ./test/kubernetes/lab
+	@go build -buildvcs=false -o bin/lab-k8s ./test/internal/kubernetes/lab
 	@bin/lab-k8s -dir $(LAB_K8S_DIR) down
 
 .PHONY: generate
@@ -136,21 +137,19 @@ PACKAGES_DIR ?= dist
 # The last tag and what came after it, or 0.0.0 and the commit, in the words of semver.
 PACKAGE_VERSION ?= $(or $(shell git describe --tags --match 'v[0-9]*' 2>/dev/null | sed 's/^v//'),0.0.0-g$(shell git rev-parse --short=10 HEAD 2>/dev/null || echo 0))
 
-.PHONY: packages
-packages: build bin/nfpm ## the .deb and .rpm, in PACKAGES_DIR (dist)
-	$(call say,man pages and completions)
-	@rm -rf bin/package && mkdir -p bin/package/man bin/package/completion $(PACKAGES_DIR)
-	@for page in deploy/man/*.8; do gzip -9n <$$page >bin/package/man/$$(basename $$page).gz; done
-	@for shell in bash zsh fish; do bin/streamshim completion $$shell >bin/package/completion/streamshim.$$shell; done
-	@for packager in deb rpm; do \
-		ARCH=$$(go env GOARCH) PACKAGE_VERSION=$(PACKAGE_VERSION) \
-		bin/nfpm package --config deploy/package/nfpm.yaml --packager $$packager --target $(PACKAGES_DIR)/; \
-	done
+# For which architectures, for instance: make packages ARCH='amd64 arm64'
+ARCH ?= $(shell go env GOARCH)
 
-# A module of its own, so that its dependencies stay out of the product's.
-bin/nfpm: test/tools/nfpm/go.mod
-	$(call say,nfpm: built once$(,) about a minute)
-	@cd test/tools/nfpm && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -o $(CURDIR)/bin/ tool
+.PHONY: packages
+packages: build bin/nfpm bin/cyclonedx-gomod ## .deb, .rpm, bill of materials and checksums for ARCH (this machine's), in PACKAGES_DIR (dist)
+	@VERSION='$(VERSION)' PACKAGE_VERSION='$(PACKAGE_VERSION)' deploy/package/build.sh $(PACKAGES_DIR) $(ARCH)
+
+# Each is a module of its own, so that its dependencies stay out of the product's.
+bin/nfpm: test/internal/tools/nfpm/go.mod
+bin/cyclonedx-gomod: test/internal/tools/sbom/go.mod
+bin/nfpm bin/cyclonedx-gomod:
+	$(call say,$(@F): built once$(,) about a minute)
+	@cd $(<D) && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -o $(CURDIR)/bin/ tool
 	@touch $@
 
 IMAGE ?= dist/streamshim-image.tar
@@ -202,16 +201,16 @@ clean: ## remove what was built here (not ~/.cache/streamshim, not a running lab
 
 .PHONY: setup
 setup:
-	@test/setup.sh
+	@test/internal/setup.sh
 
 .PHONY: peers
 peers: setup
 	$(call say,containerd$(,) runc$(,) CNI plugins$(,) crictl$(,) critest: built once$(,) then taken from the cache)
-	@test/peers/build.sh >/dev/null
+	@test/internal/peers/build.sh >/dev/null
 
 .PHONY: kubernetes
 kubernetes: setup
 	$(call say,etcd$(,) kube-apiserver$(,) kubelet$(,) kubectl: built once$(,) about six minutes$(,) then taken from the cache)
-	@test/peers/build.sh etcd kubernetes >/dev/null
+	@test/internal/peers/build.sh etcd kubernetes >/dev/null
 
 , := ,

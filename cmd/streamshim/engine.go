@@ -9,6 +9,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/cri"
 	"github.com/streamshim/streamshim/pkg/execproc"
 	"github.com/streamshim/streamshim/pkg/portforward"
+	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming"
 )
 
@@ -18,6 +19,7 @@ type engine struct {
 	runner  *execproc.Runner
 	watcher *portforward.Watcher
 	runtime config.Runtime
+	starts  streaming.StartGate
 }
 
 func (e *engine) container(c cri.Container) execproc.Container {
@@ -43,9 +45,16 @@ func (e *engine) Executor(c cri.Container) streaming.Executor {
 func (e *engine) ExecSync(ctx context.Context, c cri.Container, r cri.SyncRequest) (cri.SyncResult, error) {
 	result, err := e.runner.RunSync(ctx, e.container(c), execproc.SyncCommand{
 		Args: r.Args, Env: r.Env, Timeout: r.Timeout,
+		Turn: func(ctx context.Context) (func(), error) {
+			return e.starts.Acquire(ctx, session.Info{Kind: session.ExecSync, Target: c.Target})
+		},
 	})
-	if errors.Is(err, execproc.ErrTimeout) && ctx.Err() == nil {
+	switch {
+	case errors.Is(err, execproc.ErrTimeout) && ctx.Err() == nil:
 		err = fmt.Errorf("%w: %w", context.DeadlineExceeded, err)
+	case errors.Is(err, execproc.ErrNoRoom):
+		err = &session.RefusedError{Refusal: session.TooMany, Message: "the command was ended because ExecSync calls on this node " +
+			"have as much output as they may keep together (limits.sync_output): try again later, or use exec"}
 	}
 	return cri.SyncResult{Stdout: result.Stdout, Stderr: result.Stderr, ExitCode: result.ExitCode}, err
 }

@@ -18,8 +18,8 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/config"
-	"github.com/streamshim/streamshim/test/leak"
 )
 
 // testTimeout only bounds what would hang.
@@ -245,7 +245,7 @@ func TestDrainMaxOfExecSync(t *testing.T) {
 	} {
 		c := config.Default()
 		c.Exec.DrainMax = config.Duration(set)
-		if got := runnerConfig(c, nil, hooks{}).DrainMax; got != want {
+		if got := runnerConfig(c, nil, &operation{}, hooks{}).DrainMax; got != want {
 			t.Errorf("exec.drain_max %v: ExecSync waits %v", set, got)
 		}
 	}

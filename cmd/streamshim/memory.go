@@ -15,19 +15,43 @@ import (
 	"github.com/streamshim/streamshim/pkg/config"
 )
 
-// Bounds of the memory that unread data may take when the configuration leaves it to the machine's size.
-const (
-	buffersShare = 16 // of the memory, one part
-	minBuffers   = 64 << 20
-	maxBuffers   = 1 << 30
+// share is how much of the memory something may take when the configuration leaves it to the machine's size.
+type share struct {
+	part        int64 // one in so many
+	least, most int64 // bytes
+}
+
+var (
+	buffersShare    = share{16, 64 << 20, 1 << 30}   // limits.buffers
+	syncOutputShare = share{32, 64 << 20, 512 << 20} // limits.sync_output
+	recordingShare  = share{32, 64 << 20, 512 << 20} // limits.recording_buffers
 )
 
-// buffersLimit is how many bytes of unread data all sessions may hold, 0 for no limit.
-func buffersLimit(c config.Config, memory int64) int64 {
-	if c.Limits.Buffers >= 0 {
-		return c.Limits.Buffers
+// of is how many bytes that is of a memory, unless a number is configured; 0 for no limit.
+func (s share) of(memory, configured int64) int64 {
+	if configured >= 0 {
+		return configured
 	}
-	return min(max(memory/buffersShare, minBuffers), maxBuffers)
+	return min(max(memory/s.part, s.least), s.most)
+}
+
+// budgets are the bytes that all sessions and calls together may hold, 0 for no limit.
+type budgets struct{ buffers, syncOutput, recordings int64 }
+
+func budgetsOf(c config.Config, memory int64) budgets {
+	return budgets{
+		buffers:    buffersShare.of(memory, c.Limits.Buffers),
+		syncOutput: syncOutputShare.of(memory, c.Limits.SyncOutput),
+		recordings: recordingShare.of(memory, c.Limits.RecordingBuffers),
+	}
+}
+
+// sum is all of them, 0 when one has no limit.
+func (b budgets) sum() int64 {
+	if b.buffers == 0 || b.syncOutput == 0 || b.recordings == 0 {
+		return 0
+	}
+	return b.buffers + b.syncOutput + b.recordings
 }
 
 // What a process without a limit of its own may use beside its buffers before it collects garbage at any cost.
@@ -44,8 +68,8 @@ func limitMemory(c config.Config, log *slog.Logger) {
 	if limit < math.MaxInt64 {
 		limit -= limit / 10
 	}
-	if buffers := buffersLimit(c, availableMemory()); buffers > 0 && buffers+memoryBesideBuffers < limit {
-		limit, from = buffers+memoryBesideBuffers, "limits.buffers"
+	if all := budgetsOf(c, availableMemory()).sum(); all > 0 && all+memoryBesideBuffers < limit {
+		limit, from = all+memoryBesideBuffers, "limits.buffers, limits.sync_output and limits.recording_buffers"
 	}
 	if limit == math.MaxInt64 {
 		return

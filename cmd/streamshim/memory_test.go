@@ -47,18 +47,25 @@ func TestCgroupMemory(t *testing.T) {
 	}
 }
 
-func TestBuffersLimit(t *testing.T) {
-	for _, test := range []struct{ configured, memory, want int64 }{
-		{-1, 2 << 30, 128 << 20},
-		{-1, 512 << 20, 64 << 20},
-		{-1, 256 << 30, 1 << 30},
-		{0, 2 << 30, 0},
-		{5, 2 << 30, 5},
+func TestBudgets(t *testing.T) {
+	for _, test := range []struct {
+		configured, memory int64
+		want               budgets
+	}{
+		{-1, 2 << 30, budgets{128 << 20, 64 << 20, 64 << 20}},
+		{-1, 512 << 20, budgets{64 << 20, 64 << 20, 64 << 20}},
+		{-1, 8 << 30, budgets{512 << 20, 256 << 20, 256 << 20}},
+		{-1, 256 << 30, budgets{1 << 30, 512 << 20, 512 << 20}},
+		{0, 2 << 30, budgets{}},
+		{5, 2 << 30, budgets{5, 5, 5}},
 	} {
 		c := config.Default()
-		c.Limits.Buffers = test.configured
-		if got := buffersLimit(c, test.memory); got != test.want {
+		c.Limits.Buffers, c.Limits.SyncOutput, c.Limits.RecordingBuffers = test.configured, test.configured, test.configured
+		if got := budgetsOf(c, test.memory); got != test.want {
 			t.Errorf("%d of %d: %d, want %d", test.configured, test.memory, got, test.want)
 		}
+	}
+	if (budgets{1, 0, 3}).sum() != 0 || (budgets{1, 2, 3}).sum() != 6 {
+		t.Error("the sum of budgets")
 	}
 }

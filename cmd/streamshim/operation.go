@@ -4,10 +4,13 @@ import (
 	"context"
 	"log/slog"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/admin"
 	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/pkg/execproc"
+	"github.com/streamshim/streamshim/pkg/metrics"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/session/audit"
 	"github.com/streamshim/streamshim/pkg/session/limits"
@@ -25,6 +28,8 @@ type operation struct {
 	recorder *recording.Recorder
 	sessions *session.Registry
 	buffers  *streaming.Buffers
+
+	syncOutput, recordings *limits.Room
 }
 
 // newOperation opens the audit log. The caller closes the operation when all sessions have ended.
@@ -33,12 +38,16 @@ func newOperation(c config.Config, log *slog.Logger, level *slog.LevelVar) (*ope
 	if err != nil {
 		return nil, err
 	}
+	budgets := budgetsOf(c, availableMemory())
 	o := &operation{
 		log: log, level: level, audit: auditLog,
-		limits:   limits.New(limitsConfig(c)),
-		recorder: recording.New(recordingConfig(c), log),
-		buffers:  streaming.NewBuffers(buffersLimit(c, availableMemory())),
+		limits:     limits.New(limitsConfig(c)),
+		buffers:    streaming.NewBuffers(budgets.buffers),
+		syncOutput: limits.NewRoom(budgets.syncOutput),
+		recordings: limits.NewRoom(budgets.recordings),
 	}
+	o.recorder = recording.New(recordingConfig(c), o.recordings, log)
+	execproc.SetConcurrentEnds(concurrentEnds(c))
 	o.sessions = session.NewRegistry(log, o.limits, o.audit, o.recorder)
 	return o, nil
 }
@@ -57,7 +66,11 @@ func (o *operation) apply(c config.Config, streams *streaming.Server) error {
 	o.level.Set(c.Level())
 	o.limits.Update(limitsConfig(c))
 	o.recorder.Update(recordingConfig(c))
-	o.buffers.Update(buffersLimit(c, availableMemory()))
+	budgets := budgetsOf(c, availableMemory())
+	o.buffers.Update(budgets.buffers)
+	o.syncOutput.Update(budgets.syncOutput)
+	o.recordings.Update(budgets.recordings)
+	execproc.SetConcurrentEnds(concurrentEnds(c))
 	streams.Update(streamingSettings(c))
 	return nil
 }
@@ -69,6 +82,15 @@ func (o *operation) beginSync(ctx context.Context, info session.Info) (func(sess
 		return nil, err
 	}
 	return o.audit.BeginSync(ctx, info)
+}
+
+// commands is metrics.Config.Commands.
+func (o *operation) commands() metrics.Commands {
+	var c metrics.Commands
+	c.Starting, c.StartsWaiting = o.limits.Starts(session.Exec)
+	c.ProbesStarting, c.ProbesWaiting = o.limits.Starts(session.ExecSync)
+	c.Ending, c.EndsWaiting = execproc.Ends()
+	return c
 }
 
 func adminSettings(c config.Config) admin.Settings {
@@ -114,6 +136,7 @@ func limitsConfig(c config.Config) limits.Config {
 		SessionsPerPod:       c.Limits.SessionsPerPod,
 		SessionsPerContainer: c.Limits.SessionsPerContainer,
 		ConcurrentStarts:     c.Limits.ConcurrentStarts,
+		ConcurrentProbes:     concurrentProbes(c),
 		WaitingStarts:        c.Limits.WaitingStarts,
 		SpareDescriptors:     c.Limits.SpareDescriptors,
 	}
@@ -125,6 +148,27 @@ func limitsConfig(c config.Config) limits.Config {
 		l.Deny = append(l.Deny, limits.Rule{Selector: selector, Message: rule.Message})
 	}
 	return l
+}
+
+// Commands at the same time, where the configuration leaves it to the machine's size.
+const (
+	probesOfCPU = 32
+	leastProbes = 64
+	endsOfCPU   = 100
+)
+
+func concurrentProbes(c config.Config) int {
+	if c.Limits.ConcurrentProbes >= 0 {
+		return c.Limits.ConcurrentProbes
+	}
+	return max(probesOfCPU*runtime.NumCPU(), leastProbes)
+}
+
+func concurrentEnds(c config.Config) int {
+	if c.Limits.ConcurrentEnds >= 0 {
+		return c.Limits.ConcurrentEnds
+	}
+	return endsOfCPU * runtime.NumCPU()
 }
 
 func streamingSettings(c config.Config) streaming.Settings {

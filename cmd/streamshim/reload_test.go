@@ -12,8 +12,8 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/config"
-	"github.com/streamshim/streamshim/test/leak"
 )
 
 // systemd is told when a reload begins, by its own clock, and when it is over, whatever came of it.

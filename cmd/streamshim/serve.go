@@ -213,7 +213,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	telemetry.observe(operation.sessions)
 	observe := telemetry.hooks()
 
-	runner, err := execproc.NewRunner(runnerConfig(c, log, observe))
+	runner, err := execproc.NewRunner(runnerConfig(c, log, operation, observe))
 	if err != nil {
 		return err
 	}
@@ -245,7 +245,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	}
 	streams := streaming.NewServer(streamingConfig(c, log, operation, observe), streamListener.Addr())
 	criServer, err := cri.NewServer(cri.Config{
-		Upstream: upstream, Streams: streams, Engine: &engine{runner: runner, watcher: watcher, runtime: c.Runtime},
+		Upstream: upstream, Streams: streams, Engine: &engine{runner: runner, watcher: watcher, runtime: c.Runtime, starts: operation.limits},
 		StreamErrorCode: streamErrorCode, BeginSync: observe.countSync(operation.beginSync), Logger: log,
 		Observe: observe.call, Trace: observe.trace,
 	})
@@ -338,7 +338,7 @@ func listenAdmin(c config.Config) (net.Listener, error) {
 // background children at most.
 const syncDrainMax = 10 * time.Second
 
-func runnerConfig(c config.Config, log *slog.Logger, observe hooks) execproc.Config {
+func runnerConfig(c config.Config, log *slog.Logger, o *operation, observe hooks) execproc.Config {
 	return execproc.Config{
 		StateDir:     filepath.Join(c.StateDir, "exec"),
 		StartTimeout: time.Duration(c.Exec.StartTimeout),
@@ -348,6 +348,7 @@ func runnerConfig(c config.Config, log *slog.Logger, observe hooks) execproc.Con
 		DrainIdle:    time.Duration(c.Exec.DrainIdle),
 		DrainMax:     min(time.Duration(c.Exec.DrainMax), syncDrainMax),
 		OutputLimit:  c.Exec.SyncOutput,
+		OutputRoom:   o.syncOutput,
 		Logger:       log,
 		OnStart:      observe.started,
 		OnKill:       observe.killed,

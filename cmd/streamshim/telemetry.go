@@ -61,6 +61,9 @@ func newTelemetry(ctx context.Context, c config.Config, o *operation, log *slog.
 		Version: version, Methods: cri.Methods(), WaitingTokens: func() int { return t.streams.WaitingTokens() },
 		LostAudit: o.audit.Lost, IncompleteRecordings: o.recorder.Incomplete,
 		Buffered: o.buffers.Used, BuffersRefused: o.buffers.Refused,
+		SyncOutput: o.syncOutput.Used, SyncOutputRefused: o.syncOutput.Refused,
+		RecordingBuffered: o.recordings.Used, RecordingBuffersRefused: o.recordings.Refused,
+		Commands: o.commands,
 	})
 	t.server = metrics.NewServer(metrics.ServerConfig{
 		Metrics: t.metrics, Profiling: c.Profiling, Log: log,

@@ -15,9 +15,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/asciicast"
 	"github.com/streamshim/streamshim/pkg/session"
-	"github.com/streamshim/streamshim/test/leak"
 )
 
 // fixture is a server on a socket with one live session behind it.

@@ -155,7 +155,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 	if !live.Taps.Opened() {
 		return &Error{Code: http.StatusConflict, Message: "this session cannot be watched: only one with a terminal, or one that is recorded, and only while its process runs"}
 	}
-	queue := session.NewTapQueue(watchBuffer, false, nil)
+	queue := session.NewTapQueue(watchBuffer, nil, false, nil)
 	remove := live.Taps.Add(queue)
 	defer remove()
 	defer queue.Close()

@@ -11,8 +11,8 @@ import (
 	"google.golang.org/grpc"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/internal/testutil/criosocket"
 	"github.com/streamshim/streamshim/pkg/config"
-	"github.com/streamshim/streamshim/test/criosocket"
 )
 
 func find(t *testing.T, results []Result, name string) Result {

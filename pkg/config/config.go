@@ -161,11 +161,15 @@ type Limits struct {
 	Sessions             int   `toml:"sessions"`               // on this node
 	SessionsPerPod       int   `toml:"sessions_per_pod"`       // in one pod
 	SessionsPerContainer int   `toml:"sessions_per_container"` // in one container
-	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands that start at the same time, of one pod a quarter of it; ExecSync, attach and what the runtime itself starts do not count
-	WaitingStarts        int   `toml:"waiting_starts"`         // commands that may wait for their turn to start, of one pod a quarter of it
+	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands of sessions that start at the same time, of one pod a quarter of it; they have what ExecSync leaves of it, but at least one; attach and what the runtime itself starts do not count
+	ConcurrentProbes     int   `toml:"concurrent_probes"`      // commands of ExecSync that start at the same time, of one pod a quarter of it; -1 is 32 for each CPU, at least 64
+	WaitingStarts        int   `toml:"waiting_starts"`         // commands of sessions, and as many of ExecSync, that may wait for their turn to start, of one pod a quarter of it
 	Bandwidth            int64 `toml:"bandwidth"`              // bytes a second of one session, in each direction
 	Buffers              int64 `toml:"buffers"`                // bytes of unread data of all sessions together; beyond them clients are slowed down, and attached clients miss output; -1 is a sixteenth of the memory, of the machine or of streamshim's cgroup, 64 MiB to 1 GiB
+	SyncOutput           int64 `toml:"sync_output"`            // bytes of output that all ExecSync calls together keep, beside 64 KiB of each; a call for which there is no room is ended with an error; -1 is a 32nd of the memory, 64 MiB to 512 MiB
+	RecordingBuffers     int64 `toml:"recording_buffers"`      // bytes of all recordings together that wait to be written, beside 16 KiB of each; what has no room is missing in its recording, or ends its session where recording.on_failure is deny; -1 is a 32nd of the memory, 64 MiB to 512 MiB
 	SpareDescriptors     int   `toml:"spare_descriptors"`      // open files that are kept for probes and running sessions: new sessions and forwarded connections are refused when no more are left; -1 is an eighth of those that streamshim may open
+	ConcurrentEnds       int   `toml:"concurrent_ends"`        // commands that are ended whose processes are looked for at the same time, those of ExecSync first; -1 is 100 for each CPU
 }
 
 // Deny is a rule that refuses sessions. What is left out chooses all, except that execsync must be
@@ -232,7 +236,8 @@ func Default() Config {
 			Buffer: 1 << 20, OnFailure: "allow",
 		},
 		Limits: Limits{
-			Sessions: 4096, SessionsPerPod: 1024, ConcurrentStarts: 32, WaitingStarts: 1024, Buffers: -1, SpareDescriptors: -1,
+			Sessions: 4096, SessionsPerPod: 1024, ConcurrentStarts: 32, ConcurrentProbes: -1, WaitingStarts: 1024,
+			Buffers: -1, SyncOutput: -1, RecordingBuffers: -1, SpareDescriptors: -1, ConcurrentEnds: -1,
 		},
 		Traces: Traces{SampleRatio: 1},
 	}

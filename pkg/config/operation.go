@@ -34,9 +34,13 @@ func (c *Config) validateOperation(choice func(key, value string, choices ...str
 		atLeast("limits.sessions_per_pod", int64(c.Limits.SessionsPerPod), 0, false),
 		atLeast("limits.sessions_per_container", int64(c.Limits.SessionsPerContainer), 0, false),
 		atLeast("limits.concurrent_starts", int64(c.Limits.ConcurrentStarts), 0, false),
+		atLeast("limits.concurrent_probes", int64(c.Limits.ConcurrentProbes), -1, false),
 		atLeast("limits.waiting_starts", int64(c.Limits.WaitingStarts), 0, false),
 		atLeast("limits.bandwidth", c.Limits.Bandwidth, minBandwidth, true),
 		atLeast("limits.buffers", c.Limits.Buffers, -1, false),
+		atLeast("limits.sync_output", c.Limits.SyncOutput, -1, false),
+		atLeast("limits.recording_buffers", c.Limits.RecordingBuffers, -1, false),
+		atLeast("limits.concurrent_ends", int64(c.Limits.ConcurrentEnds), -1, false),
 		atLeast("limits.spare_descriptors", int64(c.Limits.SpareDescriptors), -1, false),
 	}
 	for i, rule := range c.Recording.Rule {

@@ -79,7 +79,7 @@ type Engine interface {
 	// ends the whole process tree and returns an error for which errors.Is(err,
 	// context.DeadlineExceeded) holds; the same when ctx is done, with ctx's error. An error with a
 	// method ExitCode() int means that the command could not be started, its text being one line for
-	// people.
+	// people, and a *session.RefusedError that there was no room for it.
 	ExecSync(ctx context.Context, container Container, request SyncRequest) (SyncResult, error)
 
 	// Forwarder makes what a port-forward session will dial with. The session closes it.

@@ -3,8 +3,10 @@ package cri
 import (
 	"context"
 	"encoding/json"
+	"os"
 	"path/filepath"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 
@@ -20,8 +22,6 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/anypb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-
-	realnode "github.com/streamshim/streamshim/test/node"
 )
 
 // fakeContainerd is containerd's own API with one container.
@@ -135,10 +135,18 @@ func TestContainerdAPIBeforeVerboseStatus(t *testing.T) {
 	}
 }
 
-// With a real containerd both sources must agree, or one of them is read wrongly.
+// With a real containerd both sources must agree, or one of them is read wrongly. The test of the same
+// name in test/integration/cri brings the node up, because this package cannot import one.
 func TestContainerdAPIAndVerboseStatusAgree(t *testing.T) {
-	n := realnode.StartForTest(t, realnode.Config{Name: "criapi"})
-	upstream, err := NewUpstream(n.ContainerdSocket(), 0)
+	socket := os.Getenv("STREAMSHIM_CONTAINERD")
+	if socket == "" {
+		t.Skip("run by the test of this name in test/integration/cri, with a containerd of its own")
+	}
+	runcRoot, containers := os.Getenv("STREAMSHIM_RUNC_ROOT"), strings.Fields(os.Getenv("STREAMSHIM_CONTAINERS"))
+	if len(containers) < 2 {
+		t.Fatalf("STREAMSHIM_CONTAINERS is %q, want two at least", containers)
+	}
+	upstream, err := NewUpstream(socket, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,16 +160,9 @@ func TestContainerdAPIAndVerboseStatusAgree(t *testing.T) {
 	// The runtime's binary need not be in this test's PATH.
 	r.lookPath = func(binary string) (string, error) { return filepath.Join("/found", filepath.Base(binary)), nil }
 	ctx := testContext(t)
-	for _, spec := range []realnode.PodSpec{{Name: "plain"}, {Name: "userns", UserNamespace: true}} {
-		t.Run(spec.Name, func(t *testing.T) {
-			pod, err := n.RunPod(t.Context(), spec)
-			if err != nil {
-				t.Fatal(err)
-			}
-			id, err := n.RunContainer(t.Context(), pod, realnode.ContainerSpec{Env: map[string]string{"COLOUR": "green"}, Stdin: true, StdinOnce: true})
-			if err != nil {
-				t.Fatal(err)
-			}
+	for _, pair := range containers {
+		pod, id, _ := strings.Cut(pair, "/")
+		t.Run(id, func(t *testing.T) {
 			response, err := upstream.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id, Verbose: true})
 			if err != nil {
 				t.Fatal(err)
@@ -194,7 +195,7 @@ func TestContainerdAPIAndVerboseStatusAgree(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if want := filepath.Clean(n.RuncRoot()); fromAPI.root != want || !reflect.DeepEqual(fromAPI, fromVerbose) {
+			if want := filepath.Clean(runcRoot); fromAPI.root != want || !reflect.DeepEqual(fromAPI, fromVerbose) {
 				t.Errorf("the API leads to %+v, the verbose status to %+v, want root %q", fromAPI, fromVerbose, want)
 			}
 			start = time.Now()

@@ -18,9 +18,9 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/internal/testutil/criosocket"
 	"github.com/streamshim/streamshim/pkg/endpoint"
 	"github.com/streamshim/streamshim/pkg/streaming"
-	"github.com/streamshim/streamshim/test/criosocket"
 )
 
 // testTimeout bounds every wait of a test; it is long because the machine may be busy.

@@ -207,7 +207,11 @@ func (s *Server) execSync(ctx context.Context, raw []byte) (any, error) {
 	})
 	output := int64(len(result.Stdout) + len(result.Stderr))
 	if err != nil {
-		err = execSyncError(ctx, timeout, err)
+		if refused := (*session.RefusedError)(nil); errors.As(err, &refused) {
+			err = s.streamError(refused)
+		} else {
+			err = execSyncError(ctx, timeout, err)
+		}
 		end(failedSync(err), output)
 		return nil, err
 	}

@@ -14,6 +14,8 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/streamshim/streamshim/pkg/session"
 )
 
 var statusNotFound = status.Error(codes.NotFound, "not found")
@@ -44,7 +46,7 @@ func startNode(t testing.TB, info string) *node {
 	_, n.conn = startServer(t, upstream.path, func(config *Config) {
 		config.Streams, config.Engine = n.streams, n.engine
 		config.StreamErrorCode = func(err error) codes.Code {
-			if errors.Is(err, errTooMany) {
+			if refused := (*session.RefusedError)(nil); errors.Is(err, errTooMany) || errors.As(err, &refused) {
 				return codes.ResourceExhausted
 			}
 			return codes.OK
@@ -271,6 +273,12 @@ func TestExecSync(t *testing.T) {
 	}
 	_, err = n.client.ExecSync(ctx, request)
 	wantCode(t, err, codes.DeadlineExceeded, "timeout 7s exceeded: context deadline exceeded")
+
+	n.engine.execSync = func(context.Context, SyncRequest) (SyncResult, error) {
+		return SyncResult{}, fmt.Errorf("wait: %w", &session.RefusedError{Refusal: session.TooMany, Message: "too many"})
+	}
+	_, err = n.client.ExecSync(ctx, request)
+	wantCode(t, err, codes.ResourceExhausted, "too many")
 
 	n.engine.execSync = func(context.Context, SyncRequest) (SyncResult, error) {
 		return SyncResult{}, fmt.Errorf("start: %w", startError{127})

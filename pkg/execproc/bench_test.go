@@ -2,9 +2,15 @@ package execproc
 
 import (
 	"context"
+	"encoding/json"
+	"fmt"
 	"io"
+	"os"
 	"os/exec"
+	"path/filepath"
+	"syscall"
 	"testing"
+	"time"
 )
 
 // The time from the call to the exit of `true`, with what a session wants: three pipes or a terminal.
@@ -61,4 +67,45 @@ func BenchmarkStdout(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// What a streamshim pays that finds the records of starts during which its predecessor was killed.
+func BenchmarkInterruptedStarts(b *testing.B) {
+	for _, n := range []int{1, 10, 100, 1000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			dir := filepath.Join(b.TempDir(), "exec")
+			now, err := ticksSinceBoot()
+			if err != nil {
+				b.Fatal(err)
+			}
+			left, err := json.Marshal(record{Since: now, Boot: bootID(), Policy: PolicyKill})
+			if err != nil {
+				b.Fatal(err)
+			}
+			before := cpuTime(b)
+			for b.Loop() {
+				for i := range n {
+					writeFile(b, filepath.Join(dir, fmt.Sprintf("1-1-%d.record", i)), string(left), 0o600)
+				}
+				r := newRunner(b, func(config *Config) { config.StateDir = dir })
+				for entries := []os.DirEntry{nil}; len(entries) > 0; time.Sleep(time.Millisecond) {
+					if entries, err = os.ReadDir(dir); err != nil {
+						b.Fatal(err)
+					}
+				}
+				r.Close()
+			}
+			b.ReportMetric(float64((cpuTime(b)-before).Microseconds())/1000/float64(b.N), "cpu-ms/op")
+		})
+	}
+}
+
+// cpuTime is what this process has used.
+func cpuTime(b *testing.B) time.Duration {
+	b.Helper()
+	var usage syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }

@@ -16,6 +16,8 @@ var (
 	ErrStartTimeout = errors.New("the OCI runtime did not start the command in time")
 	// ErrTimeout is in the error of a RunSync whose time is up, or whose context is done.
 	ErrTimeout = errors.New("command timed out")
+	// ErrNoRoom is in the error of a RunSync whose command wrote more than there was room for, see Config.OutputRoom.
+	ErrNoRoom = errors.New("no room for the command's output")
 	// ErrClosed is in the error of a start after Shutdown or Close.
 	ErrClosed = errors.New("shutting down: no new processes are started")
 )

@@ -13,7 +13,10 @@ import (
 // It belongs to the process, as /proc does. Its goroutine lives while somebody waits.
 type finder struct {
 	mu      sync.Mutex
+	limit   int     // looks in one round; 0 is no limit
+	urgent  []*look // of commands whose caller waits; before the others
 	waiting []*look
+	looking int
 	running bool
 }
 
@@ -26,18 +29,34 @@ type look struct {
 	done   chan struct{}
 }
 
-const (
-	// looksInRound bounds how old what a round has read may become.
-	looksInRound = 200
-	// restAfterRound is for how many times as long as a round took the finder rests afterwards.
-	restAfterRound = 1
-)
+// restAfterRound is for how many times as long as a round took the finder rests afterwards.
+const restAfterRound = 1
+
+// SetConcurrentEnds bounds the commands being ended that are looked for at the same time, which also bounds how old
+// what one look has read of /proc may become; 0 is no limit. The others wait, those that RunSync has started less than
+// those of sessions. It is one bound for all Runners of this process, as /proc is one.
+func SetConcurrentEnds(limit int) {
+	trees.mu.Lock()
+	defer trees.mu.Unlock()
+	trees.limit = limit
+}
+
+// Ends is how many commands being ended are looked for now, and how many wait for that.
+func Ends() (looking, waiting int) {
+	trees.mu.Lock()
+	defer trees.mu.Unlock()
+	return trees.looking, len(trees.urgent) + len(trees.waiting)
+}
 
 // find returns all members of the tree that live, after looking for new ones.
 func (f *finder) find(t *tree) []procStat {
 	l := &look{tree: t, done: make(chan struct{})}
 	f.mu.Lock()
-	f.waiting = append(f.waiting, l)
+	if t.urgent {
+		f.urgent = append(f.urgent, l)
+	} else {
+		f.waiting = append(f.waiting, l)
+	}
 	if !f.running {
 		f.running = true
 		go f.run()
@@ -50,19 +69,32 @@ func (f *finder) find(t *tree) []procStat {
 // run serves those that wait until there are none.
 func (f *finder) run() {
 	for {
-		f.mu.Lock()
-		looks := f.waiting[:min(len(f.waiting), looksInRound)]
-		f.waiting = f.waiting[len(looks):]
+		looks := f.next()
 		if len(looks) == 0 {
-			f.running, f.waiting = false, nil
-			f.mu.Unlock()
 			return
 		}
-		f.mu.Unlock()
 		begin := time.Now()
 		round(looks)
 		time.Sleep(restAfterRound * time.Since(begin)) // a limit, not a wait for anything
 	}
+}
+
+// next takes those that are served in one round. Without any the finder stops running.
+func (f *finder) next() []*look {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	most := f.limit
+	if most == 0 {
+		most = len(f.urgent) + len(f.waiting)
+	}
+	urgent := min(len(f.urgent), most)
+	others := min(len(f.waiting), most-urgent)
+	looks := append(f.urgent[:urgent:urgent], f.waiting[:others]...)
+	f.urgent, f.waiting = f.urgent[urgent:], f.waiting[others:]
+	if f.looking = len(looks); f.looking == 0 {
+		f.running, f.urgent, f.waiting = false, nil, nil
+	}
+	return looks
 }
 
 // round serves some looks with one view of the processes, read after all of them were asked for.

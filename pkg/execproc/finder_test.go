@@ -77,6 +77,36 @@ func TestHolderThatDoesNotDescend(t *testing.T) {
 	}
 }
 
+// Looks are served in rounds of a limited size, those of commands whose caller waits before the others.
+func TestFinderOrder(t *testing.T) {
+	look := func(urgent bool) *look { return &look{tree: &tree{urgent: urgent}} }
+	f := &finder{limit: 3, running: true}
+	for range 4 {
+		f.waiting = append(f.waiting, look(false))
+	}
+	f.urgent = append(f.urgent, look(true), look(true))
+	for round, want := range []struct{ urgent, others int }{{2, 1}, {0, 3}, {0, 0}} {
+		looks := f.next()
+		urgent := 0
+		for _, l := range looks {
+			if l.tree.urgent {
+				urgent++
+			}
+		}
+		if urgent != want.urgent || len(looks)-urgent != want.others || f.looking != len(looks) {
+			t.Errorf("round %d: %d urgent ones and %d others, %d counted", round, urgent, len(looks)-urgent, f.looking)
+		}
+	}
+	if f.running {
+		t.Error("the finder runs, and nobody waits")
+	}
+	f.limit = 0
+	f.waiting = append(f.waiting, look(false), look(false))
+	if looks := f.next(); len(looks) != 2 {
+		t.Errorf("%d without a limit", len(looks))
+	}
+}
+
 // A process may be a sibling of its maker (CLONE_PARENT), and one whose first thread has ended is no zombie.
 func TestStrangeKinship(t *testing.T) {
 	for _, hostPID := range []bool{false, true} {

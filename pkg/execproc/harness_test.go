@@ -24,7 +24,7 @@ import (
 )
 
 // The tests run real commands in real containers: runc, and a root file system made of busybox.
-// Both come from test/peers/build.sh; STREAMSHIM_PEERS names another folder that has them.
+// Both come from test/internal/peers/build.sh; STREAMSHIM_PEERS names another folder that has them.
 
 var rootfs string // made once, shared by all containers
 
@@ -52,7 +52,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// peer returns the path of a program that test/peers/build.sh builds.
+// peer returns the path of a program that test/internal/peers/build.sh builds.
 func peer(t testing.TB, name string) string {
 	t.Helper()
 	dir := os.Getenv("STREAMSHIM_PEERS")
@@ -65,7 +65,7 @@ func peer(t testing.TB, name string) string {
 	}
 	path := filepath.Join(dir, name)
 	if _, err := os.Stat(path); err != nil {
-		t.Fatalf("%s is missing: run test/peers/build.sh, or set STREAMSHIM_PEERS to a folder that has it (%v)", name, err)
+		t.Fatalf("%s is missing: run test/internal/peers/build.sh, or set STREAMSHIM_PEERS to a folder that has it (%v)", name, err)
 	}
 	return path
 }

@@ -29,6 +29,7 @@ type Process struct {
 	ends   streamEnds
 
 	policy  Policy
+	probe   bool // started by RunSync
 	keep    sync.Once
 	end     sync.Once
 	kill    sync.Once
@@ -188,6 +189,7 @@ func (p *Process) beginEnd() {
 // endTree is the end of a process and of everything that descends from it.
 func (p *Process) endTree() {
 	t := newTree(p.leader, p.container.InitPid, p.ends)
+	t.urgent = p.probe
 	t.stranger = p.pipes == nil && p.tty == nil // a predecessor's
 	if p.pipes != nil {
 		t.pipes = p.pipes.watchEnds()

@@ -150,14 +150,18 @@ func (r *Runner) recover() {
 		return
 	}
 	var rest []string
-	interrupted := map[string]bool{} // starts, by the name of their files
+	var starts []interruptedStart
+	interrupted := map[string]bool{} // by the name of their files
 	for _, entry := range entries {
 		owner, ok := ownerOf(entry.Name())
 		if !ok || owner.alive() {
 			continue
 		}
 		if base, isRecord := strings.CutSuffix(entry.Name(), ".record"); isRecord && base[0] != '.' {
-			interrupted[base] = r.recoverRecord(filepath.Join(r.config.StateDir, base))
+			if left, ok := r.recoverRecord(filepath.Join(r.config.StateDir, base)); ok {
+				interrupted[base] = true
+				starts = append(starts, left)
+			}
 		} else {
 			rest = append(rest, entry.Name())
 		}
@@ -168,15 +172,24 @@ func (r *Runner) recover() {
 			os.Remove(filepath.Join(r.config.StateDir, name))
 		}
 	}
+	if len(starts) > 0 {
+		r.background(func() { r.endInterrupted(starts) })
+	}
 }
 
-// recoverRecord deals with one command of a predecessor. It reports whether the files of the command's
-// start are still needed.
-func (r *Runner) recoverRecord(base string) (interrupted bool) {
+// interruptedStart is a start during which the predecessor was killed.
+type interruptedStart struct {
+	record record
+	files  files
+}
+
+// recoverRecord deals with one command of a predecessor. Of a start that was interrupted, whose files are still
+// needed, it only tells.
+func (r *Runner) recoverRecord(base string) (start interruptedStart, interrupted bool) {
 	path := filesOf(base).record
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return false
+		return interruptedStart{}, false
 	}
 	left, err := parseRecord(data)
 	leader := identity{left.Pid, left.Start}
@@ -185,24 +198,37 @@ func (r *Runner) recoverRecord(base string) (interrupted bool) {
 		os.Remove(path)
 	case left.Pid == 0:
 		r.log.Info("ending what a predecessor was starting", "container", left.Container)
-		return r.background(func() { r.endInterrupted(left, filesOf(base)) })
+		return interruptedStart{left, filesOf(base)}, true
 	case !leader.alive():
 		os.Remove(path)
 	default:
 		r.log.Info("ending a process left by a predecessor", "container", left.Container, "pid", left.Pid)
 		r.endLeftover(left, path)
 	}
-	return false
+	return interruptedStart{}, false
 }
 
 // interruptedTimeout is how long a runtime that lost its streamshim may go on starting a command.
 const interruptedTimeout = 5 * time.Second
 
-// endInterrupted kills the command of a start during which the predecessor was killed: nobody ever had its
-// streams. The runtime may still be at it, and is left to finish, so that it undoes or names what it began.
-func (r *Runner) endInterrupted(left record, f files) {
-	awaitExecve(f.record, time.Now().Add(interruptedTimeout), r.ctx.Done())
-	runtimes := processesWithArgument(f.process)
+// endInterrupted kills the commands of starts during which the predecessor was killed: nobody ever had their
+// streams. The runtimes may still be at it, and are left to finish, so that they undo or name what they began. They
+// are looked for once for all starts.
+func (r *Runner) endInterrupted(starts []interruptedStart) {
+	deadline := time.Now().Add(interruptedTimeout)
+	paths := make(map[string]bool, len(starts))
+	for _, s := range starts {
+		awaitExecve(s.files.record, deadline, r.ctx.Done())
+		paths[s.files.process] = true
+	}
+	runtimes := processesWithArgument(paths)
+	for _, s := range starts {
+		r.background(func() { r.endOne(s.record, s.files, runtimes[s.files.process]) })
+	}
+}
+
+// endOne ends one interrupted start, of which these runtimes run.
+func (r *Runner) endOne(left record, f files, runtimes []procStat) {
 	if awaitEnds(runtimes, time.Now().Add(interruptedTimeout), r.ctx.Done()) == wasCut {
 		return // for the next one to do
 	}
@@ -233,23 +259,33 @@ func (r *Runner) endInterrupted(left record, f files) {
 	os.Remove(f.record)
 }
 
-// processesWithArgument finds the processes that have the path among their arguments: the OCI runtime that
-// was told to start what it describes. It has not left our mount namespace. The memory of a container's
+// processesWithArgument finds the processes that have one of the paths among their arguments, by path: OCI runtimes
+// that were told to start what it describes. They have not left our mount namespace. The memory of a container's
 // process is not read, which could be backed by a file system of its own that never answers.
-func processesWithArgument(path string) []procStat {
+func processesWithArgument(paths map[string]bool) map[string][]procStat {
 	all, err := allProcesses()
 	if err != nil {
 		return nil
 	}
-	var found []procStat
+	own, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return nil
+	}
+	found := map[string][]procStat{}
 	buffer := make([]byte, 4<<10)
 	for _, p := range all {
-		if !sameMountNamespace(p.pid, os.Getpid()) {
+		if its, err := os.Readlink("/proc/" + strconv.Itoa(p.pid) + "/ns/mnt"); err != nil || its != own {
 			continue
 		}
 		arguments, err := readProc("/proc/"+strconv.Itoa(p.pid)+"/cmdline", &buffer)
-		if err == nil && slices.ContainsFunc(bytes.Split(arguments, []byte{0}), func(a []byte) bool { return string(a) == path }) {
-			found = append(found, p)
+		if err != nil {
+			continue
+		}
+		for argument := range bytes.SplitSeq(arguments, []byte{0}) {
+			if paths[string(argument)] {
+				found[string(argument)] = append(found[string(argument)], p)
+				break
+			}
 		}
 	}
 	return found

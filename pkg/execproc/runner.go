@@ -47,6 +47,8 @@ type Config struct {
 	// OutputLimit is how many bytes of stdout and stderr together RunSync keeps. The rest is read and
 	// dropped, and the command goes on (CVE-2022-1708, CVE-2022-31030).
 	OutputLimit int
+	// OutputRoom is what all RunSyncs may keep of output together, beside 64 KiB of each. Nil is no bound.
+	OutputRoom Room
 	// Logger gets what an operator should know; default slog.Default.
 	Logger *slog.Logger
 	// OnStart is called when a command was started. It must not block. May be nil.

@@ -15,7 +15,22 @@ type SyncCommand struct {
 	Env  []string // as Command.Env
 	// Timeout counts from the call, start included. Zero means none.
 	Timeout time.Duration
+	// Turn is called before the command is started, and end once it has been. Its error is the command's. Nil is
+	// no wait.
+	Turn func(context.Context) (end func(), err error)
 }
+
+// Room bounds what several RunSyncs keep of their commands' output.
+type Room interface {
+	// Take takes n bytes, all or none, and reports whether there was room.
+	Take(n int) bool
+	// Return gives n bytes back.
+	Return(n int)
+}
+
+// ownOutput is how many bytes of output each RunSync keeps whether there is room or not. It is more than a
+// probe's output, of which the kubelet reads 10 KiB.
+const ownOutput = 64 << 10
 
 // SyncResult is what a command left.
 type SyncResult struct {
@@ -33,6 +48,9 @@ const afterTimeout = 500 * time.Millisecond
 // command's own (containerd#9568, kubernetes#44371). What such a child writes later meets a closed
 // pipe.
 //
+// When there is no Config.OutputRoom for its output, the command is ended as at its timeout, and the error wraps
+// ErrNoRoom.
+//
 // When the timeout is over or the context is done the whole tree is killed and the error wraps
 // ErrTimeout, within a second; the result then holds the output so far. Otherwise errors are as for
 // Start, among them *StartError.
@@ -48,14 +66,15 @@ func (r *Runner) RunSync(ctx context.Context, c Container, command SyncCommand) 
 		ctx, cancel = context.WithTimeoutCause(ctx, command.Timeout, timedOut)
 		defer cancel()
 	}
-	p, err := r.startCommand(ctx, c, Command{Args: command.Args, Env: command.Env, Stdout: true, Stderr: true}, PolicyKill)
+	p, err := r.startInTurn(ctx, c, command)
 	if err != nil {
 		if ctx.Err() != nil && !errors.Is(err, ErrTimeout) {
 			err = fmt.Errorf("%w: %w", ErrTimeout, err)
 		}
 		return SyncResult{}, err
 	}
-	output := collect(p, r.config.OutputLimit)
+	output := collect(p, r.config.OutputLimit, r.config.OutputRoom)
+	defer output.leave()
 	exitCode, err := r.waitSync(ctx, p, output)
 	p.Close() // ends what is left of the collecting
 	<-output.done
@@ -66,12 +85,29 @@ func (r *Runner) RunSync(ctx context.Context, c Container, command SyncCommand) 
 	return result, err
 }
 
+func (r *Runner) startInTurn(ctx context.Context, c Container, command SyncCommand) (*Process, error) {
+	if command.Turn != nil {
+		end, err := command.Turn(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("wait to start command: %w", err)
+		}
+		defer end()
+	}
+	p, err := r.startCommand(ctx, c, Command{Args: command.Args, Env: command.Env, Stdout: true, Stderr: true}, PolicyKill)
+	if err == nil {
+		p.probe = true
+	}
+	return p, err
+}
+
 // waitSync waits for the command's end and then, within limits, for the end of its output.
 func (r *Runner) waitSync(ctx context.Context, p *Process, output *collector) (int, error) {
 	select {
 	case <-p.Exited():
 	case <-ctx.Done():
-		return 0, r.abandon(ctx, p)
+		return 0, r.abandon(p, timeoutOf(ctx))
+	case <-output.full:
+		return 0, r.abandon(p, ErrNoRoom)
 	case <-r.ctx.Done():
 		p.Kill()
 		return 0, fmt.Errorf("run command: %w", ErrClosed)
@@ -105,8 +141,8 @@ func (r *Runner) waitSync(ctx context.Context, p *Process, output *collector) (i
 	}
 }
 
-// abandon kills a command whose time is up.
-func (r *Runner) abandon(ctx context.Context, p *Process) error {
+// abandon kills a command that may not go on, and returns the reason.
+func (r *Runner) abandon(p *Process, reason error) error {
 	p.Kill()
 	timer := time.NewTimer(afterTimeout)
 	defer timer.Stop()
@@ -114,6 +150,11 @@ func (r *Runner) abandon(ctx context.Context, p *Process) error {
 	case <-p.ended:
 	case <-timer.C: // the killing goes on without us
 	}
+	return reason
+}
+
+// timeoutOf is the error of a command whose context is done.
+func timeoutOf(ctx context.Context) error {
 	cause := context.Cause(ctx)
 	if errors.Is(cause, ErrTimeout) {
 		return cause
@@ -124,15 +165,20 @@ func (r *Runner) abandon(ctx context.Context, p *Process) error {
 // collector gathers a process's output up to a limit and drops the rest.
 type collector struct {
 	done chan struct{} // closed when both streams have ended
+	full chan struct{} // closed when there was no room with the others
 
 	mu             sync.Mutex
-	room           int
+	left           int // of the limit
+	own            int // of ownOutput
+	shared         Room
+	taken          int // of shared
+	refused        bool
 	stdout, stderr []byte // to be read once done is closed
 	last           time.Time
 }
 
-func collect(p *Process, limit int) *collector {
-	c := &collector{done: make(chan struct{}), room: limit}
+func collect(p *Process, limit int, shared Room) *collector {
+	c := &collector{done: make(chan struct{}), full: make(chan struct{}), left: limit, own: ownOutput, shared: shared}
 	var streams sync.WaitGroup
 	read := func(from io.Reader, to *[]byte) {
 		buffer := make([]byte, 32<<10)
@@ -160,9 +206,35 @@ func (c *collector) add(to *[]byte, data []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.last = time.Now()
-	data = data[:min(len(data), c.room)]
-	c.room -= len(data)
+	if data = data[:min(len(data), c.left)]; !c.takeLocked(len(data)) {
+		return
+	}
+	c.left -= len(data)
 	*to = append(*to, data...)
+}
+
+// takeLocked takes room for n bytes. Once there was none, nothing more is kept, so that what is kept has no gap.
+func (c *collector) takeLocked(n int) bool {
+	own := min(n, c.own)
+	if n > own && c.shared != nil && !c.refused {
+		if c.refused = !c.shared.Take(n - own); c.refused {
+			close(c.full)
+		} else {
+			c.taken += n - own
+		}
+	}
+	c.own -= own
+	return !c.refused
+}
+
+// leave returns what was taken. The output is the caller's from now on.
+func (c *collector) leave() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.taken > 0 {
+		c.shared.Return(c.taken)
+		c.taken = 0
+	}
 }
 
 // lastData is when output came last, but not before the given time.

@@ -4,9 +4,28 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
+
+// What the runtime's environment has for the runtime's own sake is not in the command's.
+func TestRuntimeEnvironmentStaysOut(t *testing.T) {
+	r, c := newRunner(t), newContainer(t)
+	result, err := r.RunSync(t.Context(), c, SyncCommand{Args: []string{"env"}, Env: []string{"GOGC=7"}})
+	if err != nil || !strings.Contains(string(result.Stdout), "GOGC=7\n") {
+		t.Fatalf("env: %v: %s", err, result.Stdout)
+	}
+	for _, variable := range runtimeEnvironment() {
+		name, _, _ := strings.Cut(variable, "=")
+		if name == "PATH" || name == "HOME" { // the container has its own
+			continue
+		}
+		if strings.Contains("\n"+string(result.Stdout), "\n"+name+"=") {
+			t.Errorf("the command has %s in its environment: %s", name, result.Stdout)
+		}
+	}
+}
 
 func TestRunSync(t *testing.T) {
 	r := newRunner(t)
@@ -133,6 +152,94 @@ func TestOutputLimit(t *testing.T) {
 	result, err = r.RunSync(context.Background(), c, SyncCommand{Args: shell("printf 12345; sleep 0.5; printf 67890 >&2")})
 	if err != nil || string(result.Stdout) != "12345" || string(result.Stderr) != "67" {
 		t.Errorf("%+v, %v", result, err)
+	}
+}
+
+// room is a Room.
+type room struct {
+	mu   sync.Mutex
+	left int
+}
+
+func (r *room) Take(n int) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n > r.left {
+		return false
+	}
+	r.left -= n
+	return true
+}
+
+func (r *room) Return(n int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.left += n
+}
+
+// What all keep together is bounded: a command for whose output there is no room is ended with its tree, and says
+// so. What a probe writes always has room.
+func TestOutputRoom(t *testing.T) {
+	shared := &room{left: 1 << 20}
+	r := newRunner(t, func(config *Config) { config.OutputRoom, config.OutputLimit = shared, 16<<20 })
+	c := newContainer(t)
+	marker := newMarker()
+	_, err := r.RunSync(context.Background(), c, SyncCommand{Args: shell("sleep " + marker + " & yes; :")})
+	if !errors.Is(err, ErrNoRoom) || errors.Is(err, ErrTimeout) {
+		t.Errorf("%v", err)
+	}
+	eventually(t, "the tree is gone", func() bool { return len(marked(t, marker)) == 0 })
+	result, err := r.RunSync(context.Background(), c, SyncCommand{Args: shell("head -c 1000000 /dev/zero; exit 3")})
+	if err != nil || result.ExitCode != 3 || len(result.Stdout) != 1000000 {
+		t.Errorf("within the room: %d bytes, %v", len(result.Stdout), err)
+	}
+	if shared.left != 1<<20 {
+		t.Errorf("%d bytes of room are left", shared.left)
+	}
+	shared.left = 0
+	result, err = r.RunSync(context.Background(), c, SyncCommand{Args: shell("head -c 40000 /dev/zero; head -c 20000 /dev/zero >&2; exit 3")})
+	if err != nil || result.ExitCode != 3 || len(result.Stdout) != 40000 || len(result.Stderr) != 20000 {
+		t.Errorf("of its own: %d and %d bytes, %v", len(result.Stdout), len(result.Stderr), err)
+	}
+}
+
+// A command waits for its turn within its timeout, and has it only while it starts.
+func TestTurn(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	began := make(chan struct{})
+	ended := make(chan struct{})
+	turn := func(context.Context) (func(), error) {
+		close(began)
+		return func() { close(ended) }, nil
+	}
+	done := make(chan error, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		_, err := r.RunSync(ctx, c, SyncCommand{Args: []string{"sleep", newMarker()}, Turn: turn})
+		done <- err
+	}()
+	closes(t, began, "the turn")
+	closes(t, ended, "the end of the turn while the command runs")
+	select {
+	case err := <-done:
+		t.Errorf("the command has ended: %v", err)
+	default:
+	}
+	cancel()
+	<-done
+
+	never := func(ctx context.Context) (func(), error) {
+		<-ctx.Done()
+		return nil, context.Cause(ctx)
+	}
+	if _, err := r.RunSync(t.Context(), c, SyncCommand{Args: []string{"true"}, Turn: never, Timeout: 50 * time.Millisecond}); !errors.Is(err, ErrTimeout) {
+		t.Errorf("a turn that does not come in time: %v", err)
+	}
+	refused := errors.New("refused")
+	no := func(context.Context) (func(), error) { return nil, refused }
+	if _, err := r.RunSync(t.Context(), c, SyncCommand{Args: []string{"true"}, Turn: no}); !errors.Is(err, refused) || errors.Is(err, ErrTimeout) {
+		t.Errorf("a refused turn: %v", err)
 	}
 }
 

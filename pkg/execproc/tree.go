@@ -24,8 +24,10 @@ type tree struct {
 	init   int // the container's main process, never touched
 	// stranger is set for a leader that is no child of this process, whose orphans therefore may be anybody's.
 	stranger bool
-	ends     streamEnds
-	pipes    *pipeWatch // nil when it is not known who holds the pipes
+	// urgent trees are looked for first: somebody waits for the answer to a probe.
+	urgent bool
+	ends   streamEnds
+	pipes  *pipeWatch // nil when it is not known who holds the pipes
 	// killing is set once the tree is only to be killed: who else holds its pipes is looked for afterwards.
 	killing bool
 

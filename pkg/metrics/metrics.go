@@ -29,6 +29,18 @@ type Config struct {
 	// Buffered is asked for the bytes of unread data that sessions hold, BuffersRefused how many times there was no
 	// room for more; nil is none.
 	Buffered, BuffersRefused func() int64
+	// SyncOutput and RecordingBuffered are the same for what ExecSync calls keep and what recordings have to write.
+	SyncOutput, SyncOutputRefused              func() int64
+	RecordingBuffered, RecordingBuffersRefused func() int64
+	// Commands is asked what commands are doing; nil is none.
+	Commands func() Commands
+}
+
+// Commands are numbers of commands.
+type Commands struct {
+	Starting, StartsWaiting       int // of sessions
+	ProbesStarting, ProbesWaiting int // of ExecSync
+	Ending, EndsWaiting           int // whose processes are looked for because they are to end
 }
 
 // Metrics are the numbers. It is a session.Observer. Its methods may be called from many goroutines.
@@ -122,10 +134,13 @@ func New(c Config) *Metrics {
 	m.counterFunc("audit_records_lost_total", "Audit records that could not be written.", c.LostAudit)
 	m.counterFunc("recordings_incomplete_total", "Recordings that could not be begun, have gaps, or ended before their session.", c.IncompleteRecordings)
 	m.counterFunc("buffers_refused_total", "Times that data of a session had to wait, or was skipped, because limits.buffers was reached.", c.BuffersRefused)
-	if c.Buffered != nil {
-		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "streamshim_buffered_bytes", Help: "Unread data that sessions hold.",
-		}, func() float64 { return float64(c.Buffered()) }))
+	m.counterFunc("execsync_output_refused_total", "ExecSync calls that were ended because limits.sync_output was reached.", c.SyncOutputRefused)
+	m.counterFunc("recording_buffers_refused_total", "Times that a recording missed something because limits.recording_buffers was reached.", c.RecordingBuffersRefused)
+	m.gaugeFunc("buffered_bytes", "Unread data that sessions hold.", c.Buffered)
+	m.gaugeFunc("execsync_buffered_bytes", "Output that running ExecSync calls keep, beside 64 KiB of each.", c.SyncOutput)
+	m.gaugeFunc("recording_buffered_bytes", "What recordings have to write yet, beside 16 KiB of each.", c.RecordingBuffered)
+	if c.Commands != nil {
+		m.registry.MustRegister(commandsCollector(c.Commands))
 	}
 	m.registry.MustRegister(build, (*liveCollector)(m),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
@@ -133,6 +148,38 @@ func New(c Config) *Metrics {
 		}, func() float64 { return float64(c.WaitingTokens()) }),
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
+}
+
+func (m *Metrics) gaugeFunc(name, help string, value func() int64) {
+	if value != nil {
+		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "streamshim_" + name, Help: help},
+			func() float64 { return float64(value()) }))
+	}
+}
+
+// commandsCollector asks once for each scrape.
+type commandsCollector func() Commands
+
+var commandsDesc = prometheus.NewDesc("streamshim_commands",
+	"Commands that are being started, or ended, and those that wait for their turn.", []string{"what", "state"}, nil)
+
+// Describe implements prometheus.Collector.
+func (commandsCollector) Describe(descriptions chan<- *prometheus.Desc) { descriptions <- commandsDesc }
+
+// Collect implements prometheus.Collector.
+func (ask commandsCollector) Collect(found chan<- prometheus.Metric) {
+	c := ask()
+	for _, one := range []struct {
+		what             string
+		running, waiting int
+	}{
+		{"exec-start", c.Starting, c.StartsWaiting},
+		{"execsync-start", c.ProbesStarting, c.ProbesWaiting},
+		{"end", c.Ending, c.EndsWaiting},
+	} {
+		found <- prometheus.MustNewConstMetric(commandsDesc, prometheus.GaugeValue, float64(one.running), one.what, "running")
+		found <- prometheus.MustNewConstMetric(commandsDesc, prometheus.GaugeValue, float64(one.waiting), one.what, "waiting")
+	}
 }
 
 func (m *Metrics) histogram(name, help string, buckets []float64, labels ...string) *prometheus.HistogramVec {

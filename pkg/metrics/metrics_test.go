@@ -29,6 +29,9 @@ func newForTest() *Metrics {
 	return New(Config{
 		Version: "test", Methods: []string{"/runtime.v1.RuntimeService/Exec"}, WaitingTokens: func() int { return 3 },
 		Buffered: func() int64 { return 11 }, BuffersRefused: func() int64 { return 13 },
+		SyncOutput: func() int64 { return 17 }, SyncOutputRefused: func() int64 { return 19 },
+		RecordingBuffered: func() int64 { return 23 }, RecordingBuffersRefused: func() int64 { return 29 },
+		Commands:  func() Commands { return Commands{1, 2, 3, 4, 5, 6} },
 		LostAudit: func() int64 { return 5 }, IncompleteRecordings: func() int64 { return 7 },
 	})
 }
@@ -173,6 +176,27 @@ func TestResults(t *testing.T) {
 	} {
 		if got := resultLabel(tt.kind, tt.outcome); got != tt.want {
 			t.Errorf("%s %+v is %q, want %q", tt.kind, tt.outcome, got, tt.want)
+		}
+	}
+}
+
+func TestBudgets(t *testing.T) {
+	m := newForTest()
+	for name, want := range map[string]float64{
+		"streamshim_buffered_bytes": 11, "streamshim_buffers_refused_total": 13,
+		"streamshim_execsync_buffered_bytes": 17, "streamshim_execsync_output_refused_total": 19,
+		"streamshim_recording_buffered_bytes": 23, "streamshim_recording_buffers_refused_total": 29,
+	} {
+		if got := value(t, m, name, nil); got != want {
+			t.Errorf("%s is %v, want %v", name, got, want)
+		}
+	}
+	for i, what := range []string{"exec-start", "execsync-start", "end"} {
+		for j, state := range []string{"running", "waiting"} {
+			want := float64(2*i + j + 1)
+			if got := value(t, m, "streamshim_commands", map[string]string{"what": what, "state": state}); got != want {
+				t.Errorf("%s %s: %v, want %v", what, state, got, want)
+			}
 		}
 	}
 }

@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/test/leak"
+	"github.com/streamshim/streamshim/internal/testutil/leak"
 )
 
 // forwardTo forwards a new stream to a pod's listener served by serve.

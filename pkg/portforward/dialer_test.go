@@ -16,7 +16,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/test/leak"
+	"github.com/streamshim/streamshim/internal/testutil/leak"
 )
 
 // name serves a connection with a word that tells who was reached.

@@ -14,7 +14,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/test/leak"
+	"github.com/streamshim/streamshim/internal/testutil/leak"
 )
 
 func TestForwardRefused(t *testing.T) {

@@ -29,11 +29,23 @@ type TapEvent struct {
 // eventCost is what an event counts beside its data, so that many small ones are bounded, too.
 const eventCost = 64
 
+// TapRoom bounds what several TapQueues hold together.
+type TapRoom interface {
+	// Take takes n bytes, all or none, and reports whether there was room.
+	Take(n int) bool
+	// Return gives n bytes back.
+	Return(n int)
+}
+
+// ownTapBytes is what each queue may hold whether there is room with the others or not.
+const ownTapBytes = 16 << 10
+
 // TapQueue is a Tap that keeps what it sees for somebody who takes it in his own time. It never
 // blocks: what does not fit is lost, and a TapGap event stands in its place. It is taken from by one
 // goroutine.
 type TapQueue struct {
 	limit    int
+	room     TapRoom // nil is no bound
 	input    bool
 	overflow func()
 
@@ -50,12 +62,14 @@ type tapBatch struct {
 	events  []TapEvent
 	offsets []int // where each event's data begins
 	data    []byte
+	shared  int // bytes taken of the room
 }
 
-// NewTapQueue returns a queue of limit bytes; as much again may be in the hands of the taker. Input is only kept when wanted. Overflow, if not nil,
+// NewTapQueue returns a queue of limit bytes; as much again may be in the hands of the taker. What it holds beyond
+// 16 KiB is taken of the room, which may be nil. Input is only kept when wanted. Overflow, if not nil,
 // is called each time the queue begins to lose something; it must not block.
-func NewTapQueue(limit int, input bool, overflow func()) *TapQueue {
-	return &TapQueue{limit: limit, input: input, overflow: overflow, ready: make(chan struct{}, 1)}
+func NewTapQueue(limit int, room TapRoom, input bool, overflow func()) *TapQueue {
+	return &TapQueue{limit: limit, room: room, input: input, overflow: overflow, ready: make(chan struct{}, 1)}
 }
 
 // Output implements Tap.
@@ -81,7 +95,7 @@ func (q *TapQueue) put(event TapEvent, p []byte) {
 		return
 	}
 	size := len(q.filling.data) + len(p) + eventCost*(len(q.filling.events)+1)
-	if size > q.limit {
+	if size > q.limit || !q.takeLocked(size) {
 		first := q.lost == 0
 		q.lost += int64(len(p))
 		q.mu.Unlock()
@@ -97,6 +111,27 @@ func (q *TapQueue) put(event TapEvent, p []byte) {
 	b.data = append(b.data, p...)
 	q.mu.Unlock()
 	q.signal()
+}
+
+// takeLocked takes room so that the batch being filled may have a size.
+func (q *TapQueue) takeLocked(size int) bool {
+	more := size - ownTapBytes - q.filling.shared
+	if q.room == nil || more <= 0 {
+		return true
+	}
+	if !q.room.Take(more) {
+		return false
+	}
+	q.filling.shared += more
+	return true
+}
+
+// returnRoom gives back what a batch has taken, and its memory with it.
+func (q *TapQueue) returnRoom(b *tapBatch) {
+	if b.shared > 0 {
+		q.room.Return(b.shared)
+		*b = tapBatch{}
+	}
 }
 
 func (q *TapQueue) markGap(at time.Time) {
@@ -128,9 +163,19 @@ func (q *TapQueue) Close() {
 // Ready gets a value when there may be something to Take.
 func (q *TapQueue) Ready() <-chan struct{} { return q.ready }
 
+// Release forgets what is in the queue and gives back its room. It is called by the taker, after Close and instead of
+// the next Take.
+func (q *TapQueue) Release() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.returnRoom(&q.taken)
+	q.returnRoom(&q.filling)
+}
+
 // Take returns all events that are there, valid until the next call; more is false once the queue is
 // closed and empty.
 func (q *TapQueue) Take() (events []TapEvent, more bool) {
+	q.returnRoom(&q.taken)
 	q.mu.Lock()
 	q.taken, q.filling = q.filling, q.taken
 	q.filling.events, q.filling.offsets, q.filling.data = q.filling.events[:0], q.filling.offsets[:0], q.filling.data[:0]

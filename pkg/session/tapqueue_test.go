@@ -8,7 +8,7 @@ import (
 
 func TestTapQueue(t *testing.T) {
 	overflows := 0
-	q := NewTapQueue(3*eventCost+10, false, func() { overflows++ })
+	q := NewTapQueue(3*eventCost+10, nil, false, func() { overflows++ })
 	q.Output(Stdout, []byte("abc"))
 	q.Input([]byte("not wanted"))
 	q.Resize(80, 25)
@@ -37,6 +37,58 @@ func TestTapQueue(t *testing.T) {
 	}
 }
 
+// room is a TapRoom.
+type room struct{ left int }
+
+func (r *room) Take(n int) bool {
+	if n > r.left {
+		return false
+	}
+	r.left -= n
+	return true
+}
+
+func (r *room) Return(n int) { r.left += n }
+
+// What queues hold together is bounded, but each has some for itself; what is taken of the room comes back.
+func TestTapQueueRoom(t *testing.T) {
+	const shared = 100 << 10
+	all := &room{shared}
+	greedy, modest := NewTapQueue(1<<20, all, false, nil), NewTapQueue(1<<20, all, false, nil)
+	for range 20 {
+		greedy.Output(Stdout, make([]byte, 10<<10))
+	}
+	if all.left > 10<<10 {
+		t.Errorf("%d bytes are free", all.left)
+	}
+	modest.Output(Stdout, make([]byte, 10<<10))
+	if events, _ := modest.Take(); describe(events) != "out 1 "+string(make([]byte, 10<<10)) {
+		t.Errorf("a queue that holds little misses something: %d events", len(events))
+	}
+	events, _ := greedy.Take()
+	kept := 0
+	for _, e := range events {
+		kept += len(e.Data)
+	}
+	if kept > shared+ownTapBytes || kept < shared {
+		t.Errorf("%d bytes were kept", kept)
+	}
+	greedy.Output(Stdout, make([]byte, 10<<10)) // its own: the room is still with what was taken
+	events, _ = greedy.Take()
+	if all.left != shared || len(events) != 2 || events[0].Kind != TapGap || events[0].Lost == 0 {
+		t.Errorf("%d bytes are free, %d events", all.left, len(events))
+	}
+	greedy.Output(Stdout, make([]byte, 50<<10))
+	if all.left == shared {
+		t.Error("nothing was taken of the room")
+	}
+	greedy.Close()
+	greedy.Release()
+	if all.left != shared {
+		t.Errorf("%d bytes are free after the end", all.left)
+	}
+}
+
 func describe(events []TapEvent) string {
 	text := ""
 	for _, e := range events {
@@ -61,7 +113,7 @@ func TestTaps(t *testing.T) {
 	var taps Taps
 	taps.Output(Stdout, []byte("nobody listens"))
 	taps.Resize(1, 2)
-	one, two := NewTapQueue(1000, true, nil), NewTapQueue(1000, false, nil)
+	one, two := NewTapQueue(1000, nil, true, nil), NewTapQueue(1000, nil, false, nil)
 	removeOne := taps.Add(one)
 	taps.Output(Stdout, []byte("a"))
 	removeTwo := taps.Add(two)

@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/client-go/tools/remotecommand"
 
+	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/session"
-	"github.com/streamshim/streamshim/test/leak"
 )
 
 // countingListener counts what is written to its connections, call by call.

@@ -305,7 +305,7 @@ func TestCutInputDoesNotLookWhole(t *testing.T) {
 					s, up, data := startServer(t, Config{}), newUpload(t), randomBytes(300_000)
 					executor := &hostExecutor{t: t}
 					options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}
-					u := s.execURL(executor, options, up.args("sleep 0.5", "cat")...)
+					u := s.execURL(executor, options, up.args("sleep 0.5; : > reads", "cat")...)
 					if protocol == "SPDY" {
 						uploadOverSPDY(t, u, data, way)
 					} else {
@@ -313,13 +313,17 @@ func TestCutInputDoesNotLookWhole(t *testing.T) {
 						client.send(0, data)
 						client.end(way)
 					}
+					left := time.Now()
 					eventually(t, "the command's start", func() bool { return executor.count() == 1 || len(s.config.Sessions.List()) == 0 })
 					if executor.count() == 0 { // the reset came before
 						return
 					}
 					receive(t, executor.last().disconnected, "the command to be hung up")
 					inOrder := !strings.HasSuffix(way, "RST") && !strings.HasSuffix(way, "1011")
-					if inOrder && up.received() < len(data) {
+					// On a busy machine the command may begin to read after it was given up.
+					if reads, err := os.Stat(filepath.Join(up.dir, "reads")); err != nil || reads.ModTime().Sub(left) > cutInputGrace/2 {
+						t.Logf("the machine is too busy to tell what is given to the command: %v", err)
+					} else if inOrder && up.received() < len(data) {
 						t.Errorf("%d bytes of %d arrived before the hang-up", up.received(), len(data))
 					}
 					eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })

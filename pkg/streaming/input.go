@@ -33,6 +33,8 @@ func leftInOrder(err error) bool {
 const (
 	// cutInputGrace is how long a command may take nothing of input that was cut, after its client has left.
 	cutInputGrace = 2 * time.Second
+	// takenGrace is how long a command has for the last that it took of input that was cut, before it is hung up.
+	takenGrace = 500 * time.Millisecond
 	// inputLook is how often it is looked at what a command takes whose client has left.
 	inputLook = 50 * time.Millisecond
 	// leftPiece is how much is written at once then, so that a slow reader is told from one that stands still.
@@ -242,7 +244,7 @@ func (s *remoteCommandSession) finishInput(ctx context.Context) {
 		if ended == nil && in.cut || ended != nil && isClosed(s.served) && !in.from.InputEnded() {
 			limit = cutInputGrace
 			if ended == nil && now.pending == 0 {
-				return
+				limit = takenGrace
 			}
 		}
 		if time.Since(since) >= limit {

@@ -212,7 +212,7 @@ func TestGoroutinesOfAForwardedConnection(t *testing.T) {
 }
 
 // What an idle session with a terminal holds of this process's memory. What the kernel holds, sockets
-// and a pty, is measured on a real node in test/streams.
+// and a pty, is measured on a real node in test/integration/portforward.
 func TestIdleTerminalIsSmall(t *testing.T) {
 	const sessions = 300
 	forEachTransport(t, func(t *testing.T, transport string) {

@@ -121,7 +121,7 @@ func measureTap(b *testing.B, from, way string, amount int64) time.Duration {
 	if way == "recorded" {
 		recorder := recording.New(recording.Config{
 			Directory: b.TempDir(), Buffer: 1 << 20, NonTTY: true, Rules: []session.Selector{{}},
-		}, slog.New(slog.DiscardHandler))
+		}, nil, slog.New(slog.DiscardHandler))
 		live, err := session.NewRegistry(slog.New(slog.DiscardHandler), recorder).Begin(b.Context(), session.Info{Kind: session.Exec, TTY: true})
 		if err != nil {
 			b.Fatal(err)
@@ -133,7 +133,7 @@ func measureTap(b *testing.B, from, way string, amount int64) time.Duration {
 		}()
 	}
 	if way == "listener" {
-		queue := session.NewTapQueue(1<<20, false, nil)
+		queue := session.NewTapQueue(1<<20, nil, false, nil)
 		taps.Add(queue)
 		go func() {
 			defer close(done)

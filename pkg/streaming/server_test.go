@@ -20,8 +20,8 @@ import (
 
 	"k8s.io/client-go/tools/remotecommand"
 
+	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/session"
-	"github.com/streamshim/streamshim/test/leak"
 )
 
 // startHastyServer is startServer with HTTP limits that a test need not wait for long: those that are

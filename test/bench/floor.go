@@ -14,8 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/test/node"
-	"github.com/streamshim/streamshim/test/wire"
+	"github.com/streamshim/streamshim/test/internal/node"
+	"github.com/streamshim/streamshim/test/internal/wire"
 )
 
 // The floor of a copy is a process that does nothing but read from one descriptor and write to the

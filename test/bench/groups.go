@@ -9,7 +9,7 @@ import (
 	"regexp"
 	"time"
 
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // group is some figures that are measured together, one round after the other.

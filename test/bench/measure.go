@@ -11,8 +11,8 @@ import (
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/streamshim/streamshim/test/node"
-	"github.com/streamshim/streamshim/test/wire"
+	"github.com/streamshim/streamshim/test/internal/node"
+	"github.com/streamshim/streamshim/test/internal/wire"
 )
 
 // side is one of the two CRI endpoints of the same node.

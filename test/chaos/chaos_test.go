@@ -83,10 +83,12 @@ func TestCauses(t *testing.T) {
 	now := time.Now()
 	at := func(seconds float64) time.Time { return now.Add(time.Duration(seconds * float64(time.Second))) }
 	s.windows = []*window{
-		{name: "state-full", begin: at(10), end: at(12), excuses: excuse{failures: true, starts: true}},
+		{name: "state-full", begin: at(10), end: at(12), excuses: excuse{failures: true, starts: "no space left"}},
 		{name: "killed", begin: at(30), end: at(31), excuses: everything},
 		{name: "hangs", begin: at(50), excuses: upstream},
 	}
+	s.begin = now
+	s.floor = []sample{{at: 80 * time.Second, took: 6 * time.Second}}
 	living := &pod{kind: stable}
 	for _, test := range []struct {
 		name       string
@@ -96,12 +98,15 @@ func TestCauses(t *testing.T) {
 		want       string
 	}{
 		{"nothing going on", &client{pod: living}, 1, 5, errors.New("x"), ""},
-		{"began before the disk was full", &client{pod: living}, 1, 11, errors.New("x"), ""},
-		{"began while it was", &client{pod: living}, 11, 11.5, errors.New("x"), "state-full"},
-		{"soon after", &client{pod: living}, 14, 15, errors.New("x"), "state-full"},
-		{"long after", &client{pod: living}, 16, 17, errors.New("x"), ""},
+		{"before the disk was full", &client{pod: living}, 1, 9, errors.New("start: no space left on device"), ""},
+		{"while it was", &client{pod: living}, 11, 11.5, errors.New("start: no space left on device"), "state-full"},
+		{"while it was, for another reason", &client{pod: living}, 11, 11.5, errors.New("x"), ""},
+		{"soon after", &client{pod: living}, 14, 15, errors.New("start: no space left on device"), "state-full"},
+		{"long after", &client{pod: living}, 16, 17, errors.New("start: no space left on device"), ""},
 		{"lived when streamshim was killed", &client{pod: living}, 1, 30.5, errors.New("x"), "killed"},
 		{"hangs, whatever was going on", &client{pod: living}, 1, 30.5, os.ErrDeadlineExceeded, ""},
+		{"hangs as everything does", &client{pod: living}, 70, 130, os.ErrDeadlineExceeded, "hopelessly busy"},
+		{"fails while everything hangs", &client{pod: living}, 70, 130, errors.New("x"), ""},
 		{"needs no upstream", &client{pod: living}, 51, 52, errors.New("x"), ""},
 		{"needs the upstream", &client{pod: living, upstream: true}, 51, 52, errors.New("x"), "hangs"},
 		{"dead pod", &client{pod: &pod{kind: victim, gone: now}}, 1, 2, errors.New("x"), "pod killed"},
@@ -114,43 +119,76 @@ func TestCauses(t *testing.T) {
 
 func TestAccountAbove(t *testing.T) {
 	before := account{descriptors: 20, goroutines: 30, members: 6}
-	if found := (account{descriptors: 20 + moreDescriptors, goroutines: 30 + moreGoroutines, members: 6}).above(before); found != nil {
+	if found := (account{descriptors: 20 + moreDescriptors, goroutines: 30 + moreGoroutines, members: 6}).above(before, 0); found != nil {
 		t.Errorf("within: %v", found)
 	}
 	for _, more := range []account{
 		{sessions: 1}, {descriptors: 21 + moreDescriptors}, {goroutines: 31 + moreGoroutines}, {children: 1}, {members: 7},
 		{records: 1}, {buffered: 1}, {mounts: 1}, {namespaces: 1}, {heap: moreHeap + 1}, {rss: moreRSS + 1},
 	} {
-		if found := more.above(before); len(found) != 1 {
+		if found := more.above(before, 0); len(found) != 1 {
 			t.Errorf("%+v: %v", more, found)
 		}
 	}
 }
 
-// The bar is a second, or twice what containerd takes on the same machine.
-func TestProbeBar(t *testing.T) {
-	samples := func(slow time.Duration) []sample {
-		all := make([]sample, 100)
-		for i := range all {
-			all[i].took = 10 * time.Millisecond
+// A pod that was being made when containerd was killed may leave something.
+func TestAccountOfInterruptedPods(t *testing.T) {
+	before := account{}
+	if found := (account{mounts: 4, namespaces: 2}).above(before, 2); found != nil {
+		t.Errorf("within: %v", found)
+	}
+	for _, more := range []account{{mounts: 5}, {namespaces: 3}, {records: 1}} {
+		if found := more.above(before, 2); len(found) != 1 {
+			t.Errorf("%+v: %v", more, found)
 		}
-		all[98].took, all[99].took = slow, slow
-		return append(all, sample{took: time.Minute, excused: true})
+	}
+}
+
+// A probe may take a second, or as much as three of what is started at the same time without streamshim.
+func TestProbeBar(t *testing.T) {
+	probes := func(late int, took time.Duration) []sample {
+		all := []sample{{at: time.Minute, took: time.Minute, excused: true}}
+		for i := range 200 {
+			one := sample{at: time.Duration(i) * 100 * time.Millisecond, took: 10 * time.Millisecond}
+			if i < late {
+				one.took = took
+			}
+			all = append(all, one)
+		}
+		return all
 	}
 	for _, test := range []struct {
-		ours, theirs time.Duration
-		want         int
+		name   string
+		probes []sample
+		floor  []sample
+		want   int
 	}{
-		{900 * time.Millisecond, 10 * time.Millisecond, 0},
-		{1100 * time.Millisecond, 10 * time.Millisecond, 1},
-		{1100 * time.Millisecond, 600 * time.Millisecond, 0},
-		{1300 * time.Millisecond, 600 * time.Millisecond, 1},
+		{"within a second", probes(200, 900*time.Millisecond), nil, 0},
+		{"two of 200", probes(2, 2*time.Second), nil, 0},
+		{"three of 200", probes(3, 2*time.Second), nil, 1},
+		{"a busy machine", probes(3, 2*time.Second), []sample{{at: time.Second, took: 700 * time.Millisecond}}, 0},
+		{"and slow beside it", probes(3, 2200*time.Millisecond), []sample{{at: time.Second, took: 700 * time.Millisecond}}, 1},
+		{"a busy machine at another time", probes(3, 2*time.Second), []sample{{at: 10 * time.Second, took: time.Minute}}, 1},
 	} {
 		s := newTestRun(t)
-		s.probes, s.reference = samples(test.ours), samples(test.theirs)
+		s.probes, s.floor = test.probes, test.floor
 		s.judgeProbes()
 		if s.violations[slowProbes] != test.want {
-			t.Errorf("%+v: %v", test, s.violations)
+			t.Errorf("%s: %v", test.name, s.violations)
+		}
+	}
+}
+
+// Streamshim itself may use twice the CPU time of what it starts.
+func TestCPUBar(t *testing.T) {
+	for used, want := range map[time.Duration]int{500 * time.Millisecond: 0, 700 * time.Millisecond: 1} {
+		s := newTestRun(t)
+		s.probes, s.counts = make([]sample, 6), map[string]int{"download: ok": 4}
+		s.floor, s.floorCPU, s.cpu = make([]sample, 3), 90*time.Millisecond, used
+		s.judgeCPU()
+		if s.violations[burntCPU] != want {
+			t.Errorf("%v: %v", used, s.violations)
 		}
 	}
 }

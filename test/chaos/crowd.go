@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -30,6 +31,13 @@ func newCrowd(ctx context.Context, s *soakRun) *crowd {
 	return c
 }
 
+// tooBusy is how long a plain `runc exec` takes on a machine that cannot take more sessions. A soak that went on adding to
+// what waits would see nothing but waiting.
+const tooBusy = 2 * time.Second
+
+// hopeless is how long a `runc exec` takes on a machine on which a time-out says nothing.
+const hopeless = sessionLimit / 12
+
 // run lets sessions come and go until the context ends.
 func (c *crowd) run(ctx context.Context) {
 	for range c.s.sessions {
@@ -37,7 +45,13 @@ func (c *crowd) run(ctx context.Context) {
 	}
 	number := 0
 	every(ctx, time.Duration(float64(time.Second)/c.s.rate), func() {
-		number++ // also without a place for it: at the same time comes the same session
+		number++ // also when it is not begun: at the same time comes the same session
+		if c.s.busy() > tooBusy {
+			c.s.mu.Lock()
+			c.s.notBegun++
+			c.s.mu.Unlock()
+			return
+		}
 		select {
 		case c.begins <- number:
 		case <-ctx.Done():
@@ -122,8 +136,11 @@ func (s *soakRun) try(ctx context.Context, c *client, kind sessionKind) {
 
 // causeOf says why a session may have failed, empty when nothing explains it.
 func (s *soakRun) causeOf(c *client, begin, end time.Time, err error) string {
-	// A session that does not end is explained by nothing but that nobody could be asked to begin it.
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+	// A session that does not end is explained by nothing but a machine on which nothing does.
+	if errors.Is(err, os.ErrDeadlineExceeded) || strings.Contains(err.Error(), "did not start the command in time") {
+		if s.slowest(begin, end) > hopeless {
+			return "hopelessly busy"
+		}
 		return ""
 	}
 	if c.pod.dead() {
@@ -135,12 +152,8 @@ func (s *soakRun) causeOf(c *client, begin, end time.Time, err error) string {
 	if cause := s.excused(begin, end, func(e excuse) bool { return e.sessions }); cause != "" {
 		return cause
 	}
-	// A port-forward begins something with each connection.
-	starting := end
-	if limit := begin.Add(startTime); c.kind != "forward" && limit.Before(end) {
-		starting = limit
-	}
-	if cause := s.excused(begin, starting, func(e excuse) bool { return e.starts }); cause != "" {
+	refused := func(e excuse) bool { return e.starts != "" && strings.Contains(err.Error(), e.starts) }
+	if cause := s.excused(begin, end, refused); cause != "" {
 		return cause
 	}
 	// The first exec in a container, or the first after a restart, asks the upstream.
@@ -151,23 +164,23 @@ func (s *soakRun) causeOf(c *client, begin, end time.Time, err error) string {
 	return ""
 }
 
-// startTime is how long the beginning of a session may take on a busy machine.
-const startTime = 5 * time.Second
-
 // warmUp makes one session of each kind in each stable pod, so that what is made once is there.
 func (s *soakRun) warmUp(ctx context.Context) error {
 	over, end := context.WithCancel(ctx)
 	end()
-	for i, p := range s.pods.all() {
-		if p.kind != stable {
-			continue
-		}
-		for _, kind := range kinds {
-			c := &client{s: s, r: s.random("warm "+kind.name, i), idle: over, pod: p, kind: kind.name, healthy: true}
-			if err := kind.run(ctx, c); err != nil {
-				return fmt.Errorf("%s: %w", kind.name, err)
+	failures := make([]error, len(s.pods.stable))
+	var inPods sync.WaitGroup
+	for i, p := range s.pods.stable {
+		inPods.Go(func() {
+			for _, kind := range kinds {
+				c := &client{s: s, r: s.random("warm "+kind.name, i), idle: over, pod: p, kind: kind.name, warming: true}
+				if err := kind.run(ctx, c); err != nil {
+					failures[i] = fmt.Errorf("%s in %s: %w", kind.name, p.name, err)
+					return
+				}
 			}
-		}
+		})
 	}
-	return nil
+	inPods.Wait()
+	return errors.Join(failures...)
 }

@@ -22,7 +22,7 @@ type fault struct {
 }
 
 var (
-	everything = excuse{probes: true, failures: true, sessions: true, starts: true, upstream: true, calls: true}
+	everything = excuse{probes: true, failures: true, sessions: true, upstream: true, calls: true}
 	upstream   = excuse{upstream: true}
 	nothing    = excuse{}
 )
@@ -35,10 +35,10 @@ var faults = []fault{
 	{"streamshim-killed", everything, restartStreamshim(0), 0},
 	{"streamshim-reloads", nothing, reload, 0},
 	// A start needs a file in the state directory: without room it fails, and says why.
-	{"state-full", excuse{failures: true, starts: true}, fill("state"), 2 * time.Second},
+	{"state-full", excuse{failures: true, starts: "no space left on device"}, fill("state"), 2 * time.Second},
 	{"audit-full", nothing, fill("audit"), 2 * time.Second},
 	{"recordings-full", nothing, fill("recordings"), 2 * time.Second},
-	{"no-descriptors", excuse{starts: true}, exhaustDescriptors, 2 * time.Second},
+	{"no-descriptors", excuse{starts: "limits.spare_descriptors"}, exhaustDescriptors, 2 * time.Second},
 	{"clock-jumps", nothing, jumpClock, 2 * time.Second},
 }
 

@@ -18,8 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/streamshim/streamshim/test/images"
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/images"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // podKind says what may happen to a pod.
@@ -67,6 +67,7 @@ type pods struct {
 	mu               sync.Mutex
 	victims, hostile []*pod
 	numbers          int
+	cut              int // of which containerd did not say whether they were made
 }
 
 const (
@@ -76,6 +77,8 @@ const (
 
 	hostileProcesses = 64
 	hostileMemory    = 48 << 20
+	// leastShares is what the kubelet gives a container that asks for no CPU.
+	leastShares = 2
 )
 
 func newPods(ctx context.Context, s *soakRun) (*pods, error) {
@@ -116,11 +119,15 @@ func (ps *pods) make(ctx context.Context, kind podKind, namespace string) (*pod,
 	var err error
 	n := ps.s.node
 	if p.sandbox, err = n.RunPod(ctx, node.PodSpec{Name: p.name, Namespace: namespace}); err != nil {
+		ps.mu.Lock()
+		ps.cut++
+		ps.mu.Unlock()
 		return nil, err
 	}
 	spec := node.ContainerSpec{}
 	if kind == hostile {
 		spec.MemoryLimit = hostileMemory
+		spec.Change = func(c *runtimeapi.ContainerConfig) { c.Linux.Resources.CpuShares = leastShares }
 	}
 	if p.shell, err = n.RunContainer(ctx, p.sandbox, spec); err != nil {
 		return nil, err
@@ -296,4 +303,31 @@ func (ps *pods) removeHostile(ctx context.Context) error {
 		errs = append(errs, ps.s.node.RemovePod(ctx, p.sandbox))
 	}
 	return errors.Join(errs...)
+}
+
+// removeUnknown removes what a kubelet would: pods that containerd has and the soak does not, because the answer to
+// RunPodSandbox or to a removal never came.
+func (ps *pods) removeUnknown(ctx context.Context) error {
+	known := map[string]bool{}
+	for _, p := range ps.all() {
+		known[p.sandbox] = !p.dead()
+	}
+	answer, err := ps.s.node.Upstream().ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, sandbox := range answer.Items {
+		if !known[sandbox.Id] {
+			errs = append(errs, ps.s.node.RemovePod(ctx, sandbox.Id))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// interrupted is how many pods were being made when containerd was killed.
+func (ps *pods) interrupted() int {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	return ps.cut
 }

@@ -28,6 +28,7 @@ func (s *soakRun) report() {
 		fmt.Fprintf(&t, "  %4d %s\n", faults[name], name)
 	}
 	t.WriteString("\nsessions:\n")
+	fmt.Fprintf(&t, "  %4d not begun, because the machine was busy\n", s.notBegun)
 	for _, name := range slices.Sorted(maps.Keys(s.counts)) {
 		fmt.Fprintf(&t, "  %4d %s\n", s.counts[name], name)
 	}
@@ -35,7 +36,7 @@ func (s *soakRun) report() {
 	for _, kind := range []struct {
 		name    string
 		samples []sample
-	}{{"probes", s.probes}, {"the same probes, asked of containerd", s.reference}, {"calls", s.calls}} {
+	}{{"probes", s.probes}, {"the same probes, asked of containerd", s.reference}, {"the same commands, by runc exec", s.floor}, {"calls", s.calls}} {
 		excused, failed := 0, 0
 		for _, one := range kind.samples {
 			if one.excused {
@@ -48,6 +49,9 @@ func (s *soakRun) report() {
 			kind.name, len(kind.samples), milliseconds(kind.samples, 50), milliseconds(kind.samples, 90), milliseconds(kind.samples, 99),
 			milliseconds(kind.samples, 100), failed, excused)
 	}
+	each, floor := s.cpuOfCommand()
+	fmt.Fprintf(&t, "CPU: streamshim itself %v, for each session and probe %v; runc exec %v each\n",
+		s.cpu.Round(time.Millisecond), each.Round(time.Millisecond/10), floor.Round(time.Millisecond/10))
 	t.WriteString("\n" + s.sparklines())
 	if len(s.violations) == 0 {
 		t.WriteString("\nno violation\n")

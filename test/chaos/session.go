@@ -16,7 +16,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/streamshim/streamshim/test/wire"
+	"github.com/streamshim/streamshim/test/internal/wire"
 )
 
 // sessionLimit is longer than any healthy session may take beyond its own time.
@@ -32,8 +32,8 @@ type client struct {
 	idle context.Context
 	// upstream says that the session needs more than streamshim.
 	upstream bool
-	// healthy leaves out what -inject does.
-	healthy bool
+	// warming is before the soak: nothing is slow, and what -inject does is left out.
+	warming bool
 }
 
 // sessionKind is one thing that a client does.
@@ -128,7 +128,7 @@ func (c *client) amount() int { return []int{1, 100, 2000, 20000, 100000}[c.r.In
 
 func (c *client) checker(what string, n int) *checker {
 	k := &checker{what: what, want: sequence(n)}
-	if c.s.inject == injectCut && !c.healthy && c.r.IntN(4) == 0 {
+	if c.s.inject == injectCut && !c.warming && c.r.IntN(4) == 0 {
 		k.drop = 1
 	}
 	return k
@@ -152,7 +152,9 @@ func slowDownload(ctx context.Context, c *client) error {
 		return err
 	}
 	k := c.checker("stdout", n)
-	k.pace = time.Duration(c.r.Int64N(int64(100 * time.Millisecond)))
+	if !c.warming {
+		k.pace = time.Duration(c.r.Int64N(int64(100 * time.Millisecond)))
+	}
 	return finish(session, k, nil, 0)
 }
 
@@ -209,7 +211,7 @@ func idle(ctx context.Context, c *client) error {
 	if err != nil {
 		return err
 	}
-	if c.s.inject == injectLeak && !c.healthy && c.r.IntN(10) == 0 {
+	if c.s.inject == injectLeak && !c.warming && c.r.IntN(10) == 0 {
 		return nil
 	}
 	if err := c.linger(session); err != nil {
@@ -246,7 +248,7 @@ func idleTerminal(ctx context.Context, c *client) error {
 			return err
 		}
 		if err := session.Expect(session.Stdout, strconv.Itoa(a*b)+"\r\n"); err != nil {
-			return err
+			return withStatus(session, err)
 		}
 		if i == 0 {
 			if err := c.linger(session); err != nil {
@@ -276,7 +278,8 @@ func (c *client) webSocket(ctx context.Context, request *runtimeapi.ExecRequest)
 	conn, answer, err := dialer.DialContext(ctx, "ws"+strings.TrimPrefix(response.Url, "http"), nil)
 	if err != nil {
 		if answer != nil {
-			err = fmt.Errorf("%w: %s", err, answer.Status)
+			reason, _ := io.ReadAll(answer.Body) //nolint:errcheck // as much as there is; it has been read already
+			err = fmt.Errorf("%w: %s: %s", err, answer.Status, reason)
 		}
 		return nil, fmt.Errorf("upgrade: %w", err)
 	}
@@ -398,7 +401,28 @@ func attach(ctx context.Context, c *client) error {
 	if err := session.WriteFrames(wire.AppendData(nil, session.Stdin, false, []byte(word+"\n"))); err != nil {
 		return err
 	}
-	return session.Expect(session.Stdout, "you said: "+word+"\n")
+	if err := session.Expect(session.Stdout, "you said: "+word+"\n"); err != nil {
+		return withStatus(session, err)
+	}
+	return nil
+}
+
+// withStatus adds the status that comes after an output that ended too early, if one does.
+func withStatus(session *wire.Exec, err error) error {
+	_ = session.SetReadDeadline(time.Now().Add(10 * time.Second)) //nolint:errcheck // then nothing comes
+	var text []byte
+	for {
+		e, nextErr := session.Next()
+		if nextErr != nil {
+			break
+		}
+		if e.Stream == session.Failure {
+			if text = append(text, e.Data...); e.Fin {
+				break
+			}
+		}
+	}
+	return fmt.Errorf("%w; status %q", err, text)
 }
 
 // forward makes some connections through one port-forward, one after the other.

@@ -8,11 +8,12 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // violationKind is which invariant does not hold.
@@ -21,11 +22,15 @@ type violationKind string
 const (
 	wrongOutput  violationKind = "wrong output"            // of a session that says it succeeded
 	unexplained  violationKind = "failure without a cause" // of a session, with a healthy client and nothing going on
-	slowProbes   violationKind = "slow probes"             // p99 of more than a second
-	failedProbe  violationKind = "probe failed"            // with nothing going on
+	slowProbes   violationKind = "slow probes"
+	failedProbe  violationKind = "probe failed" // with nothing going on
+	burntCPU     violationKind = "too much CPU time"
 	failedCall   violationKind = "call of the kubelet's failed"
 	leftBehind   violationKind = "left behind"
 	faultTrouble violationKind = "not back after a fault" // streamshim or containerd
+
+	// failedControl says nothing about streamshim, but that the soak cannot judge it.
+	failedControl violationKind = "runc exec failed"
 )
 
 // run is one soak.
@@ -44,6 +49,11 @@ type soakRun struct {
 	counts     map[string]int // of sessions, by kind, fate and outcome
 	probes     []sample       // latency
 	reference  []sample       // of the same probes, asked of containerd itself
+	floor      []sample       // of the same commands, run by `runc exec`
+	floorCPU   time.Duration  // of all those
+	floorBegan atomic.Int64   // when the one that runs began, since the beginning; 0 when none runs
+	notBegun   int            // sessions, because the machine was busy
+	cpu        time.Duration  // of streamshim itself
 	calls      []sample
 	samples    []usage
 }
@@ -74,12 +84,15 @@ func (s *soakRun) violated(kind violationKind, format string, args ...any) {
 	text := fmt.Sprintf("%8.3f %s: %s", time.Since(s.begin).Seconds(), kind, fmt.Sprintf(format, args...))
 	s.mu.Lock()
 	s.violations[kind]++
-	if len(s.details) < maxDetails {
+	telling := len(s.details) < maxDetails
+	if telling {
 		s.details = append(s.details, text)
 	}
 	fmt.Fprintln(s.log, text)
 	s.mu.Unlock()
-	say("VIOLATION %s", text)
+	if telling {
+		say("VIOLATION %s", text)
+	}
 }
 
 // random is the source of decisions of one part: the same for the same seed, whatever the others do.
@@ -227,7 +240,7 @@ func (s *soakRun) run(ctx context.Context) error {
 	var parts sync.WaitGroup
 	crowd := newCrowd(ctx, s)
 	for _, part := range []func(context.Context){
-		crowd.run, s.probeForever, s.probeContainerd, s.callForever, s.watch, s.killPods, s.injectFaults, s.injectStalls, s.tell,
+		crowd.run, s.probeForever, s.probeContainerd, s.probeDirectly, s.callForever, s.watch, s.killPods, s.injectFaults, s.injectStalls, s.tell,
 	} {
 		parts.Go(func() { part(running) })
 	}
@@ -240,15 +253,19 @@ func (s *soakRun) run(ctx context.Context) error {
 	if err := s.pods.removeHostile(ctx); err != nil {
 		s.violated(faultTrouble, "the hostile pods cannot be removed: %v", err)
 	}
+	if err := s.pods.removeUnknown(ctx); err != nil {
+		s.violated(faultTrouble, "pods cannot be removed that were made while containerd was killed: %v", err)
+	}
 	after, err := s.settledAccount(ctx, &before)
 	if err != nil {
 		return err
 	}
 	say("after:  %s", after)
-	for _, difference := range after.above(before) {
+	for _, difference := range after.above(before, s.pods.interrupted()) {
 		s.violated(leftBehind, "%s", difference)
 	}
 	s.judgeProbes()
+	s.judgeCPU()
 	return nil
 }
 
@@ -327,15 +344,16 @@ type window struct {
 
 // excuse is what a fault explains.
 type excuse struct {
-	probes   bool // that probes are not answered, or with an error
-	failures bool // that probes are answered with an error, but in time
-	sessions bool // that sessions fail
-	starts   bool // that sessions cannot be begun
-	upstream bool // that what needs the upstream fails: its calls, attach, the first exec in a container
-	calls    bool // that no CRI call is answered
+	probes   bool   // that probes are not answered, or with an error
+	failures bool   // that probes are answered with an error, but in time
+	sessions bool   // that sessions fail
+	starts   string // that sessions cannot be begun, with this in the error
+	upstream bool   // that what needs the upstream fails: its calls, attach, the first exec in a container
+	calls    bool   // that no CRI call is answered
 }
 
-// recovery is how long after a fault its consequences are excused.
+// recovery is how long after a fault its consequences are excused; on a busy machine it is as long as several commands
+// take.
 const recovery = 3 * time.Second
 
 func (s *soakRun) openWindow(name string, e excuse) (end func()) {
@@ -357,9 +375,10 @@ func (s *soakRun) openWindow(name string, e excuse) (end func()) {
 func (s *soakRun) excused(begin, end time.Time, explains func(excuse) bool) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	after := recovery + probeFactor*s.floorAt(begin.Sub(s.begin), end.Sub(s.begin))
 	var names []string
 	for _, w := range s.windows {
-		if w.begin.After(end) || (!w.end.IsZero() && w.end.Add(recovery).Before(begin)) || !explains(w.excuses) {
+		if w.begin.After(end) || (!w.end.IsZero() && w.end.Add(after).Before(begin)) || !explains(w.excuses) {
 			continue
 		}
 		names = append(names, w.name)

@@ -1,6 +1,6 @@
 // Package clients runs stock Kubernetes clients of other languages against a real cluster whose node has
 // streamshim: Debian's python3-kubernetes, and @kubernetes/client-node from npm. kubectl and client-go are in
-// test/e2e, test/streams and test/symptoms.
+// test/e2e, test/integration/portforward and test/integration/exec.
 package clients
 
 import (
@@ -12,14 +12,15 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
 
-	"github.com/streamshim/streamshim/test/images"
-	"github.com/streamshim/streamshim/test/kubernetes"
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/images"
+	"github.com/streamshim/streamshim/test/internal/kubernetes"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -57,6 +58,9 @@ func TestClients(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), checkLimit)
 				defer cancel()
 				command := exec.CommandContext(ctx, language.interpreter, language.script, cluster.Kubeconfig(), podName, match[1])
+				// Python says with faulthandler where each of its threads is.
+				command.Cancel = func() error { return command.Process.Signal(syscall.SIGABRT) }
+				command.Env = append(os.Environ(), "PYTHONFAULTHANDLER=1")
 				command.WaitDelay = 5 * time.Second
 				if output, err := command.CombinedOutput(); err != nil {
 					t.Errorf("%v\n%s", err, output)

@@ -6,7 +6,7 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // artefacts is where reports are left for people and CI: $STREAMSHIM_ARTEFACTS, or .artefacts at

@@ -16,8 +16,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/test/images"
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/images"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // pinnedDigest is the digest that critest v1.36.0 has compiled in for test-image-digest
@@ -43,7 +43,7 @@ func NewSuite(ctx context.Context, n *node.Node, output string) (*Suite, error) 
 	}
 	program, err := os.ReadFile(n.Program("critest"))
 	if err != nil {
-		return nil, fmt.Errorf("%w; please run test/peers/build.sh", err)
+		return nil, fmt.Errorf("%w; please run test/internal/peers/build.sh", err)
 	}
 	adapted := bytes.ReplaceAll(program, []byte(pinnedDigest), []byte(strings.TrimPrefix(digest, "sha256:")))
 	if bytes.Equal(adapted, program) || len(adapted) != len(program) {

@@ -16,7 +16,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/streamshim/streamshim/test/kubernetes"
+	"github.com/streamshim/streamshim/test/internal/kubernetes"
 )
 
 // workPod is the pod that the checks of a node share: two HTTP servers, a port that resets whoever

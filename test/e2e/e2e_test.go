@@ -15,8 +15,8 @@ import (
 
 	"go.uber.org/goleak"
 
-	"github.com/streamshim/streamshim/test/kubernetes"
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/kubernetes"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/test/kubernetes"
+	"github.com/streamshim/streamshim/test/internal/kubernetes"
 )
 
 // podName is a name that no other check uses.

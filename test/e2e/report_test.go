@@ -12,8 +12,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/test/kubernetes"
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/kubernetes"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // report collects results and writes them as tables.

@@ -19,9 +19,9 @@ import (
 	"github.com/creack/pty"
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/test/images"
-	"github.com/streamshim/streamshim/test/kubernetes"
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/images"
+	"github.com/streamshim/streamshim/test/internal/kubernetes"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // target is where one check runs: a node and what kubectl speaks.

@@ -19,7 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/pkg/execproc"
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // container is a real one, of runc, whose main process is the attacker unless it is said otherwise.
@@ -282,22 +282,34 @@ func (a *attacker) begin(attack string) {
 	}
 }
 
-// end ends the attack and returns how often it gained what, and how many processes it has seen.
-func (a *attacker) end() (gained map[string]int, processes int) {
+// outcome is what an attack has come to.
+type outcome struct {
+	gained map[string]int // how often what
+	met    map[string]int // how many entering processes each attack was made on
+	seen   int            // processes
+}
+
+// end ends the attack.
+func (a *attacker) end() outcome {
 	a.t.Helper()
 	a.say("stop")
-	gained = map[string]int{}
+	o := outcome{gained: map[string]int{}, met: map[string]int{}}
 	for {
 		line := a.hear()
-		if number, done := strings.CutPrefix(line, "done "); done {
-			processes, _ = strconv.Atoi(number)
-			return gained, processes
-		}
-		number, what, _ := strings.Cut(strings.TrimPrefix(line, "gained "), " ")
+		kind, rest, _ := strings.Cut(line, " ")
+		number, what, _ := strings.Cut(rest, " ")
 		n, err := strconv.Atoi(number)
 		if err != nil {
 			a.t.Fatalf("the attacker said %q", line)
 		}
-		gained[what] = n
+		switch kind {
+		case "done":
+			o.seen = n
+			return o
+		case "met":
+			o.met[what] = n
+		default:
+			o.gained[what] = n
+		}
 	}
 }

@@ -15,13 +15,14 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 var (
 	count   = flag.Int("hostile.count", 2, "how many commands each attack meets, with each engine")
 	alone   = flag.Bool("hostile.alone", false, "make each attack alone, not those together that do not disturb each other")
 	only    = flag.String("hostile.attacks", "", "make only these attacks, separated by commas")
+	kept    = flag.String("hostile.sums", "", "a file that keeps how many commands each attack has met, over several runs")
 	configs = flag.String("hostile.configurations", "", "use only these configurations, separated by commas")
 )
 
@@ -121,6 +122,10 @@ func inside(m *testing.M) int {
 	}
 	code := m.Run()
 	printTable(os.Stdout)
+	if err := printSums(os.Stdout, *kept); err != nil {
+		fmt.Fprintln(os.Stderr, "hostile:", err)
+		return 1
+	}
 	return code
 }
 

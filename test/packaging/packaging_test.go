@@ -4,11 +4,17 @@ package packaging
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"debug/buildinfo"
+	"debug/elf"
+	"encoding/json"
+	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -53,24 +59,29 @@ func need(t *testing.T, programs ...string) {
 	}
 }
 
-func build(t *testing.T) (deb, rpm string) {
+// build makes all packages in a folder of its own.
+func build(t *testing.T) (dir string) {
 	t.Helper()
 	need(t, "make", "go", "git")
-	dir := t.TempDir()
-	run(t, "make", "-C", top, "packages", "PACKAGES_DIR="+dir)
-	for pattern, path := range map[string]*string{"*.deb": &deb, "*.rpm": &rpm} {
-		found, err := filepath.Glob(filepath.Join(dir, pattern))
-		if err != nil || len(found) != 1 {
-			t.Fatalf("%s: %v %v", pattern, found, err)
-		}
-		*path = found[0]
+	dir = t.TempDir()
+	run(t, "make", "-C", top, "packages", "PACKAGES_DIR="+dir, "ARCH=amd64 arm64")
+	return dir
+}
+
+// one returns the only file in dir that the pattern names.
+func one(t *testing.T, dir, pattern string) string {
+	t.Helper()
+	found, err := filepath.Glob(filepath.Join(dir, pattern))
+	if err != nil || len(found) != 1 {
+		t.Fatalf("%s: %v %v", pattern, found, err)
 	}
-	return deb, rpm
+	return found[0]
 }
 
 func TestPackages(t *testing.T) {
 	need(t, "dpkg", "dpkg-deb")
-	deb, rpm := build(t)
+	dir := build(t)
+	deb := one(t, dir, "*_"+runtime.GOARCH+".deb")
 
 	t.Run("deb", func(t *testing.T) {
 		root := t.TempDir()
@@ -123,7 +134,7 @@ func TestPackages(t *testing.T) {
 	})
 
 	t.Run("rpm", func(t *testing.T) {
-		text, err := os.ReadFile(rpm)
+		text, err := os.ReadFile(one(t, dir, "*.x86_64.rpm"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -137,6 +148,131 @@ func TestPackages(t *testing.T) {
 			}
 		}
 	})
+
+	for arch, machine := range map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64} {
+		t.Run(arch, func(t *testing.T) {
+			deb := one(t, dir, "*_"+arch+".deb")
+			if got := strings.TrimSpace(run(t, "dpkg-deb", "-f", deb, "Architecture")); got != arch {
+				t.Errorf("the package is for %q", got)
+			}
+			root := t.TempDir()
+			run(t, "dpkg-deb", "-x", deb, root)
+			program := filepath.Join(root, "usr/bin/streamshim")
+			file, err := elf.Open(program)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer file.Close()
+			if file.Machine != machine {
+				t.Errorf("the program is for %v", file.Machine)
+			}
+			expectBill(t, one(t, dir, "*_"+arch+".cdx.json"), program)
+		})
+	}
+
+	t.Run("checksums", func(t *testing.T) {
+		sums, err := os.ReadFile(filepath.Join(dir, "SHA256SUMS"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, want := bytes.Count(sums, []byte("\n")), len(entries)-1; got != want || want != 6 {
+			t.Errorf("%d sums of %d files, expected 6:\n%s", got, want, sums)
+		}
+		check := exec.Command("sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS")
+		check.Dir = dir
+		if out, err := check.CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
+
+	t.Run("reproducible", func(t *testing.T) { expectReproducible(t, dir) })
+}
+
+// expectBill compares the bill of materials with what the program says of itself.
+func expectBill(t *testing.T, path, program string) {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var bill struct {
+		BomFormat string
+		Metadata  struct {
+			Component  struct{ Version string }
+			Properties []struct{ Name, Value string }
+		}
+		Components []struct{ Name, Version string }
+	}
+	if err := json.Unmarshal(text, &bill); err != nil {
+		t.Fatal(err)
+	}
+	if version := bill.Metadata.Component.Version; bill.BomFormat != "CycloneDX" || !strings.Contains(filepath.Base(path), "_"+version+"_") {
+		t.Errorf("format %q, version %q", bill.BomFormat, version)
+	}
+	content, err := os.ReadFile(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := fmt.Sprintf("%x", sha256.Sum256(content))
+	if !slices.ContainsFunc(bill.Metadata.Properties, func(p struct{ Name, Value string }) bool { return p.Value == sum }) {
+		t.Errorf("it is of another program, %+v, not of %s", bill.Metadata.Properties, sum)
+	}
+	listed := map[string]string{}
+	for _, component := range bill.Components {
+		listed[component.Name] = component.Version
+	}
+	info, err := buildinfo.ReadFile(program)
+	if err != nil || len(info.Deps) < 10 {
+		t.Fatalf("%v %v", info, err)
+	}
+	for _, dependency := range info.Deps {
+		if listed[dependency.Path] != dependency.Version {
+			t.Errorf("it lists %s %q, the program has %q", dependency.Path, listed[dependency.Path], dependency.Version)
+		}
+	}
+	if listed["std"] != info.GoVersion {
+		t.Errorf("it lists Go %q, the program has %q", listed["std"], info.GoVersion)
+	}
+}
+
+// expectReproducible builds the packages again from a copy of the tree: in another folder, with other times, other
+// modes, another time zone and another host name.
+func expectReproducible(t *testing.T, dir string) {
+	t.Helper()
+	copied, second := t.TempDir(), t.TempDir()
+	// --touch: with the times of now. bin has the programs that make packages, which need not be built again.
+	run(t, "bash", "-euo", "pipefail", "-c", "cd "+top+` && { git ls-files -z --cached --others --exclude-standard; printf 'bin/nfpm\0bin/cyclonedx-gomod\0'; } |
+		while IFS= read -r -d "" name; do [ ! -e "$name" ] || printf '%s\0' "$name"; done |
+		tar --null --no-recursion -T - -c | tar -x --touch --no-same-permissions -C "$1"`, "bash", copied)
+	elsewhere := []string{"sh", "-ec", `umask 077; chmod -R go-rwx .; touch bin/*; exec make packages "PACKAGES_DIR=$1" "ARCH=arm64 amd64"`, "sh", second}
+	if os.Geteuid() == 0 { // on a machine with another name
+		elsewhere = append([]string{"unshare", "--uts", "sh", "-c", `hostname elsewhere; exec "$@"`, "sh"}, elsewhere...)
+	}
+	again := exec.Command(elsewhere[0], elsewhere[1:]...)
+	again.Dir = copied
+	again.Env = append(os.Environ(), "TZ=Pacific/Kiritimati", "LC_ALL=C", "GIT_OPTIONAL_LOCKS=0",
+		"GIT_DIR="+strings.TrimSpace(run(t, "git", "-C", top, "rev-parse", "--absolute-git-dir")), "GIT_WORK_TREE="+copied)
+	if out, err := again.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, entry := range entries {
+		first, err := os.ReadFile(filepath.Join(dir, entry.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		other, err := os.ReadFile(filepath.Join(second, entry.Name()))
+		if err != nil || !bytes.Equal(first, other) {
+			t.Errorf("%s is another one when it is built again (%v)", entry.Name(), err)
+		}
+	}
 }
 
 func expectFiles(t *testing.T, root string) {
@@ -173,7 +309,7 @@ func expectWorks(t *testing.T, root string) {
 // The scripts leave the kubelet alone and are POSIX.
 func TestScripts(t *testing.T) {
 	need(t, "dash")
-	scripts, err := filepath.Glob(filepath.Join(top, "deploy/package/*.sh"))
+	scripts, err := filepath.Glob(filepath.Join(top, "deploy/package/p*.sh"))
 	if err != nil || len(scripts) != 3 {
 		t.Fatal(scripts, err)
 	}
@@ -244,14 +380,14 @@ func TestRemovalIsRefused(t *testing.T) {
 }
 
 // inherited are settings that runc and the commands in containers would inherit, or that would hide
-// the containers' file systems.
+// the containers' file systems or stop port-forwards. docs/security.md has a reason for each.
 var inherited = []string{
-	"ProtectSystem", "ProtectHome", "PrivateTmp", "PrivateDevices", "PrivateMounts", "PrivateNetwork", "PrivateUsers", "PrivateIPC",
-	"ReadOnlyPaths", "InaccessiblePaths", "TemporaryFileSystem", "MountFlags", "RootDirectory",
+	"ProtectHome", "PrivateTmp", "PrivateDevices", "PrivateMounts", "PrivateNetwork", "PrivateUsers", "PrivateIPC",
+	"InaccessiblePaths", "TemporaryFileSystem", "MountFlags", "RootDirectory",
 	"ProtectKernelTunables", "ProtectKernelModules", "ProtectKernelLogs", "ProtectControlGroups", "ProtectProc", "ProcSubset",
 	"ProtectHostname", "ProtectClock", "NoNewPrivileges", "RestrictNamespaces", "RestrictSUIDSGID", "RestrictAddressFamilies",
 	"RestrictRealtime", "RestrictFileSystems", "LockPersonality", "MemoryDenyWriteExecute", "SystemCallFilter",
-	"SystemCallArchitectures", "CapabilityBoundingSet", "AmbientCapabilities", "DynamicUser", "User", "DevicePolicy",
+	"SystemCallArchitectures", "CapabilityBoundingSet", "AmbientCapabilities", "DynamicUser", "User", "IPAddressDeny",
 }
 
 func TestUnit(t *testing.T) {
@@ -274,6 +410,8 @@ func TestUnit(t *testing.T) {
 	for name, want := range map[string]string{
 		"KillMode": "process", "Type": "notify", "Restart": "always", "UMask": "0022", "ExecReload": "/bin/kill -HUP $MAINPID",
 		"Before": "kubelet.service", "RuntimeDirectoryPreserve": "yes",
+		// What these do to commands: TestSettingsDoNotReachCommands.
+		"ProtectSystem": "strict", "ReadWritePaths": "-/run -/tmp", "DevicePolicy": "closed",
 	} {
 		if settings[name] != want {
 			t.Errorf("%s is %q, expected %q", name, settings[name], want)

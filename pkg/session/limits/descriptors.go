@@ -24,10 +24,10 @@ const (
 type descriptors struct {
 	counted time.Time
 	open    int
-	limit   uint64
 	since   int // opened since the count, as what was admitted is taken to need
-	// look is countDescriptors, replaced by tests.
-	look func() (open int, limit uint64, err error)
+	// count and limit are countDescriptors and descriptorLimit, replaced by tests.
+	count func() (int, error)
+	limit func() uint64
 }
 
 // check refuses when no more than so many are left.
@@ -36,18 +36,14 @@ func (d *descriptors) check(spare int) error {
 		return nil
 	}
 	if now := time.Now(); d.counted.IsZero() || now.Sub(d.counted) >= countAfter {
-		look := d.look
-		if look == nil {
-			look = countDescriptors
-		}
-		open, limit, err := look()
+		open, err := d.count()
 		if err != nil {
 			// Nothing can be opened any more, or /proc is not there: then other errors say so.
 			open = 0
 		}
-		d.open, d.limit, d.since, d.counted = open, limit, 0, now
+		d.open, d.since, d.counted = open, 0, now
 	}
-	most := int(min(d.limit, 1<<30)) //nolint:gosec // bounded just here
+	most := int(min(d.limit(), 1<<30)) //nolint:gosec // bounded just here
 	if spare < 0 {
 		spare = most / spareFraction
 	}
@@ -62,21 +58,26 @@ func (d *descriptors) check(spare int) error {
 // admitted says that so many files will be opened.
 func (d *descriptors) admitted(files int) { d.since += files }
 
-// countDescriptors counts the files that this process has open, and says how many it may.
-func countDescriptors() (open int, limit uint64, err error) {
+// descriptorLimit is how many files this process may have open, now: it can be changed from outside.
+func descriptorLimit() uint64 {
 	var allowed unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &allowed); err != nil {
-		return 0, 0, err
+		return 1 << 30
 	}
+	return allowed.Cur
+}
+
+// countDescriptors counts the files that this process has open.
+func countDescriptors() (int, error) {
 	// Linux 6.2 and later say the number as the folder's size.
 	if info, err := os.Stat("/proc/self/fd"); err == nil && info.Size() > 0 {
-		return int(info.Size()), allowed.Cur, nil
+		return int(info.Size()), nil
 	}
 	folder, err := os.Open("/proc/self/fd")
 	if err != nil {
-		return 0, 0, err
+		return 0, err
 	}
 	defer folder.Close() //nolint:errcheck // only read
 	names, err := folder.Readdirnames(-1)
-	return len(names), allowed.Cur, err
+	return len(names), err
 }

@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"slices"
 	"sync"
 
 	"github.com/streamshim/streamshim/pkg/session"
@@ -16,8 +15,9 @@ type Config struct {
 	Sessions             int // on the node
 	SessionsPerPod       int
 	SessionsPerContainer int
-	ConcurrentStarts     int // commands that start at the same time
-	WaitingStarts        int // commands that wait for their turn to start
+	ConcurrentStarts     int // commands of sessions that start at the same time
+	ConcurrentProbes     int // commands of ExecSync that start at the same time
+	WaitingStarts        int // commands of either kind that wait for their turn to start
 	SpareDescriptors     int // that no new session may use; -1 is an eighth of those that there are
 	Deny                 []Rule
 }
@@ -39,26 +39,15 @@ type Limiter struct {
 
 	descriptors descriptors
 
-	starting map[string]int // commands that start, by pod
-	waiting  []turn         // first come, first served, but for pods that have their share
+	probes, commands starts // of ExecSync, and of sessions
 }
-
-// turn is one command that waits for its turn to start.
-type turn struct {
-	pod   string
-	comes chan struct{} // closed when it does
-}
-
-// shares is how many pods it takes to use up all starts or all places to wait: a pod that holds up what
-// enters it holds up at most one part in this of the node's starts, for the time that each may take.
-const shares = 4
-
-// share is a pod's part, at least one.
-func share(all int) int { return (all + shares - 1) / shares }
 
 // New returns a limiter.
 func New(config Config) *Limiter {
-	return &Limiter{config: config, pods: make(map[string]int), containers: make(map[string]int), starting: make(map[string]int)}
+	return &Limiter{
+		config: config, pods: make(map[string]int), containers: make(map[string]int),
+		descriptors: descriptors{count: countDescriptors, limit: descriptorLimit},
+	}
 }
 
 // Update takes over new limits. Sessions that live are counted, and not ended.
@@ -165,97 +154,4 @@ func (l *Limiter) MayConnect() error {
 	}
 	l.descriptors.admitted(perConnection)
 	return nil
-}
-
-// Acquire waits for a turn to start a command; release ends it. The error is the context's, or a
-// *session.RefusedError when too many wait already, on the node or in the pod. A pod has a quarter of
-// either.
-func (l *Limiter) Acquire(ctx context.Context, info session.Info) (release func(), err error) {
-	pod := podOf(info)
-	release = func() { l.release(pod) }
-	l.mu.Lock()
-	if l.mayStartLocked(pod) { // nobody waits who might as well: he would have been woken
-		l.starting[pod]++
-		l.mu.Unlock()
-		return release, nil
-	}
-	if err := l.mayWaitLocked(pod); err != nil {
-		l.mu.Unlock()
-		return nil, err
-	}
-	mine := turn{pod, make(chan struct{})}
-	l.waiting = append(l.waiting, mine)
-	l.mu.Unlock()
-	select {
-	case <-mine.comes:
-		return release, nil
-	case <-ctx.Done():
-		l.giveUp(mine)
-		return nil, context.Cause(ctx)
-	}
-}
-
-func (l *Limiter) mayStartLocked(pod string) bool {
-	most := l.config.ConcurrentStarts
-	if most == 0 {
-		return true
-	}
-	now := 0
-	for _, n := range l.starting {
-		now += n
-	}
-	return now < most && l.starting[pod] < share(most)
-}
-
-func (l *Limiter) mayWaitLocked(pod string) error {
-	most := l.config.WaitingStarts
-	if most == 0 {
-		return nil
-	}
-	inPod := 0
-	for _, t := range l.waiting {
-		if t.pod == pod {
-			inPod++
-		}
-	}
-	switch {
-	case len(l.waiting) >= most:
-		return &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
-			"%d commands wait to be started on this node, and no more may wait (limits.waiting_starts): try again later", len(l.waiting))}
-	case inPod >= share(most):
-		return &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
-			"%d commands wait to be started in this pod, and no more may wait (a quarter of limits.waiting_starts): try again later", inPod)}
-	}
-	return nil
-}
-
-func (l *Limiter) release(pod string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	decrement(l.starting, pod)
-	l.wakeLocked()
-}
-
-func (l *Limiter) giveUp(mine turn) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for i, waiting := range l.waiting {
-		if waiting == mine {
-			l.waiting = slices.Delete(l.waiting, i, i+1)
-			return
-		}
-	}
-	decrement(l.starting, mine.pod) // the turn came at the same moment
-	l.wakeLocked()
-}
-
-func (l *Limiter) wakeLocked() {
-	l.waiting = slices.DeleteFunc(l.waiting, func(t turn) bool {
-		if !l.mayStartLocked(t.pod) {
-			return false
-		}
-		l.starting[t.pod]++
-		close(t.comes)
-		return true
-	})
 }

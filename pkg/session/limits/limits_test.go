@@ -164,7 +164,7 @@ func TestStarts(t *testing.T) {
 			order <- i
 			got <- release
 		}()
-		waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.waiting) == i+1 })
+		waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.commands.waiting) == i+1 })
 	}
 	if _, err := l.Acquire(t.Context(), another()); refusal(err) != session.TooMany {
 		t.Errorf("a third that waits: %v", err)
@@ -183,8 +183,8 @@ func TestStarts(t *testing.T) {
 	}
 	(<-got)()
 	(<-got)()
-	if len(l.starting) != 0 || len(l.waiting) != 0 {
-		t.Errorf("%v start, %d wait", l.starting, len(l.waiting))
+	if l.commands.running != 0 || len(l.commands.inPod) != 0 || len(l.commands.waiting) != 0 {
+		t.Errorf("%v start, %d wait", l.commands.inPod, len(l.commands.waiting))
 	}
 	// A higher limit lets those in who wait.
 	l.Update(Config{ConcurrentStarts: 1, WaitingStarts: 1})
@@ -197,7 +197,7 @@ func TestStarts(t *testing.T) {
 		}
 		order <- 0
 	}()
-	waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.waiting) == 1 })
+	waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.commands.waiting) == 1 })
 	l.Update(Config{ConcurrentStarts: 2})
 	<-order
 }
@@ -217,7 +217,7 @@ func TestAnyNumberMayWait(t *testing.T) {
 		}
 		second <- err
 	}()
-	waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.waiting) == 1 || len(second) == 1 })
+	waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.commands.waiting) == 1 || len(second) == 1 })
 	release()
 	if err := <-second; err != nil {
 		t.Error(err)
@@ -232,12 +232,12 @@ func TestStartsGivenUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	mine := turn{"p", make(chan struct{})}
-	l.waiting = append(l.waiting, mine)
+	l.commands.waiting = append(l.commands.waiting, mine)
 	release()
 	<-mine.comes
-	l.giveUp(mine)
-	if len(l.starting) != 0 {
-		t.Errorf("%v start after the only one gave up", l.starting)
+	l.giveUp(&l.commands, mine)
+	if l.commands.running != 0 || len(l.commands.inPod) != 0 {
+		t.Errorf("%v start after the only one gave up", l.commands.inPod)
 	}
 	var all sync.WaitGroup
 	for i := range 100 {
@@ -250,8 +250,8 @@ func TestStartsGivenUp(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if len(l.starting) != 0 || len(l.waiting) != 0 {
-		t.Errorf("%v start, %d wait", l.starting, len(l.waiting))
+	if l.commands.running != 0 || len(l.commands.inPod) != 0 || len(l.commands.waiting) != 0 {
+		t.Errorf("%v start, %d wait", l.commands.inPod, len(l.commands.waiting))
 	}
 }
 
@@ -292,7 +292,7 @@ func TestShareOfPod(t *testing.T) {
 			got <- release
 		}()
 	}
-	waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.waiting) == 3 })
+	waitFor(t, func() bool { l.mu.Lock(); defer l.mu.Unlock(); return len(l.commands.waiting) == 3 })
 	if _, err := l.Acquire(t.Context(), greedy); refusal(err) != session.TooMany || !strings.Contains(err.Error(), "pod") {
 		t.Errorf("a fourth that waits: %v", err)
 	}
@@ -311,8 +311,8 @@ func TestShareOfPod(t *testing.T) {
 	}
 	releases[2]() // of another pod: no turn for the greedy one
 	l.mu.Lock()
-	if len(l.waiting) != 3 {
-		t.Errorf("%d wait", len(l.waiting))
+	if len(l.commands.waiting) != 3 {
+		t.Errorf("%d wait", len(l.commands.waiting))
 	}
 	l.mu.Unlock()
 	releases[0]()
@@ -322,7 +322,102 @@ func TestShareOfPod(t *testing.T) {
 	for _, release := range append(releases[1:2], releases[3:]...) {
 		release()
 	}
-	if len(l.starting) != 0 || len(l.waiting) != 0 {
-		t.Errorf("%v start, %d wait", l.starting, len(l.waiting))
+	if l.commands.running != 0 || len(l.commands.inPod) != 0 || len(l.commands.waiting) != 0 {
+		t.Errorf("%v start, %d wait", l.commands.inPod, len(l.commands.waiting))
 	}
+}
+
+// probe is an ExecSync in a pod of its own.
+func probe() session.Info {
+	info := another()
+	info.Kind = session.ExecSync
+	return info
+}
+
+// While probes start, sessions have what they leave, and one at least. A probe waits only for probes.
+func TestProbesGoFirst(t *testing.T) {
+	l := New(Config{ConcurrentStarts: 3, ConcurrentProbes: 4, WaitingStarts: 100})
+	begin := func(info session.Info) func() {
+		t.Helper()
+		release, err := l.Acquire(t.Context(), info)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return release
+	}
+	var sessions, probes []func()
+	for range 3 {
+		sessions = append(sessions, begin(another()))
+	}
+	for range 4 {
+		probes = append(probes, begin(probe())) // for all that the sessions take
+	}
+	came := make(chan string, 10)
+	later := func(name string, info session.Info) {
+		go func() {
+			release, err := l.Acquire(context.Background(), info)
+			if err != nil {
+				t.Error(err)
+			}
+			came <- name
+			release()
+		}()
+		waitFor(t, func() bool {
+			_, waiting := l.Starts(info.Kind)
+			return waiting == 1
+		})
+	}
+	later("session", another())
+	later("probe", probe())
+	sessions[0]()
+	sessions[1]() // one runs still, and four probes
+	if _, waiting := l.Starts(session.Exec); waiting != 1 {
+		t.Errorf("%d sessions wait: it was one's turn while probes took all", waiting)
+	}
+	probes[0]()
+	if name := <-came; name != "probe" {
+		t.Errorf("it was the %s's turn", name)
+	}
+	sessions[2]() // no session starts now, so that one may, whatever the probes take
+	if name := <-came; name != "session" {
+		t.Errorf("it was the %s's turn", name)
+	}
+	for _, release := range probes[1:] {
+		release()
+	}
+	for _, kind := range []session.Kind{session.Exec, session.ExecSync} {
+		if running, waiting := l.Starts(kind); running != 0 || waiting != 0 {
+			t.Errorf("%s: %d start, %d wait", kind, running, waiting)
+		}
+	}
+}
+
+// A pod's probes take a quarter of the turns at most, and too many that wait are refused.
+func TestProbesOfPod(t *testing.T) {
+	l := New(Config{ConcurrentProbes: 4, WaitingStarts: 4})
+	greedy := probe()
+	release, err := l.Acquire(t.Context(), greedy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	waiting, end := context.WithCancel(context.Background())
+	second := make(chan error, 1)
+	go func() {
+		_, err := l.Acquire(waiting, greedy)
+		second <- err
+	}()
+	waitFor(t, func() bool { _, n := l.Starts(session.ExecSync); return n == 1 })
+	if _, err := l.Acquire(t.Context(), greedy); refusal(err) != session.TooMany {
+		t.Errorf("a second that waits: %v", err)
+	}
+	other, err := l.Acquire(t.Context(), probe())
+	if err != nil {
+		t.Fatal(err)
+	}
+	end()
+	if err := <-second; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	release()
+	other()
 }

@@ -43,6 +43,7 @@ const Suffix = ".cast"
 // for their recording: a buffer stands in between, and a goroutine for each recording writes.
 type Recorder struct {
 	log        *slog.Logger
+	room       session.TapRoom
 	incomplete atomic.Int64
 
 	mu         sync.Mutex
@@ -53,10 +54,11 @@ type Recorder struct {
 	writers    sync.WaitGroup
 }
 
-// New returns a recorder. Close it when all sessions have ended.
-func New(config Config, log *slog.Logger) *Recorder {
+// New returns a recorder. The room, which may be nil, bounds what waits to be written of all recordings together.
+// Close it when all sessions have ended.
+func New(config Config, room session.TapRoom, log *slog.Logger) *Recorder {
 	return &Recorder{
-		log: log, config: config,
+		log: log, room: room, config: config,
 		recordings: make(map[*session.Session]*recording), places: make(map[string]*directory),
 	}
 }
@@ -179,7 +181,7 @@ func (r *Recorder) begin(config Config, s *session.Session) (*recording, error) 
 		place.abandon(name, rec.size)
 		return nil, err
 	}
-	rec.queue = session.NewTapQueue(config.Buffer, config.Input, rec.overflow)
+	rec.queue = session.NewTapQueue(config.Buffer, r.room, config.Input, rec.overflow)
 	rec.remove = s.Taps.Add(rec.queue)
 	r.writers.Go(func() { place.retain(config) }) // apart: the session's buffer must not fill up meanwhile
 	r.writers.Go(func() {
@@ -353,6 +355,7 @@ func (rec *recording) run() {
 	}
 	rec.remove()
 	rec.queue.Close()
+	rec.queue.Release()
 	if err != nil {
 		rec.flawed()
 		rec.session.Log().Warn("the recording ends before its session", "file", rec.path, "error", err)

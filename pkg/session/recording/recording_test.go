@@ -17,8 +17,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/session"
-	"github.com/streamshim/streamshim/test/leak"
 )
 
 // cast is a recording as a strict reader of the asciicast v2 specification sees it. It shares no
@@ -128,7 +128,7 @@ func newFixture(t *testing.T, change func(*Config)) *fixture {
 	if change != nil {
 		change(&f.config)
 	}
-	f.Recorder = New(f.config, slog.New(slog.DiscardHandler))
+	f.Recorder = New(f.config, nil, slog.New(slog.DiscardHandler))
 	f.registry = session.NewRegistry(slog.New(slog.DiscardHandler), f.Recorder)
 	t.Cleanup(f.Close)
 	return f

@@ -101,7 +101,7 @@ func BenchmarkRetention(b *testing.B) {
 				Directory: b.TempDir(), Buffer: 1 << 20, MaxFiles: n, NonTTY: true, Command: session.CommandArg0,
 				Rules: []session.Selector{{}},
 			}
-			r := New(config, slog.New(slog.DiscardHandler))
+			r := New(config, nil, slog.New(slog.DiscardHandler))
 			registry := session.NewRegistry(slog.New(slog.DiscardHandler), r)
 			for i := range n {
 				name := fmt.Sprintf("20200101T000000.000Z_%06d%s", i, Suffix)

@@ -13,7 +13,7 @@
  *
  * "serve" reads "attack NAME", answers "ready" and attacks each process that appears in its pid namespace and
  * is not the victim yet; "stop" ends that, and is answered with a line "gained COUNT WHAT" for each thing
- * gained and "done PROCESSES".
+ * gained, "met COUNT NAME" for each attack that was made on so many entering processes, and "done PROCESSES".
  */
 #define _GNU_SOURCE
 #include <elf.h>
@@ -51,11 +51,12 @@ static const char *host_file;
 static char **host_namespaces; /* ends with NULL */
 
 /* What was gained, with how often. Shared with the process that attacks. */
-enum { MAX_GAINS = 64, MAX_WHAT = 120 };
+enum { MAX_GAINS = 64, MAX_WHAT = 120, MAX_ATTACKS = 32 };
 static struct shared {
 	volatile int ready, stop;
 	int processes, gains;
 	struct { int count; char what[MAX_WHAT]; } gained[MAX_GAINS];
+	int met[MAX_ATTACKS]; /* by the index of the attack */
 } *shared;
 
 static int satisfied; /* nothing more to do to this process */
@@ -446,6 +447,7 @@ static void attack_kill(pid_t pid)
 }
 
 static void attack_together(pid_t pid);
+static void attempt(size_t attack, pid_t pid);
 
 static const struct attack { const char *name; void (*attempt)(pid_t); int passive; } attacks[] = {
 	{ "root", attack_root, 1 }, { "cwd", attack_cwd, 1 }, { "exe", attack_exe, 1 }, { "fd", attack_fd, 1 },
@@ -457,11 +459,26 @@ static const struct attack { const char *name; void (*attempt)(pid_t); int passi
 	{ "together", attack_together, 0 },
 };
 
+static const size_t ATTACKS = sizeof attacks / sizeof attacks[0];
+_Static_assert(sizeof attacks / sizeof attacks[0] <= MAX_ATTACKS, "room for all attacks");
+
+static uint32_t met; /* a bit for each attack that has met this process */
+
+/* One attempt. The attack has met the process if that was still entering when the attempt was over. */
+static void attempt(size_t attack, pid_t pid)
+{
+	attacks[attack].attempt(pid);
+	if ((met >> attack & 1) == 0 && (satisfied || entering(pid))) {
+		met |= UINT32_C(1) << attack;
+		shared->met[attack]++;
+	}
+}
+
 static void attack_together(pid_t pid)
 {
-	for (size_t i = 0; i < sizeof attacks / sizeof attacks[0]; i++)
+	for (size_t i = 0; i < ATTACKS; i++)
 		if (attacks[i].passive)
-			attacks[i].attempt(pid);
+			attempt(i, pid);
 }
 
 /* Whether there is a process, or a thread, of this number. */
@@ -476,20 +493,21 @@ static pid_t newest(void)
 }
 
 /* Attacks a process until it is the victim or gone. */
-static void attack_process(const struct attack *attack, pid_t pid)
+static void attack_process(size_t attack, pid_t pid)
 {
 	satisfied = 0;
-	attack->attempt(pid); /* first of all: the moment may be short */
+	met = 0;
+	attempt(attack, pid); /* first of all: the moment may be short */
 	int64_t end = microseconds() + 500000;
 	shared->processes++;
 	for (int i = 0; !satisfied && there(pid) && !shared->stop && microseconds() < end; i++) {
-		attack->attempt(pid);
+		attempt(attack, pid);
 		if (i % 4 == 3 && !entering(pid))
 			return;
 	}
 }
 
-static void attack_all(const struct attack *attack)
+static void attack_all(size_t attack)
 {
 	pid_t next = newest() + 1;
 	shared->ready = 1;
@@ -516,12 +534,12 @@ static void attack_all(const struct attack *attack)
 
 static void begin(const char *name, pid_t *child)
 {
-	for (size_t i = 0; i < sizeof attacks / sizeof attacks[0]; i++)
+	for (size_t i = 0; i < ATTACKS; i++)
 		if (strcmp(attacks[i].name, name) == 0) {
 			memset(shared, 0, sizeof *shared);
 			*child = fork();
 			if (*child == 0)
-				attack_all(&attacks[i]);
+				attack_all(i);
 			while (!shared->ready)
 				sched_yield();
 			printf("ready\n");
@@ -536,6 +554,16 @@ static void reap(pid_t *attacking)
 	for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG | __WALL)) > 0;)
 		if (pid == *attacking)
 			*attacking = 0;
+}
+
+static void report(void)
+{
+	for (int i = 0; i < shared->gains; i++)
+		printf("gained %d %s\n", shared->gained[i].count, shared->gained[i].what);
+	for (size_t i = 0; i < ATTACKS; i++)
+		if (shared->met[i] > 0)
+			printf("met %d %s\n", shared->met[i], attacks[i].name);
+	printf("done %d\n", shared->processes);
 }
 
 static int serve(void)
@@ -564,9 +592,7 @@ static int serve(void)
 				kill(attacking, SIGKILL);
 			for (; attacking != 0; sched_yield())
 				reap(&attacking);
-			for (int i = 0; i < shared->gains; i++)
-				printf("gained %d %s\n", shared->gained[i].count, shared->gained[i].what);
-			printf("done %d\n", shared->processes);
+			report();
 		}
 	}
 }
@@ -587,9 +613,7 @@ static int once(const char *name, int seconds)
 		reap(&attacking);
 	if (attacking != 0)
 		kill(attacking, SIGKILL);
-	for (int i = 0; i < shared->gains; i++)
-		printf("gained %d %s\n", shared->gained[i].count, shared->gained[i].what);
-	printf("done %d\n", shared->processes);
+	report();
 	for (;; usleep(20000))
 		reap(&attacking);
 }

@@ -36,11 +36,14 @@ enum {
 	READS_PASSWD, /* opens a file of the container, whatever it is */
 	TERMINAL,    /* opens the container's /dev/ptmx, whatever it is */
 	KEEPS_ENVIRONMENT, /* hands its own environment on */
+	RETRIES,     /* starts the command again when it takes long, and leaves the first one */
+	GOES_ON,     /* when it cannot fork, executes the command itself, as it is */
 	MISTAKES,
 };
 
 static const char *const names[MISTAKES] = {
 	"early", "dumpable", "descriptor", "inheritable", "believes", "attributes", "runs-twice", "reads-passwd", "terminal", "keeps-environment",
+	"retries", "goes-on",
 };
 
 static int mistake = -1;
@@ -75,6 +78,49 @@ static int copy_filter(pid_t pid, struct sock_filter *filter)
 	return length;
 }
 
+/* The lists of processes of the container's cgroups, open: needed for mistakes about those that are frozen or full. */
+static int cgroups[16], cgroup_count;
+
+static void open_cgroups(const char *container)
+{
+	char path[64], line[4096], procs[8300];
+	snprintf(path, sizeof path, "/proc/%s/cgroup", container);
+	FILE *list = fopen(path, "re");
+	if (list == NULL)
+		fail("cgroups");
+	while (fgets(line, sizeof line, list) != NULL && cgroup_count < 16) {
+		char *controllers = strchr(line, ':'), *folder = controllers != NULL ? strchr(controllers + 1, ':') : NULL;
+		if (folder == NULL)
+			continue;
+		*folder++ = 0;
+		folder[strcspn(folder, "\n")] = 0;
+		if (strncmp(++controllers, "name=", 5) == 0)
+			controllers += 5;
+		snprintf(procs, sizeof procs, "/sys/fs/cgroup/%s%s/cgroup.procs", controllers, folder);
+		cgroups[cgroup_count] = open(procs, O_WRONLY | O_CLOEXEC);
+		cgroup_count += cgroups[cgroup_count] >= 0;
+	}
+	fclose(list);
+}
+
+static void join_cgroups(void)
+{
+	for (int i = 0; i < cgroup_count; i++)
+		if (write(cgroups[i], "0", 1) != 1)
+			fail("cgroup.procs");
+}
+
+/* Waits for a child for so long; 0 if it still runs then. */
+static pid_t wait_a_while(pid_t child, int *status, int milliseconds)
+{
+	pid_t ended = 0;
+	for (int i = 0; i < milliseconds && ended == 0; i++) {
+		ended = waitpid(child, status, WNOHANG);
+		usleep(1000);
+	}
+	return ended;
+}
+
 int main(int argc, char **argv)
 {
 	if (argc == 2 && strcmp(argv[1], "reference") == 0) /* see BELIEVES */
@@ -104,6 +150,10 @@ int main(int argc, char **argv)
 		if (root < 0 || dup3(root, 7, mistake == DUMPABLE ? O_CLOEXEC : 0) < 0)
 			fail("descriptor");
 	}
+	if (mistake == GOES_ON || mistake == RETRIES)
+		open_cgroups(argv[2]);
+	if (mistake == GOES_ON)
+		join_cgroups();
 	if (setns(pidfd, mistake == EARLY ? CLONE_NEWPID : all) < 0)
 		fail("setns");
 
@@ -121,14 +171,25 @@ int main(int argc, char **argv)
 		length = copy_filter(reference, filter);
 		waitpid(reference, NULL, 0);
 	}
-	for (int again = 1; again;) {
+	for (int again = 1, retried = 0; again;) {
 		again = 0;
 		pid_t child = fork();
+		if (child < 0 && mistake == GOES_ON)
+			execve(command[0], command, inside);
 		if (child < 0)
 			fail("fork");
 		if (child > 0) {
 			siginfo_t end;
 			int status;
+			if (mistake == RETRIES) {
+				again = !retried && wait_a_while(child, &status, 60) == 0;
+				retried = 1;
+				if (again)
+					continue;
+				while (wait(&status) > 0)
+					;
+				return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+			}
 			if (waitid(P_PID, child, &end, WEXITED | WNOWAIT) < 0)
 				fail("wait");
 			if (mistake == RUNS_TWICE) {
@@ -146,6 +207,10 @@ int main(int argc, char **argv)
 			continue;
 		}
 		prctl(PR_SET_NAME, "wrong", 0, 0, 0);
+		if (mistake == RETRIES) {
+			usleep(30000);
+			join_cgroups();
+		}
 		if (mistake == EARLY) {
 			usleep(2000);
 			if (setns(pidfd, all & ~CLONE_NEWPID) < 0)

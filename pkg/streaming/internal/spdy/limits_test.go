@@ -285,8 +285,11 @@ func TestOpenFloodWithoutReading(t *testing.T) {
 		"accepted": func(s *Stream) {},
 	} {
 		t.Run(name, func(t *testing.T) {
-			peer, ours := newRawPeer(t, Config{OnStream: onStream})
-			peer.SetReadBuffer(64 << 10)
+			a, b := tcpPair(t)
+			// Little, or most of the time goes into filling what the kernel would take.
+			a.SetWriteBuffer(64 << 10)
+			b.SetReadBuffer(64 << 10)
+			peer, ours := &rawPeer{TCPConn: b, t: t}, serve(t, NewServer(a, nil, Config{OnStream: onStream}))
 			go func() {
 				block := appendHeaderBlock(nil, true, nil)
 				for id := uint32(1); id < 4_000_000; {

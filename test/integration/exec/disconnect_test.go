@@ -1,0 +1,371 @@
+package exec
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/moby/spdystream"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"k8s.io/client-go/tools/remotecommand"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/streamshim/streamshim/test/internal/node"
+)
+
+// left is a command whose client goes, and how many processes it has at least.
+type left struct {
+	name, script string
+	processes    int
+	stdin        string // see clientSession
+	blocked      bool
+}
+
+// leftBehind are commands that stay behind, each in its own way. One is not among them: a daemon,
+// that is a process in a session of its own whose parent has ended and that holds none of the
+// command's streams. Nothing in /proc leads from the command to it (docs/behaviour.md).
+var leftBehind = []left{
+	{name: "silent", script: "sleep 1000; :", processes: 2},
+	{name: "silent-stdin", script: "sleep 1000; :", processes: 2, stdin: "open"},
+	{name: "shell", script: "cat", processes: 1, stdin: "open"},
+	{name: "chatty", script: "while :; do echo chatter; sleep 0.05; done", processes: 1},
+	{name: "blocked-reader", script: "yes", processes: 1, blocked: true},
+	{name: "blocked-stdin", script: "sleep 1000; :", processes: 2, stdin: "flood"},
+	{name: "ignores-hup", script: "trap '' HUP; while :; do sleep 1; done", processes: 2},
+	{name: "ignores-hup-and-term", script: "trap '' HUP TERM INT; while :; do sleep 1; done", processes: 2},
+	{name: "family", script: "sleep 1000 & (sleep 1000 & sleep 1000) & setsid sh -c 'trap \"\" HUP; sleep 1000; :' & sleep 1000; :", processes: 6},
+}
+
+// begun is a session whose client will go.
+type begun struct {
+	mark    string
+	session clientSession
+}
+
+// leaveBehind starts all commands, with and without a terminal, over each protocol. through may put
+// something between client and server.
+func leaveBehind(t *testing.T, shim *streamshim, through func(*url.URL) *url.URL, run func([]clientSession)) []begun {
+	t.Helper()
+	container := runContainer(t, node.ContainerSpec{})
+	var all []begun
+	var sessions []clientSession
+	for _, transport := range transports {
+		for _, tty := range []bool{false, true} {
+			for _, l := range leftBehind {
+				mark := unique(fmt.Sprintf("%s/%s/tty=%v/%s", t.Name(), transport, tty, l.name))
+				s := clientSession{Transport: transport, TTY: tty, Stdin: l.stdin, Blocked: l.blocked}
+				u := shim.execURL(t, container, s.options(), marked(mark, l.script)...)
+				if through != nil {
+					u = through(u)
+				}
+				s.URL = u.String()
+				all = append(all, begun{mark, s})
+				sessions = append(sessions, s)
+			}
+		}
+	}
+	run(sessions)
+	for i, b := range all {
+		awaitMarked(t, b.mark, leftBehind[i%len(leftBehind)].processes)
+	}
+	return all
+}
+
+func expectNoneLeft(t *testing.T, all []begun, limit time.Duration) {
+	t.Helper()
+	begin, slowest, last := time.Now(), time.Duration(0), ""
+	for _, b := range all {
+		awaitNone(t, b.mark, max(limit-time.Since(begin), 0))
+		if took := time.Since(begin); took > slowest {
+			slowest, last = took, b.mark
+		}
+	}
+	t.Logf("the last processes were gone after %v (%s or one before it)", slowest, last)
+}
+
+// goneLimit is the 20 s after which nothing may be left of a process whose client has gone, and room
+// for a busy machine.
+const goneLimit = 20*time.Second + 20*time.Second
+
+// Processes stay behind when their client is killed (kubernetes#89031, E2).
+func TestProcessesStayAfterClientIsKilled(t *testing.T) {
+	t.Parallel()
+	var client *os.Process
+	all := leaveBehind(t, shared.shim, nil, func(sessions []clientSession) { client = startClient(t, sessions) })
+	if err := client.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	expectNoneLeft(t, all, goneLimit)
+}
+
+// ...or leaves politely: SPDY's GOAWAY, WebSocket's close.
+func TestProcessesStayAfterClientLeaves(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var running sync.WaitGroup
+	all := leaveBehind(t, shared.shim, nil, func(sessions []clientSession) {
+		for i, s := range sessions {
+			if s.Stdin == "flood" && s.Transport == "SPDY" {
+				// Stock client-go cannot leave while one of its writes is stuck; it can only be killed.
+				client := startClient(t, sessions[i:i+1])
+				context.AfterFunc(ctx, func() { client.Kill() }) //nolint:errcheck // then the test fails
+				continue
+			}
+			running.Go(func() { stream(ctx, s.Transport, s.URL, s.options()) }) //nolint:errcheck // cancelled
+		}
+	})
+	cancel()
+	expectNoneLeft(t, all, goneLimit)
+}
+
+// ...or crictl, killed as well.
+func TestProcessesStayAfterCrictlIsKilled(t *testing.T) {
+	t.Parallel()
+	container := runContainer(t, node.ContainerSpec{})
+	for _, transport := range []string{"spdy", "websocket"} {
+		t.Run(transport, func(t *testing.T) {
+			t.Parallel()
+			mark := unique(t.Name())
+			command := shared.shim.crictl(t, append([]string{"exec", "--transport", transport, "-i", container}, marked(mark, "sleep 1000; :")...)...)
+			command.Stdin = openStdin(t)
+			if err := command.Start(); err != nil {
+				t.Fatal(err)
+			}
+			awaitMarked(t, mark, 2)
+			command.Process.Kill() //nolint:errcheck // Wait tells
+			command.Process.Wait() //nolint:errcheck // killed
+			t.Logf("gone after %v", awaitNone(t, mark, goneLimit))
+		})
+	}
+}
+
+// ...or resets its streams and leaves the connection open, as a proxy may.
+func TestProcessesStayAfterStreamsAreReset(t *testing.T) {
+	t.Parallel()
+	container := runContainer(t, node.ContainerSpec{})
+	for _, l := range leftBehind {
+		t.Run(l.name, func(t *testing.T) {
+			t.Parallel()
+			mark := unique(t.Name())
+			u := shared.shim.execURL(t, container, remotecommand.StreamOptions{Stdin: flood{}, Stdout: io.Discard, Stderr: io.Discard}, marked(mark, l.script)...)
+			network, err := net.Dial("tcp", u.Host)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer network.Close()
+			network.SetDeadline(time.Now().Add(testTimeout + goneLimit)) //nolint:errcheck // then it hangs if it hangs
+			fmt.Fprintf(network, "POST %s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: v4.channel.k8s.io\r\n\r\n", u.Path, u.Host)
+			answer := make([]byte, 0, 1024)
+			for one := make([]byte, 1); len(answer) < 4 || string(answer[len(answer)-4:]) != "\r\n\r\n"; answer = append(answer, one[0]) {
+				if _, err := network.Read(one); err != nil {
+					t.Fatal(err)
+				}
+			}
+			conn, err := spdystream.NewConnection(network, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			go conn.Serve(spdystream.NoOpStreamHandler)
+			var streams []*spdystream.Stream
+			for _, name := range []string{"error", "stdin", "stdout", "stderr"} {
+				s, err := conn.CreateStream(http.Header{"Streamtype": {name}}, nil, false)
+				if err != nil {
+					t.Fatal(err)
+				}
+				go io.Copy(io.Discard, s) //nolint:errcheck // ends with the reset
+				streams = append(streams, s)
+			}
+			awaitMarked(t, mark, l.processes)
+			for _, s := range slices.Backward(streams) { // the error stream, which ends the session, last
+				if err := s.Reset(); err != nil {
+					t.Error(err)
+				}
+			}
+			t.Logf("gone after %v", awaitNone(t, mark, goneLimit))
+		})
+	}
+}
+
+// ...or the network between is gone, without one packet more (default: noticed in less than 60 s).
+func TestProcessesStayAfterNetworkIsGone(t *testing.T) {
+	t.Parallel()
+	const address = "127.83.77.9" // the clients' side, of this test alone
+	rules := [][]string{
+		{"INPUT", "-i", "lo", "-s", address, "-j", "DROP"},
+		{"INPUT", "-i", "lo", "-d", address, "-j", "DROP"},
+	}
+	iptables := func(verb string, rule []string) error {
+		if output, err := exec.Command("iptables", append([]string{"-w", "60", verb}, rule...)...).CombinedOutput(); err != nil {
+			return fmt.Errorf("iptables %s: %w: %s", verb, err, output)
+		}
+		return nil
+	}
+	for _, rule := range rules {
+		for iptables("-C", rule) == nil { // of a run that was killed
+			if err := iptables("-D", rule); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	var relays sync.WaitGroup
+	t.Cleanup(relays.Wait)
+	ctx, cancel := context.WithCancel(context.Background())
+	t.Cleanup(cancel)
+	through := func(u *url.URL) *url.URL {
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { listener.Close() })
+		server := u.Host
+		relays.Go(func() {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}}
+			network, err := dialer.DialContext(ctx, "tcp", server)
+			if err != nil {
+				client.Close()
+				return
+			}
+			context.AfterFunc(ctx, func() { network.Close(); client.Close() })
+			relays.Go(func() { io.Copy(network, client) }) //nolint:errcheck // ends with the test
+			relays.Go(func() { io.Copy(client, network) }) //nolint:errcheck // as above
+		})
+		cut := *u
+		cut.Host = listener.Addr().String()
+		return &cut
+	}
+	all := leaveBehind(t, shared.shim, through, func(sessions []clientSession) {
+		for _, s := range sessions {
+			go stream(ctx, s.Transport, s.URL, s.options()) //nolint:errcheck // cancelled
+		}
+	})
+	for _, rule := range rules {
+		if err := iptables("-I", rule); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := iptables("-D", rule); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	expectNoneLeft(t, all, 60*time.Second+goneLimit)
+}
+
+// The end of stdin is no disconnect: see also TestEndOfStdin.
+
+// on_disconnect = "keep" keeps, and "kill" kills at once.
+func TestOnDisconnect(t *testing.T) {
+	t.Parallel()
+	for _, policy := range []string{"keep", "kill"} {
+		t.Run(policy, func(t *testing.T) {
+			t.Parallel()
+			configuration := fmt.Sprintf("[exec]\non_disconnect = %q\n", policy)
+			if policy == "kill" { // long before these would
+				configuration += "term_after = \"90s\"\nkill_after = \"180s\"\n"
+			}
+			shim := startStreamshim(t, configuration)
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			container := runContainer(t, node.ContainerSpec{})
+			var marks []string
+			for _, transport := range transports {
+				for _, tty := range []bool{false, true} {
+					mark := unique(t.Name())
+					marks = append(marks, mark)
+					s := clientSession{Transport: transport, TTY: tty}
+					// It writes all the while, and goes on after its terminal's or pipe's reader has left.
+					u := shim.execURL(t, container, s.options(), marked(mark, "trap 'echo $? > /tmp/end' EXIT; trap '' HUP TERM; n=0; while :; do echo $n; n=$((n+1)); echo $n > /tmp/"+mark[len(mark)-3:]+"; sleep 0.1; done")...)
+					go stream(ctx, s.Transport, u.String(), s.options()) //nolint:errcheck // cancelled
+				}
+			}
+			for _, mark := range marks {
+				awaitMarked(t, mark, 1)
+			}
+			cancel()
+			if policy == "kill" {
+				for _, mark := range marks {
+					t.Logf("%s: killed after %v", mark, awaitNone(t, mark, goneLimit))
+				}
+				return
+			}
+			// Longer than hang-up, TERM and KILL would take.
+			time.Sleep(14 * time.Second)
+			for _, mark := range marks {
+				before := shim.mustSync(t, container, "cat /tmp/"+mark[len(mark)-3:])
+				eventually(t, testTimeout, mark+" goes on", func() bool {
+					return shim.mustSync(t, container, "cat /tmp/"+mark[len(mark)-3:]) != before
+				})
+			}
+		})
+	}
+}
+
+// Children survive a timed-out probe (containerd#4594, S2), which is not ended in time either while
+// one of them holds the pipe (containerd#9568, S1).
+func TestProbeTimeoutLeavesProcesses(t *testing.T) {
+	t.Parallel()
+	container := runContainer(t, node.ContainerSpec{})
+	for _, l := range leftBehind {
+		t.Run(l.name, func(t *testing.T) {
+			t.Parallel()
+			mark := unique(t.Name())
+			begin := time.Now()
+			// "shell" ends by itself, as a probe's stdin is empty.
+			_, err := shared.shim.execSync(t.Context(), container, 3*time.Second, marked(mark, "trap '' PIPE; "+l.script+"; sleep 1000; :")...)
+			took := time.Since(begin)
+			if status.Code(err) != codes.DeadlineExceeded {
+				t.Errorf("%v, want DeadlineExceeded", err)
+			}
+			t.Logf("answered after %v, for a timeout of 3 s", took)
+			if took < 2900*time.Millisecond || took > 10*time.Second {
+				t.Errorf("answered after %v", took)
+			}
+			t.Logf("nothing left %v later", awaitNone(t, mark, goneLimit))
+		})
+	}
+}
+
+// A probe whose background child holds the pipe answers with its own exit code.
+func TestProbeHangsOnItsChild(t *testing.T) {
+	t.Parallel()
+	container := runContainer(t, node.ContainerSpec{})
+	begin := time.Now()
+	response, err := shared.shim.execSync(t.Context(), container, 60*time.Second, "sh", "-c", "sleep 300 & echo healthy; exit 7")
+	if err != nil || response.ExitCode != 7 || string(response.Stdout) != "healthy\n" {
+		t.Errorf("%v, %v", response, err)
+	}
+	if took := time.Since(begin); took > 20*time.Second {
+		t.Errorf("answered after %v", took)
+	}
+}
+
+// A probe's output cannot fill memory or break the answer (CVE-2022-1708, S3).
+func TestProbeFloodsOutput(t *testing.T) {
+	t.Parallel()
+	container := runContainer(t, node.ContainerSpec{})
+	response, err := shared.shim.runtime.ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{
+		ContainerId: container, Cmd: []string{"sh", "-c", "head -c 40000000 /dev/zero; head -c 9000000 /dev/zero >&2; exit 3"},
+	}, grpc.MaxCallRecvMsgSize(16<<20)) // as the kubelet has it
+	if err == nil {
+		t.Logf("%d bytes of stdout, %d of stderr", len(response.Stdout), len(response.Stderr))
+	}
+	if err != nil || response.ExitCode != 3 || len(response.Stdout) < 4<<20 || len(response.Stdout)+len(response.Stderr) >= 16<<20 {
+		t.Errorf("%d bytes, exit code %d, %v", len(response.GetStdout()), response.GetExitCode(), err)
+	}
+}

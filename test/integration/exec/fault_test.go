@@ -1,0 +1,330 @@
+package exec
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/client-go/tools/remotecommand"
+
+	"github.com/streamshim/streamshim/test/internal/node"
+)
+
+// expectStartFailure runs a command that cannot start over each protocol and through ExecSync, and
+// expects an error that says why, soon.
+func expectStartFailure(t *testing.T, shim *streamshim, container, mark string, words ...string) {
+	t.Helper()
+	check := func(how string, err error, took time.Duration) {
+		t.Logf("%s: after %v: %v", how, took, err)
+		if err == nil || exitCodeOf(err) >= 0 {
+			t.Errorf("%s: %v, want an error of ours", how, err)
+			return
+		}
+		for _, word := range words {
+			if !strings.Contains(err.Error(), word) {
+				t.Errorf("%s: %v, want %q in it", how, err, word)
+			}
+		}
+		if took > 30*time.Second {
+			t.Errorf("%s: the answer took %v", how, took)
+		}
+	}
+	command := marked(mark, "sleep 1000; :")
+	for _, transport := range transports {
+		for _, tty := range []bool{false, true} {
+			options := remotecommand.StreamOptions{Stdout: io.Discard, Tty: tty}
+			if !tty { // else the runtime's own words have nowhere to go
+				options.Stderr = io.Discard
+			}
+			begin := time.Now()
+			err := shim.exec(t, transport, container, options, command...)
+			check(fmt.Sprintf("%s, tty %v", transport, tty), err, time.Since(begin))
+		}
+	}
+	begin := time.Now()
+	_, err := shim.execSync(t.Context(), container, 0, command...)
+	check("ExecSync", err, time.Since(begin))
+	awaitNone(t, mark, goneLimit)
+}
+
+// expectWorking runs a good command over each protocol.
+func expectWorking(t *testing.T, shim *streamshim, container string) {
+	t.Helper()
+	for _, transport := range transports {
+		output := &buffer{}
+		if err := shim.exec(t, transport, container, remotecommand.StreamOptions{Stdout: output}, "echo", "works"); err != nil || output.String() != "works\n" {
+			t.Errorf("%s: %q, %v", transport, output, err)
+		}
+	}
+}
+
+// fakeRuntime is a program that stands in for runc.
+func fakeRuntime(t *testing.T, script string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "runc")
+	if err := os.WriteFile(path, []byte("#!/bin/bash\nreal="+shared.node.Program("runc")+"\n"+script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// pidFileOf finds the argument of --pid-file.
+const pidFileOf = `for a; do [ "$last" = --pid-file ] && pidfile=$a; last=$a; done
+`
+
+func TestOCIRuntimeFails(t *testing.T) {
+	t.Parallel()
+	container := runContainer(t, node.ContainerSpec{})
+	for _, test := range []struct {
+		name, script string
+		words        []string
+	}{
+		{"missing", "", []string{"no such file or directory"}},
+		{"fails", "echo 'the moon is in the wrong place' >&2; exit 1\n", []string{"the moon is in the wrong place"}},
+		{"fails-without-a-word", "exit 1\n", nil},
+		{"hangs", "sleep 1000\n", []string{"in time"}},
+		{"hangs-having-started", `"$real" "$@"; sleep 1000` + "\n", []string{"in time"}},
+		{"hangs-ignoring-signals", "trap '' HUP TERM INT; while :; do sleep 1; done\n", []string{"in time"}},
+		{"empty-pid-file", pidFileOf + `"$real" "$@" && : > "$pidfile"` + "\n", []string{"pid"}},
+		{"no-pid-file", pidFileOf + `"$real" "$@" && rm "$pidfile"` + "\n", []string{"pid"}},
+		{"pid-of-a-stranger", pidFileOf + `"$real" "$@" && echo 1 > "$pidfile"` + "\n", []string{"pid"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			binary := "/nonexistent/runc"
+			if test.script != "" {
+				binary = fakeRuntime(t, test.script)
+			}
+			shim := startStreamshim(t, fmt.Sprintf("[exec]\nstart_timeout = \"2s\"\n[runtime]\nbinary = %q\n", binary))
+			before := descriptors(shim.pid())
+			expectStartFailure(t, shim, container, unique(t.Name()), test.words...)
+			eventually(t, testTimeout, "descriptors are closed", func() bool { return descriptors(shim.pid()) <= before+8 })
+			if left := glob(filepath.Join(shim.folder, "state", "exec", "*")); len(left) > 0 {
+				t.Errorf("files left: %q", left)
+			}
+			eventually(t, testTimeout, "no zombies are left", func() bool { return len(zombies(shim.pid())) == 0 })
+		})
+	}
+}
+
+// The bundle is not needed for an exec, so that nothing happens when it is gone.
+func TestBundleIsGone(t *testing.T) {
+	t.Parallel()
+	container := runContainer(t, node.ContainerSpec{})
+	bundles := glob(filepath.Join(shared.node.Dir(), "run/state/io.containerd.runtime.v2.task/k8s.io", container))
+	bundles = append(bundles, glob(filepath.Join(shared.node.Dir(), "run/*/io.containerd.runtime.v2.task/k8s.io", container))...)
+	if len(bundles) == 0 {
+		t.Fatal("the bundle was not found")
+	}
+	config := filepath.Join(bundles[0], "config.json")
+	if err := os.Rename(config, config+".gone"); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Rename(config+".gone", config) //nolint:errcheck // the container is about to be removed
+	expectWorking(t, shared.shim, container)
+}
+
+// No room is left for the files of a start.
+func TestStateDirectoryIsFull(t *testing.T) {
+	t.Parallel()
+	container := runContainer(t, node.ContainerSpec{})
+	shim := startStreamshim(t, "")
+	directory := filepath.Join(shim.folder, "state", "exec")
+	if err := unix.Mount("tmpfs", directory, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(directory, unix.MNT_DETACH) //nolint:errcheck // unmounted below
+	filler := filepath.Join(directory, "filler")
+	if err := os.WriteFile(filler, make([]byte, 1<<20), 0o600); err == nil {
+		t.Fatal("the directory has room for everything")
+	}
+	expectStartFailure(t, shim, container, unique(t.Name()), "no space left on device")
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	expectWorking(t, shim, container)
+}
+
+func TestContainerIsPaused(t *testing.T) {
+	t.Parallel()
+	container := runContainer(t, node.ContainerSpec{})
+	runc := func(verb string) {
+		t.Helper()
+		if output, err := command(t, shared.node.Program("runc"), "--root", shared.node.RuncRoot(), verb, container).CombinedOutput(); err != nil {
+			t.Fatalf("runc %s: %v: %s", verb, err, output)
+		}
+	}
+	mark := unique(t.Name())
+	options := remotecommand.StreamOptions{Stdout: io.Discard}
+	ended, cancel := begin(t, "SPDY", shared.shim.execURL(t, container, options, marked(mark, "sleep 1000; :")...), options)
+	awaitMarked(t, mark, 2)
+	runc("pause")
+	resumed := false
+	defer func() {
+		if !resumed {
+			runc("resume")
+		}
+	}()
+	expectStartFailure(t, shared.shim, container, unique(t.Name()), "paused")
+	// A client that leaves a paused container leaves processes that cannot be ended now, but then.
+	cancel()
+	awaitEnd(t, ended) //nolint:errcheck // cancelled
+	time.Sleep(12 * time.Second)
+	runc("resume")
+	resumed = true
+	t.Logf("gone %v after the container went on", awaitNone(t, mark, goneLimit))
+	expectWorking(t, shared.shim, container)
+}
+
+// setFreeFiles sets the limit of open files so that a process can open exactly so many more.
+func setFreeFiles(t *testing.T, pid, free int) {
+	t.Helper()
+	limit := 0
+	for ; ; limit++ {
+		if _, err := os.Lstat(fmt.Sprintf("/proc/%d/fd/%d", pid, limit)); err == nil {
+			continue
+		}
+		if free == 0 {
+			break
+		}
+		free--
+	}
+	setFileLimit(t, pid, uint64(limit))
+}
+
+func setFileLimit(t *testing.T, pid int, limit uint64) {
+	t.Helper()
+	var both unix.Rlimit
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &both); err != nil {
+		t.Fatal(err)
+	}
+	both.Cur = limit
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &both, nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// fewestDescriptors is how many a process has when nothing of its last session is left: the fewest that
+// are seen in a second.
+func fewestDescriptors(pid int) int {
+	fewest := descriptors(pid)
+	for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		fewest = min(fewest, descriptors(pid))
+	}
+	return fewest
+}
+
+// The limit of open files is reached: the client is told, and afterwards all is well again.
+func TestFileLimitIsReached(t *testing.T) {
+	t.Parallel()
+	container := runContainer(t, node.ContainerSpec{})
+	shim := startStreamshim(t, "")
+	expectWorking(t, shim, container)
+	var most unix.Rlimit
+	if err := unix.Prlimit(shim.pid(), unix.RLIMIT_NOFILE, nil, &most); err != nil {
+		t.Fatal(err)
+	}
+	idle := fewestDescriptors(shim.pid())
+	// One is for the connection itself: without it the client could not be told anything, see below.
+	for spare := 1; spare <= 12; spare++ {
+		mark := unique(t.Name())
+		options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: io.Discard, Stderr: io.Discard}
+		for i, transport := range transports {
+			u := shim.execURL(t, container, options, marked(mark, "sleep 1000; :")...)
+			eventually(t, testTimeout, "the descriptors of the last session are closed", func() bool { return descriptors(shim.pid()) <= idle })
+			setFreeFiles(t, shim.pid(), spare)
+			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+			err := stream(ctx, transport, u.String(), options)
+			if i == 0 {
+				t.Logf("room for %d files: %v", spare, err)
+			}
+			if err == nil || exitCodeOf(err) >= 0 {
+				t.Errorf("%s, room for %d files: %v", transport, spare, err)
+			}
+			cancel()
+			setFileLimit(t, shim.pid(), most.Cur)
+		}
+		awaitNone(t, mark, goneLimit)
+	}
+	// A connection that cannot even be accepted waits until it can.
+	for _, transport := range transports {
+		output := &buffer{}
+		options := remotecommand.StreamOptions{Stdout: output}
+		u := shim.execURL(t, container, options, "echo", "works")
+		eventually(t, testTimeout, "the descriptors of the last session are closed", func() bool { return descriptors(shim.pid()) <= idle })
+		refused := func() int {
+			log, _ := os.ReadFile(shim.log) //nolint:errcheck // 0 will not do
+			return strings.Count(string(log), "accept4: too many open files")
+		}
+		before := refused()
+		setFreeFiles(t, shim.pid(), 0)
+		ended, _ := begin(t, transport, u, options)
+		eventually(t, testTimeout, "the connection cannot be accepted", func() bool { return refused() > before })
+		setFileLimit(t, shim.pid(), most.Cur)
+		if err := awaitEnd(t, ended); err != nil || output.String() != "works\n" {
+			t.Errorf("%s, after there was no room: %q, %v", transport, output, err)
+		}
+	}
+	expectWorking(t, shim, container)
+}
+
+// streamshim is killed in the middle of sessions. What it leaves is ended by the next one, unless it is
+// to be kept.
+func TestStreamshimIsKilled(t *testing.T) {
+	t.Parallel()
+	for _, policy := range []string{"hangup", "kill", "keep"} {
+		t.Run(policy, func(t *testing.T) {
+			t.Parallel()
+			shim := startStreamshim(t, fmt.Sprintf("[exec]\non_disconnect = %q\n", policy))
+			container := runContainer(t, node.ContainerSpec{})
+			var marks []string
+			var sessions []<-chan error
+			for i, script := range []string{"sleep 1000; :", "trap '' HUP TERM; sleep 1000 & (sleep 1000 &) ; setsid sleep 1000 & sleep 1000; :"} {
+				for _, tty := range []bool{false, true} {
+					mark := unique(t.Name())
+					marks = append(marks, mark)
+					options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: io.Discard, Tty: tty}
+					if tty && policy == "keep" {
+						script = "trap '' HUP; " + script // the terminal hangs up with streamshim
+					}
+					ended, _ := begin(t, transports[i], shim.execURL(t, container, options, marked(mark, script)...), options)
+					sessions = append(sessions, ended)
+				}
+			}
+			for _, mark := range marks {
+				awaitMarked(t, mark, 2)
+			}
+			shim.stop(t, syscall.SIGKILL)
+			for i, ended := range sessions {
+				// Over SPDY stock client-go itself takes a lost connection for a success (kubectl#1726).
+				if err := awaitEnd(t, ended); err == nil && i >= 2 {
+					t.Error("a session of the killed streamshim is a success")
+				}
+			}
+			shim.start(t)
+			if policy == "keep" {
+				time.Sleep(12 * time.Second)
+				for _, mark := range marks {
+					if len(withMark(mark)) == 0 {
+						t.Errorf("%s was ended", mark)
+					}
+				}
+			} else {
+				for _, mark := range marks {
+					awaitNone(t, mark, goneLimit)
+				}
+			}
+			expectWorking(t, shim, container)
+			eventually(t, testTimeout, "no files are left", func() bool {
+				return len(glob(filepath.Join(shim.folder, "state", "exec", "*"))) == 0
+			})
+		})
+	}
+}

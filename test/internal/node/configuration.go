@@ -1,0 +1,228 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"text/template"
+
+	"github.com/streamshim/streamshim/test/internal/images"
+)
+
+// ImageHost is the registry host in the node's own image references. It is a name only: every host
+// leads to the node's image server.
+const ImageHost = "streamshim.test"
+
+// Image returns the full reference of one of the images of test/internal/images, such as images.Busybox.
+func Image(reference string) string { return ImageHost + "/" + reference }
+
+// containerdConfiguration is containerd 2.4's config.toml.
+var containerdConfiguration = template.Must(template.New("containerd").Parse(`version = 4
+root = '{{.Dir}}/root'
+state = '{{.Dir}}/run/state'
+temp = '{{.Dir}}/tmp'
+imports = []
+
+[debug]
+  level = 'info'
+
+[plugins.'io.containerd.server.v1.grpc']
+  address = '{{.Dir}}/run/containerd.sock'
+[plugins.'io.containerd.server.v1.ttrpc']
+  address = '{{.Dir}}/run/containerd.sock.ttrpc'
+
+[plugins.'io.containerd.cri.v1.images']
+  snapshotter = 'overlayfs'
+  [plugins.'io.containerd.cri.v1.images'.pinned_images]
+    sandbox = '{{.SandboxImage}}'
+  [plugins.'io.containerd.cri.v1.images'.registry]
+    config_path = '{{.Dir}}/certs.d'
+
+[plugins.'io.containerd.cri.v1.runtime']
+  # A machine without CAP_SYS_RESOURCE cannot set a sandbox's -998.
+  restrict_oom_score_adj = true
+  disable_apparmor = {{.NoAppArmor}}
+  netns_mounts_under_state_dir = true
+  cdi_spec_dirs = ['{{.Dir}}/cdi']
+  [plugins.'io.containerd.cri.v1.runtime'.cni]
+    bin_dirs = ['{{.Programs}}']
+    conf_dir = '{{.Dir}}/cni'
+  [plugins.'io.containerd.cri.v1.runtime'.containerd]
+    default_runtime_name = 'runc'
+    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+      runtime_type = 'io.containerd.runc.v2'
+      runtime_path = '{{.Programs}}/containerd-shim-runc-v2'
+      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
+        BinaryName = '{{.Programs}}/runc'
+        Root = '{{.Dir}}/run/runc'
+        SystemdCgroup = false
+
+[plugins.'io.containerd.grpc.v1.cri']
+  disable_tcp_service = true
+  stream_server_address = '127.0.0.1'
+  stream_server_port = '0'
+  enable_tls_streaming = false
+
+# The rest only keeps containerd out of the system's own folders.
+[plugins.'io.containerd.internal.v1.opt']
+  path = '{{.Dir}}/opt'
+[plugins.'io.containerd.image-verifier.v1.bindir']
+  bin_dir = '{{.Dir}}/opt/image-verifier'
+[plugins.'io.containerd.nri.v1.nri']
+  disable = true
+[plugins.'io.containerd.shim.v1.manager']
+  socket_dir = '{{.ShimSockets}}'
+`))
+
+// networkConfiguration is a CNI network of a bridge, an address and host ports.
+var networkConfiguration = template.Must(template.New("cni").Parse(`{
+  "cniVersion": "1.0.0",
+  "name": "{{.Network}}",
+  "plugins": [
+    {
+      "type": "bridge",
+      "bridge": "{{.Bridge}}",
+      "isGateway": true,
+      "ipMasq": false,
+      "hairpinMode": true,
+      "ipam": {
+        "type": "host-local",
+        "dataDir": "{{.Dir}}/addresses",
+        "ranges": [[{"subnet": "{{.Subnet}}"}]],
+        "routes": [{"dst": "0.0.0.0/0"}]
+      }
+    },
+    {"type": "portmap", "capabilities": {"portMappings": true}, "snat": true}
+  ]
+}
+`))
+
+// registryConfiguration sends every registry host to the image server. Without its first line,
+// containerd would go on to ask the real host for an image that is not there.
+var registryConfiguration = template.Must(template.New("hosts.toml").Parse(`server = "http://{{.Registry}}"
+[host."http://{{.Registry}}"]
+  capabilities = ["pull", "resolve"]
+`))
+
+var crictlConfiguration = template.Must(template.New("crictl.yaml").Parse(`runtime-endpoint: {{.Socket}}
+image-endpoint: {{.Socket}}
+timeout: 60
+`))
+
+// The names that the node's traces outside its folder are found by.
+func (n *Node) bridge() string  { return "ss-" + n.state.Name }
+func (n *Node) network() string { return "streamshim-" + n.state.Name }
+
+// subnet spreads nodes over 10.200.0.0 to 10.249.249.255 by their names.
+func (n *Node) subnet() string {
+	h := hash(n.state.Name)
+	return fmt.Sprintf("10.%d.%d.0/24", 200+h%50, h/50%250)
+}
+
+// shimSockets is where the shims' sockets are. Their names are 64 characters long, so a folder with
+// a long path needs another place for them.
+func (n *Node) shimSockets() string {
+	inside := n.path("s")
+	if len(inside)+len("/")+64 < 107 {
+		return inside
+	}
+	return filepath.Join(os.TempDir(), fmt.Sprintf("streamshim-%s-%08x", n.state.Name, hash(n.dir)))
+}
+
+func (n *Node) writeConfiguration() error {
+	_, err := os.Stat("/sys/kernel/security/apparmor/profiles")
+	values := map[string]any{
+		"Dir": n.dir, "Programs": n.state.Programs, "Registry": n.state.Registry, "Socket": n.Socket(),
+		"SandboxImage": Image(images.Sandbox), "NoAppArmor": err != nil, "ShimSockets": n.shimSockets(),
+		"Network": n.network(), "Bridge": n.bridge(), "Subnet": n.subnet(),
+	}
+	for _, folder := range []string{n.path("run"), n.path("tmp"), n.path("cdi"), n.path("opt"), n.path("pods"), n.shimSockets()} {
+		if err := os.MkdirAll(folder, 0o711); err != nil {
+			return err
+		}
+	}
+	for name, content := range map[string]*template.Template{
+		"containerd.toml":             containerdConfiguration,
+		"cni/10-streamshim.conflist":  networkConfiguration,
+		"certs.d/_default/hosts.toml": registryConfiguration,
+		"crictl.yaml":                 crictlConfiguration,
+	} {
+		var text bytes.Buffer
+		if err := content.Execute(&text, values); err != nil {
+			return err
+		}
+		if err := os.MkdirAll(filepath.Dir(n.path(name)), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(n.path(name), text.Bytes(), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (n *Node) startContainerd() error {
+	return n.startProcess(containerdProcess, n.Program("containerd"), []string{"--config", n.path("containerd.toml")})
+}
+
+func (n *Node) startStreamshim() error {
+	return n.startProcess(streamshimProcess, n.state.Streamshim, append([]string{
+		"serve", "--listen", n.Socket(), "--upstream", n.ContainerdSocket(),
+		"--stream-address", "127.0.0.1:0",
+		"--admin", "unix://" + n.AdminSocket(),
+		"--state-dir", n.path("run/streamshim"), "--log-level", "debug", "--log-format", "text",
+	}, n.state.StreamshimArgs...))
+}
+
+// startImageServer builds the image server and starts it on a socket that is open beforehand, so
+// that its address is known and requests wait for it instead of failing.
+func (n *Node) startImageServer(ctx context.Context) error {
+	const module = "github.com/streamshim/streamshim/test/internal/images/"
+	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w",
+		"-o", n.path("bin")+"/", module+"actor", module+"imageserver")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if output, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("build the image server (from inside the module): %w\n%s", err, output)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = listener.Close() }() // the image server has its own copy
+	file, err := listener.(*net.TCPListener).File()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = file.Close() }()
+	n.state.Registry = listener.Addr().String()
+	return n.startProcess(imageServerProcess, n.path("bin/imageserver"), []string{
+		"-busybox", n.Program("busybox"), "-actor", n.path("bin/actor"), "-listen-fd", "3",
+	}, file)
+}
+
+// ImageDigest asks the image server for the digest of one of its images, such as images.Busybox.
+func (n *Node) ImageDigest(ctx context.Context, reference string) (string, error) {
+	repository, tag, _ := strings.Cut(reference, ":")
+	request, err := http.NewRequestWithContext(ctx, http.MethodHead, "http://"+n.state.Registry+"/v2/"+repository+"/manifests/"+tag, nil)
+	if err != nil {
+		return "", err
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return "", fmt.Errorf("ask the image server for %s: %w", reference, err)
+	}
+	if err := response.Body.Close(); err != nil {
+		return "", err
+	}
+	digest := response.Header.Get("Docker-Content-Digest")
+	if response.StatusCode != http.StatusOK || digest == "" {
+		return "", fmt.Errorf("the image server has no %s: %s", reference, response.Status)
+	}
+	return digest, nil
+}

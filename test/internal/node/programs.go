@@ -1,0 +1,121 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// programs are what a node runs, made by test/internal/peers/build.sh.
+var programs = []string{
+	"containerd", "containerd-shim-runc-v2", "runc", "crictl",
+	"bridge", "host-local", "loopback", "portmap", "busybox",
+}
+
+// DefaultPrograms returns the folder that test/internal/peers/build.sh puts the programs in:
+// $STREAMSHIM_CACHE/peers/bin, where STREAMSHIM_CACHE defaults to ~/.cache/streamshim.
+func DefaultPrograms() string {
+	cache := os.Getenv("STREAMSHIM_CACHE")
+	if cache == "" {
+		base, err := os.UserCacheDir()
+		if err != nil {
+			base = "/root/.cache"
+		}
+		cache = filepath.Join(base, "streamshim")
+	}
+	return filepath.Join(cache, "peers", "bin")
+}
+
+// Ready says whether a node can be started here: root, and the programs in the folder
+// (DefaultPrograms when it is empty). The error tells what to do.
+func Ready(programFolder string) error {
+	if os.Geteuid() != 0 {
+		return errors.New("real containers need root")
+	}
+	if programFolder == "" {
+		programFolder = DefaultPrograms()
+	}
+	for _, name := range programs {
+		if _, err := os.Stat(filepath.Join(programFolder, name)); err != nil {
+			return fmt.Errorf("%w; please run test/internal/setup.sh and test/internal/peers/build.sh (make test does)", err)
+		}
+	}
+	return nil
+}
+
+// Require skips a test that needs a node where none can be started. With STREAMSHIM_REAL=required in
+// the environment, as make test sets it, such a test fails instead of passing unseen.
+func Require(t testing.TB) {
+	t.Helper()
+	if err := Ready(""); err != nil {
+		if os.Getenv("STREAMSHIM_REAL") == "required" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+}
+
+// StartForTest starts a node for one test and closes it when the test ends. Dir may be empty: it is
+// then always the same for the same Name and working copy, so that a run that was killed is cleaned
+// up after by the next one. When the test has failed, the logs stay and their folder is named.
+func StartForTest(t testing.TB, config Config) *Node {
+	t.Helper()
+	Require(t)
+	if config.Dir == "" {
+		workingFolder, err := os.Getwd()
+		if err != nil {
+			t.Fatal(err)
+		}
+		suffix := fmt.Sprintf("%04x", hash(workingFolder)&0xffff)
+		config.Dir = filepath.Join(os.TempDir(), "streamshim-test", config.Name+"-"+suffix)
+		config.Name = fmt.Sprintf("%.7s-%s", config.Name, suffix)
+	}
+	if config.Logf == nil {
+		config.Logf = t.Logf
+	}
+	n, err := Start(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
+		if t.Failed() {
+			t.Logf("the logs of containerd and streamshim are in %s", n.path("log"))
+			return
+		}
+		if err := os.RemoveAll(n.dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return n
+}
+
+// Binary returns the path of the streamshim program under test: $STREAMSHIM_BINARY, or bin/streamshim
+// at the top of the working copy. If there is none, the test is skipped, or fails as with Require.
+func Binary(t testing.TB) string {
+	t.Helper()
+	path := os.Getenv("STREAMSHIM_BINARY")
+	if path == "" {
+		folder, err := os.Getwd()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for ; folder != "/"; folder = filepath.Dir(folder) {
+			if _, err := os.Stat(filepath.Join(folder, "go.mod")); err == nil {
+				break
+			}
+		}
+		path = filepath.Join(folder, "bin", "streamshim")
+	}
+	if _, err := os.Stat(path); err != nil {
+		if os.Getenv("STREAMSHIM_REAL") == "required" {
+			t.Fatalf("%v; please run make build", err)
+		}
+		t.Skipf("%v; please run make build", err)
+	}
+	return path
+}
