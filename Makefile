@@ -166,8 +166,8 @@ image: bin/image ## the image for a fleet (amd64, arm64) as an OCI archive, dist
 	@bin/image -o $(IMAGE) -tag $(IMAGE_NAME) -version $(VERSION) -license LICENSE \
 		$(foreach arch,$(IMAGE_ARCHES),linux/$(arch)=bin/image-$(arch)/streamshim)
 
-bin/image: test/tools/image/go.mod test/tools/image/main.go
-	@cd test/tools/image && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -o $(CURDIR)/bin/ .
+bin/image: test/internal/tools/image/go.mod test/internal/tools/image/main.go
+	@cd test/internal/tools/image && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -o $(CURDIR)/bin/ .
 	@touch $@
 
 .PHONY: manifests print-manifests
@@ -177,14 +177,14 @@ print-manifests:
 	@bin/helm template streamshim deploy/helm/streamshim --namespace streamshim-system --set namespace.create=true
 
 # Modules of their own, so that their dependencies stay out of the product's.
-bin/helm bin/kubeconform: test/tools/helm/go.mod
+bin/helm bin/kubeconform: test/internal/tools/helm/go.mod
 	$(call say,helm and kubeconform: built once$(,) some minutes)
-	@cd test/tools/helm && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -ldflags '-s -w' -o $(CURDIR)/bin/ tool
+	@cd test/internal/tools/helm && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -ldflags '-s -w' -o $(CURDIR)/bin/ tool
 	@touch bin/helm bin/kubeconform
 
-bin/kube-controller-manager bin/kube-scheduler: test/tools/cluster/go.mod
+bin/kube-controller-manager bin/kube-scheduler: test/internal/tools/cluster/go.mod
 	$(call say,kube-controller-manager and kube-scheduler: built once$(,) some minutes)
-	@cd test/tools/cluster && version=$$(go list -m -f '{{.Version}}' k8s.io/kubernetes) && \
+	@cd test/internal/tools/cluster && version=$$(go list -m -f '{{.Version}}' k8s.io/kubernetes) && \
 		CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false \
 		-ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$$version -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36" \
 		-o $(CURDIR)/bin/ tool

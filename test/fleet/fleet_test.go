@@ -16,9 +16,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/streamshim/streamshim/test/images"
-	"github.com/streamshim/streamshim/test/kubernetes"
-	"github.com/streamshim/streamshim/test/node"
+	"github.com/streamshim/streamshim/test/internal/images"
+	"github.com/streamshim/streamshim/test/internal/kubernetes"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 const (

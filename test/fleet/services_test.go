@@ -17,7 +17,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/streamshim/streamshim/test/kubernetes"
+	"github.com/streamshim/streamshim/test/internal/kubernetes"
 )
 
 // services supervises the kubelet and streamshim of one node of a test cluster as systemd would: this
@@ -173,4 +173,22 @@ func (s *services) setCrashOnMove(on bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.crashOnMove = on
+}
+
+// safeBuffer is a buffer that a process writes while the test reads.
+type safeBuffer struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (b *safeBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func (b *safeBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
 }

@@ -1,6 +1,6 @@
 // image makes the OCI archive of "make image". A module of its own keeps its dependencies out of the
 // product's.
-module github.com/streamshim/streamshim/test/tools/image
+module github.com/streamshim/streamshim/test/internal/tools/image
 
 go 1.26.6
 

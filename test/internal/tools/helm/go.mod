@@ -1,6 +1,6 @@
 // helm renders the chart of deploy/helm and kubeconform checks what comes of it. A module of its own
 // keeps their dependencies out of the product's.
-module github.com/streamshim/streamshim/test/tools/helm
+module github.com/streamshim/streamshim/test/internal/tools/helm
 
 go 1.26.6
 

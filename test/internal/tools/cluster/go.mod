@@ -1,7 +1,7 @@
-// kube-controller-manager and kube-scheduler of the release that test/peers/kubernetes pins: with them a
+// kube-controller-manager and kube-scheduler of the release that test/internal/peers/kubernetes pins: with them a
 // DaemonSet of the test cluster is made into pods as on any cluster. Apart from it, so that they are built
 // for this test alone.
-module github.com/streamshim/streamshim/test/tools/cluster
+module github.com/streamshim/streamshim/test/internal/tools/cluster
 
 go 1.26.6
 
