@@ -27,6 +27,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/portforward"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // endTimeout is how long the parts may take to end once sessions have been told to.
@@ -39,8 +40,8 @@ func newServeCommand() *cobra.Command {
 		Long: `serve listens for CRI calls on --listen and passes them on to --upstream, except Exec, ExecSync, Attach
 and PortForward, which it serves itself. It prints one line when it is ready and tells systemd.
 
-SIGTERM ends it: no new calls and sessions are taken, running sessions may go on for shutdown.drain,
-and those that are left end with a status that says so.
+SIGTERM ends it, at the latest after shutdown.drain: as long as sessions run, which may go on until then, new ones
+are taken too. Sessions that are left end with a status that says so. A second SIGTERM ends it at once.
 
 SIGHUP reads the configuration again and takes over limits, rules, timeouts, log level, audit and
 recording, without touching live sessions. A file with a mistake is refused, and the old configuration
@@ -165,11 +166,21 @@ func findUpstream() (string, error) {
 func newLogger(c config.Config) (*slog.Logger, *slog.LevelVar) {
 	level := &slog.LevelVar{}
 	level.Set(c.Level())
-	options := &slog.HandlerOptions{Level: level}
+	options := logOptions(level)
 	if c.LogFormat == "json" {
 		return slog.New(slog.NewJSONHandler(os.Stderr, options)), level
 	}
 	return slog.New(slog.NewTextHandler(os.Stderr, options)), level
+}
+
+// logOptions has durations written as "10s" in JSON too, which would have nanoseconds.
+func logOptions(level slog.Leveler) *slog.HandlerOptions {
+	return &slog.HandlerOptions{Level: level, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if a.Value.Kind() == slog.KindDuration {
+			a.Value = slog.StringValue(a.Value.Duration().String())
+		}
+		return a
+	}}
 }
 
 // serve builds the parts, runs them until the context ends, and takes them down in reverse order.
@@ -206,10 +217,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		return err
 	}
 	defer telemetry.close()
-	if c.Exec.Engine != "runc" {
-		log.Warn("this engine was removed, because a container could escape through it: commands are started by the OCI runtime "+
-			"(docs/engines.md); take exec.engine out of the configuration", "engine", c.Exec.Engine)
-	}
+	warnRemoved(c, log)
 	telemetry.observe(operation.sessions)
 	observe := telemetry.hooks()
 
@@ -243,9 +251,10 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	if err != nil {
 		return fmt.Errorf("listen for streams: %w", err)
 	}
-	streams := streaming.NewServer(streamingConfig(c, log, operation, observe), streamListener.Addr())
+	engine := engine{upstream, runner, watcher}
+	streams := streaming.NewServer(streamingConfig(c, log, operation, observe, engine), streamListener.Addr())
 	criServer, err := cri.NewServer(cri.Config{
-		Upstream: upstream, Streams: streams, Engine: &engine{runner: runner, watcher: watcher, runtime: c.Runtime, starts: operation.limits},
+		Upstream: upstream, Streams: streams, Runner: engine,
 		StreamErrorCode: streamErrorCode, BeginSync: observe.countSync(operation.beginSync), Logger: log,
 		Observe: observe.call, Trace: observe.trace,
 	})
@@ -261,6 +270,10 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		Settings: func() admin.Settings { return adminSettings(*reloader.current.Load()) },
 	})
 
+	warnOfMissing(log, c)
+	// Until here a signal has ended the process at once: nothing is served yet that could end in order.
+	ctx, stop := untilSignal(ctx)
+	defer stop()
 	ended := make(chan error, 3) // of the servers
 	running := 2
 	go func() { ended <- streams.Serve(streamListener) }()
@@ -270,8 +283,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		go func() { ended <- adminServer.Serve(adminListener) }()
 	}
 	telemetry.serve(streams)
-	fmt.Printf("streamshim ready: CRI on %s, upstream %s, streams on %s\n", c.Listen, c.Upstream, streamListener.Addr())
-	warnOfMissing(log, c)
+	sayReady(c, streamListener.Addr())
 	notify(log, daemon.SdNotifyReady)
 
 	reloading := make(chan struct{})
@@ -291,7 +303,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	notify(log, daemon.SdNotifyStopping)
 	drain, cancelDrain := context.WithTimeout(context.WithoutCancel(ctx), time.Duration(c.Shutdown.Drain))
 	defer cancelDrain()
-	// New exec calls must fail before sessions are drained; other calls pass until then.
+	// Sessions first, as long as calls and probes are still answered.
 	err = errors.Join(err, streams.Shutdown(drain))
 	end, cancelEnd := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
 	defer cancelEnd()
@@ -302,6 +314,15 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		err = errors.Join(err, <-ended)
 	}
 	return err
+}
+
+// sayReady prints the one line on stdout, in the form of the log.
+func sayReady(c config.Config, streams net.Addr) {
+	if c.LogFormat == "json" {
+		slog.New(slog.NewJSONHandler(os.Stdout, logOptions(nil))).Info("streamshim ready", "listen", c.Listen, "upstream", c.Upstream, "streams", streams.String())
+		return
+	}
+	fmt.Printf("streamshim ready: CRI on %s, upstream %s, streams on %s\n", c.Listen, c.Upstream, streams)
 }
 
 // warnOfMissing says what is not there although the configuration names it. None of it is a reason not to serve: the
@@ -341,24 +362,31 @@ const syncDrainMax = 10 * time.Second
 func runnerConfig(c config.Config, log *slog.Logger, o *operation, observe hooks) execproc.Config {
 	return execproc.Config{
 		StateDir:     filepath.Join(c.StateDir, "exec"),
+		Runtime:      c.Runtime.Binary,
+		Root:         c.Runtime.Root,
 		StartTimeout: time.Duration(c.Exec.StartTimeout),
 		OnDisconnect: execproc.Policy(c.Exec.OnDisconnect),
 		TermAfter:    time.Duration(c.Exec.TermAfter),
 		KillAfter:    time.Duration(c.Exec.KillAfter),
 		DrainIdle:    time.Duration(c.Exec.DrainIdle),
 		DrainMax:     min(time.Duration(c.Exec.DrainMax), syncDrainMax),
-		OutputLimit:  c.Exec.SyncOutput,
+		OutputLimit:  config.SyncOutput,
 		OutputRoom:   o.syncOutput,
-		Logger:       log,
-		OnStart:      observe.started,
-		OnKill:       observe.killed,
+		SyncTurn: func(ctx context.Context, c workload.Container) (func(), error) {
+			return o.limits.Acquire(ctx, session.Info{Kind: session.ExecSync, Target: c.Target})
+		},
+		Logger:  log,
+		OnStart: observe.started,
+		OnKill:  observe.killed,
 	}
 }
 
-func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe hooks) streaming.Config {
+func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe hooks, e engine) streaming.Config {
 	return streaming.Config{
 		Log:           log,
 		Sessions:      o.sessions,
+		Runtime:       e,
+		Pods:          e,
 		Starts:        o.limits,
 		Buffers:       o.buffers,
 		MayConnect:    o.limits.MayConnect,
@@ -371,7 +399,8 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe ho
 		Settings:      streamingSettings(c),
 		Stall:         time.Duration(c.PortForward.Stall),
 		ReportRefused: c.PortForward.Refused == "report",
-		AttachBuffer:  c.Attach.Buffer,
+		AttachBuffer:  config.AttachBuffer,
+		AttachStays:   c.Attach.InputEnd == "stay",
 		Observe:       observe.event,
 	}
 }

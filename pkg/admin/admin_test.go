@@ -18,6 +18,7 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/asciicast"
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // fixture is a server on a socket with one live session behind it.
@@ -55,7 +56,7 @@ func newFixture(t *testing.T) *fixture {
 	})
 	f.live = f.begin(t, session.Info{
 		Kind: session.Exec, TTY: true, Command: []string{"sh", "-c", "secret"},
-		Target: session.Target{PodNamespace: "shop", PodName: "web", ContainerName: "app"},
+		Target: workload.Target{PodNamespace: "shop", PodName: "web", ContainerName: "app"},
 	})
 	return f
 }
@@ -172,7 +173,7 @@ func TestWatch(t *testing.T) {
 	c := &controls{}
 	f.live.SetControls(c)
 	f.live.Taps.Open()
-	f.live.Taps.Resize(132, 43)
+	f.live.Taps.Resize(workload.Size{Width: 132, Height: 43})
 	f.settings.NotifyWatch = true
 	body, err := f.Watch(t.Context(), f.live.ID)
 	if err != nil {

@@ -17,6 +17,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/asciicast"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/session/recording"
+	"github.com/streamshim/streamshim/pkg/session/transcript"
 )
 
 const (
@@ -180,15 +181,15 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 
 	out := http.NewResponseController(w)
 	w.Header().Set("Content-Type", "application/x-asciicast")
-	width, height := live.Taps.Size()
+	size := live.Taps.Size()
 	now := time.Now()
 	cast, err := asciicast.NewWriter(w, asciicast.Header{
-		Width: orDefault(width, 80), Height: orDefault(height, 24), Timestamp: now.Unix(), Title: title(live.Info),
+		Width: orDefault(size.Width, 80), Height: orDefault(size.Height, 24), Timestamp: now.Unix(), Title: title(live.Info),
 	})
 	if err != nil {
 		return nil //nolint:nilerr // the watcher has gone
 	}
-	encoder := asciicast.NewEncoder(cast, now, live.TTY)
+	encoder := transcript.NewEncoder(cast, now, live.TTY)
 	for more := true; more; {
 		out.SetWriteDeadline(time.Now().Add(watchTimeout)) //nolint:errcheck // a Unix socket has them
 		if err := out.Flush(); err != nil {

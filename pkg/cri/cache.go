@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 const (
@@ -22,38 +24,38 @@ const (
 // facts hold as long as its init process lives, and that is looked at on every use.
 type containerCache struct {
 	mu      sync.Mutex
-	byID    map[string]Container // by full ID
+	byID    map[string]workload.Container // by full ID
 	sweepAt int
 }
 
 func newContainerCache() *containerCache {
-	return &containerCache{byID: make(map[string]Container), sweepAt: cacheSweepSize}
+	return &containerCache{byID: make(map[string]workload.Container), sweepAt: cacheSweepSize}
 }
 
 // get returns the facts of a container that is still running.
-func (c *containerCache) get(id string) (Container, bool) {
+func (c *containerCache) get(id string) (workload.Container, bool) {
 	container, ok := c.peek(id)
 	if !ok {
-		return Container{}, false
+		return workload.Container{}, false
 	}
 	if !initAlive(container) {
 		c.mu.Lock()
 		delete(c.byID, id)
 		c.mu.Unlock()
-		return Container{}, false
+		return workload.Container{}, false
 	}
 	return container, true
 }
 
 // peek returns facts that hold for a container's whole life, whether it still runs or not.
-func (c *containerCache) peek(id string) (Container, bool) {
+func (c *containerCache) peek(id string) (workload.Container, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	container, ok := c.byID[id]
 	return container, ok
 }
 
-func (c *containerCache) put(container Container) {
+func (c *containerCache) put(container workload.Container) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if len(c.byID) >= c.sweepAt {
@@ -71,7 +73,7 @@ func (c *containerCache) put(container Container) {
 }
 
 // initAlive says whether the container's init process runs and is the one that was seen first.
-func initAlive(container Container) bool {
+func initAlive(container workload.Container) bool {
 	if container.InitStartTime == 0 {
 		return false
 	}

@@ -151,7 +151,7 @@ func TestContainerdAPIAndVerboseStatusAgree(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { upstream.Close() })
-	server, err := NewServer(Config{Upstream: upstream, Streams: &fakeStreams{}, Engine: &fakeEngine{}})
+	server, err := NewServer(Config{Upstream: upstream, Streams: &fakeStreams{}, Runner: &fakeRunner{}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -9,7 +9,7 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 const (
@@ -27,15 +27,15 @@ const (
 	exitCodeKilled, exitCodeTerminated = 128 + 9, 128 + 15
 )
 
-// endReason says in a few words why a container is no longer there. It asks until the upstream has
-// noticed the end, does not answer, or ctx is done.
-func (r *resolver) endReason(ctx context.Context, target session.Target) string {
+// EndReason says in a few words why a container is no longer there, such as "container was OOM-killed". It
+// asks until the upstream has noticed the end, does not answer, or ctx is done.
+func (u *Upstream) EndReason(ctx context.Context, target workload.Target) string {
 	retry := time.NewTicker(endReasonRetry)
 	defer retry.Stop()
 	answered := time.Now()
 	for {
 		asking, cancel := context.WithDeadline(ctx, answered.Add(endReasonSilence))
-		response, err := r.upstream.runtime.ContainerStatus(asking, &runtimeapi.ContainerStatusRequest{ContainerId: target.ContainerID})
+		response, err := u.runtime.ContainerStatus(asking, &runtimeapi.ContainerStatusRequest{ContainerId: target.ContainerID})
 		cancel()
 		switch found := response.GetStatus(); {
 		case status.Code(err) == codes.NotFound:
@@ -44,7 +44,7 @@ func (r *resolver) endReason(ctx context.Context, target session.Target) string 
 			return containerGone
 		case err != nil:
 		case found.GetState() == runtimeapi.ContainerState_CONTAINER_EXITED:
-			return r.exitReason(ctx, target, found)
+			return u.exitReason(ctx, target, found)
 		default:
 			answered = time.Now()
 		}
@@ -56,22 +56,22 @@ func (r *resolver) endReason(ctx context.Context, target session.Target) string 
 	}
 }
 
-func (r *resolver) exitReason(ctx context.Context, target session.Target, exited *runtimeapi.ContainerStatus) string {
+func (u *Upstream) exitReason(ctx context.Context, target workload.Target, exited *runtimeapi.ContainerStatus) string {
 	if exited.GetReason() == oomKilledReason {
 		return "container was OOM-killed"
 	}
 	code := exited.GetExitCode()
-	if (code == exitCodeKilled || code == exitCodeTerminated) && r.sandboxStopped(ctx, target.SandboxID) {
+	if (code == exitCodeKilled || code == exitCodeTerminated) && u.sandboxStopped(ctx, target.SandboxID) {
 		return "pod sandbox was stopped"
 	}
 	return fmt.Sprintf("container exited with code %d", code)
 }
 
-func (r *resolver) sandboxStopped(ctx context.Context, id string) bool {
+func (u *Upstream) sandboxStopped(ctx context.Context, id string) bool {
 	if id == "" {
 		return false
 	}
-	response, err := r.upstream.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: id})
+	response, err := u.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: id})
 	if err != nil {
 		return status.Code(err) == codes.NotFound
 	}

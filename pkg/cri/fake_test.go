@@ -2,7 +2,6 @@ package cri
 
 import (
 	"context"
-	"errors"
 	"net"
 	"net/http"
 	"os"
@@ -21,6 +20,7 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil/criosocket"
 	"github.com/streamshim/streamshim/pkg/endpoint"
 	"github.com/streamshim/streamshim/pkg/streaming"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // testTimeout bounds every wait of a test; it is long because the machine may be busy.
@@ -205,7 +205,7 @@ func serveAt(t testing.TB, path, upstreamPath string, change func(*Config)) *Ser
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { upstream.Close() })
-	config := Config{Upstream: upstream, Streams: &fakeStreams{}, Engine: &fakeEngine{}}
+	config := Config{Upstream: upstream, Streams: &fakeStreams{}, Runner: &fakeRunner{}}
 	if change != nil {
 		change(&config)
 	}
@@ -246,22 +246,22 @@ func dialSocket(t testing.TB, path string) *grpc.ClientConn {
 // fakeStreams keeps the last request and answers with a fixed URL or error.
 type fakeStreams struct {
 	mu          sync.Mutex
-	exec        *streaming.ExecRequest
-	attach      *streaming.AttachRequest
+	exec        *streaming.CommandRequest
+	attach      *streaming.CommandRequest
 	portForward *streaming.PortForwardRequest
 	err         error
 }
 
 const fakeURL = "http://127.0.0.1:1/exec/token"
 
-func (f *fakeStreams) Exec(request *streaming.ExecRequest) (string, error) {
+func (f *fakeStreams) Exec(request *streaming.CommandRequest) (string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.exec = request
 	return fakeURL, f.err
 }
 
-func (f *fakeStreams) Attach(request *streaming.AttachRequest) (string, error) {
+func (f *fakeStreams) Attach(request *streaming.CommandRequest) (string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.attach = request
@@ -275,50 +275,23 @@ func (f *fakeStreams) PortForward(request *streaming.PortForwardRequest) (string
 	return fakeURL, f.err
 }
 
-// fakeEngine notes what it was asked about.
-type fakeEngine struct {
+// fakeRunner notes what it was asked about.
+type fakeRunner struct {
 	mu         sync.Mutex
-	containers []Container
-	sandboxes  []Sandbox
-	requests   []SyncRequest
-	execSync   func(context.Context, SyncRequest) (SyncResult, error)
-	forwarder  *fakeForwarder
+	containers []workload.Container
+	requests   []workload.SyncCommand
+	runSync    func(context.Context, workload.SyncCommand) (workload.Result, error)
 }
 
-func (f *fakeEngine) Executor(container Container) streaming.Executor {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.containers = append(f.containers, container)
-	return fakeExecutor{}
-}
-
-func (f *fakeEngine) ExecSync(ctx context.Context, container Container, request SyncRequest) (SyncResult, error) {
+func (f *fakeRunner) RunSync(ctx context.Context, container workload.Container, command workload.SyncCommand) (workload.Result, error) {
 	f.mu.Lock()
 	f.containers = append(f.containers, container)
-	f.requests = append(f.requests, request)
+	f.requests = append(f.requests, command)
 	f.mu.Unlock()
-	if f.execSync == nil {
-		return SyncResult{Stdout: []byte("ok\n")}, nil
+	if f.runSync == nil {
+		return workload.Result{Stdout: []byte("ok\n")}, nil
 	}
-	return f.execSync(ctx, request)
-}
-
-func (f *fakeEngine) Forwarder(sandbox Sandbox) (streaming.PortForwarder, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.sandboxes = append(f.sandboxes, sandbox)
-	f.forwarder = &fakeForwarder{}
-	return f.forwarder, nil
-}
-
-type fakeExecutor struct{}
-
-func (fakeExecutor) Start(context.Context, streaming.Command) (streaming.Process, error) {
-	return nil, errors.New("not in this test")
-}
-
-type fakeForwarder struct {
-	streaming.PortForwarder
+	return f.runSync(ctx, command)
 }
 
 // testdata reads a recorded answer and puts values in the place of @NAME@.

@@ -10,18 +10,19 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // BeginSyncFunc is told that an ExecSync begins; see Config.BeginSync.
 type BeginSyncFunc func(ctx context.Context, info session.Info) (end func(o session.Outcome, output int64), err error)
 
-func (s *Server) beginSync(ctx context.Context, c Container, request *runtimeapi.ExecSyncRequest, envs []string) (func(session.Outcome, int64), error) {
+func (s *Server) beginSync(ctx context.Context, c workload.Container, request *runtimeapi.ExecSyncRequest, envs []string) (func(session.Outcome, int64), error) {
 	if s.askSync == nil {
 		return func(session.Outcome, int64) {}, nil
 	}
 	return s.askSync(ctx, session.Info{
 		Kind: session.ExecSync, Target: c.Target, PodLabels: c.PodLabels, Protocol: "CRI", Command: request.GetCmd(),
-		User: c.user(), AuditID: session.AuditID(envs),
+		User: session.UserOf(c), AuditID: session.AuditID(envs),
 	})
 }
 

@@ -14,7 +14,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	kubelettypes "k8s.io/kubelet/pkg/types"
 
-	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // resolver finds out about containers and sandboxes by asking the upstream.
@@ -59,20 +59,20 @@ func lookPath(binary string) (string, error) {
 // running resolves a container, by its full ID or as much of it as is unique, and makes sure that it
 // runs. The error is a gRPC status: the upstream's own for an ID it does not know, FailedPrecondition
 // for a container that does not run.
-func (r *resolver) running(ctx context.Context, id string) (Container, error) {
+func (r *resolver) running(ctx context.Context, id string) (workload.Container, error) {
 	if container, ok := r.containers.get(id); ok {
 		return container, nil
 	}
 	response, err := r.upstream.runtime.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id, Verbose: true})
 	if err != nil {
-		return Container{}, err
+		return workload.Container{}, err
 	}
 	found := response.GetStatus()
 	if state := found.GetState(); state != runtimeapi.ContainerState_CONTAINER_RUNNING {
-		return Container{}, status.Errorf(codes.FailedPrecondition, "container %q is in %s state, it must be running", id, state)
+		return workload.Container{}, status.Errorf(codes.FailedPrecondition, "container %q is in %s state, it must be running", id, state)
 	}
 	labels := found.GetLabels()
-	container := Container{Target: session.Target{
+	container := workload.Container{Target: workload.Target{
 		ContainerID:   found.GetId(),
 		ContainerName: kubelettypes.GetContainerName(labels),
 		PodName:       kubelettypes.GetPodName(labels),
@@ -81,11 +81,11 @@ func (r *resolver) running(ctx context.Context, id string) (Container, error) {
 	}}
 	factsErr := r.addFacts(ctx, &container, response.GetInfo())
 	if isTransient(factsErr) {
-		return Container{}, factsErr
+		return workload.Container{}, factsErr
 	}
 	labelsErr := r.addPodLabels(ctx, &container)
 	if isTransient(labelsErr) {
-		return Container{}, labelsErr
+		return workload.Container{}, labelsErr
 	}
 	if labelsErr != nil {
 		r.log.Debug("the labels of the container's pod are not known", "container", container.ContainerID, "error", labelsErr)
@@ -121,7 +121,7 @@ func neverTold(err error) bool {
 
 // addPodLabels adds the labels of the container's sandbox, which do not change in its life. A
 // runtime whose verbose status does not name the sandbox is asked for it.
-func (r *resolver) addPodLabels(ctx context.Context, container *Container) error {
+func (r *resolver) addPodLabels(ctx context.Context, container *workload.Container) error {
 	if container.SandboxID == "" {
 		list, err := r.upstream.runtime.ListContainers(ctx, &runtimeapi.ListContainersRequest{
 			Filter: &runtimeapi.ContainerFilter{Id: container.ContainerID},
@@ -156,7 +156,7 @@ func knownLabels(labels map[string]string) map[string]string {
 
 // warnRelayed writes once about a container that should have been served here and is not. Such a
 // container may have a probe a second.
-func (r *resolver) warnRelayed(container Container, reason error) {
+func (r *resolver) warnRelayed(container workload.Container, reason error) {
 	r.mu.Lock()
 	_, done := r.warned[container.ContainerID]
 	if len(r.warned) >= maxWarned {
@@ -171,7 +171,7 @@ func (r *resolver) warnRelayed(container Container, reason error) {
 }
 
 // addFacts adds what the upstream says about the runtime and the process. After an error the container has no Runtime.
-func (r *resolver) addFacts(ctx context.Context, container *Container, verbose map[string]string) error {
+func (r *resolver) addFacts(ctx context.Context, container *workload.Container, verbose map[string]string) error {
 	info, err := r.containerInfo(ctx, container.ContainerID, verbose)
 	if err != nil {
 		return err
@@ -263,17 +263,17 @@ func (r *resolver) upstreamName(ctx context.Context) (string, error) {
 // readySandbox resolves a pod sandbox and makes sure that it is ready. The error is a gRPC status:
 // the upstream's own for an ID it does not know, FailedPrecondition for a sandbox that is not ready
 // or whose network namespace cannot be found.
-func (r *resolver) readySandbox(ctx context.Context, id string) (Sandbox, error) {
+func (r *resolver) readySandbox(ctx context.Context, id string) (workload.Sandbox, error) {
 	response, err := r.upstream.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: id, Verbose: true})
 	if err != nil {
-		return Sandbox{}, err
+		return workload.Sandbox{}, err
 	}
 	found := response.GetStatus()
 	if state := found.GetState(); state != runtimeapi.PodSandboxState_SANDBOX_READY {
-		return Sandbox{}, status.Errorf(codes.FailedPrecondition, "pod sandbox %q is in %s state, it must be ready", id, state)
+		return workload.Sandbox{}, status.Errorf(codes.FailedPrecondition, "pod sandbox %q is in %s state, it must be ready", id, state)
 	}
 	labels := found.GetLabels()
-	sandbox := Sandbox{Target: session.Target{
+	sandbox := workload.Sandbox{Target: workload.Target{
 		SandboxID:    found.GetId(),
 		PodName:      kubelettypes.GetPodName(labels),
 		PodNamespace: kubelettypes.GetPodNamespace(labels),
@@ -295,7 +295,7 @@ func (r *resolver) readySandbox(ctx context.Context, id string) (Sandbox, error)
 		// controllers: its containers join the same namespace.
 		sandbox.NetworkNamespace, err = r.containerNetworkNamespace(ctx, sandbox.SandboxID)
 		if err != nil {
-			return Sandbox{}, status.Errorf(codes.FailedPrecondition, "the network namespace of pod sandbox %q cannot be found: %v", id, errors.Join(infoErr, err))
+			return workload.Sandbox{}, status.Errorf(codes.FailedPrecondition, "the network namespace of pod sandbox %q cannot be found: %v", id, errors.Join(infoErr, err))
 		}
 	}
 	return sandbox, nil

@@ -21,7 +21,7 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 const (
@@ -87,7 +87,7 @@ func TestResolveContainerdContainer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	target := session.Target{ContainerID: containerdID, SandboxID: containerdSandboxID, ContainerName: "app", PodName: "web", PodNamespace: "shop", PodUID: "u-1"}
+	target := workload.Target{ContainerID: containerdID, SandboxID: containerdSandboxID, ContainerName: "app", PodName: "web", PodNamespace: "shop", PodUID: "u-1"}
 	if got.Target != target {
 		t.Errorf("target %+v", got.Target)
 	}
@@ -410,8 +410,8 @@ func TestCacheIsBounded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	container := func(i int, pid int) Container {
-		return Container{Target: session.Target{ContainerID: strconv.Itoa(i)}, InitPid: pid, InitStartTime: started}
+	container := func(i int, pid int) workload.Container {
+		return workload.Container{Target: workload.Target{ContainerID: strconv.Itoa(i)}, InitPid: pid, InitStartTime: started}
 	}
 	c := newContainerCache()
 	for i := range 10 * cacheSweepSize {
@@ -469,7 +469,7 @@ func TestResolveSandbox(t *testing.T) {
 				wantCode(t, err, test.code, "pod sandbox")
 				return
 			}
-			target := session.Target{SandboxID: containerdSandboxID, PodName: "web", PodNamespace: "shop", PodUID: "u-1"}
+			target := workload.Target{SandboxID: containerdSandboxID, PodName: "web", PodNamespace: "shop", PodUID: "u-1"}
 			if err != nil || got.NetworkNamespace != test.want || got.Target != target {
 				t.Errorf("got %+v, %v, want %q", got, err, test.want)
 			}
@@ -516,7 +516,7 @@ func TestEndReason(t *testing.T) {
 					return &runtimeapi.PodSandboxStatusResponse{Status: test.sandbox}, nil
 				}
 			}
-			got := startResolver(t, fake).endReason(testContext(t), session.Target{ContainerID: "c", SandboxID: "p"})
+			got := startResolver(t, fake).upstream.EndReason(testContext(t), workload.Target{ContainerID: "c", SandboxID: "p"})
 			if got != test.want {
 				t.Errorf("got %q, want %q", got, test.want)
 			}
@@ -528,7 +528,7 @@ func TestEndReason(t *testing.T) {
 		upstream.kill()
 		ctx, cancel := context.WithTimeout(context.Background(), 3*endReasonRetry)
 		defer cancel()
-		if got := server.resolver.endReason(ctx, session.Target{ContainerID: "c"}); got != "container is no longer running" {
+		if got := server.upstream.EndReason(ctx, workload.Target{ContainerID: "c"}); got != "container is no longer running" {
 			t.Errorf("got %q", got)
 		}
 	})

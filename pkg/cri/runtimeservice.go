@@ -16,6 +16,7 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // runtimeServiceDesc names the methods that are answered here and no others: a method that is
@@ -71,11 +72,9 @@ func (s *Server) exec(ctx context.Context, raw []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	exec := &streaming.ExecRequest{
-		Target:    container.Target,
-		PodLabels: container.PodLabels,
-		Trace:     traceOf(ctx),
-		Command: streaming.Command{
+	exec := &streaming.CommandRequest{
+		Container: container,
+		Command: workload.Command{
 			Args:   request.GetCmd(),
 			Env:    envs,
 			Stdin:  request.GetStdin(),
@@ -83,13 +82,10 @@ func (s *Server) exec(ctx context.Context, raw []byte) (any, error) {
 			Stderr: request.GetStderr(),
 			TTY:    request.GetTty(),
 		},
-		User:      container.user(),
-		EndReason: s.endReason(container),
+		Trace: traceOf(ctx),
 	}
-	if container.Runtime != "" {
-		exec.Executor = s.engine.Executor(container)
-	} else {
-		exec.UpstreamURL = s.upstreamURL(exec.Trace, runtimeapi.RuntimeService_Exec_FullMethodName, raw, &runtimeapi.ExecResponse{})
+	if container.Runtime == "" {
+		exec.Call = raw
 	}
 	url, err := s.streams.Exec(exec)
 	if err != nil {
@@ -113,19 +109,16 @@ func (s *Server) attach(ctx context.Context, raw []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	trace := traceOf(ctx)
-	url, err := s.streams.Attach(&streaming.AttachRequest{
-		Target:      container.Target,
-		PodLabels:   container.PodLabels,
-		Trace:       trace,
-		Stdin:       request.GetStdin(),
-		Stdout:      request.GetStdout(),
-		Stderr:      request.GetStderr(),
-		TTY:         request.GetTty(),
-		StdinOnce:   container.StdinOnce,
-		User:        container.user(),
-		UpstreamURL: s.upstreamURL(trace, runtimeapi.RuntimeService_Attach_FullMethodName, raw, &runtimeapi.AttachResponse{}),
-		EndReason:   s.endReason(container),
+	url, err := s.streams.Attach(&streaming.CommandRequest{
+		Container: container,
+		Command: workload.Command{
+			Stdin:  request.GetStdin(),
+			Stdout: request.GetStdout(),
+			Stderr: request.GetStderr(),
+			TTY:    request.GetTty(),
+		},
+		Trace: traceOf(ctx),
+		Call:  raw,
 	})
 	if err != nil {
 		return nil, s.streamError(err)
@@ -133,13 +126,18 @@ func (s *Server) attach(ctx context.Context, raw []byte) (any, error) {
 	return &runtimeapi.AttachResponse{Url: url}, nil
 }
 
-// upstreamURL is the call that asks the upstream for its own streaming URL, with the client's request
-// as it came and in its trace. It is made once, into response.
-func (s *Server) upstreamURL(trace map[string]string, method string, raw []byte, response interface{ GetUrl() string }) func(context.Context) (string, error) {
-	return func(ctx context.Context) (string, error) {
-		err := s.upstream.conn.Invoke(withTrace(ctx, trace), method, newFrame(raw), response, grpc.ForceCodecV2(codec))
-		return response.GetUrl(), err
-	}
+// streamingMethods are the calls that are answered with a URL for the streams of a command.
+var streamingMethods = map[session.Kind]string{
+	session.Exec:   runtimeapi.RuntimeService_Exec_FullMethodName,
+	session.Attach: runtimeapi.RuntimeService_Attach_FullMethodName,
+}
+
+// StreamingURL asks the upstream for its own streaming URL of an exec or attach, with the client's call as it
+// came and in its trace.
+func (u *Upstream) StreamingURL(ctx context.Context, kind session.Kind, call []byte, trace map[string]string) (string, error) {
+	response := &runtimeapi.ExecResponse{} // an AttachResponse has the same field
+	err := u.conn.Invoke(withTrace(ctx, trace), streamingMethods[kind], newFrame(call), response, grpc.ForceCodecV2(codec))
+	return response.GetUrl(), err
 }
 
 func (s *Server) portForward(ctx context.Context, raw []byte) (any, error) {
@@ -155,11 +153,9 @@ func (s *Server) portForward(ctx context.Context, raw []byte) (any, error) {
 		return nil, err
 	}
 	url, err := s.streams.PortForward(&streaming.PortForwardRequest{
-		Target:    sandbox.Target,
-		PodLabels: sandbox.PodLabels,
-		Trace:     traceOf(ctx),
-		Ports:     request.GetPort(),
-		Open:      func() (streaming.PortForwarder, error) { return s.engine.Forwarder(sandbox) },
+		Sandbox: sandbox,
+		Ports:   request.GetPort(),
+		Trace:   traceOf(ctx),
 	})
 	if err != nil {
 		return nil, s.streamError(err)
@@ -200,7 +196,7 @@ func (s *Server) execSync(ctx context.Context, raw []byte) (any, error) {
 		return answer, err
 	}
 	timeout := time.Duration(min(request.GetTimeout(), math.MaxInt64/int64(time.Second))) * time.Second
-	result, err := s.engine.ExecSync(ctx, container, SyncRequest{
+	result, err := s.runner.RunSync(ctx, container, workload.SyncCommand{
 		Args:    request.GetCmd(),
 		Env:     envs,
 		Timeout: timeout,
@@ -238,10 +234,6 @@ func execSyncError(ctx context.Context, timeout time.Duration, err error) error 
 		return status.Errorf(codes.Unknown, "failed to exec in container: %v", err)
 	}
 	return status.Errorf(codes.Internal, "failed to exec in container: %v", err)
-}
-
-func (s *Server) endReason(container Container) func(context.Context) string {
-	return func(ctx context.Context) string { return s.resolver.endReason(ctx, container.Target) }
 }
 
 func (s *Server) streamError(err error) error {

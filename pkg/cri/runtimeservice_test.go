@@ -16,6 +16,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 var statusNotFound = status.Error(codes.NotFound, "not found")
@@ -24,8 +25,9 @@ var statusNotFound = status.Error(codes.NotFound, "not found")
 // hands its requests to.
 type node struct {
 	fake    *fakeRuntime
+	server  *Server
 	streams *fakeStreams
-	engine  *fakeEngine
+	runner  *fakeRunner
 	conn    *grpc.ClientConn
 	client  runtimeapi.RuntimeServiceClient
 }
@@ -40,11 +42,11 @@ func startNode(t testing.TB, info string) *node {
 			return runningContainer(containerdID, info)(request)
 		}},
 		streams: &fakeStreams{},
-		engine:  &fakeEngine{},
+		runner:  &fakeRunner{},
 	}
 	upstream := newFakeUpstream(t, func(s *grpc.Server) { runtimeapi.RegisterRuntimeServiceServer(s, n.fake) })
-	_, n.conn = startServer(t, upstream.path, func(config *Config) {
-		config.Streams, config.Engine = n.streams, n.engine
+	n.server, n.conn = startServer(t, upstream.path, func(config *Config) {
+		config.Streams, config.Runner = n.streams, n.runner
 		config.StreamErrorCode = func(err error) codes.Code {
 			if refused := (*session.RefusedError)(nil); errors.Is(err, errTooMany) || errors.As(err, &refused) {
 				return codes.ResourceExhausted
@@ -75,16 +77,13 @@ func TestExecGivesOutAURL(t *testing.T) {
 		t.Fatalf("got %v, %v", response, err)
 	}
 	got := n.streams.exec
-	if got.Target.ContainerID != containerdID || got.Executor == nil || got.UpstreamURL != nil || got.EndReason == nil {
+	if got.Container.ContainerID != containerdID || got.Container.Root != "/run/runc/k8s.io" || got.Call != nil {
 		t.Errorf("request %+v", got)
 	}
 	command := got.Command
 	if !slices.Equal(command.Args, request.Cmd) || !slices.Equal(command.Env, []string{"A=1", "KUBERNETES_EXEC_AUDIT_ID=u"}) ||
 		!command.Stdin || !command.Stdout || command.Stderr || !command.TTY {
 		t.Errorf("command %+v", command)
-	}
-	if facts := n.engine.containers[0]; facts.Root != "/run/runc/k8s.io" {
-		t.Errorf("the engine was asked about %+v", facts)
 	}
 }
 
@@ -102,10 +101,10 @@ func TestExecOfAnotherRuntimeIsRelayed(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := n.streams.exec
-	if got.Executor != nil || got.UpstreamURL == nil || len(n.engine.containers) != 0 || n.fake.called("Exec") != 0 {
+	if got.Container.Runtime != "" || n.fake.called("Exec") != 0 {
 		t.Fatalf("request %+v", got)
 	}
-	url, err := got.UpstreamURL(testContext(t))
+	url, err := n.server.upstream.StreamingURL(testContext(t), session.Exec, got.Call, got.Trace)
 	if err != nil || url != "http://upstream/exec/1" {
 		t.Fatalf("%q, %v", url, err)
 	}
@@ -124,10 +123,10 @@ func TestAttachIsRelayed(t *testing.T) {
 		t.Fatalf("got %v, %v", response, err)
 	}
 	got := n.streams.attach
-	if got.Target.ContainerID != containerdID || !got.Stdin || !got.Stdout || got.Stderr || !got.TTY || got.EndReason == nil {
+	if c := got.Command; got.Container.ContainerID != containerdID || !c.Stdin || !c.Stdout || c.Stderr || !c.TTY {
 		t.Errorf("request %+v", got)
 	}
-	url, err := got.UpstreamURL(testContext(t))
+	url, err := n.server.upstream.StreamingURL(testContext(t), session.Attach, got.Call, got.Trace)
 	if err != nil || url != "http://upstream/attach/"+containerdID[:4] {
 		t.Errorf("%q, %v", url, err)
 	}
@@ -151,8 +150,8 @@ func TestAttachKnowsStdinOnce(t *testing.T) {
 			if _, err := n.client.Attach(testContext(t), &runtimeapi.AttachRequest{ContainerId: containerdID, Stdin: true}); err != nil {
 				t.Fatal(err)
 			}
-			if n.streams.attach.StdinOnce != test.want {
-				t.Errorf("StdinOnce is %v", n.streams.attach.StdinOnce)
+			if n.streams.attach.Container.StdinOnce != test.want {
+				t.Errorf("StdinOnce is %v", n.streams.attach.Container.StdinOnce)
 			}
 		})
 	}
@@ -172,17 +171,8 @@ func TestPortForwardGivesOutAURL(t *testing.T) {
 		t.Fatalf("got %v, %v", response, err)
 	}
 	got := n.streams.portForward
-	if got.Target.SandboxID != containerdSandboxID || !slices.Equal(got.Ports, request.Port) {
+	if s := got.Sandbox; s.SandboxID != containerdSandboxID || s.NetworkNamespace == "" || s.Pid == 0 || !slices.Equal(got.Ports, request.Port) {
 		t.Errorf("request %+v", got)
-	}
-	if len(n.engine.sandboxes) != 0 {
-		t.Error("a URL that nobody has used holds the pod's network namespace")
-	}
-	if forwarder, err := got.Open(); err != nil || forwarder != n.engine.forwarder {
-		t.Errorf("Open: %v, %v", forwarder, err)
-	}
-	if facts := n.engine.sandboxes[0]; facts.NetworkNamespace == "" || facts.Pid == 0 {
-		t.Errorf("the engine was asked about %+v", facts)
 	}
 	n.streams.err = errTooMany
 	_, err = n.client.PortForward(testContext(t), request)
@@ -256,49 +246,51 @@ func TestExecSync(t *testing.T) {
 	ctx := testContext(t)
 	request := &runtimeapi.ExecSyncRequest{ContainerId: containerdID, Cmd: []string{"check", "it"}, Timeout: 7}
 	request.ProtoReflect().SetUnknown(appendEnv(nil, 4, "A", "1"))
-	n.engine.execSync = func(context.Context, SyncRequest) (SyncResult, error) {
-		return SyncResult{Stdout: []byte("out"), Stderr: []byte("err"), ExitCode: 3}, nil
+	n.runner.runSync = func(context.Context, workload.SyncCommand) (workload.Result, error) {
+		return workload.Result{Stdout: []byte("out"), Stderr: []byte("err"), ExitCode: 3}, nil
 	}
 	response, err := n.client.ExecSync(ctx, request)
 	if err != nil || string(response.GetStdout()) != "out" || string(response.GetStderr()) != "err" || response.GetExitCode() != 3 {
 		t.Errorf("got %v, %v", response, err)
 	}
-	got := n.engine.requests[0]
+	got := n.runner.requests[0]
 	if !slices.Equal(got.Args, request.Cmd) || !slices.Equal(got.Env, []string{"A=1"}) || got.Timeout != 7*time.Second {
 		t.Errorf("the engine got %+v", got)
 	}
 
-	n.engine.execSync = func(context.Context, SyncRequest) (SyncResult, error) {
-		return SyncResult{}, fmt.Errorf("killed: %w", context.DeadlineExceeded)
+	n.runner.runSync = func(context.Context, workload.SyncCommand) (workload.Result, error) {
+		return workload.Result{}, fmt.Errorf("killed: %w", context.DeadlineExceeded)
 	}
 	_, err = n.client.ExecSync(ctx, request)
 	wantCode(t, err, codes.DeadlineExceeded, "timeout 7s exceeded: context deadline exceeded")
 
-	n.engine.execSync = func(context.Context, SyncRequest) (SyncResult, error) {
-		return SyncResult{}, fmt.Errorf("wait: %w", &session.RefusedError{Refusal: session.TooMany, Message: "too many"})
+	n.runner.runSync = func(context.Context, workload.SyncCommand) (workload.Result, error) {
+		return workload.Result{}, fmt.Errorf("wait: %w", &session.RefusedError{Refusal: session.TooMany, Message: "too many"})
 	}
 	_, err = n.client.ExecSync(ctx, request)
 	wantCode(t, err, codes.ResourceExhausted, "too many")
 
-	n.engine.execSync = func(context.Context, SyncRequest) (SyncResult, error) {
-		return SyncResult{}, fmt.Errorf("start: %w", startError{127})
+	n.runner.runSync = func(context.Context, workload.SyncCommand) (workload.Result, error) {
+		return workload.Result{}, fmt.Errorf("start: %w", startError{127})
 	}
 	_, err = n.client.ExecSync(ctx, request)
 	wantCode(t, err, codes.Unknown, "executable file not found in $PATH")
 
-	n.engine.execSync = func(context.Context, SyncRequest) (SyncResult, error) { return SyncResult{}, errors.New("broken") }
+	n.runner.runSync = func(context.Context, workload.SyncCommand) (workload.Result, error) {
+		return workload.Result{}, errors.New("broken")
+	}
 	_, err = n.client.ExecSync(ctx, request)
 	wantCode(t, err, codes.Internal, "broken")
 
 	// No timeout is none, and the client's own deadline holds all the same.
-	n.engine.execSync = func(ctx context.Context, request SyncRequest) (SyncResult, error) {
+	n.runner.runSync = func(ctx context.Context, request workload.SyncCommand) (workload.Result, error) {
 		if request.Timeout != 0 {
-			return SyncResult{}, fmt.Errorf("timeout %v", request.Timeout)
+			return workload.Result{}, fmt.Errorf("timeout %v", request.Timeout)
 		}
 		if _, limited := ctx.Deadline(); !limited {
-			return SyncResult{}, errors.New("no deadline")
+			return workload.Result{}, errors.New("no deadline")
 		}
-		return SyncResult{}, nil
+		return workload.Result{}, nil
 	}
 	request.Timeout = 0
 	if _, err = n.client.ExecSync(ctx, request); err != nil {
@@ -306,16 +298,16 @@ func TestExecSync(t *testing.T) {
 	}
 
 	// The longest timeout a client can write is not a negative one.
-	n.engine.execSync = nil
+	n.runner.runSync = nil
 	request.Timeout = 1<<63 - 1
-	if _, err = n.client.ExecSync(ctx, request); err != nil || n.engine.requests[len(n.engine.requests)-1].Timeout <= 0 {
-		t.Errorf("%v, %+v", err, n.engine.requests)
+	if _, err = n.client.ExecSync(ctx, request); err != nil || n.runner.requests[len(n.runner.requests)-1].Timeout <= 0 {
+		t.Errorf("%v, %+v", err, n.runner.requests)
 	}
 
 	// An answer with as much output as pkg/config allows must fit through the kubelet's 16 MiB.
-	n.engine.execSync = func(context.Context, SyncRequest) (SyncResult, error) {
+	n.runner.runSync = func(context.Context, workload.SyncCommand) (workload.Result, error) {
 		half := make([]byte, 15<<20/2)
-		return SyncResult{Stdout: half, Stderr: half}, nil
+		return workload.Result{Stdout: half, Stderr: half}, nil
 	}
 	if _, err = n.client.ExecSync(ctx, request, grpc.MaxCallRecvMsgSize(16<<20)); err != nil {
 		t.Error(err)
@@ -325,11 +317,11 @@ func TestExecSync(t *testing.T) {
 func TestExecSyncOfAClientThatHasGone(t *testing.T) {
 	n := startNode(t, runcInfo(t))
 	started, ended := make(chan struct{}), make(chan struct{})
-	n.engine.execSync = func(ctx context.Context, _ SyncRequest) (SyncResult, error) {
+	n.runner.runSync = func(ctx context.Context, _ workload.SyncCommand) (workload.Result, error) {
 		close(started)
 		<-ctx.Done()
 		close(ended)
-		return SyncResult{}, ctx.Err()
+		return workload.Result{}, ctx.Err()
 	}
 	ctx, cancel := context.WithCancel(testContext(t))
 	go func() {
@@ -368,8 +360,8 @@ func TestExecSyncOfAnotherRuntimeIsForwarded(t *testing.T) {
 			t.Errorf("header %v, trailer %v", header, trailer)
 		}
 	}
-	if n.fake.called("ContainerStatus") != 1 || len(n.engine.requests) != 0 {
-		t.Errorf("%d status calls, %d commands run here", n.fake.called("ContainerStatus"), len(n.engine.requests))
+	if n.fake.called("ContainerStatus") != 1 || len(n.runner.requests) != 0 {
+		t.Errorf("%d status calls, %d commands run here", n.fake.called("ContainerStatus"), len(n.runner.requests))
 	}
 	_, err := n.client.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: containerdID, Cmd: []string{"true"}, Timeout: 9})
 	wantCode(t, err, codes.DeadlineExceeded, "upstream's own words")

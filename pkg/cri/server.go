@@ -23,11 +23,11 @@ const keepaliveMinTime = time.Second
 // forwarding a small call takes.
 const callWorkers = 4
 
-// Config is what a Server needs. Upstream, Streams and Engine are required.
+// Config is what a Server needs. Upstream, Streams and Runner are required.
 type Config struct {
 	Upstream *Upstream
 	Streams  StreamServer
-	Engine   Engine
+	Runner   Runner
 
 	// StreamErrorCode says which code an error of Streams is for a client: ResourceExhausted when
 	// too many URLs wait to be redeemed, Unavailable when the server is shutting down. Nil, and
@@ -56,7 +56,7 @@ type Config struct {
 type Server struct {
 	upstream        *Upstream
 	streams         StreamServer
-	engine          Engine
+	runner          Runner
 	streamErrorCode func(error) codes.Code
 	log             *slog.Logger
 	observe         func(string, codes.Code, time.Duration)
@@ -70,13 +70,13 @@ type Server struct {
 // NewServer makes a server that does not listen yet. The caller ends it with Shutdown, whether it has
 // served or not, and closes what is in the config, which the server does not own, after that.
 func NewServer(config Config) (*Server, error) {
-	if config.Upstream == nil || config.Streams == nil || config.Engine == nil {
-		return nil, errors.New("cri: a server needs an upstream, a stream server and an engine")
+	if config.Upstream == nil || config.Streams == nil || config.Runner == nil {
+		return nil, errors.New("cri: a server needs an upstream, a stream server and a runner")
 	}
 	s := &Server{
 		upstream:        config.Upstream,
 		streams:         config.Streams,
-		engine:          config.Engine,
+		runner:          config.Runner,
 		streamErrorCode: config.StreamErrorCode,
 		log:             config.Logger,
 		observe:         config.Observe,

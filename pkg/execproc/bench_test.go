@@ -11,13 +11,15 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // The time from the call to the exit of `true`, with what a session wants: three pipes or a terminal.
 func BenchmarkStart(b *testing.B) {
 	r := newRunner(b)
 	c := newContainer(b)
-	for name, command := range map[string]Command{
+	for name, command := range map[string]workload.Command{
 		"Pipes":    {Args: []string{"true"}, Stdin: true, Stdout: true, Stderr: true},
 		"Terminal": {Args: []string{"true"}, Stdin: true, Stdout: true, TTY: true},
 	} {
@@ -38,7 +40,7 @@ func BenchmarkRunSync(b *testing.B) {
 	r := newRunner(b)
 	c := newContainer(b)
 	for b.Loop() {
-		if result, err := r.RunSync(context.Background(), c, SyncCommand{Args: []string{"true"}}); err != nil || result.ExitCode != 0 {
+		if result, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: []string{"true"}}); err != nil || result.ExitCode != 0 {
 			b.Fatal(result, err)
 		}
 	}
@@ -48,7 +50,7 @@ func BenchmarkRunSync(b *testing.B) {
 func BenchmarkPlainRunc(b *testing.B) {
 	c := newContainer(b)
 	for b.Loop() {
-		if out, err := exec.Command(c.Runtime, "--root", c.Root, "exec", c.ID, "true").CombinedOutput(); err != nil {
+		if out, err := exec.Command(c.Runtime, "--root", c.Root, "exec", c.ContainerID, "true").CombinedOutput(); err != nil {
 			b.Fatalf("%v: %s", err, out)
 		}
 	}
@@ -58,7 +60,7 @@ func BenchmarkPlainRunc(b *testing.B) {
 func BenchmarkStdout(b *testing.B) {
 	r := newRunner(b)
 	c := newContainer(b)
-	p := start(b, r, c, Command{Args: []string{"dd", "if=/dev/zero", "bs=256k"}, Stdout: true})
+	p := start(b, r, c, workload.Command{Args: []string{"dd", "if=/dev/zero", "bs=256k"}, Stdout: true})
 	defer p.Kill()
 	buffer := make([]byte, 256<<10)
 	b.SetBytes(int64(len(buffer)))
@@ -96,6 +98,59 @@ func BenchmarkInterruptedStarts(b *testing.B) {
 				r.Close()
 			}
 			b.ReportMetric(float64((cpuTime(b)-before).Microseconds())/1000/float64(b.N), "cpu-ms/op")
+		})
+	}
+}
+
+// What a zombie costs that nobody waits for, as each start leaves some, while N commands live.
+func BenchmarkReapOrphans(b *testing.B) {
+	for _, n := range []int{10, 100, 1000, 4000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			r, err := acquireReaper()
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer r.release()
+			child := func(args ...string) int {
+				command := exec.Command(args[0], args[1:]...)
+				command.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // as if from a runtime
+				if err := command.Start(); err != nil {
+					b.Fatal(err)
+				}
+				defer command.Process.Release()
+				return command.Process.Pid
+			}
+			var ends []<-chan struct{}
+			defer func() {
+				for _, ended := range ends {
+					<-ended
+				}
+			}()
+			for range n {
+				pid := child("sleep", "1000")
+				defer syscall.Kill(pid, syscall.SIGKILL)
+				w, err := r.watchProcess(pid, nil)
+				if err != nil {
+					b.Fatal(err)
+				}
+				ends = append(ends, w.exited)
+			}
+			for b.Loop() {
+				b.StopTimer()
+				start := r.beginStart() // until it ends, the zombie is left alone
+				pid := child("true")
+				for {
+					if stat, err := readStat(pid); err == nil && stat.zombie() {
+						break
+					}
+					time.Sleep(time.Millisecond)
+				}
+				r.mu.Lock()
+				delete(r.starts, start)
+				r.mu.Unlock()
+				b.StartTimer()
+				r.reapOrphans()
+			}
 		})
 	}
 }

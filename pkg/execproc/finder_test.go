@@ -13,6 +13,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // A command that has nothing but its own children costs no look at all the machine's processes, whatever else
@@ -56,7 +58,7 @@ func TestHolderThatDoesNotDescend(t *testing.T) {
 				c := newContainer(t)
 				marker := newMarker()
 				victim := startFamily(t, r, c, "sleep 1%[1]s & echo ready; wait", marker, tty)
-				holder := start(t, r, c, Command{Args: shell(fmt.Sprintf(
+				holder := start(t, r, c, workload.Command{Args: shell(fmt.Sprintf(
 					"trap '' HUP; exec 3</proc/%d/fd/0 4>/proc/%[1]d/fd/1; sleep %s & wait", inner(t, victim.PID()), marker))})
 				eventually(t, "both are there", func() bool {
 					return len(marked(t, "sleep\x001"+marker)) == 1 && len(marked(t, "sleep\x00"+marker)) == 1
@@ -124,7 +126,7 @@ func TestStrangeKinship(t *testing.T) {
 		for kind, processes := range map[string]int{"sibling": 2, "thread": 1} {
 			for _, kill := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s, hostPID %v, kill %v", kind, hostPID, kill), func(t *testing.T) {
-					p := start(t, r, c, Command{Args: []string{"kin", kind, "1000"}, Stdout: true})
+					p := start(t, r, c, workload.Command{Args: []string{"kin", kind, "1000"}, Stdout: true})
 					if line, err := bufio.NewReader(p.Stdout()).ReadString('\n'); line != "ready\n" {
 						t.Fatalf("%q, %v", line, err)
 					}
@@ -224,7 +226,7 @@ func TestDescriptorsHaveBudget(t *testing.T) {
 
 // Pipes say themselves whether anybody else holds them, also after our ends were closed.
 func TestPipeWatch(t *testing.T) {
-	s, err := newStdio(Command{Stdin: true, Stdout: true, Stderr: true}, owner{})
+	s, err := newStdio(workload.Command{Stdin: true, Stdout: true, Stderr: true}, owner{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -21,6 +21,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // The tests run real commands in real containers: runc, and a root file system made of busybox.
@@ -135,13 +137,13 @@ func writeFile(t testing.TB, path, content string, mode os.FileMode) {
 var containers atomic.Int64
 
 // newContainer runs a container whose main process sleeps, changed by the functions.
-func newContainer(t testing.TB, changes ...func(*specs.Spec)) Container {
+func newContainer(t testing.TB, changes ...func(*specs.Spec)) workload.Container {
 	t.Helper()
 	return newContainerOf(t, peer(t, "runc"), changes...)
 }
 
 // newContainerOf does so with another OCI runtime; the specification is runc's.
-func newContainerOf(t testing.TB, binary string, changes ...func(*specs.Spec)) Container {
+func newContainerOf(t testing.TB, binary string, changes ...func(*specs.Spec)) workload.Container {
 	t.Helper()
 	id := fmt.Sprintf("execproc-test-%d-%d-", os.Getpid(), containers.Add(1))
 	id += strings.Repeat("0", 64-len(id)) // as long as those of containerd
@@ -149,7 +151,7 @@ func newContainerOf(t testing.TB, binary string, changes ...func(*specs.Spec)) C
 }
 
 // runContainer is newContainerOf with an id and the runtime's folder for its state.
-func runContainer(t testing.TB, binary, root, id string, changes ...func(*specs.Spec)) Container {
+func runContainer(t testing.TB, binary, root, id string, changes ...func(*specs.Spec)) workload.Container {
 	t.Helper()
 	fs := makeRootfs(t)
 	bundle := t.TempDir()
@@ -196,20 +198,21 @@ func runContainer(t testing.TB, binary, root, id string, changes ...func(*specs.
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		runc(t, Container{Runtime: binary, Root: root}, "delete", "--force", id)
+		runc(t, workload.Container{Runtime: binary, Root: root}, "delete", "--force", id)
 		// Once a subreaper, always: without a Runner nobody else reaps it.
 		eventually(t, "the container's main process is reaped", func() bool {
 			_, err := unix.Wait4(pid, nil, unix.WNOHANG, nil)
 			return err == unix.ECHILD
 		})
 	})
-	return Container{
-		ID: id, Runtime: binary, Root: root, InitPid: pid, InitStartTime: mustStat(t, pid).start, Process: config.Process,
+	return workload.Container{
+		Target:  workload.Target{ContainerID: id},
+		Runtime: binary, Root: root, InitPid: pid, InitStartTime: mustStat(t, pid).start, Process: config.Process,
 		UIDMappings: config.Linux.UIDMappings, GIDMappings: config.Linux.GIDMappings,
 	}
 }
 
-func runc(t testing.TB, c Container, args ...string) {
+func runc(t testing.TB, c workload.Container, args ...string) {
 	t.Helper()
 	if out, err := exec.Command(c.Runtime, append([]string{"--root", c.Root}, args...)...).CombinedOutput(); err != nil {
 		t.Errorf("runc %v: %v: %s", args, err, out)
@@ -233,7 +236,7 @@ func noLeaks(t testing.TB) {
 			}
 			time.Sleep(20 * time.Millisecond)
 		}
-		if children, err := ownChildren(); err == nil {
+		if children, err := ownChildren(nil); err == nil {
 			t.Logf("children: %+v", children)
 		}
 		buffer := make([]byte, 1<<20)
@@ -247,7 +250,7 @@ func resources(t testing.TB) [3]int {
 	if err != nil {
 		t.Fatal(err)
 	}
-	children, err := ownChildren()
+	children, err := ownChildren(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -294,7 +297,7 @@ func (l testLog) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-func start(t testing.TB, r *Runner, c Container, command Command) *Process {
+func start(t testing.TB, r *Runner, c workload.Container, command workload.Command) *Process {
 	t.Helper()
 	p, err := r.Start(context.Background(), c, command)
 	if err != nil {
@@ -307,7 +310,7 @@ func start(t testing.TB, r *Runner, c Container, command Command) *Process {
 func shell(script string) []string { return []string{"sh", "-c", script} }
 
 // output runs a command to its end and returns what it wrote to stdout and its exit code.
-func output(t testing.TB, r *Runner, c Container, command Command) (string, int) {
+func output(t testing.TB, r *Runner, c workload.Container, command workload.Command) (string, int) {
 	t.Helper()
 	command.Stdout = true
 	p := start(t, r, c, command)

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // What containers, and those who replace them, do to a start.
@@ -27,14 +29,14 @@ func TestContainerReplacedDuringStart(t *testing.T) {
 		c := newContainer(t, named("meant"))
 		marker := newMarker()
 		launched := false
-		replaceFirst := func(ctx context.Context, c Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
-			runc(t, c, "delete", "--force", c.ID)
-			runContainer(t, c.Runtime, c.Root, c.ID, named("other"))
+		replaceFirst := func(ctx context.Context, c workload.Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
+			runc(t, c, "delete", "--force", c.ContainerID)
+			runContainer(t, c.Runtime, c.Root, c.ContainerID, named("other"))
 			pid, err := execInContainer(ctx, c, spec, f, streams, stderr)
 			launched = err == nil
 			return pid, err
 		}
-		command := Command{Args: shell("hostname; sleep " + marker), Stdin: true, Stdout: true, TTY: tty}
+		command := workload.Command{Args: shell("hostname; sleep " + marker), Stdin: true, Stdout: true, TTY: tty}
 		p, err := r.start(t.Context(), c, command, PolicyKill, replaceFirst)
 		if !launched {
 			t.Fatalf("the runtime did not start it: %v", err)
@@ -81,7 +83,7 @@ func TestStoppedStartEnds(t *testing.T) {
 					return
 				default:
 				}
-				p, err := r.Start(context.Background(), hostile, Command{Args: []string{"true"}, Stdout: true})
+				p, err := r.Start(context.Background(), hostile, workload.Command{Args: []string{"true"}, Stdout: true})
 				switch {
 				case errors.Is(err, errStopped):
 					stopped.Add(1)
@@ -96,7 +98,7 @@ func TestStoppedStartEnds(t *testing.T) {
 	longest := time.Duration(0)
 	for range 20 {
 		began := time.Now()
-		p, err := r.Start(t.Context(), other, Command{Args: []string{"echo", "hello"}, Stdout: true})
+		p, err := r.Start(t.Context(), other, workload.Command{Args: []string{"echo", "hello"}, Stdout: true})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -9,13 +9,15 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // Process is a process that was started in a container. Its methods may be called from several
 // goroutines. Close it when done with it, whether it has ended or not.
 type Process struct {
 	runner    *Runner
-	container Container
+	container workload.Container
 	leader    identity
 	record    string // path of its recovery record
 	watch     *watch
@@ -55,13 +57,13 @@ func (p *Process) Stdout() io.ReadCloser { return p.stdout }
 // always with a terminal.
 func (p *Process) Stderr() io.ReadCloser { return p.stderr }
 
-// Resize sets the terminal's size in characters. A zero in either is ignored, and so is everything
-// for a process without a terminal.
-func (p *Process) Resize(width, height uint16) error {
-	if p.tty == nil || width == 0 || height == 0 {
+// Resize sets the terminal's size. One that is not known is ignored, and so is everything for a process
+// without a terminal.
+func (p *Process) Resize(size workload.Size) error {
+	if p.tty == nil || !size.Known() {
 		return nil
 	}
-	return p.tty.resize(width, height)
+	return p.tty.resize(size)
 }
 
 // Exited is closed as soon as the process has ended and was reaped, independent of all I/O.
@@ -211,7 +213,7 @@ func (p *Process) endTree() {
 	}
 	if len(living) > 0 && !t.kill() {
 		p.runner.log.Warn("processes of an exec survived SIGKILL; is the container paused, or I/O stuck?",
-			"container", p.container.ID, "pid", p.leader.pid)
+			"container", p.container.ContainerID, "pid", p.leader.pid)
 		return
 	}
 	<-p.watch.exited // it is a zombie now, and the reaper knows

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // Many short processes, os/exec's own children and orphans, all at once: everybody gets the status
@@ -33,7 +35,7 @@ func TestEveryStatusReachesItsOwner(t *testing.T) {
 				if i%2 == 0 {
 					script = "(setsid sh -c 'exit 9' &) & (sleep 0.02 &) & " + script
 				}
-				p, err := r.Start(context.Background(), c, Command{Args: shell(script)})
+				p, err := r.Start(context.Background(), c, workload.Command{Args: shell(script)})
 				if err != nil {
 					t.Error(err)
 					return
@@ -47,7 +49,7 @@ func TestEveryStatusReachesItsOwner(t *testing.T) {
 		all.Go(func() { // commands that failed to start
 			for range 20 {
 				var failed *StartError
-				if _, err := r.Start(context.Background(), c, Command{Args: []string{"nope"}, Stdout: true}); !errors.As(err, &failed) {
+				if _, err := r.Start(context.Background(), c, workload.Command{Args: []string{"nope"}, Stdout: true}); !errors.As(err, &failed) {
 					t.Error(err)
 				}
 			}
@@ -65,7 +67,7 @@ func TestEveryStatusReachesItsOwner(t *testing.T) {
 	}
 	all.Wait()
 	eventually(t, "no zombie is left", func() bool {
-		children, err := ownChildren()
+		children, err := ownChildren(nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -166,7 +168,7 @@ func TestThousandExecsLeaveNothing(t *testing.T) {
 	}
 	r := newRunner(t)
 	c := newContainer(t)
-	if _, code := output(t, r, c, Command{Args: []string{"true"}}); code != 0 {
+	if _, code := output(t, r, c, workload.Command{Args: []string{"true"}}); code != 0 {
 		t.Fatalf("exit code %d", code)
 	}
 	before := resources(t)
@@ -174,7 +176,7 @@ func TestThousandExecsLeaveNothing(t *testing.T) {
 	for worker := range 4 {
 		all.Go(func() {
 			for i := range count / 4 {
-				command := Command{Args: shell("cat; exit 5"), Stdin: true, Stdout: true, TTY: i%3 == 0, Stderr: i%3 == 1}
+				command := workload.Command{Args: shell("cat; exit 5"), Stdin: true, Stdout: true, TTY: i%3 == 0, Stderr: i%3 == 1}
 				if (i+worker)%4 == 0 {
 					command.Args = []string{"nope"}
 				}
@@ -208,7 +210,7 @@ func TestContainerWatchIsShared(t *testing.T) {
 	var processes []*Process
 	before := 0
 	for i := range 5 {
-		processes = append(processes, start(t, r, c, Command{Args: []string{"sleep", "1000"}}))
+		processes = append(processes, start(t, r, c, workload.Command{Args: []string{"sleep", "1000"}}))
 		if now := resources(t)[1]; i > 0 && now != before+1 { // the process's own pidfd
 			t.Errorf("%d descriptors more", now-before)
 		}
@@ -219,7 +221,7 @@ func TestContainerWatchIsShared(t *testing.T) {
 		exitCode(t, p)
 		p.Close()
 	}
-	runc(t, c, "kill", c.ID, "KILL")
+	runc(t, c, "kill", c.ContainerID, "KILL")
 	closes(t, processes[0].ContainerExited(), "the end of the container, by the one that still looks")
 }
 
@@ -228,7 +230,7 @@ func TestIgnoresNothing(t *testing.T) {
 	c := newContainer(t)
 	for range 2 { // the second time in a process that has had a Runner before
 		r := newRunner(t)
-		text, _ := output(t, r, c, Command{Args: []string{"grep", "SigIgn", "/proc/self/status"}})
+		text, _ := output(t, r, c, workload.Command{Args: []string{"grep", "SigIgn", "/proc/self/status"}})
 		ignored, err := strconv.ParseUint(strings.TrimSpace(strings.TrimPrefix(text, "SigIgn:")), 16, 64)
 		const ours = 1<<31 - 1 // those above are the C library's
 		if err != nil || ignored&ours != 0 {
@@ -261,10 +263,10 @@ func TestShutdown(t *testing.T) {
 	if code := p.ExitCode(); code != 41 || len(marked(t, marker)) > 0 {
 		t.Errorf("exit code %d, left %v", code, marked(t, marker))
 	}
-	if _, err := r.Start(context.Background(), c, Command{Args: []string{"true"}}); !errors.Is(err, ErrClosed) {
+	if _, err := r.Start(context.Background(), c, workload.Command{Args: []string{"true"}}); !errors.Is(err, ErrClosed) {
 		t.Errorf("start afterwards: %v", err)
 	}
-	if _, err := r.RunSync(context.Background(), c, SyncCommand{Args: []string{"true"}}); !errors.Is(err, ErrClosed) {
+	if _, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: []string{"true"}}); !errors.Is(err, ErrClosed) {
 		t.Errorf("RunSync afterwards: %v", err)
 	}
 	p.Disconnect()

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // record is what a successor must know of a command, should this process be killed. It is one small file in
@@ -82,7 +84,7 @@ func (p *Process) writeRecord() error {
 
 func (p *Process) newRecord() record {
 	return record{
-		Container: p.container.ID, InitPid: p.container.InitPid, InitStart: p.container.InitStartTime,
+		Container: p.container.ContainerID, InitPid: p.container.InitPid, InitStart: p.container.InitStartTime,
 		Boot: p.runner.boot, Policy: p.policy,
 	}
 }
@@ -307,7 +309,7 @@ func sameMountNamespace(a, b int) bool {
 func (r *Runner) endLeftover(left record, path string) {
 	p := &Process{
 		runner:    r,
-		container: Container{ID: left.Container, InitPid: left.InitPid},
+		container: workload.Container{Target: workload.Target{ContainerID: left.Container}, InitPid: left.InitPid},
 		leader:    identity{left.Pid, left.Start},
 		policy:    left.Policy,
 		killNow:   make(chan struct{}),

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // predecessor is the test binary playing a streamshim that is going to be killed: it starts the
@@ -24,7 +26,7 @@ func predecessor(dir string) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	var c Container
+	var c workload.Container
 	if err := json.Unmarshal([]byte(os.Getenv("EXECPROC_TEST_CONTAINER")), &c); err != nil {
 		fail(err)
 	}
@@ -44,7 +46,7 @@ func predecessor(dir string) {
 		"sleep " + marker,
 		"trap '' HUP TERM; setsid sleep " + marker + " & sleep " + marker + "; sleep " + marker,
 	} {
-		if _, err := r.Start(context.Background(), c, Command{Args: shell(script), Stdin: true, Stdout: true, Stderr: true}); err != nil {
+		if _, err := r.Start(context.Background(), c, workload.Command{Args: shell(script), Stdin: true, Stdout: true, Stderr: true}); err != nil {
 			fail(err)
 		}
 	}
@@ -53,11 +55,11 @@ func predecessor(dir string) {
 }
 
 // startWithoutEnd starts one command after the other, several at a time, until the process is killed.
-func startWithoutEnd(r *Runner, c Container, marker string) {
+func startWithoutEnd(r *Runner, c workload.Container, marker string) {
 	for i := range 4 {
 		go func() {
 			for {
-				command := Command{Args: []string{"sleep", marker}, Stdin: true, Stdout: true, Stderr: i%2 == 0, TTY: i%2 != 0}
+				command := workload.Command{Args: []string{"sleep", marker}, Stdin: true, Stdout: true, Stderr: i%2 == 0, TTY: i%2 != 0}
 				if _, err := r.Start(context.Background(), c, command); err != nil {
 					fmt.Fprintln(os.Stderr, err)
 				}
@@ -68,7 +70,7 @@ func startWithoutEnd(r *Runner, c Container, marker string) {
 	select {}
 }
 
-func startPredecessor(t *testing.T, c Container, dir, marker string, policy Policy, environment ...string) *exec.Cmd {
+func startPredecessor(t *testing.T, c workload.Container, dir, marker string, policy Policy, environment ...string) *exec.Cmd {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {

@@ -1,6 +1,7 @@
 package execproc
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,6 +15,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // Policy says what becomes of a process whose client has gone.
@@ -32,6 +35,8 @@ type Config struct {
 	// StateDir holds the files of starts and the recovery records; made with mode 0700. It belongs
 	// on a tmpfs, such as /run/streamshim/exec.
 	StateDir string
+	// Runtime and Root, where they are set, are taken instead of each container's own.
+	Runtime, Root string
 	// StartTimeout bounds one start, as far as the caller's context does not.
 	StartTimeout time.Duration
 	// OnDisconnect is what Disconnect, Shutdown and recovery do.
@@ -49,6 +54,9 @@ type Config struct {
 	OutputLimit int
 	// OutputRoom is what all RunSyncs may keep of output together, beside 64 KiB of each. Nil is no bound.
 	OutputRoom Room
+	// SyncTurn is called before a RunSync's command is started, and end once it has been. Its error is
+	// RunSync's. Nil is no wait.
+	SyncTurn func(context.Context, workload.Container) (end func(), err error)
 	// Logger gets what an operator should know; default slog.Default.
 	Logger *slog.Logger
 	// OnStart is called when a command was started. It must not block. May be nil.
@@ -148,7 +156,7 @@ func NewRunner(config Config) (*Runner, error) {
 // The error is a *StartError when the command could not be executed in a container that is fine. It
 // wraps ErrNotRunning when the container is not running, ErrStartTimeout when the runtime took too
 // long, ErrClosed when the Runner is shutting down.
-func (r *Runner) Start(ctx context.Context, container Container, command Command) (*Process, error) {
+func (r *Runner) Start(ctx context.Context, container workload.Container, command workload.Command) (*Process, error) {
 	if !r.enter() {
 		return nil, ErrClosed
 	}
@@ -156,7 +164,7 @@ func (r *Runner) Start(ctx context.Context, container Container, command Command
 	return r.startCommand(ctx, container, command, r.config.OnDisconnect)
 }
 
-func (r *Runner) startCommand(ctx context.Context, c Container, command Command, policy Policy) (*Process, error) {
+func (r *Runner) startCommand(ctx context.Context, c workload.Container, command workload.Command, policy Policy) (*Process, error) {
 	p, err := r.start(ctx, c, command, policy, execInContainer)
 	if err == nil && r.config.OnStart != nil {
 		r.config.OnStart()
@@ -165,9 +173,9 @@ func (r *Runner) startCommand(ctx context.Context, c Container, command Command,
 }
 
 // launcher is execInContainer, or in tests something that does more.
-type launcher func(ctx context.Context, c Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (pid int, err error)
+type launcher func(ctx context.Context, c workload.Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (pid int, err error)
 
-func (r *Runner) start(ctx context.Context, c Container, command Command, policy Policy, launch launcher) (_ *Process, err error) {
+func (r *Runner) start(ctx context.Context, c workload.Container, command workload.Command, policy Policy, launch launcher) (_ *Process, err error) {
 	ctx, cancelTimeout := context.WithTimeoutCause(ctx, r.config.StartTimeout, ErrStartTimeout)
 	defer cancelTimeout()
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -176,6 +184,8 @@ func (r *Runner) start(ctx context.Context, c Container, command Command, policy
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("start command: %w", context.Cause(ctx))
 	}
+	c.Runtime = cmp.Or(r.config.Runtime, c.Runtime)
+	c.Root = cmp.Or(r.config.Root, c.Root)
 	spec, err := processSpec(c.Process, command)
 	if err != nil {
 		return nil, fmt.Errorf("start command: %w", err)
@@ -243,7 +253,7 @@ func (r *Runner) base() string {
 	return filepath.Join(r.config.StateDir, name)
 }
 
-func (r *Runner) startWithPipes(ctx context.Context, p *Process, spec *specs.Process, command Command, f files, launch launcher) error {
+func (r *Runner) startWithPipes(ctx context.Context, p *Process, spec *specs.Process, command workload.Command, f files, launch launcher) error {
 	owner, err := processOwner(p.container, spec.User)
 	if err != nil {
 		return err
@@ -275,9 +285,9 @@ func (r *Runner) startWithPipes(ctx context.Context, p *Process, spec *specs.Pro
 	return nil
 }
 
-func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.Process, command Command, f files, launch launcher) error {
+func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.Process, command workload.Command, f files, launch launcher) error {
 	// The runtime's own streams: what it says on stderr is wanted if it fails.
-	own, err := newStdio(Command{Stderr: true}, owner{})
+	own, err := newStdio(workload.Command{Stderr: true}, owner{})
 	if err != nil {
 		return err
 	}

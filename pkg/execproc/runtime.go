@@ -14,6 +14,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 const (
@@ -77,7 +79,7 @@ var errProcessUnknown = errors.New("the OCI runtime said it started the command"
 //
 // When the context is done, or a process in the container stops what enters it, the runtime is killed with
 // all that it has started.
-func execInContainer(ctx context.Context, c Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
+func execInContainer(ctx context.Context, c workload.Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
 	encoded, err := json.Marshal(spec)
 	if err != nil {
 		return 0, fmt.Errorf("encode process spec: %w", err)
@@ -98,7 +100,7 @@ func execInContainer(ctx context.Context, c Container, spec *specs.Process, f fi
 	if spec.Terminal {
 		args = append(args, "--console-socket", f.socket)
 	}
-	args = append(args, c.ID)
+	args = append(args, c.ContainerID)
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

@@ -10,44 +10,15 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
-
-// Container is a running container as its OCI runtime knows it.
-type Container struct {
-	ID string
-	// Runtime is the OCI runtime's binary, a path or a name to be found in $PATH: runc, crun,
-	// youki, or whatever else understands runc's command line.
-	Runtime string
-	// Root is the runtime's state directory (runc --root); empty for the runtime's own default.
-	Root string
-	// InitPid is the container's main process in the pid namespace of this process.
-	InitPid int
-	// InitStartTime is when that process began, in clock ticks since boot (field 22 of
-	// /proc/PID/stat); 0 when it is not known. With it, a start fails rather than take another process
-	// that got the pid since for the main one.
-	InitStartTime uint64
-	// Process is the main process's part of the container's OCI spec. It is only read.
-	Process *specs.Process
-	// UIDMappings and GIDMappings are the container's user namespace; empty without one.
-	UIDMappings, GIDMappings []specs.LinuxIDMapping
-}
-
-// Command is a command line and the streams its caller wants.
-type Command struct {
-	Args []string
-	Env  []string // "NAME=value", added to the container's own, the last of a name wins (KEP-6035)
-
-	Stdin, Stdout, Stderr, TTY bool
-
-	// Width and Height are the terminal's first size in characters, zero when it is not known.
-	Width, Height uint16
-}
 
 // processSpec is the spec of a process that joins the container: the container's own process, copied
 // as it is, so that user, groups, capabilities, no-new-privileges, AppArmor, SELinux, rlimits (see completeLimits),
 // scheduler and CPU affinity are the container's (kubernetes#73275: exec paths that built the spec
 // anew forgot some of them). Only what makes it another command is set.
-func processSpec(container *specs.Process, command Command) (*specs.Process, error) {
+func processSpec(container *specs.Process, command workload.Command) (*specs.Process, error) {
 	if container == nil {
 		return nil, errors.New("the container's OCI spec has no process")
 	}
@@ -74,8 +45,8 @@ func processSpec(container *specs.Process, command Command) (*specs.Process, err
 			spec.Env = append(spec.Env, "TERM=xterm")
 		}
 		// Without it a program that asks for the size at once gets 0x0 (kubernetes#47990).
-		if command.Width > 0 && command.Height > 0 {
-			spec.ConsoleSize = &specs.Box{Width: uint(command.Width), Height: uint(command.Height)}
+		if size := command.Size; size.Known() {
+			spec.ConsoleSize = &specs.Box{Width: uint(size.Width), Height: uint(size.Height)}
 		}
 	}
 	return &spec, nil

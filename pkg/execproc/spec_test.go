@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // Everything but the command is the container's, including what is added to the spec one day.
@@ -22,7 +24,7 @@ func TestProcessSpecIsTheContainers(t *testing.T) {
 		t.Fatal(err)
 	}
 	before, _ := json.Marshal(container)
-	spec, err := processSpec(&container, Command{Args: []string{"c"}, Env: []string{"A=4", "C=", "A=5"}, Width: 8, Height: 9})
+	spec, err := processSpec(&container, workload.Command{Args: []string{"c"}, Env: []string{"A=4", "C=", "A=5"}, Size: workload.Size{Width: 8, Height: 9}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,7 +43,7 @@ func TestProcessSpecIsTheContainers(t *testing.T) {
 	if rest, _ := json.Marshal(spec); string(rest) != string(before) {
 		t.Errorf("%s\nwant %s", rest, before)
 	}
-	for _, bad := range []Command{{}, {Args: []string{"a\x00b"}}, {Args: []string{"a"}, Env: []string{"novalue"}}, {Args: []string{"a"}, Env: []string{"=v"}}} {
+	for _, bad := range []workload.Command{{}, {Args: []string{"a\x00b"}}, {Args: []string{"a"}, Env: []string{"novalue"}}, {Args: []string{"a"}, Env: []string{"=v"}}} {
 		if _, err := processSpec(&container, bad); err == nil {
 			t.Errorf("%+v was taken", bad)
 		}

@@ -15,6 +15,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // The exit code of a command that ran is its own; of one that could not be run, a shell's
@@ -43,7 +45,7 @@ func TestExitCodes(t *testing.T) {
 	} {
 		for _, tty := range []bool{false, true} {
 			t.Run(test.name, func(t *testing.T) {
-				p, err := r.Start(context.Background(), c, Command{Args: test.args, TTY: tty, Stdout: true, Stderr: !tty})
+				p, err := r.Start(context.Background(), c, workload.Command{Args: test.args, TTY: tty, Stdout: true, Stderr: !tty})
 				if test.text != "" {
 					var failed interface{ ExitCode() int }
 					if !errors.As(err, &failed) {
@@ -76,46 +78,52 @@ func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
 	}
 	for _, test := range []struct {
 		name   string
-		change func(t *testing.T, r *Runner, c *Container, command *Command)
+		change func(t *testing.T, r *Runner, c *workload.Container, command *workload.Command)
 		is     error
 		text   string
 	}{
-		{"cwd missing", func(t *testing.T, _ *Runner, c *Container, _ *Command) {
+		{"cwd missing", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) {
 			process := *c.Process
 			process.Cwd = "/nope"
 			c.Process = &process
 		}, nil, `chdir to cwd ("/nope")`},
-		{"unknown container", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.ID = "unknown" }, ErrNotRunning, "does not exist"},
-		{"state is gone", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.Root = t.TempDir() }, ErrNotRunning, "does not exist"},
-		{"main process has ended", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.InitPid = 1<<22 - 1 }, ErrNotRunning, "has ended"},
-		{"another process has the main one's pid", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.InitStartTime-- }, ErrNotRunning, "has ended"},
-		{"paused", func(t *testing.T, _ *Runner, c *Container, _ *Command) {
-			runc(t, *c, "pause", c.ID)
-			t.Cleanup(func() { runc(t, *c, "resume", c.ID) })
+		{"unknown container", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) { c.ContainerID = "unknown" }, ErrNotRunning, "does not exist"},
+		{"state is gone", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) { c.Root = t.TempDir() }, ErrNotRunning, "does not exist"},
+		{"main process has ended", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) { c.InitPid = 1<<22 - 1 }, ErrNotRunning, "has ended"},
+		{"another process has the main one's pid", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) { c.InitStartTime-- }, ErrNotRunning, "has ended"},
+		{"paused", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) {
+			runc(t, *c, "pause", c.ContainerID)
+			t.Cleanup(func() { runc(t, *c, "resume", c.ContainerID) })
 		}, ErrNotRunning, "paused"},
-		{"runtime missing", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.Runtime = "/usr/local/bin/runc-nope" }, os.ErrNotExist, "installed"},
-		{"runtime fails without a word", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.Runtime = script(t, "exit 7") }, nil, "exit status 7"},
-		{"runtime fails on stderr", func(t *testing.T, _ *Runner, c *Container, _ *Command) {
+		{"runtime missing", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) {
+			c.Runtime = "/usr/local/bin/runc-nope"
+		}, os.ErrNotExist, "installed"},
+		{"runtime fails without a word", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) {
+			c.Runtime = script(t, "exit 7")
+		}, nil, "exit status 7"},
+		{"runtime fails on stderr", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) {
 			c.Runtime = script(t, "echo 'flag provided but not defined' >&2; exit 1")
 		}, nil, "flag provided"},
-		{"runtime hangs", func(t *testing.T, r *Runner, c *Container, _ *Command) {
+		{"runtime hangs", func(t *testing.T, r *Runner, c *workload.Container, _ *workload.Command) {
 			r.config.StartTimeout = 300 * time.Millisecond
 			c.Runtime = script(t, "sleep "+marker+" & sleep "+marker)
 		}, ErrStartTimeout, "did not start the command in time"},
-		{"pid file empty", func(t *testing.T, _ *Runner, c *Container, _ *Command) {
+		{"pid file empty", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) {
 			c.Runtime = script(t, `while [ "$1" != --pid-file ]; do shift; done; : >"$2"`)
 		}, nil, "pid file does not hold a pid"},
-		{"pid file missing", func(t *testing.T, _ *Runner, c *Container, _ *Command) { c.Runtime = script(t, "exit 0") }, os.ErrNotExist, "gave no pid"},
-		{"pid of a stranger", func(t *testing.T, _ *Runner, c *Container, _ *Command) {
+		{"pid file missing", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) {
+			c.Runtime = script(t, "exit 0")
+		}, os.ErrNotExist, "gave no pid"},
+		{"pid of a stranger", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) {
 			c.Runtime = script(t, `while [ "$1" != --pid-file ]; do shift; done; echo 2 >"$2"`)
 		}, nil, "no child of streamshim"},
-		{"no terminal was sent", func(t *testing.T, _ *Runner, c *Container, command *Command) {
+		{"no terminal was sent", func(t *testing.T, _ *Runner, c *workload.Container, command *workload.Command) {
 			command.TTY, command.Stderr = true, false
 			c.Runtime = script(t, "exit 3")
 		}, nil, "exit status 3"},
-		{"command is empty", func(t *testing.T, _ *Runner, c *Container, command *Command) { command.Args = nil }, nil, "command is empty"},
-		{"no process spec", func(t *testing.T, _ *Runner, c *Container, command *Command) { c.Process = nil }, nil, "no process"},
-		{"disk full", func(t *testing.T, r *Runner, c *Container, command *Command) {
+		{"command is empty", func(t *testing.T, _ *Runner, c *workload.Container, command *workload.Command) { command.Args = nil }, nil, "command is empty"},
+		{"no process spec", func(t *testing.T, _ *Runner, c *workload.Container, command *workload.Command) { c.Process = nil }, nil, "no process"},
+		{"disk full", func(t *testing.T, r *Runner, c *workload.Container, command *workload.Command) {
 			dir := t.TempDir()
 			if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=4k"); err != nil {
 				t.Fatal(err)
@@ -128,7 +136,7 @@ func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			r := newRunner(t)
 			c := newContainer(t)
-			command := Command{Args: []string{"true"}, Stdin: true, Stdout: true, Stderr: true}
+			command := workload.Command{Args: []string{"true"}, Stdin: true, Stdout: true, Stderr: true}
 			test.change(t, r, &c, &command)
 			p, err := r.Start(context.Background(), c, command)
 			if err == nil {
@@ -157,12 +165,12 @@ func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
 func TestCancelledStartLeavesNothing(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
-	before := len(marked(t, c.ID))
+	before := len(marked(t, c.ContainerID))
 	marker := newMarker()
 	cancelled := 0
 	for i := range 60 {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Duration(i)*time.Millisecond)
-		p, err := r.Start(ctx, c, Command{Args: []string{"sleep", marker}, Stdin: true, Stdout: true, TTY: i%2 == 0})
+		p, err := r.Start(ctx, c, workload.Command{Args: []string{"sleep", marker}, Stdin: true, Stdout: true, TTY: i%2 == 0})
 		cancel()
 		if err == nil {
 			p.Kill()
@@ -178,7 +186,7 @@ func TestCancelledStartLeavesNothing(t *testing.T) {
 	if cancelled == 0 {
 		t.Error("no start was slow enough to be cancelled; the test proves nothing")
 	}
-	eventually(t, "no process is left", func() bool { return len(marked(t, marker)) == 0 && len(marked(t, c.ID)) == before })
+	eventually(t, "no process is left", func() bool { return len(marked(t, marker)) == 0 && len(marked(t, c.ContainerID)) == before })
 }
 
 // No descriptor free: an error, no crash, and the next start works.
@@ -196,7 +204,7 @@ func TestNoDescriptorFree(t *testing.T) {
 		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &low); err != nil {
 			t.Fatal(err)
 		}
-		p, err := r.Start(context.Background(), c, Command{Args: []string{"true"}, Stdin: true, Stdout: true, Stderr: true})
+		p, err := r.Start(context.Background(), c, workload.Command{Args: []string{"true"}, Stdin: true, Stdout: true, Stderr: true})
 		if restore := unix.Setrlimit(unix.RLIMIT_NOFILE, &old); restore != nil {
 			t.Fatal(restore)
 		}
@@ -212,7 +220,7 @@ func TestNoDescriptorFree(t *testing.T) {
 	if failed == 0 {
 		t.Error("the limit was never too low; the test proves nothing")
 	}
-	if _, code := output(t, r, c, Command{Args: []string{"true"}}); code != 0 {
+	if _, code := output(t, r, c, workload.Command{Args: []string{"true"}}); code != 0 {
 		t.Errorf("exit code %d afterwards", code)
 	}
 }
@@ -222,7 +230,7 @@ func TestNoDescriptorFree(t *testing.T) {
 func TestStdinSurvivesStdoutEOF(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
-	p := start(t, r, c, Command{Args: shell("exec >&-; n=$(wc -c); echo $n >&2; exit 4"), Stdin: true, Stdout: true, Stderr: true})
+	p := start(t, r, c, workload.Command{Args: shell("exec >&-; n=$(wc -c); echo $n >&2; exit 4"), Stdin: true, Stdout: true, Stderr: true})
 	if data, err := io.ReadAll(p.Stdout()); len(data) > 0 || err != nil {
 		t.Errorf("stdout: %q, %v", data, err)
 	}
@@ -244,7 +252,7 @@ func TestStdinSurvivesStdoutEOF(t *testing.T) {
 func TestStreamsNotAskedFor(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
-	p := start(t, r, c, Command{Args: shell("read x; echo to nobody && echo to nobody >&2 && exit 5")})
+	p := start(t, r, c, workload.Command{Args: shell("read x; echo to nobody && echo to nobody >&2 && exit 5")})
 	if p.Stdin() != nil || p.Stdout() != nil || p.Stderr() != nil {
 		t.Error("streams that nobody asked for")
 	}
@@ -252,7 +260,7 @@ func TestStreamsNotAskedFor(t *testing.T) {
 		t.Errorf("exit code %d", code)
 	}
 	var file *os.File
-	p = start(t, r, c, Command{Args: []string{"true"}, Stdin: true, Stdout: true, Stderr: true})
+	p = start(t, r, c, workload.Command{Args: []string{"true"}, Stdin: true, Stdout: true, Stderr: true})
 	for _, stream := range []any{p.Stdin(), p.Stdout(), p.Stderr()} {
 		if _, ok := stream.(*os.File); !ok {
 			t.Errorf("%T is no %T", stream, file)
@@ -299,18 +307,18 @@ func TestIdentityIsTheContainers(t *testing.T) {
 				cat /proc/$p/limits /proc/$p/cgroup /proc/$p/oom_score_adj
 				readlink /proc/$p/cwd
 				for n in cgroup ipc mnt net pid user uts; do readlink /proc/$p/ns/$n; done`
-			ours, code := output(t, r, c, Command{Args: []string{"sh", "-c", strings.ReplaceAll(script, "$1", "$$")}})
+			ours, code := output(t, r, c, workload.Command{Args: []string{"sh", "-c", strings.ReplaceAll(script, "$1", "$$")}})
 			if code != 0 {
 				t.Fatalf("exit code %d: %s", code, ours)
 			}
-			theirs, code := output(t, r, c, Command{Args: []string{"sh", "-c", strings.ReplaceAll(script, "$1", "1")}})
+			theirs, code := output(t, r, c, workload.Command{Args: []string{"sh", "-c", strings.ReplaceAll(script, "$1", "1")}})
 			if code != 0 {
 				t.Fatalf("exit code %d: %s", code, theirs)
 			}
 			if ours != theirs || strings.Count(ours, "\n") < 30 {
 				t.Errorf("exec:\n%s\nmain process:\n%s", ours, theirs)
 			}
-			env, _ := output(t, r, c, Command{Args: []string{"env"}, Env: []string{"EXTRA=1", "EXTRA=2", "GREETING=a=b"}})
+			env, _ := output(t, r, c, workload.Command{Args: []string{"env"}, Env: []string{"EXTRA=1", "EXTRA=2", "GREETING=a=b"}})
 			for _, line := range []string{"PATH=/bin\n", "GREETING=a=b\n", "EXTRA=2\n"} {
 				if !strings.Contains("\n"+env, "\n"+line) {
 					t.Errorf("no %q in %q", line, env)
@@ -351,7 +359,7 @@ func TestLimitsAreTheContainers(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				got, code := output(t, r, c, Command{Args: []string{"cat", "/proc/self/limits"}, TTY: tty})
+				got, code := output(t, r, c, workload.Command{Args: []string{"cat", "/proc/self/limits"}, TTY: tty})
 				if strings.ReplaceAll(got, "\r", "") != string(want) || code != 0 {
 					t.Errorf("tty %v:\n%s\nmain process:\n%s", tty, got, want)
 				}
@@ -390,7 +398,7 @@ func TestStreamsCanBeReopened(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := newRunner(t)
 			c := newContainer(t, changes...)
-			p := start(t, r, c, Command{Args: shell("cat /dev/stdin >/dev/stdout && echo fine >/dev/stderr"), Stdin: true, Stdout: true, Stderr: true})
+			p := start(t, r, c, workload.Command{Args: shell("cat /dev/stdin >/dev/stdout && echo fine >/dev/stderr"), Stdin: true, Stdout: true, Stderr: true})
 			io.WriteString(p.Stdin(), "hello")
 			p.Stdin().Close()
 			out, _ := io.ReadAll(p.Stdout())
@@ -403,7 +411,7 @@ func TestStreamsCanBeReopened(t *testing.T) {
 	t.Run("terminal of user 1000", func(t *testing.T) {
 		r := newRunner(t)
 		c := newContainer(t, user)
-		if out, code := output(t, r, c, Command{Args: shell("echo one >/dev/stdout; echo two >/dev/tty"), TTY: true}); code != 0 || out != "one\r\ntwo\r\n" {
+		if out, code := output(t, r, c, workload.Command{Args: shell("echo one >/dev/stdout; echo two >/dev/tty"), TTY: true}); code != 0 || out != "one\r\ntwo\r\n" {
 			t.Errorf("exit code %d, %q", code, out)
 		}
 	})
@@ -413,8 +421,8 @@ func TestStreamsCanBeReopened(t *testing.T) {
 func TestContainerExitEndsProcess(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
-	p := start(t, r, c, Command{Args: []string{"sleep", "1000"}, Stdin: true, Stdout: true, Stderr: true})
-	other := start(t, r, c, Command{Args: []string{"sleep", "1000"}, TTY: true, Stdin: true, Stdout: true})
+	p := start(t, r, c, workload.Command{Args: []string{"sleep", "1000"}, Stdin: true, Stdout: true, Stderr: true})
+	other := start(t, r, c, workload.Command{Args: []string{"sleep", "1000"}, TTY: true, Stdin: true, Stdout: true})
 	select {
 	case <-p.ContainerExited():
 		t.Fatal("the container has not ended yet")
@@ -422,14 +430,14 @@ func TestContainerExitEndsProcess(t *testing.T) {
 		t.Fatal("the process has not ended yet")
 	default:
 	}
-	runc(t, c, "kill", c.ID, "KILL")
+	runc(t, c, "kill", c.ContainerID, "KILL")
 	for _, p := range []*Process{p, other} {
 		closes(t, p.ContainerExited(), "the end of the container")
 		if code := exitCode(t, p); code != 137 {
 			t.Errorf("exit code %d", code)
 		}
 	}
-	if _, err := r.Start(context.Background(), c, Command{Args: []string{"true"}}); !errors.Is(err, ErrNotRunning) {
+	if _, err := r.Start(context.Background(), c, workload.Command{Args: []string{"true"}}); !errors.Is(err, ErrNotRunning) {
 		t.Errorf("start in a container that has ended: %v", err)
 	}
 }
@@ -439,13 +447,13 @@ func TestContainerExitEndsProcess(t *testing.T) {
 func TestSlowReaderDoesNotDelayReaping(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
-	p := start(t, r, c, Command{Args: []string{"yes"}, Stdout: true})
+	p := start(t, r, c, workload.Command{Args: []string{"yes"}, Stdout: true})
 	buffer := make([]byte, 1<<10)
 	if _, err := io.ReadFull(p.Stdout(), buffer); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the pipe fills up", func() bool { return pending(t, p.pipes.stdout) >= 64<<10 })
-	runc(t, c, "kill", c.ID, "KILL")
+	runc(t, c, "kill", c.ContainerID, "KILL")
 	closes(t, p.Exited(), "the exit, unread output or not")
 	eventually(t, "the container's init is gone or a zombie", func() bool {
 		stat, err := readStat(c.InitPid)
@@ -475,15 +483,15 @@ func pending(t *testing.T, pipe *os.File) (n int) {
 func TestContainerEnding(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
-	p := start(t, r, c, Command{Args: []string{"sleep", "1000"}})
-	last := start(t, r, c, Command{Args: []string{"sleep", "1000"}})
+	p := start(t, r, c, workload.Command{Args: []string{"sleep", "1000"}})
+	last := start(t, r, c, workload.Command{Args: []string{"sleep", "1000"}})
 	if p.ContainerEnding() {
 		t.Error("the container is said to end")
 	}
 	// An orphan is not reaped while a start is under way, and holds the main process up.
 	begun := r.reaper.beginStart()
 	r.reaper.dropProcess(last.watch)
-	runc(t, c, "kill", c.ID, "KILL")
+	runc(t, c, "kill", c.ContainerID, "KILL")
 	if code := exitCode(t, p); code != 137 {
 		t.Errorf("exit code %d", code)
 	}
@@ -512,7 +520,7 @@ func TestNoWayOut(t *testing.T) {
 	for fd := range 32 {
 		for _, program := range []string{"bin/true", "usr/bin/true"} {
 			path := fmt.Sprintf("/proc/self/fd/%d/%s%s", fd, strings.Repeat("../", 12), program)
-			p, err := r.Start(context.Background(), c, Command{Args: []string{path}})
+			p, err := r.Start(context.Background(), c, workload.Command{Args: []string{path}})
 			var failed *StartError
 			if !errors.As(err, &failed) {
 				t.Errorf("%s: %v", path, err)
@@ -555,7 +563,7 @@ func TestNoStartOutlastsItsTimeout(t *testing.T) {
 			writeFile(t, path, "#!/bin/sh\n"+text+"\n", 0o755)
 			c.Runtime = path
 			began := time.Now()
-			p, err := r.Start(t.Context(), c, Command{Args: []string{"true"}, Stdin: true, Stdout: true, TTY: tty})
+			p, err := r.Start(t.Context(), c, workload.Command{Args: []string{"true"}, Stdin: true, Stdout: true, TTY: tty})
 			if p != nil {
 				p.Close()
 			}
@@ -578,7 +586,7 @@ func TestTerminalThatNeverComes(t *testing.T) {
 	writeFile(t, path, "#!/bin/sh\nwhile [ \"$1\" != --pid-file ]; do shift; done; setsid sleep 1000 & echo $! >\"$2\"\n", 0o755)
 	c.Runtime = path
 	began := time.Now()
-	_, err := r.Start(t.Context(), c, Command{Args: []string{"true"}, Stdout: true, TTY: true})
+	_, err := r.Start(t.Context(), c, workload.Command{Args: []string{"true"}, Stdout: true, TTY: true})
 	if err == nil || time.Since(began) >= consoleTimeout {
 		t.Errorf("%v after %v", err, time.Since(began))
 	}

@@ -8,6 +8,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // pipeSize is what our pipes are enlarged to, from the kernel's 64 KiB, so that one read can move
@@ -24,7 +26,7 @@ type stdio struct {
 // owner is the host's uid and gid of a process's user.
 type owner struct{ uid, gid int }
 
-func processOwner(c Container, user specs.User) (owner, error) {
+func processOwner(c workload.Container, user specs.User) (owner, error) {
 	uid, err := hostID(user.UID, c.UIDMappings)
 	if err != nil {
 		return owner{}, fmt.Errorf("user of the process: %w", err)
@@ -37,7 +39,7 @@ func processOwner(c Container, user specs.User) (owner, error) {
 }
 
 // newStdio makes a pipe for each stream that is wanted; the others are /dev/null.
-func newStdio(command Command, owner owner) (_ *stdio, err error) {
+func newStdio(command workload.Command, owner owner) (_ *stdio, err error) {
 	s := &stdio{ends: streamEnds{pipes: map[string]bool{}}}
 	defer func() {
 		if err != nil {

@@ -7,18 +7,9 @@ import (
 	"io"
 	"sync"
 	"time"
-)
 
-// SyncCommand is a command that is run to its end, its output collected: a probe, mostly.
-type SyncCommand struct {
-	Args []string
-	Env  []string // as Command.Env
-	// Timeout counts from the call, start included. Zero means none.
-	Timeout time.Duration
-	// Turn is called before the command is started, and end once it has been. Its error is the command's. Nil is
-	// no wait.
-	Turn func(context.Context) (end func(), err error)
-}
+	"github.com/streamshim/streamshim/pkg/workload"
+)
 
 // Room bounds what several RunSyncs keep of their commands' output.
 type Room interface {
@@ -31,12 +22,6 @@ type Room interface {
 // ownOutput is how many bytes of output each RunSync keeps whether there is room or not. It is more than a
 // probe's output, of which the kubelet reads 10 KiB.
 const ownOutput = 64 << 10
-
-// SyncResult is what a command left.
-type SyncResult struct {
-	Stdout, Stderr []byte
-	ExitCode       int
-}
 
 // afterTimeout is how long RunSync goes on after the timeout to see the killed command's end.
 const afterTimeout = 500 * time.Millisecond
@@ -54,9 +39,9 @@ const afterTimeout = 500 * time.Millisecond
 // When the timeout is over or the context is done the whole tree is killed and the error wraps
 // ErrTimeout, within a second; the result then holds the output so far. Otherwise errors are as for
 // Start, among them *StartError.
-func (r *Runner) RunSync(ctx context.Context, c Container, command SyncCommand) (SyncResult, error) {
+func (r *Runner) RunSync(ctx context.Context, c workload.Container, command workload.SyncCommand) (workload.Result, error) {
 	if !r.enter() {
-		return SyncResult{}, ErrClosed
+		return workload.Result{}, ErrClosed
 	}
 	defer r.leave()
 	var timedOut error
@@ -71,29 +56,29 @@ func (r *Runner) RunSync(ctx context.Context, c Container, command SyncCommand) 
 		if ctx.Err() != nil && !errors.Is(err, ErrTimeout) {
 			err = fmt.Errorf("%w: %w", ErrTimeout, err)
 		}
-		return SyncResult{}, err
+		return workload.Result{}, err
 	}
 	output := collect(p, r.config.OutputLimit, r.config.OutputRoom)
 	defer output.leave()
 	exitCode, err := r.waitSync(ctx, p, output)
 	p.Close() // ends what is left of the collecting
 	<-output.done
-	result := SyncResult{Stdout: output.stdout, Stderr: output.stderr, ExitCode: exitCode}
+	result := workload.Result{Stdout: output.stdout, Stderr: output.stderr, ExitCode: exitCode}
 	if err != nil {
 		result.ExitCode = 0
 	}
 	return result, err
 }
 
-func (r *Runner) startInTurn(ctx context.Context, c Container, command SyncCommand) (*Process, error) {
-	if command.Turn != nil {
-		end, err := command.Turn(ctx)
+func (r *Runner) startInTurn(ctx context.Context, c workload.Container, command workload.SyncCommand) (*Process, error) {
+	if r.config.SyncTurn != nil {
+		end, err := r.config.SyncTurn(ctx, c)
 		if err != nil {
 			return nil, fmt.Errorf("wait to start command: %w", err)
 		}
 		defer end()
 	}
-	p, err := r.startCommand(ctx, c, Command{Args: command.Args, Env: command.Env, Stdout: true, Stderr: true}, PolicyKill)
+	p, err := r.startCommand(ctx, c, workload.Command{Args: command.Args, Env: command.Env, Stdout: true, Stderr: true}, PolicyKill)
 	if err == nil {
 		p.probe = true
 	}

@@ -7,12 +7,14 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // What the runtime's environment has for the runtime's own sake is not in the command's.
 func TestRuntimeEnvironmentStaysOut(t *testing.T) {
 	r, c := newRunner(t), newContainer(t)
-	result, err := r.RunSync(t.Context(), c, SyncCommand{Args: []string{"env"}, Env: []string{"GOGC=7"}})
+	result, err := r.RunSync(t.Context(), c, workload.SyncCommand{Args: []string{"env"}, Env: []string{"GOGC=7"}})
 	if err != nil || !strings.Contains(string(result.Stdout), "GOGC=7\n") {
 		t.Fatalf("env: %v: %s", err, result.Stdout)
 	}
@@ -30,14 +32,14 @@ func TestRuntimeEnvironmentStaysOut(t *testing.T) {
 func TestRunSync(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
-	result, err := r.RunSync(context.Background(), c, SyncCommand{
+	result, err := r.RunSync(context.Background(), c, workload.SyncCommand{
 		Args: shell("cat; echo out; echo $EXTRA >&2; exit 3"), Env: []string{"EXTRA=err"}, Timeout: time.Minute,
 	})
 	if err != nil || result.ExitCode != 3 || string(result.Stdout) != "out\n" || string(result.Stderr) != "err\n" {
 		t.Errorf("%+v, %v", result, err)
 	}
 	var failed *StartError
-	if _, err := r.RunSync(context.Background(), c, SyncCommand{Args: []string{"nope"}}); !errors.As(err, &failed) || failed.Code != 127 {
+	if _, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: []string{"nope"}}); !errors.As(err, &failed) || failed.Code != 127 {
 		t.Errorf("%v", err)
 	}
 }
@@ -49,7 +51,7 @@ func TestBackgroundChildHoldsPipe(t *testing.T) {
 	c := newContainer(t)
 	marker := newMarker()
 	began := time.Now()
-	result, err := r.RunSync(context.Background(), c, SyncCommand{Args: shell("sleep " + marker + " & echo hi; exit 3")})
+	result, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: shell("sleep " + marker + " & echo hi; exit 3")})
 	if took := time.Since(began); err != nil || result.ExitCode != 3 || string(result.Stdout) != "hi\n" || took > patience {
 		t.Errorf("%+v, %v after %v", result, err, took)
 	}
@@ -62,12 +64,12 @@ func TestBackgroundChildHoldsPipe(t *testing.T) {
 func TestBackgroundChildWrites(t *testing.T) {
 	r := newRunner(t, func(config *Config) { config.DrainIdle, config.DrainMax = 5*time.Second, 4*time.Second })
 	c := newContainer(t)
-	result, err := r.RunSync(context.Background(), c, SyncCommand{Args: shell("(sleep 1; echo later) & echo now; exit 3")})
+	result, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: shell("(sleep 1; echo later) & echo now; exit 3")})
 	if err != nil || result.ExitCode != 3 || string(result.Stdout) != "now\nlater\n" {
 		t.Errorf("%+v, %v", result, err)
 	}
 	began := time.Now()
-	result, err = r.RunSync(context.Background(), c, SyncCommand{Args: shell("(while echo x; do sleep 0.1; done) & exit 4")})
+	result, err = r.RunSync(context.Background(), c, workload.SyncCommand{Args: shell("(while echo x; do sleep 0.1; done) & exit 4")})
 	if took := time.Since(began); err != nil || result.ExitCode != 4 || len(result.Stdout) < 20 || took < 4*time.Second || took > patience {
 		t.Errorf("%+v, %v after %v", result, err, took)
 	}
@@ -85,7 +87,7 @@ func TestTimeoutKillsTree(t *testing.T) {
 	} {
 		marker := newMarker()
 		began := time.Now()
-		result, err := r.RunSync(context.Background(), c, SyncCommand{
+		result, err := r.RunSync(context.Background(), c, workload.SyncCommand{
 			Args: shell("echo began; " + strings.ReplaceAll(script, "%", marker)), Timeout: timeout,
 		})
 		if took := time.Since(began); !errors.Is(err, ErrTimeout) || took < timeout || took > timeout+patience {
@@ -100,7 +102,7 @@ func TestTimeoutKillsTree(t *testing.T) {
 	began := time.Now()
 	marker := newMarker()
 	r.config.DrainIdle, r.config.DrainMax = time.Hour, time.Hour
-	result, err := r.RunSync(context.Background(), c, SyncCommand{Args: shell("sleep " + marker + " & exit 6"), Timeout: timeout})
+	result, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: shell("sleep " + marker + " & exit 6"), Timeout: timeout})
 	if took := time.Since(began); err != nil || result.ExitCode != 6 || took > timeout+patience {
 		t.Errorf("%+v, %v after %v", result, err, took)
 	}
@@ -117,7 +119,7 @@ func TestCancelKillsTree(t *testing.T) {
 		}
 		cancel()
 	}()
-	if _, err := r.RunSync(ctx, c, SyncCommand{Args: []string{"sleep", marker}}); !errors.Is(err, ErrTimeout) || !errors.Is(err, context.Canceled) {
+	if _, err := r.RunSync(ctx, c, workload.SyncCommand{Args: []string{"sleep", marker}}); !errors.Is(err, ErrTimeout) || !errors.Is(err, context.Canceled) {
 		t.Errorf("%v", err)
 	}
 	eventually(t, "the command is gone", func() bool { return len(marked(t, marker)) == 0 })
@@ -129,11 +131,11 @@ func TestTimeoutDuringStart(t *testing.T) {
 	c := newContainer(t)
 	c.Runtime = t.TempDir() + "/runtime"
 	writeFile(t, c.Runtime, "#!/bin/sh\nexec sleep 1000\n", 0o755)
-	if _, err := r.RunSync(context.Background(), c, SyncCommand{Args: []string{"true"}, Timeout: 100 * time.Millisecond}); !errors.Is(err, ErrTimeout) {
+	if _, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: []string{"true"}, Timeout: 100 * time.Millisecond}); !errors.Is(err, ErrTimeout) {
 		t.Errorf("%v", err)
 	}
 	r.config.StartTimeout = 100 * time.Millisecond
-	if _, err := r.RunSync(context.Background(), c, SyncCommand{Args: []string{"true"}, Timeout: time.Hour}); errors.Is(err, ErrTimeout) || !errors.Is(err, ErrStartTimeout) {
+	if _, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: []string{"true"}, Timeout: time.Hour}); errors.Is(err, ErrTimeout) || !errors.Is(err, ErrStartTimeout) {
 		t.Errorf("%v", err)
 	}
 }
@@ -144,12 +146,12 @@ func TestOutputLimit(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
 	r.config.OutputLimit = 10 << 20
-	result, err := r.RunSync(context.Background(), c, SyncCommand{Args: shell("yes | head -c 40000000; yes | head -c 1000000 >&2; exit 8")})
+	result, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: shell("yes | head -c 40000000; yes | head -c 1000000 >&2; exit 8")})
 	if total := len(result.Stdout) + len(result.Stderr); err != nil || result.ExitCode != 8 || total != 10<<20 {
 		t.Errorf("%d bytes, exit code %d, %v", total, result.ExitCode, err)
 	}
 	r.config.OutputLimit = 7
-	result, err = r.RunSync(context.Background(), c, SyncCommand{Args: shell("printf 12345; sleep 0.5; printf 67890 >&2")})
+	result, err = r.RunSync(context.Background(), c, workload.SyncCommand{Args: shell("printf 12345; sleep 0.5; printf 67890 >&2")})
 	if err != nil || string(result.Stdout) != "12345" || string(result.Stderr) != "67" {
 		t.Errorf("%+v, %v", result, err)
 	}
@@ -184,12 +186,12 @@ func TestOutputRoom(t *testing.T) {
 	r := newRunner(t, func(config *Config) { config.OutputRoom, config.OutputLimit = shared, 16<<20 })
 	c := newContainer(t)
 	marker := newMarker()
-	_, err := r.RunSync(context.Background(), c, SyncCommand{Args: shell("sleep " + marker + " & yes; :")})
+	_, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: shell("sleep " + marker + " & yes; :")})
 	if !errors.Is(err, ErrNoRoom) || errors.Is(err, ErrTimeout) {
 		t.Errorf("%v", err)
 	}
 	eventually(t, "the tree is gone", func() bool { return len(marked(t, marker)) == 0 })
-	result, err := r.RunSync(context.Background(), c, SyncCommand{Args: shell("head -c 1000000 /dev/zero; exit 3")})
+	result, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: shell("head -c 1000000 /dev/zero; exit 3")})
 	if err != nil || result.ExitCode != 3 || len(result.Stdout) != 1000000 {
 		t.Errorf("within the room: %d bytes, %v", len(result.Stdout), err)
 	}
@@ -197,7 +199,7 @@ func TestOutputRoom(t *testing.T) {
 		t.Errorf("%d bytes of room are left", shared.left)
 	}
 	shared.left = 0
-	result, err = r.RunSync(context.Background(), c, SyncCommand{Args: shell("head -c 40000 /dev/zero; head -c 20000 /dev/zero >&2; exit 3")})
+	result, err = r.RunSync(context.Background(), c, workload.SyncCommand{Args: shell("head -c 40000 /dev/zero; head -c 20000 /dev/zero >&2; exit 3")})
 	if err != nil || result.ExitCode != 3 || len(result.Stdout) != 40000 || len(result.Stderr) != 20000 {
 		t.Errorf("of its own: %d and %d bytes, %v", len(result.Stdout), len(result.Stderr), err)
 	}
@@ -205,18 +207,21 @@ func TestOutputRoom(t *testing.T) {
 
 // A command waits for its turn within its timeout, and has it only while it starts.
 func TestTurn(t *testing.T) {
-	r := newRunner(t)
+	var turn func(context.Context) (func(), error)
+	r := newRunner(t, func(config *Config) {
+		config.SyncTurn = func(ctx context.Context, _ workload.Container) (func(), error) { return turn(ctx) }
+	})
 	c := newContainer(t)
 	began := make(chan struct{})
 	ended := make(chan struct{})
-	turn := func(context.Context) (func(), error) {
+	turn = func(context.Context) (func(), error) {
 		close(began)
 		return func() { close(ended) }, nil
 	}
 	done := make(chan error, 1)
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() {
-		_, err := r.RunSync(ctx, c, SyncCommand{Args: []string{"sleep", newMarker()}, Turn: turn})
+		_, err := r.RunSync(ctx, c, workload.SyncCommand{Args: []string{"sleep", newMarker()}})
 		done <- err
 	}()
 	closes(t, began, "the turn")
@@ -229,16 +234,16 @@ func TestTurn(t *testing.T) {
 	cancel()
 	<-done
 
-	never := func(ctx context.Context) (func(), error) {
+	turn = func(ctx context.Context) (func(), error) {
 		<-ctx.Done()
 		return nil, context.Cause(ctx)
 	}
-	if _, err := r.RunSync(t.Context(), c, SyncCommand{Args: []string{"true"}, Turn: never, Timeout: 50 * time.Millisecond}); !errors.Is(err, ErrTimeout) {
+	if _, err := r.RunSync(t.Context(), c, workload.SyncCommand{Args: []string{"true"}, Timeout: 50 * time.Millisecond}); !errors.Is(err, ErrTimeout) {
 		t.Errorf("a turn that does not come in time: %v", err)
 	}
 	refused := errors.New("refused")
-	no := func(context.Context) (func(), error) { return nil, refused }
-	if _, err := r.RunSync(t.Context(), c, SyncCommand{Args: []string{"true"}, Turn: no}); !errors.Is(err, refused) || errors.Is(err, ErrTimeout) {
+	turn = func(context.Context) (func(), error) { return nil, refused }
+	if _, err := r.RunSync(t.Context(), c, workload.SyncCommand{Args: []string{"true"}}); !errors.Is(err, refused) || errors.Is(err, ErrTimeout) {
 		t.Errorf("a refused turn: %v", err)
 	}
 }
@@ -250,7 +255,7 @@ func TestShutdownDuringRunSync(t *testing.T) {
 	marker := newMarker()
 	done := make(chan error, 1)
 	go func() {
-		_, err := r.RunSync(context.Background(), c, SyncCommand{Args: []string{"sleep", marker}})
+		_, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: []string{"sleep", marker}})
 		done <- err
 	}()
 	eventually(t, "it runs", func() bool { return len(marked(t, "sleep\x00"+marker)) == 1 })

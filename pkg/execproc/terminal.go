@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // maxSocketPath is the size of sun_path less the final NUL, unix(7).
@@ -174,9 +176,9 @@ func (t *terminal) control(f func(fd int) error) error {
 	return inner
 }
 
-func (t *terminal) resize(width, height uint16) error {
+func (t *terminal) resize(size workload.Size) error {
 	err := t.control(func(fd int) error {
-		return unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Row: height, Col: width})
+		return unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Row: size.Height, Col: size.Width})
 	})
 	if err != nil {
 		return fmt.Errorf("resize terminal: %w", err)

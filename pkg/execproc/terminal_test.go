@@ -13,6 +13,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // The first command already sees the size (kubernetes#47990, cri-o#9246).
@@ -20,7 +22,7 @@ func TestTerminalSizeOnFirstCommand(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
 	for range 100 {
-		out, code := output(t, r, c, Command{Args: []string{"stty", "size"}, TTY: true, Stdin: true, Width: 123, Height: 45})
+		out, code := output(t, r, c, workload.Command{Args: []string{"stty", "size"}, TTY: true, Stdin: true, Size: workload.Size{Width: 123, Height: 45}})
 		if out != "45 123\r\n" || code != 0 {
 			t.Fatalf("%q, exit code %d", out, code)
 		}
@@ -44,9 +46,9 @@ func TestTerminalSizeWithCrun(t *testing.T) {
 	c := newContainerOf(t, wrapper, func(s *specs.Spec) { s.Version = "1.0.2" }) // crun 1.8 knows no later one
 	first := 0
 	for range 100 {
-		out, _ := output(t, r, c, Command{
+		out, _ := output(t, r, c, workload.Command{
 			Args: shell("size=$(stty size 2>/dev/null); echo first $size; until [ \"$size\" ]; do size=$(stty size 2>/dev/null); done; echo $size"),
-			TTY:  true, Stdin: true, Width: 123, Height: 45,
+			TTY:  true, Stdin: true, Size: workload.Size{Width: 123, Height: 45},
 		})
 		if strings.HasPrefix(out, "first 45 123\r\n") {
 			first++
@@ -61,9 +63,9 @@ func TestTerminalSizeWithCrun(t *testing.T) {
 func TestResize(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
-	p := start(t, r, c, Command{Args: shell("read x; stty size; read x; stty size"), TTY: true, Stdin: true, Stdout: true})
+	p := start(t, r, c, workload.Command{Args: shell("read x; stty size; read x; stty size"), TTY: true, Stdin: true, Stdout: true})
 	for _, size := range [][2]uint16{{100, 30}, {0, 0}, {0, 9}, {9, 0}} { // zeros are ignored
-		if err := p.Resize(size[0], size[1]); err != nil {
+		if err := p.Resize(workload.Size{Width: size[0], Height: size[1]}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -73,8 +75,8 @@ func TestResize(t *testing.T) {
 		t.Errorf("%q", out)
 	}
 	exitCode(t, p)
-	p = start(t, r, c, Command{Args: []string{"true"}})
-	if err := p.Resize(1, 1); err != nil {
+	p = start(t, r, c, workload.Command{Args: []string{"true"}})
+	if err := p.Resize(workload.Size{Width: 1, Height: 1}); err != nil {
 		t.Errorf("resize without a terminal: %v", err)
 	}
 }
@@ -88,7 +90,7 @@ func TestTerminalName(t *testing.T) {
 		tty  bool
 		want string
 	}{{nil, true, "xterm"}, {[]string{"TERM=vt100"}, true, "vt100"}, {nil, false, ""}} {
-		out, _ := output(t, r, c, Command{Args: []string{"env"}, Env: test.env, TTY: test.tty})
+		out, _ := output(t, r, c, workload.Command{Args: []string{"env"}, Env: test.env, TTY: test.tty})
 		_, term, _ := strings.Cut("\n"+strings.ReplaceAll(out, "\r", ""), "\nTERM=")
 		if term, _, _ = strings.Cut(term, "\n"); term != test.want {
 			t.Errorf("TERM is %q, want %q", term, test.want)
@@ -101,11 +103,11 @@ func TestShortTerminalCommandsLoseNothing(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
 	for range 300 {
-		if out, code := output(t, r, c, Command{Args: []string{"echo", "complete"}, TTY: true}); out != "complete\r\n" || code != 0 {
+		if out, code := output(t, r, c, workload.Command{Args: []string{"echo", "complete"}, TTY: true}); out != "complete\r\n" || code != 0 {
 			t.Fatalf("%q, exit code %d", out, code)
 		}
 	}
-	out, code := output(t, r, c, Command{Args: []string{"seq", "20000"}, TTY: true})
+	out, code := output(t, r, c, workload.Command{Args: []string{"seq", "20000"}, TTY: true})
 	if strings.Count(out, "\r\n") != 20000 || !strings.HasSuffix(out, "20000\r\n") || code != 0 {
 		t.Errorf("%d lines, exit code %d", strings.Count(out, "\r\n"), code)
 	}
@@ -115,7 +117,7 @@ func TestShortTerminalCommandsLoseNothing(t *testing.T) {
 func TestTerminalWithoutStdout(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
-	p := start(t, r, c, Command{Args: []string{"seq", "20000"}, TTY: true})
+	p := start(t, r, c, workload.Command{Args: []string{"seq", "20000"}, TTY: true})
 	if p.Stdout() != nil || p.Stdin() != nil || p.Stderr() != nil {
 		t.Error("streams that nobody asked for")
 	}
@@ -129,7 +131,7 @@ func TestTerminalStdinEOF(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
 	for _, input := range []string{"", "a\n", "a"} {
-		p := start(t, r, c, Command{Args: shell("stty -echo; echo ready; cat | wc -c; echo end"), TTY: true, Stdin: true, Stdout: true})
+		p := start(t, r, c, workload.Command{Args: shell("stty -echo; echo ready; cat | wc -c; echo end"), TTY: true, Stdin: true, Stdout: true})
 		buffer := make([]byte, 7)
 		if _, err := io.ReadFull(p.Stdout(), buffer); err != nil || string(buffer) != "ready\r\n" {
 			t.Fatalf("%q, %v", buffer, err)
@@ -165,7 +167,7 @@ func TestTerminalStdinEOFReachesReaders(t *testing.T) {
 			shell("stty raw -echo; echo ready; timeout 3 cat >/tmp/keys; stty sane; wc -c </tmp/keys"), "1\r\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := start(t, r, c, Command{Args: test.args, TTY: true, Stdin: true, Stdout: true})
+			p := start(t, r, c, workload.Command{Args: test.args, TTY: true, Stdin: true, Stdout: true})
 			output := bufio.NewReader(p.Stdout())
 			if strings.Contains(strings.Join(test.args, " "), "ready") {
 				if line, err := output.ReadString('\n'); err != nil || strings.TrimSpace(line) != "ready" {
@@ -191,7 +193,7 @@ func TestTerminalStdinEOFReachesReaders(t *testing.T) {
 func TestTerminalReopened(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
-	out, code := output(t, r, c, Command{Args: shell("exec <&- >&- 2>&-; sleep 1; echo again >/dev/tty; exit 3"), TTY: true})
+	out, code := output(t, r, c, workload.Command{Args: shell("exec <&- >&- 2>&-; sleep 1; echo again >/dev/tty; exit 3"), TTY: true})
 	if out != "again\r\n" || code != 3 {
 		t.Errorf("%q, exit code %d", out, code)
 	}
@@ -202,7 +204,7 @@ func TestCloseInterruptsRead(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
 	for _, tty := range []bool{false, true} {
-		p := start(t, r, c, Command{Args: []string{"sleep", "1000"}, TTY: tty, Stdin: true, Stdout: true})
+		p := start(t, r, c, workload.Command{Args: []string{"sleep", "1000"}, TTY: tty, Stdin: true, Stdout: true})
 		ended := make(chan struct{})
 		go func() {
 			defer close(ended)
@@ -221,7 +223,7 @@ func TestLongStateDirectory(t *testing.T) {
 		config.StateDir = filepath.Join(config.StateDir, strings.Repeat("long", 30))
 	})
 	c := newContainer(t)
-	if out, code := output(t, r, c, Command{Args: []string{"echo", "hi"}, TTY: true}); out != "hi\r\n" || code != 0 {
+	if out, code := output(t, r, c, workload.Command{Args: []string{"echo", "hi"}, TTY: true}); out != "hi\r\n" || code != 0 {
 		t.Errorf("%q, exit code %d", out, code)
 	}
 }

@@ -10,6 +10,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // family is a shell script that makes the processes of a row, all of which sleep for the marker,
@@ -89,9 +91,9 @@ func shareHostPID(spec *specs.Spec) {
 	spec.Linux.Namespaces = kept
 }
 
-func startFamily(t *testing.T, r *Runner, c Container, script, marker string, tty bool) *Process {
+func startFamily(t *testing.T, r *Runner, c workload.Container, script, marker string, tty bool) *Process {
 	t.Helper()
-	p := start(t, r, c, Command{Args: shell(fmt.Sprintf(script, marker)), Stdin: true, Stdout: true, Stderr: !tty, TTY: tty})
+	p := start(t, r, c, workload.Command{Args: shell(fmt.Sprintf(script, marker)), Stdin: true, Stdout: true, Stderr: !tty, TTY: tty})
 	line, err := bufio.NewReader(p.Stdout()).ReadString('\n')
 	if err != nil || strings.TrimSpace(line) != "ready" {
 		t.Fatalf("%q, %v", line, err)
@@ -131,7 +133,7 @@ func TestNormalEndKillsNobody(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
 	marker := newMarker()
-	p := start(t, r, c, Command{Args: shell("sleep " + marker + " >/dev/null 2>&1 & exit 3"), Stdout: true, Stderr: true})
+	p := start(t, r, c, workload.Command{Args: shell("sleep " + marker + " >/dev/null 2>&1 & exit 3"), Stdout: true, Stderr: true})
 	if code := exitCode(t, p); code != 3 {
 		t.Errorf("exit code %d", code)
 	}
@@ -186,7 +188,7 @@ func TestKeep(t *testing.T) {
 	for _, tty := range []bool{false, true} {
 		r := newRunner(t, func(config *Config) { config.OnDisconnect = PolicyKeep })
 		c := newContainer(t)
-		p := start(t, r, c, Command{Args: shell("read x; seq 200000; exit 7"), Stdin: true, Stdout: true, Stderr: !tty, TTY: tty})
+		p := start(t, r, c, workload.Command{Args: shell("read x; seq 200000; exit 7"), Stdin: true, Stdout: true, Stderr: !tty, TTY: tty})
 		io.WriteString(p.Stdin(), "go on\n")
 		p.Disconnect()
 		p.Disconnect()
@@ -217,7 +219,7 @@ func TestKeep(t *testing.T) {
 func TestKeepDoesNotEndInput(t *testing.T) {
 	r := newRunner(t, func(config *Config) { config.OnDisconnect = PolicyKeep })
 	c := newContainer(t)
-	command := Command{Args: shell("cat >/dev/null; exit 5"), Stdin: true}
+	command := workload.Command{Args: shell("cat >/dev/null; exit 5"), Stdin: true}
 	cut, whole := start(t, r, c, command), start(t, r, c, command)
 	whole.Stdin().Close()
 	for _, p := range []*Process{cut, whole} {

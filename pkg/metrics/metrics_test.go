@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 type moved struct{ received, sent int64 }
@@ -113,7 +114,7 @@ func TestCardinalityIsBounded(t *testing.T) {
 		name := fmt.Sprintf("hostile-%d", i)
 		s, err := registry.Begin(context.Background(), session.Info{
 			Kind: session.Kind(name), Protocol: name, Peer: name, Command: []string{name},
-			Target: session.Target{PodName: name, PodNamespace: name, ContainerName: name, ContainerID: name},
+			Target: workload.Target{PodName: name, PodNamespace: name, ContainerName: name, ContainerID: name},
 		})
 		if err != nil {
 			t.Fatal(err)

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // connection joins one TCP connection into a pod with one stream. Two goroutines run it, one for
@@ -23,7 +25,7 @@ import (
 //	pod's reset after its FIN -> the answer is complete and stays so; the rest of the upload is discarded
 type connection struct {
 	pod    *net.TCPConn
-	stream Stream
+	stream workload.Stream
 
 	clientFinished atomic.Bool // the pod was sent the client's FIN
 	podFinished    atomic.Bool // the client was sent the pod's FIN
@@ -41,7 +43,7 @@ type connection struct {
 	err     error // why both directions were ended; valid after endOnce
 }
 
-func newConnection(pod *net.TCPConn, stream Stream, halfClosedIdle time.Duration) *connection {
+func newConnection(pod *net.TCPConn, stream workload.Stream, halfClosedIdle time.Duration) *connection {
 	c := &connection{pod: pod, stream: stream, copied: make(chan struct{})}
 	c.idle = halfClosedTimer{limit: halfClosedIdle, progress: c.progress, expired: func() { c.abort(ErrHalfClosedIdle) }}
 	c.late = halfClosedTimer{limit: resetGrace, progress: c.progress, expired: c.clientReset}

@@ -6,34 +6,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // DefaultHalfClosedIdle is Config.HalfClosedIdle when that is zero.
 const DefaultHalfClosedIdle = time.Hour
-
-// Stream is one client connection's bytes, whatever transport they come by.
-type Stream interface {
-	io.Reader
-	io.Writer
-	// WriteTo moves what the client sends into w until the client's FIN, for which it returns nil.
-	io.WriterTo
-	// ReadFrom sends r's bytes to the client until r's end, without a FIN.
-	io.ReaderFrom
-	// CloseWrite sends FIN.
-	CloseWrite() error
-	// CloseRead discards what is buffered and whatever else the client sends; WriteTo may go on or
-	// return.
-	CloseRead()
-	// Reset ends both directions at once, so that WriteTo and ReadFrom return, and tells the client.
-	Reset() error
-}
 
 // resettable is a Stream that tells, without being read, that its client has reset it. There is one f,
 // which a second replaces; it is called at once when that has happened. WebSocket channels are not.
@@ -223,7 +207,7 @@ func (f *Forwarder) dial(ctx context.Context, port uint16) (*net.TCPConn, error)
 // When the context ends, the connection to the pod is reset at once. A ReadFrom that hangs
 // because the client reads nothing ends when the stream's Reset, or the owner of the client's
 // connection, can make it.
-func (f *Forwarder) Forward(ctx context.Context, port uint16, stream Stream) (sent, received int64, err error) {
+func (f *Forwarder) Forward(ctx context.Context, port uint16, stream workload.Stream) (sent, received int64, err error) {
 	ctx, done := f.bind(ctx)
 	defer done()
 	conn, err := f.dialFor(ctx, port, stream)
@@ -236,7 +220,7 @@ func (f *Forwarder) Forward(ctx context.Context, port uint16, stream Stream) (se
 
 // dialFor gives the dial up when the client resets its stream. A client that tries again and again while
 // the pod accepts nothing would else have all its streams wait for dials that nobody wants any more.
-func (f *Forwarder) dialFor(ctx context.Context, port uint16, stream Stream) (*net.TCPConn, error) {
+func (f *Forwarder) dialFor(ctx context.Context, port uint16, stream workload.Stream) (*net.TCPConn, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	if s, ok := stream.(resettable); ok {

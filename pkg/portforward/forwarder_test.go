@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/internal/testutil/leak"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 func TestForwardRefused(t *testing.T) {
@@ -373,7 +374,7 @@ func BenchmarkForward(b *testing.B) {
 		}
 		reset(client)
 	}
-	forwarded := func(asStream func(*tcpStream) Stream) func(b *testing.B) {
+	forwarded := func(asStream func(*tcpStream) workload.Stream) func(b *testing.B) {
 		return func(b *testing.B) {
 			_, client, done := start(b, func(s *tcpStream) (int64, int64, error) {
 				return f.Forward(b.Context(), port, asStream(s))
@@ -382,8 +383,8 @@ func BenchmarkForward(b *testing.B) {
 			<-done
 		}
 	}
-	b.Run("spliced", forwarded(func(s *tcpStream) Stream { return spliceStream{s} }))
-	b.Run("copied", forwarded(func(s *tcpStream) Stream { return s }))
+	b.Run("spliced", forwarded(func(s *tcpStream) workload.Stream { return spliceStream{s} }))
+	b.Run("copied", forwarded(func(s *tcpStream) workload.Stream { return s }))
 	b.Run("plain io.Copy, spliced", func(b *testing.B) {
 		conn, err := f.Dial(b.Context(), port)
 		if err != nil {
@@ -414,7 +415,9 @@ func BenchmarkForwardConnection(b *testing.B) {
 }
 
 // emptyStream is a client that has nothing to say.
-type emptyStream struct{}
+type emptyStream struct {
+	workload.Stream // what forwarding does not need
+}
 
 func (emptyStream) Read([]byte) (int, error)            { return 0, io.EOF }
 func (emptyStream) Write(p []byte) (int, error)         { return len(p), nil }

@@ -18,6 +18,8 @@ import (
 
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // The process's first thread belongs to the main goroutine, because it cannot be destroyed: moved to
@@ -234,7 +236,8 @@ func newForwarder(t testing.TB, path string, config Config) *Forwarder {
 
 // tcpStream is a Stream whose client is at the other end of a TCP connection.
 type tcpStream struct {
-	conn *net.TCPConn
+	workload.Stream // what forwarding does not need
+	conn            *net.TCPConn
 	// hold, when not nil, keeps ReadFrom from beginning until it is closed.
 	hold chan struct{}
 

@@ -3,6 +3,8 @@ package session
 import (
 	"sync"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // TapKind says what a TapEvent is.
@@ -18,12 +20,12 @@ const (
 
 // TapEvent is something that a tap has seen.
 type TapEvent struct {
-	Kind          TapKind
-	At            time.Time
-	From          Output // of TapOutput
-	Data          []byte // of TapOutput and TapInput
-	Width, Height uint16 // of TapResize
-	Lost          int64  // bytes, of TapGap
+	Kind TapKind
+	At   time.Time
+	From Output        // of TapOutput
+	Data []byte        // of TapOutput and TapInput
+	Size workload.Size // of TapResize
+	Lost int64         // bytes, of TapGap
 }
 
 // eventCost is what an event counts beside its data, so that many small ones are bounded, too.
@@ -72,19 +74,23 @@ func NewTapQueue(limit int, room TapRoom, input bool, overflow func()) *TapQueue
 	return &TapQueue{limit: limit, room: room, input: input, overflow: overflow, ready: make(chan struct{}, 1)}
 }
 
-// Output implements Tap.
-func (q *TapQueue) Output(from Output, p []byte) { q.put(TapEvent{Kind: TapOutput, From: from}, p) }
+// Output implements Tap. It never fails.
+func (q *TapQueue) Output(from Output, p []byte) error {
+	q.put(TapEvent{Kind: TapOutput, From: from}, p)
+	return nil
+}
 
-// Input implements Tap.
-func (q *TapQueue) Input(p []byte) {
+// Input implements Tap. It never fails.
+func (q *TapQueue) Input(p []byte) error {
 	if q.input {
 		q.put(TapEvent{Kind: TapInput}, p)
 	}
+	return nil
 }
 
 // Resize implements Tap.
-func (q *TapQueue) Resize(width, height uint16) {
-	q.put(TapEvent{Kind: TapResize, Width: width, Height: height}, nil)
+func (q *TapQueue) Resize(size workload.Size) {
+	q.put(TapEvent{Kind: TapResize, Size: size}, nil)
 }
 
 func (q *TapQueue) put(event TapEvent, p []byte) {

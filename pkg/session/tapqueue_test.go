@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"fmt"
 	"testing"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 func TestTapQueue(t *testing.T) {
@@ -11,7 +13,7 @@ func TestTapQueue(t *testing.T) {
 	q := NewTapQueue(3*eventCost+10, nil, false, func() { overflows++ })
 	q.Output(Stdout, []byte("abc"))
 	q.Input([]byte("not wanted"))
-	q.Resize(80, 25)
+	q.Resize(workload.Size{Width: 80, Height: 25})
 	q.Output(Stderr, []byte("12345678")) // too much
 	q.Output(Stderr, []byte("123"))      // fits
 	<-q.Ready()
@@ -101,7 +103,7 @@ func describe(events []TapEvent) string {
 		case TapInput:
 			text += fmt.Sprintf("in %s", e.Data)
 		case TapResize:
-			text += fmt.Sprintf("size %dx%d", e.Width, e.Height)
+			text += fmt.Sprintf("size %dx%d", e.Size.Width, e.Size.Height)
 		case TapGap:
 			text += fmt.Sprintf("gap %d", e.Lost)
 		}
@@ -112,7 +114,7 @@ func describe(events []TapEvent) string {
 func TestTaps(t *testing.T) {
 	var taps Taps
 	taps.Output(Stdout, []byte("nobody listens"))
-	taps.Resize(1, 2)
+	taps.Resize(workload.Size{Width: 1, Height: 2})
 	one, two := NewTapQueue(1000, nil, true, nil), NewTapQueue(1000, nil, false, nil)
 	removeOne := taps.Add(one)
 	taps.Output(Stdout, []byte("a"))
@@ -130,8 +132,8 @@ func TestTaps(t *testing.T) {
 			t.Errorf("%s, want %s", got, want)
 		}
 	}
-	if w, h := taps.Size(); w != 1 || h != 2 || taps.Count() != 0 || taps.Opened() {
-		t.Errorf("%dx%d, %d taps", w, h, taps.Count())
+	if size := taps.Size(); size != (workload.Size{Width: 1, Height: 2}) || taps.Count() != 0 || taps.Opened() {
+		t.Errorf("%+v, %d taps", size, taps.Count())
 	}
 }
 

@@ -1,9 +1,12 @@
 package session
 
 import (
+	"errors"
 	"slices"
 	"sync"
 	"sync/atomic"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // Output names a stream of a process.
@@ -15,14 +18,15 @@ const (
 	Stderr Output = 2
 )
 
-// Tap gets a copy of what a session moves. Its methods are called on the session's way, between two
-// system calls: they must not block, and must not keep p. Those of one stream are called one after
+// Tap gets a copy of what a session moves, before it is delivered. Its methods are called on the session's way, between
+// two system calls, and must not keep p. They must not block, unless nothing may be delivered that the tap has not; then
+// they are bounded, and an error keeps p from being delivered. Those of one stream are called one after
 // another, those of different streams at the same time. A call may still come shortly after the tap
 // was removed.
 type Tap interface {
-	Output(from Output, p []byte)
-	Input(p []byte)
-	Resize(width, height uint16)
+	Output(from Output, p []byte) error
+	Input(p []byte) error
+	Resize(workload.Size)
 }
 
 // Taps are the taps of one session. The zero value has none, and costs its session one atomic load
@@ -30,9 +34,9 @@ type Tap interface {
 type Taps struct {
 	list atomic.Pointer[[]Tap] // replaced, never changed
 
-	mu            sync.Mutex
-	open          bool
-	width, height uint16
+	mu   sync.Mutex
+	open bool
+	size workload.Size
 }
 
 // Add lets the tap see what comes from now on, until remove is called.
@@ -74,33 +78,37 @@ func (t *Taps) Opened() bool {
 	return t.open
 }
 
-// Output hands a copy of what the process wrote to all taps.
-func (t *Taps) Output(from Output, p []byte) {
+// Output hands a copy of what the process wrote to all taps. After an error it must not be delivered.
+func (t *Taps) Output(from Output, p []byte) error {
+	var err error
 	for _, tap := range t.current() {
-		tap.Output(from, p)
+		err = errors.Join(err, tap.Output(from, p))
 	}
+	return err
 }
 
-// Input hands a copy of what the client sent to all taps.
-func (t *Taps) Input(p []byte) {
+// Input hands a copy of what the client sent to all taps. After an error it must not be delivered.
+func (t *Taps) Input(p []byte) error {
+	var err error
 	for _, tap := range t.current() {
-		tap.Input(p)
+		err = errors.Join(err, tap.Input(p))
 	}
+	return err
 }
 
 // Resize tells all taps the terminal's new size.
-func (t *Taps) Resize(width, height uint16) {
+func (t *Taps) Resize(size workload.Size) {
 	t.mu.Lock()
-	t.width, t.height = width, height
+	t.size = size
 	t.mu.Unlock()
 	for _, tap := range t.current() {
-		tap.Resize(width, height)
+		tap.Resize(size)
 	}
 }
 
 // Size is the terminal's size in characters, 0 when it is not known.
-func (t *Taps) Size() (width, height uint16) {
+func (t *Taps) Size() workload.Size {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.width, t.height
+	return t.size
 }

@@ -18,6 +18,8 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 
 	"github.com/moby/spdystream/spdy"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // roughNetwork makes the URL go through a network that splits, joins and delays what it carries.
@@ -215,7 +217,7 @@ func TestExecCutAnywhere(t *testing.T) {
 		s := startServer(t, Config{waits: waits{firstSize: time.Millisecond}})
 		var mu sync.Mutex
 		var started, told int
-		executor := executorFunc(func(Command) (Process, error) {
+		executor := executorFunc(func(workload.Command) (Process, error) {
 			mu.Lock()
 			defer mu.Unlock()
 			started++

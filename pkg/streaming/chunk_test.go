@@ -12,6 +12,7 @@ import (
 
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // countingListener counts what is written to its connections, call by call.
@@ -65,7 +66,7 @@ func TestOneWriteForAChunk(t *testing.T) {
 			t.Fatal(err)
 		}
 		options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: countingWriter{&received}}
-		u := s.execURL(executorFunc(func(Command) (Process, error) { return process, nil }), options, "anything")
+		u := s.execURL(executorFunc(func(workload.Command) (Process, error) { return process, nil }), options, "anything")
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
 		go func() { ended <- stream(ctx, t, transport, u, options) }()

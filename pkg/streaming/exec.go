@@ -2,6 +2,7 @@ package streaming
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/http"
 	"strings"
@@ -10,62 +11,72 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 func (s *Server) serveExec(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
-	exec := request.(*ExecRequest)
-	buffers := s.config.Buffers.share()
-	var start startFunc
-	if exec.Executor != nil {
-		start = startWhenAllowed(s.config.Starts, exec.info(), exec.Executor.Start)
-	} else {
-		start = func(ctx context.Context, c Command) (Process, error) {
-			return startRelay(ctx, exec.UpstreamURL, c, 0, 0, buffers)
-		}
+	exec := request.(*CommandRequest)
+	if exec.Container.Runtime == "" {
+		s.serveRemoteCommand(w, r, up, session.Exec, exec, s.relayed(session.Exec, exec, 0, 0))
+		return
 	}
-	s.serveRemoteCommand(w, r, up, exec.info(),
-		remoteCommand{command: exec.Command, buffers: buffers, start: start, endReason: exec.EndReason})
+	start := func(ctx context.Context, c workload.Command, _ *bufferShare) (Process, error) {
+		return s.config.Runtime.Start(ctx, exec.Container, c)
+	}
+	s.serveRemoteCommand(w, r, up, session.Exec, exec, startWhenAllowed(s.config.Starts, exec.info(session.Exec), start))
 }
 
-// detachGrace is how long an attached terminal stays attached after the client's input has ended.
-const detachGrace = time.Second
+const (
+	// detachGrace is how long a container must have been silent, after the client's input has ended, until the
+	// client is detached: the answer to the last line is to reach it (cri-tools#269).
+	detachGrace = time.Second
+	// detachMax is when it is detached in any case.
+	detachMax = 10 * time.Second
+)
 
 func (s *Server) serveAttach(w http.ResponseWriter, r *http.Request, up upgrade, request any) {
-	attach := request.(*AttachRequest)
+	attach := request.(*CommandRequest)
 	// The end of one client's input is the end of the container's only where the container says so.
-	// Elsewhere containerd answers it by ending the whole session and cuts the output (cri-tools#269).
-	// With a terminal that is how clients detach (crictl's ctrl-P ctrl-Q), so there it is passed on once
-	// the answer to the last line had time to come.
-	stdinGrace := time.Duration(-1)
+	// Elsewhere containerd answers it by ending the whole session, which scripts rely on, and so does crictl's
+	// ctrl-P ctrl-Q at a terminal. It is passed on once the answer to the last line had time to come.
+	stdinGrace := detachGrace
 	switch {
-	case attach.TTY:
-		stdinGrace = detachGrace
-	case attach.StdinOnce:
+	case attach.Command.TTY:
+	case attach.Container.StdinOnce:
 		stdinGrace = 0
+	case s.config.AttachStays:
+		stdinGrace = -1
 	}
-	buffers := s.config.Buffers.share()
-	s.serveRemoteCommand(w, r, up, attach.info(), remoteCommand{
-		buffers: buffers,
-		command: Command{Stdin: attach.Stdin, Stdout: attach.Stdout, Stderr: attach.Stderr, TTY: attach.TTY},
-		start: func(ctx context.Context, c Command) (Process, error) {
-			return startRelay(ctx, attach.UpstreamURL, c, s.config.AttachBuffer, stdinGrace, buffers)
-		},
-		endReason: attach.EndReason,
-	})
+	s.serveRemoteCommand(w, r, up, session.Attach, attach, s.relayed(session.Attach, attach, s.config.AttachBuffer, stdinGrace))
+}
+
+// relayed has the upstream serve a request, see startRelay.
+func (s *Server) relayed(kind session.Kind, request *CommandRequest, buffer int, stdinGrace time.Duration) startFunc {
+	return func(ctx context.Context, c workload.Command, buffers *bufferShare) (Process, error) {
+		ctx, cancel := context.WithTimeout(ctx, relayTimeout)
+		defer cancel()
+		target, err := s.config.Runtime.StreamingURL(ctx, kind, request.Call, request.Trace)
+		if err != nil {
+			return nil, fmt.Errorf("ask the upstream for its streaming URL: %w", err)
+		}
+		return startRelay(ctx, target, c, buffer, stdinGrace, buffers)
+	}
 }
 
 // serveRemoteCommand upgrades the connection and runs the session in a goroutine of its own, so
 // that net/http's goroutine and buffers are free while the session lasts.
-func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up upgrade, info session.Info, rc remoteCommand) {
+func (s *Server) serveRemoteCommand(w http.ResponseWriter, r *http.Request, up upgrade, kind session.Kind, request *CommandRequest, start startFunc) {
+	info := request.info(kind)
 	info.Protocol = strings.TrimSpace(up.name() + " " + up.protocol)
 	info.Peer = r.RemoteAddr
-	info.Command = rc.command.Args
-	info.TTY = rc.command.TTY
 	live, err := s.config.Sessions.Begin(s.ctx, info)
 	if err != nil {
 		writeRefused(w, err)
 		return
 	}
+	rc := remoteCommand{command: request.Command, buffers: s.config.Buffers.share(), start: start, endReason: func(ctx context.Context) string {
+		return s.config.Runtime.EndReason(ctx, request.Container.Target)
+	}}
 	var (
 		client  *remoteCommandClient
 		network net.Conn
@@ -101,13 +112,13 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, r *http.Request,
 	}
 	ready := make(chan struct{})
 	client := &remoteCommandClient{
-		protocol: remoteCommandProtocolByName(protocol), ready: ready, failureOpened: make(chan Stream, 1),
+		protocol: remoteCommandProtocolByName(protocol), ready: ready, failureOpened: make(chan workload.Stream, 1),
 		answersItself: answersItself(r, false), sendsSize: isKubectl(r),
 	}
-	expected := map[string]*Stream{streamTypeError: &client.failure}
+	expected := map[string]*workload.Stream{streamTypeError: &client.failure}
 	for name, s := range map[string]struct {
 		wanted bool
-		stream *Stream
+		stream *workload.Stream
 	}{
 		streamTypeStdin:  {c.Stdin, &client.stdin},
 		streamTypeStdout: {c.Stdout, &client.stdout},
@@ -199,7 +210,7 @@ func (s *Server) acceptWebSocketRemoteCommand(w http.ResponseWriter, r *http.Req
 	}
 	for number, s := range map[byte]struct {
 		wanted bool
-		stream *Stream
+		stream *workload.Stream
 	}{
 		websocket.Stdin:  {c.Stdin, &client.stdin},
 		websocket.Stdout: {c.Stdout, &client.stdout},

@@ -4,6 +4,8 @@ import (
 	"context"
 	"net/http"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // sizeLook is how often it is looked for input and for the answer to a ping while a size is waited for.
@@ -12,9 +14,9 @@ const sizeLook = 5 * time.Millisecond
 // firstSize waits a moment for the terminal's size, which clients send at once, so that the command never sees
 // a wrong one. A client that sends none is not to cost its user the whole of it: what it sends instead, or its
 // answer to our ping, says that a size would have been here.
-func (s *remoteCommandSession) firstSize(ctx context.Context) (width, height uint16) {
+func (s *remoteCommandSession) firstSize(ctx context.Context) workload.Size {
 	if !s.command.TTY || s.client.resize == nil {
-		return 0, 0
+		return workload.Size{}
 	}
 	s.terminal.known = make(chan struct{})
 	s.others.Go(func() { s.terminal.follow(s.client.resize) })
@@ -39,7 +41,7 @@ func (s *remoteCommandSession) firstSize(ctx context.Context) (width, height uin
 			}
 			continue
 		}
-		return s.terminal.size()
+		return s.terminal.lastSize()
 	}
 }
 

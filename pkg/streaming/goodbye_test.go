@@ -15,6 +15,7 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // A client that says goodbye and leaves its connection open, as a proxy may, has gone all the same.
@@ -89,16 +90,11 @@ func TestContainerEndIsToldWithinASecond(t *testing.T) {
 				soonest := time.Hour
 				for attempts := 0; soonest > time.Second && attempts < 10; attempts++ { // a busy machine may hold up some of them
 					executor := &hostExecutor{t: t}
-					raw, err := s.Exec(&ExecRequest{
-						Executor: executor, Command: Command{Args: []string{"sleep", "600"}, Stdout: true, Stderr: true}, EndReason: ask,
-					})
-					if err != nil {
-						t.Fatal(err)
-					}
-					u, err := url.Parse(raw)
-					if err != nil {
-						t.Fatal(err)
-					}
+					request := s.localRequest(executor, workload.Command{Args: []string{"sleep", "600"}, Stdout: true, Stderr: true})
+					s.testNode.mu.Lock()
+					s.reasons[request.Container.ContainerID] = ask
+					s.testNode.mu.Unlock()
+					u := s.url(s.Exec(request))
 					var stderr bytes.Buffer
 					done := make(chan error, 1)
 					go func() {
@@ -107,7 +103,7 @@ func TestContainerEndIsToldWithinASecond(t *testing.T) {
 					eventually(t, "the command's start", func() bool { return executor.count() == 1 })
 					begin := time.Now()
 					close(executor.last().containerExited)
-					err = <-done
+					err := <-done
 					soonest = min(soonest, time.Since(begin))
 					if exitCode(t, err) != 137 || stderr.String() != "[streamshim: "+reason+"]\n" {
 						t.Errorf("%v, %q; want %q", err, &stderr, reason)

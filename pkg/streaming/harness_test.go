@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -29,6 +30,7 @@ import (
 
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // testTimeout only bounds what would hang.
@@ -68,8 +70,108 @@ func together(t *testing.T) bool {
 // testServer is a streaming server on loopback.
 type testServer struct {
 	*Server
+	*testNode
 	t      *testing.T
 	served chan error
+}
+
+// testNode serves each request as the test that has made it wants. Requests are told apart by the IDs of
+// their containers and sandboxes.
+type testNode struct {
+	mu       sync.Mutex
+	requests int
+	start    map[string]func(context.Context, workload.Command) (Process, error)
+	upstream map[string]func() *url.URL
+	reasons  map[string]func(context.Context) string
+	pods     map[string]func() (PortForwarder, error)
+}
+
+func newTestNode() *testNode {
+	return &testNode{
+		start: make(map[string]func(context.Context, workload.Command) (Process, error)), upstream: make(map[string]func() *url.URL),
+		reasons: make(map[string]func(context.Context) string), pods: make(map[string]func() (PortForwarder, error)),
+	}
+}
+
+// next is the target of another request; set keeps what it is served with.
+func (n *testNode) next(set func(id string)) workload.Target {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.requests++
+	id := strconv.Itoa(n.requests)
+	set(id)
+	return workload.Target{ContainerID: id, SandboxID: id}
+}
+
+// of is what a request is served with.
+func of[T any](n *testNode, all map[string]T, id string) T {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return all[id]
+}
+
+func (n *testNode) Start(ctx context.Context, container workload.Container, command workload.Command) (Process, error) {
+	return of(n, n.start, container.ContainerID)(ctx, command)
+}
+
+// StreamingURL finds the request's ID in its call.
+func (n *testNode) StreamingURL(_ context.Context, _ session.Kind, call []byte, _ map[string]string) (string, error) {
+	return of(n, n.upstream, string(call))().String(), nil
+}
+
+func (n *testNode) EndReason(ctx context.Context, target workload.Target) string {
+	if reason := of(n, n.reasons, target.ContainerID); reason != nil {
+		return reason(ctx)
+	}
+	return "the container was stopped by the test"
+}
+
+func (n *testNode) Forwarder(sandbox workload.Sandbox) (PortForwarder, error) {
+	return of(n, n.pods, sandbox.SandboxID)()
+}
+
+// localRequest is for a command that an executor starts.
+func (n *testNode) localRequest(e executor, command workload.Command) *CommandRequest {
+	target := n.next(func(id string) { n.start[id] = e.Start })
+	return &CommandRequest{Container: workload.Container{Target: target, Runtime: "/of/the/test"}, Command: command}
+}
+
+// relayedRequest is for what an upstream serves.
+func (n *testNode) relayedRequest(upstream func() *url.URL, command workload.Command) *CommandRequest {
+	target := n.next(func(id string) { n.upstream[id] = upstream })
+	return &CommandRequest{Container: workload.Container{Target: target}, Command: command, Call: []byte(target.ContainerID)}
+}
+
+// podRequest is for the ports of a pod.
+func (n *testNode) podRequest(open func() (PortForwarder, error), ports ...int32) *PortForwardRequest {
+	target := n.next(func(id string) { n.pods[id] = open })
+	return &PortForwardRequest{Sandbox: workload.Sandbox{Target: workload.Target{SandboxID: target.SandboxID}}, Ports: ports}
+}
+
+// streamsOf is a command with the streams that a client's options name.
+func streamsOf(options remotecommand.StreamOptions, args ...string) workload.Command {
+	return workload.Command{
+		Args: args, Stdin: options.Stdin != nil, Stdout: options.Stdout != nil,
+		Stderr: options.Stderr != nil, TTY: options.Tty,
+	}
+}
+
+// url is the URL that a request was answered with.
+func (s *testServer) url(raw string, err error) *url.URL {
+	s.t.Helper()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	u, err := url.Parse(raw)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return u
+}
+
+// executor starts a test's commands.
+type executor interface {
+	Start(context.Context, workload.Command) (Process, error)
 }
 
 // unlimited stands in a test's Config for a limit that is off, because zero there means an ordinary one.
@@ -107,7 +209,9 @@ func startServer(t *testing.T, config Config) *testServer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &testServer{Server: NewServer(config, listener.Addr()), t: t, served: make(chan error, 1)}
+	node := newTestNode()
+	config.Runtime, config.Pods = node, node
+	s := &testServer{Server: NewServer(config, listener.Addr()), testNode: node, t: t, served: make(chan error, 1)}
 	go func() { s.served <- s.Serve(listener) }()
 	t.Cleanup(s.stop)
 	return s
@@ -144,7 +248,7 @@ type hostProcess struct {
 	disconnectOnce, killed1 sync.Once
 }
 
-func (e *hostExecutor) Start(_ context.Context, c Command) (Process, error) {
+func (e *hostExecutor) Start(_ context.Context, c workload.Command) (Process, error) {
 	if e.startErr != nil {
 		return nil, e.startErr
 	}
@@ -155,7 +259,7 @@ func (e *hostExecutor) Start(_ context.Context, c Command) (Process, error) {
 	p.cmd.Env = append(os.Environ(), c.Env...)
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if c.TTY {
-		master, err := pty.StartWithAttrs(p.cmd, &pty.Winsize{Cols: c.Width, Rows: c.Height}, &syscall.SysProcAttr{Setsid: true, Setctty: true})
+		master, err := pty.StartWithAttrs(p.cmd, &pty.Winsize{Cols: c.Size.Width, Rows: c.Size.Height}, &syscall.SysProcAttr{Setsid: true, Setctty: true})
 		if err != nil {
 			return nil, err
 		}
@@ -191,7 +295,7 @@ func (e *hostExecutor) Start(_ context.Context, c Command) (Process, error) {
 	return p, nil
 }
 
-func (p *hostProcess) pipes(c Command) error {
+func (p *hostProcess) pipes(c workload.Command) error {
 	for _, s := range []struct {
 		wanted bool
 		ours   **os.File
@@ -260,8 +364,8 @@ func (p *hostProcess) Stderr() io.ReadCloser {
 	return p.stderr
 }
 
-func (p *hostProcess) Resize(width, height uint16) error {
-	if p.stdin == nil || p.stdin != p.stdout || width == 0 || height == 0 {
+func (p *hostProcess) Resize(size workload.Size) error {
+	if p.stdin == nil || p.stdin != p.stdout || !size.Known() {
 		return nil
 	}
 	raw, err := p.stdin.SyscallConn()
@@ -270,7 +374,7 @@ func (p *hostProcess) Resize(width, height uint16) error {
 	}
 	var sizeErr error
 	err = raw.Control(func(fd uintptr) {
-		sizeErr = unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &unix.Winsize{Col: width, Row: height})
+		sizeErr = unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &unix.Winsize{Col: size.Width, Row: size.Height})
 	})
 	return errors.Join(err, sizeErr)
 }
@@ -280,6 +384,10 @@ func (p *hostProcess) ExitCode() int                    { return p.code }
 func (p *hostProcess) ContainerExited() <-chan struct{} { return p.containerExited }
 
 func (p *hostProcess) ContainerEnding() bool { return p.containerEnding.Load() }
+
+func (p *hostProcess) PID() int { return p.cmd.Process.Pid }
+
+func (p *hostProcess) Signal(signal syscall.Signal) error { return p.cmd.Process.Signal(signal) }
 
 func (p *hostProcess) Disconnect() {
 	p.disconnectOnce.Do(func() { close(p.disconnected) })
@@ -318,24 +426,9 @@ func (e *hostExecutor) last() *hostProcess {
 }
 
 // execURL is the URL of a command that wants the streams of the options.
-func (s *testServer) execURL(e Executor, options remotecommand.StreamOptions, args ...string) *url.URL {
+func (s *testServer) execURL(e executor, options remotecommand.StreamOptions, args ...string) *url.URL {
 	s.t.Helper()
-	raw, err := s.Exec(&ExecRequest{
-		Executor: e,
-		Command: Command{
-			Args: args, Stdin: options.Stdin != nil, Stdout: options.Stdout != nil,
-			Stderr: options.Stderr != nil, TTY: options.Tty,
-		},
-		EndReason: func(context.Context) string { return "the container was stopped by the test" },
-	})
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	u, err := url.Parse(raw)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	return u
+	return s.url(s.Exec(s.localRequest(e, streamsOf(options, args...))))
 }
 
 // stream runs a remote command with stock client-go.

@@ -15,6 +15,7 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // The end of a client's input and the end of the client are two things, in every protocol.
@@ -44,7 +45,7 @@ const (
 // input is the client's input on its way into a process. It is the writer that the client's stream is copied
 // to.
 type input struct {
-	from  Stream
+	from  workload.Stream
 	stdin io.WriteCloser
 
 	ended chan struct{} // closed when the copy has ended
@@ -63,7 +64,7 @@ type input struct {
 // copyInput begins to move the client's input into the process, in a goroutine of the group. The client's end
 // of input is the process's; its cut is not: a file that was cut must not look whole. When the process closes
 // its stdin early, the rest is thrown away and the session goes on.
-func copyInput(group *sync.WaitGroup, stdin io.WriteCloser, from Stream) *input {
+func copyInput(group *sync.WaitGroup, stdin io.WriteCloser, from workload.Stream) *input {
 	in := &input{from: from, stdin: stdin, ended: make(chan struct{})}
 	group.Go(func() {
 		defer close(in.ended)
@@ -197,7 +198,7 @@ func (in *input) progress() inputProgress {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	switch stdin := in.stdin.(type) {
-	case interface{ Pending() int }:
+	case relayInput:
 		p.pending = stdin.Pending()
 	case *os.File:
 		p.pending = pending(stdin)
@@ -231,8 +232,8 @@ func (s *remoteCommandSession) finishInput(ctx context.Context) {
 			return
 		case <-ended:
 			ended, since = nil, time.Now()
-			if leaver, ok := in.stdin.(interface{ ClientLeft(complete bool) }); ok {
-				leaver.ClientLeft(!in.cut)
+			if upstream, ok := in.stdin.(relayInput); ok {
+				upstream.ClientLeft(!in.cut)
 			}
 		case <-ticker.C:
 		}

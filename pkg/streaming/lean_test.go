@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -20,6 +21,7 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // The most that a session may cost.
@@ -54,7 +56,7 @@ func newIdleProcess() (*idleProcess, error) {
 func (p *idleProcess) Stdin() io.WriteCloser { return p.stdin[1] }
 func (p *idleProcess) Stdout() io.ReadCloser { return p.stdout[0] }
 func (p *idleProcess) Stderr() io.ReadCloser { return nil }
-func (p *idleProcess) Resize(_, _ uint16) error {
+func (p *idleProcess) Resize(workload.Size) error {
 	select {
 	case p.resized <- struct{}{}:
 	default:
@@ -64,6 +66,9 @@ func (p *idleProcess) Resize(_, _ uint16) error {
 func (p *idleProcess) Exited() <-chan struct{}          { return p.exited }
 func (p *idleProcess) ExitCode() int                    { return 0 }
 func (p *idleProcess) ContainerExited() <-chan struct{} { return nil }
+func (p *idleProcess) ContainerEnding() bool            { return false }
+func (p *idleProcess) PID() int                         { return 0 }
+func (p *idleProcess) Signal(syscall.Signal) error      { return session.ErrNotSupported }
 func (p *idleProcess) Kill()                            { p.Disconnect() }
 func (p *idleProcess) Disconnect() {
 	p.endOnce.Do(func() {
@@ -83,9 +88,9 @@ func (p *idleProcess) Close() error {
 }
 
 // executorFunc is an Executor of one function.
-type executorFunc func(Command) (Process, error)
+type executorFunc func(workload.Command) (Process, error)
 
-func (f executorFunc) Start(_ context.Context, c Command) (Process, error) { return f(c) }
+func (f executorFunc) Start(_ context.Context, c workload.Command) (Process, error) { return f(c) }
 
 // ourGoroutines counts those that have a function of the product on their stack.
 func ourGoroutines() int {
@@ -133,7 +138,7 @@ func upgradeWebSocket(u *url.URL, protocol string) []byte {
 }
 
 // startRaw starts a command for a client without goroutines, and types its terminal's first size.
-func startRaw(t *testing.T, transport string, u *url.URL, c Command) net.Conn {
+func startRaw(t *testing.T, transport string, u *url.URL, c workload.Command) net.Conn {
 	t.Helper()
 	if transport == "WebSocket" {
 		raw := dialRaw(t, u, upgradeWebSocket(u, "v5.channel.k8s.io"))
@@ -173,7 +178,7 @@ func TestGoroutinesOfAnExecSession(t *testing.T) {
 				options.Stderr = io.Discard
 			}
 			for range sessions {
-				startRaw(t, transport, s.execURL(executor, options, "sleep", "600"), Command{TTY: tty})
+				startRaw(t, transport, s.execURL(executor, options, "sleep", "600"), workload.Command{TTY: tty})
 			}
 			eventually(t, "the commands' start", func() bool { return executor.count() == sessions })
 			added := settled(t, ourGoroutines) - before
@@ -218,7 +223,7 @@ func TestIdleTerminalIsSmall(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
 		started := make(chan *idleProcess, sessions)
-		executor := executorFunc(func(Command) (Process, error) {
+		executor := executorFunc(func(workload.Command) (Process, error) {
 			p, err := newIdleProcess()
 			if err == nil {
 				started <- p
@@ -227,7 +232,7 @@ func TestIdleTerminalIsSmall(t *testing.T) {
 		})
 		options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true}
 		open := func() net.Conn {
-			conn := startRaw(t, transport, s.execURL(executor, options, "sh"), Command{TTY: true})
+			conn := startRaw(t, transport, s.execURL(executor, options, "sh"), workload.Command{TTY: true})
 			p := receive(t, started, "the command's start")
 			// The session has been used: a line went in and an answer came out.
 			if _, err := fmt.Fprint(p.stdout[1], strings.Repeat("output", 1000)); err != nil {

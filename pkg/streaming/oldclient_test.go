@@ -13,6 +13,8 @@ import (
 
 	"github.com/moby/spdystream/spdy"
 	"k8s.io/client-go/tools/remotecommand"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // Every way in which clients have asked for their protocol, in GET and in POST.
@@ -244,14 +246,7 @@ func TestErrorStreamEndsWithPodsEOF(t *testing.T) {
 // goroutine for ever for one that was refused.
 func TestRefusedPortIsAcceptedThenReset(t *testing.T) {
 	s := startServer(t, Config{})
-	raw, err := s.PortForward(&PortForwardRequest{Open: func() (PortForwarder, error) { return refuser{}, nil }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	u, err := url.Parse(raw)
-	if err != nil {
-		t.Fatal(err)
-	}
+	u := s.url(s.PortForward(s.podRequest(func() (PortForwarder, error) { return refuser{}, nil })))
 	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
 	for i := range 1000 {
 		data, failure := c.openPair("80", strconv.Itoa(i))
@@ -268,7 +263,7 @@ func TestRefusedPortIsAcceptedThenReset(t *testing.T) {
 // refuser is a pod on whose ports nobody listens, and that takes no time to say so.
 type refuser struct{}
 
-func (refuser) Forward(_ context.Context, _ uint16, stream Stream) (sent, received int64, err error) {
+func (refuser) Forward(_ context.Context, _ uint16, stream workload.Stream) (sent, received int64, err error) {
 	stream.Reset()
 	return 0, 0, errors.New("refused")
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // What operators do to sessions: refuse them, hold them back, listen to them, signal their process.
@@ -21,7 +22,8 @@ type StartGate interface {
 	Acquire(ctx context.Context, info session.Info) (release func(), err error)
 }
 
-type startFunc = func(context.Context, Command) (Process, error)
+// startFunc starts a command. What it buffers counts in the share.
+type startFunc = func(context.Context, workload.Command, *bufferShare) (Process, error)
 
 // startWhenAllowed is for commands that are started here. What the upstream starts, or has started, costs
 // nothing here and takes no turn: were the upstream to hang, it would keep local ones waiting.
@@ -29,13 +31,13 @@ func startWhenAllowed(gate StartGate, info session.Info, start startFunc) startF
 	if gate == nil {
 		return start
 	}
-	return func(ctx context.Context, c Command) (Process, error) {
+	return func(ctx context.Context, c workload.Command, buffers *bufferShare) (Process, error) {
 		release, err := gate.Acquire(ctx, info)
 		if err != nil {
 			return nil, err
 		}
 		defer release()
-		return start(ctx, c)
+		return start(ctx, c, buffers)
 	}
 }
 
@@ -105,18 +107,24 @@ func (s *remoteCommandSession) beginOperating(p Process) {
 }
 
 // operatedOutput is the client's stream as the output's copier sees it.
-func (s *remoteCommandSession) operatedOutput(from session.Output, to Stream) Stream {
+func (s *remoteCommandSession) operatedOutput(from session.Output, to workload.Stream) workload.Stream {
 	if to == nil {
 		return nil
 	}
 	if s.session.Taps.Opened() {
-		to = tappedStream{Stream: to, sent: func(p []byte) { s.session.Taps.Output(from, p) }}
+		to = tappedStream{Stream: to, sent: func(p []byte) error {
+			err := s.session.Taps.Output(from, p)
+			if err != nil {
+				s.withheld.Store(true)
+			}
+			return err
+		}}
 	}
 	return s.bandwidth.stream(to)
 }
 
 // operatedInput is the client's stream as the input's copier sees it.
-func (s *remoteCommandSession) operatedInput(from Stream) Stream {
+func (s *remoteCommandSession) operatedInput(from workload.Stream) workload.Stream {
 	if s.session.Taps.Opened() {
 		from = tappedStream{Stream: from, received: s.session.Taps.Input}
 	}
@@ -133,15 +141,15 @@ type sizeAnnouncer struct {
 	taps *session.Taps
 }
 
-func (a sizeAnnouncer) Resize(width, height uint16) error {
-	a.taps.Resize(width, height)
-	return a.Process.Resize(width, height)
+func (a sizeAnnouncer) Resize(size workload.Size) error {
+	a.taps.Resize(size)
+	return a.Process.Resize(size)
 }
 
 // tappedStream shows what is moved to taps.
 type tappedStream struct {
-	Stream
-	sent, received func([]byte) // nil when nobody wants it
+	workload.Stream
+	sent, received func([]byte) error // nil when nobody wants it
 }
 
 func (t tappedStream) ReadFrom(r io.Reader) (int64, error) {
@@ -160,24 +168,28 @@ func (t tappedStream) WriteTo(w io.Writer) (int64, error) {
 
 type tappedReader struct {
 	io.Reader
-	show func([]byte)
+	show func([]byte) error
 }
 
 func (t tappedReader) Read(p []byte) (int, error) {
 	n, err := t.Reader.Read(p)
 	if n > 0 {
-		t.show(p[:n])
+		if showErr := t.show(p[:n]); showErr != nil {
+			return 0, showErr
+		}
 	}
 	return n, err
 }
 
 type tappedWriter struct {
 	io.Writer
-	show func([]byte)
+	show func([]byte) error
 }
 
 func (t tappedWriter) Write(p []byte) (int, error) {
-	t.show(p)
+	if err := t.show(p); err != nil {
+		return 0, err
+	}
 	return t.Writer.Write(p)
 }
 
@@ -185,24 +197,17 @@ func (t tappedWriter) Write(p []byte) (int, error) {
 type controls struct {
 	process Process
 	tty     bool
-	stdout  Stream
+	stdout  workload.Stream
 }
 
 // PID implements session.Controls.
 func (c *controls) PID() int {
-	if p, ok := c.process.(interface{ PID() int }); ok {
-		return p.PID()
-	}
-	return 0
+	return c.process.PID()
 }
 
 // Signal implements session.Controls.
 func (c *controls) Signal(signal syscall.Signal) error {
-	p, ok := c.process.(interface{ Signal(syscall.Signal) error })
-	if !ok {
-		return session.ErrNotSupported
-	}
-	return p.Signal(signal)
+	return c.process.Signal(signal)
 }
 
 // Notice implements session.Controls.
@@ -227,7 +232,7 @@ func newBandwidth(bytesPerSecond int64, end <-chan struct{}) *bandwidth {
 	return &bandwidth{sent: newTokenBucket(bytesPerSecond, end), received: newTokenBucket(bytesPerSecond, end)}
 }
 
-func (b *bandwidth) stream(s Stream) Stream {
+func (b *bandwidth) stream(s workload.Stream) workload.Stream {
 	if b == nil {
 		return s
 	}
@@ -237,7 +242,7 @@ func (b *bandwidth) stream(s Stream) Stream {
 // limitedStream moves no more than its bandwidth allows. Only the two ways by which sessions move
 // bytes in bulk are held back.
 type limitedStream struct {
-	Stream
+	workload.Stream
 	limit *bandwidth
 }
 

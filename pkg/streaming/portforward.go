@@ -17,6 +17,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // portForwardSession is one port-forward session: many connections into one pod over one client
@@ -60,7 +61,7 @@ type portForwardSession struct {
 // for an error message.
 type forwardedConnection struct {
 	port          uint16
-	data, failure Stream
+	data, failure workload.Stream
 	timeout       *time.Timer // until the other stream has come
 	// outputEnded is called, once or more, when the pod will say no more. Nil but for legacy ones.
 	outputEnded func()
@@ -145,7 +146,7 @@ func (s *portForwardSession) finishUploads() {
 // forwardedStream is a client's data stream as pkg/portforward sees it. When its client leaves after the end of its
 // input, what it has sent goes on to the pod and what the pod says goes nowhere.
 type forwardedStream struct {
-	Stream
+	workload.Stream
 	session    *portForwardSession
 	connection *forwardedConnection
 }
@@ -297,7 +298,7 @@ func (s *portForwardSession) abandon(id string, c *forwardedConnection) {
 		return
 	}
 	delete(s.waiting, id)
-	for _, stream := range []Stream{c.data, c.failure} {
+	for _, stream := range []workload.Stream{c.data, c.failure} {
 		if stream != nil {
 			stream.Reset() //nolint:errcheck // the client sees the reset
 		}
@@ -322,7 +323,7 @@ var errSandboxGone = errors.New("the pod is gone: its sandbox was stopped")
 // of the legacy protocol learn of a port that fails in no other way, and keep the others.
 func (s *portForwardSession) forward(c *forwardedConnection) {
 	forwarded := forwardedStream{Stream: s.bandwidth.stream(c.data), session: s, connection: c}
-	var data Stream = forwarded
+	var data workload.Stream = forwarded
 	if stream, ok := c.data.(*spdy.Stream); ok {
 		data = resettableStream{forwarded, stream}
 	}
@@ -427,7 +428,7 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, up upg
 		writeRefused(w, err)
 		return
 	}
-	forwarder, err := forward.Open()
+	forwarder, err := s.config.Pods.Forwarder(forward.Sandbox)
 	if err != nil {
 		live.End(session.Outcome{Reason: "start-failed", ExitCode: -1, Err: err})
 		writeError(w, http.StatusInternalServerError, "port-forward into the pod: "+err.Error())
@@ -490,7 +491,9 @@ func (s *portForwardSession) accept(w http.ResponseWriter, r *http.Request, up u
 		return nil, err
 	}
 	s.client = webSocketConnection{conn.ChannelConn}
-	s.closeWrite = func(ctx context.Context) { conn.CloseWrite(ctx) } //nolint:errcheck // a client that has gone is noticed in run
+	s.closeWrite = func(ctx context.Context) {
+		s.connections.Go(func() { conn.CloseWrite(ctx) }) //nolint:errcheck // a client that has gone is noticed in run
+	}
 	s.farewell = func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
 	for _, c := range conn.Ports() {
 		s.legacy = append(s.legacy, &forwardedConnection{port: c.Port, data: c.Data, failure: c.Error})

@@ -19,6 +19,7 @@ import (
 	"k8s.io/client-go/transport/spdy"
 
 	podforward "github.com/streamshim/streamshim/pkg/portforward"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // podForwarder dials the host's loopback as if it were a pod's.
@@ -27,7 +28,7 @@ type podForwarder struct {
 	gone chan struct{} // closed by a test to make the sandbox vanish
 }
 
-func (f podForwarder) Forward(ctx context.Context, port uint16, stream Stream) (sent, received int64, err error) {
+func (f podForwarder) Forward(ctx context.Context, port uint16, stream workload.Stream) (sent, received int64, err error) {
 	return f.Forwarder.Forward(ctx, port, stream)
 }
 
@@ -140,18 +141,10 @@ func (s *testServer) portForwardThrough(t *testing.T, network func(*url.URL), tr
 
 func (s *testServer) portForwardURL(gone chan struct{}, ports ...int32) *url.URL {
 	s.t.Helper()
-	raw, err := s.PortForward(&PortForwardRequest{Ports: ports, Open: func() (PortForwarder, error) {
+	return s.url(s.PortForward(s.podRequest(func() (PortForwarder, error) {
 		f, err := podforward.NewForwarder("", podforward.Config{})
 		return podForwarder{f, gone}, err
-	}})
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	u, err := url.Parse(raw)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	return u
+	}, ports...)))
 }
 
 // alive fails the test when kubectl's port-forward has ended.

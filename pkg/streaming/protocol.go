@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // remoteCommandProtocol is a version of the remotecommand protocol over SPDY, and what it can do.
@@ -116,10 +118,7 @@ func remoteCommandProtocolByName(name string) remoteCommandProtocol {
 	return remoteCommandProtocol{name: name}
 }
 
-// terminalSize is one message of the resize stream.
-type terminalSize struct{ Width, Height uint16 }
-
-// terminalSizes takes JSON terminal sizes out of a byte stream that may split and join them in any
+// terminalSizes takes terminal sizes, each a JSON object with Width and Height, out of a byte stream that may split and join them in any
 // way.
 type terminalSizes struct {
 	pending []byte
@@ -129,8 +128,8 @@ var errTerminalSize = errors.New("the resize stream carries something else than 
 
 // feed adds bytes and returns the sizes that are complete now. The stream is of no more use after
 // an error.
-func (t *terminalSizes) feed(b []byte) ([]terminalSize, error) {
-	var sizes []terminalSize
+func (t *terminalSizes) feed(b []byte) ([]workload.Size, error) {
+	var sizes []workload.Size
 	for _, c := range b {
 		if len(t.pending) == 0 && c != '{' {
 			if c == ' ' || c == '\n' || c == '\r' || c == '\t' {
@@ -145,7 +144,7 @@ func (t *terminalSizes) feed(b []byte) ([]terminalSize, error) {
 		if c != '}' {
 			continue
 		}
-		var size terminalSize
+		var size workload.Size
 		if err := json.Unmarshal(t.pending, &size); err != nil {
 			return sizes, fmt.Errorf("%w: %w", errTerminalSize, err)
 		}

@@ -9,6 +9,8 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/json"
+
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 func TestNegotiate(t *testing.T) {
@@ -63,26 +65,26 @@ func TestTerminalSizes(t *testing.T) {
 	tests := []struct {
 		name   string
 		chunks []string
-		want   []terminalSize
+		want   []workload.Size
 		fails  bool
 	}{
-		{"one", []string{`{"Width":80,"Height":24}`}, []terminalSize{{80, 24}}, false},
-		{"with newlines", []string{"{\"Width\":80,\"Height\":24}\n{\"Width\":1,\"Height\":2}\n"}, []terminalSize{{80, 24}, {1, 2}}, false},
-		{"split", []string{`{"Wid`, `th":80,"Hei`, `ght":24`, `}`}, []terminalSize{{80, 24}}, false},
-		{"lower case", []string{`{"width":80,"height":24}`}, []terminalSize{{80, 24}}, false},
+		{"one", []string{`{"Width":80,"Height":24}`}, []workload.Size{{Width: 80, Height: 24}}, false},
+		{"with newlines", []string{"{\"Width\":80,\"Height\":24}\n{\"Width\":1,\"Height\":2}\n"}, []workload.Size{{Width: 80, Height: 24}, {Width: 1, Height: 2}}, false},
+		{"split", []string{`{"Wid`, `th":80,"Hei`, `ght":24`, `}`}, []workload.Size{{Width: 80, Height: 24}}, false},
+		{"lower case", []string{`{"width":80,"height":24}`}, []workload.Size{{Width: 80, Height: 24}}, false},
 		{"too large a number", []string{`{"Width":70000,"Height":24}`}, nil, true},
 		{"negative", []string{`{"Width":-1,"Height":24}`}, nil, true},
 		{"something else", []string{`80x24`}, nil, true},
 		{"endless", []string{"{" + strings.Repeat(" ", maxTerminalSizeMessage)}, nil, true},
-		{"good, then bad", []string{`{"Width":80,"Height":24}x`}, []terminalSize{{80, 24}}, true},
+		{"good, then bad", []string{`{"Width":80,"Height":24}x`}, []workload.Size{{Width: 80, Height: 24}}, true},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			var sizes terminalSizes
-			var got []terminalSize
+			var got []workload.Size
 			var err error
 			for _, chunk := range tt.chunks {
-				var s []terminalSize
+				var s []workload.Size
 				s, err = sizes.feed([]byte(chunk))
 				got = append(got, s...)
 			}
@@ -102,7 +104,7 @@ func FuzzTerminalSizes(f *testing.F) {
 		want, wantErr := whole.feed(b)
 		got, err := parts.feed(b[:split])
 		if err == nil {
-			var rest []terminalSize
+			var rest []workload.Size
 			rest, err = parts.feed(b[split:])
 			got = append(got, rest...)
 		}

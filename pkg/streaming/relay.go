@@ -14,13 +14,16 @@ import (
 	"net/url"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
+	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 const (
-	relayDialTimeout     = 30 * time.Second // to connect to the upstream and be upgraded
+	relayTimeout         = 30 * time.Second // to get a URL of the upstream, to connect to it and be upgraded
 	upstreamReplyTimeout = 10 * time.Second // for the upstream to accept the streams
 	maxUpstreamStatus    = 64 << 10         // bytes read of the upstream's error stream
 	maxUpstreamMessage   = 1 << 10          // bytes shown of an upstream's refusal
@@ -38,6 +41,7 @@ type relay struct {
 	stdin, resize  *spdy.Stream
 	stdinGrace     time.Duration // see startRelay
 	stdout, stderr io.ReadCloser
+	lastOutput     atomic.Int64 // when the upstream sent output last, in ns since 1970; only with a buffer limit
 	upstream       sync.WaitGroup
 	exited         chan struct{}
 	detached       atomic.Bool // the connection is closed because the client has detached
@@ -45,19 +49,13 @@ type relay struct {
 	closeOnce      sync.Once
 }
 
-// startRelay asks the upstream for a URL and redeems it. With a buffer limit the upstream is always
+// startRelay redeems a streaming URL of the upstream. With a buffer limit the upstream is always
 // read and a client that is too slow misses output, instead of stopping the container (moby#41827);
 // with none the client's pace is the command's, as it is for an exec.
 //
-// The client's end of input is passed on after stdinGrace, never when that is negative. When it is positive it
-// is a detach, after which the session ends whether the upstream ends it or not.
-func startRelay(ctx context.Context, upstreamURL func(context.Context) (string, error), c Command, buffer int, stdinGrace time.Duration, buffers *bufferShare) (Process, error) {
-	ctx, cancel := context.WithTimeout(ctx, relayDialTimeout)
-	defer cancel()
-	target, err := upstreamURL(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("ask the upstream for its streaming URL: %w", err)
-	}
+// The client's end of input is passed on after stdinGrace without output, never when that is negative. When it is
+// positive it is a detach, after which the session ends whether the upstream ends it or not.
+func startRelay(ctx context.Context, target string, c workload.Command, buffer int, stdinGrace time.Duration, buffers *bufferShare) (Process, error) {
 	conn, network, protocol, err := dialUpstream(ctx, target, buffers)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the upstream's streaming server: %w", err)
@@ -139,7 +137,7 @@ func upgradeUpstream(ctx context.Context, network net.Conn, target string, buffe
 }
 
 // open opens the streams that the command wants and starts to follow them.
-func (r *relay) open(c Command, protocol remoteCommandProtocol, buffer int) error {
+func (r *relay) open(c workload.Command, protocol remoteCommandProtocol, buffer int) error {
 	var failure, stdout, stderr *spdy.Stream
 	var opened []*spdy.Stream
 	for _, s := range []struct {
@@ -186,7 +184,7 @@ func (r *relay) open(c Command, protocol remoteCommandProtocol, buffer int) erro
 	if err := waitAccepted(opened); err != nil {
 		return err
 	}
-	return r.Resize(c.Width, c.Height)
+	return r.Resize(c.Size)
 }
 
 // waitAccepted waits for the upstream to have replied to all streams. A connection that is closed
@@ -211,10 +209,21 @@ func (r *relay) output(stream *spdy.Stream, tty bool, buffer int) io.ReadCloser 
 	}
 	skip := newSkipBuffer(buffer, tty, r.buffers)
 	r.upstream.Go(func() {
-		stream.WriteTo(skip) //nolint:errcheck // its end is the end of output
+		stream.WriteTo(notedOutput{skip, &r.lastOutput}) //nolint:errcheck // its end is the end of output
 		skip.end()
 	})
 	return skip
+}
+
+// notedOutput notes when something was written.
+type notedOutput struct {
+	io.Writer
+	last *atomic.Int64
+}
+
+func (o notedOutput) Write(p []byte) (int, error) {
+	o.last.Store(time.Now().UnixNano())
+	return o.Writer.Write(p)
 }
 
 type relayOutput struct{ *spdy.Stream }
@@ -237,11 +246,30 @@ func (i relayInput) Close() error {
 	case i.grace == 0:
 		return i.CloseWrite()
 	}
-	time.AfterFunc(i.grace, i.relay.detach)
+	go i.relay.detachWhenSilent(i.grace)
 	return nil
 }
 
-// detach passes the end of a terminal's input on. containerd ends the session for it; CRI-O goes on until the
+// detachWhenSilent detaches once there was no output for a while, or after detachMax. It ends with the relay.
+func (r *relay) detachWhenSilent(silence time.Duration) {
+	began := time.Now()
+	for {
+		last := time.Unix(0, r.lastOutput.Load())
+		if last.Before(began) {
+			last = began
+		}
+		wait := min(time.Until(last.Add(silence)), time.Until(began.Add(detachMax)))
+		if wait <= 0 {
+			r.detach()
+			return
+		}
+		if waitFor(r.exited, wait) {
+			return
+		}
+	}
+}
+
+// detach passes the end of a client's input on. containerd ends the session for it; CRI-O goes on until the
 // container ends.
 func (r *relay) detach() {
 	r.stdin.CloseWrite() //nolint:errcheck // fails when the session has ended before
@@ -277,11 +305,11 @@ func (r *relay) Stdout() io.ReadCloser { return r.stdout }
 func (r *relay) Stderr() io.ReadCloser { return r.stderr }
 
 // Resize implements Process.
-func (r *relay) Resize(width, height uint16) error {
-	if r.resize == nil || width == 0 || height == 0 {
+func (r *relay) Resize(size workload.Size) error {
+	if r.resize == nil || !size.Known() {
 		return nil
 	}
-	message, err := json.Marshal(terminalSize{Width: width, Height: height})
+	message, err := json.Marshal(size)
 	if err != nil {
 		return err
 	}
@@ -296,11 +324,17 @@ func (r *relay) Exited() <-chan struct{} { return r.exited }
 // ExitCode implements Process.
 func (r *relay) ExitCode() int { return r.result.exitCode() }
 
-// Status is what the upstream said.
-func (r *relay) Status() *status { return r.result }
-
 // ContainerExited implements Process: the upstream watches its containers itself.
 func (r *relay) ContainerExited() <-chan struct{} { return nil }
+
+// ContainerEnding implements Process.
+func (r *relay) ContainerEnding() bool { return false }
+
+// PID implements Process.
+func (r *relay) PID() int { return 0 }
+
+// Signal implements Process.
+func (r *relay) Signal(syscall.Signal) error { return session.ErrNotSupported }
 
 // Disconnect implements Process: what becomes of the process is the upstream's affair.
 func (r *relay) Disconnect() { r.conn.Close() } //nolint:errcheck // seen through Exited

@@ -16,21 +16,8 @@ import (
 // relayedURL is the URL of a command that an upstream's streaming server serves.
 func (s *testServer) relayedURL(upstream *url.URL, options remotecommand.StreamOptions) *url.URL {
 	s.t.Helper()
-	raw, err := s.Exec(&ExecRequest{
-		Command: Command{
-			Args:  []string{"the", "upstream", "knows"},
-			Stdin: options.Stdin != nil, Stdout: options.Stdout != nil, Stderr: options.Stderr != nil, TTY: options.Tty,
-		},
-		UpstreamURL: func(context.Context) (string, error) { return upstream.String(), nil },
-	})
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	u, err := url.Parse(raw)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	return u
+	request := s.relayedRequest(func() *url.URL { return upstream }, streamsOf(options, "the", "upstream", "knows"))
+	return s.url(s.Exec(request))
 }
 
 // A command in a container whose runtime is no runc is served by the upstream, and its client sees no
@@ -124,6 +111,45 @@ func TestDetachFromTerminal(t *testing.T) {
 			}
 		case <-time.After(testTimeout):
 			t.Error("the session goes on after the client has detached")
+		}
+	})
+}
+
+// A client without a terminal whose input has ended is detached once the answer has come, or stays where the
+// configuration says so.
+func TestInputEndDetaches(t *testing.T) {
+	forEachTransport(t, func(t *testing.T, transport string) {
+		for _, stays := range []bool{false, true} {
+			upstream, s := startServer(t, Config{}), startServer(t, Config{AttachBuffer: 64 << 10, AttachStays: stays})
+			var out syncBuffer
+			options := remotecommand.StreamOptions{Stdin: strings.NewReader("one\n"), Stdout: &out}
+			// The last word of the answer comes later than detachGrace, but the container is never silent for so long.
+			main := func() *url.URL {
+				return upstream.execURL(&hostExecutor{t: t}, options, "sh", "-c",
+					"trap '' HUP; read line; for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 0.3; done; echo answered $line; while :; do sleep 600; done")
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			ended := make(chan error, 1)
+			u := s.attachURL(main, options)
+			go func() { ended <- stream(ctx, t, transport, u, options) }()
+			if stays {
+				eventually(t, "the answer", func() bool { return strings.Contains(out.String(), "answered one") })
+				select {
+				case err := <-ended:
+					t.Errorf("the session ended with its input: %v", err)
+				case <-time.After(2 * detachGrace):
+				}
+			}
+			if stays {
+				cancel()
+			}
+			if err := receive(t, ended, "the end of the session"); err != nil && !stays {
+				t.Errorf("the input ended and the client got %v", err)
+			}
+			cancel()
+			if !strings.Contains(out.String(), "answered one\n") {
+				t.Errorf("the client was detached before the answer: %q", out.String())
+			}
 		}
 	})
 }

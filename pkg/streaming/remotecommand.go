@@ -15,13 +15,14 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // remoteCommand is what an exec or attach session is to do, independent of its transport.
 type remoteCommand struct {
-	command   Command
+	command   workload.Command
 	buffers   *bufferShare
-	start     func(context.Context, Command) (Process, error)
+	start     startFunc
 	endReason func(context.Context) string
 }
 
@@ -32,10 +33,10 @@ type remoteCommandClient struct {
 	protocol remoteCommandProtocol
 	// ready is closed when all streams are there; they are valid from then on.
 	ready                          <-chan struct{}
-	stdin, stdout, stderr, failure Stream // failure is the protocol's error stream
-	resize                         Stream
+	stdin, stdout, stderr, failure workload.Stream // failure is the protocol's error stream
+	resize                         workload.Stream
 	// failureOpened holds the error stream as soon as it is there, before the others may be.
-	failureOpened chan Stream
+	failureOpened chan workload.Stream
 	// statusRefused is closed when the error stream has ended from the client's side; nil where a
 	// client cannot end it.
 	statusRefused <-chan struct{}
@@ -68,7 +69,7 @@ func (c *remoteCommandClient) Transferred() (received, sent int64) {
 }
 
 // transferred is the payload that streams have moved; some may be nil.
-func transferred(streams ...Stream) (received, sent int64) {
+func transferred(streams ...workload.Stream) (received, sent int64) {
 	for _, s := range streams {
 		if s != nil {
 			received += s.Received()
@@ -102,6 +103,7 @@ type remoteCommandSession struct {
 	drain    drain
 
 	bandwidth *bandwidth
+	withheld  atomic.Bool // output that could not be recorded and so was not sent; the session is stopped
 }
 
 // run serves the session from the upgraded connection to its end. When it returns, the connection
@@ -126,8 +128,8 @@ func (s *remoteCommandSession) run() session.Outcome {
 		return outcome
 	}
 	command := s.command
-	command.Width, command.Height = s.firstSize(ctx)
-	process, err := s.start(ctx, command)
+	command.Size = s.firstSize(ctx)
+	process, err := s.start(ctx, command, s.buffers)
 	if err != nil {
 		return s.startFailed(ctx, err)
 	}
@@ -216,7 +218,7 @@ func (s *remoteCommandSession) copyStreams() {
 	}
 	s.drain.idle, s.drain.observe, s.drain.unwanted = s.config.DrainIdle, s.config.Observe, s.outputUnwanted
 	for _, o := range []struct {
-		to   Stream
+		to   workload.Stream
 		from io.ReadCloser
 		fin  bool // at its own end, not at the session's: sayLine may have something to add
 	}{
@@ -284,8 +286,8 @@ func (s *remoteCommandSession) exited(ctx context.Context) session.Outcome {
 
 	outcome := session.Outcome{Reason: "exited", ExitCode: s.process.ExitCode()}
 	result := exitStatus(outcome.ExitCode, "")
-	if relayed, ok := s.process.(interface{ Status() *status }); ok {
-		result = relayed.Status()
+	if upstream, ok := s.process.(*relay); ok {
+		result = upstream.result
 	} else if outcome.ExitCode == exitCodeKilled && s.containerEnds() {
 		// Asked now, while the output is still on its way: later the container may be removed.
 		outcome.Reason = "container-exited"
@@ -293,6 +295,11 @@ func (s *remoteCommandSession) exited(ctx context.Context) session.Outcome {
 		result = exitStatus(outcome.ExitCode, outcome.Err.Error())
 	}
 	s.awaitOutput()
+	if s.withheld.Load() { // also behind a command that has ended well
+		code := outcome.ExitCode
+		outcome = stopped(ctx)
+		outcome.ExitCode, result = code, endedStatus(outcome.Err.Error())
+	}
 	s.process.Close() //nolint:errcheck // nothing is left in it that anybody wants
 	if outcome.Err != nil {
 		s.sayLine("[streamshim: " + outcome.Err.Error() + "]")
@@ -331,12 +338,11 @@ func (s *remoteCommandSession) sayLine(line string) {
 // end a moment before the container's main process begins to, where both get the same signal. That one is
 // the last to be gone, on a busy machine a good while later.
 func (s *remoteCommandSession) containerEnds() bool {
-	container, ok := s.process.(interface{ ContainerEnding() bool })
 	for deadline := time.Now().Add(reapTimeout); ; {
 		if waitFor(s.process.ContainerExited(), containerEndWait) {
 			return true
 		}
-		if !ok || !container.ContainerEnding() || time.Now().After(deadline) {
+		if !s.process.ContainerEnding() || time.Now().After(deadline) {
 			return false
 		}
 	}
@@ -344,12 +350,10 @@ func (s *remoteCommandSession) containerEnds() bool {
 
 // containerEnd says why the container is gone.
 func (s *remoteCommandSession) containerEnd(ctx context.Context) string {
-	if s.endReason != nil {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endReasonTimeout)
-		defer cancel()
-		if reason := s.endReason(ctx); reason != "" {
-			return reason
-		}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endReasonTimeout)
+	defer cancel()
+	if reason := s.endReason(ctx); reason != "" {
+		return reason
 	}
 	return "the container's main process has ended"
 }
@@ -426,7 +430,7 @@ func (s *remoteCommandSession) stopInput() {
 // sayEnd ends the streams in the order the protocol wants and lets the client close the connection.
 func (s *remoteCommandSession) sayEnd(ctx context.Context, result *status) {
 	s.session.SetPhase(session.Lingering)
-	for _, stream := range []Stream{s.client.stdout, s.client.stderr} {
+	for _, stream := range []workload.Stream{s.client.stdout, s.client.stderr} {
 		if stream != nil {
 			stream.CloseWrite() //nolint:errcheck // a client that has gone is noticed in farewell
 		}
@@ -483,7 +487,7 @@ func (d *drain) begin(limit time.Duration) {
 const drainLooks = 4
 
 // copyOutput sends a source to the client until it ends, is complete, or cannot be sent.
-func (d *drain) copyOutput(to Stream, from io.ReadCloser) {
+func (d *drain) copyOutput(to workload.Stream, from io.ReadCloser) {
 	silent := -1 // looks that have found nothing; the first one was not a whole one
 	for {
 		n, err := to.ReadFrom(from)
@@ -524,7 +528,7 @@ func (d *drain) cut() {
 
 // copyPending sends what lies in a source now: the command wrote it before its time was over,
 // however slowly the client takes it.
-func copyPending(to Stream, from io.ReadCloser) {
+func copyPending(to workload.Stream, from io.ReadCloser) {
 	source, ok := from.(interface {
 		syscall.Conn
 		deadliner
@@ -541,14 +545,14 @@ func copyPending(to Stream, from io.ReadCloser) {
 type terminal struct {
 	known chan struct{} // closed with the first size
 
-	mu            sync.Mutex
-	process       Process
-	width, height uint16
-	started       bool // known has been closed
+	mu      sync.Mutex
+	process Process
+	size    workload.Size
+	started bool // known has been closed
 }
 
 // follow applies the sizes of the resize stream until it ends.
-func (t *terminal) follow(resize Stream) {
+func (t *terminal) follow(resize workload.Stream) {
 	resize.WriteTo(&sizeWriter{terminal: t}) //nolint:errcheck // sizes that cannot be read end the resizing, not the session
 	resize.CloseRead()
 }
@@ -569,26 +573,26 @@ func (w *sizeWriter) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-func (t *terminal) resize(size terminalSize) {
-	if size.Width == 0 || size.Height == 0 {
+func (t *terminal) resize(size workload.Size) {
+	if !size.Known() {
 		return // a client that does not know its size says 0x0
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.width, t.height = size.Width, size.Height
+	t.size = size
 	if !t.started {
 		t.started = true
 		close(t.known)
 	}
 	if t.process != nil {
-		t.process.Resize(t.width, t.height) //nolint:errcheck // a process that has ended has no terminal
+		t.process.Resize(t.size) //nolint:errcheck // a process that has ended has no terminal
 	}
 }
 
-func (t *terminal) size() (width, height uint16) {
+func (t *terminal) lastSize() workload.Size {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.width, t.height
+	return t.size
 }
 
 // attach gives the terminal its process. A size that came in while the process started is applied.
@@ -597,7 +601,7 @@ func (t *terminal) attach(p Process) {
 	defer t.mu.Unlock()
 	t.process = p
 	if t.started {
-		p.Resize(t.width, t.height) //nolint:errcheck // as in resize
+		p.Resize(t.size) //nolint:errcheck // as in resize
 	}
 }
 

@@ -15,11 +15,13 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// Config is what a Server needs to know. Log and Sessions are required. Every value is taken as it is: the
+// Config is what a Server needs to know. Log, Sessions, Runtime and Pods are required. Every value is taken as it is: the
 // defaults of what users may set stand in pkg/config alone, and zero is off where a comment says so.
 type Config struct {
 	Log      *slog.Logger
 	Sessions *session.Registry
+	Runtime  Runtime
+	Pods     Pods
 
 	// DrainIdle is how long the output of a command that has exited must be silent before it is
 	// taken to be complete although some background child still holds it (kubernetes#44371).
@@ -55,6 +57,9 @@ type Config struct {
 	// AttachBuffer is how many bytes of output wait for an attached client that reads too slowly;
 	// what comes beyond is skipped.
 	AttachBuffer int
+	// AttachStays keeps an attached client whose input has ended, without a terminal, until it leaves. Otherwise
+	// it is detached as the runtimes do, but not before the container has been silent for a moment.
+	AttachStays bool
 	// MayConnect is asked before each forwarded connection, which its error resets. Nil allows all.
 	MayConnect func() error
 	// Buffers bounds the unread data of all sessions. Nil is no limit.
@@ -119,6 +124,7 @@ const (
 	maxPlainConnections = 2 * maxTokens // not upgraded; nobody needs more than there are tokens
 
 	shutdownGrace = 2 * time.Second // for clients to read the status at shutdown
+	redeemGrace   = 2 * time.Second // at shutdown, for the last URLs to be opened
 )
 
 // Server gives out streaming URLs and serves them.
@@ -135,8 +141,9 @@ type Server struct {
 	watch    *watcher
 
 	mu       sync.Mutex
-	closed   bool
-	closing  chan struct{} // closed when Shutdown begins
+	sealed   bool          // no URL is given out any more
+	closed   bool          // none is served any more
+	closing  chan struct{} // closed with it
 	deaf     bool          // nobody listens at the address of the URLs
 	settings Settings
 }
@@ -190,10 +197,12 @@ func NewServer(config Config, listener net.Addr) *Server {
 // Exec keeps the request and returns the one-time URL at which a client may have it served. The
 // error is ErrTooManyRequests, ErrShuttingDown, ErrNotListening or that of a guard of Config.Sessions, such as a
 // *session.RefusedError.
-func (s *Server) Exec(r *ExecRequest) (string, error) { return s.insert(r.info(), r) }
+func (s *Server) Exec(r *CommandRequest) (string, error) { return s.insert(r.info(session.Exec), r) }
 
 // Attach is Exec's twin for an attach.
-func (s *Server) Attach(r *AttachRequest) (string, error) { return s.insert(r.info(), r) }
+func (s *Server) Attach(r *CommandRequest) (string, error) {
+	return s.insert(r.info(session.Attach), r)
+}
 
 // PortForward is Exec's twin for a port-forward.
 func (s *Server) PortForward(r *PortForwardRequest) (string, error) {
@@ -202,9 +211,9 @@ func (s *Server) PortForward(r *PortForwardRequest) (string, error) {
 
 func (s *Server) insert(info session.Info, request any) (string, error) {
 	s.mu.Lock()
-	closed, deaf := s.closed, s.deaf
+	sealed, deaf := s.sealed, s.deaf
 	s.mu.Unlock()
-	if closed {
+	if sealed {
 		return "", ErrShuttingDown
 	}
 	if deaf {
@@ -273,24 +282,50 @@ func (s *Server) setDeaf(deaf bool) {
 	s.deaf = deaf
 }
 
-// Shutdown ends the server in three steps: it takes no new requests and connections, lets sessions
-// go on until the context is done, and then ends those that are left with a status that says so.
+// Shutdown ends the server. Until no session lives, or the context is done, all goes on, and new sessions are
+// taken: whoever has a shell open during an upgrade does not lock the others out. Then no URLs are given out any
+// more; those that clients have already are served for a moment, also until the context is done. Sessions that
+// are left end with a status that says so.
 func (s *Server) Shutdown(ctx context.Context) error {
+	select {
+	case <-s.config.Sessions.Empty():
+	case <-ctx.Done():
+	}
+	s.mu.Lock()
+	s.sealed = true
+	s.mu.Unlock()
+	waitOr(ctx, s.tokens.empty(), redeemGrace)
 	s.mu.Lock()
 	if !s.closed {
 		s.closed = true
 		close(s.closing)
 	}
 	s.mu.Unlock()
-	s.config.Sessions.Close()
-	err := s.http.Close() // idle and half-read connections; upgraded ones are ours, not net/http's
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.sessions.Wait() // also for those that are about to begin
+	}()
 	select {
-	case <-s.config.Sessions.Drained():
+	case <-ended:
 	case <-ctx.Done():
 	}
+	s.config.Sessions.Close()
+	err := s.http.Close() // idle and half-read connections; upgraded ones are ours, not net/http's
 	s.cancel(&session.EndError{Reason: "shutdown", Message: ErrShuttingDown.Error()})
 	s.sessions.Wait()
 	return err
+}
+
+// waitOr waits until done is closed, the context is done, or the time is up.
+func waitOr(ctx context.Context, done <-chan struct{}, limit time.Duration) {
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	case <-timer.C:
+	}
 }
 
 func (s *Server) handler() http.Handler {

@@ -22,6 +22,7 @@ import (
 
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // startHastyServer is startServer with HTTP limits that a test need not wait for long: those that are
@@ -136,7 +137,7 @@ func TestPlainConnectionsAreBounded(t *testing.T) {
 	for i := range 3 * limit {
 		idle = append(idle, s.dial(t)) // says nothing
 		if i%limit == 0 {
-			startRaw(t, "SPDY", s.execURL(executor, options, "sleep", "600"), Command{})
+			startRaw(t, "SPDY", s.execURL(executor, options, "sleep", "600"), workload.Command{})
 		}
 		if n := s.plain.count(); n > limit {
 			t.Fatalf("%d connections that are not upgraded", n)
@@ -176,7 +177,7 @@ func TestListenerFails(t *testing.T) {
 		}
 	}
 	request := func() error {
-		_, err := s.Exec(&ExecRequest{Command: Command{Args: []string{"true"}}, Executor: &hostExecutor{t: t}})
+		_, err := s.Exec(s.localRequest(&hostExecutor{t: t}, workload.Command{Args: []string{"true"}}))
 		return err
 	}
 	if err := request(); err != nil {

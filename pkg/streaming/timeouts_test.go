@@ -1,7 +1,6 @@
 package streaming
 
 import (
-	"context"
 	"io"
 	"net"
 	"net/http"
@@ -24,18 +23,7 @@ func streamOptionsOfCat() remotecommand.StreamOptions {
 // attachURL attaches to what an upstream's streaming server serves.
 func (s *testServer) attachURL(upstream func() *url.URL, options remotecommand.StreamOptions) *url.URL {
 	s.t.Helper()
-	raw, err := s.Attach(&AttachRequest{
-		Stdin: options.Stdin != nil, Stdout: options.Stdout != nil, Stderr: options.Stderr != nil, TTY: options.Tty,
-		UpstreamURL: func(context.Context) (string, error) { return upstream().String(), nil },
-	})
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	u, err := url.Parse(raw)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	return u
+	return s.url(s.Attach(s.relayedRequest(upstream, streamsOf(options))))
 }
 
 // limitOf is a limit for one kind of session, so that the test of one sees no other's.

@@ -28,13 +28,14 @@ type tokenCache struct {
 
 	mu       sync.Mutex
 	requests map[string]*list.Element
-	byAge    *list.List // of *waitingRequest, oldest first
+	byAge    *list.List    // of *waitingRequest, oldest first
+	emptied  chan struct{} // closed when no request waits any more; nil unless somebody waits for that
 }
 
 type waitingRequest struct {
 	token   string
 	kind    session.Kind
-	request any // *ExecRequest, *AttachRequest or *PortForwardRequest
+	request any // *CommandRequest or *PortForwardRequest
 	expires time.Time
 }
 
@@ -102,7 +103,25 @@ func (c *tokenCache) waiting() int {
 	return len(c.requests)
 }
 
+// empty returns a channel that is closed when no request waits any more. An expired one waits until it is seen.
+func (c *tokenCache) empty() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.dropExpired(c.now())
+	emptied := make(chan struct{})
+	if len(c.requests) == 0 {
+		close(emptied)
+	} else {
+		c.emptied = emptied
+	}
+	return emptied
+}
+
 func (c *tokenCache) remove(e *list.Element) {
 	c.byAge.Remove(e)
 	delete(c.requests, e.Value.(*waitingRequest).token)
+	if len(c.requests) == 0 && c.emptied != nil {
+		close(c.emptied)
+		c.emptied = nil
+	}
 }

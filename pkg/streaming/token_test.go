@@ -12,7 +12,7 @@ import (
 
 func TestTokenIsGoodForOneUse(t *testing.T) {
 	c := newTokenCache(func(Event) {})
-	request := &ExecRequest{}
+	request := &CommandRequest{}
 	token, err := c.insert(session.Exec, request)
 	if err != nil {
 		t.Fatal(err)
@@ -30,7 +30,7 @@ func TestTokenIsGoodForOneUse(t *testing.T) {
 
 func TestTokenIsBoundToItsKind(t *testing.T) {
 	c := newTokenCache(func(Event) {})
-	token, err := c.insert(session.Attach, &AttachRequest{})
+	token, err := c.insert(session.Attach, &CommandRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,7 +48,7 @@ func TestTokenExpires(t *testing.T) {
 	now := time.Unix(1000, 0)
 	c := newTokenCache(func(Event) {})
 	c.now = func() time.Time { return now }
-	token, err := c.insert(session.Exec, &ExecRequest{})
+	token, err := c.insert(session.Exec, &CommandRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -71,18 +71,18 @@ func TestTokensAreLimited(t *testing.T) {
 	c.now = func() time.Time { return now }
 	for i := range maxTokens {
 		now = now.Add(time.Millisecond)
-		if _, err := c.insert(session.Exec, &ExecRequest{}); err != nil {
+		if _, err := c.insert(session.Exec, &CommandRequest{}); err != nil {
 			t.Fatalf("token %d: %v", i, err)
 		}
 	}
-	if _, err := c.insert(session.Exec, &ExecRequest{}); !errors.Is(err, ErrTooManyRequests) {
+	if _, err := c.insert(session.Exec, &CommandRequest{}); !errors.Is(err, ErrTooManyRequests) {
 		t.Fatalf("one token too many: %v", err)
 	}
 	now = time.Unix(1000, 0).Add(time.Millisecond + tokenTTL) // the first has expired, the others not
-	if _, err := c.insert(session.Exec, &ExecRequest{}); err != nil {
+	if _, err := c.insert(session.Exec, &CommandRequest{}); err != nil {
 		t.Errorf("after the oldest expired: %v", err)
 	}
-	if _, err := c.insert(session.Exec, &ExecRequest{}); !errors.Is(err, ErrTooManyRequests) {
+	if _, err := c.insert(session.Exec, &CommandRequest{}); !errors.Is(err, ErrTooManyRequests) {
 		t.Errorf("two for one that expired: %v", err)
 	}
 }
@@ -95,7 +95,7 @@ func TestTokensAreCounted(t *testing.T) {
 	c.now = func() time.Time { return now }
 	c.max = 2
 	for range 3 { // the third is refused
-		c.insert(session.Exec, &ExecRequest{}) //nolint:errcheck // counted below
+		c.insert(session.Exec, &CommandRequest{}) //nolint:errcheck // counted below
 	}
 	if n := c.waiting(); n != 2 {
 		t.Errorf("%d wait, want 2", n)

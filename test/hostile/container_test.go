@@ -18,13 +18,15 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/pkg/execproc"
+	"github.com/streamshim/streamshim/pkg/workload"
 	"github.com/streamshim/streamshim/test/internal/node"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // container is a real one, of runc, whose main process is the attacker unless it is said otherwise.
 type container struct {
-	execproc.Container
+	workload.Container
 	spec     *specs.Spec
 	rootfs   string
 	attacker *attacker // nil if the main process is another
@@ -139,8 +141,9 @@ func newContainer(t testing.TB, changes ...func(*specs.Spec)) *container {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.Container = execproc.Container{
-		ID: id, Runtime: runc(), Root: root, InitPid: pid, InitStartTime: startTime(t, pid), Process: spec.Process,
+	c.Container = workload.Container{
+		Target:  workload.Target{ContainerID: id},
+		Runtime: runc(), Root: root, InitPid: pid, InitStartTime: startTime(t, pid), Process: spec.Process,
 		UIDMappings: spec.Linux.UIDMappings, GIDMappings: spec.Linux.GIDMappings,
 	}
 	if serves {
@@ -151,7 +154,7 @@ func newContainer(t testing.TB, changes ...func(*specs.Spec)) *container {
 		fromAttacker.Close()
 		// Once a subreaper, always: without a Runner nobody else reaps what lost its parent, and while one of the
 		// container is a zombie its main process does not end.
-		eventually(t, "the container's processes end and are reaped", func() bool {
+		testutil.Eventually(t, "the container's processes end and are reaped", func() bool {
 			_ = unix.Kill(pid, unix.SIGKILL)
 			for reaped := 1; reaped > 0; {
 				reaped, _ = unix.Wait4(-1, nil, unix.WNOHANG|unix.WALL, nil)
@@ -179,7 +182,7 @@ func (c *container) processes(t testing.TB) int {
 		t.Fatal(err)
 	}
 	number := 0
-	want := "/" + c.ID
+	want := "/" + c.ContainerID
 	for _, entry := range entries {
 		text, err := os.ReadFile(filepath.Join("/proc", entry.Name(), "cgroup"))
 		if err == nil && strings.Contains(string(text), want) {

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/pkg/execproc"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // startTimeout bounds the starts of the tests that wait for it.
@@ -33,7 +34,7 @@ type entrance struct {
 // reference is "runc exec", than which no engine may give a container more.
 func reference() *entrance {
 	return &entrance{name: "runc exec", enter: func(ctx context.Context, c *container, command ...string) (string, error) {
-		return runCommand(ctx, runc(), append([]string{"--root", c.Root, "exec", c.ID}, command...)...)
+		return runCommand(ctx, runc(), append([]string{"--root", c.Root, "exec", c.ContainerID}, command...)...)
 	}}
 }
 
@@ -83,7 +84,7 @@ func streamshimEntrance(t testing.TB, startTimeout time.Duration) *entrance {
 	return &entrance{
 		name: "engine runc", runner: runner,
 		enter: func(ctx context.Context, c *container, command ...string) (string, error) {
-			result, err := runner.RunSync(ctx, c.Container, execproc.SyncCommand{Args: command, Timeout: timeoutOf(ctx)})
+			result, err := runner.RunSync(ctx, c.Container, workload.SyncCommand{Args: command, Timeout: timeoutOf(ctx)})
 			if err == nil && result.ExitCode != 0 {
 				err = fmt.Errorf("exit code %d: %s", result.ExitCode, bytes.TrimSpace(result.Stderr))
 			}

@@ -13,7 +13,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/pkg/execproc"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // A container's own files are anything at all.
@@ -215,7 +215,7 @@ func withTerminal(t testing.TB, e *entrance, c *container) (state, error) {
 			t.Errorf("%s: the answer took %v", e.name, took)
 		}
 	}()
-	p, err := e.runner.Start(context.Background(), c.Container, execproc.Command{Args: []string{"/victim", hostFile}, Stdout: true, TTY: true})
+	p, err := e.runner.Start(context.Background(), c.Container, workload.Command{Args: []string{"/victim", hostFile}, Stdout: true, TTY: true})
 	if err != nil {
 		return nil, err
 	}

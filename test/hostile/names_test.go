@@ -6,7 +6,8 @@ import (
 	"fmt"
 	"testing"
 
-	"github.com/streamshim/streamshim/pkg/execproc"
+	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // markers are the names by which an engine, or a runtime, may know a process that has not become the command yet.
@@ -42,7 +43,7 @@ func TestStrangeNames(t *testing.T) {
 	for _, e := range engines(t) {
 		for _, name := range append([]string{"a) R 1 1 1", "a\n) Z 1", "((((", "))))", ") 0 (", "\n\n\n", " ", "\xff\xfe", "1"}, markers[:2]...) {
 			const children = 4
-			p, err := e.runner.Start(context.Background(), c.Container, execproc.Command{
+			p, err := e.runner.Start(context.Background(), c.Container, workload.Command{
 				Args: []string{"/victim", hostFile, "name=" + name, fmt.Sprintf("children=%d", children)}, Stdout: true,
 			})
 			if err != nil {
@@ -52,9 +53,9 @@ func TestStrangeNames(t *testing.T) {
 			if line, err := bufio.NewReader(p.Stdout()).ReadString('\n'); err != nil {
 				t.Errorf("%s, %q: %q, %v", e.name, name, line, err)
 			}
-			eventually(t, "the command has its children", func() bool { return c.processes(t) == 2+children })
+			testutil.Eventually(t, "the command has its children", func() bool { return c.processes(t) == 2+children })
 			p.Disconnect()
-			eventually(t, fmt.Sprintf("%s: all processes named %q end", e.name, name), func() bool { return c.processes(t) == 1 })
+			testutil.Eventually(t, fmt.Sprintf("%s: all processes named %q end", e.name, name), func() bool { return c.processes(t) == 1 })
 			p.Close()
 		}
 		note(row{attack: "strange names", configuration: "default", entrance: e.name, commands: 11})

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // Whatever is done to a command while it is on its way, it runs as it should or it does not run: never twice, never
@@ -60,7 +62,7 @@ func (o *outcomes) wrongs(t testing.TB, e *entrance, c *container) (wrongs []str
 // recovers fails the test unless the container is left as it was, and takes commands again.
 func recovers(t testing.TB, e *entrance, c *container) {
 	t.Helper()
-	eventually(t, fmt.Sprintf("%s: nothing but the main process is left in the container", e.name), func() bool { return c.processes(t) == 1 })
+	testutil.Eventually(t, fmt.Sprintf("%s: nothing but the main process is left in the container", e.name), func() bool { return c.processes(t) == 1 })
 	var o outcomes
 	if o.try(t, e, c); o.ran != 1 {
 		t.Errorf("%s: no command runs any more", e.name)
@@ -108,7 +110,7 @@ func seesNoEnd(t testing.TB, c *container) {
 		t.Errorf("a runc exec that the container stops ends: %q", output)
 	}
 	c.attacker.end()
-	eventually(t, "what was stopped ends", func() bool { return c.processes(t) == 1 })
+	testutil.Eventually(t, "what was stopped ends", func() bool { return c.processes(t) == 1 })
 }
 
 // The container is frozen while commands enter it.
@@ -141,9 +143,9 @@ func (o *outcomes) whileFrozen(t testing.TB, e *entrance, c *container) (wrongs 
 	var freeze sync.WaitGroup
 	freeze.Go(func() {
 		time.Sleep(time.Duration(rand.IntN(40)) * time.Millisecond) // any moment of a start
-		c.runc(t, "pause", c.ID)
+		c.runc(t, "pause", c.ContainerID)
 		time.Sleep(100 * time.Millisecond) // a start stands still meanwhile
-		c.runc(t, "resume", c.ID)
+		c.runc(t, "resume", c.ContainerID)
 	})
 	wrongs = o.wrongs(t, e, c)
 	freeze.Wait()
@@ -187,10 +189,10 @@ func withFewProcesses(t testing.TB, e *entrance, c *container) (wrongs []string)
 	var o outcomes
 	const limits = 13 // with which each start has room
 	for pids := range limits {
-		c.runc(t, "update", "--pids-limit", fmt.Sprint(pids+1), c.ID)
+		c.runc(t, "update", "--pids-limit", fmt.Sprint(pids+1), c.ContainerID)
 		wrongs = append(wrongs, o.wrongs(t, e, c)...)
 	}
-	c.runc(t, "update", "--pids-limit", "1000", c.ID)
+	c.runc(t, "update", "--pids-limit", "1000", c.ContainerID)
 	note(row{attack: "pids.max", configuration: "default", entrance: e.name, commands: limits, failed: o.failed})
 	return wrongs
 }
@@ -203,8 +205,8 @@ func withLittleMemory(t testing.TB, e *entrance) (o outcomes, wrongs []string) {
 		// One for each: the kernel may well end the main process.
 		c := newContainer(t)
 		// What the start of the main process has used is given back a little later; until then the kernel refuses.
-		eventually(t, fmt.Sprintf("a memory limit of %d KiB", kilobytes), func() bool {
-			_, err := runCommand(context.Background(), runc(), "--root", c.Root, "update", "--memory", fmt.Sprint(kilobytes<<10), c.ID)
+		testutil.Eventually(t, fmt.Sprintf("a memory limit of %d KiB", kilobytes), func() bool {
+			_, err := runCommand(context.Background(), runc(), "--root", c.Root, "update", "--memory", fmt.Sprint(kilobytes<<10), c.ContainerID)
 			return err == nil
 		})
 		wrongs = append(wrongs, o.wrongs(t, e, c)...)

@@ -15,22 +15,26 @@ const module = "github.com/streamshim/streamshim/"
 var allowed = map[string][]string{
 	"cmd/streamshim": {
 		"deploy", "pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/nodeinstall", "pkg/portforward",
-		"pkg/metrics", "pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming", "pkg/tracing",
+		"pkg/metrics", "pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming", "pkg/support", "pkg/tracing",
+		"pkg/workload",
 	},
 	"cmd/kubectl-streamshim": {"pkg/admin", "pkg/session"},
-	"pkg/admin":              {"pkg/asciicast", "pkg/session", "pkg/session/recording"},
-	"pkg/asciicast":          {"pkg/session"},
+	"pkg/admin":              {"pkg/asciicast", "pkg/session", "pkg/session/recording", "pkg/session/transcript"},
+	"pkg/execproc":           {"pkg/workload"},
+	"pkg/portforward":        {"pkg/workload"},
+	"pkg/session":            {"pkg/workload"},
 	"pkg/session/audit":      {"pkg/session"},
 	"pkg/session/limits":     {"pkg/session"},
-	"pkg/session/recording":  {"pkg/asciicast", "pkg/session"},
+	"pkg/session/recording":  {"pkg/asciicast", "pkg/session", "pkg/session/transcript", "pkg/workload"},
+	"pkg/session/transcript": {"pkg/asciicast", "pkg/session"},
 	"pkg/check":              {"pkg/config", "pkg/cri", "pkg/endpoint"},
 	"pkg/config":             {"pkg/endpoint"},
 	"pkg/metrics":            {"pkg/session"},
 	"pkg/nodeinstall":        {"pkg/endpoint"},
 	"pkg/tracing":            {"pkg/session"},
-	"pkg/cri":                {"pkg/endpoint", "pkg/session", "pkg/streaming"},
+	"pkg/cri":                {"pkg/endpoint", "pkg/session", "pkg/streaming", "pkg/workload"},
 	"pkg/streaming": {
-		"pkg/session", "pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket",
+		"pkg/session", "pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket", "pkg/workload",
 	},
 }
 

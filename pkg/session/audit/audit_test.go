@@ -20,6 +20,7 @@ import (
 
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 func fileConfig(t *testing.T) Config {
@@ -42,7 +43,7 @@ func newLog(t *testing.T, c Config) *Log {
 
 var info = session.Info{
 	Kind:     session.Exec,
-	Target:   session.Target{PodName: "web", PodNamespace: "shop", ContainerName: "app", ContainerID: "c1", SandboxID: "s1", PodUID: "u1"},
+	Target:   workload.Target{PodName: "web", PodNamespace: "shop", ContainerName: "app", ContainerID: "c1", SandboxID: "s1", PodUID: "u1"},
 	Command:  []string{"sh", "-c", "echo secret"},
 	Protocol: "SPDY/3.1 v4.channel.k8s.io", Peer: "127.0.0.1:1", TTY: true,
 	User: &session.User{UID: 1000, GID: 2000}, AuditID: "a-1",

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 func refusal(err error) session.Refusal {
@@ -23,7 +24,7 @@ func refusal(err error) session.Refusal {
 }
 
 func exec(pod, container string) session.Info {
-	return session.Info{Kind: session.Exec, Target: session.Target{PodUID: pod, ContainerID: container}}
+	return session.Info{Kind: session.Exec, Target: workload.Target{PodUID: pod, ContainerID: container}}
 }
 
 func TestCounts(t *testing.T) {
@@ -50,7 +51,7 @@ func TestCounts(t *testing.T) {
 	begin(exec("p1", "c1"), "")
 	begin(exec("p1", "c1"), "")
 	begin(exec("p1", "c1"), "limits.sessions_per_container")
-	forward := session.Info{Kind: session.PortForward, Target: session.Target{PodUID: "p1"}}
+	forward := session.Info{Kind: session.PortForward, Target: workload.Target{PodUID: "p1"}}
 	begin(forward, "") // has no container
 	begin(exec("p1", "c2"), "limits.sessions_per_pod")
 	begin(exec("p2", "c3"), "")
@@ -103,7 +104,7 @@ func TestCountsAtOnce(t *testing.T) {
 func TestDeny(t *testing.T) {
 	yes, no := true, false
 	full := session.Info{
-		Kind: session.Exec, TTY: true, Target: session.Target{PodNamespace: "bank"},
+		Kind: session.Exec, TTY: true, Target: workload.Target{PodNamespace: "bank"},
 		PodLabels: map[string]string{"tier": "data"},
 	}
 	with := func(change func(*session.Info)) session.Info {

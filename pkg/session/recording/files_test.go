@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // What names say is what was recorded, newest first; nothing else in the directory is listed or opened.
@@ -16,7 +17,7 @@ func TestFiles(t *testing.T) {
 	var names []string
 	for n, pod := range []string{"old", "new"} {
 		s := &session.Session{ID: "0123abcd", Start: time.Date(2026, 11, 27, 12, n, 0, 0, time.UTC), Info: session.Info{
-			Target: session.Target{PodNamespace: "shop", PodName: pod, ContainerName: "app"},
+			Target: workload.Target{PodNamespace: "shop", PodName: pod, ContainerName: "app"},
 		}}
 		names = append(names, fileName(s))
 	}

@@ -17,6 +17,8 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/asciicast"
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/session/transcript"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // Config is what is recorded, and where. A limit of 0 is none, except where noted.
@@ -31,8 +33,8 @@ type Config struct {
 	MinAge    time.Duration      // for which a recording is kept whatever the limits; new ones are refused instead
 	Buffer    int                // bytes of one session that may wait to be written; must be set
 	Command   session.CommandLevel
-	// Deny refuses or ends a session that cannot be recorded completely. Otherwise it goes on with a
-	// gap in its recording, or without one.
+	// Deny refuses or ends a session that cannot be recorded completely, and shows nothing before it is
+	// written. Otherwise a session goes on with a gap in its recording, or without one.
 	Deny bool
 }
 
@@ -40,7 +42,7 @@ type Config struct {
 const Suffix = ".cast"
 
 // Recorder is a session.Guard that records those sessions that its rules choose. Sessions never wait
-// for their recording: a buffer stands in between, and a goroutine for each recording writes.
+// for their recording, unless Deny is set: a buffer stands in between, and a goroutine for each recording writes.
 type Recorder struct {
 	log        *slog.Logger
 	room       session.TapRoom
@@ -182,7 +184,12 @@ func (r *Recorder) begin(config Config, s *session.Session) (*recording, error) 
 		return nil, err
 	}
 	rec.queue = session.NewTapQueue(config.Buffer, r.room, config.Input, rec.overflow)
-	rec.remove = s.Taps.Add(rec.queue)
+	var tap session.Tap = rec.queue
+	if config.Deny {
+		rec.firm = newFirmTap(rec, r.room)
+		tap = rec.firm
+	}
+	rec.remove = s.Taps.Add(tap)
 	r.writers.Go(func() { place.retain(config) }) // apart: the session's buffer must not fill up meanwhile
 	r.writers.Go(func() {
 		rec.run()
@@ -227,17 +234,18 @@ type recording struct {
 	path    string
 	file    *os.File
 	queue   *session.TapQueue
+	firm    *firmTap // with Deny; the queue has sizes alone then
 	remove  func()
 	flawed  func()               // counts it as incomplete, once
 	outcome chan session.Outcome // filled at the end of the session
 
 	cast     *asciicast.Writer
-	encoder  *asciicast.Encoder
-	buffer   []byte    // lines that are not written yet
-	size     int64     // bytes that are
-	events   int       // other than sizes
-	ending   bool      // the last event may use endReserve
-	lastSize [2]uint16 // of the terminal
+	encoder  *transcript.Encoder
+	buffer   []byte        // lines that are not written yet
+	size     int64         // bytes that are
+	events   int           // other than sizes
+	ending   bool          // the last event may use endReserve
+	lastSize workload.Size // of the terminal
 }
 
 // defaultWidth and defaultHeight are for a session whose size is not known, or not yet.
@@ -249,11 +257,10 @@ const (
 // resize notes a new size of the terminal. The first one, which comes before any output, belongs
 // into the header: not all players know of later ones.
 func (rec *recording) resize(e *session.TapEvent) error {
-	size := [2]uint16{e.Width, e.Height}
-	if size == rec.lastSize {
+	if e.Size == rec.lastSize {
 		return nil
 	}
-	rec.lastSize = size
+	rec.lastSize = e.Size
 	if rec.events > 0 {
 		return rec.encoder.Encode(e)
 	}
@@ -265,7 +272,7 @@ func (rec *recording) resize(e *session.TapEvent) error {
 	}
 	rec.place.grew(-rec.size)
 	rec.size, rec.buffer = 0, rec.buffer[:0]
-	return rec.writeHeader(int(e.Width), int(e.Height))
+	return rec.writeHeader(int(e.Size.Width), int(e.Size.Height))
 }
 
 func (rec *recording) writeHeader(width, height int) error {
@@ -288,7 +295,7 @@ func (rec *recording) writeHeader(width, height int) error {
 	if err != nil {
 		return err
 	}
-	rec.encoder = asciicast.NewEncoder(rec.cast, s.Start, s.TTY)
+	rec.encoder = transcript.NewEncoder(rec.cast, s.Start, s.TTY)
 	return rec.flush()
 }
 
@@ -330,7 +337,8 @@ func (rec *recording) flush() error {
 	return err
 }
 
-// overflow is called on the session's way when the disk is too slow for it.
+// overflow is called on the session's way when the disk is too slow for it, or with Deny for more sizes of its
+// terminal than anybody has.
 func (rec *recording) overflow() {
 	rec.flawed()
 	if rec.config.Deny {
@@ -351,9 +359,13 @@ func (rec *recording) run() {
 	defer rec.file.Close() //nolint:errcheck // see finish
 	err := rec.copy()
 	if err != nil && rec.config.Deny {
-		rec.failed() // before the queue is closed, which would let any amount pass
+		rec.failed() // before whoever waits for the write goes on
 	}
-	rec.remove()
+	if rec.firm != nil {
+		close(rec.firm.ended) // and it stays where it is, until the session has ended: nothing more is delivered
+	} else {
+		rec.remove()
+	}
 	rec.queue.Close()
 	rec.queue.Release()
 	if err != nil {
@@ -364,21 +376,26 @@ func (rec *recording) run() {
 }
 
 func (rec *recording) copy() error {
+	var awaited chan firmEvent
+	if rec.firm != nil {
+		awaited = rec.firm.events
+	}
 	for {
-		<-rec.queue.Ready() // end closes the queue at the latest
+		var now firmEvent
+		select {
+		case <-rec.queue.Ready(): // end closes the queue at the latest
+		case now = <-awaited:
+		}
 		events, more := rec.queue.Take()
 		for i := range events {
-			e := &events[i]
-			if e.Kind == session.TapResize {
-				if err := rec.resize(e); err != nil {
-					return err
-				}
-				continue
-			}
-			if err := rec.encoder.Encode(e); err != nil {
+			if err := rec.encode(&events[i]); err != nil {
 				return err
 			}
-			rec.events++
+		}
+		if now.written != nil {
+			if err := rec.encode(&now.TapEvent); err != nil {
+				return err
+			}
 		}
 		if !more {
 			return rec.encoder.Close(time.Now())
@@ -386,7 +403,18 @@ func (rec *recording) copy() error {
 		if err := rec.flush(); err != nil {
 			return err
 		}
+		if now.written != nil {
+			now.written <- struct{}{}
+		}
 	}
+}
+
+func (rec *recording) encode(e *session.TapEvent) error {
+	if e.Kind == session.TapResize {
+		return rec.resize(e)
+	}
+	rec.events++
+	return rec.encoder.Encode(e)
 }
 
 // finish writes why the recording ends.

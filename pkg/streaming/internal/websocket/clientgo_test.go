@@ -26,12 +26,12 @@ import (
 	"k8s.io/streaming/pkg/httpstream"
 	"k8s.io/streaming/pkg/httpstream/spdy"
 
-	"github.com/streamshim/streamshim/pkg/streaming"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
+	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // A channel is what the streaming server's sessions work with.
-var _ streaming.Stream = (*websocket.Channel)(nil)
+var _ workload.Stream = (*websocket.Channel)(nil)
 
 // serve runs an HTTP server whose handlers have returned when the test ends.
 func serve(t *testing.T, handler http.HandlerFunc) *httptest.Server {

@@ -1,25 +1,27 @@
-package asciicast
+// Package transcript writes what a tap of a session has seen as an asciicast.
+package transcript
 
 import (
 	"bytes"
 	"fmt"
 	"time"
 
+	"github.com/streamshim/streamshim/pkg/asciicast"
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
 // Encoder writes what a session's tap has seen.
 type Encoder struct {
-	cast  *Writer
+	cast  *asciicast.Writer
 	start time.Time
 	tty   bool
 
-	stdout, stderr, input Text
+	stdout, stderr, input asciicast.Text
 }
 
 // NewEncoder returns an encoder that counts time from start. Without a terminal nobody has turned
 // the ends of lines into what players want; then the encoder does.
-func NewEncoder(cast *Writer, start time.Time, tty bool) *Encoder {
+func NewEncoder(cast *asciicast.Writer, start time.Time, tty bool) *Encoder {
 	return &Encoder{cast: cast, start: start, tty: tty}
 }
 
@@ -32,17 +34,17 @@ func (e *Encoder) Encode(event *session.TapEvent) error {
 		if event.From == session.Stderr {
 			text = &e.stderr
 		}
-		return e.text(at, Output, text.Next(event.Data))
+		return e.text(at, asciicast.Output, text.Next(event.Data))
 	case session.TapInput:
-		return e.text(at, Input, e.input.Next(event.Data))
+		return e.text(at, asciicast.Input, e.input.Next(event.Data))
 	case session.TapResize:
-		return e.cast.Write(at, Resize, []byte(Size(int(event.Width), int(event.Height))))
+		return e.cast.Write(at, asciicast.Resize, []byte(asciicast.Size(int(event.Size.Width), int(event.Size.Height))))
 	default:
 		// What comes next does not continue a character from before the gap.
 		if err := e.Close(event.At); err != nil {
 			return err
 		}
-		return e.cast.Write(at, Marker, fmt.Appendf(nil, "streamshim: %d bytes are missing here", event.Lost))
+		return e.cast.Write(at, asciicast.Marker, fmt.Appendf(nil, "streamshim: %d bytes are missing here", event.Lost))
 	}
 }
 
@@ -50,18 +52,18 @@ func (e *Encoder) Encode(event *session.TapEvent) error {
 func (e *Encoder) Close(end time.Time) error {
 	at := end.Sub(e.start)
 	for _, rest := range [][]byte{e.stdout.Rest(), e.stderr.Rest()} {
-		if err := e.text(at, Output, rest); err != nil {
+		if err := e.text(at, asciicast.Output, rest); err != nil {
 			return err
 		}
 	}
-	return e.text(at, Input, e.input.Rest())
+	return e.text(at, asciicast.Input, e.input.Rest())
 }
 
 func (e *Encoder) text(at time.Duration, code string, text []byte) error {
 	if len(text) == 0 {
 		return nil
 	}
-	if !e.tty && code == Output {
+	if !e.tty && code == asciicast.Output {
 		text = bytes.ReplaceAll(text, []byte("\n"), []byte("\r\n"))
 	}
 	return e.cast.Write(at, code, text)
