@@ -170,6 +170,19 @@ bin/image: test/internal/tools/image/go.mod test/internal/tools/image/main.go
 	@cd test/internal/tools/image && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -o $(CURDIR)/bin/ .
 	@touch $@
 
+PLUGIN_PLATFORMS := linux-amd64 linux-arm64 darwin-arm64
+
+.PHONY: plugin
+plugin: ## kubectl streamshim for krew: archives and their sums in PACKAGES_DIR (dist)
+	@mkdir -p $(PACKAGES_DIR)
+	@for platform in $(PLUGIN_PLATFORMS); do \
+		GOOS=$${platform%-*} GOARCH=$${platform#*-} CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' \
+			-o bin/plugin-$$platform/ ./cmd/kubectl-streamshim; \
+		tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -C bin/plugin-$$platform -cf - kubectl-streamshim -C $(CURDIR) LICENSE \
+			| gzip -9n >$(PACKAGES_DIR)/kubectl-streamshim-$$platform.tar.gz; \
+	done
+	@cd $(PACKAGES_DIR) && sha256sum kubectl-streamshim-*.tar.gz
+
 .PHONY: manifests print-manifests
 manifests: bin/helm ## write deploy/manifests from the chart in deploy/helm
 	@$(MAKE) -s print-manifests >deploy/manifests/streamshim.yaml

@@ -175,6 +175,10 @@ func (f *fleet) load() {
 func (f *fleet) manifests(mark string, more ...string) string {
 	f.t.Helper()
 	run := filepath.Join(f.dir, "run")
+	timeout := "3m"
+	if mark == "broken" {
+		timeout = "30s" // it will not be Ready however long
+	}
 	values := map[string]any{
 		"namespace": map[string]any{"create": true},
 		"image":     map[string]any{"tag": "test", "pullPolicy": "Never"},
@@ -183,7 +187,7 @@ func (f *fleet) manifests(mark string, more ...string) string {
 		"apiServer": "https://" + strings.TrimPrefix(f.server(), "https://"),
 		"metrics":   map[string]any{"nodeAddress": f.node.Address + ":9477", "podMonitor": map[string]any{"enabled": true}},
 		"node": map[string]any{
-			"runDir": run, "logDir": filepath.Join(f.dir, "log"), "prefix": filepath.Join(f.dir, "opt"), "readyTimeout": "40s",
+			"runDir": run, "logDir": filepath.Join(f.dir, "log"), "prefix": filepath.Join(f.dir, "opt"), "readyTimeout": timeout,
 			"kubelet": "plain", "kubeletConfig": filepath.Join(f.node.Dir(), "kubelet.yaml"),
 			"extraArgs": []string{
 				"--systemctl=" + f.services.program, "--unit-dir=" + f.services.units, "--listen=unix://" + run + "/streamshim.sock",
