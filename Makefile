@@ -187,7 +187,7 @@ plugin: ## kubectl streamshim for krew: archives and their sums in PACKAGES_DIR 
 manifests: bin/helm ## write deploy/manifests from the chart in deploy/helm
 	@$(MAKE) -s print-manifests >deploy/manifests/streamshim.yaml
 print-manifests:
-	@bin/helm template streamshim deploy/helm/streamshim --namespace streamshim-system --set namespace.create=true
+	@bin/helm template streamshim deploy/helm/streamshim --kube-version 1.36.0 --namespace streamshim-system --set namespace.create=true
 
 # Modules of their own, so that their dependencies stay out of the product's.
 bin/helm bin/kubeconform: test/internal/tools/helm/go.mod

@@ -184,6 +184,7 @@ type agent struct {
 	flagSet   *pflag.FlagSet
 	uninstall bool
 	interval  time.Duration
+	host      int // process whose namespaces are the node's
 	log       *slog.Logger
 	settled   atomic.Bool // the node is as it should be
 }
@@ -203,6 +204,7 @@ It serves /readyz, and at /metrics what streamshim serves at its loopback addres
 	a.flags = addNodeFlags(command.Flags())
 	command.Flags().BoolVar(&a.uninstall, "uninstall", false, "take streamshim away")
 	command.Flags().DurationVar(&a.interval, "interval", 5*time.Minute, "`time` after which to look at the node again")
+	command.Flags().IntVar(&a.host, "host-process", 1, "`pid` of a process in the node's namespaces")
 	address := command.Flags().String("serve", ":9478", "`address` of /readyz and /metrics in the pod")
 	metrics := command.Flags().String("node-metrics", "127.0.0.1:9477", "metrics_address of streamshim on the node")
 	command.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -243,7 +245,7 @@ func (a *agent) handler(metrics string) http.Handler {
 		Transport: &http.Transport{
 			DisableKeepAlives: true,
 			DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
-				return nodeinstall.DialOnHost(ctx, address)
+				return nodeinstall.DialOnHost(ctx, a.host, address)
 			},
 		},
 		ErrorLog: slog.NewLogLogger(a.log.Handler(), slog.LevelDebug),
@@ -296,7 +298,7 @@ func (a *agent) once(ctx context.Context) error {
 		value := f.Value.String()
 		var err error
 		switch f.Name {
-		case "uninstall", "interval", "serve", "node-metrics":
+		case "uninstall", "interval", "host-process", "serve", "node-metrics":
 			return
 		case "service-account":
 			value, err = handOver(value)
@@ -317,7 +319,7 @@ func (a *agent) once(ctx context.Context) error {
 	command.Dir = "/"
 	command.Stdout, command.Stderr, command.ExtraFiles = os.Stdout, os.Stderr, files
 	command.Cancel = func() error { return command.Process.Signal(syscall.SIGTERM) } // a move is brought to its end
-	if err := nodeinstall.StartOnHost(command); err != nil {
+	if err := nodeinstall.StartOnHost(a.host, command); err != nil {
 		return err
 	}
 	if err := command.Wait(); err != nil && ctx.Err() == nil {

@@ -11,10 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// StartOnHost starts a command in the mount, network and UTS namespaces of process 1, which with the
-// pod's hostPID is the node's, so that it sees the node's files and addresses. It needs CAP_SYS_ADMIN,
-// CAP_SYS_CHROOT and CAP_SYS_PTRACE. The command's path is looked up there.
-func StartOnHost(command *exec.Cmd) error {
+// StartOnHost starts a command in the mount, network and UTS namespaces of a process of the node, such as
+// process 1 where the pod has hostPID, so that it sees the node's files and addresses. It needs
+// CAP_SYS_ADMIN, CAP_SYS_CHROOT and CAP_SYS_PTRACE. The command's path is looked up there.
+func StartOnHost(process int, command *exec.Cmd) error {
 	started := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // and never unlocked: the thread ends with this goroutine
@@ -27,7 +27,7 @@ func StartOnHost(command *exec.Cmd) error {
 				name string
 				kind int
 			}{{"net", unix.CLONE_NEWNET}, {"uts", unix.CLONE_NEWUTS}, {"mnt", unix.CLONE_NEWNS}} {
-				if err := enter(namespace.name, namespace.kind); err != nil {
+				if err := enter(process, namespace.name, namespace.kind); err != nil {
 					return err
 				}
 			}
@@ -37,8 +37,8 @@ func StartOnHost(command *exec.Cmd) error {
 	return <-started
 }
 
-// DialOnHost connects to a TCP address, IP and port, in the network namespace of process 1.
-func DialOnHost(ctx context.Context, address string) (net.Conn, error) {
+// DialOnHost connects to a TCP address, IP and port, in the network namespace of a process.
+func DialOnHost(ctx context.Context, process int, address string) (net.Conn, error) {
 	type result struct {
 		conn net.Conn
 		err  error
@@ -46,7 +46,7 @@ func DialOnHost(ctx context.Context, address string) (net.Conn, error) {
 	dialled := make(chan result, 1)
 	go func() {
 		runtime.LockOSThread() // as above
-		if err := enter("net", unix.CLONE_NEWNET); err != nil {
+		if err := enter(process, "net", unix.CLONE_NEWNET); err != nil {
 			dialled <- result{nil, err}
 			return
 		}
@@ -58,8 +58,8 @@ func DialOnHost(ctx context.Context, address string) (net.Conn, error) {
 	return r.conn, r.err
 }
 
-func enter(name string, kind int) error {
-	file, err := os.Open("/proc/1/ns/" + name)
+func enter(process int, name string, kind int) error {
+	file, err := os.Open(fmt.Sprintf("/proc/%d/ns/%s", process, name))
 	if err != nil {
 		return fmt.Errorf("%w; the pod needs hostPID and to be privileged", err)
 	}

@@ -173,7 +173,7 @@ func (i *Installer) Install(ctx context.Context) (changed bool, err error) {
 	if err != nil {
 		return undo(err)
 	}
-	if err := i.start(ctx); err != nil {
+	if err := i.start(ctx, state.Upstream); err != nil {
 		return undo(err)
 	}
 	state.OwnsConfiguration = state.OwnsConfiguration || wroteConfiguration
@@ -189,7 +189,7 @@ func (i *Installer) Install(ctx context.Context) (changed bool, err error) {
 }
 
 // start starts streamshim and has it checked by the program that was installed, as the node would run it.
-func (i *Installer) start(ctx context.Context) error {
+func (i *Installer) start(ctx context.Context, upstream string) error {
 	if err := errors.Join(i.Services.Reload(ctx), i.Services.Enable(ctx, unit)); err != nil {
 		return err
 	}
@@ -198,7 +198,7 @@ func (i *Installer) start(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
-	out, err := command(ctx, i.programPath(), "check", "--config="+i.ConfigFile, "--listen="+i.Listen, "--kubelet-config="+i.Kubelet.File)
+	out, err := command(ctx, i.programPath(), "check", "--config="+i.ConfigFile, "--listen="+i.Listen, "--upstream="+upstream, "--kubelet-config="+i.Kubelet.File)
 	for line := range strings.Lines(string(out)) {
 		i.Log.Info("streamshim check", "says", strings.TrimSpace(line))
 	}

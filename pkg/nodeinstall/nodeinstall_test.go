@@ -63,7 +63,9 @@ type fixture struct {
 }
 
 // program answers "streamshim check", well or badly.
-func program(check string) string { return "#!/bin/sh\necho checked\n" + check + "\n" }
+func program(check string) string {
+	return "#!/bin/sh\ncase \"$*\" in *--upstream=unix:///run/containerd/*) ;; *) exit 2 ;; esac\n" + check + "\n"
+}
 
 func newFixture(t *testing.T) *fixture {
 	t.Helper()
