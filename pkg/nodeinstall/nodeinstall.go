@@ -168,6 +168,7 @@ func (i *Installer) Install(ctx context.Context) (changed bool, err error) {
 		if upgrade { // the node needs the version that was there
 			return fail(errors.Join(why, undoFiles(), i.restart(ctx, unit)))
 		}
+		state.OwnsConfiguration = false
 		return fail(errors.Join(why, i.Services.Disable(ctx, unit), undoFiles()))
 	}
 	if err != nil {
@@ -257,9 +258,13 @@ func (i *Installer) waitReady(ctx context.Context, since time.Time) error {
 	defer cancel()
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
+	reason := "it has not answered"
 	for {
-		ready, reason, err := i.Readiness.Ready(ctx, since)
-		if err != nil {
+		ready, why, err := i.Readiness.Ready(ctx, since)
+		switch {
+		case err == nil:
+			reason = why
+		case ctx.Err() == nil: // not the end of the time itself, which says less than what was before
 			reason = err.Error()
 		}
 		if ready {
