@@ -18,7 +18,7 @@ LAB_K8S_DIR ?= .lab-k8s
 # shim: streamshim alone, as CI runs it; quick: beside bare containerd; full: every setting, slowly
 E2E ?= quick
 # Go packages under test, for instance: make test PACKAGES=./pkg/execproc NODE_PACKAGES=./test/internal/node
-PACKAGES ?= ./cmd/... ./pkg/... ./tools/...
+PACKAGES ?= ./cmd/... ./pkg/... ./internal/... ./tools/...
 NODE_PACKAGES ?= ./test/...
 
 say = @echo '== $(1)'
@@ -36,12 +36,23 @@ build: ## build bin/streamshim
 test: peers build ## run all tests, with the race detector and against real containerd, runc and critest
 	$(call say,compiling the tests)
 	go build -race ./...
-	$(call say,testing: packages by themselves$(,) then with real nodes one after the other$(,) because they share host ports)
+	$(call say,testing: packages by themselves$(,) then with real nodes$(,) two packages at a time$(,) then critest alone)
 	@# -parallel: on two cores two tests at once would mostly sleep, as those of test/integration/exec do.
+	@# Nodes have sockets, bridges and cgroups of their own, only critest's pods take ports of the host.
 	@result=0; export STREAMSHIM_REAL=required; \
 	go test -race -p 4 -parallel 8 -count 1 -timeout 20m $(PACKAGES) || result=1; \
-	go test -race -p 1 -parallel 4 -count 1 -timeout 15m $(NODE_PACKAGES) || result=1; \
+	if [ -n "$(NODE_PACKAGES)" ]; then \
+		nodes=$$(go list $(NODE_PACKAGES) | grep -v '/test/critest$$' || true); \
+		[ -z "$$nodes" ] || go test -race -p 2 -parallel 4 -count 1 -timeout 20m $$nodes || result=1; \
+		critest=$$(go list $(NODE_PACKAGES) | grep '/test/critest$$' || true); \
+		[ -z "$$critest" ] || go test -race -count 1 -timeout 15m $$critest || result=1; \
+	fi; \
 	exit $$result
+
+.PHONY: check
+check: build lint ## the inner loop: build, lint and the fast tests, without the race detector and without nodes; what has not changed is not run again
+	$(call say,testing: what is fast)
+	go test -short -timeout 5m $(PACKAGES) ./test/imports ./test/docs
 
 .PHONY: critest
 critest: peers build ## run only the CRI conformance suite, through streamshim and without it
@@ -109,14 +120,21 @@ gobench: peers ## run the packages' own Go benchmarks
 	go test -run '^$$' -bench . -benchmem -p 1 -timeout 60m $(PACKAGES)
 
 .PHONY: lab
-lab: peers build ## a private containerd with streamshim in front, and a shell in a pod
-	@go build -buildvcs=false -o bin/lab ./test/internal/lab
+lab: setup ## a private containerd with streamshim in front, and a shell in a pod
+	$(call say,what a node needs: built once$(,) then taken from the cache)
+	@test/internal/peers/build.sh >/dev/null
+	$(call say,streamshim)
+	@$(MAKE) build bin/lab
 	@bin/lab -dir $(LAB_DIR) up
 
 .PHONY: lab-down
-lab-down: ## take the lab down without a trace
-	@go build -buildvcs=false -o bin/lab ./test/internal/lab
+lab-down: bin/lab ## take the lab down without a trace
 	@bin/lab -dir $(LAB_DIR) down
+
+# Built as streamshim is, so that what both stand on is compiled once.
+.PHONY: bin/lab
+bin/lab:
+	@CGO_ENABLED=0 go build -trimpath -buildvcs=false -o bin/lab ./test/internal/lab
 
 .PHONY: lab-k8s
 lab-k8s: peers kubernetes build ## a whole Kubernetes node with streamshim, and kubectl exec in a pod
@@ -143,6 +161,12 @@ ARCH ?= $(shell go env GOARCH)
 .PHONY: packages
 packages: build bin/nfpm bin/cyclonedx-gomod ## .deb, .rpm, bill of materials and checksums for ARCH (this machine's), in PACKAGES_DIR (dist)
 	@VERSION='$(VERSION)' PACKAGE_VERSION='$(PACKAGE_VERSION)' deploy/package/build.sh $(PACKAGES_DIR) $(ARCH)
+
+# A tag has both; anything else is for trying: make release RELEASE=devel
+RELEASE ?= $(shell git describe --tags --exact-match --match 'v[0-9]*' 2>/dev/null)
+.PHONY: release
+release: ## everything that a release has, of the tag that is checked out, in PACKAGES_DIR (dist)
+	@deploy/release.sh "$(RELEASE)" $(PACKAGES_DIR)
 
 # Each is a module of its own, so that its dependencies stay out of the product's.
 bin/nfpm: test/internal/tools/nfpm/go.mod
@@ -219,7 +243,7 @@ setup:
 .PHONY: peers
 peers: setup
 	$(call say,containerd$(,) runc$(,) CNI plugins$(,) crictl$(,) critest: built once$(,) then taken from the cache)
-	@test/internal/peers/build.sh >/dev/null
+	@test/internal/peers/build.sh busybox runc cni critools containerd critest >/dev/null
 
 .PHONY: kubernetes
 kubernetes: setup

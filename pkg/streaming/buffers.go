@@ -32,7 +32,7 @@ func (b *Buffers) Refused() int64 { return b.refused.Load() }
 // share is what one session has of it. The caller closes it when the session is over.
 func (b *Buffers) share() *bufferShare { return &bufferShare{buffers: b} }
 
-// bufferShare is the room of one session, the spdy.Room and websocket.Room of its connections. When it is closed it
+// bufferShare is the room of one session, the memory.Room of its connections. When it is closed it
 // gives back what the connections never did: what has arrived and is not read when a session ends stays in their streams.
 type bufferShare struct {
 	buffers *Buffers

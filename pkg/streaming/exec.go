@@ -153,6 +153,8 @@ func (s *Server) acceptSPDYRemoteCommand(w http.ResponseWriter, r *http.Request,
 			delete(expected, name)
 			*slot = stream
 			if name == streamTypeError {
+				// Before the client knows that it has its streams. It does not wait: nothing else has been sent.
+				client.protocol.promiseStatus(stream)
 				client.statusRefused = stream.Done()
 				client.failureOpened <- stream
 			}

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
 	"github.com/streamshim/streamshim/pkg/workload"
@@ -156,7 +157,7 @@ func (in *input) watchPipe() {
 		return
 	}
 	var reader *os.File
-	control(file, func(fd int) {
+	socket.Control(file, func(fd int) {
 		reader, _ = os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", fd), os.O_RDONLY|unix.O_NONBLOCK, 0) //nolint:errcheck // then what is in the pipe counts as taken
 	})
 	in.mu.Lock()
@@ -170,7 +171,7 @@ func (in *input) watchPipe() {
 
 // pending is how many bytes lie in a pipe, seen from either of its ends.
 func pending(pipe syscall.Conn) (bytes int) {
-	control(pipe, func(fd int) { bytes, _ = unix.IoctlGetInt(fd, unix.TIOCINQ) }) //nolint:errcheck // then nothing is known to be there
+	socket.Control(pipe, func(fd int) { bytes, _ = unix.IoctlGetInt(fd, unix.TIOCINQ) }) //nolint:errcheck // then nothing is known to be there
 	return bytes
 }
 

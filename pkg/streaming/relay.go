@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
@@ -280,7 +281,10 @@ func (r *relay) detach() {
 }
 
 // Pending is how much the upstream's kernel has not acknowledged.
-func (i relayInput) Pending() int { return unacknowledged(i.relay.network) }
+func (i relayInput) Pending() int {
+	n, _ := socket.Unacknowledged(i.relay.network) // 0 is a good guess
+	return n
+}
 
 // ClientLeft passes the end of the client's input on although the session was to go on after it: there is
 // nobody left whose output could be cut. Only where it is also the end of the container's, it must have come.
@@ -332,6 +336,9 @@ func (r *relay) ContainerEnding() bool { return false }
 
 // PID implements Process.
 func (r *relay) PID() int { return 0 }
+
+// StandIn implements Process.
+func (r *relay) StandIn() string { return "" }
 
 // Signal implements Process.
 func (r *relay) Signal(syscall.Signal) error { return session.ErrNotSupported }

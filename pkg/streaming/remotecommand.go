@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
@@ -134,6 +135,7 @@ func (s *remoteCommandSession) run() session.Outcome {
 		return s.startFailed(ctx, err)
 	}
 	s.process = process
+	s.session.SetHelper(process.StandIn())
 	s.session.SetPhase(session.Running)
 	s.beginOperating(process)
 	s.terminal.attach(s.announcingSizes(process))
@@ -384,7 +386,7 @@ func (s *remoteCommandSession) holdInput() (release func()) {
 		return release
 	}
 	if stdin, ok := s.input.stdin.(*os.File); ok {
-		control(stdin, func(fd int) {
+		socket.Control(stdin, func(fd int) {
 			if held, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err == nil { //nolint:gosec // a descriptor
 				release = func() { unix.Close(held) } //nolint:errcheck // a pipe's end
 			}

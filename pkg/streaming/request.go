@@ -94,6 +94,9 @@ type Process interface {
 
 	// PID is the process in our pid namespace, 0 for one of the upstream's.
 	PID() int
+	// StandIn is the name of the helper of ours that runs instead of the command, which the container does not
+	// have; otherwise empty.
+	StandIn() string
 	// Signal sends a signal to the process itself, not to its tree. The error is session.ErrNotSupported for
 	// a process of the upstream's.
 	Signal(syscall.Signal) error

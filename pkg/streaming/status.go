@@ -2,6 +2,7 @@ package streaming
 
 import (
 	"encoding/json"
+	"io"
 	"strconv"
 )
 
@@ -77,6 +78,16 @@ func (s *status) encode(p remoteCommandProtocol) []byte {
 		return nil
 	}
 	return []byte(s.Message)
+}
+
+// promiseStatus begins the error stream with a space, which JSON allows before the status. Clients of spdystream (kubectl,
+// crictl, kubelet, API server) see a connection that breaks, by FIN or reset alike, as the end of all its streams, and an error
+// stream that ends empty as success. So should this process be killed, they find something that is no status, and say so.
+// Before v4 every byte is a failure, and nothing can be promised.
+func (p remoteCommandProtocol) promiseStatus(failure io.Writer) {
+	if p.jsonStatus {
+		io.WriteString(failure, " ") //nolint:errcheck // a client that has gone is noticed elsewhere
+	}
 }
 
 // exitCode is the exit code that a status carries: 0 for success, -1 for a failure without one.

@@ -4,12 +4,12 @@ import (
 	"context"
 	"net"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 )
 
 const watchInterval = 5 * time.Second
@@ -112,7 +112,8 @@ func (w *watcher) look(e *watchedSession, now time.Time) {
 		e.since = now
 		return
 	}
-	p := progress{lastReceived: e.client.LastReceived(), unsent: unacknowledged(e.network)}
+	unsent, _ := socket.Unacknowledged(e.network) // 0 is a good guess
+	p := progress{lastReceived: e.client.LastReceived(), unsent: unsent}
 	p.received, p.sent = e.client.Transferred()
 	if p != e.progress {
 		e.progress, e.since = p, now
@@ -128,7 +129,7 @@ func setKeepAlive(c net.Conn) {
 		tcp.SetKeepAliveConfig(net.KeepAliveConfig{ //nolint:errcheck // a dead peer is then noticed later
 			Enable: true, Idle: keepAliveIdle, Interval: keepAliveInterval, Count: keepAliveCount,
 		})
-		control(tcp, func(fd int) {
+		socket.Control(tcp, func(fd int) {
 			// Probes of a closed window back off to two minutes otherwise (Linux 6.15 and later).
 			unix.SetsockoptInt(fd, unix.IPPROTO_TCP, tcpRTOMaxMs, int(maxProbeInterval/time.Millisecond)) //nolint:errcheck // older kernels do not know it
 		})
@@ -149,7 +150,7 @@ func peerIsDead(c net.Conn, limit time.Duration) bool {
 		return false
 	}
 	dead := false
-	control(tcp, func(fd int) {
+	socket.Control(tcp, func(fd int) {
 		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
 		if err != nil {
 			return
@@ -159,21 +160,4 @@ func peerIsDead(c net.Conn, limit time.Duration) bool {
 		dead = owed && silent >= limit
 	})
 	return dead
-}
-
-// unacknowledged is how many bytes were written to the connection and have not arrived yet.
-func unacknowledged(c net.Conn) int {
-	tcp, ok := c.(*net.TCPConn)
-	if !ok {
-		return 0
-	}
-	n := 0
-	control(tcp, func(fd int) { n, _ = unix.IoctlGetInt(fd, unix.SIOCOUTQ) }) //nolint:errcheck // 0 is a good guess
-	return n
-}
-
-func control(c syscall.Conn, f func(fd int)) {
-	if raw, err := c.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) { f(int(fd)) }) //nolint:errcheck // fails on a closed connection, whose session ends anyway
-	}
 }

@@ -14,7 +14,7 @@ const module = "github.com/streamshim/streamshim/"
 // here may import nothing of it.
 var allowed = map[string][]string{
 	"cmd/streamshim": {
-		"deploy", "pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/nodeinstall", "pkg/portforward",
+		"deploy", "pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/helper", "pkg/nodeinstall", "pkg/portforward",
 		"pkg/metrics", "pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming", "pkg/support", "pkg/tracing",
 		"pkg/workload",
 	},
@@ -34,8 +34,11 @@ var allowed = map[string][]string{
 	"pkg/tracing":            {"pkg/session"},
 	"pkg/cri":                {"pkg/endpoint", "pkg/session", "pkg/streaming", "pkg/workload"},
 	"pkg/streaming": {
-		"pkg/session", "pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket", "pkg/workload",
+		"pkg/session", "pkg/streaming/internal/socket", "pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket",
+		"pkg/workload",
 	},
+	"pkg/streaming/internal/spdy":      {"pkg/streaming/internal/memory"},
+	"pkg/streaming/internal/websocket": {"pkg/streaming/internal/memory", "pkg/streaming/internal/socket"},
 }
 
 // foreign are libraries that only the packages named may import, directly or not.
