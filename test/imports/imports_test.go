@@ -14,11 +14,12 @@ const module = "github.com/streamshim/streamshim/"
 // here may import nothing of it.
 var allowed = map[string][]string{
 	"cmd/streamshim": {
-		"pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/helper", "pkg/portforward",
+		"deploy", "pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/helper", "pkg/nodeinstall", "pkg/portforward",
 		"pkg/metrics", "pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming", "pkg/support", "pkg/tracing",
 		"pkg/workload",
 	},
-	"pkg/admin":              {"pkg/asciicast", "pkg/session", "pkg/session/transcript"},
+	"cmd/kubectl-streamshim": {"pkg/admin", "pkg/session"},
+	"pkg/admin":              {"pkg/asciicast", "pkg/session", "pkg/session/recording", "pkg/session/transcript"},
 	"pkg/execproc":           {"pkg/workload"},
 	"pkg/portforward":        {"pkg/workload"},
 	"pkg/session":            {"pkg/workload"},
@@ -29,6 +30,7 @@ var allowed = map[string][]string{
 	"pkg/check":              {"pkg/config", "pkg/cri", "pkg/endpoint"},
 	"pkg/config":             {"pkg/endpoint"},
 	"pkg/metrics":            {"pkg/session"},
+	"pkg/nodeinstall":        {"pkg/endpoint"},
 	"pkg/tracing":            {"pkg/session"},
 	"pkg/cri":                {"pkg/endpoint", "pkg/session", "pkg/streaming", "pkg/workload"},
 	"pkg/streaming": {
