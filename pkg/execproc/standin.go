@@ -16,7 +16,7 @@ import (
 
 // passedProgram is the path, in the process, of the one file that a runtime passes on: the first descriptor
 // behind the standard ones. The runtime looks a command up in the container, and has no other word for a file that is not in it.
-const passedProgram = "/proc/self/fd/3"
+const passedProgram = "/proc/self/fd/3" //nolint:gosec // no credential
 
 // startStandIn starts this program in the container instead of a command that failed to start because the container
 // does not have it, where Config.StandIn says so. The error is otherwise the one of that start.

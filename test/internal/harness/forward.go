@@ -196,7 +196,7 @@ func StartForward(t testing.TB, n *node.Node, pod, transport string, ports ...in
 	t.Cleanup(func() {
 		close(stop)
 		select {
-		case <-f.Ended:
+		case <-f.Ended: //nolint:errcheck // the test's own end
 		case <-time.After(testutil.Patience):
 			t.Error("the port-forward does not end")
 		}
