@@ -88,9 +88,11 @@ func (p *idleProcess) Close() error {
 }
 
 // executorFunc is an Executor of one function.
-type executorFunc func(workload.Command) (Process, error)
+type executorFunc func(workload.Command) (remoteProcess, error)
 
-func (f executorFunc) Start(_ context.Context, c workload.Command) (Process, error) { return f(c) }
+func (f executorFunc) Start(_ context.Context, c workload.Command) (remoteProcess, error) {
+	return f(c)
+}
 
 // ourGoroutines counts those that have a function of the product on their stack.
 func ourGoroutines() int {
@@ -223,7 +225,7 @@ func TestIdleTerminalIsSmall(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
 		started := make(chan *idleProcess, sessions)
-		executor := executorFunc(func(workload.Command) (Process, error) {
+		executor := executorFunc(func(workload.Command) (remoteProcess, error) {
 			p, err := newIdleProcess()
 			if err == nil {
 				started <- p
@@ -350,7 +352,7 @@ func neverAccepts(t *testing.T) (port int) {
 // A peer that connects and says nothing, or stops half way, does not stay for ever.
 func TestSilentPeersAreLetGo(t *testing.T) {
 	s := startServer(t, Config{
-		waits:    waits{streamCreation: 200 * time.Millisecond},
+		Commands: commandConfig{Waits: commandWaits{StreamCreation: 200 * time.Millisecond}},
 		Settings: Settings{IdleTimeout: map[session.Kind]time.Duration{session.PortForward: 2 * time.Second}},
 	})
 	run := s.execURL(&hostExecutor{t: t}, remotecommand.StreamOptions{Stdout: io.Discard}, "true")
