@@ -100,7 +100,7 @@ chaos: peers build ## ten minutes of everything going wrong on one node, with in
 	@bin/chaos $(CHAOSFLAGS)
 
 .PHONY: chaos-teeth
-chaos-teeth: peers build ## show that make chaos finds a leak, a cut and a stall that are injected into it
+chaos-teeth: peers build ## show in two minutes that make chaos finds a leak, a cut and a stall that are injected into it
 	@go build -buildvcs=false -o bin/chaos ./test/chaos
 	@bin/chaos -teeth -duration 40s $(CHAOSFLAGS)
 

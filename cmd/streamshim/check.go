@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -29,18 +30,8 @@ could not work.`,
 		if c.Upstream == "" {
 			c.Upstream, _ = findUpstream() // the checks say that there is none
 		}
-		bad := 0
-		table := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
-		for _, r := range check.Run(cmd.Context(), c, *kubeletConfig) {
-			fmt.Fprintf(table, "%s\t%s\t%s\n", r.Level, r.Name, r.Detail)
-			if r.Level != check.OK && r.Mend != "" {
-				fmt.Fprintf(table, "\t\t-> %s\n", r.Mend)
-			}
-			if r.Level == check.Failed {
-				bad++
-			}
-		}
-		if err := table.Flush(); err != nil {
+		bad, err := printChecks(cmd.OutOrStdout(), check.Run(cmd.Context(), c, *kubeletConfig))
+		if err != nil {
 			return err
 		}
 		if bad > 0 {
@@ -49,4 +40,19 @@ could not work.`,
 		return nil
 	}
 	return command
+}
+
+// printChecks prints results as a table and counts those that failed.
+func printChecks(to io.Writer, results []check.Result) (bad int, err error) {
+	table := tabwriter.NewWriter(to, 0, 0, 2, ' ', 0)
+	for _, r := range results {
+		fmt.Fprintf(table, "%s\t%s\t%s\n", r.Level, r.Name, r.Detail)
+		if r.Level != check.OK && r.Mend != "" {
+			fmt.Fprintf(table, "\t\t-> %s\n", r.Mend)
+		}
+		if r.Level == check.Failed {
+			bad++
+		}
+	}
+	return bad, table.Flush()
 }

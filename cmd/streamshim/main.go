@@ -11,14 +11,20 @@ import (
 	"github.com/spf13/cobra"
 )
 
+// SIGTERM and SIGINT end the process at once, whatever it waits for, except where a command has something to
+// end in order: see untilSignal.
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	err := newCommand().ExecuteContext(ctx)
-	stop()
-	if err != nil {
+	if err := newCommand().Execute(); err != nil {
 		fmt.Fprintln(os.Stderr, "streamshim:", err)
 		os.Exit(1)
 	}
+}
+
+// untilSignal returns a context that ends at SIGTERM or SIGINT. The second signal ends the process.
+func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
+	context.AfterFunc(ctx, stop)
+	return ctx, stop
 }
 
 func newCommand() *cobra.Command {
@@ -35,6 +41,6 @@ Start it with "streamshim serve" and point the kubelet's containerRuntimeEndpoin
 		SilenceErrors: true,
 	}
 	root.SetVersionTemplate(versionLine())
-	root.AddCommand(newServeCommand(), newSessionsCommand(), newCheckCommand(), newVersionCommand())
+	root.AddCommand(newServeCommand(), newSessionsCommand(), newCheckCommand(), newSupportCommand(), newVersionCommand())
 	return root
 }

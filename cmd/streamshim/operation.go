@@ -121,7 +121,7 @@ func recordingConfig(c config.Config) recording.Config {
 		MaxFiles:  c.Recording.MaxFiles,
 		MaxTotal:  c.Recording.MaxTotal,
 		MinAge:    time.Duration(c.Recording.MinAge),
-		Buffer:    c.Recording.Buffer,
+		Buffer:    config.RecordingBuffer,
 		Command:   session.CommandLevel(c.Audit.Command),
 		Deny:      c.Recording.OnFailure == "deny",
 	}
@@ -138,7 +138,7 @@ func limitsConfig(c config.Config) limits.Config {
 		SessionsPerContainer: c.Limits.SessionsPerContainer,
 		ConcurrentStarts:     c.Limits.ConcurrentStarts,
 		ConcurrentProbes:     concurrentProbes(c),
-		WaitingStarts:        c.Limits.WaitingStarts,
+		WaitingStarts:        config.WaitingStarts,
 		SpareDescriptors:     c.Limits.SpareDescriptors,
 	}
 	for _, rule := range c.Deny {

@@ -46,16 +46,28 @@ func (r *reloader) reload() {
 		return
 	}
 	merged := *r.current.Load()
-	needRestart := merged.Reload(next)
+	changed, needRestart := merged.Reload(next)
 	if err := r.apply(merged); err != nil {
 		r.log.Error("the configuration was not reloaded, the old one stays", "error", err)
 		return
 	}
 	r.current.Store(&merged)
+	warnRemoved(merged, r.log)
 	if len(needRestart) > 0 {
 		r.log.Warn("some settings were changed that need a restart", "keys", strings.Join(needRestart, ", "))
 	}
-	r.log.Info("the configuration was reloaded")
+	if len(changed) == 0 {
+		r.log.Info("the configuration was read again; nothing that needs no restart has changed")
+		return
+	}
+	r.log.Info("the configuration was reloaded", "changed", strings.Join(changed, ", "))
+}
+
+// warnRemoved tells of keys that the configuration file should not have any more.
+func warnRemoved(c config.Config, log *slog.Logger) {
+	for _, what := range c.Removed() {
+		log.Warn("take a key out of the configuration that has no effect any more", "key", what)
+	}
 }
 
 // reloading is what Type=notify-reload wants at the beginning of a reload (sd_notify(3)).

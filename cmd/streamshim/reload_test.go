@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"log/slog"
@@ -99,9 +100,14 @@ func TestReloadThatCannotBeApplied(t *testing.T) {
 		load:  func() (config.Config, error) { return next, nil },
 		apply: func(config.Config) error { return errors.New("no such directory") },
 	}
+	var logged bytes.Buffer
+	r.log = slog.New(slog.NewTextHandler(&logged, nil))
 	current := config.Default()
 	r.current.Store(&current)
 	r.reload()
+	if strings.Contains(logged.String(), "was reloaded") {
+		t.Error(logged.String())
+	}
 	if r.current.Load().Limits.Sessions != config.Default().Limits.Sessions {
 		t.Error("it was taken over")
 	}
@@ -109,5 +115,13 @@ func TestReloadThatCannotBeApplied(t *testing.T) {
 	r.reload()
 	if r.current.Load().Limits.Sessions != 1 {
 		t.Error("it was not taken over")
+	}
+	if !strings.Contains(logged.String(), "changed=limits.sessions\n") {
+		t.Errorf("what has changed is not said: %s", &logged)
+	}
+	logged.Reset()
+	r.reload()
+	if !strings.Contains(logged.String(), "nothing that needs no restart has changed") {
+		t.Errorf("the same again: %s", &logged)
 	}
 }

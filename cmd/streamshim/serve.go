@@ -42,8 +42,8 @@ func newServeCommand() *cobra.Command {
 		Long: `serve listens for CRI calls on --listen and passes them on to --upstream, except Exec, ExecSync, Attach
 and PortForward, which it serves itself. It prints one line when it is ready and tells systemd.
 
-SIGTERM ends it: no new calls and sessions are taken, running sessions may go on for shutdown.drain,
-and those that are left end with a status that says so.
+SIGTERM ends it, at the latest after shutdown.drain: as long as sessions run, which may go on until then, new ones
+are taken too. Sessions that are left end with a status that says so. A second SIGTERM ends it at once.
 
 SIGHUP reads the configuration again and takes over limits, rules, timeouts, log level, audit and
 recording, without touching live sessions. A file with a mistake is refused, and the old configuration
@@ -168,11 +168,21 @@ func findUpstream() (string, error) {
 func newLogger(c config.Config) (*slog.Logger, *slog.LevelVar) {
 	level := &slog.LevelVar{}
 	level.Set(c.Level())
-	options := &slog.HandlerOptions{Level: level}
+	options := logOptions(level)
 	if c.LogFormat == "json" {
 		return slog.New(slog.NewJSONHandler(os.Stderr, options)), level
 	}
 	return slog.New(slog.NewTextHandler(os.Stderr, options)), level
+}
+
+// logOptions has durations written as "10s" in JSON too, which would have nanoseconds.
+func logOptions(level slog.Leveler) *slog.HandlerOptions {
+	return &slog.HandlerOptions{Level: level, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if a.Value.Kind() == slog.KindDuration {
+			a.Value = slog.StringValue(a.Value.Duration().String())
+		}
+		return a
+	}}
 }
 
 // serve builds the parts, runs them until the context ends, and takes them down in reverse order.
@@ -209,10 +219,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		return err
 	}
 	defer telemetry.close()
-	if c.Exec.Engine != "runc" {
-		log.Warn("this engine was removed, because a container could escape through it: commands are started by the OCI runtime "+
-			"(docs/engines.md); take exec.engine out of the configuration", "engine", c.Exec.Engine)
-	}
+	warnRemoved(c, log)
 	telemetry.observe(operation.sessions)
 	observe := telemetry.hooks()
 
@@ -265,6 +272,10 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		Settings: func() admin.Settings { return adminSettings(*reloader.current.Load()) },
 	})
 
+	warnOfMissing(log, c)
+	// Until here a signal has ended the process at once: nothing is served yet that could end in order.
+	ctx, stop := untilSignal(ctx)
+	defer stop()
 	ended := make(chan error, 3) // of the servers
 	running := 2
 	go func() { ended <- streams.Serve(streamListener) }()
@@ -274,8 +285,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		go func() { ended <- adminServer.Serve(adminListener) }()
 	}
 	telemetry.serve(streams)
-	fmt.Printf("streamshim ready: CRI on %s, upstream %s, streams on %s\n", c.Listen, c.Upstream, streamListener.Addr())
-	warnOfMissing(log, c)
+	sayReady(c, streamListener.Addr())
 	notify(log, daemon.SdNotifyReady)
 
 	reloading := make(chan struct{})
@@ -295,7 +305,7 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 	notify(log, daemon.SdNotifyStopping)
 	drain, cancelDrain := context.WithTimeout(context.WithoutCancel(ctx), time.Duration(c.Shutdown.Drain))
 	defer cancelDrain()
-	// New exec calls must fail before sessions are drained; other calls pass until then.
+	// Sessions first, as long as calls and probes are still answered.
 	err = errors.Join(err, streams.Shutdown(drain))
 	end, cancelEnd := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
 	defer cancelEnd()
@@ -306,6 +316,15 @@ func serve(ctx context.Context, c config.Config, load func() (config.Config, err
 		err = errors.Join(err, <-ended)
 	}
 	return err
+}
+
+// sayReady prints the one line on stdout, in the form of the log.
+func sayReady(c config.Config, streams net.Addr) {
+	if c.LogFormat == "json" {
+		slog.New(slog.NewJSONHandler(os.Stdout, logOptions(nil))).Info("streamshim ready", "listen", c.Listen, "upstream", c.Upstream, "streams", streams.String())
+		return
+	}
+	fmt.Printf("streamshim ready: CRI on %s, upstream %s, streams on %s\n", c.Listen, c.Upstream, streams)
 }
 
 // warnOfMissing says what is not there although the configuration names it. None of it is a reason not to serve: the
@@ -353,7 +372,7 @@ func runnerConfig(c config.Config, log *slog.Logger, o *operation, observe hooks
 		KillAfter:    time.Duration(c.Exec.KillAfter),
 		DrainIdle:    time.Duration(c.Exec.DrainIdle),
 		DrainMax:     min(time.Duration(c.Exec.DrainMax), syncDrainMax),
-		OutputLimit:  c.Exec.SyncOutput,
+		OutputLimit:  config.SyncOutput,
 		OutputRoom:   o.syncOutput,
 		SyncTurn: func(ctx context.Context, c workload.Container) (func(), error) {
 			return o.limits.Acquire(ctx, session.Info{Kind: session.ExecSync, Target: c.Target})
@@ -376,7 +395,8 @@ func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe ho
 			StatusWait:    time.Duration(c.Exec.StatusWait),
 			InputGrace:    time.Duration(c.Exec.InputGrace),
 			KeepProcesses: execproc.Policy(c.Exec.OnDisconnect) == execproc.PolicyKeep,
-			AttachBuffer:  c.Attach.Buffer,
+			AttachBuffer:  config.AttachBuffer,
+			AttachStays:   c.Attach.InputEnd == "stay",
 		},
 		PortForwards: forwarding.Config{
 			Pods:          e,

@@ -96,13 +96,19 @@ func newListCommand(withClient clientCommand) *cobra.Command {
 func list(cmd *cobra.Command, c *admin.Client, output string, watch bool) error {
 	out := cmd.OutOrStdout()
 	screen := watch && output != "json" && isTerminal(out)
+	ctx := cmd.Context()
+	if watch {
+		var stop context.CancelFunc
+		ctx, stop = untilSignal(ctx)
+		defer stop()
+	}
 	ticker := time.NewTicker(listInterval)
 	defer ticker.Stop()
 	last := "none yet"
 	for {
-		sessions, err := c.List(cmd.Context())
+		sessions, err := c.List(ctx)
 		if err != nil {
-			if watch && cmd.Context().Err() != nil {
+			if watch && ctx.Err() != nil {
 				return nil
 			}
 			return err
@@ -125,7 +131,7 @@ func list(cmd *cobra.Command, c *admin.Client, output string, watch bool) error 
 		}
 		select {
 		case <-ticker.C:
-		case <-cmd.Context().Done():
+		case <-ctx.Done():
 			return nil
 		}
 	}
@@ -268,7 +274,9 @@ trusted, --escapes=show prints escapes instead of obeying them.`,
 	raw := command.Flags().Bool("asciicast", false, "write an asciicast v2 instead, with the times")
 	visible := addVisible(command)
 	command.RunE = withClient(func(cmd *cobra.Command, c *admin.Client, args []string) error {
-		cast, err := c.Watch(cmd.Context(), args[0])
+		ctx, stop := untilSignal(cmd.Context())
+		defer stop()
+		cast, err := c.Watch(ctx, args[0])
 		if err != nil {
 			return err
 		}
@@ -277,9 +285,9 @@ trusted, --escapes=show prints escapes instead of obeying them.`,
 			_, err = io.Copy(cmd.OutOrStdout(), cast)
 		} else {
 			defer borrowTerminal(os.Stdin, cmd.OutOrStdout())()
-			err = play(cmd.Context(), visible(cmd.OutOrStdout()), cast, nil)
+			err = play(ctx, visible(cmd.OutOrStdout()), cast, nil)
 		}
-		if cmd.Context().Err() != nil {
+		if ctx.Err() != nil {
 			return nil
 		}
 		return err
@@ -312,9 +320,12 @@ container that is not trusted, --escapes=show prints escapes instead of obeying 
 			return err
 		}
 		defer file.Close() //nolint:errcheck // only read
+		ctx, stop := untilSignal(cmd.Context())
+		defer stop()
+		defer context.AfterFunc(ctx, func() { file.Close() })() // a FIFO may have nothing to read
 		defer borrowTerminal(os.Stdin, cmd.OutOrStdout())()
-		err = play(cmd.Context(), visible(cmd.OutOrStdout()), file, &pace{speed: *speed, idle: *idle})
-		if cmd.Context().Err() != nil {
+		err = play(ctx, visible(cmd.OutOrStdout()), file, &pace{speed: *speed, idle: *idle})
+		if ctx.Err() != nil {
 			return nil
 		}
 		return err

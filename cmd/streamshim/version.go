@@ -13,19 +13,44 @@ import (
 var version = "devel"
 
 func newVersionCommand() *cobra.Command {
-	return &cobra.Command{
+	command := &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+	}
+	output := command.Flags().StringP("output", "o", "", "json, or one line for people")
+	command.RunE = func(cmd *cobra.Command, _ []string) error {
+		switch *output {
+		case "":
 			_, err := io.WriteString(cmd.OutOrStdout(), versionLine())
 			return err
-		},
+		case "json":
+			return printJSON(cmd.OutOrStdout(), currentVersion())
+		}
+		return fmt.Errorf("--output %q is not json", *output)
 	}
+	return command
+}
+
+// buildVersion is what "version --output json" prints. Fields are added, never renamed.
+type buildVersion struct {
+	Version  string `json:"version"`
+	Revision string `json:"revision,omitempty"` // the commit, where the Go tool wrote it down
+	Go       string `json:"go"`
+	OS       string `json:"os"`
+	Arch     string `json:"arch"`
+}
+
+func currentVersion() buildVersion {
+	return buildVersion{Version: version, Revision: revision(), Go: runtime.Version(), OS: runtime.GOOS, Arch: runtime.GOARCH}
 }
 
 func versionLine() string {
-	return fmt.Sprintf("streamshim %s%s (%s %s/%s)\n", version, revision(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	v := currentVersion()
+	if v.Revision != "" {
+		v.Version += " " + v.Revision[:min(12, len(v.Revision))]
+	}
+	return fmt.Sprintf("streamshim %s (%s %s/%s)\n", v.Version, v.Go, v.OS, v.Arch)
 }
 
 // revision is the commit the binary was built from, where the Go tool wrote it down.
@@ -36,7 +61,7 @@ func revision() string {
 	}
 	for _, s := range info.Settings {
 		if s.Key == "vcs.revision" {
-			return " " + s.Value[:min(12, len(s.Value))]
+			return s.Value
 		}
 	}
 	return ""

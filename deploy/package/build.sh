@@ -19,7 +19,7 @@ unset GOFLAGS GOAMD64 GOARM64 # what the caller's environment sets must not chan
 stage=bin/package
 rm -rf "$stage"
 mkdir -p "$stage/man" "$stage/completion"
-for page in deploy/man/*.8; do gzip -9n <"$page" >"$stage/man/$(basename "$page").gz"; done
+for page in deploy/man/*.[58]; do gzip -9n <"$page" >"$stage/man/$(basename "$page").gz"; done
 for shell in bash zsh fish; do bin/streamshim completion "$shell" >"$stage/completion/streamshim.$shell"; done
 
 for arch; do

@@ -9,5 +9,5 @@ if [ "$1" = configure ] && [ -n "${2:-}" ] || [ "$1" = 2 ]; then
 	systemctl try-restart streamshim.service
 else
 	echo "streamshim is installed and not started. Try \"streamshim check\", then \"systemctl enable --now streamshim\";"
-	echo "/usr/share/doc/streamshim/install.md says how to point the kubelet at it."
+	echo "/usr/share/doc/streamshim/docs/install.md says how to point the kubelet at it."
 fi

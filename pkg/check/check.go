@@ -4,12 +4,14 @@ package check
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 	"unsafe"
 
@@ -53,7 +55,7 @@ func Run(ctx context.Context, c config.Config, kubeletConfig string) []Result {
 	results = append(results, upstreamResults(ctx, c)...)
 	return append(results,
 		ociRuntime(ctx, c),
-		engine(c),
+		removedKeys(c),
 		socket("listen socket", "--listen", c.Listen),
 		adminSocket(c),
 		stateDir(c),
@@ -61,6 +63,7 @@ func Run(ctx context.Context, c config.Config, kubeletConfig string) []Result {
 		writes("recordings", len(c.Recording.Rule) > 0, c.Recording.Directory, "recording.directory"),
 		address("stream address", "--stream-address", c.StreamAddress),
 		address("metrics address", "--metrics-address", c.MetricsAddress),
+		traces(ctx, c),
 		openFiles(),
 		inotify(),
 		kubelet(c, kubeletConfig, "/proc"),
@@ -77,6 +80,15 @@ func failed(name, mend, format string, args ...any) Result {
 
 func warning(name, mend, format string, args ...any) Result {
 	return Result{Name: name, Level: Warning, Detail: fmt.Sprintf(format, args...), Mend: mend}
+}
+
+// removedKeys warns of keys in the configuration file that have no effect any more.
+func removedKeys(c config.Config) Result {
+	const name = "configuration"
+	if removed := c.Removed(); len(removed) > 0 {
+		return warning(name, "take it out of the configuration file", "%s", strings.Join(removed, "; "))
+	}
+	return ok(name, "no key that was removed")
 }
 
 func privileges() Result {
@@ -250,6 +262,33 @@ func address(name, flag, hostPort string) Result {
 	}
 	listener.Close() //nolint:errcheck // only opened to see that it can be
 	return ok(name, "%s", hostPort)
+}
+
+// traces says whether anybody takes the spans. Without it sessions go on, and the spans are lost.
+func traces(ctx context.Context, c config.Config) Result {
+	const name = "traces"
+	if c.Traces.Endpoint == "" {
+		return ok(name, "switched off")
+	}
+	const mend = "start the OTLP/gRPC receiver, or name it with the key traces.endpoint; until then spans are lost"
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	var dialer interface {
+		DialContext(ctx context.Context, network, address string) (net.Conn, error)
+	} = &net.Dialer{}
+	if !c.Traces.Insecure {
+		dialer = &tls.Dialer{Config: &tls.Config{NextProtos: []string{"h2"}, MinVersion: tls.VersionTLS12}} // as its client does
+	}
+	conn, err := dialer.DialContext(ctx, "tcp", c.Traces.Endpoint)
+	var noTLS tls.RecordHeaderError
+	switch {
+	case errors.As(err, &noTLS):
+		return warning(name, "set traces.insecure = true if that is meant", "%s does not speak TLS", c.Traces.Endpoint)
+	case err != nil:
+		return warning(name, mend, "%v", err)
+	}
+	conn.Close() //nolint:errcheck // only dialled to see whether somebody listens
+	return ok(name, "%s takes connections", c.Traces.Endpoint)
 }
 
 // stateDir says whether files can be kept, and whether they vanish with the next boot as they should.

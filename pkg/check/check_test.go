@@ -314,3 +314,44 @@ func TestUpstreamThatIsNone(t *testing.T) {
 		}
 	}
 }
+
+// Whether somebody takes the spans, and with TLS if they are to be sent so.
+func TestTraces(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			conn.Write([]byte("HTTP/1.0 400 no TLS here\r\n\r\n")) //nolint:errcheck // as a server without TLS does
+			conn.Close()
+		}
+	}()
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	free.Close()
+	for name, test := range map[string]struct {
+		traces config.Traces
+		level  Level
+		says   string
+	}{
+		"off":      {config.Traces{}, OK, "switched off"},
+		"there":    {config.Traces{Endpoint: listener.Addr().String(), Insecure: true}, OK, "takes connections"},
+		"no TLS":   {config.Traces{Endpoint: listener.Addr().String()}, Warning, "does not speak TLS"},
+		"nobody":   {config.Traces{Endpoint: free.Addr().String(), Insecure: true}, Warning, "refused"},
+		"no TLS 2": {config.Traces{Endpoint: free.Addr().String()}, Warning, "refused"},
+	} {
+		c := config.Default()
+		c.Traces = test.traces
+		if r := traces(t.Context(), c); r.Level != test.level || !strings.Contains(r.Detail, test.says) || (r.Level != OK) != (r.Mend != "") {
+			t.Errorf("%s: %+v", name, r)
+		}
+	}
+}

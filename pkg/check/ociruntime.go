@@ -83,13 +83,3 @@ func ociRuntime(ctx context.Context, c config.Config) Result {
 	}
 	return ok(name, "%s (%s)", first, path)
 }
-
-// engine warns of engines that were removed.
-func engine(c config.Config) Result {
-	const name = "engine"
-	if c.Exec.Engine == "runc" {
-		return ok(name, "commands are started by the OCI runtime")
-	}
-	return warning(name, "take exec.engine out of the configuration", "exec.engine = %q was removed, because a container could escape through it: "+
-		"commands are started by the OCI runtime (docs/engines.md)", c.Exec.Engine)
-}

@@ -12,6 +12,7 @@ import (
 	"os"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -61,6 +62,8 @@ type Config struct {
 	Traces      Traces      `toml:"traces"`
 	// Deny refuses the sessions that any of these rules chooses.
 	Deny []Deny `toml:"deny"`
+
+	removed []string // see Removed
 }
 
 // Runtime overrides what the upstream says about its OCI runtime.
@@ -71,7 +74,6 @@ type Runtime struct {
 
 // Exec is how commands run in containers.
 type Exec struct {
-	Engine       string   `toml:"engine"`        // what starts commands: runc, which is the container's OCI runtime; auto and native were removed and are taken for runc, see docs/engines.md
 	OnDisconnect string   `toml:"on_disconnect"` // what becomes of a command whose client has gone: hangup, kill or keep
 	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
 	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
@@ -83,12 +85,11 @@ type Exec struct {
 	StatusWait   Duration `toml:"status_wait"`   // since the last sign that output was read, for which the exit status is held back from who may translate for a slow reader; 0 is off
 	IdleTimeout  Duration `toml:"idle_timeout"`  // without payload in either direction, until a session is ended; 0 is off
 	MaxLifetime  Duration `toml:"max_lifetime"`  // of a session; 0 is off
-	SyncOutput   int      `toml:"sync_output"`   // bytes of output that an ExecSync returns
 }
 
 // Attach is how attach sessions behave.
 type Attach struct {
-	Buffer      int      `toml:"buffer"`       // bytes kept for a client that reads too slowly
+	InputEnd    string   `toml:"input_end"`    // what a client whose input has ended does, unless that is the end of the container's too: detach, once the container has been silent for a second, at most ten later, or stay
 	IdleTimeout Duration `toml:"idle_timeout"` // without payload in either direction, until a session is ended; 0 is off
 	MaxLifetime Duration `toml:"max_lifetime"` // of a session; 0 is off
 }
@@ -133,7 +134,6 @@ type Recording struct {
 	// MinAge is how long a recording is kept whatever the limits; while everything is younger and the limits are
 	// reached, new sessions are treated as on_failure says. 0 is no such time.
 	MinAge Duration `toml:"min_age"`
-	Buffer int      `toml:"buffer"` // bytes of one session that may wait to be written
 	// OnFailure says what happens when a session cannot be recorded completely, because of a full
 	// disk, its size, or a disk that is too slow: allow it to go on with a gap in the recording, or
 	// deny it.
@@ -163,7 +163,6 @@ type Limits struct {
 	SessionsPerContainer int   `toml:"sessions_per_container"` // in one container
 	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands of sessions that start at the same time, of one pod a quarter of it; they have what ExecSync leaves of it, but at least one; attach and what the runtime itself starts do not count
 	ConcurrentProbes     int   `toml:"concurrent_probes"`      // commands of ExecSync that start at the same time, of one pod a quarter of it; -1 is 32 for each CPU, at least 64
-	WaitingStarts        int   `toml:"waiting_starts"`         // commands of sessions, and as many of ExecSync, that may wait for their turn to start, of one pod a quarter of it
 	Bandwidth            int64 `toml:"bandwidth"`              // bytes a second of one session, in each direction
 	Buffers              int64 `toml:"buffers"`                // bytes of unread data of all sessions together; beyond them clients are slowed down, and attached clients miss output; -1 is a sixteenth of the memory, of the machine or of streamshim's cgroup, 64 MiB to 1 GiB
 	SyncOutput           int64 `toml:"sync_output"`            // bytes of output that all ExecSync calls together keep, beside 64 KiB of each; a call for which there is no room is ended with an error; -1 is a 32nd of the memory, 64 MiB to 512 MiB
@@ -211,7 +210,6 @@ func Default() Config {
 		LogFormat:     "text",
 		Admin:         "unix:///run/streamshim/admin.sock",
 		Exec: Exec{
-			Engine:       "runc",
 			OnDisconnect: "hangup",
 			TermAfter:    Duration(5 * time.Second),
 			KillAfter:    Duration(10 * time.Second),
@@ -222,9 +220,8 @@ func Default() Config {
 			Linger:       Duration(10 * time.Minute),
 			StatusWait:   Duration(time.Minute),
 			IdleTimeout:  Duration(4 * time.Hour),
-			SyncOutput:   maxSyncOutput,
 		},
-		Attach:      Attach{Buffer: 1 << 20, IdleTimeout: Duration(4 * time.Hour)},
+		Attach:      Attach{InputEnd: "detach", IdleTimeout: Duration(4 * time.Hour)},
 		PortForward: PortForward{Refused: "reset", Stall: Duration(30 * time.Second), IdleTimeout: Duration(4 * time.Hour)},
 		Shutdown:    Shutdown{Drain: Duration(10 * time.Second)},
 		Audit: Audit{
@@ -233,19 +230,42 @@ func Default() Config {
 		},
 		Recording: Recording{
 			Directory: "/var/log/streamshim/recordings", MaxSize: 100 << 20, MaxFiles: 1000, MaxTotal: 1 << 30,
-			Buffer: 1 << 20, OnFailure: "allow",
+			OnFailure: "allow",
 		},
 		Limits: Limits{
-			Sessions: 4096, SessionsPerPod: 1024, ConcurrentStarts: 32, ConcurrentProbes: -1, WaitingStarts: 1024,
 			Buffers: -1, SyncOutput: -1, RecordingBuffers: -1, SpareDescriptors: -1, ConcurrentEnds: -1,
 		},
 		Traces: Traces{SampleRatio: 1},
 	}
 }
 
-// maxSyncOutput keeps the answer of an ExecSync below the 16 MiB that the kubelet's client takes
-// (CVE-2022-1708).
-const maxSyncOutput = 15 << 20
+// What nobody needs to set.
+const (
+	// SyncOutput is how many bytes of output an ExecSync returns, so that its answer stays below the 16 MiB
+	// that the kubelet's client takes (CVE-2022-1708).
+	SyncOutput = 15 << 20
+	// AttachBuffer is how many bytes are kept for an attached client that reads too slowly. Limits.Buffers
+	// bounds all of them together.
+	AttachBuffer = 1 << 20
+	// RecordingBuffer is how many bytes of one session may wait to be written to its recording.
+	RecordingBuffer = 1 << 20
+	// WaitingStarts is how many commands may wait for their turn to start, of one pod a quarter of it.
+	WaitingStarts = 1024
+)
+
+// removed are keys that were removed, and what holds instead. A file that still has one is read all the same,
+// so that an update does not stop a node; Removed tells of it.
+var removed = map[string]string{
+	"exec.engine": "commands are started by the container's OCI runtime alone, because a container could escape " +
+		"through the native engine (docs/engines.md)",
+	"exec.sync_output":      "an ExecSync returns up to 15 MiB of output, as the kubelet's client takes no more",
+	"attach.buffer":         "1 MiB is kept for each attached client; limits.buffers bounds all of them together",
+	"recording.buffer":      "1 MiB of each session may wait to be written",
+	"limits.waiting_starts": "1024 commands may wait for their turn to start, of one pod 256",
+}
+
+// Removed tells of each key in the file that was removed, as "key was removed: what holds instead", sorted.
+func (c *Config) Removed() []string { return c.removed }
 
 // Read puts the file's settings into c. Unknown keys and values of the wrong type are refused, with
 // their line.
@@ -285,8 +305,12 @@ func (c *Config) parse(text []byte) error {
 	return nil
 }
 
-// maxFile bounds the configuration file, in bytes.
-const maxFile = 1 << 20
+// maxFile and readTime bound the configuration file, in bytes, and how long it may take to come, from a FIFO whose
+// writer writes nothing.
+const (
+	maxFile  = 1 << 20
+	readTime = 10 * time.Second
+)
 
 func readLimited(path string) ([]byte, error) {
 	// Of a FIFO that nobody writes to, opening alone would wait for ever.
@@ -294,7 +318,8 @@ func readLimited(path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer file.Close() //nolint:errcheck // only read
+	defer file.Close()                             //nolint:errcheck // only read
+	file.SetReadDeadline(time.Now().Add(readTime)) //nolint:errcheck // a file on a disk has none, and needs none
 	text, err := io.ReadAll(io.LimitReader(file, maxFile+1))
 	if err != nil {
 		return nil, err
@@ -313,11 +338,18 @@ func (c *Config) decode(text []byte) error {
 	decoder := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields()
 	err := decoder.Decode(c)
 	var unknown *toml.StrictMissingError
-	if errors.As(err, &unknown) && len(unknown.Errors) > 0 {
-		first := unknown.Errors[0]
-		line, _ := first.Position()
-		key := strings.Join(first.Key(), ".")
-		return fmt.Errorf("%d: unknown key %q%s", line, key, suggestion(key))
+	if errors.As(err, &unknown) {
+		for _, e := range unknown.Errors { // what is known was decoded
+			key := strings.Join(e.Key(), ".")
+			instead, was := removed[key]
+			if !was {
+				line, _ := e.Position()
+				return fmt.Errorf("%d: unknown key %q%s", line, key, suggestion(key))
+			}
+			c.removed = append(c.removed, fmt.Sprintf("%s was removed: %s", key, instead))
+		}
+		slices.Sort(c.removed)
+		return nil
 	}
 	var bad *toml.DecodeError
 	if errors.As(err, &bad) {
@@ -409,8 +441,8 @@ func (c *Config) validate() *ValueError {
 		socket("listen", c.Listen),
 		choice("log_level", c.LogLevel, "debug", "info", "warn", "error"),
 		choice("log_format", c.LogFormat, "text", "json"),
-		choice("exec.engine", c.Exec.Engine, "auto", "runc", "native"),
 		choice("exec.on_disconnect", c.Exec.OnDisconnect, "hangup", "kill", "keep"),
+		choice("attach.input_end", c.Attach.InputEnd, "detach", "stay"),
 		choice("portforward.refused", c.PortForward.Refused, "reset", "report"),
 		loopback("stream_address", c.StreamAddress),
 	}
@@ -450,12 +482,6 @@ func (c *Config) validate() *ValueError {
 		checks = append(checks, &ValueError{"exec.kill_after", fmt.Sprintf("%v is before exec.term_after (%v); both count from the hang-up",
 			time.Duration(c.Exec.KillAfter), time.Duration(c.Exec.TermAfter))})
 	}
-	if c.Exec.SyncOutput < 1 || c.Exec.SyncOutput > maxSyncOutput {
-		checks = append(checks, &ValueError{"exec.sync_output", fmt.Sprintf("must be between 1 and %d bytes, which the kubelet's client takes", maxSyncOutput)})
-	}
-	if c.Attach.Buffer < minAttachBuffer {
-		checks = append(checks, &ValueError{"attach.buffer", fmt.Sprintf("must be at least %d bytes", minAttachBuffer)})
-	}
 	for _, problem := range checks {
 		if problem != nil {
 			return problem
@@ -464,18 +490,28 @@ func (c *Config) validate() *ValueError {
 	return nil
 }
 
-const minAttachBuffer = 4 << 10
-
 // loopback refuses addresses that other machines could reach: the token in the URL is the only
 // credential (containerd#2483, cri-dockerd#106).
 func loopback(key, address string) *ValueError {
-	host, _, err := net.SplitHostPort(address)
+	host, port, err := net.SplitHostPort(address)
 	if err != nil {
 		return &ValueError{key, fmt.Sprintf("%q is not HOST:PORT, as in 127.0.0.1:0", address)}
+	}
+	if problem := portNumber(key, port, 0); problem != nil {
+		return problem
 	}
 	if ip := net.ParseIP(host); ip == nil || !ip.IsLoopback() {
 		return &ValueError{key, fmt.Sprintf("%q is not a loopback address such as 127.0.0.1 or [::1]: whoever can reach the "+
 			"streaming server and learns a token has a shell", host)}
+	}
+	return nil
+}
+
+// portNumber refuses what is no port of TCP. The names of /etc/services are none either: which there are differs
+// from node to node.
+func portNumber(key, port string, least int) *ValueError {
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || int(n) < least {
+		return &ValueError{key, fmt.Sprintf("%q is not a port, a number from %d to 65535", port, least)}
 	}
 	return nil
 }

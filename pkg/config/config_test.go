@@ -3,6 +3,7 @@ package config
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -32,6 +33,7 @@ func TestDefaults(t *testing.T) {
 		"attach.max_lifetime":      {c.Attach.MaxLifetime, Duration(0)},
 		"portforward.idle_timeout": {c.PortForward.IdleTimeout, Duration(4 * time.Hour)},
 		"portforward.max_lifetime": {c.PortForward.MaxLifetime, Duration(0)},
+		"attach.input_end":         {c.Attach.InputEnd, "detach"},
 		"portforward.refused":      {c.PortForward.Refused, "reset"},
 		"portforward.stall":        {c.PortForward.Stall, Duration(30 * time.Second)},
 	} {
@@ -39,8 +41,8 @@ func TestDefaults(t *testing.T) {
 			t.Errorf("%s is %v by default, want %v", name, pair[0], pair[1])
 		}
 	}
-	if c.Exec.SyncOutput >= 16<<20 {
-		t.Errorf("an ExecSync returns up to %d bytes, more than gRPC lets through", c.Exec.SyncOutput)
+	if SyncOutput >= 16<<20 {
+		t.Errorf("an ExecSync returns up to %d bytes, more than gRPC lets through", SyncOutput)
 	}
 }
 
@@ -55,6 +57,40 @@ func TestFileOverridesDefaults(t *testing.T) {
 	}
 	if want := Duration(10 * time.Minute); c.Exec.DrainMax != want {
 		t.Errorf("DrainMax = %v, want the default %v", c.Exec.DrainMax, want)
+	}
+}
+
+// A file with keys that were removed is read, and each of them is told of, also after a reload.
+func TestRemovedKeys(t *testing.T) {
+	c := Default()
+	text := "[limits]\nwaiting_starts = 5\nsessions = 7\n[exec]\nengine = 'auto'\nsync_output = 'x'\n[attach]\nbuffer = 1\n[recording]\nbuffer = 1\n"
+	if err := c.parse([]byte(text)); err != nil {
+		t.Fatal(err)
+	}
+	if c.Limits.Sessions != 7 {
+		t.Errorf("limits.sessions is %d: what else is in the file was lost", c.Limits.Sessions)
+	}
+	told := c.Removed()
+	for i, key := range []string{"attach.buffer", "exec.engine", "exec.sync_output", "limits.waiting_starts", "recording.buffer"} {
+		if len(told) != len(removed) || !strings.HasPrefix(told[i], key+" was removed: ") {
+			t.Fatalf("told %q, want %d with %s as number %d", told, len(removed), key, i)
+		}
+	}
+	running := Default()
+	if _, needRestart := running.Reload(c); len(needRestart) > 0 || len(running.Removed()) != len(told) {
+		t.Errorf("after a reload: need a restart %q, told %q", needRestart, running.Removed())
+	}
+	mended := Default()
+	if running.Reload(mended); len(running.Removed()) > 0 {
+		t.Errorf("told although they are gone: %q", running.Removed())
+	}
+	// A key that is there is not told as removed.
+	var keys []string
+	collectKeys("", Default(), &keys)
+	for key := range removed {
+		if slices.Contains(keys, key) {
+			t.Errorf("%s is a key", key)
+		}
 	}
 }
 
@@ -79,12 +115,17 @@ func TestMistakes(t *testing.T) {
 		{"long socket", "listen = 'unix:///" + strings.Repeat("x", 120) + "'\n", []string{"1: ", "107"}},
 		{"upstream is ourselves", "\n\nupstream = 'unix:///run/streamshim/streamshim.sock'\n", []string{"3: ", "the runtime's"}},
 		{"not loopback", "stream_address = '0.0.0.0:0'\n", []string{"1: ", "loopback"}},
+		{"no such port", "log_level = 'info'\nstream_address = '127.0.0.1:99999'\n", []string{"2: ", "stream_address", "99999", "65535"}},
+		{"no such port of metrics", "metrics_address = ':70000'\n", []string{"1: ", "metrics_address", "70000"}},
+		{"no such port of traces", "[traces]\nendpoint = 'collector:65536'\n", []string{"2: ", "traces.endpoint", "65536"}},
+		{"no number of a port", "stream_address = '127.0.0.1:http'\n", []string{"1: ", "stream_address", "http"}},
+		{"input end", "[attach]\ninput_end = 'stays'\n", []string{"2: ", "attach.input_end", "detach, stay", `did you mean "stay"`}},
 		{"no port", "stream_address = '127.0.0.1'\n", []string{"1: ", "HOST:PORT"}},
 		{"kill before term", "[exec]\nterm_after = '5s'\nkill_after = '1s'\n", []string{"3: ", "term_after"}},
 		{"term at once", "[exec]\nterm_after = '0s'\n", []string{"2: ", "more than 0", `on_disconnect = "kill"`}},
 		{"no linger", "[exec]\n\nlinger = '0s'\n", []string{"3: ", "more than 0"}},
-		{"sync output", "[exec]\nsync_output = 99999999\n", []string{"2: ", "exec.sync_output"}},
-		{"attach buffer", "[attach]\nbuffer = 1\n", []string{"2: ", "attach.buffer"}},
+		{"unknown key beside a removed one", "[exec]\nengine = 'native'\nengin = 'x'\n", []string{"3: ", `unknown key "exec.engin"`}},
+		{"a mistake beside a removed key", "[exec]\nengine = 'native'\nlinger = '0s'\n", []string{"3: ", "more than 0"}},
 		{"admin is the CRI socket", "listen = 'unix:///a'\nadmin = 'unix:///a'\n", []string{"2: ", "another path"}},
 		{"audit destination", "[audit]\n\ndestination = 'fil'\n", []string{"3: ", "off, file, stdout, journald", `did you mean "file"?`}},
 		{"audit level", "[audit]\ncommand = 'arg0'\n", []string{"2: ", `did you mean "argv0"?`}},
@@ -93,7 +134,7 @@ func TestMistakes(t *testing.T) {
 		{"audit file", "[audit]\nfile = 'audit.log'\n", []string{"2: ", "absolute"}},
 		{"audit size", "[audit]\nmax_size = 10\n", []string{"2: ", "4096"}},
 		{"recording directory", "[recording]\ndirectory = 'x'\n", []string{"2: ", "absolute"}},
-		{"recording buffer", "[recording]\nbuffer = 1\n", []string{"2: ", "65536"}},
+		{"recording size", "[recording]\nmax_size = 1\n", []string{"2: ", "65536"}},
 		{"recording rule", "[[recording.rule]]\nnamespaces = ['a']\n[[recording.rule]]\n\nnamespaces = ['[']\n", []string{"5: ", "recording.rule[1].namespaces", "no pattern"}},
 		{"recording label", "[[recording.rule]]\npod_labels = { a = '[' }\n", []string{"2: ", `label "a"`}},
 		{"unknown key in a rule", "[[recording.rule]]\nnamespace = ['a']\n", []string{"2: ", `did you mean "recording.rule.namespaces"?`}},

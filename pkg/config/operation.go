@@ -9,9 +9,9 @@ import (
 )
 
 const (
-	minAuditSize       = 4 << 10
-	minRecordingBuffer = 64 << 10
-	minBandwidth       = 4 << 10
+	minAuditSize     = 4 << 10
+	minRecordingSize = 64 << 10
+	minBandwidth     = 4 << 10
 )
 
 // validateOperation checks what concerns operators: audit, recording, limits, rules.
@@ -26,16 +26,14 @@ func (c *Config) validateOperation(choice func(key, value string, choices ...str
 		absolute("recording.directory", c.Recording.Directory),
 		atLeast("audit.max_size", c.Audit.MaxSize, minAuditSize, true),
 		atLeast("audit.max_files", int64(c.Audit.MaxFiles), 0, false),
-		atLeast("recording.max_size", c.Recording.MaxSize, minRecordingBuffer, false),
+		atLeast("recording.max_size", c.Recording.MaxSize, minRecordingSize, false),
 		atLeast("recording.max_files", int64(c.Recording.MaxFiles), 0, false),
 		atLeast("recording.max_total", c.Recording.MaxTotal, 0, false),
-		atLeast("recording.buffer", int64(c.Recording.Buffer), minRecordingBuffer, false),
 		atLeast("limits.sessions", int64(c.Limits.Sessions), 0, false),
 		atLeast("limits.sessions_per_pod", int64(c.Limits.SessionsPerPod), 0, false),
 		atLeast("limits.sessions_per_container", int64(c.Limits.SessionsPerContainer), 0, false),
 		atLeast("limits.concurrent_starts", int64(c.Limits.ConcurrentStarts), 0, false),
 		atLeast("limits.concurrent_probes", int64(c.Limits.ConcurrentProbes), -1, false),
-		atLeast("limits.waiting_starts", int64(c.Limits.WaitingStarts), 0, false),
 		atLeast("limits.bandwidth", c.Limits.Bandwidth, minBandwidth, true),
 		atLeast("limits.buffers", c.Limits.Buffers, -1, false),
 		atLeast("limits.sync_output", c.Limits.SyncOutput, -1, false),
@@ -96,19 +94,22 @@ var reloadable = []string{
 }
 
 // Reload puts those settings of next into c that can change without a restart, and returns the keys
-// of the others that differ, sorted.
-func (c *Config) Reload(next Config) (needRestart []string) {
+// of those that differ, and of the others that differ, both sorted.
+func (c *Config) Reload(next Config) (taken, needRestart []string) {
 	for _, key := range changed(*c, next) {
-		if !CanReload(key) {
+		if CanReload(key) {
+			taken = append(taken, key)
+		} else {
 			needRestart = append(needRestart, key)
 		}
 	}
 	c.LogLevel, c.NotifyWatch = next.LogLevel, next.NotifyWatch
+	c.removed = next.removed
 	c.Audit, c.Recording, c.Limits, c.Deny = next.Audit, next.Recording, next.Limits, next.Deny
 	c.Exec.IdleTimeout, c.Exec.MaxLifetime = next.Exec.IdleTimeout, next.Exec.MaxLifetime
 	c.Attach.IdleTimeout, c.Attach.MaxLifetime = next.Attach.IdleTimeout, next.Attach.MaxLifetime
 	c.PortForward.IdleTimeout, c.PortForward.MaxLifetime = next.PortForward.IdleTimeout, next.PortForward.MaxLifetime
-	return needRestart
+	return taken, needRestart
 }
 
 // CanReload tells whether a running streamshim takes a change of the key over at a reload.

@@ -49,15 +49,22 @@ func TestReload(t *testing.T) {
 	next.Deny = []Deny{{Kinds: []string{"exec"}}}
 	next.Exec.IdleTimeout, next.Exec.MaxLifetime = Duration(time.Minute), Duration(time.Hour)
 	next.NotifyWatch = true
-	if needRestart := c.Reload(next); len(needRestart) != 0 {
+	taken, needRestart := c.Reload(next)
+	if len(needRestart) != 0 {
 		t.Errorf("a restart is needed for %v", needRestart)
+	}
+	if want := []string{"audit.destination", "deny", "exec.idle_timeout", "exec.max_lifetime", "limits.sessions", "log_level", "notify_watch", "recording.rule"}; !slices.Equal(taken, want) {
+		t.Errorf("taken over are %v, want %v", taken, want)
 	}
 	if differing := changed(c, next); len(differing) != 0 {
 		t.Errorf("not taken over: %v", differing)
 	}
 	next.Listen, next.Exec.DrainIdle, next.Admin = "unix:///other", 0, ""
 	next.Limits.Sessions = 8
-	needRestart := c.Reload(next)
+	taken, needRestart = c.Reload(next)
+	if !slices.Equal(taken, []string{"limits.sessions"}) {
+		t.Errorf("taken over are %v", taken)
+	}
 	if want := []string{"admin", "exec.drain_idle", "listen"}; !slices.Equal(needRestart, want) {
 		t.Errorf("a restart is needed for %v, want %v", needRestart, want)
 	}

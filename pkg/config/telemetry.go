@@ -27,10 +27,11 @@ func (c *Config) validateTelemetry() []*ValueError {
 }
 
 func hostPort(key, address string) *ValueError {
-	if _, port, err := net.SplitHostPort(address); err != nil || port == "" {
+	_, port, err := net.SplitHostPort(address)
+	if err != nil || port == "" {
 		return &ValueError{key, fmt.Sprintf("%q is not HOST:PORT, as in 127.0.0.1:9464", address)}
 	}
-	return nil
+	return portNumber(key, port, 0)
 }
 
 // profilingAddress keeps profiles on this machine: they show what the process holds in memory.

@@ -102,6 +102,59 @@ func BenchmarkInterruptedStarts(b *testing.B) {
 	}
 }
 
+// What a zombie costs that nobody waits for, as each start leaves some, while N commands live.
+func BenchmarkReapOrphans(b *testing.B) {
+	for _, n := range []int{10, 100, 1000, 4000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			r, err := acquireReaper()
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer r.release()
+			child := func(args ...string) int {
+				command := exec.Command(args[0], args[1:]...)
+				command.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // as if from a runtime
+				if err := command.Start(); err != nil {
+					b.Fatal(err)
+				}
+				defer command.Process.Release()
+				return command.Process.Pid
+			}
+			var ends []<-chan struct{}
+			defer func() {
+				for _, ended := range ends {
+					<-ended
+				}
+			}()
+			for range n {
+				pid := child("sleep", "1000")
+				defer syscall.Kill(pid, syscall.SIGKILL)
+				w, err := r.watchProcess(pid, nil)
+				if err != nil {
+					b.Fatal(err)
+				}
+				ends = append(ends, w.exited)
+			}
+			for b.Loop() {
+				b.StopTimer()
+				start := r.beginStart() // until it ends, the zombie is left alone
+				pid := child("true")
+				for {
+					if stat, err := readStat(pid); err == nil && stat.zombie() {
+						break
+					}
+					time.Sleep(time.Millisecond)
+				}
+				r.mu.Lock()
+				delete(r.starts, start)
+				r.mu.Unlock()
+				b.StartTimer()
+				r.reapOrphans()
+			}
+		})
+	}
+}
+
 // cpuTime is what this process has used.
 func cpuTime(b *testing.B) time.Duration {
 	b.Helper()

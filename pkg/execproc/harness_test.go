@@ -236,7 +236,7 @@ func noLeaks(t testing.TB) {
 			}
 			time.Sleep(20 * time.Millisecond)
 		}
-		if children, err := ownChildren(); err == nil {
+		if children, err := ownChildren(nil); err == nil {
 			t.Logf("children: %+v", children)
 		}
 		buffer := make([]byte, 1<<20)
@@ -250,7 +250,7 @@ func resources(t testing.TB) [3]int {
 	if err != nil {
 		t.Fatal(err)
 	}
-	children, err := ownChildren()
+	children, err := ownChildren(nil)
 	if err != nil {
 		t.Fatal(err)
 	}

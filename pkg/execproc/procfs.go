@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -139,17 +140,22 @@ func allProcesses() ([]procStat, error) {
 	return processes, nil
 }
 
-// ownChildren lists the children of this process, whichever thread they belong to.
-func ownChildren() ([]procStat, error) {
+// ownChildren lists the children of this process, whichever thread they belong to, but for those that are known
+// already, of which nothing is read; known may be nil.
+func ownChildren(known map[int]*watch) ([]procStat, error) {
 	pids, err := childrenOf(os.Getpid(), many)
 	if errors.Is(err, errNoChildrenFile) {
-		return childrenByScan()
+		children, err := childrenByScan()
+		return slices.DeleteFunc(children, func(p procStat) bool { return known[p.pid] != nil }), err
 	}
 	if err != nil {
 		return nil, err
 	}
 	var children []procStat
 	for _, pid := range pids {
+		if known[pid] != nil {
+			continue
+		}
 		if stat, err := readStat(pid); err == nil {
 			children = append(children, stat)
 		}

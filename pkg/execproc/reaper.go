@@ -452,13 +452,13 @@ func (r *reaper) reapOrphans() {
 		clear(r.orphans)
 		return // no zombie at all: the usual case, as the process was reaped through its pidfd
 	}
-	children, err := ownChildren()
+	children, err := ownChildren(r.processes)
 	if err != nil {
 		return // no descriptor free; the next SIGCHLD looks again
 	}
 	seen := make(map[int]uint64)
 	for _, child := range children {
-		if !child.zombie() || child.session == r.session || r.processes[child.pid] != nil {
+		if !child.zombie() || child.session == r.session {
 			continue
 		}
 		last, known := r.orphans[child.pid]

@@ -67,7 +67,7 @@ func TestEveryStatusReachesItsOwner(t *testing.T) {
 	}
 	all.Wait()
 	eventually(t, "no zombie is left", func() bool {
-		children, err := ownChildren()
+		children, err := ownChildren(nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -177,7 +177,7 @@ type Registry struct {
 	mu       sync.Mutex
 	sessions map[string]*Session
 	closed   bool
-	empty    chan struct{} // closed when the last session has ended after Close
+	emptied  chan struct{} // closed when the last session has ended; nil unless somebody waits, see Empty
 }
 
 // ErrClosed is returned by Begin once the registry takes no more sessions.
@@ -186,7 +186,7 @@ var ErrClosed = errors.New("streamshim is shutting down and takes no new session
 // NewRegistry returns an empty registry that logs one line at the start and one at the end of each
 // session. The guards are asked in this order; when one refuses, those before it see the session end.
 func NewRegistry(log *slog.Logger, guards ...Guard) *Registry {
-	return &Registry{log: log, guards: guards, sessions: make(map[string]*Session), empty: make(chan struct{})}
+	return &Registry{log: log, guards: guards, sessions: make(map[string]*Session)}
 }
 
 // Check says whether a session would be refused as things are now.
@@ -256,8 +256,9 @@ func (r *Registry) remove(s *Session) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.sessions, s.ID)
-	if r.closed && len(r.sessions) == 0 {
-		close(r.empty)
+	if len(r.sessions) == 0 && r.emptied != nil {
+		close(r.emptied)
+		r.emptied = nil
 	}
 }
 
@@ -275,21 +276,27 @@ func (r *Registry) List() []*Session {
 	return list
 }
 
+// Empty returns a channel that is closed as soon as no session lives; the next one may begin at any time.
+func (r *Registry) Empty() <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.sessions) == 0 {
+		none := make(chan struct{})
+		close(none)
+		return none
+	}
+	if r.emptied == nil {
+		r.emptied = make(chan struct{})
+	}
+	return r.emptied
+}
+
 // Close makes Begin fail from now on.
 func (r *Registry) Close() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closed {
-		return
-	}
 	r.closed = true
-	if len(r.sessions) == 0 {
-		close(r.empty)
-	}
 }
-
-// Drained is closed when, after Close, the last session has ended.
-func (r *Registry) Drained() <-chan struct{} { return r.empty }
 
 // Context ends when the session is told to end; context.Cause then tells why.
 func (s *Session) Context() context.Context { return s.ctx }

@@ -123,6 +123,36 @@ func TestLegacyPortForwardPodEndsFirst(t *testing.T) {
 	}
 }
 
+// A client that does not answer the Close, because it sees no frame until something else comes, gets FIN, which it sees.
+// What it sends still arrives.
+func TestLegacyPortForwardEndsBehindClose(t *testing.T) {
+	s := startServer(t, Config{})
+	uploads := make(chan podUpload, 1)
+	port := pod(t, func(c *net.TCPConn) {
+		c.SetReadDeadline(time.Now().Add(testTimeout))
+		io.WriteString(c, "hello")
+		c.CloseWrite()
+		data, err := io.ReadAll(c)
+		uploads <- podUpload{data, err}
+	})
+	client := dialNumbered(t, s.portForwardURL(nil, int32(port)), "v4.channel.k8s.io", false) //nolint:gosec // a port
+	eventually(t, "the server's Close", func() bool {
+		client.mu.Lock()
+		defer client.mu.Unlock()
+		return client.ended != nil
+	})
+	client.send(0, []byte("late, "))
+	client.tcp.SetReadDeadline(time.Now().Add(testTimeout))
+	if n, err := client.tcp.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		t.Errorf("behind the Close came %d bytes, %v", n, err)
+	}
+	client.send(0, []byte("and later"))
+	client.end("Close 1000")
+	if got := receive(t, uploads, "the end of the upload"); string(got.data) != "late, and later" || got.err != nil {
+		t.Errorf("the pod got %q, %v", got.data, got.err)
+	}
+}
+
 // Over SPDY and the tunnel a connection that had its FIN before the client left is finished, one without is reset.
 func TestPortForwardUploadsOfAClientThatLeaves(t *testing.T) {
 	runTogether(t, func(t *testing.T) {

@@ -2,6 +2,7 @@ package streaming
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"net/url"
@@ -110,6 +111,45 @@ func TestDetachFromTerminal(t *testing.T) {
 			}
 		case <-time.After(testTimeout):
 			t.Error("the session goes on after the client has detached")
+		}
+	})
+}
+
+// A client without a terminal whose input has ended is detached once the answer has come, or stays where the
+// configuration says so.
+func TestInputEndDetaches(t *testing.T) {
+	forEachTransport(t, func(t *testing.T, transport string) {
+		for _, stays := range []bool{false, true} {
+			upstream, s := startServer(t, Config{}), startServer(t, Config{Commands: commandConfig{AttachBuffer: 64 << 10, AttachStays: stays}})
+			var out syncBuffer
+			options := remotecommand.StreamOptions{Stdin: strings.NewReader("one\n"), Stdout: &out}
+			// The last word of the answer comes later than detachGrace, but the container is never silent for so long.
+			main := func() *url.URL {
+				return upstream.execURL(&hostExecutor{t: t}, options, "sh", "-c",
+					"trap '' HUP; read line; for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 0.3; done; echo answered $line; while :; do sleep 600; done")
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			ended := make(chan error, 1)
+			u := s.attachURL(main, options)
+			go func() { ended <- stream(ctx, t, transport, u, options) }()
+			if stays {
+				eventually(t, "the answer", func() bool { return strings.Contains(out.String(), "answered one") })
+				select {
+				case err := <-ended:
+					t.Errorf("the session ended with its input: %v", err)
+				case <-time.After(2 * time.Second):
+				}
+			}
+			if stays {
+				cancel()
+			}
+			if err := receive(t, ended, "the end of the session"); err != nil && !stays {
+				t.Errorf("the input ended and the client got %v", err)
+			}
+			cancel()
+			if !strings.Contains(out.String(), "answered one\n") {
+				t.Errorf("the client was detached before the answer: %q", out.String())
+			}
 		}
 	})
 }

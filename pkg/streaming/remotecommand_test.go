@@ -503,6 +503,58 @@ func TestShutdownEndsSessionsWithAStatus(t *testing.T) {
 	})
 }
 
+// As long as a session goes on, new ones are taken, also by URLs that are given out now; when none does, or time is
+// up, no more.
+func TestShutdownTakesSessionsUntilItsEnd(t *testing.T) {
+	forEachTransport(t, func(t *testing.T, transport string) {
+		s := startServer(t, Config{})
+		input, typed := io.Pipe()
+		options := remotecommand.StreamOptions{Stdin: input, Stdout: io.Discard}
+		u := s.execURL(&hostExecutor{t: t}, options, "cat")
+		open := make(chan error, 1)
+		go func() { open <- stream(t.Context(), t, transport, u, options) }()
+		eventually(t, "the command's start", func() bool {
+			return len(s.config.Sessions.List()) == 1 && s.config.Sessions.List()[0].Phase() == session.Running
+		})
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			s.Shutdown(t.Context()) //nolint:errcheck // seen below
+		}()
+		for range 3 {
+			var out syncBuffer
+			options := remotecommand.StreamOptions{Stdout: &out}
+			u := s.execURL(&hostExecutor{t: t}, options, "echo", "hello")
+			if err := stream(t.Context(), t, transport, u, options); err != nil || out.String() != "hello\n" {
+				t.Errorf("an exec during the shutdown: %q, %v", out.String(), err)
+			}
+		}
+		select {
+		case <-ended:
+			t.Error("the shutdown did not wait for the open session")
+		default:
+		}
+		last := s.execURL(&hostExecutor{t: t}, remotecommand.StreamOptions{Stdout: io.Discard}, "true")
+		typed.Close()
+		if err := receive(t, open, "the open session's end"); err != nil {
+			t.Errorf("the open session: %v", err)
+		}
+		eventually(t, "no more URLs", func() bool {
+			_, err := s.Exec(&commandRequest{})
+			return errors.Is(err, ErrShuttingDown)
+		})
+		// A URL that was given out before is good until redeemGrace is over.
+		if err := stream(t.Context(), t, transport, last, remotecommand.StreamOptions{Stdout: io.Discard}); err != nil {
+			t.Errorf("the last URL: %v", err)
+		}
+		select {
+		case <-ended:
+		case <-time.After(testTimeout):
+			t.Error("the shutdown does not end")
+		}
+	})
+}
+
 func TestIdleSessionEndsWithAStatus(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{Settings: Settings{IdleTimeout: map[session.Kind]time.Duration{session.Exec: 300 * time.Millisecond}}})

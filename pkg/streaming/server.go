@@ -81,6 +81,8 @@ const (
 	keepAliveTimeout    = 60 * time.Second // of an HTTP connection between requests
 	maxHeaderBytes      = 64 << 10
 	maxPlainConnections = 2 * maxTokens // not upgraded; nobody needs more than there are tokens
+
+	redeemGrace = 2 * time.Second // at shutdown, for the last URLs to be opened
 )
 
 // Server gives out streaming URLs and serves them.
@@ -97,8 +99,9 @@ type Server struct {
 	watch    *lifetime.Watcher
 
 	mu       sync.Mutex
-	closed   bool
-	closing  chan struct{} // closed when Shutdown begins
+	sealed   bool          // no URL is given out any more
+	closed   bool          // none is served any more
+	closing  chan struct{} // closed with it
 	deaf     bool          // nobody listens at the address of the URLs
 	settings Settings
 }
@@ -161,9 +164,9 @@ func (s *Server) PortForward(r *portforward.Request) (string, error) {
 
 func (s *Server) insert(info session.Info, request any) (string, error) {
 	s.mu.Lock()
-	closed, deaf := s.closed, s.deaf
+	sealed, deaf := s.sealed, s.deaf
 	s.mu.Unlock()
-	if closed {
+	if sealed {
 		return "", ErrShuttingDown
 	}
 	if deaf {
@@ -232,24 +235,50 @@ func (s *Server) setDeaf(deaf bool) {
 	s.deaf = deaf
 }
 
-// Shutdown ends the server in three steps: it takes no new requests and connections, lets sessions
-// go on until the context is done, and then ends those that are left with a status that says so.
+// Shutdown ends the server. Until no session lives, or the context is done, all goes on, and new sessions are
+// taken: whoever has a shell open during an upgrade does not lock the others out. Then no URLs are given out any
+// more; those that clients have already are served for a moment, also until the context is done. Sessions that
+// are left end with a status that says so.
 func (s *Server) Shutdown(ctx context.Context) error {
+	select {
+	case <-s.config.Sessions.Empty():
+	case <-ctx.Done():
+	}
+	s.mu.Lock()
+	s.sealed = true
+	s.mu.Unlock()
+	waitOr(ctx, s.tokens.empty(), redeemGrace)
 	s.mu.Lock()
 	if !s.closed {
 		s.closed = true
 		close(s.closing)
 	}
 	s.mu.Unlock()
-	s.config.Sessions.Close()
-	err := s.http.Close() // idle and half-read connections; upgraded ones are ours, not net/http's
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.sessions.Wait() // also for those that are about to begin
+	}()
 	select {
-	case <-s.config.Sessions.Drained():
+	case <-ended:
 	case <-ctx.Done():
 	}
+	s.config.Sessions.Close()
+	err := s.http.Close() // idle and half-read connections; upgraded ones are ours, not net/http's
 	s.cancel(&session.EndError{Reason: "shutdown", Message: ErrShuttingDown.Error()})
 	s.sessions.Wait()
 	return err
+}
+
+// waitOr waits until done is closed, the context is done, or the time is up.
+func waitOr(ctx context.Context, done <-chan struct{}, limit time.Duration) {
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	case <-timer.C:
+	}
 }
 
 func (s *Server) handler() http.Handler {

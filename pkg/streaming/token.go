@@ -29,7 +29,8 @@ type tokenCache struct {
 
 	mu       sync.Mutex
 	requests map[string]*list.Element
-	byAge    *list.List // of *waitingRequest, oldest first
+	byAge    *list.List    // of *waitingRequest, oldest first
+	emptied  chan struct{} // closed when no request waits any more; nil unless somebody waits for that
 }
 
 type waitingRequest struct {
@@ -103,7 +104,25 @@ func (c *tokenCache) waiting() int {
 	return len(c.requests)
 }
 
+// empty returns a channel that is closed when no request waits any more. An expired one waits until it is seen.
+func (c *tokenCache) empty() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.dropExpired(c.now())
+	emptied := make(chan struct{})
+	if len(c.requests) == 0 {
+		close(emptied)
+	} else {
+		c.emptied = emptied
+	}
+	return emptied
+}
+
 func (c *tokenCache) remove(e *list.Element) {
 	c.byAge.Remove(e)
 	delete(c.requests, e.Value.(*waitingRequest).token)
+	if len(c.requests) == 0 && c.emptied != nil {
+		close(c.emptied)
+		c.emptied = nil
+	}
 }

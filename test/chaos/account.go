@@ -80,9 +80,15 @@ func (a account) above(before account, interrupted int) []string {
 // after it.
 const settleTime = 100 * time.Second
 
+// settleTimeOfTeeth is for a run in which no client is lost.
+const settleTimeOfTeeth = 30 * time.Second
+
 // settledAccount waits until no more is there than before, or, without a before, until nothing changes any more.
 func (s *soakRun) settledAccount(ctx context.Context, before *account) (account, error) {
 	deadline := time.Now().Add(settleTime)
+	if s.teeth && before != nil {
+		deadline = time.Now().Add(settleTimeOfTeeth)
+	}
 	last := account{}
 	for {
 		now, err := s.takeAccount(ctx)

@@ -81,7 +81,11 @@ func (c *crowd) place(ctx context.Context) {
 func (s *soakRun) session(ctx, idle context.Context, r *rand.Rand) {
 	c := &client{s: s, r: r, idle: idle, pod: s.pods.pick(r)}
 	var kind sessionKind
-	switch r.IntN(20) {
+	which := r.IntN(20)
+	if s.teeth {
+		which = 20 // only clients of which nothing is left by right, however soon one looks
+	}
+	switch which {
 	case 0:
 		kind = chooseHostile(r)
 		c.pod = s.pods.pickHostile(r)

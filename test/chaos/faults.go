@@ -171,12 +171,13 @@ func jumpClock(ctx context.Context, _ *soakRun, d time.Duration) error {
 
 // injectStalls stops streamshim now and then without telling anybody, see -inject.
 func (s *soakRun) injectStalls(ctx context.Context) {
-	if s.inject != injectStall {
+	if !s.injects(injectStall) {
 		return
 	}
 	for pause(ctx, 5*time.Second) {
 		pid := s.node.PID("streamshim")
-		if err := errors.Join(unix.Kill(pid, unix.SIGSTOP), waitThen(3*time.Second, func() error { return unix.Kill(pid, unix.SIGCONT) })); err != nil {
+		stall := min(max(3*time.Second, 2*probeFactor*s.busy()), 15*time.Second)
+		if err := errors.Join(unix.Kill(pid, unix.SIGSTOP), waitThen(stall, func() error { return unix.Kill(pid, unix.SIGCONT) })); err != nil {
 			s.violated(faultTrouble, "inject a stall: %v", err)
 		}
 	}

@@ -18,6 +18,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"time"
 
@@ -53,8 +54,8 @@ func run() error {
 	flag.Float64Var(&o.rate, "rate", 8, "sessions that begin each second, at most")
 	flag.StringVar(&o.only, "only", "", "only these `faults`, separated by commas: "+strings.Join(faultNames(), ", "))
 	flag.BoolVar(&o.clock, "clock", false, "also set the machine's clock forth and back; for a machine of one's own")
-	flag.StringVar(&o.inject, "inject", "", "a `fault` of the soak's own, to be found by it: "+strings.Join(injections, ", "))
-	flag.BoolVar(&o.teeth, "teeth", false, "run shortly with each fault of -inject, and fail unless it is found")
+	flag.StringVar(&o.inject, "inject", "", "`faults` of the soak's own, separated by commas, to be found by it: "+strings.Join(injections, ", "))
+	flag.BoolVar(&o.teeth, "teeth", false, "run with all faults of -inject and no others, and fail unless each is found")
 	flag.Parse()
 	if o.seed == 0 {
 		o.seed = uint64(rand.Uint32()) //nolint:gosec // not a secret
@@ -71,9 +72,9 @@ func run() error {
 	return showTeeth(ctx, o)
 }
 
-// What is done to the soak's own client, so that it can be seen that the soak finds it.
+// What is done by the soak itself, so that it can be seen that the soak finds it.
 const (
-	injectCut   = "cut"   // now and then a part of the output is dropped on its way to the client
+	injectCut   = "cut"   // a part of the output is dropped on its way to the client
 	injectLeak  = "leak"  // sessions are forgotten, and stay
 	injectStall = "stall" // streamshim is stopped for a while now and then
 )
@@ -83,20 +84,25 @@ var injections = []string{injectCut, injectLeak, injectStall}
 // signs are what each of them must be found by.
 var signs = map[string]violationKind{injectCut: wrongOutput, injectLeak: leftBehind, injectStall: slowProbes}
 
+// injects says whether the soak does this.
+func (o options) injects(what string) bool {
+	return slices.Contains(strings.Split(o.inject, ","), what)
+}
+
+// showTeeth runs once with all of them, and nothing else that goes wrong.
 func showTeeth(ctx context.Context, o options) error {
+	o.inject, o.only = strings.Join(injections, ","), "none"
+	found, err := soak(ctx, o)
+	if err != nil {
+		return err
+	}
 	var missed []error
 	for _, injected := range injections {
-		shorter := o
-		shorter.inject, shorter.only, shorter.output = injected, "none", o.output+"/"+injected
-		found, err := soak(ctx, shorter)
-		if err != nil {
-			return err
-		}
 		if found[signs[injected]] == 0 {
 			missed = append(missed, fmt.Errorf("the injected %s was not found", injected))
 			continue
 		}
-		say("teeth: the injected %s was found", injected)
+		say("teeth: the injected %s was found (%s)", injected, signs[injected])
 	}
 	return errors.Join(missed...)
 }

@@ -238,6 +238,9 @@ func limitProcesses(pid, limit int) error {
 
 // killPods ends victims in the ways in which pods end, and makes new ones.
 func (s *soakRun) killPods(ctx context.Context) {
+	if s.teeth {
+		return
+	}
 	r := s.random("pods", 0)
 	for pause(ctx, between(r, 3*time.Second, 8*time.Second)) {
 		i, way := r.IntN(victimPods+hostilePods), r.IntN(3)

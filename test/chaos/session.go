@@ -128,7 +128,7 @@ func (c *client) amount() int { return []int{1, 100, 2000, 20000, 100000}[c.r.In
 
 func (c *client) checker(what string, n int) *checker {
 	k := &checker{what: what, want: sequence(n)}
-	if c.s.inject == injectCut && !c.warming && c.r.IntN(4) == 0 {
+	if c.s.injects(injectCut) && !c.warming && c.r.IntN(2) == 0 {
 		k.drop = 1
 	}
 	return k
@@ -211,7 +211,10 @@ func idle(ctx context.Context, c *client) error {
 	if err != nil {
 		return err
 	}
-	if c.s.inject == injectLeak && !c.warming && c.r.IntN(10) == 0 {
+	if c.s.injects(injectLeak) && !c.warming && c.r.IntN(3) == 0 {
+		c.s.mu.Lock()
+		defer c.s.mu.Unlock()
+		c.s.forgotten = append(c.s.forgotten, session) // or the garbage collector would close it
 		return nil
 	}
 	if err := c.linger(session); err != nil {

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/test/internal/node"
+	"github.com/streamshim/streamshim/test/internal/wire"
 )
 
 // violationKind is which invariant does not hold.
@@ -53,6 +54,7 @@ type soakRun struct {
 	floorCPU   time.Duration  // of all those
 	floorBegan atomic.Int64   // when the one that runs began, since the beginning; 0 when none runs
 	notBegun   int            // sessions, because the machine was busy
+	forgotten  []*wire.Exec   // see injectLeak
 	cpu        time.Duration  // of streamshim itself
 	calls      []sample
 	samples    []usage

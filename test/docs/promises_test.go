@@ -4,6 +4,7 @@ package docs
 import (
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -65,5 +66,82 @@ func TestPromisesHaveTests(t *testing.T) {
 	}
 	if promises < 20 {
 		t.Errorf("only %d promises were found", promises)
+	}
+}
+
+var (
+	linkTo  = regexp.MustCompile(`\]\(([^)#:\s]*)(?:#([^)]*))?\)`)
+	heading = regexp.MustCompile(`(?m)^#+ (.+)$`)
+	fence   = regexp.MustCompile("(?ms)^ *```.*?^ *```")
+	noWord  = regexp.MustCompile(`[^\p{L}\p{N} _-]`)
+)
+
+// Each link in a document leads to a file, or a heading, that is there.
+func TestLinks(t *testing.T) {
+	texts := map[string]string{}
+	for _, pattern := range []string{"*.md", "docs/*.md", "docs/*/*.md", "test/*.md", "test/*/*.md", "deploy/*/*.md"} {
+		files, err := filepath.Glob(filepath.Join(top, pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			texts[file] = fence.ReplaceAllString(string(text), "")
+		}
+	}
+	links := 0
+	for file, text := range texts {
+		for _, match := range linkTo.FindAllStringSubmatch(text, -1) {
+			path, anchor := filepath.Join(filepath.Dir(file), match[1]), match[2]
+			if match[1] == "" {
+				path = file
+			}
+			links++
+			if _, err := os.Stat(path); err != nil {
+				t.Errorf("%s links to %s, which is not there", file, match[1])
+			} else if anchor != "" && !hasAnchor(texts[path], anchor) {
+				t.Errorf("%s links to %s#%s, and there is no such heading", file, match[1], anchor)
+			}
+		}
+	}
+	if links < 50 {
+		t.Errorf("only %d links are seen", links)
+	}
+}
+
+// hasAnchor knows how the hosting services make anchors of headings.
+func hasAnchor(text, anchor string) bool {
+	for _, match := range heading.FindAllStringSubmatch(text, -1) {
+		if strings.ReplaceAll(noWord.ReplaceAllString(strings.ToLower(match[1]), ""), " ", "-") == anchor {
+			return true
+		}
+	}
+	return false
+}
+
+// No program lies in the tree: whoever builds, for whatever architecture, would use a stale one unseen.
+func TestNoProgramsAreKept(t *testing.T) {
+	out, err := exec.Command("git", "-C", top, "ls-files", "-z", "--cached", "--others", "--exclude-standard").Output()
+	if err != nil {
+		t.Skip(err) // not a working copy
+	}
+	files := strings.Split(strings.TrimSuffix(string(out), "\x00"), "\x00")
+	for _, name := range files {
+		file, err := os.Open(filepath.Join(top, name))
+		if err != nil {
+			continue // removed and not committed yet
+		}
+		magic := make([]byte, 4)
+		file.Read(magic) //nolint:errcheck // shorter files are no programs
+		file.Close()
+		if string(magic) == "\x7fELF" {
+			t.Errorf("%s is a program", name)
+		}
+	}
+	if len(files) < 100 {
+		t.Errorf("git knows %d files only", len(files))
 	}
 }

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/test/internal/kubernetes"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // workPod is the pod that the checks of a node share: two HTTP servers, a port that resets whoever
@@ -133,7 +135,7 @@ func checkBackgroundChild(ctx context.Context, t *target) (string, error) {
 
 func checkAttach(ctx context.Context, t *target) (string, error) {
 	command := t.kubectl(ctx, "attach", "-i", t.pod)
-	var output lockedBuffer
+	var output testutil.Buffer
 	command.Stdout = &output
 	stdin, err := command.StdinPipe() // open until the answer is there: kubectl leaves with its stdin
 	if err != nil {
@@ -163,7 +165,7 @@ func checkLogs(ctx context.Context, t *target) (string, error) {
 		return "", errors.New(o.String())
 	}
 	command := t.kubectl(ctx, "logs", "-f", "--tail=0", t.pod)
-	var output lockedBuffer
+	var output testutil.Buffer
 	command.Stdout = &output
 	if err := command.Start(); err != nil {
 		return "", err

@@ -13,12 +13,14 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // forwarding is a running kubectl port-forward.
 type forwarding struct {
 	command *exec.Cmd
-	output  lockedBuffer
+	output  testutil.Buffer
 	address map[int]string // where it listens, by the pod's port
 	ended   chan struct{}
 }

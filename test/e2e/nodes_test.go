@@ -14,6 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/test/internal/kubernetes"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // podName is a name that no other check uses.
@@ -328,7 +330,7 @@ func checkContainerdRestart(ctx context.Context, t *target) (string, error) {
 	}
 	const lines = 150 // 15 s
 	stream := t.kubectl(ctx, "exec", t.pod, "--", "sh", "-c", fmt.Sprintf("i=0; while [ $i -lt %d ]; do echo line $i; i=$((i+1)); usleep 100000; done; exit 5", lines))
-	var output lockedBuffer
+	var output testutil.Buffer
 	stream.Stdout = &output
 	if err := stream.Start(); err != nil {
 		return "", err

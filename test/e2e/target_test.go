@@ -22,6 +22,8 @@ import (
 	"github.com/streamshim/streamshim/test/internal/images"
 	"github.com/streamshim/streamshim/test/internal/kubernetes"
 	"github.com/streamshim/streamshim/test/internal/node"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // target is where one check runs: a node and what kubectl speaks.
@@ -94,7 +96,7 @@ func (t *target) must(ctx context.Context, args ...string) (string, error) {
 type terminal struct {
 	command *exec.Cmd
 	master  *os.File
-	output  lockedBuffer
+	output  testutil.Buffer
 	ended   chan struct{} // closed when kubectl has ended and its output has been read
 	err     error         // what Wait returned, valid after ended
 }
@@ -153,24 +155,6 @@ func (s *terminal) expect(ctx context.Context, text string) error {
 		return fmt.Errorf("no %q in the output %.200q: %w", text, s.output.String(), err)
 	}
 	return nil
-}
-
-// lockedBuffer is written by one goroutine and read by others.
-type lockedBuffer struct {
-	mu     sync.Mutex
-	buffer bytes.Buffer
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buffer.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buffer.String()
 }
 
 // fatal is an error that makes until stop asking.

@@ -20,6 +20,8 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/workload"
 	"github.com/streamshim/streamshim/test/internal/node"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // container is a real one, of runc, whose main process is the attacker unless it is said otherwise.
@@ -152,7 +154,7 @@ func newContainer(t testing.TB, changes ...func(*specs.Spec)) *container {
 		fromAttacker.Close()
 		// Once a subreaper, always: without a Runner nobody else reaps what lost its parent, and while one of the
 		// container is a zombie its main process does not end.
-		eventually(t, "the container's processes end and are reaped", func() bool {
+		testutil.Eventually(t, "the container's processes end and are reaped", func() bool {
 			_ = unix.Kill(pid, unix.SIGKILL)
 			for reaped := 1; reaped > 0; {
 				reaped, _ = unix.Wait4(-1, nil, unix.WNOHANG|unix.WALL, nil)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"testing"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -52,9 +53,9 @@ func TestStrangeNames(t *testing.T) {
 			if line, err := bufio.NewReader(p.Stdout()).ReadString('\n'); err != nil {
 				t.Errorf("%s, %q: %q, %v", e.name, name, line, err)
 			}
-			eventually(t, "the command has its children", func() bool { return c.processes(t) == 2+children })
+			testutil.Eventually(t, "the command has its children", func() bool { return c.processes(t) == 2+children })
 			p.Disconnect()
-			eventually(t, fmt.Sprintf("%s: all processes named %q end", e.name, name), func() bool { return c.processes(t) == 1 })
+			testutil.Eventually(t, fmt.Sprintf("%s: all processes named %q end", e.name, name), func() bool { return c.processes(t) == 1 })
 			p.Close()
 		}
 		note(row{attack: "strange names", configuration: "default", entrance: e.name, commands: 11})

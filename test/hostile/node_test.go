@@ -15,6 +15,8 @@ import (
 
 	"github.com/streamshim/streamshim/test/internal/node"
 	"github.com/streamshim/streamshim/test/internal/wire"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // runAttacker runs a pod whose main process is the attacker, which attacks for so long.
@@ -41,7 +43,7 @@ func runAttacker(t *testing.T, n *node.Node, name string, arguments ...string) (
 func gainedBy(t *testing.T, n *node.Node, pod, name string) map[string]string {
 	t.Helper()
 	var text string
-	eventually(t, "the attacker is done", func() bool {
+	testutil.Eventually(t, "the attacker is done", func() bool {
 		log, err := os.ReadFile(n.ContainerLog(pod, name))
 		text = string(log)
 		return err == nil && strings.Contains(text, " done ")
@@ -150,7 +152,7 @@ func stopOnNode(t *testing.T, n *node.Node) {
 	cancel()
 	stopped.Wait()
 	// The attacker lets them go; streamshim gives such a start up later.
-	eventually(t, "the stopped processes go on and end", func() bool { return stoppedProcesses(t) == 0 })
+	testutil.Eventually(t, "the stopped processes go on and end", func() bool { return stoppedProcesses(t) == 0 })
 	slices.Sort(took)
 	t.Logf("with %d stopped processes execs in another container took %v", most, took)
 	note(row{attack: "stop, others", configuration: "containerd", entrance: "streamshim", commands: len(took), seen: most})

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // Whatever is done to a command while it is on its way, it runs as it should or it does not run: never twice, never
@@ -60,7 +62,7 @@ func (o *outcomes) wrongs(t testing.TB, e *entrance, c *container) (wrongs []str
 // recovers fails the test unless the container is left as it was, and takes commands again.
 func recovers(t testing.TB, e *entrance, c *container) {
 	t.Helper()
-	eventually(t, fmt.Sprintf("%s: nothing but the main process is left in the container", e.name), func() bool { return c.processes(t) == 1 })
+	testutil.Eventually(t, fmt.Sprintf("%s: nothing but the main process is left in the container", e.name), func() bool { return c.processes(t) == 1 })
 	var o outcomes
 	if o.try(t, e, c); o.ran != 1 {
 		t.Errorf("%s: no command runs any more", e.name)
@@ -108,7 +110,7 @@ func seesNoEnd(t testing.TB, c *container) {
 		t.Errorf("a runc exec that the container stops ends: %q", output)
 	}
 	c.attacker.end()
-	eventually(t, "what was stopped ends", func() bool { return c.processes(t) == 1 })
+	testutil.Eventually(t, "what was stopped ends", func() bool { return c.processes(t) == 1 })
 }
 
 // The container is frozen while commands enter it.
@@ -203,7 +205,7 @@ func withLittleMemory(t testing.TB, e *entrance) (o outcomes, wrongs []string) {
 		// One for each: the kernel may well end the main process.
 		c := newContainer(t)
 		// What the start of the main process has used is given back a little later; until then the kernel refuses.
-		eventually(t, fmt.Sprintf("a memory limit of %d KiB", kilobytes), func() bool {
+		testutil.Eventually(t, fmt.Sprintf("a memory limit of %d KiB", kilobytes), func() bool {
 			_, err := runCommand(context.Background(), runc(), "--root", c.Root, "update", "--memory", fmt.Sprint(kilobytes<<10), c.ContainerID)
 			return err == nil
 		})

@@ -33,7 +33,9 @@ var files = map[string]fs.FileMode{
 	"usr/share/zsh/vendor-completions/_streamshim":        0o644,
 	"usr/share/fish/vendor_completions.d/streamshim.fish": 0o644,
 	"usr/share/streamshim/grafana/streamshim.json":        0o644,
-	"usr/share/doc/streamshim/install.md":                 0o644,
+	"usr/share/man/man5/streamshim-config.5.gz":           0o644,
+	"usr/share/doc/streamshim/docs/install.md":            0o644,
+	"usr/share/doc/streamshim/CHANGELOG.md":               0o644,
 	"usr/share/doc/streamshim/copyright":                  0o644,
 }
 
@@ -87,6 +89,7 @@ func TestPackages(t *testing.T) {
 		root := t.TempDir()
 		run(t, "dpkg-deb", "-x", deb, root)
 		expectFiles(t, root)
+		expectLinks(t, filepath.Join(root, "usr/share/doc/streamshim"))
 		for line := range strings.Lines(run(t, "dpkg-deb", "-c", deb)) {
 			if !strings.Contains(line, " root/root ") {
 				t.Errorf("not root's: %s", line)
@@ -130,6 +133,24 @@ func TestPackages(t *testing.T) {
 		run(t, "dpkg", append(dpkg, "--remove", "streamshim")...)
 		if _, err := os.Stat(filepath.Join(root, "usr/bin/streamshim")); !os.IsNotExist(err) {
 			t.Errorf("after the removal: %v", err)
+		}
+		// As postremove.sh says.
+		records := filepath.Join(root, "var/log/streamshim/audit.log")
+		if err := os.MkdirAll(filepath.Dir(records), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(records, []byte("{}\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Stat(config); err != nil {
+			t.Errorf("the configuration after the removal: %v", err)
+		}
+		run(t, "dpkg", append(dpkg, "--purge", "streamshim")...)
+		if _, err := os.Stat(config); !os.IsNotExist(err) {
+			t.Errorf("the configuration after the purge: %v", err)
+		}
+		if _, err := os.Stat(records); err != nil {
+			t.Errorf("the audit log after the purge: %v", err)
 		}
 	})
 
@@ -284,6 +305,30 @@ func expectFiles(t *testing.T, root string) {
 		} else if info.Mode() != mode {
 			t.Errorf("%s has mode %v, expected %v", name, info.Mode(), mode)
 		}
+	}
+}
+
+var link = regexp.MustCompile(`\]\(([^)#:]+)[)#]`)
+
+// expectLinks follows the links of all documents to files beside them.
+func expectLinks(t *testing.T, root string) {
+	t.Helper()
+	links := 0
+	err := filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, ".md") {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		for _, match := range link.FindAllStringSubmatch(string(text), -1) {
+			links++
+			if _, err := os.Stat(filepath.Join(filepath.Dir(path), match[1])); err != nil {
+				t.Errorf("%s links to %s, which was not installed", path, match[1])
+			}
+		}
+		return err
+	})
+	if err != nil || links < 20 {
+		t.Errorf("%d links, %v", links, err)
 	}
 }
 

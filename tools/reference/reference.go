@@ -42,8 +42,9 @@ func generate(source string) (map[string]string, error) {
 		return nil, err
 	}
 	return map[string]string{
-		"deploy/config.toml":    sample(tables),
-		"docs/configuration.md": markdown(tables),
+		"deploy/config.toml":             sample(tables),
+		"docs/configuration.md":          markdown(tables),
+		"deploy/man/streamshim-config.5": manual(tables),
 	}, nil
 }
 
@@ -119,6 +120,9 @@ func describe(comments map[string]string) ([]table, error) {
 		tables = append(tables, current)
 		for i := range value.NumField() {
 			field, fieldValue := value.Type().Field(i), value.Field(i)
+			if !field.IsExported() {
+				continue
+			}
 			full := strings.TrimPrefix(name+"."+field.Tag.Get("toml"), ".")
 			text := comments[value.Type().Name()+"."+field.Name]
 			switch {

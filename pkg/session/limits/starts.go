@@ -110,10 +110,10 @@ func (l *Limiter) mayWaitLocked(kind *starts, pod string) error {
 	switch {
 	case len(kind.waiting) >= most:
 		return &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
-			"%d commands wait to be started on this node, and no more may wait (limits.waiting_starts): try again later", len(kind.waiting))}
+			"%d commands wait to be started on this node, and no more may wait: try again later", len(kind.waiting))}
 	case inPod >= share(most):
 		return &session.RefusedError{Refusal: session.TooMany, Message: fmt.Sprintf(
-			"%d commands wait to be started in this pod, and no more may wait (a quarter of limits.waiting_starts): try again later", inPod)}
+			"%d commands wait to be started in this pod, and no more may wait: try again later", inPod)}
 	}
 	return nil
 }

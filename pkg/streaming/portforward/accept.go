@@ -74,7 +74,9 @@ func (s *Session) accept(w http.ResponseWriter, r *http.Request, up transport.Up
 		return nil, err
 	}
 	s.client = transport.Channels{ChannelConn: conn.ChannelConn}
-	s.closeWrite = func(ctx context.Context) { conn.CloseWrite(ctx) } //nolint:errcheck // a client that has gone is noticed in Run
+	s.closeWrite = func(ctx context.Context) {
+		s.connections.Go(func() { conn.CloseWrite(ctx) }) //nolint:errcheck // a client that has gone is noticed in Run
+	}
 	s.farewell = func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
 	for _, c := range conn.Ports() {
 		s.legacy = append(s.legacy, &connection{port: c.Port, data: c.Data, failure: c.Error})

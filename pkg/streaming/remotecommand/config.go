@@ -31,6 +31,9 @@ type Config struct {
 	// AttachBuffer is how many bytes of output wait for an attached client that reads too slowly;
 	// what comes beyond is skipped.
 	AttachBuffer int
+	// AttachStays keeps an attached client whose input has ended, without a terminal, until it leaves. Otherwise
+	// it is detached as the runtimes do, but not before the container has been silent for a moment.
+	AttachStays bool
 
 	Waits // those that are zero become the package's own
 }

@@ -42,6 +42,7 @@ type relay struct {
 	stdin, resize  *spdy.Stream
 	stdinGrace     time.Duration // see startRelay
 	stdout, stderr io.ReadCloser
+	lastOutput     atomic.Int64 // when the upstream sent output last, in ns since 1970; only with a buffer limit
 	upstream       sync.WaitGroup
 	exited         chan struct{}
 	detached       atomic.Bool    // the connection is closed because the client has detached
@@ -53,8 +54,8 @@ type relay struct {
 // read and a client that is too slow misses output, instead of stopping the container (moby#41827);
 // with none the client's pace is the command's, as it is for an exec.
 //
-// The client's end of input is passed on after stdinGrace, never when that is negative. When it is positive it
-// is a detach, after which the session ends whether the upstream ends it or not.
+// The client's end of input is passed on after stdinGrace without output, never when that is negative. When it is
+// positive it is a detach, after which the session ends whether the upstream ends it or not.
 func startRelay(ctx context.Context, target string, c workload.Command, buffer int, stdinGrace time.Duration, buffers *buffers.Share) (Process, error) {
 	conn, network, protocol, err := dialUpstream(ctx, target, buffers)
 	if err != nil {
@@ -209,10 +210,21 @@ func (r *relay) output(stream *spdy.Stream, tty bool, buffer int) io.ReadCloser 
 	}
 	skip := newSkipBuffer(buffer, tty, r.buffers)
 	r.upstream.Go(func() {
-		stream.WriteTo(skip) //nolint:errcheck // its end is the end of output
+		stream.WriteTo(notedOutput{skip, &r.lastOutput}) //nolint:errcheck // its end is the end of output
 		skip.end()
 	})
 	return skip
+}
+
+// notedOutput notes when something was written.
+type notedOutput struct {
+	io.Writer
+	last *atomic.Int64
+}
+
+func (o notedOutput) Write(p []byte) (int, error) {
+	o.last.Store(time.Now().UnixNano())
+	return o.Writer.Write(p)
 }
 
 type relayOutput struct{ *spdy.Stream }
@@ -235,11 +247,30 @@ func (i relayInput) Close() error {
 	case i.grace == 0:
 		return i.CloseWrite()
 	}
-	time.AfterFunc(i.grace, i.relay.detach)
+	go i.relay.detachWhenSilent(i.grace)
 	return nil
 }
 
-// detach passes the end of a terminal's input on. containerd ends the session for it; CRI-O goes on until the
+// detachWhenSilent detaches once there was no output for a while, or after detachMax. It ends with the relay.
+func (r *relay) detachWhenSilent(silence time.Duration) {
+	began := time.Now()
+	for {
+		last := time.Unix(0, r.lastOutput.Load())
+		if last.Before(began) {
+			last = began
+		}
+		wait := min(time.Until(last.Add(silence)), time.Until(began.Add(detachMax)))
+		if wait <= 0 {
+			r.detach()
+			return
+		}
+		if transport.WaitFor(r.exited, wait) {
+			return
+		}
+	}
+}
+
+// detach passes the end of a client's input on. containerd ends the session for it; CRI-O goes on until the
 // container ends.
 func (r *relay) detach() {
 	r.stdin.CloseWrite() //nolint:errcheck // fails when the session has ended before

@@ -41,15 +41,15 @@ func startWhenAllowed(gate StartGate, info session.Info, start startFunc) startF
 func (c Config) start(kind session.Kind, request *Request, buffers *buffers.Share) startFunc {
 	if kind == session.Attach {
 		// The end of one client's input is the end of the container's only where the container says so.
-		// Elsewhere containerd answers it by ending the whole session and cuts the output (cri-tools#269).
-		// With a terminal that is how clients detach (crictl's ctrl-P ctrl-Q), so there it is passed on once
-		// the answer to the last line had time to come.
-		stdinGrace := time.Duration(-1)
+		// Elsewhere containerd answers it by ending the whole session, which scripts rely on, and so does crictl's
+		// ctrl-P ctrl-Q at a terminal. It is passed on once the answer to the last line had time to come.
+		stdinGrace := detachGrace
 		switch {
 		case request.Command.TTY:
-			stdinGrace = detachGrace
 		case request.Container.StdinOnce:
 			stdinGrace = 0
+		case c.AttachStays:
+			stdinGrace = -1
 		}
 		return c.relayed(kind, request, c.AttachBuffer, stdinGrace, buffers)
 	}
@@ -61,8 +61,13 @@ func (c Config) start(kind session.Kind, request *Request, buffers *buffers.Shar
 	})
 }
 
-// detachGrace is how long an attached terminal stays attached after the client's input has ended.
-const detachGrace = time.Second
+const (
+	// detachGrace is how long a container must have been silent, after the client's input has ended, until the
+	// client is detached: the answer to the last line is to reach it (cri-tools#269).
+	detachGrace = time.Second
+	// detachMax is when it is detached in any case.
+	detachMax = 10 * time.Second
+)
 
 // relayed has the upstream serve a request, see startRelay.
 func (c Config) relayed(kind session.Kind, request *Request, buffer int, stdinGrace time.Duration, buffers *buffers.Share) startFunc {

@@ -12,7 +12,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -21,6 +20,8 @@ import (
 
 	"github.com/streamshim/streamshim/test/internal/images"
 	"github.com/streamshim/streamshim/test/internal/node"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // waitTimeout bounds every wait of a test; it is long because the machine may be busy.
@@ -78,15 +79,15 @@ type program struct {
 	command  *exec.Cmd
 	terminal *os.File
 	stdin    io.WriteCloser
-	output   *output       // stdout, and with a terminal everything
-	stderr   *output       // empty with a terminal
-	done     chan struct{} // closed when it has ended and its output was read
+	output   *testutil.Buffer // stdout, and with a terminal everything
+	stderr   *testutil.Buffer // empty with a terminal
+	done     chan struct{}    // closed when it has ended and its output was read
 }
 
 // start runs a program with pipes.
 func start(t *testing.T, command *exec.Cmd) *program {
 	t.Helper()
-	p := &program{t: t, command: command, output: newOutput(), stderr: newOutput(), done: make(chan struct{})}
+	p := &program{t: t, command: command, output: &testutil.Buffer{}, stderr: &testutil.Buffer{}, done: make(chan struct{})}
 	command.Stdout, command.Stderr = p.output, p.stderr
 	stdin, err := command.StdinPipe()
 	if err != nil {
@@ -103,7 +104,7 @@ func start(t *testing.T, command *exec.Cmd) *program {
 // startInTerminal runs a program in a terminal of this size.
 func startInTerminal(t *testing.T, command *exec.Cmd, columns, rows uint16) *program {
 	t.Helper()
-	p := &program{t: t, command: command, output: newOutput(), stderr: newOutput(), done: make(chan struct{})}
+	p := &program{t: t, command: command, output: &testutil.Buffer{}, stderr: &testutil.Buffer{}, done: make(chan struct{})}
 	terminal, err := pty.StartWithSize(command, &pty.Winsize{Cols: columns, Rows: rows})
 	if err != nil {
 		t.Fatal(err)
@@ -157,7 +158,7 @@ func (p *program) expect(text string) {
 // expectMatch is like expect, with a regular expression; it returns the match and its groups.
 func (p *program) expectMatch(pattern string) []string {
 	p.t.Helper()
-	match := p.output.waitFor(regexp.MustCompile(pattern), p.done)
+	match := p.output.Take(regexp.MustCompile(pattern), p.done)
 	if match == nil {
 		p.t.Fatalf("%s: %q did not appear, but %q and %q", p.name, pattern, p.output, p.stderr)
 	}
@@ -188,62 +189,6 @@ func (p *program) signal(signal os.Signal) {
 	p.t.Helper()
 	if err := p.command.Process.Signal(signal); err != nil {
 		p.t.Fatalf("%s: %v", p.name, err)
-	}
-}
-
-// output collects what a program writes.
-type output struct {
-	mu      sync.Mutex
-	text    bytes.Buffer
-	changed chan struct{} // closed and made anew with every write
-}
-
-func newOutput() *output { return &output{changed: make(chan struct{})} }
-
-func (o *output) Write(data []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	close(o.changed)
-	o.changed = make(chan struct{})
-	return o.text.Write(data)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.text.String()
-}
-
-// take removes everything up to the end of the first match, and returns it; nil when there is none.
-func (o *output) take(pattern *regexp.Regexp) (match []string, changed <-chan struct{}) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	at := pattern.FindSubmatchIndex(o.text.Bytes())
-	if at == nil {
-		return nil, o.changed
-	}
-	for i := 0; i < len(at); i += 2 {
-		match = append(match, string(o.text.Bytes()[at[i]:at[i+1]]))
-	}
-	o.text.Next(at[1])
-	return match, o.changed
-}
-
-func (o *output) waitFor(pattern *regexp.Regexp, done <-chan struct{}) []string {
-	timeout := time.After(waitTimeout)
-	for {
-		match, changed := o.take(pattern)
-		if match != nil {
-			return match
-		}
-		select {
-		case <-changed:
-		case <-done:
-			match, _ = o.take(pattern)
-			return match
-		case <-timeout:
-			return nil
-		}
 	}
 }
 
@@ -305,18 +250,16 @@ func takeFootprint(t *testing.T, n *node.Node, containers ...string) footprint {
 // expectNothingLeft waits until no more is there than before.
 func expectNothingLeft(t *testing.T, n *node.Node, before footprint, containers ...string) {
 	t.Helper()
-	deadline := time.Now().Add(waitTimeout)
-	for {
-		now := takeFootprint(t, n, containers...)
-		if now.descriptors <= before.descriptors && now.children <= before.children && now.members <= before.members {
-			return
+	var now footprint
+	defer func() {
+		if t.Failed() {
+			t.Logf("left behind: %+v, before it was %+v", now, before)
 		}
-		if time.Now().After(deadline) {
-			t.Errorf("left behind: %+v, before it was %+v", now, before)
-			return
-		}
-		time.Sleep(50 * time.Millisecond) // there is nothing to wait on in another process
-	}
+	}()
+	testutil.Eventually(t, "nothing is left behind", func() bool {
+		now = takeFootprint(t, n, containers...)
+		return now.descriptors <= before.descriptors && now.children <= before.children && now.members <= before.members
+	})
 }
 
 // interrupt is ctrl-C in a terminal.

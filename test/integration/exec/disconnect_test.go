@@ -21,7 +21,10 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/test/internal/node"
+
+	"github.com/streamshim/streamshim/test/internal/harness"
 )
 
 // left is a command whose client goes, and how many processes it has at least.
@@ -55,17 +58,17 @@ type begun struct {
 
 // leaveBehind starts all commands, with and without a terminal, over each protocol. through may put
 // something between client and server.
-func leaveBehind(t *testing.T, shim *streamshim, through func(*url.URL) *url.URL, run func([]clientSession)) []begun {
+func leaveBehind(t *testing.T, shim *harness.Streamshim, through func(*url.URL) *url.URL, run func([]clientSession)) []begun {
 	t.Helper()
-	container := runContainer(t, node.ContainerSpec{})
+	container := harness.RunContainer(t, node.ContainerSpec{})
 	var all []begun
 	var sessions []clientSession
-	for _, transport := range transports {
+	for _, transport := range harness.Transports {
 		for _, tty := range []bool{false, true} {
 			for _, l := range leftBehind {
-				mark := unique(fmt.Sprintf("%s/%s/tty=%v/%s", t.Name(), transport, tty, l.name))
+				mark := harness.Unique(fmt.Sprintf("%s/%s/tty=%v/%s", t.Name(), transport, tty, l.name))
 				s := clientSession{Transport: transport, TTY: tty, Stdin: l.stdin, Blocked: l.blocked}
-				u := shim.execURL(t, container, s.options(), marked(mark, l.script)...)
+				u := shim.ExecURL(t, container, s.options(), harness.Marked(mark, l.script)...)
 				if through != nil {
 					u = through(u)
 				}
@@ -77,7 +80,7 @@ func leaveBehind(t *testing.T, shim *streamshim, through func(*url.URL) *url.URL
 	}
 	run(sessions)
 	for i, b := range all {
-		awaitMarked(t, b.mark, leftBehind[i%len(leftBehind)].processes)
+		harness.AwaitMarked(t, b.mark, leftBehind[i%len(leftBehind)].processes)
 	}
 	return all
 }
@@ -86,7 +89,7 @@ func expectNoneLeft(t *testing.T, all []begun, limit time.Duration) {
 	t.Helper()
 	begin, slowest, last := time.Now(), time.Duration(0), ""
 	for _, b := range all {
-		awaitNone(t, b.mark, max(limit-time.Since(begin), 0))
+		harness.AwaitNone(t, b.mark, max(limit-time.Since(begin), 0))
 		if took := time.Since(begin); took > slowest {
 			slowest, last = took, b.mark
 		}
@@ -102,7 +105,7 @@ const goneLimit = 20*time.Second + 20*time.Second
 func TestProcessesStayAfterClientIsKilled(t *testing.T) {
 	t.Parallel()
 	var client *os.Process
-	all := leaveBehind(t, shared.shim, nil, func(sessions []clientSession) { client = startClient(t, sessions) })
+	all := leaveBehind(t, harness.Shared.Shim, nil, func(sessions []clientSession) { client = startClient(t, sessions) })
 	if err := client.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +118,7 @@ func TestProcessesStayAfterClientLeaves(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var running sync.WaitGroup
-	all := leaveBehind(t, shared.shim, nil, func(sessions []clientSession) {
+	all := leaveBehind(t, harness.Shared.Shim, nil, func(sessions []clientSession) {
 		for i, s := range sessions {
 			if s.Stdin == "flood" && s.Transport == "SPDY" {
 				// Stock client-go cannot leave while one of its writes is stuck; it can only be killed.
@@ -123,7 +126,7 @@ func TestProcessesStayAfterClientLeaves(t *testing.T) {
 				context.AfterFunc(ctx, func() { client.Kill() }) //nolint:errcheck // then the test fails
 				continue
 			}
-			running.Go(func() { stream(ctx, s.Transport, s.URL, s.options()) }) //nolint:errcheck // cancelled
+			running.Go(func() { harness.Stream(ctx, s.Transport, s.URL, s.options()) }) //nolint:errcheck // cancelled
 		}
 	})
 	cancel()
@@ -133,20 +136,20 @@ func TestProcessesStayAfterClientLeaves(t *testing.T) {
 // ...or crictl, killed as well.
 func TestProcessesStayAfterCrictlIsKilled(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
+	container := harness.RunContainer(t, node.ContainerSpec{})
 	for _, transport := range []string{"spdy", "websocket"} {
 		t.Run(transport, func(t *testing.T) {
 			t.Parallel()
-			mark := unique(t.Name())
-			command := shared.shim.crictl(t, append([]string{"exec", "--transport", transport, "-i", container}, marked(mark, "sleep 1000; :")...)...)
-			command.Stdin = openStdin(t)
+			mark := harness.Unique(t.Name())
+			command := harness.Shared.Shim.Crictl(t, append([]string{"exec", "--transport", transport, "-i", container}, harness.Marked(mark, "sleep 1000; :")...)...)
+			command.Stdin = harness.OpenStdin(t)
 			if err := command.Start(); err != nil {
 				t.Fatal(err)
 			}
-			awaitMarked(t, mark, 2)
+			harness.AwaitMarked(t, mark, 2)
 			command.Process.Kill() //nolint:errcheck // Wait tells
 			command.Process.Wait() //nolint:errcheck // killed
-			t.Logf("gone after %v", awaitNone(t, mark, goneLimit))
+			t.Logf("gone after %v", harness.AwaitNone(t, mark, goneLimit))
 		})
 	}
 }
@@ -154,18 +157,18 @@ func TestProcessesStayAfterCrictlIsKilled(t *testing.T) {
 // ...or resets its streams and leaves the connection open, as a proxy may.
 func TestProcessesStayAfterStreamsAreReset(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
+	container := harness.RunContainer(t, node.ContainerSpec{})
 	for _, l := range leftBehind {
 		t.Run(l.name, func(t *testing.T) {
 			t.Parallel()
-			mark := unique(t.Name())
-			u := shared.shim.execURL(t, container, remotecommand.StreamOptions{Stdin: flood{}, Stdout: io.Discard, Stderr: io.Discard}, marked(mark, l.script)...)
+			mark := harness.Unique(t.Name())
+			u := harness.Shared.Shim.ExecURL(t, container, remotecommand.StreamOptions{Stdin: harness.Flood{}, Stdout: io.Discard, Stderr: io.Discard}, harness.Marked(mark, l.script)...)
 			network, err := net.Dial("tcp", u.Host)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer network.Close()
-			network.SetDeadline(time.Now().Add(testTimeout + goneLimit)) //nolint:errcheck // then it hangs if it hangs
+			network.SetDeadline(time.Now().Add(testutil.Patience + goneLimit)) //nolint:errcheck // then it hangs if it hangs
 			fmt.Fprintf(network, "POST %s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: v4.channel.k8s.io\r\n\r\n", u.Path, u.Host)
 			answer := make([]byte, 0, 1024)
 			for one := make([]byte, 1); len(answer) < 4 || string(answer[len(answer)-4:]) != "\r\n\r\n"; answer = append(answer, one[0]) {
@@ -187,13 +190,13 @@ func TestProcessesStayAfterStreamsAreReset(t *testing.T) {
 				go io.Copy(io.Discard, s) //nolint:errcheck // ends with the reset
 				streams = append(streams, s)
 			}
-			awaitMarked(t, mark, l.processes)
+			harness.AwaitMarked(t, mark, l.processes)
 			for _, s := range slices.Backward(streams) { // the error stream, which ends the session, last
 				if err := s.Reset(); err != nil {
 					t.Error(err)
 				}
 			}
-			t.Logf("gone after %v", awaitNone(t, mark, goneLimit))
+			t.Logf("gone after %v", harness.AwaitNone(t, mark, goneLimit))
 		})
 	}
 }
@@ -249,9 +252,9 @@ func TestProcessesStayAfterNetworkIsGone(t *testing.T) {
 		cut.Host = listener.Addr().String()
 		return &cut
 	}
-	all := leaveBehind(t, shared.shim, through, func(sessions []clientSession) {
+	all := leaveBehind(t, harness.Shared.Shim, through, func(sessions []clientSession) {
 		for _, s := range sessions {
-			go stream(ctx, s.Transport, s.URL, s.options()) //nolint:errcheck // cancelled
+			go harness.Stream(ctx, s.Transport, s.URL, s.options()) //nolint:errcheck // cancelled
 		}
 	})
 	for _, rule := range rules {
@@ -279,37 +282,37 @@ func TestOnDisconnect(t *testing.T) {
 			if policy == "kill" { // long before these would
 				configuration += "term_after = \"90s\"\nkill_after = \"180s\"\n"
 			}
-			shim := startStreamshim(t, configuration)
+			shim := harness.StartStreamshim(t, configuration)
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
-			container := runContainer(t, node.ContainerSpec{})
+			container := harness.RunContainer(t, node.ContainerSpec{})
 			var marks []string
-			for _, transport := range transports {
+			for _, transport := range harness.Transports {
 				for _, tty := range []bool{false, true} {
-					mark := unique(t.Name())
+					mark := harness.Unique(t.Name())
 					marks = append(marks, mark)
 					s := clientSession{Transport: transport, TTY: tty}
 					// It writes all the while, and goes on after its terminal's or pipe's reader has left.
-					u := shim.execURL(t, container, s.options(), marked(mark, "trap 'echo $? > /tmp/end' EXIT; trap '' HUP TERM; n=0; while :; do echo $n; n=$((n+1)); echo $n > /tmp/"+mark[len(mark)-3:]+"; sleep 0.1; done")...)
-					go stream(ctx, s.Transport, u.String(), s.options()) //nolint:errcheck // cancelled
+					u := shim.ExecURL(t, container, s.options(), harness.Marked(mark, "trap 'echo $? > /tmp/end' EXIT; trap '' HUP TERM; n=0; while :; do echo $n; n=$((n+1)); echo $n > /tmp/"+mark[len(mark)-3:]+"; sleep 0.1; done")...)
+					go harness.Stream(ctx, s.Transport, u.String(), s.options()) //nolint:errcheck // cancelled
 				}
 			}
 			for _, mark := range marks {
-				awaitMarked(t, mark, 1)
+				harness.AwaitMarked(t, mark, 1)
 			}
 			cancel()
 			if policy == "kill" {
 				for _, mark := range marks {
-					t.Logf("%s: killed after %v", mark, awaitNone(t, mark, goneLimit))
+					t.Logf("%s: killed after %v", mark, harness.AwaitNone(t, mark, goneLimit))
 				}
 				return
 			}
 			// Longer than hang-up, TERM and KILL would take.
 			time.Sleep(14 * time.Second)
 			for _, mark := range marks {
-				before := shim.mustSync(t, container, "cat /tmp/"+mark[len(mark)-3:])
-				eventually(t, testTimeout, mark+" goes on", func() bool {
-					return shim.mustSync(t, container, "cat /tmp/"+mark[len(mark)-3:]) != before
+				before := shim.MustSync(t, container, "cat /tmp/"+mark[len(mark)-3:])
+				testutil.Eventually(t, mark+" goes on", func() bool {
+					return shim.MustSync(t, container, "cat /tmp/"+mark[len(mark)-3:]) != before
 				})
 			}
 		})
@@ -320,14 +323,14 @@ func TestOnDisconnect(t *testing.T) {
 // one of them holds the pipe (containerd#9568, S1).
 func TestProbeTimeoutLeavesProcesses(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
+	container := harness.RunContainer(t, node.ContainerSpec{})
 	for _, l := range leftBehind {
 		t.Run(l.name, func(t *testing.T) {
 			t.Parallel()
-			mark := unique(t.Name())
+			mark := harness.Unique(t.Name())
 			begin := time.Now()
 			// "shell" ends by itself, as a probe's stdin is empty.
-			_, err := shared.shim.execSync(t.Context(), container, 3*time.Second, marked(mark, "trap '' PIPE; "+l.script+"; sleep 1000; :")...)
+			_, err := harness.Shared.Shim.ExecSync(t.Context(), container, 3*time.Second, harness.Marked(mark, "trap '' PIPE; "+l.script+"; sleep 1000; :")...)
 			took := time.Since(begin)
 			if status.Code(err) != codes.DeadlineExceeded {
 				t.Errorf("%v, want DeadlineExceeded", err)
@@ -336,7 +339,7 @@ func TestProbeTimeoutLeavesProcesses(t *testing.T) {
 			if took < 2900*time.Millisecond || took > 10*time.Second {
 				t.Errorf("answered after %v", took)
 			}
-			t.Logf("nothing left %v later", awaitNone(t, mark, goneLimit))
+			t.Logf("nothing left %v later", harness.AwaitNone(t, mark, goneLimit))
 		})
 	}
 }
@@ -344,9 +347,9 @@ func TestProbeTimeoutLeavesProcesses(t *testing.T) {
 // A probe whose background child holds the pipe answers with its own exit code.
 func TestProbeHangsOnItsChild(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
+	container := harness.RunContainer(t, node.ContainerSpec{})
 	begin := time.Now()
-	response, err := shared.shim.execSync(t.Context(), container, 60*time.Second, "sh", "-c", "sleep 300 & echo healthy; exit 7")
+	response, err := harness.Shared.Shim.ExecSync(t.Context(), container, 60*time.Second, "sh", "-c", "sleep 300 & echo healthy; exit 7")
 	if err != nil || response.ExitCode != 7 || string(response.Stdout) != "healthy\n" {
 		t.Errorf("%v, %v", response, err)
 	}
@@ -358,8 +361,8 @@ func TestProbeHangsOnItsChild(t *testing.T) {
 // A probe's output cannot fill memory or break the answer (CVE-2022-1708, S3).
 func TestProbeFloodsOutput(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
-	response, err := shared.shim.runtime.ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{
+	container := harness.RunContainer(t, node.ContainerSpec{})
+	response, err := harness.Shared.Shim.Runtime.ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{
 		ContainerId: container, Cmd: []string{"sh", "-c", "head -c 40000000 /dev/zero; head -c 9000000 /dev/zero >&2; exit 3"},
 	}, grpc.MaxCallRecvMsgSize(16<<20)) // as the kubelet has it
 	if err == nil {

@@ -14,16 +14,19 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/client-go/tools/remotecommand"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/test/internal/node"
+
+	"github.com/streamshim/streamshim/test/internal/harness"
 )
 
 // expectStartFailure runs a command that cannot start over each protocol and through ExecSync, and
 // expects an error that says why, soon.
-func expectStartFailure(t *testing.T, shim *streamshim, container, mark string, words ...string) {
+func expectStartFailure(t *testing.T, shim *harness.Streamshim, container, mark string, words ...string) {
 	t.Helper()
 	check := func(how string, err error, took time.Duration) {
 		t.Logf("%s: after %v: %v", how, took, err)
-		if err == nil || exitCodeOf(err) >= 0 {
+		if err == nil || harness.ExitCodeOf(err) >= 0 {
 			t.Errorf("%s: %v, want an error of ours", how, err)
 			return
 		}
@@ -36,30 +39,30 @@ func expectStartFailure(t *testing.T, shim *streamshim, container, mark string, 
 			t.Errorf("%s: the answer took %v", how, took)
 		}
 	}
-	command := marked(mark, "sleep 1000; :")
-	for _, transport := range transports {
+	command := harness.Marked(mark, "sleep 1000; :")
+	for _, transport := range harness.Transports {
 		for _, tty := range []bool{false, true} {
 			options := remotecommand.StreamOptions{Stdout: io.Discard, Tty: tty}
 			if !tty { // else the runtime's own words have nowhere to go
 				options.Stderr = io.Discard
 			}
 			begin := time.Now()
-			err := shim.exec(t, transport, container, options, command...)
+			err := shim.Exec(t, transport, container, options, command...)
 			check(fmt.Sprintf("%s, tty %v", transport, tty), err, time.Since(begin))
 		}
 	}
 	begin := time.Now()
-	_, err := shim.execSync(t.Context(), container, 0, command...)
+	_, err := shim.ExecSync(t.Context(), container, 0, command...)
 	check("ExecSync", err, time.Since(begin))
-	awaitNone(t, mark, goneLimit)
+	harness.AwaitNone(t, mark, goneLimit)
 }
 
 // expectWorking runs a good command over each protocol.
-func expectWorking(t *testing.T, shim *streamshim, container string) {
+func expectWorking(t *testing.T, shim *harness.Streamshim, container string) {
 	t.Helper()
-	for _, transport := range transports {
-		output := &buffer{}
-		if err := shim.exec(t, transport, container, remotecommand.StreamOptions{Stdout: output}, "echo", "works"); err != nil || output.String() != "works\n" {
+	for _, transport := range harness.Transports {
+		output := &testutil.Buffer{}
+		if err := shim.Exec(t, transport, container, remotecommand.StreamOptions{Stdout: output}, "echo", "works"); err != nil || output.String() != "works\n" {
 			t.Errorf("%s: %q, %v", transport, output, err)
 		}
 	}
@@ -69,7 +72,7 @@ func expectWorking(t *testing.T, shim *streamshim, container string) {
 func fakeRuntime(t *testing.T, script string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "runc")
-	if err := os.WriteFile(path, []byte("#!/bin/bash\nreal="+shared.node.Program("runc")+"\n"+script), 0o755); err != nil {
+	if err := os.WriteFile(path, []byte("#!/bin/bash\nreal="+harness.Shared.Node.Program("runc")+"\n"+script), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	return path
@@ -81,7 +84,7 @@ const pidFileOf = `for a; do [ "$last" = --pid-file ] && pidfile=$a; last=$a; do
 
 func TestOCIRuntimeFails(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
+	container := harness.RunContainer(t, node.ContainerSpec{})
 	for _, test := range []struct {
 		name, script string
 		words        []string
@@ -102,14 +105,14 @@ func TestOCIRuntimeFails(t *testing.T) {
 			if test.script != "" {
 				binary = fakeRuntime(t, test.script)
 			}
-			shim := startStreamshim(t, fmt.Sprintf("[exec]\nstart_timeout = \"2s\"\n[runtime]\nbinary = %q\n", binary))
-			before := descriptors(shim.pid())
-			expectStartFailure(t, shim, container, unique(t.Name()), test.words...)
-			eventually(t, testTimeout, "descriptors are closed", func() bool { return descriptors(shim.pid()) <= before+8 })
-			if left := glob(filepath.Join(shim.folder, "state", "exec", "*")); len(left) > 0 {
+			shim := harness.StartStreamshim(t, fmt.Sprintf("[exec]\nstart_timeout = \"2s\"\n[runtime]\nbinary = %q\n", binary))
+			before := harness.Descriptors(shim.PID())
+			expectStartFailure(t, shim, container, harness.Unique(t.Name()), test.words...)
+			testutil.Eventually(t, "descriptors are closed", func() bool { return harness.Descriptors(shim.PID()) <= before+8 })
+			if left := harness.Glob(filepath.Join(shim.Folder, "state", "exec", "*")); len(left) > 0 {
 				t.Errorf("files left: %q", left)
 			}
-			eventually(t, testTimeout, "no zombies are left", func() bool { return len(zombies(shim.pid())) == 0 })
+			testutil.Eventually(t, "no zombies are left", func() bool { return len(harness.Zombies(shim.PID())) == 0 })
 		})
 	}
 }
@@ -117,9 +120,9 @@ func TestOCIRuntimeFails(t *testing.T) {
 // The bundle is not needed for an exec, so that nothing happens when it is gone.
 func TestBundleIsGone(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
-	bundles := glob(filepath.Join(shared.node.Dir(), "run/state/io.containerd.runtime.v2.task/k8s.io", container))
-	bundles = append(bundles, glob(filepath.Join(shared.node.Dir(), "run/*/io.containerd.runtime.v2.task/k8s.io", container))...)
+	container := harness.RunContainer(t, node.ContainerSpec{})
+	bundles := harness.Glob(filepath.Join(harness.Shared.Node.Dir(), "run/state/io.containerd.runtime.v2.task/k8s.io", container))
+	bundles = append(bundles, harness.Glob(filepath.Join(harness.Shared.Node.Dir(), "run/*/io.containerd.runtime.v2.task/k8s.io", container))...)
 	if len(bundles) == 0 {
 		t.Fatal("the bundle was not found")
 	}
@@ -128,15 +131,15 @@ func TestBundleIsGone(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer os.Rename(config+".gone", config) //nolint:errcheck // the container is about to be removed
-	expectWorking(t, shared.shim, container)
+	expectWorking(t, harness.Shared.Shim, container)
 }
 
 // No room is left for the files of a start.
 func TestStateDirectoryIsFull(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
-	shim := startStreamshim(t, "")
-	directory := filepath.Join(shim.folder, "state", "exec")
+	container := harness.RunContainer(t, node.ContainerSpec{})
+	shim := harness.StartStreamshim(t, "")
+	directory := filepath.Join(shim.Folder, "state", "exec")
 	if err := unix.Mount("tmpfs", directory, "tmpfs", 0, "size=64k"); err != nil {
 		t.Fatal(err)
 	}
@@ -145,7 +148,7 @@ func TestStateDirectoryIsFull(t *testing.T) {
 	if err := os.WriteFile(filler, make([]byte, 1<<20), 0o600); err == nil {
 		t.Fatal("the directory has room for everything")
 	}
-	expectStartFailure(t, shim, container, unique(t.Name()), "no space left on device")
+	expectStartFailure(t, shim, container, harness.Unique(t.Name()), "no space left on device")
 	if err := os.Remove(filler); err != nil {
 		t.Fatal(err)
 	}
@@ -154,17 +157,17 @@ func TestStateDirectoryIsFull(t *testing.T) {
 
 func TestContainerIsPaused(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
+	container := harness.RunContainer(t, node.ContainerSpec{})
 	runc := func(verb string) {
 		t.Helper()
-		if output, err := command(t, shared.node.Program("runc"), "--root", shared.node.RuncRoot(), verb, container).CombinedOutput(); err != nil {
+		if output, err := harness.Command(t, harness.Shared.Node.Program("runc"), "--root", harness.Shared.Node.RuncRoot(), verb, container).CombinedOutput(); err != nil {
 			t.Fatalf("runc %s: %v: %s", verb, err, output)
 		}
 	}
-	mark := unique(t.Name())
+	mark := harness.Unique(t.Name())
 	options := remotecommand.StreamOptions{Stdout: io.Discard}
-	ended, cancel := begin(t, "SPDY", shared.shim.execURL(t, container, options, marked(mark, "sleep 1000; :")...), options)
-	awaitMarked(t, mark, 2)
+	ended, cancel := harness.Begin(t, "SPDY", harness.Shared.Shim.ExecURL(t, container, options, harness.Marked(mark, "sleep 1000; :")...), options)
+	harness.AwaitMarked(t, mark, 2)
 	runc("pause")
 	resumed := false
 	defer func() {
@@ -172,15 +175,15 @@ func TestContainerIsPaused(t *testing.T) {
 			runc("resume")
 		}
 	}()
-	expectStartFailure(t, shared.shim, container, unique(t.Name()), "paused")
+	expectStartFailure(t, harness.Shared.Shim, container, harness.Unique(t.Name()), "paused")
 	// A client that leaves a paused container leaves processes that cannot be ended now, but then.
 	cancel()
-	awaitEnd(t, ended) //nolint:errcheck // cancelled
+	harness.AwaitEnd(t, ended) //nolint:errcheck // cancelled
 	time.Sleep(12 * time.Second)
 	runc("resume")
 	resumed = true
-	t.Logf("gone %v after the container went on", awaitNone(t, mark, goneLimit))
-	expectWorking(t, shared.shim, container)
+	t.Logf("gone %v after the container went on", harness.AwaitNone(t, mark, goneLimit))
+	expectWorking(t, harness.Shared.Shim, container)
 }
 
 // setFreeFiles sets the limit of open files so that a process can open exactly so many more.
@@ -214,9 +217,9 @@ func setFileLimit(t *testing.T, pid int, limit uint64) {
 // fewestDescriptors is how many a process has when nothing of its last session is left: the fewest that
 // are seen in a second.
 func fewestDescriptors(pid int) int {
-	fewest := descriptors(pid)
+	fewest := harness.Descriptors(pid)
 	for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		fewest = min(fewest, descriptors(pid))
+		fewest = min(fewest, harness.Descriptors(pid))
 	}
 	return fewest
 }
@@ -224,51 +227,51 @@ func fewestDescriptors(pid int) int {
 // The limit of open files is reached: the client is told, and afterwards all is well again.
 func TestFileLimitIsReached(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
-	shim := startStreamshim(t, "")
+	container := harness.RunContainer(t, node.ContainerSpec{})
+	shim := harness.StartStreamshim(t, "")
 	expectWorking(t, shim, container)
 	var most unix.Rlimit
-	if err := unix.Prlimit(shim.pid(), unix.RLIMIT_NOFILE, nil, &most); err != nil {
+	if err := unix.Prlimit(shim.PID(), unix.RLIMIT_NOFILE, nil, &most); err != nil {
 		t.Fatal(err)
 	}
-	idle := fewestDescriptors(shim.pid())
+	idle := fewestDescriptors(shim.PID())
 	// One is for the connection itself: without it the client could not be told anything, see below.
 	for spare := 1; spare <= 12; spare++ {
-		mark := unique(t.Name())
-		options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: io.Discard, Stderr: io.Discard}
-		for i, transport := range transports {
-			u := shim.execURL(t, container, options, marked(mark, "sleep 1000; :")...)
-			eventually(t, testTimeout, "the descriptors of the last session are closed", func() bool { return descriptors(shim.pid()) <= idle })
-			setFreeFiles(t, shim.pid(), spare)
+		mark := harness.Unique(t.Name())
+		options := remotecommand.StreamOptions{Stdin: harness.OpenStdin(t), Stdout: io.Discard, Stderr: io.Discard}
+		for i, transport := range harness.Transports {
+			u := shim.ExecURL(t, container, options, harness.Marked(mark, "sleep 1000; :")...)
+			testutil.Eventually(t, "the descriptors of the last session are closed", func() bool { return harness.Descriptors(shim.PID()) <= idle })
+			setFreeFiles(t, shim.PID(), spare)
 			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
-			err := stream(ctx, transport, u.String(), options)
+			err := harness.Stream(ctx, transport, u.String(), options)
 			if i == 0 {
 				t.Logf("room for %d files: %v", spare, err)
 			}
-			if err == nil || exitCodeOf(err) >= 0 {
+			if err == nil || harness.ExitCodeOf(err) >= 0 {
 				t.Errorf("%s, room for %d files: %v", transport, spare, err)
 			}
 			cancel()
-			setFileLimit(t, shim.pid(), most.Cur)
+			setFileLimit(t, shim.PID(), most.Cur)
 		}
-		awaitNone(t, mark, goneLimit)
+		harness.AwaitNone(t, mark, goneLimit)
 	}
 	// A connection that cannot even be accepted waits until it can.
-	for _, transport := range transports {
-		output := &buffer{}
+	for _, transport := range harness.Transports {
+		output := &testutil.Buffer{}
 		options := remotecommand.StreamOptions{Stdout: output}
-		u := shim.execURL(t, container, options, "echo", "works")
-		eventually(t, testTimeout, "the descriptors of the last session are closed", func() bool { return descriptors(shim.pid()) <= idle })
+		u := shim.ExecURL(t, container, options, "echo", "works")
+		testutil.Eventually(t, "the descriptors of the last session are closed", func() bool { return harness.Descriptors(shim.PID()) <= idle })
 		refused := func() int {
-			log, _ := os.ReadFile(shim.log) //nolint:errcheck // 0 will not do
+			log, _ := os.ReadFile(shim.Log) //nolint:errcheck // 0 will not do
 			return strings.Count(string(log), "accept4: too many open files")
 		}
 		before := refused()
-		setFreeFiles(t, shim.pid(), 0)
-		ended, _ := begin(t, transport, u, options)
-		eventually(t, testTimeout, "the connection cannot be accepted", func() bool { return refused() > before })
-		setFileLimit(t, shim.pid(), most.Cur)
-		if err := awaitEnd(t, ended); err != nil || output.String() != "works\n" {
+		setFreeFiles(t, shim.PID(), 0)
+		ended, _ := harness.Begin(t, transport, u, options)
+		testutil.Eventually(t, "the connection cannot be accepted", func() bool { return refused() > before })
+		setFileLimit(t, shim.PID(), most.Cur)
+		if err := harness.AwaitEnd(t, ended); err != nil || output.String() != "works\n" {
 			t.Errorf("%s, after there was no room: %q, %v", transport, output, err)
 		}
 	}
@@ -282,48 +285,48 @@ func TestStreamshimIsKilled(t *testing.T) {
 	for _, policy := range []string{"hangup", "kill", "keep"} {
 		t.Run(policy, func(t *testing.T) {
 			t.Parallel()
-			shim := startStreamshim(t, fmt.Sprintf("[exec]\non_disconnect = %q\n", policy))
-			container := runContainer(t, node.ContainerSpec{})
+			shim := harness.StartStreamshim(t, fmt.Sprintf("[exec]\non_disconnect = %q\n", policy))
+			container := harness.RunContainer(t, node.ContainerSpec{})
 			var marks []string
 			var sessions []<-chan error
 			for i, script := range []string{"sleep 1000; :", "trap '' HUP TERM; sleep 1000 & (sleep 1000 &) ; setsid sleep 1000 & sleep 1000; :"} {
 				for _, tty := range []bool{false, true} {
-					mark := unique(t.Name())
+					mark := harness.Unique(t.Name())
 					marks = append(marks, mark)
-					options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: io.Discard, Tty: tty}
+					options := remotecommand.StreamOptions{Stdin: harness.OpenStdin(t), Stdout: io.Discard, Tty: tty}
 					if tty && policy == "keep" {
 						script = "trap '' HUP; " + script // the terminal hangs up with streamshim
 					}
-					ended, _ := begin(t, transports[i], shim.execURL(t, container, options, marked(mark, script)...), options)
+					ended, _ := harness.Begin(t, harness.Transports[i], shim.ExecURL(t, container, options, harness.Marked(mark, script)...), options)
 					sessions = append(sessions, ended)
 				}
 			}
 			for _, mark := range marks {
-				awaitMarked(t, mark, 2)
+				harness.AwaitMarked(t, mark, 2)
 			}
-			shim.stop(t, syscall.SIGKILL)
+			shim.Stop(t, syscall.SIGKILL)
 			for i, ended := range sessions {
 				// Over SPDY stock client-go itself takes a lost connection for a success (kubectl#1726).
-				if err := awaitEnd(t, ended); err == nil && i >= 2 {
+				if err := harness.AwaitEnd(t, ended); err == nil && i >= 2 {
 					t.Error("a session of the killed streamshim is a success")
 				}
 			}
-			shim.start(t)
+			shim.Start(t)
 			if policy == "keep" {
 				time.Sleep(12 * time.Second)
 				for _, mark := range marks {
-					if len(withMark(mark)) == 0 {
+					if len(harness.WithMark(mark)) == 0 {
 						t.Errorf("%s was ended", mark)
 					}
 				}
 			} else {
 				for _, mark := range marks {
-					awaitNone(t, mark, goneLimit)
+					harness.AwaitNone(t, mark, goneLimit)
 				}
 			}
 			expectWorking(t, shim, container)
-			eventually(t, testTimeout, "no files are left", func() bool {
-				return len(glob(filepath.Join(shim.folder, "state", "exec", "*"))) == 0
+			testutil.Eventually(t, "no files are left", func() bool {
+				return len(harness.Glob(filepath.Join(shim.Folder, "state", "exec", "*"))) == 0
 			})
 		})
 	}

@@ -13,6 +13,8 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/test/internal/harness"
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
@@ -58,7 +60,7 @@ func identity(t *testing.T, pid int) map[string]string {
 func TestCommandHasAnotherIdentity(t *testing.T) {
 	t.Parallel()
 	user, group := int64(1234), int64(2345)
-	shim := shared.shim
+	shim := harness.Shared.Shim
 	for _, test := range []struct {
 		name      string
 		pod       node.PodSpec
@@ -82,20 +84,20 @@ func TestCommandHasAnotherIdentity(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			pod := runPod(t, test.pod)
-			container := runContainerIn(t, pod, test.container)
+			pod := harness.RunPod(t, test.pod)
+			container := harness.RunContainerIn(t, pod, test.container)
 			main := initPid(t, container)
 			// StartContainer returns a moment before runc's own process has become the container's.
-			eventually(t, testTimeout, "the main process runs", func() bool { return strings.HasPrefix(commandLine(main), "sleep ") })
+			testutil.Eventually(t, "the main process runs", func() bool { return strings.HasPrefix(harness.CommandLine(main), "sleep ") })
 			want := identity(t, main)
-			for _, transport := range transports {
+			for _, transport := range harness.Transports {
 				for _, tty := range []bool{false, true} {
-					mark := unique("identity")
-					options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: &buffer{}, Tty: tty}
-					_, cancel := begin(t, transport, shim.execURL(t, container, options, "sh", "-c", "sleep 1000; : "+mark), options)
+					mark := harness.Unique("identity")
+					options := remotecommand.StreamOptions{Stdin: harness.OpenStdin(t), Stdout: &testutil.Buffer{}, Tty: tty}
+					_, cancel := harness.Begin(t, transport, shim.ExecURL(t, container, options, "sh", "-c", "sleep 1000; : "+mark), options)
 					pid := 0
-					eventually(t, testTimeout, "the command runs", func() bool {
-						for _, path := range glob("/proc/[0-9]*/cmdline") {
+					testutil.Eventually(t, "the command runs", func() bool {
+						for _, path := range harness.Glob("/proc/[0-9]*/cmdline") {
 							text, _ := os.ReadFile(path) //nolint:errcheck // it may have ended
 							if bytes.HasSuffix(text, []byte(": "+mark+"\x00")) && bytes.HasPrefix(text, []byte("sh\x00")) {
 								fmt.Sscanf(path, "/proc/%d/", &pid) //nolint:errcheck // it is a number
@@ -115,16 +117,16 @@ func TestCommandHasAnotherIdentity(t *testing.T) {
 					}
 					cancel()
 				}
-				var output, errors buffer
-				err := shim.exec(t, transport, container,
+				var output, errors testutil.Buffer
+				err := shim.Exec(t, transport, container,
 					remotecommand.StreamOptions{Stdin: strings.NewReader("input\n"), Stdout: &output, Stderr: &errors},
 					"sh", "-c", "cat /dev/stdin; echo out > /dev/stdout; echo err > /dev/stderr; cat < /proc/self/fd/0")
 				if err != nil || output.String() != "input\nout\n" || errors.String() != "err\n" {
-					t.Errorf("%s: reopened streams: %q, %q, %v", transport, &output.text, &errors.text, err)
+					t.Errorf("%s: reopened streams: %q, %q, %v", transport, &output, &errors, err)
 				}
 			}
 			// ExecSync is another way to the same.
-			response, err := shim.execSync(t.Context(), container, 0, "cat", "/proc/self/status")
+			response, err := shim.ExecSync(t.Context(), container, 0, "cat", "/proc/self/status")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -145,7 +147,7 @@ func runtimeDefault(c *runtimeapi.ContainerConfig) {
 // initPid finds the container's main process.
 func initPid(t *testing.T, container string) int {
 	t.Helper()
-	response, err := shared.node.Upstream().ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: container, Verbose: true})
+	response, err := harness.Shared.Node.Upstream().ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: container, Verbose: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,7 +163,7 @@ func initPid(t *testing.T, container string) int {
 // honoured, although the cri-api of this module does not know it.
 func TestCommandHasNoEnvironmentOfItsOwn(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{Env: map[string]string{"COLOUR": "green", "SHAPE": "round"}})
+	container := harness.RunContainer(t, node.ContainerSpec{Env: map[string]string{"COLOUR": "green", "SHAPE": "round"}})
 	variable := func(field protowire.Number, name, value string) []byte {
 		var message []byte
 		message = protowire.AppendTag(message, 1, protowire.BytesType)
@@ -176,15 +178,15 @@ func TestCommandHasNoEnvironmentOfItsOwn(t *testing.T) {
 	}
 	const script = `echo "$COLOUR, $SHAPE, $SIZE"`
 	const want = "blue, round, a = $b\n"
-	for _, transport := range transports {
+	for _, transport := range harness.Transports {
 		request := &runtimeapi.ExecRequest{ContainerId: container, Cmd: []string{"sh", "-c", script}, Stdout: true}
 		with(7, request)
-		response, err := shared.shim.runtime.Exec(t.Context(), request)
+		response, err := harness.Shared.Shim.Runtime.Exec(t.Context(), request)
 		if err != nil {
 			t.Fatal(err)
 		}
-		output := &buffer{}
-		if err := stream(t.Context(), transport, response.Url, remotecommand.StreamOptions{Stdout: output}); err != nil || output.String() != want {
+		output := &testutil.Buffer{}
+		if err := harness.Stream(t.Context(), transport, response.Url, remotecommand.StreamOptions{Stdout: output}); err != nil || output.String() != want {
 			t.Errorf("%s: %q, %v; want %q", transport, output, err, want)
 		}
 	}

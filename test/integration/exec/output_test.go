@@ -15,6 +15,8 @@ import (
 
 	"k8s.io/client-go/tools/remotecommand"
 
+	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/test/internal/harness"
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
@@ -46,29 +48,29 @@ func TestOutputCutOff(t *testing.T) {
 	const size, rate, runs = 24 << 20, 1_000_000, 25
 	want := sha256.New()
 	io.Copy(want, io.LimitReader(&counting{}, size)) //nolint:errcheck // a hash takes everything
-	container := runContainer(t, node.ContainerSpec{})
+	container := harness.RunContainer(t, node.ContainerSpec{})
 	// What the commands send, made by the client side so that it is known here.
 	options := remotecommand.StreamOptions{Stdin: io.LimitReader(&counting{}, size), Stdout: io.Discard}
-	if err := shared.shim.exec(t, "SPDY", container, options, "sh", "-c", "cat > /tmp/data"); err != nil {
+	if err := harness.Shared.Shim.Exec(t, "SPDY", container, options, "sh", "-c", "cat > /tmp/data"); err != nil {
 		t.Fatal(err)
 	}
 	var all sync.WaitGroup
-	for _, transport := range transports {
+	for _, transport := range harness.Transports {
 		for run := range runs {
 			hops, code := run%3, run%2*3
 			output := newSlowReader(rate)
 			options := remotecommand.StreamOptions{Stdout: output, Stderr: io.Discard}
-			u := shared.shim.execURL(t, container, options, "sh", "-c", fmt.Sprintf("cat /tmp/data; exit %d", code))
-			u = throughProxies(t, u, hops, transport, options)
+			u := harness.Shared.Shim.ExecURL(t, container, options, "sh", "-c", fmt.Sprintf("cat /tmp/data; exit %d", code))
+			u = harness.ThroughProxies(t, u, hops, transport, options)
 			all.Go(func() {
-				err := stream(t.Context(), transport, u.String(), options)
-				if transport == "WebSocket" && hops == 2 && err != nil && exitCodeOf(err) < 0 && output.size > size/2 {
+				err := harness.Stream(t.Context(), transport, u.String(), options)
+				if transport == "WebSocket" && hops == 2 && err != nil && harness.ExitCodeOf(err) < 0 && output.size > size/2 {
 					// The API server's translator closes its client's connection with data on its way; the
 					// client's next ping makes the rest be thrown away. It is an error at least.
 					t.Logf("lost by the API server's translator: %d of %d bytes: %v", output.size, size, err)
 					return
 				}
-				if code == 0 && err != nil || code != 0 && exitCodeOf(err) != code {
+				if code == 0 && err != nil || code != 0 && harness.ExitCodeOf(err) != code {
 					t.Errorf("%s, %d proxies, run %d: want exit code %d, got %v", transport, hops, run, code, err)
 				}
 				if output.size != size || !bytes.Equal(output.sum.Sum(nil), want.Sum(nil)) {
@@ -95,16 +97,16 @@ func (c *counting) Read(p []byte) (int, error) {
 // lost.
 func TestShortTerminalCommandsLoseOutput(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
-	inParallel(t, 500, 16, func(i int) {
+	container := harness.RunContainer(t, node.ContainerSpec{})
+	harness.InParallel(t, 500, 16, func(i int) {
 		var output bytes.Buffer
 		options := remotecommand.StreamOptions{Stdout: &output, Tty: true}
-		ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
+		ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
 		defer cancel()
-		u := shared.shim.execURL(t, container, options, "echo", fmt.Sprint("line ", i))
-		err := stream(ctx, transports[i%2], u.String(), options)
+		u := harness.Shared.Shim.ExecURL(t, container, options, "echo", fmt.Sprint("line ", i))
+		err := harness.Stream(ctx, harness.Transports[i%2], u.String(), options)
 		if want := fmt.Sprintf("line %d\r\n", i); err != nil || output.String() != want {
-			t.Errorf("%s, command %d: %q, %v", transports[i%2], i, &output, err)
+			t.Errorf("%s, command %d: %q, %v", harness.Transports[i%2], i, &output, err)
 		}
 	})
 }
@@ -112,15 +114,15 @@ func TestShortTerminalCommandsLoseOutput(t *testing.T) {
 // exec does not return while a background child holds stdout (kubernetes#44371, E4).
 func TestBackgroundChildHoldsTheSession(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
-	forEachTransport(t, func(t *testing.T, transport string) {
+	container := harness.RunContainer(t, node.ContainerSpec{})
+	harness.ForEachTransport(t, func(t *testing.T, transport string) {
 		for _, tty := range []bool{false, true} {
 			begin := time.Now()
 			var output bytes.Buffer
-			err := shared.shim.exec(t, transport, container, remotecommand.StreamOptions{Stdout: &output, Tty: tty},
-				marked(t.Name(), "trap '' HUP; sleep 1000 & echo done; exit 3")...)
+			err := harness.Shared.Shim.Exec(t, transport, container, remotecommand.StreamOptions{Stdout: &output, Tty: tty},
+				harness.Marked(t.Name(), "trap '' HUP; sleep 1000 & echo done; exit 3")...)
 			took := time.Since(begin)
-			if exitCode(t, err) != 3 || strings.TrimSpace(output.String()) != "done" {
+			if harness.ExitCode(t, err) != 3 || strings.TrimSpace(output.String()) != "done" {
 				t.Errorf("tty %v: %q, %v", tty, &output, err)
 			}
 			t.Logf("tty %v: returned after %v", tty, took)
@@ -129,7 +131,7 @@ func TestBackgroundChildHoldsTheSession(t *testing.T) {
 			}
 		}
 		// The children of a command that has ended in good order live on, as after `docker exec`.
-		if left := withMark(t.Name()); len(left) == 0 {
+		if left := harness.WithMark(t.Name()); len(left) == 0 {
 			t.Error("the background children were ended")
 		}
 	})
@@ -138,12 +140,12 @@ func TestBackgroundChildHoldsTheSession(t *testing.T) {
 // ...but output that still flows is never cut, even if it takes longer than drain_idle.
 func TestBackgroundChildIsCutOff(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
-	forEachTransport(t, func(t *testing.T, transport string) {
+	container := harness.RunContainer(t, node.ContainerSpec{})
+	harness.ForEachTransport(t, func(t *testing.T, transport string) {
 		var output bytes.Buffer
-		err := shared.shim.exec(t, transport, container, remotecommand.StreamOptions{Stdout: &output},
+		err := harness.Shared.Shim.Exec(t, transport, container, remotecommand.StreamOptions{Stdout: &output},
 			"sh", "-c", "(for i in 1 2 3 4 5 6 7 8; do sleep 0.7; echo $i; done) & exit 4")
-		if exitCode(t, err) != 4 || output.String() != "1\n2\n3\n4\n5\n6\n7\n8\n" {
+		if harness.ExitCode(t, err) != 4 || output.String() != "1\n2\n3\n4\n5\n6\n7\n8\n" {
 			t.Errorf("%q, %v", &output, err)
 		}
 	})
@@ -152,20 +154,20 @@ func TestBackgroundChildIsCutOff(t *testing.T) {
 // A process that closes one of its outputs loses its stdin (E10): an upload of 50 MB is complete.
 func TestClosedOutputEndsStdin(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
+	container := harness.RunContainer(t, node.ContainerSpec{})
 	const size = 50_000_000
-	forEachTransport(t, func(t *testing.T, transport string) {
+	harness.ForEachTransport(t, func(t *testing.T, transport string) {
 		for _, closed := range []string{"2>&-", ">&-", ">&- 2>&-"} {
-			file, sum := "/tmp/"+unique("upload"), sha256.New()
+			file, sum := "/tmp/"+harness.Unique("upload"), sha256.New()
 			input := io.TeeReader(raggedReader{io.LimitReader(&counting{}, size)}, sum)
-			err := shared.shim.exec(t, transport, container,
+			err := harness.Shared.Shim.Exec(t, transport, container,
 				remotecommand.StreamOptions{Stdin: input, Stdout: io.Discard, Stderr: io.Discard},
 				"sh", "-c", "exec "+closed+"; sleep 1; cat > "+file)
 			if err != nil {
 				t.Errorf("%s: %v", closed, err)
 			}
 			want := fmt.Sprintf("%d %x", size, sum.Sum(nil))
-			got := shared.shim.mustSync(t, container, "echo $(wc -c < "+file+") $(sha256sum < "+file+"); rm "+file)
+			got := harness.Shared.Shim.MustSync(t, container, "echo $(wc -c < "+file+") $(sha256sum < "+file+"); rm "+file)
 			if strings.TrimSuffix(strings.TrimSpace(got), " -") != want {
 				t.Errorf("%s: %q arrived, want %q", closed, got, want)
 			}
@@ -187,15 +189,15 @@ func (r raggedReader) Read(p []byte) (int, error) {
 // the end of the client (E2): the command sees the end of its input and goes on.
 func TestEndOfStdin(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
-	forEachTransport(t, func(t *testing.T, transport string) {
+	container := harness.RunContainer(t, node.ContainerSpec{})
+	harness.ForEachTransport(t, func(t *testing.T, transport string) {
 		for hops := range 3 {
 			var output bytes.Buffer
 			options := remotecommand.StreamOptions{Stdin: strings.NewReader("hello"), Stdout: &output}
-			u := shared.shim.execURL(t, container, options, "sh", "-c", "cat; sleep 3; echo ' and done'")
-			u = throughProxies(t, u, hops, transport, options)
-			ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
-			if err := stream(ctx, transport, u.String(), options); err != nil || output.String() != "hello and done\n" {
+			u := harness.Shared.Shim.ExecURL(t, container, options, "sh", "-c", "cat; sleep 3; echo ' and done'")
+			u = harness.ThroughProxies(t, u, hops, transport, options)
+			ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
+			if err := harness.Stream(ctx, transport, u.String(), options); err != nil || output.String() != "hello and done\n" {
 				t.Errorf("%d proxies: %q, %v", hops, &output, err)
 			}
 			cancel()
@@ -204,7 +206,7 @@ func TestEndOfStdin(t *testing.T) {
 	t.Run("crictl", func(t *testing.T) {
 		t.Parallel()
 		for _, transport := range []string{"spdy", "websocket"} {
-			command := shared.shim.crictl(t, "exec", "--transport", transport, "-i", container, "cat")
+			command := harness.Shared.Shim.Crictl(t, "exec", "--transport", transport, "-i", container, "cat")
 			command.Stdin = strings.NewReader("hello\n")
 			if output, err := command.Output(); err != nil || string(output) != "hello\n" {
 				t.Errorf("%s: %q, %v", transport, output, err)

@@ -9,37 +9,28 @@ import (
 
 	"k8s.io/client-go/tools/remotecommand"
 
+	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/test/internal/harness"
 	"github.com/streamshim/streamshim/test/internal/node"
 )
-
-// sizes gives client-go terminal sizes.
-type sizes chan remotecommand.TerminalSize
-
-func (s sizes) Next() *remotecommand.TerminalSize {
-	size, ok := <-s
-	if !ok {
-		return nil
-	}
-	return &size
-}
 
 // The terminal has the wrong size at first (kubernetes#47990, E8): right 100 times of 100, with each
 // protocol and behind proxies, as the first thing that the command looks at.
 func TestTerminalSizeIsWrongAtFirst(t *testing.T) {
 	// Not beside the other tests, with which the machine has nothing left for a client to send its size
 	// within the half second that the command waits for it.
-	container := runContainer(t, node.ContainerSpec{})
-	inParallel(t, 100, 2, func(i int) {
-		transport, hops := transports[i%2], i/4%3
+	container := harness.RunContainer(t, node.ContainerSpec{})
+	harness.InParallel(t, 100, 2, func(i int) {
+		transport, hops := harness.Transports[i%2], i/4%3
 		var output bytes.Buffer
-		queue := make(sizes, 1)
+		queue := make(harness.Sizes, 1)
 		queue <- remotecommand.TerminalSize{Width: uint16(100 + i), Height: uint16(30 + i)}
 		options := remotecommand.StreamOptions{Stdout: &output, Tty: true, TerminalSizeQueue: queue}
-		u := shared.shim.execURL(t, container, options, "stty", "size")
-		u = throughProxies(t, u, hops, transport, options)
-		ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
+		u := harness.Shared.Shim.ExecURL(t, container, options, "stty", "size")
+		u = harness.ThroughProxies(t, u, hops, transport, options)
+		ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
 		defer cancel()
-		err := stream(ctx, transport, u.String(), options)
+		err := harness.Stream(ctx, transport, u.String(), options)
 		close(queue)
 		if want := fmt.Sprintf("%d %d", 30+i, 100+i); err != nil || strings.TrimSpace(output.String()) != want {
 			t.Errorf("%s, %d proxies, run %d: %q, %v; want %s", transport, hops, i, &output, err, want)
@@ -50,20 +41,20 @@ func TestTerminalSizeIsWrongAtFirst(t *testing.T) {
 // Later sizes arrive in their order, and 0x0 is no size.
 func TestTerminalIsNotResized(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
-	forEachTransport(t, func(t *testing.T, transport string) {
-		output := &buffer{}
-		queue := make(sizes, 8)
-		options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: output, Tty: true, TerminalSizeQueue: queue}
-		u := shared.shim.execURL(t, container, options, "sh", "-c",
+	container := harness.RunContainer(t, node.ContainerSpec{})
+	harness.ForEachTransport(t, func(t *testing.T, transport string) {
+		output := &testutil.Buffer{}
+		queue := make(harness.Sizes, 8)
+		options := remotecommand.StreamOptions{Stdin: harness.OpenStdin(t), Stdout: output, Tty: true, TerminalSizeQueue: queue}
+		u := harness.Shared.Shim.ExecURL(t, container, options, "sh", "-c",
 			`trap 'stty size; [ "$(stty size)" = "49 109" ] && exit 0' WINCH; echo ready; while :; do sleep 0.1; done`)
-		ended, _ := begin(t, transport, u, options)
-		eventually(t, testTimeout, "the command runs", func() bool { return strings.Contains(output.String(), "ready") })
+		ended, _ := harness.Begin(t, transport, u, options)
+		testutil.Eventually(t, "the command runs", func() bool { return strings.Contains(output.String(), "ready") })
 		for i := range uint16(10) {
 			queue <- remotecommand.TerminalSize{}
 			queue <- remotecommand.TerminalSize{Width: 100 + i, Height: 40 + i}
 		}
-		if err := awaitEnd(t, ended); err != nil {
+		if err := harness.AwaitEnd(t, ended); err != nil {
 			t.Error(err)
 		}
 		close(queue)
@@ -85,16 +76,16 @@ func TestTerminalIsNotResized(t *testing.T) {
 // With a terminal the end of stdin cuts the output (cri-tools#269, E11).
 func TestEndOfStdinCutsTheTerminal(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
-	forEachTransport(t, func(t *testing.T, transport string) {
+	container := harness.RunContainer(t, node.ContainerSpec{})
+	harness.ForEachTransport(t, func(t *testing.T, transport string) {
 		for _, input := range []string{"sleep 2; echo mar''ker\n", "sleep 2; echo mar''ker\nexit 5\n"} {
 			var output bytes.Buffer
-			err := shared.shim.exec(t, transport, container,
+			err := harness.Shared.Shim.Exec(t, transport, container,
 				remotecommand.StreamOptions{Stdin: strings.NewReader(input), Stdout: &output, Tty: true}, "sh")
 			if !strings.Contains(output.String(), "marker") {
 				t.Errorf("%q, %v", &output, err)
 			}
-			if want := strings.Count(input, "exit 5") * 5; exitCode(t, err) != want {
+			if want := strings.Count(input, "exit 5") * 5; harness.ExitCode(t, err) != want {
 				t.Errorf("%v, want exit code %d", err, want)
 			}
 		}
@@ -105,12 +96,12 @@ func TestEndOfStdinCutsTheTerminal(t *testing.T) {
 // its end in between.
 func TestReopenedTerminalIsSilent(t *testing.T) {
 	t.Parallel()
-	container := runContainer(t, node.ContainerSpec{})
-	forEachTransport(t, func(t *testing.T, transport string) {
+	container := harness.RunContainer(t, node.ContainerSpec{})
+	harness.ForEachTransport(t, func(t *testing.T, transport string) {
 		var output bytes.Buffer
-		err := shared.shim.exec(t, transport, container, remotecommand.StreamOptions{Stdout: &output, Tty: true},
+		err := harness.Shared.Shim.Exec(t, transport, container, remotecommand.StreamOptions{Stdout: &output, Tty: true},
 			"sh", "-c", "echo first; exec <&- >&- 2>&-; sleep 1; echo again > /dev/tty; exit 3")
-		if exitCode(t, err) != 3 || output.String() != "first\r\nagain\r\n" {
+		if harness.ExitCode(t, err) != 3 || output.String() != "first\r\nagain\r\n" {
 			t.Errorf("%q, %v", &output, err)
 		}
 	})

@@ -5,6 +5,8 @@ import (
 	"testing"
 
 	"github.com/streamshim/streamshim/pkg/session/audit"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // What a SIGKILL of streamshim cuts has an end in the audit log once it runs again: as many ends as starts.
@@ -14,7 +16,7 @@ func TestKillLeavesNoStartWithoutEnd(t *testing.T) {
 		for i := range 6 {
 			o.exec("web", i%2 == 0, "sleep", "1000")
 		}
-		eventually(t, "six sessions are there", func() bool { return len(o.sessions()) == 6 })
+		testutil.Eventually(t, "six sessions are there", func() bool { return len(o.sessions()) == 6 })
 		if err := o.StopStreamshim(0); err != nil {
 			t.Fatal(err)
 		}
@@ -33,7 +35,7 @@ func TestKillLeavesNoStartWithoutEnd(t *testing.T) {
 			}
 			return fmt.Sprint(starts, ends)
 		}
-		eventually(t, "each start has an end", func() bool { var s, e int; fmt.Sscan(count(), &s, &e); return s == e && s > 0 })
+		testutil.Eventually(t, "each start has an end", func() bool { var s, e int; fmt.Sscan(count(), &s, &e); return s == e && s > 0 })
 		t.Log("starts and interrupted ends:", count())
 	}
 }

@@ -1,4 +1,4 @@
-// Package operate tests what operators get: live sessions, audit, recordings, limits and reload, with
+// Package operations tests what operators get: live sessions, audit, recordings, limits and reload, with
 // the real program in front of real containerd and runc, and stock client-go as the user.
 package operations
 
@@ -16,7 +16,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -25,9 +24,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/portforward"
 	"k8s.io/client-go/tools/remotecommand"
-	"k8s.io/client-go/transport/spdy"
 	clientexec "k8s.io/client-go/util/exec"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -35,19 +32,11 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/session/audit"
 	"github.com/streamshim/streamshim/test/internal/node"
+
+	"github.com/streamshim/streamshim/test/internal/harness"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
-
-// patience is for what should happen soon, on a machine that is busy with other things.
-const patience = 60 * time.Second
-
-func eventually(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(patience); !condition(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain: %s", what)
-		}
-	}
-}
 
 // operated is a node whose streamshim has a configuration file.
 type operated struct {
@@ -118,7 +107,7 @@ func (o *operated) reload(config, says string) {
 	if err := syscall.Kill(o.PID("streamshim"), syscall.SIGHUP); err != nil {
 		o.t.Fatal(err)
 	}
-	eventually(o.t, "the log says "+says, func() bool { return strings.Count(o.log(), says) > before })
+	testutil.Eventually(o.t, "the log says "+says, func() bool { return strings.Count(o.log(), says) > before })
 }
 
 func (o *operated) log() string {
@@ -138,10 +127,10 @@ func (o *operated) cli(args ...string) (string, error) {
 // command is a "streamshim sessions" that is killed if it does not end.
 func (o *operated) command(args ...string) *exec.Cmd {
 	o.t.Helper()
-	ctx, cancel := context.WithTimeout(o.t.Context(), 2*patience)
+	ctx, cancel := context.WithTimeout(o.t.Context(), 2*testutil.Patience)
 	o.t.Cleanup(cancel)
 	cmd := exec.CommandContext(ctx, node.Binary(o.t), append([]string{"sessions", "--admin", "unix://" + o.AdminSocket()}, args...)...)
-	cmd.WaitDelay = patience
+	cmd.WaitDelay = testutil.Patience
 	return cmd
 }
 
@@ -185,36 +174,10 @@ func (o *operated) audit() []audit.Record {
 // shell is a user's exec session.
 type shell struct {
 	in     io.WriteCloser
-	out    *safeBuffer
+	out    *testutil.Buffer
 	ended  chan struct{}
 	err    error
 	resize chan remotecommand.TerminalSize
-}
-
-type safeBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (b *safeBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *safeBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
-}
-
-type sizes chan remotecommand.TerminalSize
-
-func (s sizes) Next() *remotecommand.TerminalSize {
-	if size, ok := <-s; ok {
-		return &size
-	}
-	return nil
 }
 
 // request asks for an exec URL.
@@ -245,11 +208,11 @@ func (o *operated) redeem(u *url.URL, tty bool) *shell {
 		o.t.Fatal(err)
 	}
 	in, write := io.Pipe()
-	s := &shell{in: write, out: &safeBuffer{}, ended: make(chan struct{}), resize: make(chan remotecommand.TerminalSize, 4)}
+	s := &shell{in: write, out: &testutil.Buffer{}, ended: make(chan struct{}), resize: make(chan remotecommand.TerminalSize, 4)}
 	options := remotecommand.StreamOptions{Stdin: in, Stdout: s.out, Tty: tty}
 	if tty {
 		s.resize <- remotecommand.TerminalSize{Width: 132, Height: 43}
-		options.TerminalSizeQueue = sizes(s.resize)
+		options.TerminalSizeQueue = harness.Sizes(s.resize)
 	} else {
 		options.Stderr = s.out
 	}
@@ -262,20 +225,9 @@ func (o *operated) redeem(u *url.URL, tty bool) *shell {
 		cancel()
 		write.Close()
 		close(s.resize)
-		receive(o.t, s.ended, "the end of a shell's session")
+		testutil.Receive(o.t, "the end of a shell's session", s.ended)
 	})
 	return s
-}
-
-// receive waits for what comes, or for the channel to be closed.
-func receive[T any](t *testing.T, from <-chan T, what string) (value T) {
-	t.Helper()
-	select {
-	case value = <-from:
-	case <-time.After(patience):
-		t.Errorf("waited in vain for %s", what)
-	}
-	return value
 }
 
 func (s *shell) say(t *testing.T, text string) {
@@ -287,14 +239,14 @@ func (s *shell) say(t *testing.T, text string) {
 
 func (s *shell) shows(t *testing.T, text string) {
 	t.Helper()
-	eventually(t, fmt.Sprintf("the terminal shows %q", text), func() bool { return strings.Contains(s.out.String(), text) })
+	testutil.Eventually(t, fmt.Sprintf("the terminal shows %q", text), func() bool { return strings.Contains(s.out.String(), text) })
 }
 
 func (s *shell) end(t *testing.T) error {
 	t.Helper()
 	select {
 	case <-s.ended:
-	case <-time.After(patience):
+	case <-time.After(testutil.Patience):
 		t.Fatalf("the session does not end; it shows %q", s.out.String())
 	}
 	return s.err
@@ -324,7 +276,7 @@ func TestOperateSessions(t *testing.T) {
 	o := start(t, "operate", operatedConfig)
 
 	follow := o.command("list", "--watch")
-	followed := &safeBuffer{}
+	followed := &testutil.Buffer{}
 	follow.Stdout, follow.Stderr = followed, followed
 	if err := follow.Start(); err != nil {
 		t.Fatal(err)
@@ -364,11 +316,11 @@ func TestOperateSessions(t *testing.T) {
 		t.Errorf("the admin socket: %v, %v", info.Mode(), err)
 	}
 
-	eventually(t, "list --watch has shown the session", func() bool { return strings.Contains(followed.String(), s.ID) })
+	testutil.Eventually(t, "list --watch has shown the session", func() bool { return strings.Contains(followed.String(), s.ID) })
 
 	// Watched: the user is told, the operator sees what comes.
 	watch := o.command("watch", s.ID)
-	seen := &safeBuffer{}
+	seen := &testutil.Buffer{}
 	watch.Stdout, watch.Stderr = seen, seen
 	if err := watch.Start(); err != nil {
 		t.Fatal(err)
@@ -376,7 +328,7 @@ func TestOperateSessions(t *testing.T) {
 	u.shows(t, "an operator of this node is watching")
 	u.say(t, "echo secret$((40+2))\n")
 	u.shows(t, "secret42")
-	eventually(t, "the watcher sees it, too", func() bool { return strings.Contains(seen.String(), "secret42") })
+	testutil.Eventually(t, "the watcher sees it, too", func() bool { return strings.Contains(seen.String(), "secret42") })
 
 	// Signalled, then ended by an operator.
 	u.say(t, "trap 'echo got usr1' USR1; echo trapped$((1+1))\n")
@@ -391,7 +343,7 @@ func TestOperateSessions(t *testing.T) {
 	if err := watch.Wait(); err != nil {
 		t.Errorf("watch: %v: %s", err, seen.String())
 	}
-	eventually(t, "no session is left", func() bool { return len(o.sessions()) == 0 })
+	testutil.Eventually(t, "no session is left", func() bool { return len(o.sessions()) == 0 })
 	if err := follow.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
 	}
@@ -401,7 +353,7 @@ func TestOperateSessions(t *testing.T) {
 
 	// A signal that ends the process gives its exit code.
 	u = o.exec("db", false, "sleep", "1000")
-	eventually(t, "it runs", func() bool { l := o.sessions(); return len(l) == 1 && l[0].PID != 0 })
+	testutil.Eventually(t, "it runs", func() bool { l := o.sessions(); return len(l) == 1 && l[0].PID != 0 })
 	id := o.sessions()[0].ID
 	if out, err := o.cli("watch", id); err == nil || !strings.Contains(out, "cannot be watched") {
 		t.Errorf("watch of a session without a terminal: %v, %s", err, out)
@@ -458,7 +410,7 @@ func TestOperateSessions(t *testing.T) {
 	if info, _ := os.Stat(filepath.Dir(recordings[0])); info.Mode().Perm() != 0o700 {
 		t.Errorf("the directory of recordings has mode %v", info.Mode())
 	}
-	eventually(t, "the recording is complete", func() bool {
+	testutil.Eventually(t, "the recording is complete", func() bool {
 		text, _ := os.ReadFile(recordings[0])
 		return strings.Contains(string(text), "the session has ended: operator")
 	})
@@ -547,7 +499,7 @@ kinds = ["execsync"]
 
 	// What needs a restart is named, the rest taken over.
 	o.reload("stream_address = '127.0.0.1:1'\n"+operatedConfig+"[limits]\nbandwidth = 65536\n[exec]\ndrain_idle = '1s'\n", "need a restart")
-	eventually(t, "the keys are named", func() bool { return strings.Contains(o.log(), "exec.drain_idle") })
+	testutil.Eventually(t, "the keys are named", func() bool { return strings.Contains(o.log(), "exec.drain_idle") })
 	shellInBank := o.exec("db", true, "sh", "-c", "echo in")
 	if err := shellInBank.end(t); err != nil || !strings.Contains(shellInBank.out.String(), "in") {
 		t.Errorf("a terminal in the bank, allowed again: %v", err)
@@ -628,7 +580,7 @@ func TestOtherKinds(t *testing.T) {
 	only := func(kind session.Kind) admin.Session {
 		t.Helper()
 		var found admin.Session
-		eventually(t, "the only session is a running "+string(kind), func() bool {
+		testutil.Eventually(t, "the only session is a running "+string(kind), func() bool {
 			list := o.sessions()
 			if len(list) == 1 && list[0].Kind == kind && list[0].Phase == session.Running {
 				found = list[0]
@@ -645,7 +597,7 @@ func TestOtherKinds(t *testing.T) {
 		t.Errorf("a signal for a process that is not ours: %v, %s", err, out)
 	}
 	o.mustCLI("kill", s.ID)
-	if err := receive(t, attached, "the end of the attach"); err == nil || !strings.Contains(err.Error(), "ended by an operator") {
+	if err := testutil.Receive(t, "the end of the attach", attached); err == nil || !strings.Contains(err.Error(), "ended by an operator") {
 		t.Errorf("the attach ends with %v", err)
 	}
 
@@ -656,36 +608,18 @@ func TestOtherKinds(t *testing.T) {
 	if err != nil || len(sandboxes.GetItems()) != 1 {
 		t.Fatal(sandboxes, err)
 	}
-	forward, err := o.Runtime().PortForward(t.Context(), &runtimeapi.PortForwardRequest{PodSandboxId: sandboxes.GetItems()[0].GetId()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if u, err = url.Parse(forward.GetUrl()); err != nil {
-		t.Fatal(err)
-	}
-	transport, upgrader, err := spdy.RoundTripperFor(&rest.Config{Host: u.Host})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ready, stop := make(chan struct{}), make(chan struct{})
-	defer close(stop)
-	forwarder, err := portforward.New(spdy.NewDialer(upgrader, &http.Client{Transport: transport}, http.MethodPost, u),
-		[]string{"0:80"}, stop, ready, io.Discard, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
-	forwarded := make(chan error, 1)
-	go func() { forwarded <- forwarder.ForwardPorts() }()
-	receive(t, ready, "the port-forward to be ready")
+	forward := harness.StartForward(t, o.Node, sandboxes.GetItems()[0].GetId(), "SPDY", 80)
 	s = only(session.PortForward)
 	if s.PodName != "db" || s.ContainerID != "" || s.SandboxID == "" {
 		t.Errorf("listed as %+v", s)
 	}
 	o.mustCLI("kill", s.ID[:9])
-	if err := receive(t, forwarded, "the end of the port-forward"); err == nil {
+	err = testutil.Receive(t, "the end of the port-forward", forward.Ended)
+	forward.Ended <- err
+	if err == nil {
 		t.Error("the port-forward ends without an error")
 	}
-	eventually(t, "no session is left", func() bool { return len(o.sessions()) == 0 })
+	testutil.Eventually(t, "no session is left", func() bool { return len(o.sessions()) == 0 })
 
 	// The log was moved away in between, as logrotate does.
 	before := o.audit()
@@ -697,7 +631,7 @@ func TestOtherKinds(t *testing.T) {
 		t.Error(err)
 	}
 	var after []audit.Record
-	eventually(t, "the end is audited", func() bool { after = o.audit(); return len(after) == 2 })
+	testutil.Eventually(t, "the end is audited", func() bool { after = o.audit(); return len(after) == 2 })
 	if len(before) != 6 || before[0].AuditID != "audit-1" || before[1].AuditID != "audit-1" {
 		t.Errorf("records %+v", before)
 	}

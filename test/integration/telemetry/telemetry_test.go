@@ -32,22 +32,12 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/test/internal/images"
 	"github.com/streamshim/streamshim/test/internal/node"
-)
 
-// patience is for what should happen soon, on a machine that is busy with other things.
-const patience = 60 * time.Second
+	"github.com/streamshim/streamshim/internal/testutil"
+)
 
 // client keeps no connection between requests, which would be taken for a leak.
 var client = http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-
-func eventually(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(patience); !condition(); time.Sleep(50 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain: %s", what)
-		}
-	}
-}
 
 // measured is a node whose streamshim serves metrics and sends traces.
 type measured struct {
@@ -98,7 +88,7 @@ func (m *measured) run(name, namespace string) (pod, container string) {
 func (m *measured) bounded(args ...string) *exec.Cmd {
 	m.t.Helper()
 	template := m.Crictl(args...)
-	ctx, cancel := context.WithTimeout(m.t.Context(), patience)
+	ctx, cancel := context.WithTimeout(m.t.Context(), testutil.Patience)
 	m.t.Cleanup(cancel)
 	cmd := exec.CommandContext(ctx, template.Path, template.Args[1:]...)
 	cmd.WaitDelay = 5 * time.Second
@@ -207,7 +197,7 @@ func (s series) sum(name string, labels ...string) (sum float64) {
 func (m *measured) atLeast(least float64, name string, labels ...string) {
 	m.t.Helper()
 	var last float64
-	deadline := time.Now().Add(patience)
+	deadline := time.Now().Add(testutil.Patience)
 	for last = m.scrape().sum(name, labels...); last < least; last = m.scrape().sum(name, labels...) {
 		if time.Now().After(deadline) {
 			m.t.Errorf("%s%v is %v, expected %v at least", name, labels, last, least)
@@ -271,7 +261,7 @@ func TestMetrics(t *testing.T) {
 	m.atLeast(1, "streamshim_cri_calls_total", "method", "RuntimeService/RunPodSandbox", "code", "OK")
 	m.atLeast(1, "streamshim_cri_calls_total", "method", "RuntimeService/Exec", "code", "PermissionDenied")
 	m.atLeast(1, "streamshim_cri_call_seconds_count", "method", "RuntimeService/Exec")
-	eventually(t, "no session is left", func() bool { return m.scrape().sum("streamshim_sessions_live") == 0 })
+	testutil.Eventually(t, "no session is left", func() bool { return m.scrape().sum("streamshim_sessions_live") == 0 })
 
 	checkDashboard(t, m.scrape())
 	m.health()
@@ -315,7 +305,7 @@ func (m *measured) forward() {
 	if err := cmd.Start(); err != nil {
 		m.t.Fatal(err)
 	}
-	eventually(m.t, "the pod's web server answers", func() bool {
+	testutil.Eventually(m.t, "the pod's web server answers", func() bool {
 		response, err := client.Get("http://127.0.0.1:" + port + "/")
 		if err != nil {
 			return false
@@ -339,7 +329,7 @@ func (m *measured) health() {
 	if err := m.KillContainerd(); err != nil {
 		m.t.Fatal(err)
 	}
-	eventually(m.t, "/readyz says that the runtime is away", func() bool {
+	testutil.Eventually(m.t, "/readyz says that the runtime is away", func() bool {
 		code, _ := m.get("/readyz")
 		return code == http.StatusServiceUnavailable
 	})
@@ -349,7 +339,7 @@ func (m *measured) health() {
 	if err := m.StartContainerd(m.t.Context()); err != nil {
 		m.t.Fatal(err)
 	}
-	eventually(m.t, "/readyz says that the runtime is back", func() bool {
+	testutil.Eventually(m.t, "/readyz says that the runtime is back", func() bool {
 		code, _ := m.get("/readyz")
 		return code == http.StatusOK
 	})
@@ -457,7 +447,7 @@ func newReceiver(t *testing.T) *receiver {
 // find waits for the span of a name in a trace.
 func (r *receiver) find(t *testing.T, traceID, name string) (span *tracepb.Span) {
 	t.Helper()
-	eventually(t, "a span "+name, func() bool {
+	testutil.Eventually(t, "a span "+name, func() bool {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		i := slices.IndexFunc(r.spans, func(s *tracepb.Span) bool {
@@ -530,7 +520,7 @@ func TestTraces(t *testing.T) {
 	// A call without a trace context is traced by the ratio, which is none here.
 	m.crictl("", "exec", m.container, "true")
 	m.atLeast(2, "streamshim_sessions_total", "kind", "exec")
-	if err := m.StopStreamshim(patience); err != nil { // sends what waits
+	if err := m.StopStreamshim(testutil.Patience); err != nil { // sends what waits
 		t.Fatal(err)
 	}
 	r.mu.Lock()

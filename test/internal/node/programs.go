@@ -94,15 +94,28 @@ func StartForTest(t testing.TB, config Config) *Node {
 	return n
 }
 
-// Binary returns the path of the streamshim program under test: $STREAMSHIM_BINARY, or bin/streamshim
-// at the top of the working copy. If there is none, the test is skipped, or fails as with Require.
+// Binary returns the path of the streamshim program under test, see FindBinary. If there is none, the
+// test is skipped, or fails as with Require.
 func Binary(t testing.TB) string {
 	t.Helper()
+	path, err := FindBinary()
+	if err != nil {
+		if os.Getenv("STREAMSHIM_REAL") == "required" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	return path
+}
+
+// FindBinary returns the path of the streamshim program under test: $STREAMSHIM_BINARY, or bin/streamshim
+// at the top of the working copy.
+func FindBinary() (string, error) {
 	path := os.Getenv("STREAMSHIM_BINARY")
 	if path == "" {
 		folder, err := os.Getwd()
 		if err != nil {
-			t.Fatal(err)
+			return "", err
 		}
 		for ; folder != "/"; folder = filepath.Dir(folder) {
 			if _, err := os.Stat(filepath.Join(folder, "go.mod")); err == nil {
@@ -112,10 +125,7 @@ func Binary(t testing.TB) string {
 		path = filepath.Join(folder, "bin", "streamshim")
 	}
 	if _, err := os.Stat(path); err != nil {
-		if os.Getenv("STREAMSHIM_REAL") == "required" {
-			t.Fatalf("%v; please run make build", err)
-		}
-		t.Skipf("%v; please run make build", err)
+		return "", fmt.Errorf("%w; please run make build", err)
 	}
-	return path
+	return path, nil
 }

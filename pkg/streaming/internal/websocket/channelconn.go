@@ -345,10 +345,40 @@ func (c *ChannelConn) CloseAndWait(ctx context.Context) error {
 }
 
 // CloseWrite sends Close with code 1000 behind everything written before: nothing more comes from us. Reading
-// goes on until the client closes, which it does when it sees the Close. It returns when the Close is sent or
-// the context is done.
+// goes on until the client closes, which it does when it sees the Close. A client that has not answered it, and
+// has sent nothing for silentAfterClose, gets the end of our side of the connection too (see close).
+//
+// It returns when both are sent, or the connection is over, or the context is done.
 func (c *ChannelConn) CloseWrite(ctx context.Context) error {
-	return c.sendClose(ctx, CloseNormal, "")
+	if err := c.sendClose(ctx, CloseNormal, ""); err != nil || c.protocol.HalfClose() {
+		return err
+	}
+	sent := time.Now()
+	look := time.NewTicker(closedQuiet)
+	defer look.Stop()
+	for {
+		select {
+		case <-c.done:
+			return nil
+		case <-ctx.Done():
+			return nil
+		case now := <-look.C:
+			quiet := now.Sub(sent) >= silentAfterClose && now.Sub(c.LastReceived()) >= silentAfterClose && c.inbound.empty()
+			if quiet && c.endOurSide() {
+				return nil
+			}
+		}
+	}
+}
+
+// endOurSide sends FIN if the client's kernel has everything before it.
+func (c *ChannelConn) endOurSide() bool {
+	half, ok := c.network.(interface{ CloseWrite() error })
+	if !ok || !c.allAcknowledged() {
+		return false
+	}
+	half.CloseWrite() //nolint:errcheck // the client may have gone
+	return true
 }
 
 // Close does the close handshake with this code and reason (of which at most 123 bytes are sent),
@@ -378,8 +408,7 @@ func (c *ChannelConn) close(ctx context.Context, code int, reason string) error 
 			// (python-websocket's poll). We go on reading, so that what it may still send does no harm. Behind
 			// a proxy that closes both ways at our end it is as with a runtime that closes first, but for
 			// what has not come as far as the proxy yet.
-			if half, ok := c.network.(interface{ CloseWrite() error }); ok && !c.protocol.HalfClose() && c.allAcknowledged() {
-				half.CloseWrite() //nolint:errcheck // the client may have gone
+			if !c.protocol.HalfClose() && c.endOurSide() {
 				ended.Stop()
 			}
 		case <-ctx.Done():
@@ -389,9 +418,14 @@ func (c *ChannelConn) close(ctx context.Context, code int, reason string) error 
 	}
 }
 
-// closedQuiet is for how long after our Close a client of a protocol without half-close may answer it before
-// our side of the connection is ended.
-const closedQuiet = 250 * time.Millisecond
+const (
+	// closedQuiet is for how long after our Close a client of a protocol without half-close may answer it before
+	// our side of the connection is ended.
+	closedQuiet = 250 * time.Millisecond
+	// silentAfterClose is the same for a client that may still be sending. The stock server gives it a second
+	// whatever it sends.
+	silentAfterClose = time.Second
+)
 
 // CloseNow ends the connection without a word to the client. It does not block; may be called more
 // than once.

@@ -94,6 +94,13 @@ func newInbound(protocol Protocol, directions []Direction, softLimit, budget int
 	return in
 }
 
+// empty tells whether everything that was kept has been read.
+func (in *inbound) empty() bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.used == 0
+}
+
 // receive takes in one message and returns the number of its payload bytes that were kept. It
 // leaves unread what nobody wants. A *protocolError is the client's fault.
 func (in *inbound) receive(message io.Reader) (int, error) {

@@ -1,4 +1,4 @@
-package exec
+package harness
 
 import (
 	"bytes"
@@ -9,20 +9,22 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // markVariable marks the processes of one session: children inherit it.
 const markVariable = "SYMPTOM_MARK"
 
-// marked is a command line whose process, with all that descends from it, carries the mark.
-func marked(mark, script string) []string {
+// Marked is a command line whose process, with all that descends from it, carries the mark.
+func Marked(mark, script string) []string {
 	return []string{"env", markVariable + "=" + mark, "sh", "-c", script}
 }
 
-// withMark finds the living processes that carry a mark; zombies have no environment any more.
-func withMark(mark string) []int {
+// WithMark finds the living processes that carry a mark; zombies have no environment any more.
+func WithMark(mark string) []int {
 	var found []int
-	for _, path := range glob("/proc/[0-9]*/environ") {
+	for _, path := range Glob("/proc/[0-9]*/environ") {
 		environment, err := os.ReadFile(path)
 		if err != nil {
 			continue // it has ended meanwhile
@@ -37,35 +39,35 @@ func withMark(mark string) []int {
 	return found
 }
 
-func glob(pattern string) []string {
+func Glob(pattern string) []string {
 	paths, _ := filepath.Glob(pattern) //nolint:errcheck // the patterns are good
 	return paths
 }
 
-// awaitMarked waits until so many processes carry the mark.
-func awaitMarked(t *testing.T, mark string, atLeast int) []int {
+// AwaitMarked waits until so many processes carry the mark.
+func AwaitMarked(t *testing.T, mark string, atLeast int) []int {
 	t.Helper()
 	var found []int
-	eventually(t, testTimeout, fmt.Sprintf("%d processes of %s are there", atLeast, mark), func() bool {
-		found = withMark(mark)
+	testutil.Eventually(t, fmt.Sprintf("%d processes of %s are there", atLeast, mark), func() bool {
+		found = WithMark(mark)
 		return len(found) >= atLeast
 	})
 	return found
 }
 
-// awaitNone waits until no process carries the mark, and returns how long that took.
-func awaitNone(t *testing.T, mark string, limit time.Duration) time.Duration {
+// AwaitNone waits until no process carries the mark, and returns how long that took.
+func AwaitNone(t *testing.T, mark string, limit time.Duration) time.Duration {
 	t.Helper()
 	begin := time.Now()
 	for {
-		left := withMark(mark)
+		left := WithMark(mark)
 		if len(left) == 0 {
 			return time.Since(begin)
 		}
 		if time.Since(begin) > limit {
 			var lines []string
 			for _, pid := range left {
-				lines = append(lines, fmt.Sprintf("%d: %s", pid, commandLine(pid)))
+				lines = append(lines, fmt.Sprintf("%d: %s", pid, CommandLine(pid)))
 			}
 			t.Errorf("%s: left behind after %v:\n%s", mark, limit, strings.Join(lines, "\n"))
 			return time.Since(begin)
@@ -74,15 +76,15 @@ func awaitNone(t *testing.T, mark string, limit time.Duration) time.Duration {
 	}
 }
 
-func commandLine(pid int) string {
+func CommandLine(pid int) string {
 	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)) //nolint:errcheck // empty when it has ended
 	return strings.ReplaceAll(strings.TrimRight(string(text), "\x00"), "\x00", " ")
 }
 
-// zombies are the children of a process that have ended and were not reaped.
-func zombies(parent int) []string {
+// Zombies are the children of a process that have ended and were not reaped.
+func Zombies(parent int) []string {
 	var found []string
-	for _, path := range glob("/proc/[0-9]*/stat") {
+	for _, path := range Glob("/proc/[0-9]*/stat") {
 		text, err := os.ReadFile(path)
 		if err != nil {
 			continue

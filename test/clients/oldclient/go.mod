@@ -1,4 +1,4 @@
-module github.com/streamshim/streamshim/test/streams/oldclient
+module github.com/streamshim/streamshim/test/clients/oldclient
 
 go 1.26
 

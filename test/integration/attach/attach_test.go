@@ -1,4 +1,4 @@
-package exec
+package attach
 
 import (
 	"fmt"
@@ -10,6 +10,8 @@ import (
 
 	"k8s.io/client-go/tools/remotecommand"
 
+	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/test/internal/harness"
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
@@ -18,13 +20,13 @@ import (
 func TestAttachedViewerStopsTheContainer(t *testing.T) {
 	t.Parallel()
 	for _, tty := range []bool{false, true} {
-		for _, transport := range transports {
+		for _, transport := range harness.Transports {
 			t.Run(fmt.Sprintf("%s/tty=%v", transport, tty), func(t *testing.T) {
 				t.Parallel()
-				name := unique("printer")
-				container := runContainer(t, node.ContainerSpec{Name: name, TTY: tty, Command: []string{"sh", "-c",
+				name := harness.Unique("printer")
+				container := harness.RunContainer(t, node.ContainerSpec{Name: name, TTY: tty, Command: []string{"sh", "-c",
 					"line=$(head -c 1000 /dev/zero | tr '\\0' x); while :; do yes $line | head -n 300; sleep 0.1; done"}})
-				log := shared.node.ContainerLog(shared.pod, name)
+				log := harness.Shared.Node.ContainerLog(harness.Shared.Pod, name)
 				size := func() int64 {
 					info, err := os.Stat(log)
 					if err != nil {
@@ -32,19 +34,19 @@ func TestAttachedViewerStopsTheContainer(t *testing.T) {
 					}
 					return info.Size()
 				}
-				output := &buffer{}
-				viewer := newGate(output)
+				output := &testutil.Buffer{}
+				viewer := harness.NewGate(output)
 				options := remotecommand.StreamOptions{Stdout: viewer, Tty: tty}
-				ended, cancel := begin(t, transport, shared.shim.attachURL(t, container, options), options)
+				ended, cancel := harness.Begin(t, transport, harness.Shared.Shim.AttachURL(t, container, options), options)
 				// More than all the buffers between the container and the viewer can hold.
 				before := size()
-				eventually(t, testTimeout, "the log has grown by 25 MB", func() bool { return size() > before+25_000_000 })
-				viewer.open()
-				eventually(t, testTimeout, "the viewer is told of the gap", func() bool {
+				testutil.Eventually(t, "the log has grown by 25 MB", func() bool { return size() > before+25_000_000 })
+				viewer.Open()
+				testutil.Eventually(t, "the viewer is told of the gap", func() bool {
 					return strings.Contains(output.String(), "bytes skipped because the client reads too slowly]")
 				})
 				cancel()
-				awaitEnd(t, ended) //nolint:errcheck // cancelled
+				harness.AwaitEnd(t, ended) //nolint:errcheck // cancelled
 			})
 		}
 	}
@@ -54,13 +56,13 @@ func TestAttachedViewerStopsTheContainer(t *testing.T) {
 // reply that it can no longer send, with its lock on the output held. The relay lets it reply first.
 func TestViewerThatLeavesAtOnceStopsTheContainer(t *testing.T) {
 	t.Parallel()
-	for _, transport := range transports {
+	for _, transport := range harness.Transports {
 		t.Run(transport, func(t *testing.T) {
 			t.Parallel()
-			name := unique("printer")
-			container := runContainer(t, node.ContainerSpec{Name: name, Command: []string{"sh", "-c",
+			name := harness.Unique("printer")
+			container := harness.RunContainer(t, node.ContainerSpec{Name: name, Command: []string{"sh", "-c",
 				"while :; do echo line; sleep 0.01; done"}})
-			log := shared.node.ContainerLog(shared.pod, name)
+			log := harness.Shared.Node.ContainerLog(harness.Shared.Pod, name)
 			size := func() int64 {
 				info, err := os.Stat(log)
 				if err != nil {
@@ -70,13 +72,13 @@ func TestViewerThatLeavesAtOnceStopsTheContainer(t *testing.T) {
 			}
 			options := remotecommand.StreamOptions{Stdout: io.Discard, Stderr: io.Discard}
 			for i := range 150 {
-				ended, cancel := begin(t, transport, shared.shim.attachURL(t, container, options), options)
+				ended, cancel := harness.Begin(t, transport, harness.Shared.Shim.AttachURL(t, container, options), options)
 				time.Sleep(time.Duration(i%15) * time.Millisecond) // to leave at any point of the way
 				cancel()
-				awaitEnd(t, ended) //nolint:errcheck // cancelled
+				harness.AwaitEnd(t, ended) //nolint:errcheck // cancelled
 			}
 			before := size()
-			eventually(t, testTimeout, "the log goes on", func() bool { return size() > before })
+			testutil.Eventually(t, "the log goes on", func() bool { return size() > before })
 		})
 	}
 }
@@ -99,21 +101,21 @@ func TestAttachStdinTable(t *testing.T) {
 	t.Parallel()
 	const main = `while read line; do echo "got $line"; done; echo end of input; sleep 1000`
 	for _, row := range attachTable {
-		for _, transport := range transports {
+		for _, transport := range harness.Transports {
 			start := func(t *testing.T) (container string, log func() string) {
-				name := unique("reader")
-				container = runContainer(t, node.ContainerSpec{
+				name := harness.Unique("reader")
+				container = harness.RunContainer(t, node.ContainerSpec{
 					Name: name, Stdin: true, StdinOnce: row.once, TTY: row.tty, Command: []string{"sh", "-c", main},
 				})
 				return container, func() string {
-					text, _ := os.ReadFile(shared.node.ContainerLog(shared.pod, name)) //nolint:errcheck // empty until it is there
+					text, _ := os.ReadFile(harness.Shared.Node.ContainerLog(harness.Shared.Pod, name)) //nolint:errcheck // empty until it is there
 					return string(text)
 				}
 			}
 			t.Run(fmt.Sprintf("once=%v/tty=%v/%s/EOF", row.once, row.tty, transport), func(t *testing.T) {
 				t.Parallel()
 				container, _ := start(t)
-				output := &buffer{}
+				output := &testutil.Buffer{}
 				// More than one line, because the output of the last must not be cut.
 				options := remotecommand.StreamOptions{Stdin: strings.NewReader("one\ntwo\n"), Stdout: output, Tty: row.tty}
 				input, typed := io.Pipe()
@@ -121,46 +123,43 @@ func TestAttachStdinTable(t *testing.T) {
 				if row.tty {
 					options.Stdin = input // whose end is a detach
 				}
-				ended, cancel := begin(t, transport, shared.shim.attachURL(t, container, options), options)
+				ended, cancel := harness.Begin(t, transport, harness.Shared.Shim.AttachURL(t, container, options), options)
 				if row.tty {
 					io.WriteString(typed, "one\ntwo\n") //nolint:errcheck // seen below
 				}
-				eventually(t, testTimeout, "both lines are answered", func() bool { return strings.Contains(output.String(), "got two") })
+				testutil.Eventually(t, "both lines are answered", func() bool { return strings.Contains(output.String(), "got two") })
 				if row.tty {
 					typed.Close()
-					if err := awaitEnd(t, ended); err != nil {
+					if err := harness.AwaitEnd(t, ended); err != nil {
 						t.Errorf("the client detached and got %v", err)
 					}
 					expectAnswer(t, container, transport, row.tty)
 					return
 				}
 				if row.eofEndsStdin {
-					eventually(t, testTimeout, "the process sees the end", func() bool { return strings.Contains(output.String(), "end of input") })
+					testutil.Eventually(t, "the process sees the end", func() bool { return strings.Contains(output.String(), "end of input") })
 				} else {
-					select { // the session goes on, and others may go on typing
-					case err := <-ended:
-						t.Errorf("the session ended with its input: %v", err)
-					case <-time.After(2 * time.Second):
+					if err := harness.AwaitEnd(t, ended); err != nil {
+						t.Errorf("the input ended and the client got %v", err)
 					}
-					expectAnswer(t, container, transport, row.tty)
-					eventually(t, testTimeout, "the first client sees it as well", func() bool { return strings.Contains(output.String(), "got again") })
+					expectAnswer(t, container, transport, row.tty) // others may go on typing
 				}
 				cancel()
 			})
 			t.Run(fmt.Sprintf("once=%v/tty=%v/%s/gone", row.once, row.tty, transport), func(t *testing.T) {
 				t.Parallel()
 				container, log := start(t)
-				output := &buffer{}
+				output := &testutil.Buffer{}
 				input, typed := io.Pipe()
 				defer typed.Close()
 				options := remotecommand.StreamOptions{Stdin: input, Stdout: output, Tty: row.tty}
-				ended, cancel := begin(t, transport, shared.shim.attachURL(t, container, options), options)
+				ended, cancel := harness.Begin(t, transport, harness.Shared.Shim.AttachURL(t, container, options), options)
 				io.WriteString(typed, "one\n") //nolint:errcheck // seen below
-				eventually(t, testTimeout, "the line is answered", func() bool { return strings.Contains(output.String(), "got one") })
+				testutil.Eventually(t, "the line is answered", func() bool { return strings.Contains(output.String(), "got one") })
 				cancel()
-				awaitEnd(t, ended) //nolint:errcheck // cancelled
+				harness.AwaitEnd(t, ended) //nolint:errcheck // cancelled
 				if row.goneEndsStdin {
-					eventually(t, testTimeout, "the process sees the end", func() bool { return strings.Contains(log(), "end of input") })
+					testutil.Eventually(t, "the process sees the end", func() bool { return strings.Contains(log(), "end of input") })
 					return
 				}
 				expectAnswer(t, container, transport, row.tty)
@@ -172,31 +171,31 @@ func TestAttachStdinTable(t *testing.T) {
 // expectAnswer attaches another client and has a line answered.
 func expectAnswer(t *testing.T, container, transport string, tty bool) {
 	t.Helper()
-	output := &buffer{}
+	output := &testutil.Buffer{}
 	input, typed := io.Pipe()
 	defer typed.Close()
 	options := remotecommand.StreamOptions{Stdin: input, Stdout: output, Tty: tty}
-	_, cancel := begin(t, transport, shared.shim.attachURL(t, container, options), options)
+	_, cancel := harness.Begin(t, transport, harness.Shared.Shim.AttachURL(t, container, options), options)
 	defer cancel()
 	io.WriteString(typed, "again\n") //nolint:errcheck // seen below
-	eventually(t, testTimeout, "a second client's line is answered", func() bool { return strings.Contains(output.String(), "got again") })
+	testutil.Eventually(t, "a second client's line is answered", func() bool { return strings.Contains(output.String(), "got again") })
 }
 
 // The size of the client's terminal reaches the container it is attached to (cri-o#9246, A6).
 func TestAttachedTerminalHasTheWrongSize(t *testing.T) {
 	t.Parallel()
-	forEachTransport(t, func(t *testing.T, transport string) {
-		container := runContainer(t, node.ContainerSpec{Stdin: true, TTY: true, Command: []string{"sh"}})
-		output := &buffer{}
-		queue := make(sizes, 2)
+	harness.ForEachTransport(t, func(t *testing.T, transport string) {
+		container := harness.RunContainer(t, node.ContainerSpec{Stdin: true, TTY: true, Command: []string{"sh"}})
+		output := &testutil.Buffer{}
+		queue := make(harness.Sizes, 2)
 		queue <- remotecommand.TerminalSize{Width: 123, Height: 45}
 		input, typed := io.Pipe()
 		defer typed.Close()
 		options := remotecommand.StreamOptions{Stdin: input, Stdout: output, Tty: true, TerminalSizeQueue: queue}
-		_, cancel := begin(t, transport, shared.shim.attachURL(t, container, options), options)
+		_, cancel := harness.Begin(t, transport, harness.Shared.Shim.AttachURL(t, container, options), options)
 		defer cancel()
 		defer close(queue)
-		eventually(t, testTimeout, "the size is right", func() bool {
+		testutil.Eventually(t, "the size is right", func() bool {
 			io.WriteString(typed, "stty size\n") //nolint:errcheck // seen in the output
 			return strings.Contains(output.String(), "45 123")
 		})

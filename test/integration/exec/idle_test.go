@@ -1,4 +1,4 @@
-package portforward
+package exec
 
 import (
 	"context"
@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"os/exec"
 	"strconv"
 	"sync"
 	"testing"
@@ -17,6 +16,8 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/test/internal/harness"
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
@@ -29,7 +30,7 @@ func TestIdleTerminalsAreSmall(t *testing.T) {
 	t.Setenv("GOGC", "10")
 	n := node.StartForTest(t, node.Config{Name: "idle", Streamshim: node.Binary(t)})
 	pid := n.PID("streamshim")
-	for _, transport := range transports {
+	for _, transport := range harness.Transports {
 		t.Run(transport, func(t *testing.T) {
 			pod, err := n.RunPod(t.Context(), node.PodSpec{Name: "pod-" + transport[:1] + strconv.Itoa(os.Getpid())})
 			if err != nil {
@@ -69,7 +70,7 @@ func TestIdleTerminalsAreSmall(t *testing.T) {
 					executor.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: stdin, Stdout: stdout, Tty: true}) //nolint:errcheck // cancelled
 					stdout.Close()
 				})
-				tooLate := time.AfterFunc(patience, func() { screen.CloseWithError(errors.New("the shell is not ready")) })
+				tooLate := time.AfterFunc(testutil.Patience, func() { screen.CloseWithError(errors.New("the shell is not ready")) })
 				if _, err := io.ReadFull(screen, make([]byte, len("ready"))); err != nil {
 					t.Fatal(err)
 				}
@@ -79,69 +80,24 @@ func TestIdleTerminalsAreSmall(t *testing.T) {
 			for range 10 { // what is made once is there afterwards
 				open()
 			}
-			before := usageOf(t, pid)
+			before := harness.UsageOf(t, pid)
 			for range sessions {
 				open()
 			}
 			// Memory that is free goes back to the kernel after a while; until then it counts too.
-			deadline := time.Now().Add(patience)
-			after := usageOf(t, pid)
-			for ; (after.rssKiB-before.rssKiB)/sessions >= mostKiB && time.Now().Before(deadline); after = usageOf(t, pid) {
+			deadline := time.Now().Add(testutil.Patience)
+			after := harness.UsageOf(t, pid)
+			for ; (after.RSSKiB-before.RSSKiB)/sessions >= mostKiB && time.Now().Before(deadline); after = harness.UsageOf(t, pid) {
 				time.Sleep(time.Second)
 			}
-			each := (after.rssKiB - before.rssKiB) / sessions
-			t.Logf("%d KiB and %d descriptors for each of %d sessions", each, (after.descriptors-before.descriptors)/sessions, sessions)
+			each := (after.RSSKiB - before.RSSKiB) / sessions
+			t.Logf("%d KiB and %d descriptors for each of %d sessions", each, (after.Descriptors-before.Descriptors)/sessions, sessions)
 			if each >= mostKiB {
 				t.Errorf("an idle session with a terminal takes %d KiB of streamshim, want less than %d", each, mostKiB)
 			}
-			if after.threads > before.threads+20 {
-				t.Errorf("%d threads before, %d with %d more sessions", before.threads, after.threads, sessions)
+			if after.Threads > before.Threads+20 {
+				t.Errorf("%d threads before, %d with %d more sessions", before.Threads, after.Threads, sessions)
 			}
 		})
-	}
-}
-
-// TestOldClient runs a client built from client-go v0.20, of Kubernetes 1.20, in a module of its own.
-func TestOldClient(t *testing.T) {
-	n := node.StartForTest(t, node.Config{Name: "oldclient", Streamshim: node.Binary(t)})
-	program := os.Getenv("STREAMSHIM_OLDCLIENT")
-	if program == "" {
-		program = t.TempDir() + "/oldclient"
-		build := exec.Command("go", "build", "-o", program, ".")
-		build.Dir = "oldclient"
-		build.Env = append(os.Environ(), "GOFLAGS=-buildvcs=false -mod=readonly", "GOWORK=off", "CGO_ENABLED=0")
-		if out, err := build.CombinedOutput(); err != nil {
-			t.Fatalf("build the old client: %v\n%s", err, out)
-		}
-	}
-	run := func(arguments ...string) (string, error) {
-		ctx, cancel := context.WithTimeout(t.Context(), patience)
-		defer cancel()
-		out, err := exec.CommandContext(ctx, program, arguments...).CombinedOutput()
-		return string(out), err
-	}
-	p := newPod(t, n, node.PodSpec{})
-	container, err := n.RunContainer(t.Context(), p.id, node.ContainerSpec{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, method := range []string{http.MethodGet, http.MethodPost} {
-		response, err := n.Runtime().Exec(t.Context(), &runtimeapi.ExecRequest{
-			ContainerId: container, Cmd: []string{"sh", "-c", "cat; echo error >&2; exit 7"}, Stdin: true, Stdout: true, Stderr: true,
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if out, err := run("exec", method, response.Url); out != "stdout \"input\" stderr \"error\\n\" exit code 7\n" || err != nil {
-			t.Errorf("exec by %s: %q, %v", method, out, err)
-		}
-		port := p.listen("127.0.0.1", answer)
-		forward, err := n.Runtime().PortForward(t.Context(), &runtimeapi.PortForwardRequest{PodSandboxId: p.id, Port: []int32{int32(port)}}) //nolint:gosec // a port
-		if err != nil {
-			t.Fatal(err)
-		}
-		if out, err := run("portforward", method, forward.Url, strconv.Itoa(port)); out != "answer to abc\nanswer to abc\nanswer to abc\n" || err != nil {
-			t.Errorf("port-forward by %s: %q, %v", method, out, err)
-		}
 	}
 }

@@ -1,0 +1,251 @@
+package harness
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/apimachinery/pkg/util/httpstream"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/portforward"
+	"k8s.io/client-go/transport/spdy"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/test/internal/node"
+)
+
+// Pod is a pod whose programs are played by the test itself, in the pod's network namespace.
+type Pod struct {
+	t       testing.TB
+	node    *node.Node
+	ID      string
+	Address string
+	netns   string // path; empty in a host-network pod
+}
+
+// NewPod runs a pod whose parts are played by this test, or with For by another.
+func NewPod(t testing.TB, n *node.Node, spec node.PodSpec) *Pod {
+	t.Helper()
+	id, err := n.RunPod(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	status, err := n.Upstream().PodSandboxStatus(t.Context(), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: id, Verbose: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var info struct{ Pid int }
+	if err := json.Unmarshal([]byte(status.Info["info"]), &info); err != nil || info.Pid == 0 {
+		t.Fatalf("the sandbox's pid: %v in %s", err, status.Info["info"])
+	}
+	p := &Pod{t: t, node: n, ID: id, Address: status.Status.Network.Ip}
+	if !spec.HostNetwork {
+		p.netns = fmt.Sprintf("/proc/%d/ns/net", info.Pid)
+	}
+	return p
+}
+
+// For is the same pod for a subtest.
+func (p *Pod) For(t testing.TB) *Pod {
+	q := *p
+	q.t = t
+	return &q
+}
+
+// Listen has a program of the pod listen on an address, a port of its own choice, and serve each
+// connection. The port is returned.
+func (p *Pod) Listen(host string, serve func(*net.TCPConn)) int {
+	p.t.Helper()
+	listener, err := p.listenIn(net.JoinHostPort(host, "0"))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	var connections sync.WaitGroup
+	connections.Go(func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			connections.Go(func() {
+				defer conn.Close()
+				serve(conn.(*net.TCPConn))
+			})
+		}
+	})
+	p.t.Cleanup(func() {
+		listener.Close()
+		connections.Wait()
+	})
+	return listener.Addr().(*net.TCPAddr).Port
+}
+
+// listenIn makes the socket on a thread that is in the pod's namespace meanwhile; the socket stays.
+func (p *Pod) listenIn(address string) (net.Listener, error) {
+	if p.netns == "" {
+		return net.Listen("tcp", address)
+	}
+	pod, err := os.Open(p.netns)
+	if err != nil {
+		return nil, err
+	}
+	defer pod.Close()
+	host, err := os.Open("/proc/self/ns/net")
+	if err != nil {
+		return nil, err
+	}
+	defer host.Close()
+	runtime.LockOSThread()
+	if err := unix.Setns(int(pod.Fd()), unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return nil, err
+	}
+	listener, err := net.Listen("tcp", address)
+	if back := unix.Setns(int(host.Fd()), unix.CLONE_NEWNET); back != nil {
+		return nil, back // and the thread stays locked, so that it ends with the goroutine
+	}
+	runtime.UnlockOSThread()
+	return listener, err
+}
+
+// UnusedPort is one on which nothing in the pod listens.
+func (p *Pod) UnusedPort() int {
+	p.t.Helper()
+	listener, err := p.listenIn("127.0.0.1:0")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer listener.Close()
+	return listener.Addr().(*net.TCPAddr).Port
+}
+
+// Forward is a running `kubectl port-forward` that ends with its test.
+type Forward struct {
+	t     testing.TB
+	local map[int]int // by the pod's port
+	Ended chan error  // how it ended, once
+}
+
+// Forward forwards ports of the pod.
+func (p *Pod) Forward(transport string, ports ...int) *Forward {
+	p.t.Helper()
+	return StartForward(p.t, p.node, p.ID, transport, ports...)
+}
+
+// StartForward forwards ports of a pod, with stock client-go.
+func StartForward(t testing.TB, n *node.Node, pod, transport string, ports ...int) *Forward {
+	t.Helper()
+	request := &runtimeapi.PortForwardRequest{PodSandboxId: pod}
+	var arguments []string
+	for _, port := range ports {
+		request.Port = append(request.Port, int32(port)) //nolint:gosec // a port
+		arguments = append(arguments, fmt.Sprintf("0:%d", port))
+	}
+	response, err := n.Runtime().PortForward(t.Context(), request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u, err := url.Parse(response.Url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := &rest.Config{Host: u.Host}
+	var dialer httpstream.Dialer
+	if transport == "WebSocket" {
+		dialer, err = portforward.NewSPDYOverWebsocketDialer(u, config)
+	} else {
+		var roundTripper http.RoundTripper
+		var upgrader spdy.Upgrader
+		roundTripper, upgrader, err = spdy.RoundTripperFor(config)
+		dialer = spdy.NewDialer(upgrader, &http.Client{Transport: roundTripper}, http.MethodPost, u)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &Forward{t: t, local: map[int]int{}, Ended: make(chan error, 1)}
+	stop, ready := make(chan struct{}), make(chan struct{})
+	forwarder, err := portforward.New(dialer, arguments, stop, ready, io.Discard, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { f.Ended <- forwarder.ForwardPorts() }()
+	select {
+	case <-ready:
+	case err := <-f.Ended:
+		t.Fatalf("port-forward: %v", err)
+	case <-time.After(testutil.Patience):
+		t.Fatal("the port-forward is not ready")
+	}
+	forwarded, err := forwarder.GetPorts()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, port := range forwarded {
+		f.local[int(port.Remote)] = int(port.Local)
+	}
+	t.Cleanup(func() {
+		close(stop)
+		select {
+		case <-f.Ended:
+		case <-time.After(testutil.Patience):
+			t.Error("the port-forward does not end")
+		}
+	})
+	return f
+}
+
+// Dial connects to a port of the pod.
+func (f *Forward) Dial(port int) (*net.TCPConn, error) {
+	conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", f.local[port]))
+	if err != nil {
+		return nil, err
+	}
+	conn.SetDeadline(time.Now().Add(2 * testutil.Patience))
+	return conn.(*net.TCPConn), nil
+}
+
+// Talk sends a line and returns everything that comes back.
+func (f *Forward) Talk(port int, line string) (string, error) {
+	conn, err := f.Dial(port)
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	if _, err := io.WriteString(conn, line); err != nil {
+		return "", err
+	}
+	answer, err := io.ReadAll(conn)
+	return string(answer), err
+}
+
+// Answer serves one request and closes first.
+func Answer(conn *net.TCPConn) {
+	request := make([]byte, 3)
+	if _, err := io.ReadFull(conn, request); err == nil {
+		fmt.Fprintf(conn, "answer to %s", request)
+	}
+}
+
+// MustAnswer has Answer, which listens on a port of the pod, answer.
+func (f *Forward) MustAnswer(port int) {
+	f.t.Helper()
+	select {
+	case err := <-f.Ended:
+		f.Ended <- err
+		f.t.Fatalf("the port-forward has ended: %v", err)
+	default:
+	}
+	if got, err := f.Talk(port, "abc"); got != "answer to abc" {
+		f.t.Fatalf("port %d answered %q, %v", port, got, err)
+	}
+}
