@@ -109,14 +109,21 @@ gobench: peers ## run the packages' own Go benchmarks
 	go test -run '^$$' -bench . -benchmem -p 1 -timeout 60m $(PACKAGES)
 
 .PHONY: lab
-lab: peers build ## a private containerd with streamshim in front, and a shell in a pod
-	@go build -buildvcs=false -o bin/lab ./test/internal/lab
+lab: setup ## a private containerd with streamshim in front, and a shell in a pod
+	$(call say,what a node needs: built once$(,) then taken from the cache)
+	@test/internal/peers/build.sh >/dev/null
+	$(call say,streamshim)
+	@$(MAKE) build bin/lab
 	@bin/lab -dir $(LAB_DIR) up
 
 .PHONY: lab-down
-lab-down: ## take the lab down without a trace
-	@go build -buildvcs=false -o bin/lab ./test/internal/lab
+lab-down: bin/lab ## take the lab down without a trace
 	@bin/lab -dir $(LAB_DIR) down
+
+# Built as streamshim is, so that what both stand on is compiled once.
+.PHONY: bin/lab
+bin/lab:
+	@CGO_ENABLED=0 go build -trimpath -buildvcs=false -o bin/lab ./test/internal/lab
 
 .PHONY: lab-k8s
 lab-k8s: peers kubernetes build ## a whole Kubernetes node with streamshim, and kubectl exec in a pod
@@ -144,6 +151,12 @@ ARCH ?= $(shell go env GOARCH)
 packages: build bin/nfpm bin/cyclonedx-gomod ## .deb, .rpm, bill of materials and checksums for ARCH (this machine's), in PACKAGES_DIR (dist)
 	@VERSION='$(VERSION)' PACKAGE_VERSION='$(PACKAGE_VERSION)' deploy/package/build.sh $(PACKAGES_DIR) $(ARCH)
 
+# A tag has both; anything else is for trying: make release RELEASE=devel
+RELEASE ?= $(shell git describe --tags --exact-match --match 'v[0-9]*' 2>/dev/null)
+.PHONY: release
+release: ## everything that a release has, of the tag that is checked out, in PACKAGES_DIR (dist)
+	@deploy/release.sh "$(RELEASE)" $(PACKAGES_DIR)
+
 # Each is a module of its own, so that its dependencies stay out of the product's.
 bin/nfpm: test/internal/tools/nfpm/go.mod
 bin/cyclonedx-gomod: test/internal/tools/sbom/go.mod
@@ -163,7 +176,7 @@ setup:
 .PHONY: peers
 peers: setup
 	$(call say,containerd$(,) runc$(,) CNI plugins$(,) crictl$(,) critest: built once$(,) then taken from the cache)
-	@test/internal/peers/build.sh >/dev/null
+	@test/internal/peers/build.sh busybox runc cni critools containerd critest >/dev/null
 
 .PHONY: kubernetes
 kubernetes: setup

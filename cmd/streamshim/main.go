@@ -9,11 +9,18 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/helper"
 )
 
 // SIGTERM and SIGINT end the process at once, whatever it waits for, except where a command has something to
 // end in order: see untilSignal.
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == helper.Command {
+		unix.Close(helper.Program) //nolint:errcheck // nobody needs it any more
+		os.Exit(helper.Main(os.Args[2:], os.Stdin, os.Stdout, os.Stderr))
+	}
 	if err := newCommand().Execute(); err != nil {
 		fmt.Fprintln(os.Stderr, "streamshim:", err)
 		os.Exit(1)

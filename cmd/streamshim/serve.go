@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -24,6 +25,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/cri"
 	"github.com/streamshim/streamshim/pkg/endpoint"
 	"github.com/streamshim/streamshim/pkg/execproc"
+	"github.com/streamshim/streamshim/pkg/helper"
 	"github.com/streamshim/streamshim/pkg/portforward"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming"
@@ -378,8 +380,19 @@ func runnerConfig(c config.Config, log *slog.Logger, o *operation, observe hooks
 			return o.limits.Acquire(ctx, session.Info{Kind: session.ExecSync, Target: c.Target})
 		},
 		Logger:  log,
+		StandIn: standIn(c.Exec.Helpers),
 		OnStart: observe.started,
 		OnKill:  observe.killed,
+	}
+}
+
+// standIn says what streamshim itself can do in containers, nil when it is to do nothing there.
+func standIn(helpers []string) func([]string) (string, []string, bool) {
+	if !slices.Contains(helpers, helper.Tar) {
+		return nil
+	}
+	return func(args []string) (string, []string, bool) {
+		return helper.Tar, slices.Concat([]string{helper.Command}, args), helper.Serves(args)
 	}
 }
 

@@ -85,6 +85,7 @@ type Exec struct {
 	StatusWait   Duration `toml:"status_wait"`   // since the last sign that output was read, for which the exit status is held back from who may translate for a slow reader; 0 is off
 	IdleTimeout  Duration `toml:"idle_timeout"`  // without payload in either direction, until a session is ended; 0 is off
 	MaxLifetime  Duration `toml:"max_lifetime"`  // of a session; 0 is off
+	Helpers      []string `toml:"helpers"`       // what streamshim brings along for containers that do not have it: "tar", for the commands of kubectl cp; see docs/engines.md
 }
 
 // Attach is how attach sessions behave.
@@ -136,7 +137,7 @@ type Recording struct {
 	MinAge Duration `toml:"min_age"`
 	// OnFailure says what happens when a session cannot be recorded completely, because of a full
 	// disk, its size, or a disk that is too slow: allow it to go on with a gap in the recording, or
-	// deny it.
+	// deny it. With deny everything is written before it is delivered.
 	OnFailure string `toml:"on_failure"`
 	// Rule chooses the sessions that are recorded: those that any of these rules chooses. Without
 	// rules nothing is recorded.
@@ -220,6 +221,7 @@ func Default() Config {
 			Linger:       Duration(10 * time.Minute),
 			StatusWait:   Duration(time.Minute),
 			IdleTimeout:  Duration(4 * time.Hour),
+			Helpers:      []string{},
 		},
 		Attach:      Attach{InputEnd: "detach", IdleTimeout: Duration(4 * time.Hour)},
 		PortForward: PortForward{Refused: "reset", Stall: Duration(30 * time.Second), IdleTimeout: Duration(4 * time.Hour)},
@@ -233,6 +235,7 @@ func Default() Config {
 			OnFailure: "allow",
 		},
 		Limits: Limits{
+			Sessions: 4096, SessionsPerPod: 1024, ConcurrentStarts: 32, ConcurrentProbes: -1,
 			Buffers: -1, SyncOutput: -1, RecordingBuffers: -1, SpareDescriptors: -1, ConcurrentEnds: -1,
 		},
 		Traces: Traces{SampleRatio: 1},
@@ -462,6 +465,9 @@ func (c *Config) validate() *ValueError {
 	}
 	if !strings.HasPrefix(c.StateDir, "/") {
 		checks = append(checks, &ValueError{"state_dir", "must be an absolute path"})
+	}
+	for _, name := range c.Exec.Helpers {
+		checks = append(checks, choice("exec.helpers", name, "tar"))
 	}
 	for _, wait := range []struct {
 		key   string

@@ -42,6 +42,8 @@ const (
 type StartError struct {
 	Code    int // 127 when the command was not found, 126 when it is not executable
 	Message string
+
+	missing bool // no folder of the container's $PATH has the command
 }
 
 // Error is one line for the person who gave the command, such as
@@ -111,7 +113,7 @@ func classify(reason string) error {
 	if message := aboutCommand.FindString(reason); message != "" {
 		switch {
 		case has("not found in $path", "no such file or directory", "executable file not found", "not found"):
-			return &StartError{Code: exitNotFound, Message: message}
+			return &StartError{Code: exitNotFound, Message: message, missing: has("not found in $path")}
 		case has("permission denied", "is a directory", "not a directory", "exec format error", "not executable", "invalid executable"):
 			return &StartError{Code: exitNotExecutable, Message: message}
 		}

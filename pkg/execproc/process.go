@@ -30,6 +30,8 @@ type Process struct {
 	tty    *terminal // nil without
 	ends   streamEnds
 
+	standIn string // see StandIn
+
 	policy  Policy
 	probe   bool // started by RunSync
 	keep    sync.Once
@@ -335,6 +337,9 @@ func duplicate(from syscall.Conn) (*os.File, error) {
 	}
 	return os.NewFile(uintptr(copied), "kept "+strconv.Itoa(copied)), nil
 }
+
+// StandIn is the name of the helper that runs instead of the command, which the container does not have; otherwise empty.
+func (p *Process) StandIn() string { return p.standIn }
 
 // PID is the process in our pid namespace. After the process has ended it may be another's.
 func (p *Process) PID() int { return p.leader.pid }

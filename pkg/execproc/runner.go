@@ -59,6 +59,10 @@ type Config struct {
 	SyncTurn func(context.Context, workload.Container) (end func(), err error)
 	// Logger gets what an operator should know; default slog.Default.
 	Logger *slog.Logger
+	// StandIn tells whether this program, started with the arguments that it returns, can do in a container what
+	// the command line says, and the name of what does it. It is asked when the container does not have the
+	// command. Nil is never.
+	StandIn func(args []string) (name string, standIn []string, ok bool)
 	// OnStart is called when a command was started. It must not block. May be nil.
 	OnStart func()
 	// OnKill is called when something of a process's tree still lived when its time after
@@ -161,7 +165,11 @@ func (r *Runner) Start(ctx context.Context, container workload.Container, comman
 		return nil, ErrClosed
 	}
 	defer r.leave()
-	return r.startCommand(ctx, container, command, r.config.OnDisconnect)
+	p, err := r.startCommand(ctx, container, command, r.config.OnDisconnect)
+	if err != nil && r.config.StandIn != nil {
+		return r.startStandIn(ctx, container, command, err)
+	}
+	return p, err
 }
 
 func (r *Runner) startCommand(ctx context.Context, c workload.Container, command workload.Command, policy Policy) (*Process, error) {

@@ -80,6 +80,11 @@ var errProcessUnknown = errors.New("the OCI runtime said it started the command"
 // When the context is done, or a process in the container stops what enters it, the runtime is killed with
 // all that it has started.
 func execInContainer(ctx context.Context, c workload.Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
+	return execPassing(ctx, c, spec, f, streams, stderr, nil)
+}
+
+// execPassing is execInContainer; the process inherits the file, if it is not nil, as passedDescriptor.
+func execPassing(ctx context.Context, c workload.Container, spec *specs.Process, f files, streams [3]*os.File, stderr, passed *os.File) (int, error) {
 	encoded, err := json.Marshal(spec)
 	if err != nil {
 		return 0, fmt.Errorf("encode process spec: %w", err)
@@ -100,6 +105,9 @@ func execInContainer(ctx context.Context, c workload.Container, spec *specs.Proc
 	if spec.Terminal {
 		args = append(args, "--console-socket", f.socket)
 	}
+	if passed != nil {
+		args = append(args, "--preserve-fds", "1")
+	}
 	args = append(args, c.ContainerID)
 
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -109,6 +117,9 @@ func execInContainer(ctx context.Context, c workload.Container, spec *specs.Proc
 	command.Dir = "/"
 	// Files, so that os/exec starts no copying goroutines and Wait waits for the runtime alone.
 	command.Stdin, command.Stdout, command.Stderr = streams[0], streams[1], streams[2]
+	if passed != nil {
+		command.ExtraFiles = []*os.File{passed}
+	}
 	// A session of its own is how the reaper tells the runtime's orphans from os/exec's children.
 	command.SysProcAttr = &unix.SysProcAttr{Setsid: true}
 	var runtime identity

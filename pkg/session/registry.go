@@ -124,6 +124,7 @@ type Session struct {
 	mu       sync.Mutex
 	conn     Connection // nil until Connect
 	phase    Phase
+	helper   string
 	controls Controls // nil until the process runs
 }
 
@@ -132,6 +133,7 @@ type Outcome struct {
 	Reason   string // one word: exited, client-gone, container-exited, idle-timeout, shutdown, …
 	ExitCode int    // of an exec whose process ran; -1 where there is none
 	Err      error  // what went wrong, nil when nothing did
+	Helper   string // what End fills in from SetHelper
 }
 
 // Guard decides whether sessions may begin, and sees each that did to its end: limits, the audit
@@ -365,6 +367,13 @@ func (s *Session) Controls() Controls {
 	return s.controls
 }
 
+// SetHelper notes that a helper of ours runs instead of the command, which the container does not have.
+func (s *Session) SetHelper(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.helper = name
+}
+
 // Phase is how far the session has come.
 func (s *Session) Phase() Phase {
 	s.mu.Lock()
@@ -392,6 +401,9 @@ func (s *Session) Log() *slog.Logger { return s.registry.log.With("session", s.I
 // End takes the session out of the registry and logs how it ended.
 func (s *Session) End(o Outcome) {
 	s.cancel(nil)
+	s.mu.Lock()
+	o.Helper = s.helper
+	s.mu.Unlock()
 	r := s.registry
 	for _, g := range slices.Backward(r.guards) {
 		g.Ended(s, o)
@@ -406,6 +418,9 @@ func (s *Session) End(o Outcome) {
 		"received", received, "sent", sent)
 	if o.ExitCode >= 0 {
 		attributes = append(attributes, "exit_code", o.ExitCode)
+	}
+	if o.Helper != "" {
+		attributes = append(attributes, "helper", o.Helper)
 	}
 	if o.Err != nil {
 		attributes = append(attributes, "error", o.Err)

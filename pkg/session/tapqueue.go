@@ -74,14 +74,18 @@ func NewTapQueue(limit int, room TapRoom, input bool, overflow func()) *TapQueue
 	return &TapQueue{limit: limit, room: room, input: input, overflow: overflow, ready: make(chan struct{}, 1)}
 }
 
-// Output implements Tap.
-func (q *TapQueue) Output(from Output, p []byte) { q.put(TapEvent{Kind: TapOutput, From: from}, p) }
+// Output implements Tap. It never fails.
+func (q *TapQueue) Output(from Output, p []byte) error {
+	q.put(TapEvent{Kind: TapOutput, From: from}, p)
+	return nil
+}
 
-// Input implements Tap.
-func (q *TapQueue) Input(p []byte) {
+// Input implements Tap. It never fails.
+func (q *TapQueue) Input(p []byte) error {
 	if q.input {
 		q.put(TapEvent{Kind: TapInput}, p)
 	}
+	return nil
 }
 
 // Resize implements Tap.

@@ -1,6 +1,7 @@
 package session
 
 import (
+	"errors"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -17,13 +18,14 @@ const (
 	Stderr Output = 2
 )
 
-// Tap gets a copy of what a session moves. Its methods are called on the session's way, between two
-// system calls: they must not block, and must not keep p. Those of one stream are called one after
+// Tap gets a copy of what a session moves, before it is delivered. Its methods are called on the session's way, between
+// two system calls, and must not keep p. They must not block, unless nothing may be delivered that the tap has not; then
+// they are bounded, and an error keeps p from being delivered. Those of one stream are called one after
 // another, those of different streams at the same time. A call may still come shortly after the tap
 // was removed.
 type Tap interface {
-	Output(from Output, p []byte)
-	Input(p []byte)
+	Output(from Output, p []byte) error
+	Input(p []byte) error
 	Resize(workload.Size)
 }
 
@@ -76,18 +78,22 @@ func (t *Taps) Opened() bool {
 	return t.open
 }
 
-// Output hands a copy of what the process wrote to all taps.
-func (t *Taps) Output(from Output, p []byte) {
+// Output hands a copy of what the process wrote to all taps. After an error it must not be delivered.
+func (t *Taps) Output(from Output, p []byte) error {
+	var err error
 	for _, tap := range t.current() {
-		tap.Output(from, p)
+		err = errors.Join(err, tap.Output(from, p))
 	}
+	return err
 }
 
-// Input hands a copy of what the client sent to all taps.
-func (t *Taps) Input(p []byte) {
+// Input hands a copy of what the client sent to all taps. After an error it must not be delivered.
+func (t *Taps) Input(p []byte) error {
+	var err error
 	for _, tap := range t.current() {
-		tap.Input(p)
+		err = errors.Join(err, tap.Input(p))
 	}
+	return err
 }
 
 // Resize tells all taps the terminal's new size.

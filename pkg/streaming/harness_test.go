@@ -390,6 +390,8 @@ func (p *hostProcess) ContainerExited() <-chan struct{} { return p.containerExit
 
 func (p *hostProcess) ContainerEnding() bool { return p.containerEnding.Load() }
 
+func (p *hostProcess) StandIn() string { return "" }
+
 func (p *hostProcess) PID() int { return p.cmd.Process.Pid }
 
 func (p *hostProcess) Signal(signal syscall.Signal) error { return p.cmd.Process.Signal(signal) }

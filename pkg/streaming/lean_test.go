@@ -67,6 +67,7 @@ func (p *idleProcess) Exited() <-chan struct{}          { return p.exited }
 func (p *idleProcess) ExitCode() int                    { return 0 }
 func (p *idleProcess) ContainerExited() <-chan struct{} { return nil }
 func (p *idleProcess) ContainerEnding() bool            { return false }
+func (p *idleProcess) StandIn() string                  { return "" }
 func (p *idleProcess) PID() int                         { return 0 }
 func (p *idleProcess) Signal(syscall.Signal) error      { return session.ErrNotSupported }
 func (p *idleProcess) Kill()                            { p.Disconnect() }

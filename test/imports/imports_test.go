@@ -26,14 +26,14 @@ var floors = [][]string{
 	{"pkg/streaming/internal/lifetime", "pkg/streaming/internal/bandwidth"},
 	{"pkg/streaming/internal/transport", "pkg/streaming/internal/status", "pkg/session/transcript"},
 	{"pkg/execproc", "pkg/portforward", "pkg/session", "pkg/config", "pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket"},
-	{"pkg/workload", "pkg/asciicast", "pkg/endpoint", "pkg/streaming/buffers", "pkg/streaming/event"},
+	{"pkg/workload", "pkg/asciicast", "pkg/endpoint", "pkg/helper", "pkg/streaming/buffers", "pkg/streaming/event"},
 }
 
 // allowed are the packages of this module that each package may import directly. What is not listed
 // here may import nothing of it.
 var allowed = map[string][]string{
 	"cmd/streamshim": {
-		"pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/portforward",
+		"pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/helper", "pkg/portforward",
 		"pkg/metrics", "pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming",
 		"pkg/streaming/buffers", "pkg/streaming/event", "pkg/streaming/portforward", "pkg/streaming/remotecommand", "pkg/support", "pkg/tracing",
 		"pkg/workload",

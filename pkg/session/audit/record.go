@@ -48,6 +48,7 @@ type Record struct {
 	BytesOut        *int64        `json:"bytes_out,omitempty"`        // of End: to the client
 	Duration        *float64      `json:"duration_seconds,omitempty"` // of End
 	ExitCode        *int          `json:"exit_code,omitempty"`        // of End, when a process ran and its status is known
+	Helper          string        `json:"helper,omitempty"`           // of End, when a helper of streamshim's ran instead of the command
 	Reason          string        `json:"reason,omitempty"`           // of End and Refused, one word
 	Error           string        `json:"error,omitempty"`            // of End and Refused
 	LostRecords     int64         `json:"lost_records,omitempty"`     // of Lost
@@ -72,6 +73,7 @@ func describe(event Event, id string, info session.Info, level session.CommandLe
 func (r *Record) finish(began time.Time, in, out int64, o session.Outcome) {
 	duration := time.Since(began).Seconds()
 	r.BytesIn, r.BytesOut, r.Duration, r.Reason = &in, &out, &duration, o.Reason
+	r.Helper = o.Helper
 	if o.ExitCode >= 0 {
 		r.ExitCode = &o.ExitCode
 	}

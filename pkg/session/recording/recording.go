@@ -33,8 +33,8 @@ type Config struct {
 	MinAge    time.Duration      // for which a recording is kept whatever the limits; new ones are refused instead
 	Buffer    int                // bytes of one session that may wait to be written; must be set
 	Command   session.CommandLevel
-	// Deny refuses or ends a session that cannot be recorded completely. Otherwise it goes on with a
-	// gap in its recording, or without one.
+	// Deny refuses or ends a session that cannot be recorded completely, and shows nothing before it is
+	// written. Otherwise a session goes on with a gap in its recording, or without one.
 	Deny bool
 }
 
@@ -42,7 +42,7 @@ type Config struct {
 const Suffix = ".cast"
 
 // Recorder is a session.Guard that records those sessions that its rules choose. Sessions never wait
-// for their recording: a buffer stands in between, and a goroutine for each recording writes.
+// for their recording, unless Deny is set: a buffer stands in between, and a goroutine for each recording writes.
 type Recorder struct {
 	log        *slog.Logger
 	room       session.TapRoom
@@ -184,7 +184,12 @@ func (r *Recorder) begin(config Config, s *session.Session) (*recording, error) 
 		return nil, err
 	}
 	rec.queue = session.NewTapQueue(config.Buffer, r.room, config.Input, rec.overflow)
-	rec.remove = s.Taps.Add(rec.queue)
+	var tap session.Tap = rec.queue
+	if config.Deny {
+		rec.firm = newFirmTap(rec, r.room)
+		tap = rec.firm
+	}
+	rec.remove = s.Taps.Add(tap)
 	r.writers.Go(func() { place.retain(config) }) // apart: the session's buffer must not fill up meanwhile
 	r.writers.Go(func() {
 		rec.run()
@@ -229,6 +234,7 @@ type recording struct {
 	path    string
 	file    *os.File
 	queue   *session.TapQueue
+	firm    *firmTap // with Deny; the queue has sizes alone then
 	remove  func()
 	flawed  func()               // counts it as incomplete, once
 	outcome chan session.Outcome // filled at the end of the session
@@ -331,7 +337,8 @@ func (rec *recording) flush() error {
 	return err
 }
 
-// overflow is called on the session's way when the disk is too slow for it.
+// overflow is called on the session's way when the disk is too slow for it, or with Deny for more sizes of its
+// terminal than anybody has.
 func (rec *recording) overflow() {
 	rec.flawed()
 	if rec.config.Deny {
@@ -352,9 +359,13 @@ func (rec *recording) run() {
 	defer rec.file.Close() //nolint:errcheck // see finish
 	err := rec.copy()
 	if err != nil && rec.config.Deny {
-		rec.failed() // before the queue is closed, which would let any amount pass
+		rec.failed() // before whoever waits for the write goes on
 	}
-	rec.remove()
+	if rec.firm != nil {
+		close(rec.firm.ended) // and it stays where it is, until the session has ended: nothing more is delivered
+	} else {
+		rec.remove()
+	}
 	rec.queue.Close()
 	rec.queue.Release()
 	if err != nil {
@@ -365,21 +376,26 @@ func (rec *recording) run() {
 }
 
 func (rec *recording) copy() error {
+	var awaited chan firmEvent
+	if rec.firm != nil {
+		awaited = rec.firm.events
+	}
 	for {
-		<-rec.queue.Ready() // end closes the queue at the latest
+		var now firmEvent
+		select {
+		case <-rec.queue.Ready(): // end closes the queue at the latest
+		case now = <-awaited:
+		}
 		events, more := rec.queue.Take()
 		for i := range events {
-			e := &events[i]
-			if e.Kind == session.TapResize {
-				if err := rec.resize(e); err != nil {
-					return err
-				}
-				continue
-			}
-			if err := rec.encoder.Encode(e); err != nil {
+			if err := rec.encode(&events[i]); err != nil {
 				return err
 			}
-			rec.events++
+		}
+		if now.written != nil {
+			if err := rec.encode(&now.TapEvent); err != nil {
+				return err
+			}
 		}
 		if !more {
 			return rec.encoder.Close(time.Now())
@@ -387,7 +403,18 @@ func (rec *recording) copy() error {
 		if err := rec.flush(); err != nil {
 			return err
 		}
+		if now.written != nil {
+			now.written <- struct{}{}
+		}
 	}
+}
+
+func (rec *recording) encode(e *session.TapEvent) error {
+	if e.Kind == session.TapResize {
+		return rec.resize(e)
+	}
+	rec.events++
+	return rec.encoder.Encode(e)
 }
 
 // finish writes why the recording ends.

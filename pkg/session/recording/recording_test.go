@@ -288,30 +288,36 @@ func TestSizeLimit(t *testing.T) {
 	}
 }
 
-// A session that is faster than its recording has a gap that says how much is missing, or ends.
+// A session that is faster than its recording has a gap that says how much is missing; one that must be recorded waits.
 func TestOverflow(t *testing.T) {
 	for _, deny := range []bool{false, true} {
 		t.Run(fmt.Sprintf("deny=%v", deny), func(t *testing.T) {
 			f := newFixture(t, func(c *Config) { c.Buffer, c.Deny = 64<<10, deny })
 			s := f.begin(t, info)
-			const chunk, chunks = 8 << 10, 20000
+			const chunk = 8 << 10
+			chunks := 20000
+			if deny {
+				chunks = 500
+			}
 			began := time.Now()
 			for i := range chunks {
-				s.Taps.Output(session.Stdout, bytes.Repeat([]byte{byte('a' + i%26)}, chunk))
-				if s.Context().Err() != nil {
-					break
+				if err := s.Taps.Output(session.Stdout, bytes.Repeat([]byte{byte('a' + i%26)}, chunk)); err != nil {
+					t.Fatal(err)
 				}
 			}
 			t.Logf("%d MB passed in %v", chunk*chunks>>20, time.Since(began))
-			if ended := s.Context().Err() != nil; ended != deny {
-				t.Errorf("the session was ended: %v", ended)
+			if s.Context().Err() != nil {
+				t.Error("the session was ended")
 			}
 			s.End(session.Outcome{Reason: "exited"})
 			c := f.only(t)
-			if n := f.Incomplete(); n != 1 {
+			if n := f.Incomplete(); (n == 0) != deny {
 				t.Errorf("%d are counted as incomplete", n)
 			}
 			if deny {
+				if got := len(c.text("o")); got != chunk*chunks {
+					t.Errorf("%d bytes are recorded of %d", got, chunk*chunks)
+				}
 				return
 			}
 			missing := 0
@@ -440,26 +446,67 @@ func TestFileName(t *testing.T) {
 	}
 }
 
-// How much a session may have shown unrecorded when it is told to end (docs/sessions.md).
-func TestShownUnrecordedIsBounded(t *testing.T) {
-	const buffer, piece = 64 << 10, 1000
+// Where a session must be recorded, what is delivered was written before, on a full disk too.
+func TestNothingIsDeliveredUnrecorded(t *testing.T) {
+	const piece = 1000
 	f := newFixture(t, func(c *Config) {
-		c.Directory, c.Deny, c.Buffer = filepath.Join(tmpfs(t, "512k"), "r"), true, buffer
+		c.Directory, c.Deny, c.Buffer, c.Input = filepath.Join(tmpfs(t, "512k"), "r"), true, 64<<10, true
 	})
 	s := f.begin(t, info)
-	shown := 0
-	for s.Context().Err() == nil && shown < 64<<20 {
-		s.Taps.Output(session.Stdout, bytes.Repeat([]byte("x"), piece))
-		shown += piece
-		if shown%buffer < piece {
-			time.Sleep(time.Millisecond) // or the queue would be full before the disk is
+	recorded := func(code string) int { return len(parseCast(t, f.files(t)[0]).text(code)) }
+	deliver := map[string]func([]byte) error{
+		"o": func(p []byte) error { return s.Taps.Output(session.Stdout, p) },
+		"i": s.Taps.Input,
+	}
+	delivered := map[string]int{}
+	for full := false; !full; {
+		for code, show := range deliver {
+			if delivered[code] > 64<<20 {
+				t.Fatal("the disk is never full")
+			}
+			full = show(bytes.Repeat([]byte("x"), piece)) != nil
+			if full {
+				break
+			}
+			delivered[code] += piece
+			if delivered[code]%(100*piece) == 0 && recorded(code) != delivered[code] {
+				t.Fatalf("%q: %d bytes were delivered and %d recorded at that moment", code, delivered[code], recorded(code))
+			}
+		}
+	}
+	var end *session.EndError
+	if !errors.As(context.Cause(s.Context()), &end) || end.Reason != "recording-failed" {
+		t.Errorf("the session ends with %v", context.Cause(s.Context()))
+	}
+	for code, show := range deliver {
+		if show([]byte("y")) == nil {
+			t.Errorf("%q: delivered after the recording's end", code)
 		}
 	}
 	s.End(session.Outcome{Reason: "exited"})
 	f.writers.Wait()
-	recorded := len(parseCast(t, f.files(t)[0]).text("o"))
-	if unrecorded := shown - recorded; unrecorded > 2*buffer+flushSize+piece {
-		t.Errorf("%d bytes were shown and %d recorded", shown, recorded)
+	for code, n := range delivered {
+		if got := recorded(code); got < n || n == 0 {
+			t.Errorf("%q: %d bytes were delivered and %d recorded", code, n, got)
+		}
 	}
-	t.Logf("%d bytes were shown and %d recorded", shown, recorded)
+}
+
+// A disk that does not answer ends a session that must be recorded, and does not hold it up for ever.
+func TestDiskThatDoesNotAnswer(t *testing.T) {
+	f := newFixture(t, func(c *Config) { c.Deny = true })
+	s := f.begin(t, info)
+	tap := newFirmTap(f.recordings[s], nil) // whose events nobody takes
+	tap.patience = 20 * time.Millisecond
+	if err := tap.Output(session.Stdout, []byte("x")); !errors.Is(err, errSlowDisk) {
+		t.Errorf("it ends with %v", err)
+	}
+	if s.Context().Err() == nil {
+		t.Error("the session goes on")
+	}
+	s.End(session.Outcome{Reason: "exited"})
+	f.Close()
+	if n := f.Incomplete(); n != 1 {
+		t.Errorf("%d are counted as incomplete", n)
+	}
 }

@@ -26,7 +26,13 @@ func (s *Session) operatedOutput(from session.Output, to workload.Stream) worklo
 		return nil
 	}
 	if s.session.Taps.Opened() {
-		to = tappedStream{Stream: to, sent: func(p []byte) { s.session.Taps.Output(from, p) }}
+		to = tappedStream{Stream: to, sent: func(p []byte) error {
+			err := s.session.Taps.Output(from, p)
+			if err != nil {
+				s.withheld.Store(true)
+			}
+			return err
+		}}
 	}
 	return s.bandwidth.Stream(to)
 }

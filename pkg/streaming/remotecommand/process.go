@@ -53,6 +53,9 @@ type Process interface {
 
 	// PID is the process in our pid namespace, 0 for one of the upstream's.
 	PID() int
+	// StandIn names the helper that runs in the place of a program that the container does not have, empty
+	// when the program itself runs.
+	StandIn() string
 	// Signal sends a signal to the process itself, not to its tree. The error is session.ErrNotSupported for
 	// a process of the upstream's.
 	Signal(syscall.Signal) error

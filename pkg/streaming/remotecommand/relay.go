@@ -334,6 +334,9 @@ func (r *relay) ContainerEnding() bool { return false }
 // PID implements Process.
 func (r *relay) PID() int { return 0 }
 
+// StandIn implements Process.
+func (r *relay) StandIn() string { return "" }
+
 // Signal implements Process.
 func (r *relay) Signal(syscall.Signal) error { return session.ErrNotSupported }
 

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -85,6 +86,7 @@ type Session struct {
 	drain    drain
 
 	bandwidth *bandwidth.Limit
+	withheld  atomic.Bool // output that could not be recorded and so was not sent; the session is stopped
 }
 
 // Run serves the session from the upgraded connection to its end. When it returns, the connection
@@ -115,6 +117,9 @@ func (s *Session) Run() session.Outcome {
 		return s.startFailed(ctx, err)
 	}
 	s.process = process
+	if helper := process.StandIn(); helper != "" {
+		s.session.SetHelper(helper)
+	}
 	s.session.SetPhase(session.Running)
 	s.beginOperating(process)
 	s.terminal.attach(s.announcingSizes(process))
@@ -276,6 +281,11 @@ func (s *Session) exited(ctx context.Context) session.Outcome {
 		result = status.Exit(outcome.ExitCode, outcome.Err.Error())
 	}
 	s.awaitOutput()
+	if s.withheld.Load() { // also behind a command that has ended well
+		code := outcome.ExitCode
+		outcome = lifetime.Stopped(ctx)
+		outcome.ExitCode, result = code, status.Ended(outcome.Err.Error())
+	}
 	s.process.Close() //nolint:errcheck // nothing is left in it that anybody wants
 	if outcome.Err != nil {
 		s.sayLine("[streamshim: " + outcome.Err.Error() + "]")

@@ -25,7 +25,7 @@ func (a sizeAnnouncer) Resize(size workload.Size) error {
 // tappedStream shows what is moved to taps.
 type tappedStream struct {
 	workload.Stream
-	sent, received func([]byte) // nil when nobody wants it
+	sent, received func([]byte) error // nil when nobody wants it
 }
 
 func (t tappedStream) ReadFrom(r io.Reader) (int64, error) {
@@ -44,23 +44,27 @@ func (t tappedStream) WriteTo(w io.Writer) (int64, error) {
 
 type tappedReader struct {
 	io.Reader
-	show func([]byte)
+	show func([]byte) error
 }
 
 func (t tappedReader) Read(p []byte) (int, error) {
 	n, err := t.Reader.Read(p)
 	if n > 0 {
-		t.show(p[:n])
+		if showErr := t.show(p[:n]); showErr != nil {
+			return 0, showErr
+		}
 	}
 	return n, err
 }
 
 type tappedWriter struct {
 	io.Writer
-	show func([]byte)
+	show func([]byte) error
 }
 
 func (t tappedWriter) Write(p []byte) (int, error) {
-	t.show(p)
+	if err := t.show(p); err != nil {
+		return 0, err
+	}
 	return t.Writer.Write(p)
 }

@@ -30,7 +30,7 @@ func BenchmarkTapPoint(b *testing.B) {
 			const amount = 64 << 20
 			best := make(map[string]time.Duration)
 			for b.Loop() {
-				for _, way := range []string{"plain", "tap-point", "listener", "recorded"} {
+				for _, way := range []string{"plain", "tap-point", "listener", "recorded", "recorded-first"} {
 					took := measureTap(b, from, way, amount)
 					if best[way] == 0 || took < best[way] {
 						best[way] = took
@@ -38,7 +38,7 @@ func BenchmarkTapPoint(b *testing.B) {
 				}
 			}
 			b.ReportMetric(amount/best["plain"].Seconds()/1e6, "plain-MB/s")
-			for _, way := range []string{"tap-point", "listener", "recorded"} {
+			for _, way := range []string{"tap-point", "listener", "recorded", "recorded-first"} {
 				b.ReportMetric(best["plain"].Seconds()/best[way].Seconds(), way+"/plain")
 			}
 		})
@@ -81,12 +81,12 @@ func measureTap(b *testing.B, from, way string, amount int64) time.Duration {
 	var to workload.Stream = stream
 	taps := &session.Taps{}
 	if way != "plain" {
-		to = tappedStream{Stream: stream, sent: func(p []byte) { taps.Output(session.Stdout, p) }}
+		to = tappedStream{Stream: stream, sent: func(p []byte) error { return taps.Output(session.Stdout, p) }}
 	}
 	done := make(chan struct{})
-	if way == "recorded" {
+	if way == "recorded" || way == "recorded-first" {
 		recorder := recording.New(recording.Config{
-			Directory: b.TempDir(), Buffer: 1 << 20, NonTTY: true, Rules: []session.Selector{{}},
+			Directory: b.TempDir(), Buffer: 1 << 20, NonTTY: true, Rules: []session.Selector{{}}, Deny: way == "recorded-first",
 		}, nil, slog.New(slog.DiscardHandler))
 		live, err := session.NewRegistry(slog.New(slog.DiscardHandler), recorder).Begin(b.Context(), session.Info{Kind: session.Exec, TTY: true})
 		if err != nil {
