@@ -17,6 +17,8 @@ export SOURCE_DATE_EPOCH
 unset GOFLAGS GOAMD64 GOARM64 # what the caller's environment sets must not change the result
 
 stage=bin/package
+exec 9>"$stage.lock"
+flock 9 # two builds at once in one tree would take each other's files away
 rm -rf "$stage"
 mkdir -p "$stage/man" "$stage/completion"
 for page in deploy/man/*.[58]; do gzip -9n <"$page" >"$stage/man/$(basename "$page").gz"; done

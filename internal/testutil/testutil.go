@@ -15,6 +15,14 @@ import (
 // waited for by a test that passes.
 const Patience = 2 * time.Minute
 
+// Slow skips a test that takes seconds in the inner loop, make check (go test -short).
+func Slow(t testing.TB) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("takes seconds")
+	}
+}
+
 // Eventually waits until a condition is true that has no event of its own, and fails the test after Patience.
 func Eventually(t testing.TB, what string, condition func() bool) {
 	t.Helper()

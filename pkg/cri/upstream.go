@@ -190,9 +190,8 @@ func (u *Upstream) nameEndpoint(err error) error {
 	if !ok || s.Code() != codes.Unavailable || strings.Contains(s.Message(), u.endpoint) {
 		return err
 	}
-	// The connection's state follows its end only after a moment, in which the text alone tells an
-	// end of the transport from an answer of the runtime.
-	if u.conn.GetState() != connectivity.Ready || strings.HasPrefix(s.Message(), "error reading from server: ") {
+	// The connection's state follows its end only after a moment; a call that fails within it says less.
+	if u.conn.GetState() != connectivity.Ready {
 		return u.unavailable(s.Message())
 	}
 	return err

@@ -14,6 +14,7 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -65,6 +66,7 @@ func stopper(t *testing.T) string {
 // A container that stops everything that enters it does not hold its starts up until their timeout, and
 // not at all those in another container.
 func TestStoppedStartEnds(t *testing.T) {
+	testutil.Slow(t)
 	program := stopper(t)
 	r := newRunner(t, func(config *Config) { config.StartTimeout = 10 * time.Minute })
 	hostile := newContainer(t, func(spec *specs.Spec) {

@@ -18,12 +18,14 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // Many short processes, os/exec's own children and orphans, all at once: everybody gets the status
 // that is theirs, and no zombie stays.
 func TestEveryStatusReachesItsOwner(t *testing.T) {
+	testutil.Slow(t)
 	r := newRunner(t)
 	c := newContainer(t, shareHostPID)
 	var all sync.WaitGroup
@@ -162,6 +164,7 @@ func TestOwnChildIsNoOrphan(t *testing.T) {
 
 // Good and failing, with and without terminal: nothing stays (containerd#9668).
 func TestThousandExecsLeaveNothing(t *testing.T) {
+	testutil.Slow(t)
 	count := 1000
 	if testing.Short() {
 		count = 100

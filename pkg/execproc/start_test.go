@@ -16,6 +16,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -163,6 +164,7 @@ func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
 
 // Whatever the moment, a start that is given up leaves nothing behind.
 func TestCancelledStartLeavesNothing(t *testing.T) {
+	testutil.Slow(t)
 	r := newRunner(t)
 	c := newContainer(t)
 	before := len(marked(t, c.ContainerID))
@@ -536,6 +538,7 @@ func TestNoWayOut(t *testing.T) {
 // Whatever a runtime does, and whatever it leaves behind stopped: a start ends with its time-out and the time that
 // ending a tree may take, also when the machine is busy.
 func TestNoStartOutlastsItsTimeout(t *testing.T) {
+	testutil.Slow(t)
 	const timeout = 300 * time.Millisecond
 	const limit = timeout + 2*killTimeout + patience/2
 	for range runtime.NumCPU() {

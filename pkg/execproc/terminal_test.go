@@ -14,11 +14,13 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // The first command already sees the size (kubernetes#47990, cri-o#9246).
 func TestTerminalSizeOnFirstCommand(t *testing.T) {
+	testutil.Slow(t)
 	r := newRunner(t)
 	c := newContainer(t)
 	for range 100 {
@@ -32,6 +34,7 @@ func TestTerminalSizeOnFirstCommand(t *testing.T) {
 // crun sets the size only after it has let the command go, so that the first instructions may find none; a moment
 // later it is there, always, and whoever asked too early gets SIGWINCH. See docs/behaviour.md.
 func TestTerminalSizeWithCrun(t *testing.T) {
+	testutil.Slow(t)
 	binary, err := exec.LookPath("crun")
 	if err != nil {
 		if os.Getenv("STREAMSHIM_REAL") == "required" {
@@ -100,6 +103,7 @@ func TestTerminalName(t *testing.T) {
 
 // A short command with a terminal loses none of its output (cri-o#8483: about one in a hundred).
 func TestShortTerminalCommandsLoseNothing(t *testing.T) {
+	testutil.Slow(t)
 	r := newRunner(t)
 	c := newContainer(t)
 	for range 300 {

@@ -14,6 +14,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
@@ -60,6 +61,7 @@ func TestForwardHostNetwork(t *testing.T) {
 
 // The ways in which a sandbox goes, and how soon that has to be known.
 func TestGone(t *testing.T) {
+	testutil.Slow(t)
 	for _, each := range []struct {
 		name string
 		// begin makes a sandbox that listens at the port and the way to end it.

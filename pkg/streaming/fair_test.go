@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/moby/spdystream/spdy"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // fairTest is a port-forward with one connection into a pod that reads nothing, and others beside it.
@@ -73,6 +75,7 @@ func TestUnreadConnectionLeavesNeighboursAlone(t *testing.T) {
 // More than all room there is makes the neighbours wait, but only for the stall: then the connection
 // in the way is reset, it alone, and what was on its way to it is swallowed.
 func TestStalledConnectionIsResetAlone(t *testing.T) {
+	testutil.Slow(t)
 	forEachTransport(t, func(t *testing.T, transport string) {
 		f := newFairTest(t, transport, Config{PortForwards: forwardConfig{Stall: 500 * time.Millisecond}})
 		patient, _ := f.openPair(f.stuck, "patient") // does not read either, but is not in the way
@@ -165,6 +168,7 @@ func TestUnreadStdinIsNoStall(t *testing.T) {
 // A client that gives up a connection whose pod does not read leaves nothing of it behind, although
 // both directions wait for the pod.
 func TestClientGivesUpStuckConnection(t *testing.T) {
+	testutil.Slow(t)
 	forEachTransport(t, func(t *testing.T, transport string) {
 		f := newFairTest(t, transport, Config{PortForwards: forwardConfig{Stall: time.Hour}})
 		f.neighbourAnswers()

@@ -14,12 +14,14 @@ import (
 	"github.com/moby/spdystream/spdy"
 	"k8s.io/client-go/tools/remotecommand"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // A client that says goodbye and leaves its connection open, as a proxy may, has gone all the same.
 func TestClientSaysGoodbye(t *testing.T) {
+	testutil.Slow(t)
 	start := func(t *testing.T) (*hostExecutor, *url.URL) {
 		s := startServer(t, Config{})
 		executor := &hostExecutor{t: t}

@@ -10,6 +10,7 @@ import (
 
 	"k8s.io/client-go/tools/remotecommand"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/event"
 )
@@ -45,6 +46,7 @@ func heldBack(c Config) (Config, *atomic.Int64) {
 // ping after five seconds would make the rest be lost (kubernetes#60140): 12 MB to readers of 2 MB/s, who
 // are behind by some 5 MB when the translator has taken everything.
 func TestSlowReaderBehindTranslator(t *testing.T) {
+	testutil.Slow(t)
 	const size, readers = 12_000_000, 4
 	config, held := heldBack(Config{})
 	s := startServer(t, config)
@@ -71,6 +73,7 @@ func TestSlowReaderBehindTranslator(t *testing.T) {
 
 // A fast reader pays nothing, whatever is between.
 func TestFastReaderIsNotHeldBack(t *testing.T) {
+	testutil.Slow(t)
 	forEachTransport(t, func(t *testing.T, transport string) {
 		for hops := range 3 {
 			config, held := heldBack(Config{})

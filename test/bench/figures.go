@@ -61,6 +61,8 @@ var figures = []figure{
 	{id: "cut1000.gone", title: "1000 sessions cut at once: commands gone after", unit: "s", digits: 1, most: 15},
 	{id: "cut1000.cpu", title: "1000 sessions cut at once: the server's CPU", unit: "s", digits: 2, most: 5},
 	{id: "cut1000.memory", title: "1000 sessions cut at once: the server's peak memory", unit: "MiB", digits: 0, most: 150},
+	{id: "hog.cpu", title: "a probe that times out beside 20 processes full of descriptors: the server's CPU", unit: "s", digits: 2, most: 0.2},
+	{id: "hog.late", title: "the same: answered after the timeout", unit: "s", digits: 1},
 	{id: "stdout.rate", title: "stdout", unit: "GB/s", digits: 2, bar: 2.5, higher: true, floor: true},
 	{id: "stdout.cpu", title: "stdout, CPU", unit: "s/GB", digits: 2, bar: 0.35},
 	{id: "stdin.rate", title: "stdin", unit: "GB/s", digits: 2, bar: 2.5, higher: true, floor: true},

@@ -38,6 +38,7 @@ var groups = []group{
 	{name: "runc", round: (*bench).runtimeFloors},
 	{name: "storm", each: (*bench).storm},
 	{name: "cut", rounds: once, each: (*bench).cut},
+	{name: "hog", rounds: once, each: (*bench).hog},
 	{name: "floor", round: func(b *bench, _ context.Context) error { return b.floorRates() }},
 	{name: "stdout", each: (*bench).stdout},
 	{name: "stdin", each: (*bench).stdin},

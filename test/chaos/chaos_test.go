@@ -83,7 +83,7 @@ func TestCauses(t *testing.T) {
 	now := time.Now()
 	at := func(seconds float64) time.Time { return now.Add(time.Duration(seconds * float64(time.Second))) }
 	s.windows = []*window{
-		{name: "state-full", begin: at(10), end: at(12), excuses: excuse{failures: true, starts: "no space left"}},
+		{name: "state-full", begin: at(10), end: at(12), excuses: excuse{failures: true, starts: []string{"no space left"}}},
 		{name: "killed", begin: at(30), end: at(31), excuses: everything},
 		{name: "hangs", begin: at(50), excuses: upstream},
 	}
@@ -170,6 +170,8 @@ func TestProbeBar(t *testing.T) {
 		{"a busy machine", probes(3, 2*time.Second), []sample{{at: time.Second, took: 700 * time.Millisecond}}, 0},
 		{"and slow beside it", probes(3, 2200*time.Millisecond), []sample{{at: time.Second, took: 700 * time.Millisecond}}, 1},
 		{"a busy machine at another time", probes(3, 2*time.Second), []sample{{at: 10 * time.Second, took: time.Minute}}, 1},
+		{"a busy machine just before", probes(3, 2*time.Second), []sample{{at: -10 * time.Second, took: 900 * time.Millisecond}}, 0},
+		{"a quiet one since", probes(3, 2*time.Second), []sample{{at: -10 * time.Second, took: 5 * time.Second}, {at: -2 * time.Second, took: 50 * time.Millisecond}}, 1},
 	} {
 		s := newTestRun(t)
 		s.probes, s.floor = test.probes, test.floor

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/status"
@@ -22,6 +24,7 @@ type crowd struct {
 	// are seen to end well. idle ends the idle time of all.
 	sessions, idle context.Context
 	endIdle        context.CancelFunc
+	live           atomic.Int64
 	clients        sync.WaitGroup
 }
 
@@ -35,6 +38,9 @@ func newCrowd(ctx context.Context, s *soakRun) *crowd {
 // what waits would see nothing but waiting.
 const tooBusy = 2 * time.Second
 
+// leastSessions live also on a busy machine.
+const leastSessions = 20
+
 // hopeless is how long a `runc exec` takes on a machine on which a time-out says nothing.
 const hopeless = sessionLimit / 12
 
@@ -46,7 +52,7 @@ func (c *crowd) run(ctx context.Context) {
 	number := 0
 	every(ctx, time.Duration(float64(time.Second)/c.s.rate), func() {
 		number++ // also when it is not begun: at the same time comes the same session
-		if c.s.busy() > tooBusy {
+		if c.s.busy() > tooBusy && c.live.Load() >= leastSessions {
 			c.s.mu.Lock()
 			c.s.notBegun++
 			c.s.mu.Unlock()
@@ -70,7 +76,9 @@ func (c *crowd) place(ctx context.Context) {
 	for {
 		select {
 		case number := <-c.begins:
+			c.live.Add(1)
 			c.s.session(c.sessions, c.idle, c.s.random("session", number))
+			c.live.Add(-1)
 		case <-ctx.Done():
 			return
 		}
@@ -156,7 +164,9 @@ func (s *soakRun) causeOf(c *client, begin, end time.Time, err error) string {
 	if cause := s.excused(begin, end, func(e excuse) bool { return e.sessions }); cause != "" {
 		return cause
 	}
-	refused := func(e excuse) bool { return e.starts != "" && strings.Contains(err.Error(), e.starts) }
+	refused := func(e excuse) bool {
+		return slices.ContainsFunc(e.starts, func(sign string) bool { return strings.Contains(err.Error(), sign) })
+	}
 	if cause := s.excused(begin, end, refused); cause != "" {
 		return cause
 	}

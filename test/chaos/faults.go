@@ -35,10 +35,11 @@ var faults = []fault{
 	{"streamshim-killed", everything, restartStreamshim(0), 0},
 	{"streamshim-reloads", nothing, reload, 0},
 	// A start needs a file in the state directory: without room it fails, and says why.
-	{"state-full", excuse{failures: true, starts: "no space left on device"}, fill("state"), 2 * time.Second},
+	{"state-full", excuse{failures: true, starts: []string{"no space left on device"}}, fill("state"), 2 * time.Second},
 	{"audit-full", nothing, fill("audit"), 2 * time.Second},
 	{"recordings-full", nothing, fill("recordings"), 2 * time.Second},
-	{"no-descriptors", excuse{starts: "limits.spare_descriptors"}, exhaustDescriptors, 2 * time.Second},
+	// A forwarded connection that is refused is reset, and the reason logged: kubectl answers text by ending all.
+	{"no-descriptors", excuse{starts: []string{"limits.spare_descriptors", "too many open files", resetAtOnce}}, exhaustDescriptors, 2 * time.Second},
 	{"clock-jumps", nothing, jumpClock, 2 * time.Second},
 }
 

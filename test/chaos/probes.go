@@ -27,7 +27,7 @@ const (
 	// `runc exec` at that time: the machine may be busy with other things, and no probe is faster than that.
 	probeBar    = time.Second
 	probeFactor = 3
-	// lateProbes is how many of a hundred may be.
+	// lateProbes is how many of a hundred may be, and one in any case.
 	lateProbes = 1
 
 	// cpuFactor is how many times the CPU time of a plain `runc exec` streamshim itself may use for each command.
@@ -175,21 +175,25 @@ func (s *soakRun) judgeProbes() {
 			s.note("late: a probe at %.3f took %v, and might take %v", one.at.Seconds(), one.took.Round(time.Millisecond), bar.Round(time.Millisecond))
 		}
 	}
-	if 100*late > lateProbes*counted {
+	if late > max(1, lateProbes*counted/100) {
 		s.violated(slowProbes, "%d of %d took more than %v and more than %d times as long as runc exec did at that time",
 			late, counted, probeBar, probeFactor)
 	}
 }
 
-// floorAt is how long the slowest `runc exec` took that ran in a time, or a moment before or after it.
+// floorAt is how long the slowest `runc exec` took that ran in a time, or a moment before or after it, or was the last
+// one before it.
 func (s *soakRun) floorAt(begin, end time.Duration) time.Duration {
-	var longest time.Duration
+	var longest, last time.Duration
 	for _, one := range s.floor {
+		if one.at < begin {
+			last = one.took // one runs after the other
+		}
 		if one.at < end+time.Second && begin-time.Second < one.at+one.took {
 			longest = max(longest, one.took)
 		}
 	}
-	return longest
+	return max(longest, last)
 }
 
 // slowest is floorAt for points in time.

@@ -428,6 +428,8 @@ func withStatus(session *wire.Exec, err error) error {
 	return fmt.Errorf("%w; status %q", err, text)
 }
 
+const resetAtOnce = "a forwarded connection was reset before anything came"
+
 // forward makes some connections through one port-forward, one after the other.
 func forward(ctx context.Context, c *client) error {
 	bounded, cancel := context.WithTimeout(ctx, callLimit)
@@ -463,6 +465,9 @@ func forward(ctx context.Context, c *client) error {
 			}
 			switch {
 			case e.Reset:
+				if k.got == 0 {
+					return errors.New(resetAtOnce)
+				}
 				return fmt.Errorf("a forwarded connection was reset after %d bytes of %d", k.got, len(k.want))
 			case e.Stream == failure && len(e.Data) > 0:
 				return fmt.Errorf("port-forward: %s", bytes.TrimSpace(e.Data))

@@ -307,7 +307,9 @@ func every(ctx context.Context, interval time.Duration, do func()) {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
-			do()
+			if ctx.Err() == nil { // both may have come
+				do()
+			}
 		}
 	}
 }
@@ -346,12 +348,12 @@ type window struct {
 
 // excuse is what a fault explains.
 type excuse struct {
-	probes   bool   // that probes are not answered, or with an error
-	failures bool   // that probes are answered with an error, but in time
-	sessions bool   // that sessions fail
-	starts   string // that sessions cannot be begun, with this in the error
-	upstream bool   // that what needs the upstream fails: its calls, attach, the first exec in a container
-	calls    bool   // that no CRI call is answered
+	probes   bool     // that probes are not answered, or with an error
+	failures bool     // that probes are answered with an error, but in time
+	sessions bool     // that sessions fail
+	starts   []string // that sessions cannot be begun, with one of these in the error
+	upstream bool     // that what needs the upstream fails: its calls, attach, the first exec in a container
+	calls    bool     // that no CRI call is answered
 }
 
 // recovery is how long after a fault its consequences are excused; on a busy machine it is as long as several commands

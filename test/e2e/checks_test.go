@@ -16,9 +16,8 @@ import (
 	"sync"
 	"time"
 
-	"github.com/streamshim/streamshim/test/internal/kubernetes"
-
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/test/internal/kubernetes"
 )
 
 // workPod is the pod that the checks of a node share: two HTTP servers, a port that resets whoever

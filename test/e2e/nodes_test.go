@@ -13,9 +13,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/streamshim/streamshim/test/internal/kubernetes"
-
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/test/internal/kubernetes"
 )
 
 // podName is a name that no other check uses.

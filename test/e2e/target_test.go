@@ -19,11 +19,10 @@ import (
 	"github.com/creack/pty"
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/test/internal/images"
 	"github.com/streamshim/streamshim/test/internal/kubernetes"
 	"github.com/streamshim/streamshim/test/internal/node"
-
-	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // target is where one check runs: a node and what kubectl speaks.

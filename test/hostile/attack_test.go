@@ -190,8 +190,8 @@ func judge(t testing.TB, r row) {
 		made = passive
 	}
 	for _, attack := range made {
-		if r.met[attack] < r.commands/2 { // the attacker does not come in time each time
-			t.Errorf("%s, %s, %s: the attack %s met %d of %d commands", r.attack, r.configuration, r.entrance, attack, r.met[attack], r.commands)
+		if r.met[attack] == 0 { // the attacker does not come in time each time; the tables say how often
+			t.Errorf("%s, %s, %s: the attack %s met none of %d commands", r.attack, r.configuration, r.entrance, attack, r.commands)
 		}
 	}
 }

@@ -18,10 +18,9 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/workload"
 	"github.com/streamshim/streamshim/test/internal/node"
-
-	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // container is a real one, of runc, whose main process is the attacker unless it is said otherwise.

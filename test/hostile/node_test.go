@@ -13,10 +13,9 @@ import (
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/test/internal/node"
 	"github.com/streamshim/streamshim/test/internal/wire"
-
-	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // runAttacker runs a pod whose main process is the attacker, which attacks for so long.

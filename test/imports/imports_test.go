@@ -26,7 +26,7 @@ var floors = [][]string{
 	{"pkg/streaming/internal/lifetime", "pkg/streaming/internal/bandwidth"},
 	{"pkg/streaming/internal/transport", "pkg/streaming/internal/status", "pkg/session/transcript"},
 	{"pkg/execproc", "pkg/portforward", "pkg/session", "pkg/config", "pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket"},
-	{"pkg/workload", "pkg/asciicast", "pkg/endpoint", "pkg/helper", "pkg/streaming/buffers", "pkg/streaming/event"},
+	{"pkg/workload", "pkg/asciicast", "pkg/endpoint", "pkg/helper", "pkg/streaming/buffers", "pkg/streaming/event", "pkg/streaming/internal/memory", "pkg/streaming/internal/socket"},
 }
 
 // allowed are the packages of this module that each package may import directly. What is not listed
@@ -57,7 +57,7 @@ var allowed = map[string][]string{
 	},
 	"pkg/streaming/remotecommand": {
 		"pkg/session", "pkg/streaming/buffers", "pkg/streaming/event", "pkg/streaming/internal/bandwidth", "pkg/streaming/internal/lifetime",
-		"pkg/streaming/internal/spdy", "pkg/streaming/internal/status", "pkg/streaming/internal/transport",
+		"pkg/streaming/internal/socket", "pkg/streaming/internal/spdy", "pkg/streaming/internal/status", "pkg/streaming/internal/transport",
 		"pkg/streaming/internal/websocket", "pkg/workload",
 	},
 	"pkg/streaming/portforward": {
@@ -66,9 +66,11 @@ var allowed = map[string][]string{
 		"pkg/streaming/internal/websocket", "pkg/workload",
 	},
 	"pkg/streaming/internal/bandwidth": {"pkg/workload"},
-	"pkg/streaming/internal/lifetime":  {"pkg/session", "pkg/streaming/buffers", "pkg/streaming/event", "pkg/streaming/internal/transport"},
+	"pkg/streaming/internal/lifetime":  {"pkg/session", "pkg/streaming/buffers", "pkg/streaming/event", "pkg/streaming/internal/socket", "pkg/streaming/internal/transport"},
 	"pkg/streaming/internal/status":    {"pkg/session"},
 	"pkg/streaming/internal/transport": {"pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket", "pkg/workload"},
+	"pkg/streaming/internal/spdy":      {"pkg/streaming/internal/memory"},
+	"pkg/streaming/internal/websocket": {"pkg/streaming/internal/memory", "pkg/streaming/internal/socket"},
 }
 
 // foreign are libraries that only the packages named may import, directly or not.

@@ -145,12 +145,25 @@ func TestPackages(t *testing.T) {
 		if _, err := os.Stat(config); err != nil {
 			t.Errorf("the configuration after the removal: %v", err)
 		}
+		if err := os.MkdirAll(filepath.Join(root, "run/streamshim/processes"), 0o755); err != nil {
+			t.Fatal(err)
+		}
 		run(t, "dpkg", append(dpkg, "--purge", "streamshim")...)
 		if _, err := os.Stat(config); !os.IsNotExist(err) {
 			t.Errorf("the configuration after the purge: %v", err)
 		}
 		if _, err := os.Stat(records); err != nil {
 			t.Errorf("the audit log after the purge: %v", err)
+		}
+
+		// Without records nothing is left.
+		if err := os.Remove(records); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "dpkg", append(dpkg, "--install", deb)...)
+		run(t, "dpkg", append(dpkg, "--purge", "streamshim")...)
+		if left := run(t, "find", root, "-iname", "*streamshim*"); left != "" {
+			t.Errorf("after the purge: %s", left)
 		}
 	})
 
@@ -453,7 +466,7 @@ func TestUnit(t *testing.T) {
 		}
 	}
 	for name, want := range map[string]string{
-		"KillMode": "process", "Type": "notify", "Restart": "always", "UMask": "0022", "ExecReload": "/bin/kill -HUP $MAINPID",
+		"KillMode": "process", "Type": "notify", "Restart": "always", "RestartSec": "100ms", "UMask": "0022", "ExecReload": "/bin/kill -HUP $MAINPID",
 		"Before": "kubelet.service", "RuntimeDirectoryPreserve": "yes",
 		// What these do to commands: TestSettingsDoNotReachCommands.
 		"ProtectSystem": "strict", "ReadWritePaths": "-/run -/tmp", "DevicePolicy": "closed",

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/workload"
@@ -220,6 +221,7 @@ func TestInputWhenAsked(t *testing.T) {
 }
 
 func TestSelection(t *testing.T) {
+	testutil.Slow(t)
 	yes := true
 	for _, test := range []struct {
 		name   string
@@ -290,6 +292,7 @@ func TestSizeLimit(t *testing.T) {
 
 // A session that is faster than its recording has a gap that says how much is missing; one that must be recorded waits.
 func TestOverflow(t *testing.T) {
+	testutil.Slow(t)
 	for _, deny := range []bool{false, true} {
 		t.Run(fmt.Sprintf("deny=%v", deny), func(t *testing.T) {
 			f := newFixture(t, func(c *Config) { c.Buffer, c.Deny = 64<<10, deny })

@@ -33,7 +33,7 @@ func (b *Pool) Refused() int64 { return b.refused.Load() }
 // Share is what one session has of it. The caller closes it when the session is over.
 func (b *Pool) Share() *Share { return &Share{buffers: b} }
 
-// Share is the room of one session, the spdy.Room and websocket.Room of its connections. When it is closed it
+// Share is the room of one session, the memory.Room of its connections. When it is closed it
 // gives back what the connections never did: what has arrived and is not read when a session ends stays in their streams.
 type Share struct {
 	buffers *Pool

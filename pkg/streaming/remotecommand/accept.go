@@ -82,6 +82,8 @@ func (s *Session) acceptSPDY(w http.ResponseWriter, r *http.Request, protocol st
 			delete(expected, name)
 			*slot = stream
 			if name == transport.StreamError {
+				// Before the client knows that it has its streams. It does not wait: nothing else has been sent.
+				client.protocol.promiseStatus(stream)
 				client.statusRefused = stream.Done()
 				client.failureOpened <- stream
 			}

@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/streaming/event"
-	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -94,7 +94,7 @@ func copyPending(to workload.Stream, from io.ReadCloser) {
 	if !ok {
 		return
 	}
-	if pending := transport.Pending(source); pending > 0 && source.SetReadDeadline(time.Time{}) == nil {
+	if pending := socket.Pending(source); pending > 0 && source.SetReadDeadline(time.Time{}) == nil {
 		to.ReadFrom(io.LimitReader(from, int64(pending))) //nolint:errcheck // a client that has gone is noticed elsewhere
 	}
 }

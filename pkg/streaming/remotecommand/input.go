@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
 	"github.com/streamshim/streamshim/pkg/workload"
@@ -144,11 +145,11 @@ func (in *input) stop() {
 // it to its end. For the command nothing changes: that there are other readers matters to writers alone.
 func (in *input) watchPipe() {
 	file, ok := in.stdin.(*os.File)
-	if !ok || transport.Pending(file) == 0 {
+	if !ok || socket.Pending(file) == 0 {
 		return
 	}
 	var reader *os.File
-	transport.Control(file, func(fd int) {
+	socket.Control(file, func(fd int) {
 		reader, _ = os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", fd), os.O_RDONLY|unix.O_NONBLOCK, 0) //nolint:errcheck // then what is in the pipe counts as taken
 	})
 	in.mu.Lock()
@@ -187,10 +188,10 @@ func (in *input) progress() inputProgress {
 	case relayInput:
 		p.pending = stdin.Pending()
 	case *os.File:
-		p.pending = transport.Pending(stdin)
+		p.pending = socket.Pending(stdin)
 	}
 	if in.unread != nil {
-		p.pending = transport.Pending(in.unread)
+		p.pending = socket.Pending(in.unread)
 	}
 	return p
 }

@@ -1,5 +1,7 @@
 package remotecommand
 
+import "io"
+
 // protocolVersion is a version of the remotecommand protocol over SPDY, and what it can do.
 // The names are those of k8s.io/apimachinery/pkg/util/remotecommand.
 type protocolVersion struct {
@@ -42,4 +44,14 @@ func protocolByName(name string) protocolVersion {
 		}
 	}
 	return protocolVersion{name: name}
+}
+
+// promiseStatus begins the error stream with a space, which JSON allows before the status. Clients of spdystream (kubectl,
+// crictl, kubelet, API server) see a connection that breaks, by FIN or reset alike, as the end of all its streams, and an error
+// stream that ends empty as success. So should this process be killed, they find something that is no status, and say so.
+// Before v4 every byte is a failure, and nothing can be promised.
+func (p protocolVersion) promiseStatus(failure io.Writer) {
+	if p.jsonStatus {
+		io.WriteString(failure, " ") //nolint:errcheck // a client that has gone is noticed elsewhere
+	}
 }

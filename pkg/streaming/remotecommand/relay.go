@@ -18,6 +18,7 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/buffers"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/status"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
@@ -281,7 +282,10 @@ func (r *relay) detach() {
 }
 
 // Pending is how much the upstream's kernel has not acknowledged.
-func (i relayInput) Pending() int { return transport.Unacknowledged(i.relay.network) }
+func (i relayInput) Pending() int {
+	n, _ := socket.Unacknowledged(i.relay.network) // 0 is a good guess
+	return n
+}
 
 // ClientLeft passes the end of the client's input on although the session was to go on after it: there is
 // nobody left whose output could be cut. Only where it is also the end of the container's, it must have come.

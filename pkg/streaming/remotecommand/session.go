@@ -16,6 +16,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/bandwidth"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/status"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
 	"github.com/streamshim/streamshim/pkg/workload"
@@ -370,7 +371,7 @@ func (s *Session) holdInput() (release func()) {
 		return release
 	}
 	if stdin, ok := s.input.stdin.(*os.File); ok {
-		transport.Control(stdin, func(fd int) {
+		socket.Control(stdin, func(fd int) {
 			if held, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err == nil { //nolint:gosec // a descriptor
 				release = func() { unix.Close(held) } //nolint:errcheck // a pipe's end
 			}

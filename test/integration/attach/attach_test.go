@@ -15,9 +15,9 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// A viewer that does not read stops the container, and its log with it (moby#41827, A1). With
-// streamshim the output and the log go on; the viewer finds a gap when it reads again.
-func TestAttachedViewerStopsTheContainer(t *testing.T) {
+// A viewer that does not read does not stop the container and its log (moby#41827, A1): the output and the
+// log go on; the viewer finds a gap when it reads again.
+func TestSlowViewerLeavesTheContainerRunning(t *testing.T) {
 	t.Parallel()
 	for _, tty := range []bool{false, true} {
 		for _, transport := range harness.Transports {
@@ -52,9 +52,9 @@ func TestAttachedViewerStopsTheContainer(t *testing.T) {
 	}
 }
 
-// A client that leaves while it is being attached stops the container for good: containerd waits for a
+// A client that leaves while it is being attached does not stop the container for good: containerd would wait for a
 // reply that it can no longer send, with its lock on the output held. The relay lets it reply first.
-func TestViewerThatLeavesAtOnceStopsTheContainer(t *testing.T) {
+func TestViewerThatLeavesAtOnceLeavesTheContainerRunning(t *testing.T) {
 	t.Parallel()
 	for _, transport := range harness.Transports {
 		t.Run(transport, func(t *testing.T) {
@@ -182,7 +182,7 @@ func expectAnswer(t *testing.T, container, transport string, tty bool) {
 }
 
 // The size of the client's terminal reaches the container it is attached to (cri-o#9246, A6).
-func TestAttachedTerminalHasTheWrongSize(t *testing.T) {
+func TestAttachedTerminalHasTheClientsSize(t *testing.T) {
 	t.Parallel()
 	harness.ForEachTransport(t, func(t *testing.T, transport string) {
 		container := harness.RunContainer(t, node.ContainerSpec{Stdin: true, TTY: true, Command: []string{"sh"}})

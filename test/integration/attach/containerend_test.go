@@ -10,8 +10,8 @@ import (
 	"github.com/streamshim/streamshim/test/internal/harness"
 )
 
-// Attach hangs when its container ends (A5).
-func TestAttachFrozenAfterContainerIsGone(t *testing.T) {
+// Attach ends with its container (A5).
+func TestAttachEndsWithItsContainer(t *testing.T) {
 	t.Parallel()
 	for _, e := range harness.Endings {
 		t.Run(e.Name, func(t *testing.T) {

@@ -8,13 +8,14 @@ import (
 
 	"github.com/creack/pty"
 
+	"github.com/streamshim/streamshim/test/internal/harness"
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // TestCrictl is what people do by hand with crictl, over both transports it knows. crictl's own exit
 // code is 1 whatever the command's was; the command's is in its last line.
 func TestCrictl(t *testing.T) {
-	n := startNode(t, "crictl")
+	n := harness.Shared.Node
 	_, container := runLab(t, n, node.PodSpec{Name: "plain"}, node.ContainerSpec{Stdin: true})
 	_, terminal := runLab(t, n, node.PodSpec{Name: "tty"}, node.ContainerSpec{Stdin: true, TTY: true})
 	servers, members := runTwoServers(t, n)

@@ -11,13 +11,14 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/test/internal/harness"
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// TestExecSyncTimeoutCode checks the code by which the kubelet knows a probe that timed out. It takes
+// TestExecSyncTimeoutIsDeadlineExceeded checks the code by which the kubelet knows a probe that timed out. It takes
 // any other for a result it does not know, and a liveness probe then never restarts its container.
-func TestExecSyncTimeoutCode(t *testing.T) {
-	n := startNode(t, "synccode")
+func TestExecSyncTimeoutIsDeadlineExceeded(t *testing.T) {
+	n := harness.Shared.Node
 	_, container := runLab(t, n, node.PodSpec{}, node.ContainerSpec{})
 	for _, client := range []struct {
 		name    string

@@ -4,6 +4,7 @@ package cri
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"os"
@@ -18,21 +19,23 @@ import (
 	"github.com/creack/pty"
 	"go.uber.org/goleak"
 
+	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/test/internal/harness"
 	"github.com/streamshim/streamshim/test/internal/images"
 	"github.com/streamshim/streamshim/test/internal/node"
-
-	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // waitTimeout bounds every wait of a test; it is long because the machine may be busy.
 const waitTimeout = 30 * time.Second
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
-
-func startNode(t *testing.T, name string) *node.Node {
-	t.Helper()
-	node.Require(t)
-	return node.StartForTest(t, node.Config{Name: name, Streamshim: node.Binary(t)})
+// The tests share a node, one after the other: none is parallel, and each removes its pods.
+func TestMain(m *testing.M) {
+	code := harness.Main(m, "cri")
+	if err := goleak.Find(); err != nil && code == 0 {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
 }
 
 // runTwoServers runs a pod that serves HTTP on the ports 80 and 81, from a container each.
@@ -60,10 +63,16 @@ func runLab(t *testing.T, n *node.Node, pod node.PodSpec, spec node.ContainerSpe
 
 func runContainer(t *testing.T, n *node.Node, pod node.PodSpec, spec node.ContainerSpec) (podID, containerID string) {
 	t.Helper()
+	pod.Namespace = harness.Unique("test") // so that its name is free
 	podID, err := n.RunPod(t.Context(), pod)
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if err := n.RemovePod(context.Background(), podID); err != nil {
+			t.Error(err)
+		}
+	})
 	containerID, err = n.RunContainer(t.Context(), podID, spec)
 	if err != nil {
 		t.Fatal(err)

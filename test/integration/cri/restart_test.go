@@ -15,13 +15,14 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/test/internal/harness"
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // TestContainerdRestart kills containerd under open sessions and starts it again: the sessions go on
 // all the time, calls fail with Unavailable while it is away, and streamshim finds it again by itself.
 func TestContainerdRestart(t *testing.T) {
-	n := startNode(t, "restart")
+	n := harness.Shared.Node
 	pod, known := runLab(t, n, node.PodSpec{Name: "known"}, node.ContainerSpec{})
 	if _, err := n.Runtime().ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{ContainerId: known, Cmd: []string{"true"}}); err != nil {
 		t.Fatal(err)

@@ -16,6 +16,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/internal/testutil/criosocket"
+	"github.com/streamshim/streamshim/test/internal/harness"
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
@@ -51,9 +52,8 @@ func relayTo(t *testing.T, socket *criosocket.Socket, runtime string) {
 
 // containerd behind a socket that is as strict as CRI-O's: everything that is forwarded, asked or relayed works.
 func TestSharedSocket(t *testing.T) {
-	node.Require(t)
 	binary := node.Binary(t)
-	n := node.StartForTest(t, node.Config{Name: "shared"})
+	n := harness.Shared.Node
 	dir := t.TempDir()
 	socket, err := criosocket.Listen(filepath.Join(dir, "crio.sock"))
 	if err != nil {

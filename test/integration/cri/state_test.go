@@ -8,6 +8,7 @@ import (
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/test/internal/harness"
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
@@ -32,7 +33,7 @@ func wantCalls(t *testing.T, n *node.Node, container string, code codes.Code, te
 
 // TestContainerStates calls for containers in all states, by full and by shortened ID.
 func TestContainerStates(t *testing.T) {
-	n := startNode(t, "states")
+	n := harness.Shared.Node
 	pod, running := runContainer(t, n, node.PodSpec{}, node.ContainerSpec{})
 	other, err := n.RunContainer(t.Context(), pod, node.ContainerSpec{Name: "other"})
 	if err != nil {

@@ -14,14 +14,13 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 
 	"github.com/streamshim/streamshim/internal/testutil"
-	"github.com/streamshim/streamshim/test/internal/node"
-
 	"github.com/streamshim/streamshim/test/internal/harness"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// The session is frozen after the container or its pod is gone (kubernetes#129144, kubernetes#89233, E3),
-// or its client sees a success (E5): it ends with a status that says why.
-func TestSessionFrozenAfterContainerIsGone(t *testing.T) {
+// A session ends with its container or pod, and with a status that says why, where others freeze
+// (kubernetes#129144, kubernetes#89233, E3) or tell a success (E5).
+func TestSessionEndsWithItsContainer(t *testing.T) {
 	t.Parallel()
 	for _, e := range harness.Endings {
 		t.Run(e.Name, func(t *testing.T) {
@@ -94,7 +93,7 @@ func namesOneOf(said string, reasons []string) bool {
 }
 
 // Our own ends have a status too: an empty error stream would be a success (kubectl#1208, E5).
-func TestSessionEndedByUsIsASuccess(t *testing.T) {
+func TestSessionEndedByUsIsAFailure(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct{ name, configuration, reason string }{
 		{"idle-timeout", "[exec]\nidle_timeout = \"2s\"\n", "nothing was sent or received"},
@@ -137,7 +136,7 @@ func TestSessionEndedByUsIsASuccess(t *testing.T) {
 }
 
 // A session with a client that does not read must not delay StopContainer (E12, cri-o#6699).
-func TestStopWaitsForSession(t *testing.T) {
+func TestStopDoesNotWaitForSession(t *testing.T) {
 	t.Parallel()
 	stop := func(sessions int) time.Duration {
 		container := harness.RunContainer(t, node.ContainerSpec{})

@@ -22,9 +22,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/internal/testutil"
-	"github.com/streamshim/streamshim/test/internal/node"
-
 	"github.com/streamshim/streamshim/test/internal/harness"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // left is a command whose client goes, and how many processes it has at least.
@@ -101,8 +100,8 @@ func expectNoneLeft(t *testing.T, all []begun, limit time.Duration) {
 // for a busy machine.
 const goneLimit = 20*time.Second + 20*time.Second
 
-// Processes stay behind when their client is killed (kubernetes#89031, E2).
-func TestProcessesStayAfterClientIsKilled(t *testing.T) {
+// No process stays behind when its client is killed (kubernetes#89031, E2).
+func TestNoProcessStaysAfterClientIsKilled(t *testing.T) {
 	t.Parallel()
 	var client *os.Process
 	all := leaveBehind(t, harness.Shared.Shim, nil, func(sessions []clientSession) { client = startClient(t, sessions) })
@@ -113,7 +112,7 @@ func TestProcessesStayAfterClientIsKilled(t *testing.T) {
 }
 
 // ...or leaves politely: SPDY's GOAWAY, WebSocket's close.
-func TestProcessesStayAfterClientLeaves(t *testing.T) {
+func TestNoProcessStaysAfterClientLeaves(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -134,7 +133,7 @@ func TestProcessesStayAfterClientLeaves(t *testing.T) {
 }
 
 // ...or crictl, killed as well.
-func TestProcessesStayAfterCrictlIsKilled(t *testing.T) {
+func TestNoProcessStaysAfterCrictlIsKilled(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	for _, transport := range []string{"spdy", "websocket"} {
@@ -155,7 +154,7 @@ func TestProcessesStayAfterCrictlIsKilled(t *testing.T) {
 }
 
 // ...or resets its streams and leaves the connection open, as a proxy may.
-func TestProcessesStayAfterStreamsAreReset(t *testing.T) {
+func TestNoProcessStaysAfterStreamsAreReset(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	for _, l := range leftBehind {
@@ -202,7 +201,7 @@ func TestProcessesStayAfterStreamsAreReset(t *testing.T) {
 }
 
 // ...or the network between is gone, without one packet more (default: noticed in less than 60 s).
-func TestProcessesStayAfterNetworkIsGone(t *testing.T) {
+func TestNoProcessStaysAfterNetworkIsGone(t *testing.T) {
 	t.Parallel()
 	const address = "127.83.77.9" // the clients' side, of this test alone
 	rules := [][]string{
@@ -319,9 +318,9 @@ func TestOnDisconnect(t *testing.T) {
 	}
 }
 
-// Children survive a timed-out probe (containerd#4594, S2), which is not ended in time either while
+// No child survives a probe that timed out (containerd#4594, S2), and the probe is answered in time although
 // one of them holds the pipe (containerd#9568, S1).
-func TestProbeTimeoutLeavesProcesses(t *testing.T) {
+func TestProbeTimeoutLeavesNoProcess(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	for _, l := range leftBehind {
@@ -345,7 +344,7 @@ func TestProbeTimeoutLeavesProcesses(t *testing.T) {
 }
 
 // A probe whose background child holds the pipe answers with its own exit code.
-func TestProbeHangsOnItsChild(t *testing.T) {
+func TestProbeDoesNotWaitForItsChild(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	begin := time.Now()
@@ -359,7 +358,7 @@ func TestProbeHangsOnItsChild(t *testing.T) {
 }
 
 // A probe's output cannot fill memory or break the answer (CVE-2022-1708, S3).
-func TestProbeFloodsOutput(t *testing.T) {
+func TestProbeOutputIsBounded(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	response, err := harness.Shared.Shim.Runtime.ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{

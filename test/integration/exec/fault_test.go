@@ -15,9 +15,8 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 
 	"github.com/streamshim/streamshim/internal/testutil"
-	"github.com/streamshim/streamshim/test/internal/node"
-
 	"github.com/streamshim/streamshim/test/internal/harness"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // expectStartFailure runs a command that cannot start over each protocol and through ExecSync, and
@@ -82,7 +81,7 @@ func fakeRuntime(t *testing.T, script string) string {
 const pidFileOf = `for a; do [ "$last" = --pid-file ] && pidfile=$a; last=$a; done
 `
 
-func TestOCIRuntimeFails(t *testing.T) {
+func TestFailureOfTheOCIRuntimeIsTold(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	for _, test := range []struct {

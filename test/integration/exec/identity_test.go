@@ -53,11 +53,11 @@ func identity(t *testing.T, pid int) map[string]string {
 	return found
 }
 
-// A command has not the identity of its container (E14-E18): user, groups, umask, capabilities,
+// A command has the identity of its container (E14-E18): user, groups, umask, capabilities,
 // NoNewPrivs, seccomp, limits, cgroup, namespaces, environment and working directory are those of the
 // container's main process. And its /dev/stdin and /dev/stdout can be opened again, whoever it is
 // (containerd#10598, cri-o#5391, E17).
-func TestCommandHasAnotherIdentity(t *testing.T) {
+func TestCommandHasTheContainersIdentity(t *testing.T) {
 	t.Parallel()
 	user, group := int64(1234), int64(2345)
 	shim := harness.Shared.Shim
@@ -159,9 +159,9 @@ func initPid(t *testing.T, container string) int {
 	return pid
 }
 
-// A command cannot have an environment of its own (kubernetes#11815, E15): KEP-6035's field 7 is
+// A command can have an environment of its own (kubernetes#11815, E15): KEP-6035's field 7 is
 // honoured, although the cri-api of this module does not know it.
-func TestCommandHasNoEnvironmentOfItsOwn(t *testing.T) {
+func TestCommandHasEnvironmentOfItsOwn(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{Env: map[string]string{"COLOUR": "green", "SHAPE": "round"}})
 	variable := func(field protowire.Number, name, value string) []byte {

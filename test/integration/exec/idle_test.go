@@ -6,8 +6,6 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"os"
-	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -28,24 +26,17 @@ func TestIdleTerminalsAreSmall(t *testing.T) {
 	// What is held is measured, and not what has been let go of and waits for the next collection, which
 	// in an idle process is up to two minutes away.
 	t.Setenv("GOGC", "10")
-	n := node.StartForTest(t, node.Config{Name: "idle", Streamshim: node.Binary(t)})
-	pid := n.PID("streamshim")
+	shim := harness.StartStreamshim(t, "")
+	pid := shim.PID()
 	for _, transport := range harness.Transports {
 		t.Run(transport, func(t *testing.T) {
-			pod, err := n.RunPod(t.Context(), node.PodSpec{Name: "pod-" + transport[:1] + strconv.Itoa(os.Getpid())})
-			if err != nil {
-				t.Fatal(err)
-			}
-			container, err := n.RunContainer(t.Context(), pod, node.ContainerSpec{})
-			if err != nil {
-				t.Fatal(err)
-			}
+			container := harness.RunContainer(t, node.ContainerSpec{})
 			ctx, cancel := context.WithCancel(t.Context())
 			var clients sync.WaitGroup
 			defer clients.Wait()
 			defer cancel()
 			open := func() {
-				response, err := n.Runtime().Exec(t.Context(), &runtimeapi.ExecRequest{
+				response, err := shim.Runtime.Exec(t.Context(), &runtimeapi.ExecRequest{
 					ContainerId: container, Cmd: []string{"sh", "-c", "echo ready; exec sleep 3600"}, Tty: true, Stdin: true, Stdout: true,
 				})
 				if err != nil {

@@ -15,7 +15,7 @@ import (
 )
 
 // The same for exec: 1000, good and failing and cut off, over both protocols.
-func TestExecLeaks(t *testing.T) {
+func TestExecLeaksNothing(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	harness.ExpectNoLeak(t, func(shim *harness.Streamshim, n int) {
@@ -45,9 +45,9 @@ func TestExecLeaks(t *testing.T) {
 	}, 1000)
 }
 
-// Zombies pile up: as subreaper streamshim also inherits the orphans of containers that share the
+// No zombies pile up: as subreaper streamshim also inherits the orphans of containers that share the
 // host's processes. None stays a zombie, and no status that somebody waits for is taken away.
-func TestOrphansBecomeZombies(t *testing.T) {
+func TestOrphansAreReaped(t *testing.T) {
 	t.Parallel()
 	pod := harness.RunPod(t, node.PodSpec{HostPID: true})
 	container := harness.RunContainerIn(t, pod, node.ContainerSpec{})

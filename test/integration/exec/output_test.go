@@ -38,12 +38,12 @@ func (r *slowReader) Write(p []byte) (int, error) {
 	return r.sum.Write(p)
 }
 
-// Output is cut off, and the exit code is 0 all the same (kubernetes#60140, E1): the slower the
-// reader, the more. 24 MiB to readers of 1 MB/s that send pings all the while, directly and behind
+// Output is complete, however slow the reader (kubernetes#60140, E1: cut off with exit code 0, the slower the
+// reader, the more). 24 MiB to readers of 1 MB/s that send pings all the while, directly and behind
 // one and two proxies, 25 runs for each protocol, the exit codes 0 and 3 in turn: every byte and the
 // exit code arrive. Only what the API server's own translator of WebSocket loses, where buffers hide that
 // the reader is slow, cannot be mended here; it must not be taken for a success. The command itself is done at once; all the rest is the session's lingering.
-func TestOutputCutOff(t *testing.T) {
+func TestOutputIsComplete(t *testing.T) {
 	t.Parallel()
 	const size, rate, runs = 24 << 20, 1_000_000, 25
 	want := sha256.New()
@@ -93,9 +93,9 @@ func (c *counting) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Short commands with a terminal lose their last output (cri-o#8483, E7): 500 of them, and no line is
+// Short commands with a terminal keep their last output (cri-o#8483, E7): 500 of them, and no line is
 // lost.
-func TestShortTerminalCommandsLoseOutput(t *testing.T) {
+func TestShortTerminalCommandsKeepOutput(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	harness.InParallel(t, 500, 16, func(i int) {
@@ -111,8 +111,8 @@ func TestShortTerminalCommandsLoseOutput(t *testing.T) {
 	})
 }
 
-// exec does not return while a background child holds stdout (kubernetes#44371, E4).
-func TestBackgroundChildHoldsTheSession(t *testing.T) {
+// exec returns although a background child holds stdout (kubernetes#44371, E4).
+func TestBackgroundChildDoesNotHoldTheSession(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	harness.ForEachTransport(t, func(t *testing.T, transport string) {
@@ -138,7 +138,7 @@ func TestBackgroundChildHoldsTheSession(t *testing.T) {
 }
 
 // ...but output that still flows is never cut, even if it takes longer than drain_idle.
-func TestBackgroundChildIsCutOff(t *testing.T) {
+func TestFlowingOutputIsNotCutOff(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	harness.ForEachTransport(t, func(t *testing.T, transport string) {
@@ -151,8 +151,8 @@ func TestBackgroundChildIsCutOff(t *testing.T) {
 	})
 }
 
-// A process that closes one of its outputs loses its stdin (E10): an upload of 50 MB is complete.
-func TestClosedOutputEndsStdin(t *testing.T) {
+// A process that closes one of its outputs keeps its stdin (E10): an upload of 50 MB is complete.
+func TestClosedOutputLeavesStdinOpen(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	const size = 50_000_000

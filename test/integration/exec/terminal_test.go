@@ -14,9 +14,9 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// The terminal has the wrong size at first (kubernetes#47990, E8): right 100 times of 100, with each
+// The terminal has the right size at first (kubernetes#47990, E8): 100 times of 100, with each
 // protocol and behind proxies, as the first thing that the command looks at.
-func TestTerminalSizeIsWrongAtFirst(t *testing.T) {
+func TestTerminalSizeIsRightAtFirst(t *testing.T) {
 	// Not beside the other tests, with which the machine has nothing left for a client to send its size
 	// within the half second that the command waits for it.
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -39,7 +39,7 @@ func TestTerminalSizeIsWrongAtFirst(t *testing.T) {
 }
 
 // Later sizes arrive in their order, and 0x0 is no size.
-func TestTerminalIsNotResized(t *testing.T) {
+func TestTerminalIsResized(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	harness.ForEachTransport(t, func(t *testing.T, transport string) {
@@ -73,8 +73,8 @@ func TestTerminalIsNotResized(t *testing.T) {
 	})
 }
 
-// With a terminal the end of stdin cuts the output (cri-tools#269, E11).
-func TestEndOfStdinCutsTheTerminal(t *testing.T) {
+// With a terminal the end of stdin does not cut the output (cri-tools#269, E11).
+func TestEndOfStdinKeepsTerminalOutput(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	harness.ForEachTransport(t, func(t *testing.T, transport string) {
@@ -94,7 +94,7 @@ func TestEndOfStdinCutsTheTerminal(t *testing.T) {
 
 // A command that closes its terminal and opens it again, as daemons and passphrase prompts do, is not at
 // its end in between.
-func TestReopenedTerminalIsSilent(t *testing.T) {
+func TestReopenedTerminalGoesOn(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	harness.ForEachTransport(t, func(t *testing.T, transport string) {

@@ -4,9 +4,8 @@ import (
 	"fmt"
 	"testing"
 
-	"github.com/streamshim/streamshim/pkg/session/audit"
-
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/session/audit"
 )
 
 // What a SIGKILL of streamshim cuts has an end in the audit log once it runs again: as many ends as starts.

@@ -28,14 +28,12 @@ import (
 	clientexec "k8s.io/client-go/util/exec"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/admin"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/session/audit"
-	"github.com/streamshim/streamshim/test/internal/node"
-
 	"github.com/streamshim/streamshim/test/internal/harness"
-
-	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // operated is a node whose streamshim has a configuration file.

@@ -22,7 +22,7 @@ import (
 // TestPortForward is what users report of port-forward (known in other runtimes as kubernetes#74551,
 // #111825, #8766, #99850, #72488, #59816), on real pods.
 func TestPortForward(t *testing.T) {
-	n := node.StartForTest(t, node.Config{Name: "forward", Streamshim: node.Binary(t)})
+	n := harness.Shared.Node
 	for _, transport := range harness.Transports {
 		p := harness.NewPod(t, n, node.PodSpec{Name: strings.ToLower(transport)})
 		t.Run(transport, func(t *testing.T) {
@@ -171,12 +171,12 @@ func testPortForward(t *testing.T, shared *harness.Pod, transport string) {
 	})
 }
 
-// TestTenThousandConnections leave nothing behind in streamshim: no descriptor, no thread, no memory
+// TestTenThousandConnectionsLeaveNothing leave nothing behind in streamshim: no descriptor, no thread, no memory
 // that grows with their number.
-func TestTenThousandConnections(t *testing.T) {
+func TestTenThousandConnectionsLeaveNothing(t *testing.T) {
 	const connections, atOnce = 10_000, 20
-	n := node.StartForTest(t, node.Config{Name: "thousand", Streamshim: node.Binary(t)})
-	p := harness.NewPod(t, n, node.PodSpec{})
+	n := harness.Shared.Node
+	p := harness.NewPod(t, n, node.PodSpec{Name: "thousands"})
 	port := p.Listen("127.0.0.1", harness.Answer)
 	pid := n.PID("streamshim")
 	for _, transport := range harness.Transports {

@@ -29,11 +29,10 @@ import (
 	"google.golang.org/grpc/metadata"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/test/internal/images"
 	"github.com/streamshim/streamshim/test/internal/node"
-
-	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // client keeps no connection between requests, which would be taken for a leak.

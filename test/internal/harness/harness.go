@@ -8,6 +8,7 @@ import (
 	"hash/fnv"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -47,7 +48,17 @@ func Main(m *testing.M, name string) int {
 	sum.Write([]byte(binary)) //nolint:errcheck // never fails
 	folder := filepath.Join(os.TempDir(), "streamshim-test", fmt.Sprintf("%s-%08x", name, sum.Sum32()))
 	ctx := context.Background()
-	n, err := node.Start(ctx, node.Config{Dir: folder, Streamshim: binary})
+	config := folder + ".toml"
+	err = os.MkdirAll(filepath.Dir(config), 0o755)
+	if err == nil {
+		err = os.WriteFile(config, []byte(patient("")), 0o600)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, name+":", err)
+		return 1
+	}
+	defer os.Remove(config) //nolint:errcheck // the next run writes it again
+	n, err := node.Start(ctx, node.Config{Dir: folder, Streamshim: binary, StreamshimArgs: []string{"--config", config}})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, name+":", err)
 		return 1
@@ -74,6 +85,19 @@ func Main(m *testing.M, name string) int {
 		return 1
 	}
 	return code
+}
+
+// patient lets starts take long unless the configuration says otherwise: on a busy machine the OCI runtime
+// takes longer than the 30 s that users wait for it.
+func patient(configuration string) string {
+	const exec, longer = "[exec]\n", "start_timeout = \"2m\"\n"
+	switch {
+	case strings.Contains(configuration, "start_timeout"):
+		return configuration
+	case strings.Contains(configuration, exec):
+		return strings.Replace(configuration, exec, exec+longer, 1)
+	}
+	return configuration + "\n" + exec + longer
 }
 
 var counter atomic.Int64

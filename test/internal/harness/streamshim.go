@@ -44,7 +44,7 @@ func StartStreamshim(t *testing.T, configuration string) *Streamshim {
 		Folder: folder, Socket: "unix://" + filepath.Join(folder, "cri.sock"), Log: filepath.Join(folder, "log"),
 	}
 	s.PID = func() int { return s.Command.Process.Pid }
-	if err := os.WriteFile(filepath.Join(folder, "config.toml"), []byte(configuration), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(folder, "config.toml"), []byte(patient(configuration)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if s.connection, err = node.Dial(s.Socket); err != nil {
@@ -65,6 +65,7 @@ func StartStreamshim(t *testing.T, configuration string) *Streamshim {
 	return s
 }
 
+// Start runs it, again after Stop.
 func (s *Streamshim) Start(t *testing.T) {
 	t.Helper()
 	log, err := os.OpenFile(s.Log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)

@@ -23,7 +23,7 @@ const (
 )
 
 // baseFiles is the layer below nearly every image: a busybox system with one entry per applet, and
-// the commands that Debian's busybox lacks but critest calls, played by the actor.
+// the commands that Debian's busybox lacks but critest or the benchmarks call, played by the actor.
 func baseFiles(busybox string, actor []byte) ([]file, error) {
 	binary, err := os.ReadFile(busybox)
 	if err != nil {
@@ -57,7 +57,7 @@ func baseFiles(busybox string, actor []byte) ([]file, error) {
 		files = append(files, file{path: "bin/" + applet, mode: 0o755, hardLink: "bin/busybox"})
 	}
 	files = append(files, program("usr/bin/actor", actor))
-	for _, command := range []string{"ipcs", "pgrep"} {
+	for _, command := range []string{"ipcs", "pgrep", "hog"} {
 		if !slices.Contains(applets, command) {
 			files = append(files, file{path: "bin/" + command, mode: 0o755, hardLink: "usr/bin/actor"})
 		}

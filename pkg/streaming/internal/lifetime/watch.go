@@ -10,6 +10,7 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/event"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
 )
 
@@ -127,7 +128,8 @@ func (w *Watcher) look(e *watchedSession, now time.Time) {
 		e.since = now
 		return
 	}
-	p := progress{lastReceived: e.client.LastReceived(), unsent: transport.Unacknowledged(e.network)}
+	unsent, _ := socket.Unacknowledged(e.network) // 0 is a good guess
+	p := progress{lastReceived: e.client.LastReceived(), unsent: unsent}
 	p.received, p.sent = e.client.Transferred()
 	if p != e.progress {
 		e.progress, e.since = p, now
@@ -143,7 +145,7 @@ func setKeepAlive(c net.Conn) {
 		tcp.SetKeepAliveConfig(net.KeepAliveConfig{ //nolint:errcheck // a dead peer is then noticed later
 			Enable: true, Idle: keepAliveIdle, Interval: keepAliveInterval, Count: keepAliveCount,
 		})
-		transport.Control(tcp, func(fd int) {
+		socket.Control(tcp, func(fd int) {
 			// Probes of a closed window back off to two minutes otherwise (Linux 6.15 and later).
 			unix.SetsockoptInt(fd, unix.IPPROTO_TCP, tcpRTOMaxMs, int(maxProbeInterval/time.Millisecond)) //nolint:errcheck // older kernels do not know it
 		})
@@ -164,7 +166,7 @@ func peerIsDead(c net.Conn, limit time.Duration) bool {
 		return false
 	}
 	dead := false
-	transport.Control(tcp, func(fd int) {
+	socket.Control(tcp, func(fd int) {
 		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
 		if err != nil {
 			return

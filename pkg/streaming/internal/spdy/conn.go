@@ -17,6 +17,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/memory"
 )
 
 // Config has the callback and the limits of a connection. Zero limits take the defaults.
@@ -51,7 +53,7 @@ type Config struct {
 	ConnBuffer   int
 	// Room is what this connection shares with others for unread data. While it is full, a stream that holds
 	// some already gets no more until it is read. Nil: only the limits above.
-	Room Room
+	Room memory.Room
 	// Stall bounds how long one stream can hold up the connection that way (kubernetes#78446):
 	// when the connection has not been read for so long, and the stream in the way was not read
 	// either, the stream with most unread data among those that stand still is reset. Zero: never,
@@ -68,23 +70,6 @@ type Config struct {
 	OnReceipt func(Receipt)
 }
 
-// Room is room for unread data that several connections share. Its methods are called from many goroutines, with
-// locks held, and must not block.
-type Room interface {
-	// Full says that no more data should be kept.
-	Full() bool
-	// Take says that n more bytes are kept, Return that n are not any more.
-	Take(n int)
-	Return(n int)
-}
-
-// unshared is the room of a connection that shares none.
-type unshared struct{}
-
-func (unshared) Full() bool { return false }
-func (unshared) Take(int)   {}
-func (unshared) Return(int) {}
-
 func (c Config) withDefaults() Config {
 	c.MaxStreams = cmp.Or(c.MaxStreams, 1024)
 	c.MaxControlFrame = min(cmp.Or(c.MaxControlFrame, maxControlFrame), maxControlFrame)
@@ -94,7 +79,7 @@ func (c Config) withDefaults() Config {
 	c.StreamBuffer = cmp.Or(c.StreamBuffer, 64<<10)
 	c.ConnBuffer = cmp.Or(c.ConnBuffer, 16<<20)
 	if c.Room == nil {
-		c.Room = unshared{}
+		c.Room = memory.Unshared{}
 	}
 	return c
 }

@@ -18,11 +18,14 @@ import (
 
 	"github.com/creack/pty"
 	"github.com/moby/spdystream"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // TestUnreadStreamLeavesNeighboursAlone leaves 8 MiB of one stream unread and talks on another
 // (kubernetes#78446).
 func TestUnreadStreamLeavesNeighboursAlone(t *testing.T) {
+	testutil.Slow(t)
 	unread := make(chan *Stream, 1)
 	client, ours := mobyClient(t, Config{OnStream: func(s *Stream) {
 		if s.Header().Get("streamtype") == "unread" {

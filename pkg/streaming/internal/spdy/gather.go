@@ -5,6 +5,19 @@ import "time"
 // A client that uploads sends data frame after data frame. Where their payload goes into a pipe or a TCP
 // connection, and the stream's reader waits, the read loop reads much at once and writes the payload of all
 // the frames in it with one system call.
+//
+// At any time one goroutine owns the destination, under Stream.mu:
+//
+//	                 Stream.direct is set and nothing is buffered
+//	              ┌──────────────────────────────────────────────────► pipe or TCP (direct.go)
+//	read loop ────┤ WriteTo waits: the loop writes, for up to directWait if it is full
+//	              │
+//	              │ else: the loop appends            WriteTo takes, and clears Stream.direct
+//	              └──────────────────► buffers ──────────────────────► pipe or TCP, or any other writer
+//	                 none left (block.go): the loop waits, and the connection is not read
+//
+// WriteTo gives the destination to the loop by setting Stream.direct before it waits for data, and takes it back by
+// clearing it before it takes a buffer. The loop hands on nothing directly while a buffer is left, so that bytes stay in order.
 
 const (
 	// gatherMin is the smallest payload that is worth the larger reads.

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/moby/spdystream"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // The other side of these tests is moby/spdystream, which is what kubectl, the kubelet, containerd
@@ -65,6 +67,7 @@ func mobyOpen(t testing.TB, c *spdystream.Connection, header http.Header) *spdys
 }
 
 func TestInteropServerEcho(t *testing.T) {
+	testutil.Slow(t)
 	client, _ := mobyClient(t, echoConfig())
 	for range 3 { // the second reply is made differently from the first
 		s := mobyOpen(t, client, headers("streamtype", "data"))

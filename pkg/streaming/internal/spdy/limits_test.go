@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // rawPeer is a client made by hand: it writes bytes and collects the control frames that come back.
@@ -279,6 +281,7 @@ func TestPingFlood(t *testing.T) {
 // TestOpenFloodWithoutReading ends a connection whose peer provokes answers and does not read them,
 // whatever the answers are.
 func TestOpenFloodWithoutReading(t *testing.T) {
+	testutil.Slow(t)
 	for name, onStream := range map[string]func(*Stream){
 		"refused":  nil,
 		"reset":    func(s *Stream) { s.Reset() },

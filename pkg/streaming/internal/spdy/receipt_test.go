@@ -7,6 +7,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // receiptConfig hands on streams and receipts.
@@ -157,6 +159,7 @@ func TestNoReceiptsForALittle(t *testing.T) {
 
 // A sender that waits for a receipt is woken when the stream is reset or the connection ends.
 func TestWaitForReceiptsEnds(t *testing.T) {
+	testutil.Slow(t)
 	for name, end := range map[string]func(*rawPeer, *Conn){
 		"reset":       func(p *rawPeer, _ *Conn) { p.send(appendRstStream(nil, 1, ResetCancel)) },
 		"peer closes": func(p *rawPeer, _ *Conn) { p.Close() },

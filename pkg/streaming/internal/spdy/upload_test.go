@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // destination is where WriteTo writes, and where what it has written is read.
@@ -80,6 +82,7 @@ func (r *slowReader) Read(p []byte) (int, error) {
 // TestUpload sends frames of all sizes, with some pings in between, to each kind of destination and to
 // readers that keep up and that do not: every byte arrives, in its place, and is counted.
 func TestUpload(t *testing.T) {
+	testutil.Slow(t)
 	for kind, open := range destinations(t) {
 		for _, slow := range []bool{false, true} {
 			t.Run(map[bool]string{false: "fast/", true: "slow/"}[slow]+kind, func(t *testing.T) {

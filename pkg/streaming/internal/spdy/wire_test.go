@@ -10,6 +10,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 func unhex(t testing.TB, s string) []byte {
@@ -192,6 +194,7 @@ func TestHeaderReader(t *testing.T) {
 
 // TestHeaderReaderBomb sends 16 MiB as 16 KiB.
 func TestHeaderReaderBomb(t *testing.T) {
+	testutil.Slow(t)
 	var bomb bytes.Buffer
 	w, err := zlib.NewWriterLevelDict(&bomb, zlib.BestCompression, dictionary)
 	if err != nil {

@@ -55,9 +55,7 @@ func TestNoAllocationPerMessage(t *testing.T) {
 				t.Fatal(err)
 			}
 		})
-		// Gorilla makes a reader for each message that it receives, a few bytes; that is its own.
-		most := map[string]float64{"receive": 2}[name]
-		if n > most && !raceEnabled {
+		if n > 0 && !raceEnabled {
 			t.Errorf("%s: %v allocations per message", name, n)
 		}
 		t.Logf("%s: %v allocations per message", name, n)

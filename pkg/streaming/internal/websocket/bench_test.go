@@ -146,7 +146,7 @@ func BenchmarkIdle(b *testing.B) {
 	measure := func(name string, handler http.HandlerFunc, wait func()) {
 		s := httptest.NewServer(handler)
 		clients := make([]net.Conn, count)
-		heapBefore, stackBefore := memory()
+		heapBefore, stackBefore := heapInUse()
 		for i := range clients {
 			client, err := net.Dial("tcp", s.Listener.Addr().String())
 			if err != nil {
@@ -156,7 +156,7 @@ func BenchmarkIdle(b *testing.B) {
 			clients[i] = client
 		}
 		wait()
-		heap, stack := memory()
+		heap, stack := heapInUse()
 		b.ReportMetric((heap-heapBefore)/count, "heap-bytes/"+name)
 		b.ReportMetric((stack-stackBefore)/count, "stack-bytes/"+name)
 		for _, client := range clients {
@@ -207,7 +207,7 @@ func BenchmarkIdle(b *testing.B) {
 	}
 }
 
-func memory() (heap, stack float64) {
+func heapInUse() (heap, stack float64) {
 	var stats runtime.MemStats
 	for range 3 {
 		runtime.GC()

@@ -4,11 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"time"
 
-	"github.com/gorilla/websocket"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/memory"
 )
 
 const (
@@ -79,7 +80,7 @@ type Config struct {
 	Budget int
 	// Room is what this connection shares with others for unread payload. While it is full, no connection that
 	// holds 64 KiB of its own is read, until somebody takes something out. Nil: only the limits above.
-	Room Room
+	Room memory.Room
 	// Patience is how long the connection must have been without room until Pongs are sent that nobody asked
 	// for. The client may have closed its socket right behind its last byte of input, and then its kernel
 	// answers the Pong with RST and throws away what it has still to deliver. But that is also how a client
@@ -87,23 +88,6 @@ type Config struct {
 	// closing is not how a client says that its input is complete.
 	Patience time.Duration
 }
-
-// Room is room for unread payload that several connections share. Its methods are called from many goroutines, with
-// locks held, and must not block.
-type Room interface {
-	// Full says that no more payload should be kept.
-	Full() bool
-	// Take says that n more bytes are kept, Return that n are not any more.
-	Take(n int)
-	Return(n int)
-}
-
-// unshared is the room of a connection that shares none.
-type unshared struct{}
-
-func (unshared) Full() bool { return false }
-func (unshared) Take(int)   {}
-func (unshared) Return(int) {}
 
 // ChannelConn is a WebSocket connection with numbered channels. Its methods may be called from
 // several goroutines.
@@ -146,7 +130,7 @@ func Accept(w http.ResponseWriter, r *http.Request, protocol Protocol, config Co
 	}
 	config.Budget = max(config.Budget, minBudget)
 	if config.Room == nil {
-		config.Room = unshared{}
+		config.Room = memory.Unshared{}
 	}
 
 	c := &ChannelConn{
@@ -159,12 +143,11 @@ func Accept(w http.ResponseWriter, r *http.Request, protocol Protocol, config Co
 	for i := range c.channels {
 		c.channels[i] = Channel{conn: c, number: byte(i), direction: config.Channels[i]}
 	}
-	base, err := accept(w, r, protocol)
+	base, err := accept(w, r, protocol, config.MaxMessage)
 	if err != nil {
 		return nil, err
 	}
 	c.conn = base
-	c.ws.SetReadLimit(config.MaxMessage)
 	if config.Greeting {
 		if err := c.greet(); err != nil {
 			c.CloseNow()
@@ -220,12 +203,11 @@ func (c *ChannelConn) Serve(ctx context.Context) error {
 	defer stop()
 	defer c.release()
 	for {
-		_, message, err := c.ws.NextReader()
-		if err != nil {
-			return c.ended(err, c.buffered.Buffered() == 0)
+		if _, err := c.in.next(); err != nil {
+			return c.ended(err, err == io.EOF)
 		}
 		c.received()
-		n, err := c.inbound.receive(message)
+		n, err := c.inbound.receive(&c.in)
 		if n > 0 {
 			c.active()
 		}
@@ -255,9 +237,9 @@ func (c *ChannelConn) ended(err error, between bool) error {
 // saysEndOfInput tells whether a client without half-close has said with the end of its connection that its
 // input is complete.
 func saysEndOfInput(err, reason error, between bool) bool {
-	var closed *websocket.CloseError
+	var closed *closeFrame
 	if errors.As(err, &closed) && reason == ErrClientClosed {
-		return closed.Code == CloseNormal || closed.Code == closeNoStatus
+		return closed.code == CloseNormal || closed.code == closeNoStatus
 	}
 	return reason == ErrClientVanished && between
 }
@@ -374,7 +356,7 @@ func (c *ChannelConn) CloseWrite(ctx context.Context) error {
 // endOurSide sends FIN if the client's kernel has everything before it.
 func (c *ChannelConn) endOurSide() bool {
 	half, ok := c.network.(interface{ CloseWrite() error })
-	if !ok || !c.allAcknowledged() {
+	if !ok || !allAcknowledged(c.network) {
 		return false
 	}
 	half.CloseWrite() //nolint:errcheck // the client may have gone

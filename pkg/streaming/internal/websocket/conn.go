@@ -1,24 +1,24 @@
 package websocket
 
 import (
-	"bufio"
 	"context"
-	"crypto/tls"
+	"crypto/sha1" //nolint:gosec // as the protocol has it
+	"encoding/base64"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 	"unicode/utf8"
 
-	"github.com/gorilla/websocket"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 )
 
 // Close codes of RFC 6455 section 7.4.1.
@@ -29,6 +29,7 @@ const (
 	closeUnsupportedData = 1003
 	closeNoStatus        = 1005
 	closeInvalidPayload  = 1007
+	closeTooBig          = 1009
 	CloseInternalError   = 1011
 )
 
@@ -51,13 +52,13 @@ var (
 	errReadClosed  = errors.New("websocket: read after CloseRead or Reset")
 )
 
-// conn is one upgraded connection: gorilla's for reading, our own frames for writing.
+// conn is one upgraded connection.
 type conn struct {
 	// Immutable.
-	ws       *websocket.Conn // for reading only
 	network  net.Conn
-	buffered *bufio.Reader // what ws reads from
-	vectored bool          // network takes several slices in one system call
+	vectored bool // network takes several slices in one system call
+
+	in reader // owned by whoever reads
 
 	// writeLock has one place; whoever filled it owns the fields below. A channel and not a mutex,
 	// so that it can be waited for together with a context.
@@ -86,106 +87,53 @@ type conn struct {
 	doneErr  error // valid once done is closed
 }
 
-// accept answers the handshake and takes the connection over from net/http. After an error the
-// request has been answered.
-func accept(w http.ResponseWriter, r *http.Request, protocol Protocol) (*conn, error) {
-	c := &conn{
-		writeLock: make(chan struct{}, 1),
-		done:      make(chan struct{}),
-	}
-	upgrader := websocket.Upgrader{
-		// Zero takes net/http's own read buffer, which lives as long as the handler in any case.
-		ReadBufferSize: 0,
-		// Nothing but the handshake is written through gorilla's buffer; see libraryConn.
-		WriteBufferPool: noBufferPool{},
-		CheckOrigin:     originAllowed,
-		Error: func(w http.ResponseWriter, _ *http.Request, status int, reason error) {
-			// client-go would take a text with a colon and a blank for YAML, and show nothing.
-			http.Error(w, strings.ReplaceAll(reason.Error(), ": ", ", "), status)
-		},
-	}
-	var header http.Header
-	if protocol != ChannelUnnamed {
-		header = http.Header{"Sec-Websocket-Protocol": {string(protocol)}}
-	}
-	taken := &takeover{ResponseWriter: w, conn: c}
-	ws, err := upgrader.Upgrade(taken, r, header)
+// accept answers the handshake of a request that Negotiate has looked at, and takes the connection over from
+// net/http. limit is the most bytes of a message, 0 is none. After an error the request has been answered.
+func accept(w http.ResponseWriter, r *http.Request, protocol Protocol, limit int64) (*conn, error) {
+	network, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
+		http.Error(w, "this server cannot upgrade the connection", http.StatusInternalServerError)
 		return nil, fmt.Errorf("upgrade to WebSocket: %w", err)
-	}
-	taken.library.upgraded = true
-	c.ws = ws
-	_, c.vectored = c.network.(*net.TCPConn)
-	now := time.Now().UnixNano()
-	c.lastReceived.Store(now)
-	c.lastActivity.Store(now)
-	ws.SetPingHandler(func(payload string) error {
-		c.received()
-		c.pong(payload)
-		return nil
-	})
-	ws.SetPongHandler(func(string) error {
-		c.received()
-		return nil
-	})
-	// The answer to Close is ours to send: first everybody must know that the client is gone.
-	ws.SetCloseHandler(func(int, string) error { return nil })
-	return c, nil
-}
-
-// noBufferPool keeps gorilla from holding a write buffer that is never used.
-type noBufferPool struct{}
-
-func (noBufferPool) Get() any { return nil }
-func (noBufferPool) Put(any)  {}
-
-// takeover passes net/http's connection to gorilla with our hand on the writing side.
-type takeover struct {
-	http.ResponseWriter
-	conn    *conn
-	library *libraryConn
-}
-
-func (t *takeover) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	network, buffered, err := http.NewResponseController(t.ResponseWriter).Hijack()
-	if err != nil {
-		return nil, nil, err
 	}
 	if buffered.Reader.Buffered() == 0 {
 		// Past net/http's own reader, which takes a lock for each read.
 		buffered.Reader.Reset(network)
 	}
-	t.conn.network, t.conn.buffered = network, buffered.Reader
-	t.library = &libraryConn{Conn: network, conn: t.conn}
-	return t.library, buffered, nil
+	network.SetDeadline(time.Time{}) //nolint:errcheck // fails on a closed connection, as the write below
+	if _, err := network.Write(handshakeAnswer(r, protocol)); err != nil {
+		network.Close()
+		return nil, fmt.Errorf("upgrade to WebSocket: %w", err)
+	}
+	c := &conn{
+		network:   network,
+		writeLock: make(chan struct{}, 1),
+		done:      make(chan struct{}),
+	}
+	c.in = reader{source: buffered.Reader, limit: uint64(limit), control: c.receivedControl} //nolint:gosec // not negative
+	_, c.vectored = network.(*net.TCPConn)
+	now := time.Now().UnixNano()
+	c.lastReceived.Store(now)
+	c.lastActivity.Store(now)
+	return c, nil
 }
 
-// libraryConn is what gorilla writes to: the answer to the handshake, and afterwards by its own
-// decision only a Close frame for something that RFC 6455 or the size limit forbids.
-type libraryConn struct {
-	net.Conn
-	conn     *conn
-	upgraded bool
+// handshakeAnswer is RFC 6455 section 4.2.2.
+func handshakeAnswer(r *http.Request, protocol Protocol) []byte {
+	sum := sha1.Sum([]byte(r.Header.Get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11")) //nolint:gosec // as the protocol has it
+	answer := "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: " +
+		base64.StdEncoding.EncodeToString(sum[:]) + "\r\n"
+	if protocol != ChannelUnnamed {
+		answer += "Sec-WebSocket-Protocol: " + string(protocol) + "\r\n"
+	}
+	return []byte(answer + "\r\n")
 }
 
-func (l *libraryConn) Write(p []byte) (int, error) {
-	if !l.upgraded {
-		return l.Conn.Write(p)
+// receivedControl is told of a client's Ping or Pong.
+func (c *conn) receivedControl(opcode byte, payload []byte) {
+	c.received()
+	if opcode == opPing {
+		c.pong(payload)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
-	defer cancel()
-	if err := l.conn.writeClose(ctx, p); err != nil {
-		return 0, err
-	}
-	return len(p), nil
-}
-
-// SetWriteDeadline does nothing: a deadline for a Close frame would hit a write in progress.
-func (l *libraryConn) SetWriteDeadline(t time.Time) error {
-	if !l.upgraded {
-		return l.Conn.SetWriteDeadline(t)
-	}
-	return nil
 }
 
 func (c *conn) received() { c.lastReceived.Store(time.Now().UnixNano()) }
@@ -217,21 +165,17 @@ func (c *conn) readError(err error, before func(reason error)) error {
 		}
 		c.finish(reason)
 	}
-	var closed *websocket.CloseError
+	var closed *closeFrame
 	var violation *protocolError
 	switch {
-	case errors.As(err, &closed) && closed.Code == websocket.CloseAbnormalClosure:
-		// Gorilla's word for an end of the stream without a Close; the code is never sent.
-		reason := c.streamEnd()
-		finish(reason)
-		return reason
 	case errors.As(err, &closed):
 		reason := ErrClientClosed
-		if closed.Code != CloseNormal && closed.Code != CloseGoingAway && closed.Code != closeNoStatus {
-			reason = fmt.Errorf("%w with code %d: %q", ErrClientClosed, closed.Code, closed.Text)
+		if closed.code != CloseNormal && closed.code != CloseGoingAway && closed.code != closeNoStatus {
+			reason = fmt.Errorf("%w with code %d: %q", ErrClientClosed, closed.code, closed.text)
 		}
 		finish(reason)
-		c.sendCloseWithin(closeTimeout, closed.Code, "")
+		// First everybody must know that the client is gone.
+		c.sendCloseWithin(closeTimeout, closed.code, "")
 		return reason
 	case errors.As(err, &violation):
 		c.sendCloseWithin(closeTimeout, violation.code, violation.reason)
@@ -251,9 +195,6 @@ func (c *conn) readError(err error, before func(reason error)) error {
 	default:
 		err = fmt.Errorf("read from the client: %w", err)
 		finish(err)
-		if c.closeSent.Load() { // by gorilla, which says why in its Close
-			c.linger()
-		}
 		return err
 	}
 }
@@ -321,7 +262,7 @@ func (c *conn) unlock() {
 
 // pong answers a Ping, now or right after the message that is being written. Only the latest
 // unanswered Ping is answered.
-func (c *conn) pong(payload string) {
+func (c *conn) pong(payload []byte) {
 	c.controlMu.Lock()
 	c.pongDue = true
 	c.pongSize = copy(c.pongPayload[:], payload)
@@ -497,24 +438,11 @@ func (c *conn) sendCloseWithin(timeout time.Duration, code int, reason string) {
 	_ = c.sendClose(ctx, code, reason)
 }
 
-// controlSocket calls f with the descriptor of the socket, below TLS too, unless there is none.
-func (c *conn) controlSocket(f func(fd int)) {
-	network := c.network
-	if secure, ok := network.(*tls.Conn); ok {
-		network = secure.NetConn()
-	}
-	if socket, ok := network.(syscall.Conn); ok {
-		if raw, err := socket.SyscallConn(); err == nil {
-			raw.Control(func(fd uintptr) { f(int(fd)) }) //nolint:errcheck // fails on a closed connection, of which nothing is to be learnt
-		}
-	}
-}
-
 // peerEnd asks the kernel how the client's end of the connection has ended, without reading: ErrClientVanished
 // for a FIN, ErrClientReset, or nil while it is open. It is for when nothing can be read because there is no
 // room; a FIN behind unread data shows, and what is before it can still be read.
 func (c *conn) peerEnd() (end error) {
-	c.controlSocket(func(fd int) {
+	socket.Control(c.network, func(fd int) {
 		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}} //nolint:gosec // a descriptor
 		n, err := unix.Poll(fds, 0)
 		if err != nil || n == 0 {
@@ -532,7 +460,7 @@ func (c *conn) peerEnd() (end error) {
 
 // socketDead tells whether nothing can go either way any more.
 func (c *conn) socketDead() (dead bool) {
-	c.controlSocket(func(fd int) {
+	socket.Control(c.network, func(fd int) {
 		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
 		dead = err == nil && info.State == unix.BPF_TCP_CLOSE
 	})
@@ -540,19 +468,14 @@ func (c *conn) socketDead() (dead bool) {
 }
 
 // allAcknowledged reports whether the peer's kernel has everything that was written.
-func (c *conn) allAcknowledged() bool {
-	unacknowledged := -1
-	c.controlSocket(func(fd int) {
-		if n, err := unix.IoctlGetInt(fd, unix.SIOCOUTQ); err == nil {
-			unacknowledged = n
-		}
-	})
-	return unacknowledged == 0
+func allAcknowledged(c net.Conn) bool {
+	n, known := socket.Unacknowledged(c)
+	return known && n == 0
 }
 
 // socketError takes the error that the kernel has not told anybody yet.
 func (c *conn) socketError() (reset error) {
-	c.controlSocket(func(fd int) {
+	socket.Control(c.network, func(fd int) {
 		if code, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
 			reset = unix.Errno(code)
 		}

@@ -4,21 +4,14 @@
 //
 // # Who does what
 //
-// github.com/gorilla/websocket answers the handshake and reads: it parses frames, unmasks, joins
-// fragments into messages, and refuses what RFC 6455 forbids. Frames from us are written here,
-// because a server's frame is an unmasked payload behind 2 to 10 header bytes (RFC 6455 section
-// 5.2), and writing it into headroom in front of the payload is what makes a message cost one
-// write, no copy and no allocation:
+// Both directions are written here, without a library. reader.go is the protocol of what a client sends: readState and
+// the functions beside it are plain data and steps from one state to the next, without I/O; reader puts them on a
+// bufio.Reader. Frames from us are an unmasked payload behind 2 to 10 header bytes (RFC 6455 section 5.2), and writing it
+// into headroom in front of the payload is what makes a message cost one write, no copy and no allocation (frame.go).
 //
-//   - gorilla's WriteMessage copies the payload, or allocates twice for a vectored write; its write
-//     lock cannot be waited for together with a context, and a Pong waits for it up to a second in
-//     the read loop;
-//   - coder/websocket writes what is larger than its 4 KiB buffer in two system calls, and sends
-//     Pong and the answer to Close by itself, from the read loop, without a way to decide when.
-//
-// Measured on a 2-core VM over loopback, 32 KiB messages: gorilla with a small buffer 4.4 us and 2
-// allocations, gorilla with a large buffer (which a session would hold) 4.3 us, coder 6.4 us, one
-// plain write of header and payload 2.7 us.
+// Libraries were tried: gorilla's WriteMessage copies the payload or allocates, and a Pong waits in its read loop for the
+// write lock; coder/websocket sends Pong and the answer to Close by itself, without a way to decide when, and needs two
+// writes for what is larger than 4 KiB. Of gorilla alone for reading a third had to be undone again. It is the peer in the tests.
 //
 // # Costs and limits
 //
@@ -26,7 +19,7 @@
 // by a short-lived one, so that the read loop never waits for a client that does not read. An idle session
 // holds the 4 KiB read buffer that net/http made for it and about 5 KiB more on the heap
 // (BenchmarkIdle); payload buffers are taken from a pool when there are bytes to move and given back
-// at once. Sending does not allocate; receiving costs gorilla's 8 bytes a message.
+// at once. Neither direction allocates for a message.
 //
 // What waits, and for how long:
 //

@@ -6,6 +6,8 @@ import (
 	"io"
 	"sync"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/memory"
 )
 
 // Direction says which way payload may go on a channel. What a client sends on a channel that is
@@ -41,7 +43,7 @@ type inbound struct {
 	protocol  Protocol
 	softLimit int // bytes in one channel
 	budget    int // bytes in all channels
-	shared    Room
+	shared    memory.Room
 	// wait blocks until room is signalled, or for atMost if that is not zero. An error ends the
 	// connection.
 	wait func(room <-chan struct{}, atMost time.Duration) error
@@ -73,7 +75,7 @@ type inbox struct {
 	discard    bool  // nobody wants the payload
 }
 
-func newInbound(protocol Protocol, directions []Direction, softLimit, budget int, shared Room) *inbound {
+func newInbound(protocol Protocol, directions []Direction, softLimit, budget int, shared memory.Room) *inbound {
 	in := &inbound{
 		protocol:  protocol,
 		softLimit: softLimit,

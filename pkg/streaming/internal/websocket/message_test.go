@@ -9,12 +9,14 @@ import (
 	"testing"
 	"testing/iotest"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/memory"
 )
 
 // takeIn gives the messages to a fresh set of five readable channels and returns their payload.
 func takeIn(protocol Protocol, wrap func(io.Reader) io.Reader, messages ...[]byte) (payload [5][]byte, ended [5]bool, err error) {
 	directions := []Direction{ReadWrite, ReadWrite, ReadWrite, ReadWrite, ReadWrite}
-	in := newInbound(protocol, directions, 1<<20, 1<<20, unshared{})
+	in := newInbound(protocol, directions, 1<<20, 1<<20, memory.Unshared{})
 	in.wait = func(<-chan struct{}, time.Duration) error { return errors.New("no room") }
 	for _, message := range messages {
 		if _, err = in.receive(wrap(bytes.NewReader(message))); err != nil {

@@ -9,8 +9,6 @@ import (
 	"os"
 	"sync"
 	"time"
-
-	"github.com/gorilla/websocket"
 )
 
 // TunnelConn is a byte stream in binary messages, whose boundaries mean nothing: the tunnel of
@@ -20,7 +18,6 @@ import (
 // Pings are answered, and the client's Close is noticed, only while somebody reads.
 type TunnelConn struct {
 	*conn
-	message   io.Reader // what is left of the message being read; owned by Read
 	closeOnce sync.Once
 }
 
@@ -29,7 +26,7 @@ var _ net.Conn = (*TunnelConn)(nil)
 // AcceptTunnel answers the handshake of a request for which Negotiate chose PortForwardTunnel. After
 // an error the request has been answered. The caller closes the connection.
 func AcceptTunnel(w http.ResponseWriter, r *http.Request) (*TunnelConn, error) {
-	base, err := accept(w, r, PortForwardTunnel)
+	base, err := accept(w, r, PortForwardTunnel, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -47,21 +44,18 @@ func (t *TunnelConn) Read(p []byte) (int, error) {
 		return 0, err
 	}
 	for {
-		if t.message == nil {
-			kind, message, err := t.ws.NextReader()
-			if err == nil && kind != websocket.BinaryMessage {
+		if !t.in.InMessage {
+			kind, err := t.in.next()
+			if err == nil && kind != opBinary {
 				err = &protocolError{closeUnsupportedData, "a text message in the tunnel"}
 			}
 			if err != nil {
 				return 0, t.failed(err)
 			}
 			t.received()
-			t.message = message
 		}
-		n, err := t.message.Read(p)
-		if err == io.EOF {
-			t.message = nil
-		} else if err != nil {
+		n, err := t.in.Read(p)
+		if err != nil && err != io.EOF {
 			return n, t.failed(err)
 		}
 		if n > 0 {

@@ -9,6 +9,7 @@
 //	nnp    prints its effective user ID; installed set-uid root, for the no_new_privs specs
 //	pgrep  prints the IDs of processes whose name contains the last argument; 1 if there is none
 //	ipcs   prints the System V shared memory segments of its IPC namespace
+//	hog    opens as many descriptors of its output as it may, and stays
 package main
 
 import (
@@ -75,9 +76,21 @@ func play(part string, arguments []string) error {
 		return printProcesses(os.Stdout, arguments[len(arguments)-1])
 	case "ipcs":
 		return printSharedMemory(os.Stdout)
+	case "hog":
+		return hog()
 	default:
-		return errors.New("this program must be started as pause, lab, nginx, httpd, nnp, pgrep or ipcs")
+		return errors.New("this program must be started as pause, lab, nginx, httpd, nnp, pgrep, ipcs or hog")
 	}
+}
+
+// hog ends by a signal.
+func hog() error {
+	for {
+		if _, err := syscall.Dup(1); err != nil {
+			break // there are as many as the limit allows
+		}
+	}
+	return syscall.Pause() // time.Sleep would need a descriptor
 }
 
 func pause() error {
