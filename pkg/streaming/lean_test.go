@@ -356,8 +356,9 @@ func neverAccepts(t *testing.T) (port int) {
 // A peer that connects and says nothing, or stops half way, does not stay for ever.
 func TestSilentPeersAreLetGo(t *testing.T) {
 	s := startServer(t, Config{
-		Commands: commandConfig{Waits: commandWaits{StreamCreation: 200 * time.Millisecond}},
-		Settings: Settings{IdleTimeout: map[session.Kind]time.Duration{session.PortForward: 2 * time.Second}},
+		Commands:     commandConfig{Waits: commandWaits{StreamCreation: 200 * time.Millisecond}},
+		PortForwards: forwardConfig{StreamCreation: 200 * time.Millisecond},
+		Settings:     Settings{IdleTimeout: map[session.Kind]time.Duration{session.PortForward: 2 * time.Second}},
 	})
 	run := s.execURL(&hostExecutor{t: t}, remotecommand.StreamOptions{Stdout: io.Discard}, "true")
 	c := dialRaw(t, run, upgradeRequest(http.MethodPost, run, spdyLines("v4.channel.k8s.io")...))

@@ -173,6 +173,7 @@ func (r *relay) open(c workload.Command, protocol protocolVersion, buffer int) e
 	r.upstream.Go(func() {
 		defer close(r.exited)
 		message, err := io.ReadAll(io.LimitReader(failure, maxUpstreamStatus))
+		message = bytes.TrimSpace(message) // a space alone is a status that never came, see promiseStatus
 		if len(message) == 0 && err != nil && r.detached.Load() {
 			r.result = status.Success()
 			return
