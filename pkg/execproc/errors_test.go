@@ -55,3 +55,19 @@ func FuzzRuntimeLog(f *testing.F) {
 		}
 	})
 }
+
+// A helper may stand in for a command that is not there, not for one that is there and does not work.
+func TestMissingCommandIsKnown(t *testing.T) {
+	for reason, want := range map[string]bool{
+		`exec: "tar": executable file not found in $PATH`:                     true,
+		"executable file `tar` not found in $PATH: No such file or directory": true,
+		`exec: "/bin/tar": stat /bin/tar: no such file or directory`:          false,
+		`exec /bin/missing-interpreter: no such file or directory`:            false,
+		`exec: "tar": permission denied`:                                      false,
+	} {
+		var start *StartError
+		if err := classify(reason); !errors.As(err, &start) || start.missing != want {
+			t.Errorf("%s: %v", reason, err)
+		}
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"debug/buildinfo"
 	"debug/elf"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -66,7 +67,7 @@ func build(t *testing.T) (dir string) {
 	t.Helper()
 	need(t, "make", "go", "git")
 	dir = t.TempDir()
-	run(t, "make", "-C", top, "packages", "PACKAGES_DIR="+dir, "ARCH=amd64 arm64")
+	run(t, "make", "-C", top, "release", "RELEASE=devel", "PACKAGES_DIR="+dir)
 	return dir
 }
 
@@ -201,8 +202,27 @@ func TestPackages(t *testing.T) {
 				t.Errorf("the program is for %v", file.Machine)
 			}
 			expectBill(t, one(t, dir, "*_"+arch+".cdx.json"), program)
+			unpacked := t.TempDir()
+			archive := one(t, dir, "*-linux-"+arch+".tar.gz")
+			run(t, "tar", "-xzf", archive, "-C", unpacked)
+			folder := filepath.Join(unpacked, strings.TrimSuffix(filepath.Base(archive), ".tar.gz"))
+			expectLinks(t, folder)
+			for _, pair := range [][2]string{{"streamshim", program}, {"config.toml", filepath.Join(root, "etc/streamshim/config.toml")}} {
+				one, err := os.ReadFile(filepath.Join(folder, pair[0]))
+				other, err2 := os.ReadFile(pair[1])
+				if err := errors.Join(err, err2); err != nil || !bytes.Equal(one, other) {
+					t.Errorf("%s of the archive is not the package's: %v", pair[0], err)
+				}
+			}
 		})
 	}
+
+	t.Run("notes", func(t *testing.T) {
+		text, err := os.ReadFile(filepath.Join(dir, "NOTES.md"))
+		if err != nil || !strings.HasPrefix(string(text), "# streamshim devel\n") || !strings.Contains(string(text), "### ") {
+			t.Errorf("%v: %.300s", err, text)
+		}
+	})
 
 	t.Run("checksums", func(t *testing.T) {
 		sums, err := os.ReadFile(filepath.Join(dir, "SHA256SUMS"))
@@ -213,8 +233,8 @@ func TestPackages(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got, want := bytes.Count(sums, []byte("\n")), len(entries)-1; got != want || want != 6 {
-			t.Errorf("%d sums of %d files, expected 6:\n%s", got, want, sums)
+		if got, want := bytes.Count(sums, []byte("\n")), len(entries)-1; got != want || want != 9 {
+			t.Errorf("%d sums of %d files, expected 9:\n%s", got, want, sums)
 		}
 		check := exec.Command("sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS")
 		check.Dir = dir
@@ -282,7 +302,7 @@ func expectReproducible(t *testing.T, dir string) {
 	run(t, "bash", "-euo", "pipefail", "-c", "cd "+top+` && { git ls-files -z --cached --others --exclude-standard; printf 'bin/nfpm\0bin/cyclonedx-gomod\0'; } |
 		while IFS= read -r -d "" name; do [ ! -e "$name" ] || printf '%s\0' "$name"; done |
 		tar --null --no-recursion -T - -c | tar -x --touch --no-same-permissions -C "$1"`, "bash", copied)
-	elsewhere := []string{"sh", "-ec", `umask 077; chmod -R go-rwx .; touch bin/*; exec make packages "PACKAGES_DIR=$1" "ARCH=arm64 amd64"`, "sh", second}
+	elsewhere := []string{"sh", "-ec", `umask 077; chmod -R go-rwx .; touch bin/*; exec make release RELEASE=devel "PACKAGES_DIR=$1"`, "sh", second}
 	if os.Geteuid() == 0 { // on a machine with another name
 		elsewhere = append([]string{"unshare", "--uts", "sh", "-c", `hostname elsewhere; exec "$@"`, "sh"}, elsewhere...)
 	}
@@ -505,5 +525,54 @@ func TestNothingElseIsInstalled(t *testing.T) {
 	}
 	if found := regexp.MustCompile(`(?m)^(recommends|depends):`).FindString(string(text)); found != "" {
 		t.Errorf("the package %s something", found)
+	}
+}
+
+// A release is of a tag, with its notes, into an empty folder, or it is none.
+func TestNoReleaseOfAnything(t *testing.T) {
+	need(t, "bash", "git", "awk")
+	script, err := filepath.Abs(filepath.Join(top, "deploy/release.sh"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree := t.TempDir()
+	run(t, "git", "init", "-q", tree)
+	if err := os.Mkdir(filepath.Join(tree, "deploy"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	write := func(name, text string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(tree, name), []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	text, err := os.ReadFile(script)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write("deploy/release.sh", string(text))
+	write("CHANGELOG.md", "# Changelog\n\n## 1.0.0\n\n- all\n")
+	run(t, "git", "-C", tree, "add", "-A")
+	run(t, "git", "-C", tree, "-c", "user.name=t", "-c", "user.email=t", "commit", "-qm", "x")
+	full := t.TempDir()
+	if err := os.WriteFile(filepath.Join(full, "old.deb"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct{ version, out, says string }{
+		"no tag":    {"", t.TempDir(), "no tag"},
+		"no notes":  {"v2.0.0", t.TempDir(), "no section"},
+		"not empty": {"v1.0.0", full, "not empty"},
+		"changes":   {"v1.0.0", t.TempDir(), "not committed"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if name == "changes" {
+				write("changed", "")
+				defer os.Remove(filepath.Join(tree, "changed"))
+			}
+			out, err := exec.Command("bash", filepath.Join(tree, "deploy/release.sh"), test.version, test.out).CombinedOutput()
+			if err == nil || !strings.Contains(string(out), test.says) {
+				t.Errorf("%v: %s", err, out)
+			}
+		})
 	}
 }

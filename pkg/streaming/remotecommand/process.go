@@ -53,8 +53,8 @@ type Process interface {
 
 	// PID is the process in our pid namespace, 0 for one of the upstream's.
 	PID() int
-	// StandIn names the helper that runs in the place of a program that the container does not have, empty
-	// when the program itself runs.
+	// StandIn is the name of the helper of ours that runs instead of the command, which the container does not
+	// have; otherwise empty.
 	StandIn() string
 	// Signal sends a signal to the process itself, not to its tree. The error is session.ErrNotSupported for
 	// a process of the upstream's.

@@ -118,9 +118,7 @@ func (s *Session) Run() session.Outcome {
 		return s.startFailed(ctx, err)
 	}
 	s.process = process
-	if helper := process.StandIn(); helper != "" {
-		s.session.SetHelper(helper)
-	}
+	s.session.SetHelper(process.StandIn())
 	s.session.SetPhase(session.Running)
 	s.beginOperating(process)
 	s.terminal.attach(s.announcingSizes(process))
