@@ -394,9 +394,6 @@ func (p *hostProcess) StandIn() string { return "" }
 
 func (p *hostProcess) PID() int { return p.cmd.Process.Pid }
 
-// StandIn implements Process.
-func (p *hostProcess) StandIn() string { return "" }
-
 func (p *hostProcess) Signal(signal syscall.Signal) error { return p.cmd.Process.Signal(signal) }
 
 func (p *hostProcess) Disconnect() {

@@ -70,7 +70,6 @@ func (p *idleProcess) ContainerExited() <-chan struct{} { return nil }
 func (p *idleProcess) ContainerEnding() bool            { return false }
 func (p *idleProcess) StandIn() string                  { return "" }
 func (p *idleProcess) PID() int                         { return 0 }
-func (p *idleProcess) StandIn() string                  { return "" }
 func (p *idleProcess) Signal(syscall.Signal) error      { return session.ErrNotSupported }
 func (p *idleProcess) Kill()                            { p.Disconnect() }
 func (p *idleProcess) Disconnect() {
