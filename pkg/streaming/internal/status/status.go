@@ -16,10 +16,12 @@ type Status struct {
 	Code    int      `json:"code,omitempty"`
 }
 
+// Details say more of a failure.
 type Details struct {
 	Causes []Cause `json:"causes,omitempty"`
 }
 
+// Cause is one of its details, such as the exit code.
 type Cause struct {
 	Reason  string `json:"reason"`
 	Message string `json:"message"`
@@ -35,6 +37,7 @@ const (
 	causeExitCode         = "ExitCode"
 )
 
+// Success is the outcome of a command that ended with exit code 0.
 func Success() *Status { return &Status{Status: statusSuccess} }
 
 // Exit is the outcome of a command that ran. The client takes the exit code from the cause;
@@ -52,6 +55,7 @@ func Exit(code int, message string) *Status {
 	}
 }
 
+// InternalError is the outcome of a command that could not be served.
 func InternalError(message string) *Status {
 	return &Status{
 		Status: statusFailure, Reason: reasonInternalError, Code: 500,
