@@ -9,7 +9,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc"
 	"github.com/streamshim/streamshim/pkg/portforward"
 	"github.com/streamshim/streamshim/pkg/session"
-	"github.com/streamshim/streamshim/pkg/streaming"
+	forwarding "github.com/streamshim/streamshim/pkg/streaming/portforward"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -21,8 +22,8 @@ type engine struct {
 	watcher *portforward.Watcher
 }
 
-// Start implements streaming.Runtime.
-func (e engine) Start(ctx context.Context, container workload.Container, command workload.Command) (streaming.Process, error) {
+// Start implements remotecommand.Runtime.
+func (e engine) Start(ctx context.Context, container workload.Container, command workload.Command) (remotecommand.Process, error) {
 	process, err := e.runner.Start(ctx, container, command)
 	if err != nil {
 		return nil, err // not the nil *Process, which is no nil interface
@@ -40,8 +41,8 @@ func (e engine) RunSync(ctx context.Context, container workload.Container, comma
 	return result, err
 }
 
-// Forwarder implements streaming.Pods.
-func (e engine) Forwarder(s workload.Sandbox) (streaming.PortForwarder, error) {
+// Forwarder implements forwarding.Pods.
+func (e engine) Forwarder(s workload.Sandbox) (forwarding.Forwarder, error) {
 	f, err := portforward.NewForwarder(s.NetworkNamespace, portforward.Config{Watcher: e.watcher, SandboxPID: s.Pid})
 	if err != nil {
 		return nil, fmt.Errorf("pod sandbox %s: %w", s.SandboxID, err)

@@ -16,6 +16,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/session/limits"
 	"github.com/streamshim/streamshim/pkg/session/recording"
 	"github.com/streamshim/streamshim/pkg/streaming"
+	"github.com/streamshim/streamshim/pkg/streaming/buffers"
 )
 
 // operation is what operators see of sessions and do to them: limits, audit, recording, the admin
@@ -27,7 +28,7 @@ type operation struct {
 	audit    *audit.Log
 	recorder *recording.Recorder
 	sessions *session.Registry
-	buffers  *streaming.Buffers
+	buffers  *buffers.Pool
 
 	syncOutput, recordings *limits.Room
 }
@@ -42,7 +43,7 @@ func newOperation(c config.Config, log *slog.Logger, level *slog.LevelVar) (*ope
 	o := &operation{
 		log: log, level: level, audit: auditLog,
 		limits:     limits.New(limitsConfig(c)),
-		buffers:    streaming.NewBuffers(budgets.buffers),
+		buffers:    buffers.New(budgets.buffers),
 		syncOutput: limits.NewRoom(budgets.syncOutput),
 		recordings: limits.NewRoom(budgets.recordings),
 	}

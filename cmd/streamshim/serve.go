@@ -29,6 +29,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/portforward"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming"
+	forwarding "github.com/streamshim/streamshim/pkg/streaming/portforward"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -396,25 +398,29 @@ func standIn(helpers []string) func([]string) (string, []string, bool) {
 
 func streamingConfig(c config.Config, log *slog.Logger, o *operation, observe hooks, e engine) streaming.Config {
 	return streaming.Config{
-		Log:           log,
-		Sessions:      o.sessions,
-		Runtime:       e,
-		Pods:          e,
-		Starts:        o.limits,
-		Buffers:       o.buffers,
-		MayConnect:    o.limits.MayConnect,
-		DrainIdle:     time.Duration(c.Exec.DrainIdle),
-		DrainMax:      time.Duration(c.Exec.DrainMax),
-		LingerIdle:    time.Duration(c.Exec.Linger),
-		StatusWait:    time.Duration(c.Exec.StatusWait),
-		InputGrace:    time.Duration(c.Exec.InputGrace),
-		KeepProcesses: execproc.Policy(c.Exec.OnDisconnect) == execproc.PolicyKeep,
-		Settings:      streamingSettings(c),
-		Stall:         time.Duration(c.PortForward.Stall),
-		ReportRefused: c.PortForward.Refused == "report",
-		AttachBuffer:  config.AttachBuffer,
-		AttachStays:   c.Attach.InputEnd == "stay",
-		Observe:       observe.event,
+		Log:      log,
+		Sessions: o.sessions,
+		Commands: remotecommand.Config{
+			Runtime:       e,
+			Starts:        o.limits,
+			DrainIdle:     time.Duration(c.Exec.DrainIdle),
+			DrainMax:      time.Duration(c.Exec.DrainMax),
+			StatusWait:    time.Duration(c.Exec.StatusWait),
+			InputGrace:    time.Duration(c.Exec.InputGrace),
+			KeepProcesses: execproc.Policy(c.Exec.OnDisconnect) == execproc.PolicyKeep,
+			AttachBuffer:  config.AttachBuffer,
+			AttachStays:   c.Attach.InputEnd == "stay",
+		},
+		PortForwards: forwarding.Config{
+			Pods:          e,
+			Stall:         time.Duration(c.PortForward.Stall),
+			ReportRefused: c.PortForward.Refused == "report",
+			MayConnect:    o.limits.MayConnect,
+		},
+		LingerIdle: time.Duration(c.Exec.Linger),
+		Settings:   streamingSettings(c),
+		Buffers:    o.buffers,
+		Observe:    observe.event,
 	}
 }
 

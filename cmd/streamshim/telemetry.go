@@ -15,6 +15,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/metrics"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming"
+	"github.com/streamshim/streamshim/pkg/streaming/event"
 	"github.com/streamshim/streamshim/pkg/tracing"
 )
 
@@ -79,7 +80,7 @@ func newTelemetry(ctx context.Context, c config.Config, o *operation, log *slog.
 type hooks struct {
 	started   func()
 	killed    func()
-	event     func(streaming.Event)
+	event     func(event.Event)
 	call      func(method string, code codes.Code, d time.Duration)
 	trace     cri.TraceFunc
 	countSync func(cri.BeginSyncFunc) cri.BeginSyncFunc // never nil
@@ -89,7 +90,7 @@ func (t *telemetry) hooks() hooks {
 	h := hooks{countSync: func(begin cri.BeginSyncFunc) cri.BeginSyncFunc { return begin }}
 	if t.metrics != nil {
 		h.started, h.killed, h.countSync = t.metrics.Started, t.metrics.Killed, t.countSync
-		h.event = func(e streaming.Event) { t.metrics.Event(string(e)) }
+		h.event = func(e event.Event) { t.metrics.Event(string(e)) }
 		h.call = func(method string, code codes.Code, d time.Duration) { t.metrics.Call(method, code.String(), d) }
 	}
 	if t.tracer != nil {

@@ -3,16 +3,17 @@ package cri
 import (
 	"context"
 
-	"github.com/streamshim/streamshim/pkg/streaming"
+	"github.com/streamshim/streamshim/pkg/streaming/portforward"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // StreamServer gives out one-time URLs. An error that is meant for the client, such as too many
 // URLs waiting, is told from an internal one by Config.StreamErrorCode.
 type StreamServer interface {
-	Exec(*streaming.CommandRequest) (url string, err error)
-	Attach(*streaming.CommandRequest) (url string, err error)
-	PortForward(*streaming.PortForwardRequest) (url string, err error)
+	Exec(*remotecommand.Request) (url string, err error)
+	Attach(*remotecommand.Request) (url string, err error)
+	PortForward(*portforward.Request) (url string, err error)
 }
 
 // Runner runs commands without streams. It is asked only about containers whose Runtime is set.

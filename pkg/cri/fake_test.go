@@ -19,7 +19,8 @@ import (
 
 	"github.com/streamshim/streamshim/internal/testutil/criosocket"
 	"github.com/streamshim/streamshim/pkg/endpoint"
-	"github.com/streamshim/streamshim/pkg/streaming"
+	"github.com/streamshim/streamshim/pkg/streaming/portforward"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -246,29 +247,29 @@ func dialSocket(t testing.TB, path string) *grpc.ClientConn {
 // fakeStreams keeps the last request and answers with a fixed URL or error.
 type fakeStreams struct {
 	mu          sync.Mutex
-	exec        *streaming.CommandRequest
-	attach      *streaming.CommandRequest
-	portForward *streaming.PortForwardRequest
+	exec        *remotecommand.Request
+	attach      *remotecommand.Request
+	portForward *portforward.Request
 	err         error
 }
 
 const fakeURL = "http://127.0.0.1:1/exec/token"
 
-func (f *fakeStreams) Exec(request *streaming.CommandRequest) (string, error) {
+func (f *fakeStreams) Exec(request *remotecommand.Request) (string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.exec = request
 	return fakeURL, f.err
 }
 
-func (f *fakeStreams) Attach(request *streaming.CommandRequest) (string, error) {
+func (f *fakeStreams) Attach(request *remotecommand.Request) (string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.attach = request
 	return fakeURL, f.err
 }
 
-func (f *fakeStreams) PortForward(request *streaming.PortForwardRequest) (string, error) {
+func (f *fakeStreams) PortForward(request *portforward.Request) (string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.portForward = request

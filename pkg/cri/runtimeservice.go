@@ -15,7 +15,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streamshim/streamshim/pkg/session"
-	"github.com/streamshim/streamshim/pkg/streaming"
+	"github.com/streamshim/streamshim/pkg/streaming/portforward"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -72,7 +73,7 @@ func (s *Server) exec(ctx context.Context, raw []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	exec := &streaming.CommandRequest{
+	exec := &remotecommand.Request{
 		Container: container,
 		Command: workload.Command{
 			Args:   request.GetCmd(),
@@ -109,7 +110,7 @@ func (s *Server) attach(ctx context.Context, raw []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	url, err := s.streams.Attach(&streaming.CommandRequest{
+	url, err := s.streams.Attach(&remotecommand.Request{
 		Container: container,
 		Command: workload.Command{
 			Stdin:  request.GetStdin(),
@@ -152,7 +153,7 @@ func (s *Server) portForward(ctx context.Context, raw []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	url, err := s.streams.PortForward(&streaming.PortForwardRequest{
+	url, err := s.streams.PortForward(&portforward.Request{
 		Sandbox: sandbox,
 		Ports:   request.GetPort(),
 		Trace:   traceOf(ctx),

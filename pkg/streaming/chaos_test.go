@@ -214,10 +214,10 @@ func TestExecCutAnywhere(t *testing.T) {
 		"WebSocket": func(u *url.URL) []byte { return upgradeWebSocket(u, "v5.channel.k8s.io") },
 	}
 	forEachTransport(t, func(t *testing.T, transport string) {
-		s := startServer(t, Config{waits: waits{firstSize: time.Millisecond}})
+		s := startServer(t, Config{Commands: commandConfig{Waits: commandWaits{FirstSize: time.Millisecond}}})
 		var mu sync.Mutex
 		var started, told int
-		executor := executorFunc(func(workload.Command) (Process, error) {
+		executor := executorFunc(func(workload.Command) (remoteProcess, error) {
 			mu.Lock()
 			defer mu.Unlock()
 			started++

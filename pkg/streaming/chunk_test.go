@@ -48,12 +48,9 @@ func TestOneWriteForAChunk(t *testing.T) {
 		}
 		var writes, received atomic.Int64
 		log := slog.New(slog.DiscardHandler)
-		s := &testServer{
-			// A peer that may translate for a slow reader is asked how far it has come, by a write of its own for each
-			// half of a window (spdy/receipt.go); that is not what is counted here.
-			Server: NewServer(ordinary(Config{Log: log, Sessions: session.NewRegistry(log), StatusWait: unlimited}), listener.Addr()),
-			t:      t, served: make(chan error, 1),
-		}
+		// A peer that may translate for a slow reader is asked how far it has come, by a write of its own for each
+		// half of a window (spdy/receipt.go); that is not what is counted here.
+		s := newTestServer(t, ordinary(Config{Log: log, Sessions: session.NewRegistry(log), Commands: commandConfig{StatusWait: unlimited}}), listener.Addr())
 		go func() { s.served <- s.Serve(countingListener{listener, &writes}) }()
 		t.Cleanup(s.stop)
 
@@ -66,7 +63,7 @@ func TestOneWriteForAChunk(t *testing.T) {
 			t.Fatal(err)
 		}
 		options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: countingWriter{&received}}
-		u := s.execURL(executorFunc(func(workload.Command) (Process, error) { return process, nil }), options, "anything")
+		u := s.execURL(executorFunc(func(workload.Command) (remoteProcess, error) { return process, nil }), options, "anything")
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
 		go func() { ended <- stream(ctx, t, transport, u, options) }()

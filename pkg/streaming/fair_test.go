@@ -59,7 +59,7 @@ func (f *fairTest) neighbourAnswers() {
 // for, no stream is reset.
 func TestUnreadConnectionLeavesNeighboursAlone(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
-		f := newFairTest(t, transport, Config{Stall: time.Hour})
+		f := newFairTest(t, transport, Config{PortForwards: forwardConfig{Stall: time.Hour}})
 		stuck, _ := f.openPair(f.stuck, "stuck")
 		chunk := strings.Repeat("x", 1<<20)
 		for range 8 {
@@ -77,7 +77,7 @@ func TestUnreadConnectionLeavesNeighboursAlone(t *testing.T) {
 func TestStalledConnectionIsResetAlone(t *testing.T) {
 	testutil.Slow(t)
 	forEachTransport(t, func(t *testing.T, transport string) {
-		f := newFairTest(t, transport, Config{Stall: 500 * time.Millisecond})
+		f := newFairTest(t, transport, Config{PortForwards: forwardConfig{Stall: 500 * time.Millisecond}})
 		patient, _ := f.openPair(f.stuck, "patient") // does not read either, but is not in the way
 		f.send(patient, "x", false)
 		stuck, failure := f.openPair(f.stuck, "stuck")
@@ -112,7 +112,7 @@ func TestStalledConnectionIsResetAlone(t *testing.T) {
 // A pod that reads slowly is no stall: back-pressure, but no reset.
 func TestSlowConnectionIsNotReset(t *testing.T) {
 	const size = 40 << 20
-	s := startServer(t, Config{Stall: 3 * time.Second})
+	s := startServer(t, Config{PortForwards: forwardConfig{Stall: 3 * time.Second}})
 	read := make(chan int64, 1)
 	port := strconv.Itoa(pod(t, func(c *net.TCPConn) {
 		c.SetReadBuffer(64 << 10)
@@ -142,7 +142,7 @@ func TestSlowConnectionIsNotReset(t *testing.T) {
 
 // An exec's stdin may stay unread for as long as the command likes: there is no stall there.
 func TestUnreadStdinIsNoStall(t *testing.T) {
-	s := startServer(t, Config{Stall: 100 * time.Millisecond})
+	s := startServer(t, Config{PortForwards: forwardConfig{Stall: 100 * time.Millisecond}})
 	options := streamOptionsOfCat()
 	u := s.execURL(&hostExecutor{t: t}, options, "sh", "-c", "sleep 1; wc -c")
 	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines("v4.channel.k8s.io")...))
@@ -170,7 +170,7 @@ func TestUnreadStdinIsNoStall(t *testing.T) {
 func TestClientGivesUpStuckConnection(t *testing.T) {
 	testutil.Slow(t)
 	forEachTransport(t, func(t *testing.T, transport string) {
-		f := newFairTest(t, transport, Config{Stall: time.Hour})
+		f := newFairTest(t, transport, Config{PortForwards: forwardConfig{Stall: time.Hour}})
 		f.neighbourAnswers()
 		before := settled(t, ourGoroutines)
 		for i := range 3 {

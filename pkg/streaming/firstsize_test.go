@@ -35,7 +35,7 @@ func TestClientWithoutASize(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			const wait = 2 * time.Second
-			s := startServer(t, Config{waits: waits{firstSize: wait}})
+			s := startServer(t, Config{Commands: commandConfig{Waits: commandWaits{FirstSize: wait}}})
 			executor := &hostExecutor{t: t}
 			u := s.execURL(executor, terminal, "sleep", "600")
 			began := time.Now()

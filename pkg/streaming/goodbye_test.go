@@ -55,7 +55,7 @@ func TestClientSaysGoodbye(t *testing.T) {
 // is waited for without limit.
 func TestClientGoneWhileOutputIsHeld(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
-		s := startServer(t, Config{DrainIdle: unlimited})
+		s := startServer(t, Config{Commands: commandConfig{DrainIdle: unlimited}})
 		executor := &hostExecutor{t: t}
 		options := remotecommand.StreamOptions{Stdout: io.Discard}
 		u := s.execURL(executor, options, "sh", "-c", "sleep 600 & exit 0")

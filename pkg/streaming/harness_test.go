@@ -80,16 +80,16 @@ type testServer struct {
 type testNode struct {
 	mu       sync.Mutex
 	requests int
-	start    map[string]func(context.Context, workload.Command) (Process, error)
+	start    map[string]func(context.Context, workload.Command) (remoteProcess, error)
 	upstream map[string]func() *url.URL
 	reasons  map[string]func(context.Context) string
-	pods     map[string]func() (PortForwarder, error)
+	pods     map[string]func() (forwarder, error)
 }
 
 func newTestNode() *testNode {
 	return &testNode{
-		start: make(map[string]func(context.Context, workload.Command) (Process, error)), upstream: make(map[string]func() *url.URL),
-		reasons: make(map[string]func(context.Context) string), pods: make(map[string]func() (PortForwarder, error)),
+		start: make(map[string]func(context.Context, workload.Command) (remoteProcess, error)), upstream: make(map[string]func() *url.URL),
+		reasons: make(map[string]func(context.Context) string), pods: make(map[string]func() (forwarder, error)),
 	}
 }
 
@@ -110,7 +110,7 @@ func of[T any](n *testNode, all map[string]T, id string) T {
 	return all[id]
 }
 
-func (n *testNode) Start(ctx context.Context, container workload.Container, command workload.Command) (Process, error) {
+func (n *testNode) Start(ctx context.Context, container workload.Container, command workload.Command) (remoteProcess, error) {
 	return of(n, n.start, container.ContainerID)(ctx, command)
 }
 
@@ -126,26 +126,26 @@ func (n *testNode) EndReason(ctx context.Context, target workload.Target) string
 	return "the container was stopped by the test"
 }
 
-func (n *testNode) Forwarder(sandbox workload.Sandbox) (PortForwarder, error) {
+func (n *testNode) Forwarder(sandbox workload.Sandbox) (forwarder, error) {
 	return of(n, n.pods, sandbox.SandboxID)()
 }
 
 // localRequest is for a command that an executor starts.
-func (n *testNode) localRequest(e executor, command workload.Command) *CommandRequest {
+func (n *testNode) localRequest(e executor, command workload.Command) *commandRequest {
 	target := n.next(func(id string) { n.start[id] = e.Start })
-	return &CommandRequest{Container: workload.Container{Target: target, Runtime: "/of/the/test"}, Command: command}
+	return &commandRequest{Container: workload.Container{Target: target, Runtime: "/of/the/test"}, Command: command}
 }
 
 // relayedRequest is for what an upstream serves.
-func (n *testNode) relayedRequest(upstream func() *url.URL, command workload.Command) *CommandRequest {
+func (n *testNode) relayedRequest(upstream func() *url.URL, command workload.Command) *commandRequest {
 	target := n.next(func(id string) { n.upstream[id] = upstream })
-	return &CommandRequest{Container: workload.Container{Target: target}, Command: command, Call: []byte(target.ContainerID)}
+	return &commandRequest{Container: workload.Container{Target: target}, Command: command, Call: []byte(target.ContainerID)}
 }
 
 // podRequest is for the ports of a pod.
-func (n *testNode) podRequest(open func() (PortForwarder, error), ports ...int32) *PortForwardRequest {
+func (n *testNode) podRequest(open func() (forwarder, error), ports ...int32) *forwardRequest {
 	target := n.next(func(id string) { n.pods[id] = open })
-	return &PortForwardRequest{Sandbox: workload.Sandbox{Target: workload.Target{SandboxID: target.SandboxID}}, Ports: ports}
+	return &forwardRequest{Sandbox: workload.Sandbox{Target: workload.Target{SandboxID: target.SandboxID}}, Ports: ports}
 }
 
 // streamsOf is a command with the streams that a client's options name.
@@ -171,7 +171,7 @@ func (s *testServer) url(raw string, err error) *url.URL {
 
 // executor starts a test's commands.
 type executor interface {
-	Start(context.Context, workload.Command) (Process, error)
+	Start(context.Context, workload.Command) (remoteProcess, error)
 }
 
 // unlimited stands in a test's Config for a limit that is off, because zero there means an ordinary one.
@@ -183,8 +183,8 @@ func ordinary(c Config) Config {
 		value    *time.Duration
 		ordinary time.Duration
 	}{
-		{&c.DrainIdle, 2 * time.Second}, {&c.DrainMax, 10 * time.Minute}, {&c.LingerIdle, 10 * time.Minute},
-		{&c.StatusWait, time.Minute}, {&c.InputGrace, 30 * time.Second}, {&c.Stall, 30 * time.Second},
+		{&c.Commands.DrainIdle, 2 * time.Second}, {&c.Commands.DrainMax, 10 * time.Minute}, {&c.LingerIdle, 10 * time.Minute},
+		{&c.Commands.StatusWait, time.Minute}, {&c.Commands.InputGrace, 30 * time.Second}, {&c.PortForwards.Stall, 30 * time.Second},
 	} {
 		switch *limit.value {
 		case 0:
@@ -193,7 +193,7 @@ func ordinary(c Config) Config {
 			*limit.value = 0
 		}
 	}
-	c.AttachBuffer = cmp.Or(c.AttachBuffer, 1<<20)
+	c.Commands.AttachBuffer = cmp.Or(c.Commands.AttachBuffer, 1<<20)
 	return c
 }
 
@@ -209,12 +209,17 @@ func startServer(t *testing.T, config Config) *testServer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	node := newTestNode()
-	config.Runtime, config.Pods = node, node
-	s := &testServer{Server: NewServer(config, listener.Addr()), testNode: node, t: t, served: make(chan error, 1)}
+	s := newTestServer(t, config, listener.Addr())
 	go func() { s.served <- s.Serve(listener) }()
 	t.Cleanup(s.stop)
 	return s
+}
+
+// newTestServer makes a server that is not served yet.
+func newTestServer(t *testing.T, config Config, address net.Addr) *testServer {
+	node := newTestNode()
+	config.Commands.Runtime, config.PortForwards.Pods = node, node
+	return &testServer{Server: NewServer(config, address), testNode: node, t: t, served: make(chan error, 1)}
 }
 
 // stop ends the server at once; sessions that are left end with it.
@@ -248,7 +253,7 @@ type hostProcess struct {
 	disconnectOnce, killed1 sync.Once
 }
 
-func (e *hostExecutor) Start(_ context.Context, c workload.Command) (Process, error) {
+func (e *hostExecutor) Start(_ context.Context, c workload.Command) (remoteProcess, error) {
 	if e.startErr != nil {
 		return nil, e.startErr
 	}
@@ -385,10 +390,9 @@ func (p *hostProcess) ContainerExited() <-chan struct{} { return p.containerExit
 
 func (p *hostProcess) ContainerEnding() bool { return p.containerEnding.Load() }
 
-func (p *hostProcess) PID() int { return p.cmd.Process.Pid }
-
-// StandIn implements Process.
 func (p *hostProcess) StandIn() string { return "" }
+
+func (p *hostProcess) PID() int { return p.cmd.Process.Pid }
 
 func (p *hostProcess) Signal(signal syscall.Signal) error { return p.cmd.Process.Signal(signal) }
 

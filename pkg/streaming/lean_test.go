@@ -68,8 +68,8 @@ func (p *idleProcess) Exited() <-chan struct{}          { return p.exited }
 func (p *idleProcess) ExitCode() int                    { return 0 }
 func (p *idleProcess) ContainerExited() <-chan struct{} { return nil }
 func (p *idleProcess) ContainerEnding() bool            { return false }
-func (p *idleProcess) PID() int                         { return 0 }
 func (p *idleProcess) StandIn() string                  { return "" }
+func (p *idleProcess) PID() int                         { return 0 }
 func (p *idleProcess) Signal(syscall.Signal) error      { return session.ErrNotSupported }
 func (p *idleProcess) Kill()                            { p.Disconnect() }
 func (p *idleProcess) Disconnect() {
@@ -90,9 +90,11 @@ func (p *idleProcess) Close() error {
 }
 
 // executorFunc is an Executor of one function.
-type executorFunc func(workload.Command) (Process, error)
+type executorFunc func(workload.Command) (remoteProcess, error)
 
-func (f executorFunc) Start(_ context.Context, c workload.Command) (Process, error) { return f(c) }
+func (f executorFunc) Start(_ context.Context, c workload.Command) (remoteProcess, error) {
+	return f(c)
+}
 
 // ourGoroutines counts those that have a function of the product on their stack.
 func ourGoroutines() int {
@@ -226,7 +228,7 @@ func TestIdleTerminalIsSmall(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
 		started := make(chan *idleProcess, sessions)
-		executor := executorFunc(func(workload.Command) (Process, error) {
+		executor := executorFunc(func(workload.Command) (remoteProcess, error) {
 			p, err := newIdleProcess()
 			if err == nil {
 				started <- p
@@ -354,8 +356,9 @@ func neverAccepts(t *testing.T) (port int) {
 // A peer that connects and says nothing, or stops half way, does not stay for ever.
 func TestSilentPeersAreLetGo(t *testing.T) {
 	s := startServer(t, Config{
-		waits:    waits{streamCreation: 200 * time.Millisecond},
-		Settings: Settings{IdleTimeout: map[session.Kind]time.Duration{session.PortForward: 2 * time.Second}},
+		Commands:     commandConfig{Waits: commandWaits{StreamCreation: 200 * time.Millisecond}},
+		PortForwards: forwardConfig{StreamCreation: 200 * time.Millisecond},
+		Settings:     Settings{IdleTimeout: map[session.Kind]time.Duration{session.PortForward: 2 * time.Second}},
 	})
 	run := s.execURL(&hostExecutor{t: t}, remotecommand.StreamOptions{Stdout: io.Discard}, "true")
 	c := dialRaw(t, run, upgradeRequest(http.MethodPost, run, spdyLines("v4.channel.k8s.io")...))

@@ -246,7 +246,7 @@ func TestErrorStreamEndsWithPodsEOF(t *testing.T) {
 // goroutine for ever for one that was refused.
 func TestRefusedPortIsAcceptedThenReset(t *testing.T) {
 	s := startServer(t, Config{})
-	u := s.url(s.PortForward(s.podRequest(func() (PortForwarder, error) { return refuser{}, nil })))
+	u := s.url(s.PortForward(s.podRequest(func() (forwarder, error) { return refuser{}, nil })))
 	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
 	for i := range 1000 {
 		data, failure := c.openPair("80", strconv.Itoa(i))

@@ -141,7 +141,7 @@ func (s *testServer) portForwardThrough(t *testing.T, network func(*url.URL), tr
 
 func (s *testServer) portForwardURL(gone chan struct{}, ports ...int32) *url.URL {
 	s.t.Helper()
-	return s.url(s.PortForward(s.podRequest(func() (PortForwarder, error) {
+	return s.url(s.PortForward(s.podRequest(func() (forwarder, error) {
 		f, err := podforward.NewForwarder("", podforward.Config{})
 		return podForwarder{f, gone}, err
 	}, ports...)))
@@ -231,7 +231,7 @@ func TestOneRefusedConnectionDoesNotEndPortForward(t *testing.T) {
 
 // ReportRefused is the behaviour of other runtimes.
 func TestRefusedConnectionIsReportedWhenAsked(t *testing.T) {
-	s := startServer(t, Config{ReportRefused: true})
+	s := startServer(t, Config{PortForwards: forwardConfig{ReportRefused: true}})
 	nobody := unusedPort(t)
 	f := s.portForward(t, "SPDY", nobody)
 	f.talk(nobody, "abc") //nolint:errcheck // it is refused
@@ -382,11 +382,9 @@ func TestManyConnectionsLeaveNothing(t *testing.T) {
 		if len(sessions) != 1 {
 			t.Fatalf("%d sessions", len(sessions))
 		}
-		running := sessions[0].Connection().(*portForwardSession)
+		running := sessions[0].Connection().(*forwardSession)
 		eventually(t, "the end of all connections", func() bool {
-			running.mu.Lock()
-			defer running.mu.Unlock()
-			return len(running.open) == 0 && len(running.waiting) == 0
+			return running.Connections() == 0
 		})
 	})
 }

@@ -109,7 +109,7 @@ func (s sizes) Next() *remotecommand.TerminalSize {
 // The command sees the size of the client's terminal from its first instruction (kubernetes#47990).
 func TestFirstTerminalSize(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
-		s := startServer(t, Config{waits: waits{firstSize: 10 * time.Second, sizeSlack: 10 * time.Second}}) // a busy machine must not fail the test
+		s := startServer(t, Config{Commands: commandConfig{Waits: commandWaits{FirstSize: 10 * time.Second, SizeSlack: 10 * time.Second}}}) // a busy machine must not fail the test
 		for range 10 {
 			var stdout bytes.Buffer
 			queue := make(sizes, 2)
@@ -225,7 +225,7 @@ func TestSlowReaderGetsAllOutput(t *testing.T) {
 // A background child that holds stdout does not hold the session (kubernetes#44371).
 func TestBackgroundChildHoldsStdout(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
-		s := startServer(t, Config{DrainIdle: 100 * time.Millisecond})
+		s := startServer(t, Config{Commands: commandConfig{DrainIdle: 100 * time.Millisecond}})
 		var stdout bytes.Buffer
 		options := remotecommand.StreamOptions{Stdout: &stdout}
 		u := s.execURL(&hostExecutor{t: t}, options, "sh", "-c", "sleep 600 & echo hi; exit 3")
@@ -239,7 +239,7 @@ func TestBackgroundChildHoldsStdout(t *testing.T) {
 func TestBackgroundChildStillWrites(t *testing.T) {
 	runTogether(t, func(t *testing.T) {
 		forEachTransport(t, func(t *testing.T, transport string) {
-			s := startServer(t, Config{DrainIdle: 2 * time.Second})
+			s := startServer(t, Config{Commands: commandConfig{DrainIdle: 2 * time.Second}})
 			var stdout bytes.Buffer
 			options := remotecommand.StreamOptions{Stdout: &stdout}
 			u := s.execURL(&hostExecutor{t: t}, options, "sh", "-c",
@@ -307,7 +307,7 @@ func TestClientGone(t *testing.T) {
 			}
 			t.Run(fmt.Sprintf("%s/politely=%v", test.name, politely), func(t *testing.T) {
 				forEachTransport(t, func(t *testing.T, transport string) {
-					s := startServer(t, Config{InputGrace: time.Second})
+					s := startServer(t, Config{Commands: commandConfig{InputGrace: time.Second}})
 					executor := &hostExecutor{t: t}
 					options := test.options
 					if options.Stdout == (never{}) {
@@ -463,7 +463,7 @@ func TestContainerEndsAfterItsProcess(t *testing.T) {
 			process.containerEnding.Store(ends)
 			syscall.Kill(process.cmd.Process.Pid, syscall.SIGKILL)
 			if ends {
-				time.AfterFunc(3*containerEndWait, func() { close(process.containerExited) })
+				time.AfterFunc(3*200*time.Millisecond, func() { close(process.containerExited) })
 			}
 			select {
 			case err := <-done:
@@ -497,7 +497,7 @@ func TestShutdownEndsSessionsWithAStatus(t *testing.T) {
 		if err := <-done; err == nil || !strings.Contains(err.Error(), ErrShuttingDown.Error()) {
 			t.Errorf("the client got %v", err)
 		}
-		if _, err := s.Exec(&CommandRequest{}); !errors.Is(err, ErrShuttingDown) {
+		if _, err := s.Exec(&commandRequest{}); !errors.Is(err, ErrShuttingDown) {
 			t.Errorf("a request after the shutdown: %v", err)
 		}
 	})
@@ -540,7 +540,7 @@ func TestShutdownTakesSessionsUntilItsEnd(t *testing.T) {
 			t.Errorf("the open session: %v", err)
 		}
 		eventually(t, "no more URLs", func() bool {
-			_, err := s.Exec(&CommandRequest{})
+			_, err := s.Exec(&commandRequest{})
 			return errors.Is(err, ErrShuttingDown)
 		})
 		// A URL that was given out before is good until redeemGrace is over.
@@ -605,7 +605,7 @@ func TestTokenAnswers(t *testing.T) {
 
 // A client that does not open its streams is let go.
 func TestMissingStreams(t *testing.T) {
-	s := startServer(t, Config{waits: waits{streamCreation: 100 * time.Millisecond}})
+	s := startServer(t, Config{Commands: commandConfig{Waits: commandWaits{StreamCreation: 100 * time.Millisecond}}})
 	u := s.execURL(&hostExecutor{t: t}, remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}, "true")
 	// The client opens no stdin although the request has one.
 	err := stream(t.Context(), t, "SPDY", u, remotecommand.StreamOptions{Stdout: io.Discard})

@@ -26,7 +26,7 @@ func TestNothingSecretIsLogged(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s := &testServer{Server: NewServer(config, listener.Addr()), t: t, served: make(chan error, 1)}
+		s := newTestServer(t, config, listener.Addr())
 		go func() { s.served <- s.Serve(listener) }()
 		t.Cleanup(s.stop)
 

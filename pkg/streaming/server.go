@@ -9,64 +9,39 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/buffers"
+	"github.com/streamshim/streamshim/pkg/streaming/event"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/status"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
+	"github.com/streamshim/streamshim/pkg/streaming/portforward"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand"
 )
 
-// Config is what a Server needs to know. Log, Sessions, Runtime and Pods are required. Every value is taken as it is: the
+// Config is what a Server needs to know. Log, Sessions, Commands.Runtime and PortForwards.Pods are required. Every value is taken as it is: the
 // defaults of what users may set stand in pkg/config alone, and zero is off where a comment says so.
 type Config struct {
 	Log      *slog.Logger
 	Sessions *session.Registry
-	Runtime  Runtime
-	Pods     Pods
 
-	// DrainIdle is how long the output of a command that has exited must be silent before it is
-	// taken to be complete although some background child still holds it (kubernetes#44371).
-	// Zero waits for the end of output for ever, as other runtimes do.
-	DrainIdle time.Duration
-	// DrainMax bounds the same wait while output still flows.
-	DrainMax time.Duration
+	Commands     remotecommand.Config
+	PortForwards portforward.Config
+
 	// LingerIdle is how long a finished session waits without any progress for the client to take
 	// what is left and to close the connection.
 	LingerIdle time.Duration
-	// StatusWait bounds how long the status of a finished command is held back for a client over SPDY,
-	// which may translate for somebody else, to have read the output: since the last sign that it has read
-	// something. Zero does not hold it back.
-	StatusWait time.Duration
-	// InputGrace is how long a command without a terminal, whose client has left in order, may take none of
-	// the input that came before, and, once it has all of it, how long it may run on before it is treated as
-	// one whose client has gone. Zero is not at all.
-	InputGrace time.Duration
-	// KeepProcesses says that processes live on without their clients, so that a session whose client
-	// has gone does not wait for its process to follow.
-	KeepProcesses bool
 	// Settings are those at the start, see Server.Update.
 	Settings
-	// Starts bounds how many commands start at the same time. Nil is no bound.
-	Starts StartGate
-	// Stall is how long one forwarded connection whose pod reads nothing may hold up its neighbours,
-	// once it has used up the room that all of them share, before it is reset (kubernetes#78446).
-	// Zero is never.
-	Stall time.Duration
-	// ReportRefused makes port-forward write a refused or failed dial on the error stream, at which
-	// kubectl ends the whole port-forward (kubernetes#111825).
-	ReportRefused bool
-	// AttachBuffer is how many bytes of output wait for an attached client that reads too slowly;
-	// what comes beyond is skipped.
-	AttachBuffer int
-	// AttachStays keeps an attached client whose input has ended, without a terminal, until it leaves. Otherwise
-	// it is detached as the runtimes do, but not before the container has been silent for a moment.
-	AttachStays bool
-	// MayConnect is asked before each forwarded connection, which its error resets. Nil allows all.
-	MayConnect func() error
 	// Buffers bounds the unread data of all sessions. Nil is no limit.
-	Buffers *Buffers
-	// Observe is told of each Event as it happens, from many goroutines; it must not block. Nil
+	Buffers *buffers.Pool
+	// Observe is told of each event as it happens, from many goroutines; it must not block. Nil
 	// means that nobody asks.
-	Observe func(Event)
+	Observe func(event.Event)
 
 	waits // those that are zero become the package's own
 }
@@ -86,34 +61,18 @@ type Settings struct {
 
 // waits are the times that no user sets.
 type waits struct {
-	// streamCreation is how long a client may take to open its streams after the upgrade.
-	streamCreation time.Duration
-	// firstSize is how long the start of a command with a terminal waits for the terminal's size, so
-	// that the command finds it right from its first instruction (kubernetes#47990). A busy node with two
-	// proxies between needs it. A client that is known to send none waits less, see firstsize.go.
-	firstSize time.Duration
-	// sizeSlack is how long the size may come after the first input, or after the answer to a ping: a client
-	// that sends one does so at once, but maybe from another thread.
-	sizeSlack time.Duration
 	// warning is how long before the end by IdleTimeout or MaxLifetime a line on the terminal says
 	// so, when the limit is more than twice as long.
 	warning time.Duration
 	// peerSilence is how long the network may stay silent, although an answer is due, before the
 	// client is taken to be gone.
 	peerSilence time.Duration
-	// processEnd is how long a session whose client has gone stays in the registry until its process has
-	// followed.
-	processEnd time.Duration
 }
 
 func (w waits) complete() waits {
 	return waits{
-		streamCreation: cmp.Or(w.streamCreation, 30*time.Second),
-		firstSize:      cmp.Or(w.firstSize, 500*time.Millisecond),
-		sizeSlack:      cmp.Or(w.sizeSlack, 60*time.Millisecond),
-		warning:        cmp.Or(w.warning, time.Minute),
-		peerSilence:    cmp.Or(w.peerSilence, 45*time.Second),
-		processEnd:     cmp.Or(w.processEnd, 30*time.Second),
+		warning:     cmp.Or(w.warning, time.Minute),
+		peerSilence: cmp.Or(w.peerSilence, 45*time.Second),
 	}
 }
 
@@ -123,8 +82,7 @@ const (
 	maxHeaderBytes      = 64 << 10
 	maxPlainConnections = 2 * maxTokens // not upgraded; nobody needs more than there are tokens
 
-	shutdownGrace = 2 * time.Second // for clients to read the status at shutdown
-	redeemGrace   = 2 * time.Second // at shutdown, for the last URLs to be opened
+	redeemGrace = 2 * time.Second // at shutdown, for the last URLs to be opened
 )
 
 // Server gives out streaming URLs and serves them.
@@ -138,7 +96,7 @@ type Server struct {
 	ctx      context.Context // of all sessions
 	cancel   context.CancelCauseFunc
 	sessions sync.WaitGroup // one for each session's goroutine
-	watch    *watcher
+	watch    *lifetime.Watcher
 
 	mu       sync.Mutex
 	sealed   bool          // no URL is given out any more
@@ -155,21 +113,12 @@ func (s *Server) Update(settings Settings) {
 	s.settings = settings
 }
 
-// current is the configuration of a session that begins now.
-func (s *Server) current() Config {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	c := s.config
-	c.Settings = s.settings
-	return c
-}
-
 // NewServer returns a server whose URLs point to the listener's address, which must be one that
 // clients on this node can dial. Serve starts it.
 func NewServer(config Config, listener net.Addr) *Server {
 	config.waits = config.waits.complete()
 	if config.Observe == nil {
-		config.Observe = func(Event) {}
+		config.Observe = func(event.Event) {}
 	}
 	s := &Server{
 		config:   config,
@@ -180,7 +129,9 @@ func NewServer(config Config, listener net.Addr) *Server {
 	}
 	s.tokens = newTokenCache(s.config.Observe)
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
-	s.watch = newWatcher(s.config)
+	s.watch = lifetime.NewWatcher(lifetime.WatchConfig{
+		LingerIdle: config.LingerIdle, PeerSilence: config.peerSilence, Observe: config.Observe,
+	})
 	// None of the limits holds for a connection that was upgraded: net/http has let go of it.
 	s.http = &http.Server{
 		Handler:        s.handler(),
@@ -197,16 +148,18 @@ func NewServer(config Config, listener net.Addr) *Server {
 // Exec keeps the request and returns the one-time URL at which a client may have it served. The
 // error is ErrTooManyRequests, ErrShuttingDown, ErrNotListening or that of a guard of Config.Sessions, such as a
 // *session.RefusedError.
-func (s *Server) Exec(r *CommandRequest) (string, error) { return s.insert(r.info(session.Exec), r) }
+func (s *Server) Exec(r *remotecommand.Request) (string, error) {
+	return s.insert(r.Info(session.Exec), r)
+}
 
 // Attach is Exec's twin for an attach.
-func (s *Server) Attach(r *CommandRequest) (string, error) {
-	return s.insert(r.info(session.Attach), r)
+func (s *Server) Attach(r *remotecommand.Request) (string, error) {
+	return s.insert(r.Info(session.Attach), r)
 }
 
 // PortForward is Exec's twin for a port-forward.
-func (s *Server) PortForward(r *PortForwardRequest) (string, error) {
-	return s.insert(r.info(), r)
+func (s *Server) PortForward(r *portforward.Request) (string, error) {
+	return s.insert(r.Info(), r)
 }
 
 func (s *Server) insert(info session.Info, request any) (string, error) {
@@ -237,7 +190,7 @@ func (s *Server) Serve(listener net.Listener) error {
 	watching := make(chan struct{})
 	go func() {
 		defer close(watching)
-		s.watch.run(s.ctx)
+		s.watch.Run(s.ctx)
 	}()
 	s.accept(listener)
 	<-s.ctx.Done()
@@ -330,20 +283,13 @@ func waitOr(ctx context.Context, done <-chan struct{}, limit time.Duration) {
 
 func (s *Server) handler() http.Handler {
 	mux := http.NewServeMux()
-	for kind, serve := range map[session.Kind]serveFunc{
-		session.Exec:        s.serveExec,
-		session.Attach:      s.serveAttach,
-		session.PortForward: s.servePortForward,
-	} {
-		handle := func(w http.ResponseWriter, r *http.Request) { s.redeem(w, r, kind, serve) }
+	for _, kind := range []session.Kind{session.Exec, session.Attach, session.PortForward} {
+		handle := func(w http.ResponseWriter, r *http.Request) { s.redeem(w, r, kind) }
 		mux.HandleFunc(fmt.Sprintf("GET /%s/{token}", kind), handle)
 		mux.HandleFunc(fmt.Sprintf("POST /%s/{token}", kind), handle)
 	}
 	return mux
 }
-
-// serveFunc upgrades the connection and starts the session of a redeemed request.
-type serveFunc func(w http.ResponseWriter, r *http.Request, up upgrade, request any)
 
 // enter counts a request among the sessions, unless the server is shutting down. The caller calls
 // sessions.Done when the request has been handed on or answered.
@@ -357,12 +303,12 @@ func (s *Server) enter() bool {
 	return true
 }
 
-// redeem hands a request that can be upgraded over to its verb. One that cannot is answered without
+// redeem begins the session of a request that can be upgraded. One that cannot is answered without
 // using its token up.
-func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kind, serve serveFunc) {
+func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kind) {
 	// Counted from here on, so that Shutdown waits also for a session that is about to begin.
 	if !s.enter() {
-		writeError(w, http.StatusServiceUnavailable, ErrShuttingDown.Error())
+		status.WriteError(w, http.StatusServiceUnavailable, ErrShuttingDown.Error())
 		return
 	}
 	defer s.sessions.Done()
@@ -381,11 +327,82 @@ func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kin
 		s.tokenNotFound(w, kind)
 		return
 	}
-	serve(w, r, up, request)
+	s.serve(w, r, up, kind, request)
+}
+
+// running is a session whose client's connection was upgraded.
+type running interface {
+	lifetime.Client
+	Network() net.Conn
+	// Run serves the session to its end.
+	Run() session.Outcome
+}
+
+// serve upgrades the connection and runs the session in a goroutine of its own, so that net/http's goroutine and
+// buffers are free while it lasts.
+func (s *Server) serve(w http.ResponseWriter, r *http.Request, up transport.Upgrade, kind session.Kind, request any) {
+	info := infoOf(kind, request)
+	info.Protocol = strings.TrimSpace(up.Name() + " " + up.Protocol)
+	info.Peer = r.RemoteAddr
+	live, err := s.config.Sessions.Begin(s.ctx, info)
+	if err != nil {
+		status.WriteRefused(w, err)
+		return
+	}
+	terms := s.terms(kind)
+	accepted, outcome := s.upgrade(w, r, up, request, live, terms)
+	if accepted == nil {
+		terms.Buffers.Close()
+		live.End(outcome)
+		return
+	}
+	live.Connect(accepted)
+	s.sessions.Go(func() {
+		defer terms.Buffers.Close()
+		defer s.watch.Add(live, accepted, accepted.Network())()
+		defer terms.Limits.Limit(live)()
+		live.End(accepted.Run())
+	})
+}
+
+func infoOf(kind session.Kind, request any) session.Info {
+	if forward, ok := request.(*portforward.Request); ok {
+		return forward.Info()
+	}
+	return request.(*remotecommand.Request).Info(kind)
+}
+
+// terms are those of a session that begins now.
+func (s *Server) terms(kind session.Kind) lifetime.Terms {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return lifetime.Terms{
+		Limits:    lifetime.Limits{Idle: s.settings.IdleTimeout[kind], Max: s.settings.MaxLifetime[kind], Warning: s.config.warning},
+		Bandwidth: s.settings.Bandwidth,
+		Buffers:   s.config.Buffers.Share(),
+		Observe:   s.config.Observe,
+	}
+}
+
+// upgrade hands a connection over to those who serve its kind of request. Without a session the outcome says why, and
+// the request has been answered.
+func (s *Server) upgrade(w http.ResponseWriter, r *http.Request, up transport.Upgrade, request any, live *session.Session, terms lifetime.Terms) (running, session.Outcome) {
+	if forward, ok := request.(*portforward.Request); ok {
+		accepted, outcome := portforward.Accept(w, r, up, forward, live, s.config.PortForwards, terms)
+		if accepted == nil {
+			return nil, outcome // not the nil *Session, which is no nil interface
+		}
+		return accepted, outcome
+	}
+	accepted, err := remotecommand.Accept(w, r, up, request.(*remotecommand.Request), live, s.config.Commands, terms)
+	if err != nil {
+		return nil, lifetime.ClientGone(err)
+	}
+	return accepted, session.Outcome{}
 }
 
 func (s *Server) tokenNotFound(w http.ResponseWriter, kind session.Kind) {
-	s.config.Observe(TokenUnknown)
-	writeError(w, http.StatusNotFound, fmt.Sprintf("no %s request waits at this URL: its token is unknown, has been used, or has expired "+
+	s.config.Observe(event.TokenUnknown)
+	status.WriteError(w, http.StatusNotFound, fmt.Sprintf("no %s request waits at this URL: its token is unknown, has been used, or has expired "+
 		"(a token is good for one connection within %v of the CRI call)", kind, s.tokens.ttl))
 }

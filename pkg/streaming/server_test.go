@@ -22,6 +22,7 @@ import (
 
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/status"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -36,7 +37,7 @@ func startHastyServer(t *testing.T) *testServer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &testServer{Server: NewServer(config, listener.Addr()), t: t, served: make(chan error, 1)}
+	s := newTestServer(t, config, listener.Addr())
 	for _, limit := range []*time.Duration{&s.http.ReadHeaderTimeout, &s.http.ReadTimeout, &s.http.WriteTimeout, &s.http.IdleTimeout} {
 		*limit /= 100
 	}
@@ -165,7 +166,7 @@ func TestListenerFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	address := listener.Addr().String()
-	s := &testServer{Server: NewServer(config, listener.Addr()), t: t, served: make(chan error, 1)}
+	s := newTestServer(t, config, listener.Addr())
 	go func() { s.served <- s.Serve(listener) }()
 	t.Cleanup(s.stop)
 	eventually := func(what string, condition func() bool) {
@@ -218,7 +219,7 @@ func TestListenerFails(t *testing.T) {
 // A hung upstream, which keeps attaches and relayed commands from starting, does not keep local commands.
 func TestOnlyLocalStartsTakeTurns(t *testing.T) {
 	gate := &countingGate{}
-	upstream, s := startServer(t, Config{}), startServer(t, Config{Starts: gate})
+	upstream, s := startServer(t, Config{}), startServer(t, Config{Commands: commandConfig{Starts: gate}})
 	executor := &hostExecutor{t: t}
 	var out bytes.Buffer
 	options := remotecommand.StreamOptions{Stdout: &out}
@@ -251,7 +252,7 @@ func TestRefusalsAreShown(t *testing.T) {
 		http.StatusInternalServerError: "port-forward into the pod: open namespace: permission denied",
 		http.StatusBadRequest:          "none of the protocol versions offered is spoken here: offered [\"v9\"]",
 	} {
-		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { writeError(w, code, message) }))
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { status.WriteError(w, code, message) }))
 		u, err := url.Parse(server.URL + "/exec/x")
 		if err != nil {
 			t.Fatal(err)

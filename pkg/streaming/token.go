@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/event"
 )
 
 const (
@@ -24,7 +25,7 @@ type tokenCache struct {
 	max int
 	now func() time.Time
 	// observe is told of each token's way, under mu.
-	observe func(Event)
+	observe func(event.Event)
 
 	mu       sync.Mutex
 	requests map[string]*list.Element
@@ -35,11 +36,11 @@ type tokenCache struct {
 type waitingRequest struct {
 	token   string
 	kind    session.Kind
-	request any // *CommandRequest or *PortForwardRequest
+	request any // *remotecommand.Request or *portforward.Request
 	expires time.Time
 }
 
-func newTokenCache(observe func(Event)) *tokenCache {
+func newTokenCache(observe func(event.Event)) *tokenCache {
 	return &tokenCache{
 		ttl: tokenTTL, max: maxTokens, now: time.Now, observe: observe,
 		requests: make(map[string]*list.Element), byAge: list.New(),
@@ -56,10 +57,10 @@ func (c *tokenCache) insert(kind session.Kind, request any) (string, error) {
 	now := c.now()
 	c.dropExpired(now)
 	if len(c.requests) >= c.max {
-		c.observe(TokenRefused)
+		c.observe(event.TokenRefused)
 		return "", ErrTooManyRequests
 	}
-	c.observe(TokenIssued)
+	c.observe(event.TokenIssued)
 	c.requests[token] = c.byAge.PushBack(&waitingRequest{token, kind, request, now.Add(c.ttl)})
 	return token, nil
 }
@@ -84,14 +85,14 @@ func (c *tokenCache) consume(kind session.Kind, token string) (any, bool) {
 		return nil, false
 	}
 	c.remove(element)
-	c.observe(TokenRedeemed)
+	c.observe(event.TokenRedeemed)
 	return element.Value.(*waitingRequest).request, true
 }
 
 func (c *tokenCache) dropExpired(now time.Time) {
 	for e := c.byAge.Front(); e != nil && !e.Value.(*waitingRequest).expires.After(now); e = c.byAge.Front() {
 		c.remove(e)
-		c.observe(TokenExpired)
+		c.observe(event.TokenExpired)
 	}
 }
 

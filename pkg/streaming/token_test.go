@@ -8,11 +8,12 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/event"
 )
 
 func TestTokenIsGoodForOneUse(t *testing.T) {
-	c := newTokenCache(func(Event) {})
-	request := &CommandRequest{}
+	c := newTokenCache(func(event.Event) {})
+	request := &commandRequest{}
 	token, err := c.insert(session.Exec, request)
 	if err != nil {
 		t.Fatal(err)
@@ -29,8 +30,8 @@ func TestTokenIsGoodForOneUse(t *testing.T) {
 }
 
 func TestTokenIsBoundToItsKind(t *testing.T) {
-	c := newTokenCache(func(Event) {})
-	token, err := c.insert(session.Attach, &CommandRequest{})
+	c := newTokenCache(func(event.Event) {})
+	token, err := c.insert(session.Attach, &commandRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -46,9 +47,9 @@ func TestTokenIsBoundToItsKind(t *testing.T) {
 
 func TestTokenExpires(t *testing.T) {
 	now := time.Unix(1000, 0)
-	c := newTokenCache(func(Event) {})
+	c := newTokenCache(func(event.Event) {})
 	c.now = func() time.Time { return now }
-	token, err := c.insert(session.Exec, &CommandRequest{})
+	token, err := c.insert(session.Exec, &commandRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,35 +68,35 @@ func TestTokenExpires(t *testing.T) {
 
 func TestTokensAreLimited(t *testing.T) {
 	now := time.Unix(1000, 0)
-	c := newTokenCache(func(Event) {})
+	c := newTokenCache(func(event.Event) {})
 	c.now = func() time.Time { return now }
 	for i := range maxTokens {
 		now = now.Add(time.Millisecond)
-		if _, err := c.insert(session.Exec, &CommandRequest{}); err != nil {
+		if _, err := c.insert(session.Exec, &commandRequest{}); err != nil {
 			t.Fatalf("token %d: %v", i, err)
 		}
 	}
-	if _, err := c.insert(session.Exec, &CommandRequest{}); !errors.Is(err, ErrTooManyRequests) {
+	if _, err := c.insert(session.Exec, &commandRequest{}); !errors.Is(err, ErrTooManyRequests) {
 		t.Fatalf("one token too many: %v", err)
 	}
 	now = time.Unix(1000, 0).Add(time.Millisecond + tokenTTL) // the first has expired, the others not
-	if _, err := c.insert(session.Exec, &CommandRequest{}); err != nil {
+	if _, err := c.insert(session.Exec, &commandRequest{}); err != nil {
 		t.Errorf("after the oldest expired: %v", err)
 	}
-	if _, err := c.insert(session.Exec, &CommandRequest{}); !errors.Is(err, ErrTooManyRequests) {
+	if _, err := c.insert(session.Exec, &commandRequest{}); !errors.Is(err, ErrTooManyRequests) {
 		t.Errorf("two for one that expired: %v", err)
 	}
 }
 
 // Each token's way is told once.
 func TestTokensAreCounted(t *testing.T) {
-	seen := map[Event]int{}
+	seen := map[event.Event]int{}
 	now := time.Unix(1000, 0)
-	c := newTokenCache(func(e Event) { seen[e]++ })
+	c := newTokenCache(func(e event.Event) { seen[e]++ })
 	c.now = func() time.Time { return now }
 	c.max = 2
 	for range 3 { // the third is refused
-		c.insert(session.Exec, &CommandRequest{}) //nolint:errcheck // counted below
+		c.insert(session.Exec, &commandRequest{}) //nolint:errcheck // counted below
 	}
 	if n := c.waiting(); n != 2 {
 		t.Errorf("%d wait, want 2", n)
@@ -107,7 +108,7 @@ func TestTokensAreCounted(t *testing.T) {
 	if n := c.waiting(); n != 0 {
 		t.Errorf("%d wait, want none", n)
 	}
-	want := map[Event]int{TokenIssued: 2, TokenRefused: 1, TokenRedeemed: 1, TokenExpired: 1}
+	want := map[event.Event]int{event.TokenIssued: 2, event.TokenRefused: 1, event.TokenRedeemed: 1, event.TokenExpired: 1}
 	if !maps.Equal(seen, want) {
 		t.Errorf("told %v, want %v", seen, want)
 	}

@@ -119,6 +119,13 @@ type Stream interface {
 	CloseRead()
 	// Reset ends both directions at once, so that WriteTo and ReadFrom return, and tells the client.
 	Reset() error
+	// Err says why the stream was cut: a reset of either side or the end of its connection. It is nil before, and
+	// after an end in order.
+	Err() error
+	// AfterReset has f called, in a goroutine of its own, when the stream is reset by either side or ends with
+	// its connection, at once if that has happened, also while nobody reads. There is one f; a second replaces
+	// it. Streams that a client cannot reset never call it.
+	AfterReset(f func())
 	// Received and Sent count the payload bytes that have come from and gone to the client.
 	Received() int64
 	Sent() int64

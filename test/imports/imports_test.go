@@ -1,8 +1,14 @@
-// Package imports keeps the rules of who may import whom (docs/architecture.md).
+// Package imports keeps the plan of the house: who may import whom, and how large a package may be
+// (docs/architecture.md, whose picture is made from it).
 package imports
 
 import (
+	"bytes"
+	"flag"
+	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -10,33 +16,62 @@ import (
 
 const module = "github.com/streamshim/streamshim/"
 
+// floors are the packages of this module from top to bottom. A package imports from lower floors alone.
+var floors = [][]string{
+	{"cmd/streamshim", "cmd/kubectl-streamshim"},
+	{"pkg/admin", "pkg/check", "pkg/nodeinstall"},
+	{"pkg/support", "pkg/metrics", "pkg/tracing", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording"},
+	{"pkg/cri"},
+	{"pkg/streaming"},
+	{"pkg/streaming/remotecommand", "pkg/streaming/portforward"},
+	{"pkg/streaming/internal/lifetime", "pkg/streaming/internal/bandwidth"},
+	{"pkg/streaming/internal/transport", "pkg/streaming/internal/status", "pkg/session/transcript"},
+	{"pkg/execproc", "pkg/portforward", "pkg/session", "pkg/config", "pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket"},
+	{"deploy", "pkg/workload", "pkg/asciicast", "pkg/endpoint", "pkg/helper", "pkg/streaming/buffers", "pkg/streaming/event", "pkg/streaming/internal/memory", "pkg/streaming/internal/socket"},
+}
+
 // allowed are the packages of this module that each package may import directly. What is not listed
 // here may import nothing of it.
 var allowed = map[string][]string{
 	"cmd/streamshim": {
-		"deploy", "pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/helper", "pkg/nodeinstall", "pkg/portforward",
-		"pkg/metrics", "pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming", "pkg/support", "pkg/tracing",
+		"deploy", "pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/helper", "pkg/nodeinstall",
+		"pkg/portforward", "pkg/metrics", "pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming",
+		"pkg/streaming/buffers", "pkg/streaming/event", "pkg/streaming/portforward", "pkg/streaming/remotecommand", "pkg/support", "pkg/tracing",
 		"pkg/workload",
 	},
 	"cmd/kubectl-streamshim": {"pkg/admin", "pkg/session"},
 	"pkg/admin":              {"pkg/asciicast", "pkg/session", "pkg/session/recording", "pkg/session/transcript"},
+	"pkg/check":              {"pkg/config", "pkg/cri", "pkg/endpoint"},
+	"pkg/config":             {"pkg/endpoint"},
+	"pkg/cri":                {"pkg/endpoint", "pkg/session", "pkg/streaming/portforward", "pkg/streaming/remotecommand", "pkg/workload"},
 	"pkg/execproc":           {"pkg/workload"},
+	"pkg/metrics":            {"pkg/session"},
 	"pkg/portforward":        {"pkg/workload"},
 	"pkg/session":            {"pkg/workload"},
 	"pkg/session/audit":      {"pkg/session"},
 	"pkg/session/limits":     {"pkg/session"},
 	"pkg/session/recording":  {"pkg/asciicast", "pkg/session", "pkg/session/transcript", "pkg/workload"},
 	"pkg/session/transcript": {"pkg/asciicast", "pkg/session"},
-	"pkg/check":              {"pkg/config", "pkg/cri", "pkg/endpoint"},
-	"pkg/config":             {"pkg/endpoint"},
-	"pkg/metrics":            {"pkg/session"},
 	"pkg/nodeinstall":        {"pkg/endpoint"},
 	"pkg/tracing":            {"pkg/session"},
-	"pkg/cri":                {"pkg/endpoint", "pkg/session", "pkg/streaming", "pkg/workload"},
 	"pkg/streaming": {
-		"pkg/session", "pkg/streaming/internal/socket", "pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket",
-		"pkg/workload",
+		"pkg/session", "pkg/streaming/buffers", "pkg/streaming/event", "pkg/streaming/internal/lifetime", "pkg/streaming/internal/status",
+		"pkg/streaming/internal/transport", "pkg/streaming/internal/websocket", "pkg/streaming/portforward", "pkg/streaming/remotecommand",
 	},
+	"pkg/streaming/remotecommand": {
+		"pkg/session", "pkg/streaming/buffers", "pkg/streaming/event", "pkg/streaming/internal/bandwidth", "pkg/streaming/internal/lifetime",
+		"pkg/streaming/internal/socket", "pkg/streaming/internal/spdy", "pkg/streaming/internal/status", "pkg/streaming/internal/transport",
+		"pkg/streaming/internal/websocket", "pkg/workload",
+	},
+	"pkg/streaming/portforward": {
+		"pkg/session", "pkg/streaming/event", "pkg/streaming/internal/bandwidth", "pkg/streaming/internal/lifetime",
+		"pkg/streaming/internal/spdy", "pkg/streaming/internal/status", "pkg/streaming/internal/transport",
+		"pkg/streaming/internal/websocket", "pkg/workload",
+	},
+	"pkg/streaming/internal/bandwidth": {"pkg/workload"},
+	"pkg/streaming/internal/lifetime":  {"pkg/session", "pkg/streaming/buffers", "pkg/streaming/event", "pkg/streaming/internal/socket", "pkg/streaming/internal/transport"},
+	"pkg/streaming/internal/status":    {"pkg/session"},
+	"pkg/streaming/internal/transport": {"pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket", "pkg/workload"},
 	"pkg/streaming/internal/spdy":      {"pkg/streaming/internal/memory"},
 	"pkg/streaming/internal/websocket": {"pkg/streaming/internal/memory", "pkg/streaming/internal/socket"},
 }
@@ -56,6 +91,16 @@ var foreign = map[string][]string{
 	"k8s.io/apiserver":           nil,
 }
 
+// maxLines is how many lines a package may have without its tests.
+const maxLines = 2500
+
+// larger are the packages that have more, and how many they may have. It is to become empty; nothing is added.
+var larger = map[string]int{
+	"pkg/execproc":                     4400,
+	"pkg/streaming/internal/spdy":      3400,
+	"pkg/streaming/internal/websocket": 2650,
+}
+
 func list(t *testing.T, arguments ...string) []string {
 	t.Helper()
 	out, err := exec.Command("go", append([]string{"list"}, arguments...)...).Output()
@@ -65,14 +110,25 @@ func list(t *testing.T, arguments ...string) []string {
 	return strings.Split(strings.TrimSpace(string(out)), "\n")
 }
 
+// floor is a package's, -1 for one that stands nowhere.
+func floor(name string) int {
+	return slices.IndexFunc(floors, func(f []string) bool { return slices.Contains(f, name) })
+}
+
 func TestImportRules(t *testing.T) {
 	for _, line := range list(t, "-f", `{{.ImportPath}} {{join .Imports " "}}`, module+"cmd/...", module+"pkg/...") {
 		fields := strings.Fields(line)
 		importer := strings.TrimPrefix(fields[0], module)
+		if floor(importer) < 0 {
+			t.Errorf("%s stands on no floor", importer)
+		}
 		for _, path := range fields[1:] {
 			imported, ours := strings.CutPrefix(path, module)
 			if ours && !slices.Contains(allowed[importer], imported) {
 				t.Errorf("%s imports %s: not in the plan of the house", importer, imported)
+			}
+			if ours && floor(imported) <= floor(importer) {
+				t.Errorf("%s imports %s, which is on no lower floor", importer, imported)
 			}
 		}
 	}
@@ -93,5 +149,61 @@ func TestForeignImports(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+func TestPackagesAreSmall(t *testing.T) {
+	for _, line := range list(t, "-f", `{{.ImportPath}} {{.Dir}} {{join .GoFiles " "}}`, module+"cmd/...", module+"pkg/...") {
+		fields := strings.Fields(line)
+		name, lines := strings.TrimPrefix(fields[0], module), 0
+		for _, file := range fields[2:] {
+			text, err := os.ReadFile(filepath.Join(fields[1], file))
+			if err != nil {
+				t.Fatal(err)
+			}
+			lines += bytes.Count(text, []byte("\n"))
+		}
+		if limit := max(maxLines, larger[name]); lines > limit {
+			t.Errorf("%s has %d lines, it may have %d", name, lines, limit)
+		}
+	}
+}
+
+var update = flag.Bool("update", false, "write the picture into docs/architecture.md")
+
+// picture is the house, one line for each floor.
+func picture() string {
+	var b strings.Builder
+	b.WriteString("```\n")
+	for i, f := range floors {
+		var names []string
+		for _, name := range f {
+			names = append(names, strings.TrimPrefix(name, "pkg/"))
+		}
+		fmt.Fprintf(&b, "%d  %s\n", len(floors)-1-i, strings.Join(names, " · "))
+	}
+	b.WriteString("```\n")
+	return b.String()
+}
+
+func TestPictureIsOfThisHouse(t *testing.T) {
+	const path, begin, end = "../../docs/architecture.md", "<!-- floors: made by test/imports -->\n", "<!-- end of floors -->\n"
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, rest, found := strings.Cut(string(text), begin)
+	drawn, after, closed := strings.Cut(rest, end)
+	if !found || !closed {
+		t.Fatalf("%s has no place for the floors", path)
+	}
+	if *update {
+		if err := os.WriteFile(path, []byte(before+begin+picture()+end+after), 0o644); err != nil { //nolint:gosec // a document
+			t.Fatal(err)
+		}
+		return
+	}
+	if drawn != picture() {
+		t.Errorf("the floors in %s are not those of the rules: go test ./test/imports -update", path)
 	}
 }

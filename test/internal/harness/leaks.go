@@ -103,7 +103,7 @@ func ExpectNoLeak(t *testing.T, load func(shim *Streamshim, n int), n int) {
 		t.Errorf("%d goroutines", len(stacks))
 	}
 	for _, stack := range stacks {
-		for _, part := range []string{"remoteCommandSession", "/spdy.", "/websocket.", "(*relay)", "execproc.(*Process)", "os/exec"} {
+		for _, part := range []string{"streaming/remotecommand.(*Session)", "/spdy.", "/websocket.", "(*relay)", "execproc.(*Process)", "os/exec"} {
 			if strings.Contains(stack, part) {
 				t.Errorf("a goroutine of a session is left:\n%s", stack)
 				break

@@ -32,3 +32,9 @@ func Unacknowledged(c net.Conn) (n int, known bool) {
 	})
 	return n, known
 }
+
+// Pending is how many bytes lie in a pipe, seen from either of its ends.
+func Pending(pipe syscall.Conn) (bytes int) {
+	Control(pipe, func(fd int) { bytes, _ = unix.IoctlGetInt(fd, unix.TIOCINQ) }) //nolint:errcheck // then nothing is known to be there
+	return bytes
+}

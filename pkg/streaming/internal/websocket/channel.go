@@ -340,3 +340,9 @@ func (ch *Channel) Reset() error {
 	ch.CloseRead()
 	return ch.CloseWrite()
 }
+
+// Err implements workload.Stream: a channel is cut with its connection alone.
+func (ch *Channel) Err() error { return ch.conn.Err() }
+
+// AfterReset implements workload.Stream: there is no reset of a channel.
+func (ch *Channel) AfterReset(func()) {}

@@ -1,0 +1,90 @@
+// Package buffers bounds the unread data that all sessions keep together.
+package buffers
+
+import (
+	"sync"
+	"sync/atomic"
+)
+
+// Pool bounds the unread data of all sessions together, where each may have a lot for itself. Its methods may be
+// called from several goroutines. A nil *Pool has no limit.
+type Pool struct {
+	limit   atomic.Int64
+	used    atomic.Int64
+	refused atomic.Int64
+}
+
+// New returns room for so many bytes; 0 is no limit.
+func New(limit int64) *Pool {
+	b := &Pool{}
+	b.Update(limit)
+	return b
+}
+
+// Update changes the limit. What is buffered stays.
+func (b *Pool) Update(limit int64) { b.limit.Store(limit) }
+
+// Used is how many bytes are buffered, rounded up to whole buffers.
+func (b *Pool) Used() int64 { return b.used.Load() }
+
+// Refused is how many times data had to wait, or was skipped, because there was no room.
+func (b *Pool) Refused() int64 { return b.refused.Load() }
+
+// Share is what one session has of it. The caller closes it when the session is over.
+func (b *Pool) Share() *Share { return &Share{buffers: b} }
+
+// Share is the room of one session, the memory.Room of its connections. When it is closed it
+// gives back what the connections never did: what has arrived and is not read when a session ends stays in their streams.
+type Share struct {
+	buffers *Pool
+
+	mu     sync.Mutex
+	held   int64
+	closed bool
+}
+
+// Full says that no more should be kept than what a session cannot go on without.
+func (s *Share) Full() bool {
+	b := s.buffers
+	if b == nil {
+		return false
+	}
+	limit := b.limit.Load()
+	if limit == 0 || b.used.Load() < limit {
+		return false
+	}
+	b.refused.Add(1)
+	return true
+}
+
+// Take says that n more bytes are kept.
+func (s *Share) Take(n int) { s.add(int64(n)) }
+
+// Return says that n bytes are not kept any more.
+func (s *Share) Return(n int) { s.add(-int64(n)) }
+
+func (s *Share) add(n int64) {
+	if s.buffers == nil || n == 0 {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return
+	}
+	s.held += n
+	s.buffers.used.Add(n)
+}
+
+// Close gives everything back. What the connections say afterwards does not count.
+func (s *Share) Close() {
+	if s.buffers == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closed {
+		s.closed = true
+		s.buffers.used.Add(-s.held)
+	}
+}

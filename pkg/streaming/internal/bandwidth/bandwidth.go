@@ -1,0 +1,74 @@
+// Package bandwidth holds the streams of a session to a number of bytes a second.
+package bandwidth
+
+import (
+	"io"
+
+	"github.com/streamshim/streamshim/pkg/workload"
+)
+
+// Limit holds the streams of one session to a number of bytes a second, each direction for
+// itself. A nil one does not.
+type Limit struct {
+	sent, received *tokenBucket
+}
+
+// New returns a limit for the streams of one session, nil when it is 0. Nobody waits after end.
+func New(bytesPerSecond int64, end <-chan struct{}) *Limit {
+	if bytesPerSecond <= 0 {
+		return nil
+	}
+	return &Limit{sent: newTokenBucket(bytesPerSecond, end), received: newTokenBucket(bytesPerSecond, end)}
+}
+
+// Stream is the stream held to the limit.
+func (b *Limit) Stream(s workload.Stream) workload.Stream {
+	if b == nil {
+		return s
+	}
+	return limitedStream{s, b}
+}
+
+// limitedStream moves no more than its bandwidth allows. Only the two ways by which sessions move
+// bytes in bulk are held back.
+type limitedStream struct {
+	workload.Stream
+	limit *Limit
+}
+
+func (l limitedStream) ReadFrom(r io.Reader) (int64, error) {
+	return l.Stream.ReadFrom(limitedReader{r, l.limit.sent})
+}
+
+func (l limitedStream) WriteTo(w io.Writer) (int64, error) {
+	return l.Stream.WriteTo(limitedWriter{w, l.limit.received})
+}
+
+type limitedReader struct {
+	io.Reader
+	bucket *tokenBucket
+}
+
+func (l limitedReader) Read(p []byte) (int, error) {
+	n, err := l.Reader.Read(p[:min(len(p), l.bucket.burst)])
+	l.bucket.take(n)
+	return n, err
+}
+
+type limitedWriter struct {
+	io.Writer
+	bucket *tokenBucket
+}
+
+func (l limitedWriter) Write(p []byte) (int, error) {
+	written := 0
+	for written < len(p) {
+		n, err := l.Writer.Write(p[written:min(len(p), written+l.bucket.burst)])
+		l.bucket.take(n)
+		written += n
+		if err != nil {
+			return written, err
+		}
+	}
+	return written, nil
+}

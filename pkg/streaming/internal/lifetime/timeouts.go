@@ -1,0 +1,116 @@
+package lifetime
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/session"
+)
+
+// Timeouts ends a session in which no payload has moved for a while, and warns the user of a terminal
+// before that and before the end of the session's lifetime. The clock is the session's own, so that
+// it does not matter whether a client sends pings (containerd#5563, kubernetes#128314).
+type Timeouts struct {
+	idle    time.Duration // 0 is off
+	ends    time.Time     // the lifetime's end; zero where there is nothing to warn of
+	warning time.Duration // before idle is over; 0 is none
+	before  time.Duration // before ends
+	session *session.Session
+	timer   *time.Timer // nil when there is nothing to wait for
+
+	last   time.Time // payload last moved, the warnings not counted
+	moved  int64     // payload up to then, in bytes
+	warned bool      // of idleness, since last
+	own    int64     // bytes of warnings sent
+}
+
+// NewTimeouts begins to watch over a session.
+func NewTimeouts(l Limits, s *session.Session) *Timeouts {
+	t := &Timeouts{idle: l.Idle, session: s, last: time.Now()}
+	// A limit of a few minutes needs no warning.
+	if s.TTY && t.idle > 2*l.Warning {
+		t.warning = l.Warning
+	}
+	if s.TTY && l.Max > 2*l.Warning {
+		t.before = l.Warning
+		t.ends = s.Start.Add(l.Max)
+	}
+	if t.idle > 0 || !t.ends.IsZero() {
+		t.timer = time.NewTimer(t.next(t.last))
+	}
+	return t
+}
+
+// C ticks when Check is due.
+func (t *Timeouts) C() <-chan time.Time {
+	if t.timer == nil {
+		return nil
+	}
+	return t.timer.C
+}
+
+// Stop ends the watch.
+func (t *Timeouts) Stop() {
+	if t.timer != nil {
+		t.timer.Stop()
+	}
+}
+
+// Check stops the session if it has been idle for too long, and returns what the user of a terminal
+// is to read if the session will end soon.
+func (t *Timeouts) Check() (warning string) {
+	received, sent := t.session.Connection().Transferred()
+	if moved := received + sent - t.own; moved > t.moved {
+		t.moved, t.last, t.warned = moved, t.session.Connection().LastActivity(), false
+	}
+	now := time.Now()
+	if t.idle > 0 && now.Sub(t.last) >= t.idle {
+		t.session.Stop(&session.EndError{
+			Reason:  "idle-timeout",
+			Message: fmt.Sprintf("the session was ended because nothing was sent or received for %v", t.idle),
+		})
+		return ""
+	}
+	if t.warnsOfIdleness() && !now.Before(t.idleEnd().Add(-t.warning)) {
+		warning += warningLine("this session is idle and will be ended", t.idleEnd().Sub(now))
+		t.warned = true
+	}
+	if !t.ends.IsZero() && !now.Before(t.ends.Add(-t.before)) {
+		warning += warningLine("this session has reached its longest lifetime and will be ended", t.ends.Sub(now))
+		t.ends = time.Time{}
+	}
+	t.own += int64(len(warning))
+	if t.idle > 0 || !t.ends.IsZero() {
+		t.timer.Reset(t.next(now))
+	}
+	return warning
+}
+
+func warningLine(what string, left time.Duration) string {
+	unit := time.Second
+	if left < 10*time.Second {
+		unit = time.Millisecond
+	}
+	return fmt.Sprintf("\r\n[streamshim: %s in %v]\r\n", what, max(left, 0).Round(unit))
+}
+
+func (t *Timeouts) idleEnd() time.Time { return t.last.Add(t.idle) }
+
+func (t *Timeouts) warnsOfIdleness() bool { return t.warning > 0 && !t.warned }
+
+// next is the time until check has something to do, if nothing moves in between.
+func (t *Timeouts) next(now time.Time) time.Duration {
+	var at time.Time
+	if t.idle > 0 {
+		at = t.idleEnd()
+		if t.warnsOfIdleness() {
+			at = at.Add(-t.warning)
+		}
+	}
+	if !t.ends.IsZero() {
+		if w := t.ends.Add(-t.before); at.IsZero() || w.Before(at) {
+			at = w
+		}
+	}
+	return max(at.Sub(now), time.Millisecond)
+}

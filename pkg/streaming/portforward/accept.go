@@ -1,0 +1,85 @@
+package portforward
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"math"
+	"net"
+	"net/http"
+
+	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/event"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/bandwidth"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/status"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
+)
+
+// Accept opens the pod, upgrades the connection of a request and returns its session, for Session.Run. Without a
+// session the outcome says why; the request has been answered then.
+func Accept(w http.ResponseWriter, r *http.Request, up transport.Upgrade, request *Request, live *session.Session, config Config, terms lifetime.Terms) (*Session, session.Outcome) {
+	config.StreamCreation = cmp.Or(config.StreamCreation, streamCreation)
+	forwarder, err := config.Pods.Forwarder(request.Sandbox)
+	if err != nil {
+		status.WriteError(w, http.StatusInternalServerError, "port-forward into the pod: "+err.Error())
+		return nil, session.Outcome{Reason: "start-failed", ExitCode: -1, Err: err}
+	}
+	s := &Session{
+		config: config, terms: terms, session: live, forwarder: forwarder,
+		waiting: make(map[string]*connection), open: make(map[*connection]struct{}),
+	}
+	s.network, err = s.accept(w, r, up, request.Ports)
+	if err != nil {
+		forwarder.Close() //nolint:errcheck // of no use
+		return nil, lifetime.ClientGone(err)
+	}
+	s.bandwidth = bandwidth.New(terms.Bandwidth, s.client.Done())
+	return s, session.Outcome{}
+}
+
+// accept upgrades the connection to the transport that was negotiated. Nothing is read from it
+// before Run.
+func (s *Session) accept(w http.ResponseWriter, r *http.Request, up transport.Upgrade, ports []int32) (net.Conn, error) {
+	config := spdy.Config{OnStream: s.onStream, Room: s.terms.Buffers, Stall: s.config.Stall, OnStall: func() { s.terms.Observe(event.StreamStalled) }}
+	if !up.WebSocket {
+		network, buffered, err := transport.HijackSPDY(w, up.Protocol)
+		if err == nil {
+			s.client = spdy.NewServer(network, buffered, config)
+		}
+		return network, err
+	}
+	protocol := websocket.Protocol(up.Protocol)
+	if protocol.Tunnel() {
+		tunnel, err := websocket.AcceptTunnel(w, r)
+		if err != nil {
+			return nil, err
+		}
+		s.client = spdy.NewServer(tunnel, nil, config)
+		return tunnel.NetConn(), nil
+	}
+	named := make([]uint16, 0, len(ports))
+	for _, port := range ports {
+		if port <= 0 || port > math.MaxUint16 {
+			err := fmt.Errorf("%d is no port", port)
+			status.WriteError(w, http.StatusBadRequest, err.Error())
+			return nil, err
+		}
+		named = append(named, uint16(port))
+	}
+	conn, err := websocket.AcceptPortForward(w, r, protocol, named, websocket.Config{Room: s.terms.Buffers})
+	if err != nil {
+		return nil, err
+	}
+	s.client = transport.Channels{ChannelConn: conn.ChannelConn}
+	s.closeWrite = func(ctx context.Context) {
+		s.connections.Go(func() { conn.CloseWrite(ctx) }) //nolint:errcheck // a client that has gone is noticed in Run
+	}
+	s.farewell = func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
+	for _, c := range conn.Ports() {
+		s.legacy = append(s.legacy, &connection{port: c.Port, data: c.Data, failure: c.Error})
+	}
+	return conn.NetConn(), nil
+}

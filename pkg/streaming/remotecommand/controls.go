@@ -1,0 +1,72 @@
+package remotecommand
+
+import (
+	"io"
+	"syscall"
+
+	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/bandwidth"
+	"github.com/streamshim/streamshim/pkg/workload"
+)
+
+// beginOperating lets operators at the session, whose process runs now. A terminal can always be
+// listened to: it is slow by itself. Other sessions are only if somebody listens from the start,
+// because their output goes from pipe to socket without passing here otherwise.
+func (s *Session) beginOperating(p Process) {
+	if s.request.Command.TTY || s.session.Taps.Count() > 0 {
+		s.session.Taps.Open()
+	}
+	s.bandwidth = bandwidth.New(s.terms.Bandwidth, s.client.Done())
+	s.session.SetControls(&controls{process: p, tty: s.request.Command.TTY, stdout: s.client.stdout})
+}
+
+// operatedOutput is the client's stream as the output's copier sees it.
+func (s *Session) operatedOutput(from session.Output, to workload.Stream) workload.Stream {
+	if to == nil {
+		return nil
+	}
+	if s.session.Taps.Opened() {
+		to = tappedStream{Stream: to, sent: func(p []byte) error {
+			err := s.session.Taps.Output(from, p)
+			if err != nil {
+				s.withheld.Store(true)
+			}
+			return err
+		}}
+	}
+	return s.bandwidth.Stream(to)
+}
+
+// operatedInput is the client's stream as the input's copier sees it.
+func (s *Session) operatedInput(from workload.Stream) workload.Stream {
+	if s.session.Taps.Opened() {
+		from = tappedStream{Stream: from, received: s.session.Taps.Input}
+	}
+	return s.bandwidth.Stream(from)
+}
+
+// controls implements session.Controls.
+type controls struct {
+	process Process
+	tty     bool
+	stdout  workload.Stream
+}
+
+// PID implements session.Controls.
+func (c *controls) PID() int {
+	return c.process.PID()
+}
+
+// Signal implements session.Controls.
+func (c *controls) Signal(signal syscall.Signal) error {
+	return c.process.Signal(signal)
+}
+
+// Notice implements session.Controls.
+func (c *controls) Notice(text string) error {
+	if !c.tty || c.stdout == nil {
+		return nil
+	}
+	_, err := io.WriteString(c.stdout, "\r\n[streamshim: "+text+"]\r\n")
+	return err
+}

@@ -1,0 +1,65 @@
+package remotecommand
+
+import (
+	"context"
+	"net/http"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
+	"github.com/streamshim/streamshim/pkg/workload"
+)
+
+// sizeLook is how often it is looked for input and for the answer to a ping while a size is waited for.
+const sizeLook = 5 * time.Millisecond
+
+// firstSize waits a moment for the terminal's size, which clients send at once, so that the command never sees
+// a wrong one. A client that sends none is not to cost its user the whole of it: what it sends instead, or its
+// answer to our ping, says that a size would have been here.
+func (s *Session) firstSize(ctx context.Context) workload.Size {
+	if !s.request.Command.TTY || s.client.resize == nil {
+		return workload.Size{}
+	}
+	s.terminal.known = make(chan struct{})
+	s.others.Go(func() { s.terminal.follow(s.client.resize) })
+	timeout := time.NewTimer(s.config.FirstSize)
+	defer timeout.Stop()
+	looks := time.NewTicker(sizeLook)
+	defer looks.Stop()
+	asked := time.Now()
+	if s.client.answersItself {
+		s.client.Ping() //nolint:errcheck // a client that has gone is noticed below
+	}
+	for ticks := looks.C; ; {
+		select {
+		case <-s.terminal.known:
+		case <-timeout.C:
+		case <-s.client.Done():
+		case <-ctx.Done():
+		case <-ticks:
+			if s.client.sendsOtherThanSize(asked) {
+				ticks = nil
+				timeout.Reset(min(s.config.SizeSlack, max(0, s.config.FirstSize-time.Since(asked))))
+			}
+			continue
+		}
+		return s.terminal.lastSize()
+	}
+}
+
+// sendsOtherThanSize tells whether the client has sent input, or, since the ping, anything at all.
+func (c *client) sendsOtherThanSize(pinged time.Time) bool {
+	if c.sendsSize {
+		return false
+	}
+	if c.stdin != nil && (c.stdin.Received() > 0 || c.stdin.InputEnded()) {
+		return true
+	}
+	return c.answersItself && c.LastReceived().After(pinged)
+}
+
+// answersItself tells whether a ping over the request's connection is answered by the client itself, and not by
+// somebody who translates for it, whose client may be far away. Only SPDY is translated to: by the API server, whose
+// request the kubelet hands on, or by the kubelet. What was handed on by both has come from the client.
+func answersItself(r *http.Request, overWebSocket bool) bool {
+	return overWebSocket || len(transport.CommaSeparated(r.Header, "X-Forwarded-For")) >= 2
+}

@@ -1,0 +1,107 @@
+package remotecommand
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/streamshim/streamshim/pkg/streaming/buffers"
+)
+
+// skipBufferKeep is how many bytes of an empty skipBuffer are not given back.
+const skipBufferKeep = 64 << 10
+
+// skipBuffer holds output for a reader that may be slower than its writer. The writer never waits:
+// what does not fit is skipped, and the reader finds a line that says how much.
+type skipBuffer struct {
+	max     int
+	buffers *buffers.Share // counts data.Len()
+	newline string
+
+	mu      sync.Mutex
+	changed *sync.Cond
+	data    bytes.Buffer
+	skipped int64
+	ended   bool
+}
+
+func newSkipBuffer(limit int, tty bool, buffers *buffers.Share) *skipBuffer {
+	b := &skipBuffer{max: limit, buffers: buffers, newline: "\n"}
+	if tty {
+		b.newline = "\r\n"
+	}
+	b.changed = sync.NewCond(&b.mu)
+	return b
+}
+
+// Write never blocks and takes everything, if only to skip it.
+func (b *skipBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ended {
+		return 0, errors.New("nobody reads any more")
+	}
+	defer b.count(b.data.Len())
+	if b.skipped > 0 && b.max-b.data.Len() < b.max/2 || b.data.Len() > 0 && b.buffers.Full() {
+		b.skipped += int64(len(p)) // one long gap is better than many short ones
+		return len(p), nil
+	}
+	b.mark()
+	n := min(len(p), max(b.max-b.data.Len(), 0)) // the line alone may be more than max
+	b.data.Write(p[:n])
+	b.skipped += int64(len(p) - n)
+	b.changed.Signal()
+	return len(p), nil
+}
+
+// count tells the share how much more, or less, there is than before. b.mu is held.
+func (b *skipBuffer) count(before int) { b.buffers.Take(b.data.Len() - before) }
+
+// mark writes down the gap before what follows; b.mu is held.
+func (b *skipBuffer) mark() {
+	if b.skipped > 0 {
+		fmt.Fprintf(&b.data, "%s[streamshim: %d bytes skipped because the client reads too slowly]%s", b.newline, b.skipped, b.newline)
+		b.skipped = 0
+	}
+}
+
+// end says that no more will be written. What is there can still be read.
+func (b *skipBuffer) end() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	defer b.count(b.data.Len())
+	b.mark()
+	b.ended = true
+	b.changed.Broadcast()
+}
+
+// Read waits for output; it returns io.EOF after the end.
+func (b *skipBuffer) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for b.data.Len() == 0 {
+		if b.ended {
+			return 0, io.EOF
+		}
+		b.changed.Wait()
+	}
+	defer b.count(b.data.Len())
+	n, err := b.data.Read(p)
+	if b.data.Len() == 0 && b.data.Cap() > skipBufferKeep {
+		b.data = bytes.Buffer{}
+	}
+	return n, err
+}
+
+// Close makes the writer fail and the reader end.
+func (b *skipBuffer) Close() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	defer b.count(b.data.Len())
+	b.ended = true
+	b.data.Reset()
+	b.changed.Broadcast()
+	return nil
+}
