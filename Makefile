@@ -176,6 +176,62 @@ bin/nfpm bin/cyclonedx-gomod:
 	@cd $(<D) && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -o $(CURDIR)/bin/ tool
 	@touch $@
 
+IMAGE ?= dist/streamshim-image.tar
+IMAGE_NAME ?= registry.example/streamshim:$(VERSION)
+IMAGE_ARCHES := amd64 arm64
+
+.PHONY: image
+image: bin/image ## the image for a fleet (amd64, arm64) as an OCI archive, dist/streamshim-image.tar, without a Docker daemon
+	@for arch in $(IMAGE_ARCHES); do \
+		GOOS=linux GOARCH=$$arch CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' \
+			-o bin/image-$$arch/ ./cmd/streamshim; \
+	done
+	@mkdir -p $(dir $(IMAGE))
+	@bin/image -o $(IMAGE) -tag $(IMAGE_NAME) -version $(VERSION) -license LICENSE \
+		$(foreach arch,$(IMAGE_ARCHES),linux/$(arch)=bin/image-$(arch)/streamshim)
+
+bin/image: test/internal/tools/image/go.mod test/internal/tools/image/main.go
+	@cd test/internal/tools/image && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -o $(CURDIR)/bin/ .
+	@touch $@
+
+PLUGIN_PLATFORMS := linux-amd64 linux-arm64 darwin-arm64
+
+.PHONY: plugin
+plugin: ## kubectl streamshim for krew: archives and their sums in PACKAGES_DIR (dist)
+	@mkdir -p $(PACKAGES_DIR)
+	@for platform in $(PLUGIN_PLATFORMS); do \
+		GOOS=$${platform%-*} GOARCH=$${platform#*-} CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' \
+			-o bin/plugin-$$platform/ ./cmd/kubectl-streamshim; \
+		tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -C bin/plugin-$$platform -cf - kubectl-streamshim -C $(CURDIR) LICENSE \
+			| gzip -9n >$(PACKAGES_DIR)/kubectl-streamshim-$$platform.tar.gz; \
+	done
+	@cd $(PACKAGES_DIR) && sha256sum kubectl-streamshim-*.tar.gz
+
+.PHONY: manifests print-manifests
+manifests: bin/helm ## write deploy/manifests from the chart in deploy/helm
+	@$(MAKE) -s print-manifests >deploy/manifests/streamshim.yaml
+print-manifests:
+	@bin/helm template streamshim deploy/helm/streamshim --kube-version 1.36.0 --namespace streamshim-system --set namespace.create=true
+
+# Modules of their own, so that their dependencies stay out of the product's.
+bin/helm bin/kubeconform: test/internal/tools/helm/go.mod
+	$(call say,helm and kubeconform: built once$(,) some minutes)
+	@cd test/internal/tools/helm && CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false -ldflags '-s -w' -o $(CURDIR)/bin/ tool
+	@touch bin/helm bin/kubeconform
+
+bin/kube-controller-manager bin/kube-scheduler: test/internal/tools/cluster/go.mod
+	$(call say,kube-controller-manager and kube-scheduler: built once$(,) some minutes)
+	@cd test/internal/tools/cluster && version=$$(go list -m -f '{{.Version}}' k8s.io/kubernetes) && \
+		CGO_ENABLED=0 GOWORK=off go build -mod=readonly -trimpath -buildvcs=false \
+		-ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$$version -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36" \
+		-o $(CURDIR)/bin/ tool
+	@touch bin/kube-controller-manager bin/kube-scheduler
+
+.PHONY: fleet
+fleet: IMAGE_NAME = registry.example/streamshim:test
+fleet: peers kubernetes build image bin/helm bin/kube-controller-manager ## image, chart and DaemonSet on a real node, which it moves over and back
+	STREAMSHIM_FLEET=1 go test -v -count 1 -timeout 30m ./test/fleet
+
 .PHONY: clean
 clean: ## remove what was built here (not ~/.cache/streamshim, not a running lab)
 	rm -rf bin dist .artefacts test/clients/javascript/node_modules

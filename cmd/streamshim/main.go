@@ -48,6 +48,6 @@ Start it with "streamshim serve" and point the kubelet's containerRuntimeEndpoin
 		SilenceErrors: true,
 	}
 	root.SetVersionTemplate(versionLine())
-	root.AddCommand(newServeCommand(), newSessionsCommand(), newCheckCommand(), newSupportCommand(), newVersionCommand())
+	root.AddCommand(newServeCommand(), newSessionsCommand(), newCheckCommand(), newNodeCommand(), newSupportCommand(), newVersionCommand())
 	return root
 }

@@ -95,7 +95,7 @@ func (o *operation) commands() metrics.Commands {
 }
 
 func adminSettings(c config.Config) admin.Settings {
-	return admin.Settings{Command: session.CommandLevel(c.Audit.Command), NotifyWatch: c.NotifyWatch}
+	return admin.Settings{Command: session.CommandLevel(c.Audit.Command), NotifyWatch: c.NotifyWatch, Recordings: c.Recording.Directory}
 }
 
 func auditConfig(c config.Config) audit.Config {

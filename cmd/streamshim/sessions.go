@@ -47,7 +47,7 @@ An ID may be shortened as long as it is unique.`,
 		}
 	}
 	command.AddCommand(newListCommand(withClient), newShowCommand(withClient), newKillCommand(withClient),
-		newWatchCommand(withClient), newReplayCommand())
+		newWatchCommand(withClient), newRecordingsCommand(withClient), newReplayCommand(withClient))
 	return command
 }
 
@@ -295,12 +295,42 @@ trusted, --escapes=show prints escapes instead of obeying them.`,
 	return command
 }
 
-func newReplayCommand() *cobra.Command {
+func newRecordingsCommand(withClient clientCommand) *cobra.Command {
 	command := &cobra.Command{
-		Use:   "replay FILE",
+		Use:   "recordings",
+		Short: "List the recordings that are kept on this node, newest first",
+		Args:  cobra.NoArgs,
+	}
+	output := command.Flags().StringP("output", "o", "", "json")
+	command.RunE = withClient(func(cmd *cobra.Command, c *admin.Client, _ []string) error {
+		if *output != "" && *output != "json" {
+			return fmt.Errorf("--output %q is not json", *output)
+		}
+		recordings, err := c.Recordings(cmd.Context())
+		if err != nil {
+			return err
+		}
+		if *output == "json" {
+			return printJSON(cmd.OutOrStdout(), admin.RecordingList{Recordings: recordings})
+		}
+		table := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
+		fmt.Fprintln(table, "STARTED\tPOD\tCONTAINER\tSIZE\tNAME")
+		for _, r := range recordings {
+			fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n", r.Started.Format(time.RFC3339),
+				printable(r.PodNamespace+"/"+r.PodName), printable(r.Container), bytesText(r.Size), printable(r.Name))
+		}
+		return table.Flush()
+	})
+	return command
+}
+
+func newReplayCommand(withClient clientCommand) *cobra.Command {
+	command := &cobra.Command{
+		Use:   "replay FILE|NAME",
 		Short: "Play a recording in this terminal",
-		Long: `replay plays a recording in this terminal, with its pauses. What it shows speaks to this terminal; of a
-container that is not trusted, --escapes=show prints escapes instead of obeying them.`,
+		Long: `replay plays a recording in this terminal, with its pauses: a file, or one of "sessions recordings" by its
+name there. What it shows speaks to this terminal; of a container that is not trusted, --escapes=show
+prints escapes instead of obeying them.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
 				return errors.New("name one recording, a file that ends with " + recording.Suffix)
@@ -315,7 +345,14 @@ container that is not trusted, --escapes=show prints escapes instead of obeying 
 		if *speed <= 0 {
 			return errors.New("--speed must be more than 0")
 		}
+		var file io.ReadCloser
 		file, err := os.Open(args[0])
+		if errors.Is(err, os.ErrNotExist) && !strings.Contains(args[0], "/") {
+			err = withClient(func(cmd *cobra.Command, c *admin.Client, args []string) error {
+				file, err = c.Recording(cmd.Context(), args[0])
+				return err
+			})(cmd, args)
+		}
 		if err != nil {
 			return err
 		}

@@ -5,6 +5,8 @@
 //	GET  /v1/sessions/{id}        one: Session
 //	POST /v1/sessions/{id}/kill   KillRequest; 204
 //	GET  /v1/sessions/{id}/watch  what its terminal shows from now on, as an asciicast v2
+//	GET  /v1/recordings           the recordings that are kept: RecordingList
+//	GET  /v1/recordings/{name}    one, an asciicast v2
 //
 // An id may be shortened as long as it is unique. Errors are an Error with a matching HTTP status.
 // New fields may be added within a version; a reader skips those it does not know.
@@ -49,6 +51,22 @@ type Session struct {
 	Idle            float64   `json:"idle_seconds"`
 	BytesIn         int64     `json:"bytes_in"`  // from the client
 	BytesOut        int64     `json:"bytes_out"` // to the client
+}
+
+// RecordingList is the answer to GET /v1/recordings, newest first.
+type RecordingList struct {
+	Recordings []Recording `json:"recordings"`
+}
+
+// Recording is a recording that is kept on the node.
+type Recording struct {
+	Name         string    `json:"name"`
+	PodNamespace string    `json:"pod_namespace"`
+	PodName      string    `json:"pod_name"`
+	Container    string    `json:"container"`
+	SessionID    string    `json:"session_id"`
+	Started      time.Time `json:"started"`
+	Size         int64     `json:"size"` // bytes; it grows while the session lives
 }
 
 // KillRequest says how to end a session.

@@ -73,6 +73,22 @@ func (c *Client) Watch(ctx context.Context, id string) (io.ReadCloser, error) {
 	return response.Body, nil
 }
 
+// Recordings returns the recordings that are kept, newest first.
+func (c *Client) Recordings(ctx context.Context) ([]Recording, error) {
+	var list RecordingList
+	err := c.get(ctx, "/v1/recordings", &list)
+	return list.Recordings, err
+}
+
+// Recording returns a recording, an asciicast. The caller closes it.
+func (c *Client) Recording(ctx context.Context, name string) (io.ReadCloser, error) {
+	response, err := c.do(ctx, http.MethodGet, "/v1/recordings/"+url.PathEscape(name), http.NoBody)
+	if err != nil {
+		return nil, err
+	}
+	return response.Body, nil
+}
+
 func (c *Client) get(ctx context.Context, path string, v any) error {
 	response, err := c.do(ctx, http.MethodGet, path, http.NoBody)
 	if err != nil {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/asciicast"
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/session/recording"
 	"github.com/streamshim/streamshim/pkg/session/transcript"
 )
 
@@ -43,6 +44,7 @@ type Config struct {
 type Settings struct {
 	Command     session.CommandLevel // how much of a command line is shown
 	NotifyWatch bool                 // tell the user of a terminal that somebody watches
+	Recordings  string               // directory of the recordings
 }
 
 // Server serves the API.
@@ -63,6 +65,8 @@ func NewServer(config Config) *Server {
 		"GET /v1/sessions/{id}":       s.show,
 		"POST /v1/sessions/{id}/kill": s.kill,
 		"GET /v1/sessions/{id}/watch": s.watch,
+		"GET /v1/recordings":          s.recordings,
+		"GET /v1/recordings/{name}":   s.recording,
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			if err := handle(w, r); err != nil {
@@ -209,6 +213,36 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 		}
 	}
 	encoder.Close(time.Now()) //nolint:errcheck // as above
+	return nil
+}
+
+func (s *Server) recordings(w http.ResponseWriter, _ *http.Request) error {
+	files, err := recording.Files(s.config.Settings().Recordings)
+	if err != nil {
+		return err
+	}
+	answer := RecordingList{Recordings: []Recording{}}
+	for _, f := range files {
+		answer.Recordings = append(answer.Recordings, Recording{
+			Name: f.Name, PodNamespace: f.Namespace, PodName: f.Pod, Container: f.Container,
+			SessionID: f.SessionID, Started: f.Started, Size: f.Size,
+		})
+	}
+	return writeJSON(w, answer)
+}
+
+func (s *Server) recording(w http.ResponseWriter, r *http.Request) error {
+	file, err := recording.Open(s.config.Settings().Recordings, r.PathValue("name"))
+	if errors.Is(err, recording.ErrNoRecording) {
+		return &Error{Code: http.StatusNotFound, Message: err.Error()}
+	}
+	if err != nil {
+		return fmt.Errorf("open the recording: %w", err)
+	}
+	defer file.Close() //nolint:errcheck // only read
+	s.config.Log.Info("an operator reads a recording", "recording", r.PathValue("name"))
+	w.Header().Set("Content-Type", "application/x-asciicast")
+	io.Copy(w, file) //nolint:errcheck // the operator has gone
 	return nil
 }
 

@@ -83,7 +83,7 @@ func execInContainer(ctx context.Context, c workload.Container, spec *specs.Proc
 	return execPassing(ctx, c, spec, f, streams, stderr, nil)
 }
 
-// execPassing is execInContainer; the process inherits the file, if it is not nil, as passedDescriptor.
+// execPassing is execInContainer; the process inherits the file, if it is not nil, as descriptor 3.
 func execPassing(ctx context.Context, c workload.Container, spec *specs.Process, f files, streams [3]*os.File, stderr, passed *os.File) (int, error) {
 	encoded, err := json.Marshal(spec)
 	if err != nil {

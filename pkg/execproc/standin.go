@@ -14,13 +14,9 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-const (
-	// passedDescriptor is what the one file that a runtime passes on becomes in the process.
-	passedDescriptor = 3
-	// passedProgram is its path there. The runtime looks a command up in the container, and has no other word for a
-	// file that is not in it.
-	passedProgram = "/proc/self/fd/3"
-)
+// passedProgram is the path, in the process, of the one file that a runtime passes on: the first descriptor
+// behind the standard ones. The runtime looks a command up in the container, and has no other word for a file that is not in it.
+const passedProgram = "/proc/self/fd/3" //nolint:gosec // no credential
 
 // startStandIn starts this program in the container instead of a command that failed to start because the container
 // does not have it, where Config.StandIn says so. The error is otherwise the one of that start.

@@ -261,7 +261,7 @@ func TestHostileArchives(t *testing.T) {
 			}
 			for name, want := range test.inside {
 				path := filepath.Join(to, name)
-				got := ""
+				var got string
 				if target, err := os.Readlink(path); err == nil {
 					got = "-> " + target
 				} else if text, err := os.ReadFile(path); err == nil {

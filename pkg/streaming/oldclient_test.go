@@ -67,7 +67,7 @@ func TestUpgradeVariants(t *testing.T) {
 	}
 }
 
-// What the error stream says in each version: JSON from v4 on; before that text, and nothing at all
+// What the error stream says in each version: JSON from v4 on, behind a space; before that text, and nothing at all
 // when all is well.
 func TestStatusOfEachVersion(t *testing.T) {
 	s := startServer(t, Config{})
@@ -85,7 +85,7 @@ func TestStatusOfEachVersion(t *testing.T) {
 				ids := c.remoteCommandStreams(streamTypeError, streamTypeStdout)
 				expected := want[1]
 				if version == "v4.channel.k8s.io" {
-					expected = want[0]
+					expected = " " + want[0] // promiseStatus
 				}
 				if got := c.finished(ids[streamTypeError]); got != expected {
 					t.Errorf("error stream %q, want %q", got, expected)
@@ -117,7 +117,7 @@ func TestStreamHeaderVariants(t *testing.T) {
 			if got := c.finished(ids[streamTypeStdout]); got != "hello" {
 				t.Errorf("%s, capital=%v: output %q", name, capital, got)
 			}
-			if got := c.finished(ids[streamTypeError]); got != `{"status":"Success"}` {
+			if got := c.finished(ids[streamTypeError]); got != ` {"status":"Success"}` {
 				t.Errorf("%s, capital=%v: status %q", name, capital, got)
 			}
 		}

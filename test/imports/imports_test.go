@@ -18,32 +18,35 @@ const module = "github.com/streamshim/streamshim/"
 
 // floors are the packages of this module from top to bottom. A package imports from lower floors alone.
 var floors = [][]string{
-	{"cmd/streamshim"},
-	{"pkg/admin", "pkg/check", "pkg/support", "pkg/metrics", "pkg/tracing", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording"},
+	{"cmd/streamshim", "cmd/kubectl-streamshim"},
+	{"pkg/admin", "pkg/check", "pkg/nodeinstall", "pkg/support", "pkg/metrics", "pkg/tracing"},
+	{"pkg/session/recording", "pkg/session/audit", "pkg/session/limits"},
 	{"pkg/cri"},
 	{"pkg/streaming"},
 	{"pkg/streaming/remotecommand", "pkg/streaming/portforward"},
 	{"pkg/streaming/internal/lifetime", "pkg/streaming/internal/bandwidth"},
 	{"pkg/streaming/internal/transport", "pkg/streaming/internal/status", "pkg/session/transcript"},
 	{"pkg/execproc", "pkg/portforward", "pkg/session", "pkg/config", "pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket"},
-	{"pkg/workload", "pkg/asciicast", "pkg/endpoint", "pkg/helper", "pkg/streaming/buffers", "pkg/streaming/event", "pkg/streaming/internal/memory", "pkg/streaming/internal/socket"},
+	{"pkg/workload", "pkg/asciicast", "pkg/endpoint", "pkg/helper", "pkg/streaming/buffers", "pkg/streaming/event", "pkg/streaming/internal/memory", "pkg/streaming/internal/socket", "deploy"},
 }
 
 // allowed are the packages of this module that each package may import directly. What is not listed
 // here may import nothing of it.
 var allowed = map[string][]string{
 	"cmd/streamshim": {
-		"pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/helper", "pkg/portforward",
+		"deploy", "pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/helper", "pkg/nodeinstall", "pkg/portforward",
 		"pkg/metrics", "pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming",
 		"pkg/streaming/buffers", "pkg/streaming/event", "pkg/streaming/portforward", "pkg/streaming/remotecommand", "pkg/support", "pkg/tracing",
 		"pkg/workload",
 	},
-	"pkg/admin":              {"pkg/asciicast", "pkg/session", "pkg/session/transcript"},
+	"cmd/kubectl-streamshim": {"pkg/admin", "pkg/session"},
+	"pkg/admin":              {"pkg/asciicast", "pkg/session", "pkg/session/recording", "pkg/session/transcript"},
 	"pkg/check":              {"pkg/config", "pkg/cri", "pkg/endpoint"},
 	"pkg/config":             {"pkg/endpoint"},
 	"pkg/cri":                {"pkg/endpoint", "pkg/session", "pkg/streaming/portforward", "pkg/streaming/remotecommand", "pkg/workload"},
 	"pkg/execproc":           {"pkg/workload"},
 	"pkg/metrics":            {"pkg/session"},
+	"pkg/nodeinstall":        {"pkg/endpoint"},
 	"pkg/portforward":        {"pkg/workload"},
 	"pkg/session":            {"pkg/workload"},
 	"pkg/session/audit":      {"pkg/session"},
@@ -70,7 +73,7 @@ var allowed = map[string][]string{
 	"pkg/streaming/internal/status":    {"pkg/session"},
 	"pkg/streaming/internal/transport": {"pkg/streaming/internal/spdy", "pkg/streaming/internal/websocket", "pkg/workload"},
 	"pkg/streaming/internal/spdy":      {"pkg/streaming/internal/memory"},
-	"pkg/streaming/internal/websocket": {"pkg/streaming/internal/memory", "pkg/streaming/internal/socket"},
+	"pkg/streaming/internal/websocket": {"pkg/streaming/internal/memory", "pkg/streaming/internal/socket", "deploy"},
 }
 
 // foreign are libraries that only the packages named may import, directly or not.

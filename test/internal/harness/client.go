@@ -25,6 +25,7 @@ import (
 // WebSocket with v5.
 var Transports = []string{"SPDY", "WebSocket"}
 
+// ForEachTransport runs a test over each of Transports, at the same time.
 func ForEachTransport(t *testing.T, f func(t *testing.T, transport string)) {
 	for _, transport := range Transports {
 		t.Run(transport, func(t *testing.T) {
@@ -49,6 +50,7 @@ func (s *Streamshim) ExecURL(t *testing.T, container string, options remotecomma
 	return parseURL(t, response.Url)
 }
 
+// AttachURL is the URL of an attach with the streams of the options.
 func (s *Streamshim) AttachURL(t *testing.T, container string, options remotecommand.StreamOptions) *url.URL {
 	t.Helper()
 	response, err := s.Runtime.Attach(t.Context(), &runtimeapi.AttachRequest{
@@ -198,6 +200,7 @@ type Gate struct {
 	opened, left chan struct{}
 }
 
+// NewGate returns a closed gate in front of a writer.
 func NewGate(w io.Writer) *Gate {
 	return &Gate{Writer: w, opened: make(chan struct{}), left: make(chan struct{})}
 }
@@ -244,6 +247,7 @@ func ExitCodeOf(err error) int {
 // Sizes gives client-go terminal sizes.
 type Sizes chan remotecommand.TerminalSize
 
+// Next implements remotecommand.TerminalSizeQueue.
 func (s Sizes) Next() *remotecommand.TerminalSize {
 	size, ok := <-s
 	if !ok {

@@ -21,6 +21,7 @@ type Ending struct {
 	Reasons []string
 }
 
+// Endings are the ways in which a container ends under its sessions.
 var Endings = []Ending{
 	{Name: "stopped", End: StopContainer, Reasons: []string{"container exited with code 137"}},
 	{Name: "removed", End: removeContainer, Reasons: []string{"container exited with code 137", "container was removed"}},
@@ -35,6 +36,7 @@ var Endings = []Ending{
 	{Name: "host-pid-removed", Pod: node.PodSpec{HostPID: true}, End: removeContainer, Reasons: []string{"container exited with code 137", "container was removed"}},
 }
 
+// StopContainer stops a container without a grace period.
 func StopContainer(t *testing.T, _, container string) {
 	t.Helper()
 	if _, err := Shared.Node.Runtime().StopContainer(t.Context(), &runtimeapi.StopContainerRequest{ContainerId: container}); err != nil {

@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-	"k8s.io/apimachinery/pkg/util/httpstream"
+	"k8s.io/apimachinery/pkg/util/httpstream" //nolint:staticcheck // what client-go 0.37 takes and gives
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/portforward"
 	"k8s.io/client-go/transport/spdy"
@@ -196,7 +196,7 @@ func StartForward(t testing.TB, n *node.Node, pod, transport string, ports ...in
 	t.Cleanup(func() {
 		close(stop)
 		select {
-		case <-f.Ended:
+		case <-f.Ended: //nolint:errcheck // the test's own end
 		case <-time.After(testutil.Patience):
 			t.Error("the port-forward does not end")
 		}

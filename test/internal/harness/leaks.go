@@ -167,6 +167,7 @@ func LogContainerdStacks(t *testing.T, parts ...string) {
 	}
 }
 
+// WriterFunc is a function that is a writer.
 type WriterFunc func([]byte) (int, error)
 
 func (f WriterFunc) Write(p []byte) (int, error) { return f(p) }

@@ -39,6 +39,7 @@ func WithMark(mark string) []int {
 	return found
 }
 
+// Glob are the paths that match.
 func Glob(pattern string) []string {
 	paths, _ := filepath.Glob(pattern) //nolint:errcheck // the patterns are good
 	return paths
@@ -76,6 +77,7 @@ func AwaitNone(t *testing.T, mark string, limit time.Duration) time.Duration {
 	}
 }
 
+// CommandLine is a process's command line, empty when it has ended.
 func CommandLine(pid int) string {
 	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)) //nolint:errcheck // empty when it has ended
 	return strings.ReplaceAll(strings.TrimRight(string(text), "\x00"), "\x00", " ")

@@ -24,6 +24,7 @@ func (c *Cluster) apiServerArguments(extendWebSocketsToKubelet bool) []string {
 		"--authorization-mode=Node,RBAC",
 		// Otherwise a pod needs a service account, which only the controller-manager would make.
 		"--disable-admission-plugins=ServiceAccount",
+		"--allow-privileged=true", // test/fleet's DaemonSet
 		fmt.Sprintf("--feature-gates=ExtendWebSocketsToKubelet=%t", extendWebSocketsToKubelet), "--v=2",
 	}
 }
