@@ -6,6 +6,7 @@ import (
 	"os"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -33,7 +34,7 @@ type Process struct {
 	standIn string // see StandIn
 
 	policy  Policy
-	probe   bool // started by RunSync
+	probe   atomic.Bool // started by RunSync
 	keep    sync.Once
 	end     sync.Once
 	kill    sync.Once
@@ -193,7 +194,7 @@ func (p *Process) beginEnd() {
 // endTree is the end of a process and of everything that descends from it.
 func (p *Process) endTree() {
 	t := newTree(p.leader, p.container.InitPid, p.ends)
-	t.urgent = p.probe
+	t.urgent = p.probe.Load()
 	t.stranger = p.pipes == nil && p.tty == nil // a predecessor's
 	if p.pipes != nil {
 		t.pipes = p.pipes.watchEnds()

@@ -80,7 +80,7 @@ func (r *Runner) startInTurn(ctx context.Context, c workload.Container, command 
 	}
 	p, err := r.startCommand(ctx, c, workload.Command{Args: command.Args, Env: command.Env, Stdout: true, Stderr: true}, PolicyKill)
 	if err == nil {
-		p.probe = true
+		p.probe.Store(true)
 	}
 	return p, err
 }

@@ -73,9 +73,7 @@ func (c *connection) clientReset() {
 func (c *connection) forward(ctx context.Context) (sent, received int64, err error) {
 	stop := context.AfterFunc(ctx, func() { c.abort(context.Cause(ctx)) })
 	defer stop()
-	if s, ok := c.stream.(resettable); ok {
-		s.AfterReset(c.late.start)
-	}
+	c.stream.AfterReset(c.late.start)
 	if s, ok := c.stream.(leaver); ok {
 		defer s.AfterLeaving(c.left.start)()
 	}

@@ -19,10 +19,6 @@ import (
 // DefaultHalfClosedIdle is Config.HalfClosedIdle when that is zero.
 const DefaultHalfClosedIdle = time.Hour
 
-// resettable is a Stream that tells, without being read, that its client has reset it. There is one f,
-// which a second replaces; it is called at once when that has happened. WebSocket channels are not.
-type resettable interface{ AfterReset(f func()) }
-
 // leaver is a Stream that goes on when its client leaves after the end of its input: WriteTo moves the rest, and
 // what is sent to the client goes nowhere. It has do called when that has happened, in a goroutine of its own,
 // unless stop was called before.
@@ -223,9 +219,7 @@ func (f *Forwarder) Forward(ctx context.Context, port uint16, stream workload.St
 func (f *Forwarder) dialFor(ctx context.Context, port uint16, stream workload.Stream) (*net.TCPConn, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	if s, ok := stream.(resettable); ok {
-		s.AfterReset(func() { cancel(ErrResetByClient) })
-	}
+	stream.AfterReset(func() { cancel(ErrResetByClient) })
 	return f.dial(ctx, port)
 }
 

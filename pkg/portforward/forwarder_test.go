@@ -428,3 +428,4 @@ func (emptyStream) ReadFrom(r io.Reader) (int64, error) { return io.Copy(io.Disc
 func (emptyStream) CloseWrite() error                   { return nil }
 func (emptyStream) CloseRead()                          {}
 func (emptyStream) Reset() error                        { return nil }
+func (emptyStream) AfterReset(func())                   {}

@@ -298,6 +298,9 @@ func (s *tcpStream) CloseRead() {
 	})
 }
 
+// AfterReset implements workload.Stream: what a client resets is seen by reading here.
+func (s *tcpStream) AfterReset(func()) {}
+
 func (s *tcpStream) Reset() error {
 	s.resetOnce.Do(func() { close(s.wasReset) })
 	s.conn.SetLinger(0)
