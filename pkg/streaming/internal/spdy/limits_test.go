@@ -289,9 +289,9 @@ func TestOpenFloodWithoutReading(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			a, b := tcpPair(t)
-			// Little, or most of the time goes into filling what the kernel would take.
+			// Little, or most of the time goes into filling what the kernel would take. The peer's read buffer stays as
+			// it is: made smaller on a connection that stands, it now and then kept both sides' kernels from sending.
 			a.SetWriteBuffer(64 << 10)
-			b.SetReadBuffer(64 << 10)
 			peer, ours := &rawPeer{TCPConn: b, t: t}, serve(t, NewServer(a, nil, Config{OnStream: onStream}))
 			go func() {
 				block := appendHeaderBlock(nil, true, nil)
