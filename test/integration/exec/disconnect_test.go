@@ -44,8 +44,8 @@ var leftBehind = []left{
 	{name: "chatty", script: "while :; do echo chatter; sleep 0.05; done", processes: 1},
 	{name: "blocked-reader", script: "yes", processes: 1, blocked: true},
 	{name: "blocked-stdin", script: "sleep 1000; :", processes: 2, stdin: "flood"},
-	{name: "ignores-hup", script: "trap '' HUP; while :; do sleep 1; done", processes: 2},
-	{name: "ignores-hup-and-term", script: "trap '' HUP TERM INT; while :; do sleep 1; done", processes: 2},
+	{name: "ignores-hup", script: "trap '' HUP; while :; do sleep 10; done", processes: 2},
+	{name: "ignores-hup-and-term", script: "trap '' HUP TERM INT; while :; do sleep 10; done", processes: 2},
 	{name: "family", script: "sleep 1000 & (sleep 1000 & sleep 1000) & setsid sh -c 'trap \"\" HUP; sleep 1000; :' & sleep 1000; :", processes: 6},
 }
 

@@ -90,6 +90,10 @@ func (p *Pod) Listen(host string, serve func(*net.TCPConn)) int {
 	return listener.Addr().(*net.TCPAddr).Port
 }
 
+// hostNetwork is this machine's network namespace. It is opened before any thread enters another: /proc/self is
+// the process's first thread, which may be in a pod at any later moment.
+var hostNetwork, errHostNetwork = os.Open("/proc/self/ns/net")
+
 // listenIn makes the socket on a thread that is in the pod's namespace meanwhile; the socket stays.
 func (p *Pod) listenIn(address string) (net.Listener, error) {
 	if p.netns == "" {
@@ -100,18 +104,16 @@ func (p *Pod) listenIn(address string) (net.Listener, error) {
 		return nil, err
 	}
 	defer pod.Close()
-	host, err := os.Open("/proc/self/ns/net")
-	if err != nil {
-		return nil, err
+	if errHostNetwork != nil {
+		return nil, errHostNetwork
 	}
-	defer host.Close()
 	runtime.LockOSThread()
 	if err := unix.Setns(int(pod.Fd()), unix.CLONE_NEWNET); err != nil {
 		runtime.UnlockOSThread()
 		return nil, err
 	}
 	listener, err := net.Listen("tcp", address)
-	if back := unix.Setns(int(host.Fd()), unix.CLONE_NEWNET); back != nil {
+	if back := unix.Setns(int(hostNetwork.Fd()), unix.CLONE_NEWNET); back != nil {
 		return nil, back // and the thread stays locked, so that it ends with the goroutine
 	}
 	runtime.UnlockOSThread()
