@@ -40,7 +40,7 @@ func newListCommand(c *cluster) *cobra.Command {
 				return err // of nodes that have not answered
 			}
 			if err != nil {
-				fmt.Fprintln(cmd.ErrOrStderr(), printable(err.Error()))
+				fmt.Fprintln(cmd.ErrOrStderr(), printableLines(err.Error()))
 			}
 			select {
 			case <-time.After(*interval):
@@ -67,7 +67,7 @@ func printSessions(out io.Writer, sessions []on[admin.Session], output string) e
 		for _, s := range sessions {
 			list.Sessions = append(list.Sessions, nodeSession{s.agent.node, s.item})
 		}
-		return printJSON(out, list)
+		return session.WriteJSON(out, list)
 	case "":
 	default:
 		return fmt.Errorf("--output %q is not json", output)
@@ -76,8 +76,8 @@ func printSessions(out io.Writer, sessions []on[admin.Session], output string) e
 	fmt.Fprintln(table, "NAMESPACE\tPOD\tCONTAINER\tKIND\tTTY\tCOMMAND\tAGE\tNODE\tID")
 	for _, s := range sessions {
 		i := s.item
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%v\t%s\t%s\t%s\t%s\n", printable(i.PodNamespace), printable(i.PodName), printable(i.Container),
-			i.Kind, i.TTY, printable(strings.Join(i.Command, " ")), time.Duration(i.Age*float64(time.Second)).Round(time.Second), s.agent.node, i.ID[:min(len(i.ID), 8)])
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%v\t%s\t%s\t%s\t%s\n", session.Printable(i.PodNamespace), session.Printable(i.PodName), session.Printable(i.Container),
+			i.Kind, i.TTY, session.Printable(strings.Join(i.Command, " ")), time.Duration(i.Age*float64(time.Second)).Round(time.Second), s.agent.node, i.ID[:min(len(i.ID), 8)])
 	}
 	return table.Flush()
 }
@@ -89,7 +89,7 @@ func newShowCommand(c *cluster) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return printJSON(cmd.OutOrStdout(), nodeSession{s.agent.node, s.item})
+			return session.WriteJSON(cmd.OutOrStdout(), nodeSession{s.agent.node, s.item})
 		}}
 }
 
@@ -137,8 +137,8 @@ func newRecordingsCommand(c *cluster) *cobra.Command {
 		fmt.Fprintln(table, "STARTED\tNAMESPACE\tPOD\tCONTAINER\tSIZE\tNODE\tNAME")
 		for _, r := range recordings {
 			if i := r.item; *namespace == "" || i.PodNamespace == *namespace {
-				fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", i.Started.Format(time.RFC3339), printable(i.PodNamespace),
-					printable(i.PodName), printable(i.Container), i.Size, r.agent.node, printable(i.Name))
+				fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", i.Started.Format(time.RFC3339), session.Printable(i.PodNamespace),
+					session.Printable(i.PodName), session.Printable(i.Container), i.Size, r.agent.node, session.Printable(i.Name))
 			}
 		}
 		return errors.Join(table.Flush(), err)
@@ -175,21 +175,11 @@ func addEscapes(command *cobra.Command) func() []string {
 	}
 }
 
-func printJSON(out io.Writer, v any) error {
-	text, err := session.PrintableJSON(v, "  ")
-	if err != nil {
-		return err
+// printableLines is session.Printable for a text of several lines.
+func printableLines(text string) string {
+	lines := strings.Split(text, "\n")
+	for i := range lines {
+		lines[i] = session.Printable(lines[i])
 	}
-	_, err = out.Write(append(text, '\n'))
-	return err
-}
-
-// printable keeps what users have chosen from speaking to this terminal.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if strconv.IsPrint(r) || r == '\n' {
-			return r
-		}
-		return '\uFFFD'
-	}, s)
+	return strings.Join(lines, "\n")
 }

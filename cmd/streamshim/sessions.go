@@ -139,7 +139,7 @@ func list(cmd *cobra.Command, c *admin.Client, output string, watch bool) error 
 
 func printSessions(out io.Writer, sessions []admin.Session, output string) error {
 	if output == "json" {
-		return printJSON(out, admin.SessionList{Sessions: sessions})
+		return session.WriteJSON(out, admin.SessionList{Sessions: sessions})
 	}
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	columns := []string{"ID", "KIND", "POD", "CONTAINER", "COMMAND", "TTY", "PROTOCOL", "CLIENT", "AGE", "IDLE", "IN", "OUT"}
@@ -163,7 +163,7 @@ func printSessions(out io.Writer, sessions []admin.Session, output string) error
 				orDash(shorten(s.ContainerID, 13)), orDash(s.AuditID))
 		}
 		for i := range row {
-			row[i] = printable(row[i])
+			row[i] = session.Printable(row[i])
 		}
 		fmt.Fprintln(table, strings.Join(row, "\t"))
 	}
@@ -198,7 +198,7 @@ func sessionIDs(cmd *cobra.Command, args []string, _ string) ([]string, cobra.Sh
 	}
 	var ids []string
 	for _, s := range sessions {
-		ids = append(ids, s.ID+"\t"+printable(string(s.Kind)+" "+s.PodNamespace+"/"+s.PodName+" "+s.Container))
+		ids = append(ids, s.ID+"\t"+session.Printable(string(s.Kind)+" "+s.PodNamespace+"/"+s.PodName+" "+s.Container))
 	}
 	return ids, cobra.ShellCompDirectiveNoFileComp
 }
@@ -217,7 +217,7 @@ func newShowCommand(withClient clientCommand) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return printJSON(cmd.OutOrStdout(), s)
+			return session.WriteJSON(cmd.OutOrStdout(), s)
 		}),
 	}
 }
@@ -311,13 +311,13 @@ func newRecordingsCommand(withClient clientCommand) *cobra.Command {
 			return err
 		}
 		if *output == "json" {
-			return printJSON(cmd.OutOrStdout(), admin.RecordingList{Recordings: recordings})
+			return session.WriteJSON(cmd.OutOrStdout(), admin.RecordingList{Recordings: recordings})
 		}
 		table := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
 		fmt.Fprintln(table, "STARTED\tPOD\tCONTAINER\tSIZE\tNAME")
 		for _, r := range recordings {
 			fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n", r.Started.Format(time.RFC3339),
-				printable(r.PodNamespace+"/"+r.PodName), printable(r.Container), bytesText(r.Size), printable(r.Name))
+				session.Printable(r.PodNamespace+"/"+r.PodName), session.Printable(r.Container), bytesText(r.Size), session.Printable(r.Name))
 		}
 		return table.Flush()
 	})
@@ -423,7 +423,7 @@ func play(ctx context.Context, out io.Writer, from io.Reader, p *pace) error {
 				return err
 			}
 		case asciicast.Marker:
-			fmt.Fprintf(os.Stderr, "\r\n[%s]\r\n", printable(event.Data))
+			fmt.Fprintf(os.Stderr, "\r\n[%s]\r\n", session.Printable(event.Data))
 		}
 	}
 }
@@ -431,15 +431,6 @@ func play(ctx context.Context, out io.Writer, from io.Reader, p *pace) error {
 func isTerminal(w io.Writer) bool {
 	file, ok := w.(*os.File)
 	return ok && term.IsTerminal(int(file.Fd()))
-}
-
-func printJSON(out io.Writer, v any) error {
-	text, err := session.PrintableJSON(v, "  ")
-	if err != nil {
-		return err
-	}
-	_, err = out.Write(append(text, '\n'))
-	return err
 }
 
 func orDash(s string) string {
@@ -454,17 +445,6 @@ func shorten(s string, most int) string {
 		return string(runes[:most-1]) + "…"
 	}
 	return s
-}
-
-// printable keeps what users have chosen, such as the arguments of commands, from speaking to the
-// operator's terminal.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if strconv.IsPrint(r) {
-			return r
-		}
-		return '\uFFFD'
-	}, s)
 }
 
 // age is a duration as people say it, with two digits or so.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/admin"
+	"github.com/streamshim/streamshim/pkg/session"
 )
 
 func TestParseSignal(t *testing.T) {
@@ -55,7 +56,7 @@ func TestTexts(t *testing.T) {
 	for got, want := range map[string]string{
 		age(0): "0s", age(119): "119s", age(120): "2m", age(7200): "2h00m", age(90061): "25h01m", age(172800): "2d",
 		bytesText(1023): "1023", bytesText(1024): "1.0Ki", bytesText(5 << 30): "5.0Gi",
-		printable("a\x1b[31mb\nü"): "a\uFFFD[31mb\uFFFDü", shorten("äöüß", 3): "äö…", shorten("äöü", 3): "äöü",
+		session.Printable("a\x1b[31mb\nü"): "a\uFFFD[31mb\uFFFDü", shorten("äöüß", 3): "äö…", shorten("äöü", 3): "äöü",
 	} {
 		if got != want {
 			t.Errorf("%q, want %q", got, want)
@@ -76,7 +77,7 @@ func TestTableIsSafe(t *testing.T) {
 func TestJSONIsSafe(t *testing.T) {
 	command := []string{"\x1b[2J", "\u009b2J", "\u202etxt", "\x7f", "ü", "\U000e0001", "a\"b"}
 	var out bytes.Buffer
-	if err := printJSON(&out, admin.Session{ID: "1", Command: command}); err != nil {
+	if err := session.WriteJSON(&out, admin.Session{ID: "1", Command: command}); err != nil {
 		t.Fatal(err)
 	}
 	if strings.ContainsAny(out.String(), "\x1b\u009b\u202e\x7f\U000e0001") || !strings.Contains(out.String(), "ü") {

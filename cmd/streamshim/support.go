@@ -19,6 +19,7 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/check"
 	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/support"
 )
 
@@ -98,7 +99,7 @@ func bundleParts(s *settings, cmd *cobra.Command, kubeletConfig, logFile string)
 			_, err := io.WriteString(to, bundleReadme)
 			return err
 		}},
-		{Name: "version.json", Gather: func(_ context.Context, to io.Writer) error { return printJSON(to, currentVersion()) }},
+		{Name: "version.json", Gather: func(_ context.Context, to io.Writer) error { return session.WriteJSON(to, currentVersion()) }},
 		{Name: "config.toml", Gather: func(_ context.Context, to io.Writer) error {
 			if configErr != nil {
 				return configErr

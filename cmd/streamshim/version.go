@@ -7,6 +7,8 @@ import (
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
+
+	"github.com/streamshim/streamshim/pkg/session"
 )
 
 // version is set by the linker (see the Makefile).
@@ -25,7 +27,7 @@ func newVersionCommand() *cobra.Command {
 			_, err := io.WriteString(cmd.OutOrStdout(), versionLine())
 			return err
 		case "json":
-			return printJSON(cmd.OutOrStdout(), currentVersion())
+			return session.WriteJSON(cmd.OutOrStdout(), currentVersion())
 		}
 		return fmt.Errorf("--output %q is not json", *output)
 	}

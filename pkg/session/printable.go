@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
 	"unicode/utf16"
@@ -37,4 +38,25 @@ func PrintableJSON(v any, indent string) ([]byte, error) {
 		}
 	}
 	return []byte(safe.String()), nil
+}
+
+// WriteJSON writes a value as a PrintableJSON of several lines.
+func WriteJSON(to io.Writer, v any) error {
+	text, err := PrintableJSON(v, "  ")
+	if err != nil {
+		return err
+	}
+	_, err = to.Write(append(text, '\n'))
+	return err
+}
+
+// Printable is one line of text that a terminal does not obey: what is not printable, newlines too, is replaced. The names
+// and arguments of sessions are chosen by users.
+func Printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if strconv.IsPrint(r) {
+			return r
+		}
+		return '\uFFFD'
+	}, s)
 }

@@ -102,6 +102,16 @@ func (c *channelClient) on(channel byte) string {
 	return string(c.output[channel])
 }
 
+// awaitClose waits until reading has ended, by the server's Close.
+func (c *channelClient) awaitClose() {
+	c.t.Helper()
+	eventually(c.t, "the server's Close", func() bool {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return c.ended != nil
+	})
+}
+
 func (c *channelClient) send(channel byte, data []byte) {
 	c.t.Helper()
 	for first := true; first || len(data) > 0; first = false {

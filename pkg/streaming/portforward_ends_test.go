@@ -88,31 +88,29 @@ func TestLegacyPortForwardTellsFailures(t *testing.T) {
 		t.Errorf("the good port's error channel says %q", got[2:])
 	}
 	// All three have nothing more to say.
-	eventually(t, "the server's Close", func() bool {
-		client.mu.Lock()
-		defer client.mu.Unlock()
-		return client.ended != nil
-	})
+	client.awaitClose()
 	client.end("Close 1000")
+}
+
+// greetingPod is a pod that says hello, ends its side, and takes an upload.
+func greetingPod(t *testing.T) (port int, uploads <-chan podUpload) {
+	t.Helper()
+	came := make(chan podUpload, 1)
+	return pod(t, func(c *net.TCPConn) {
+		c.SetReadDeadline(time.Now().Add(testTimeout))
+		io.WriteString(c, "hello")
+		c.CloseWrite()
+		data, err := io.ReadAll(c)
+		came <- podUpload{data, err}
+	}), came
 }
 
 // A pod that has ended its side still gets what its client sends until the client has seen that.
 func TestLegacyPortForwardPodEndsFirst(t *testing.T) {
 	s := startServer(t, Config{})
-	uploads := make(chan podUpload, 1)
-	port := pod(t, func(c *net.TCPConn) {
-		c.SetReadDeadline(time.Now().Add(testTimeout))
-		io.WriteString(c, "hello")
-		c.CloseWrite()
-		data, err := io.ReadAll(c)
-		uploads <- podUpload{data, err}
-	})
+	port, uploads := greetingPod(t)
 	client := dialNumbered(t, s.portForwardURL(nil, int32(port)), "v4.channel.k8s.io", false) //nolint:gosec // a port
-	eventually(t, "the pod's end", func() bool {
-		client.mu.Lock()
-		defer client.mu.Unlock()
-		return client.ended != nil
-	})
+	client.awaitClose()
 	client.send(0, []byte("late"))
 	client.end("Close 1000")
 	if got := receive(t, uploads, "the end of the upload"); string(got.data) != "late" || got.err != nil {
@@ -127,20 +125,9 @@ func TestLegacyPortForwardPodEndsFirst(t *testing.T) {
 // What it sends still arrives.
 func TestLegacyPortForwardEndsBehindClose(t *testing.T) {
 	s := startServer(t, Config{})
-	uploads := make(chan podUpload, 1)
-	port := pod(t, func(c *net.TCPConn) {
-		c.SetReadDeadline(time.Now().Add(testTimeout))
-		io.WriteString(c, "hello")
-		c.CloseWrite()
-		data, err := io.ReadAll(c)
-		uploads <- podUpload{data, err}
-	})
+	port, uploads := greetingPod(t)
 	client := dialNumbered(t, s.portForwardURL(nil, int32(port)), "v4.channel.k8s.io", false) //nolint:gosec // a port
-	eventually(t, "the server's Close", func() bool {
-		client.mu.Lock()
-		defer client.mu.Unlock()
-		return client.ended != nil
-	})
+	client.awaitClose()
 	client.send(0, []byte("late, "))
 	client.tcp.SetReadDeadline(time.Now().Add(testTimeout))
 	if n, err := client.tcp.Read(make([]byte, 1)); n != 0 || err != io.EOF {

@@ -16,7 +16,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/streamshim/streamshim/test/internal/images"
 	"github.com/streamshim/streamshim/test/internal/kubernetes"
 	"github.com/streamshim/streamshim/test/internal/node"
 )
@@ -262,7 +261,7 @@ func TestDaemonSet(t *testing.T) {
 	if got := f.endpoint(); got != runtime {
 		t.Fatalf("the kubelet begins with %q, expected %q", got, runtime)
 	}
-	f.kubectl(fmt.Sprintf(workload, f.node.Address, node.Image(images.Lab)), "apply", "-f", "-")
+	f.kubectl(kubernetes.LabPod(f.node.Address), "apply", "-f", "-")
 	f.kubectl("", "wait", "--for=condition=Ready", "pod/lab", "--timeout=90s")
 	started := f.kubectl("", "get", "pod", "lab", "-o", "jsonpath={.status.containerStatuses[0].containerID}")
 
@@ -347,17 +346,3 @@ func (f *fleet) agent() string {
 	f.t.Helper()
 	return f.kubectl("", "get", "pods", "-n", namespace, "-l", "app.kubernetes.io/component=agent", "--field-selector=status.phase=Running", "-o", "jsonpath={.items[0].metadata.name}")
 }
-
-const workload = `
-apiVersion: v1
-kind: Pod
-metadata: {name: lab}
-spec:
-  nodeName: %s
-  automountServiceAccountToken: false
-  enableServiceLinks: false
-  terminationGracePeriodSeconds: 1
-  dnsPolicy: Default
-  containers:
-  - {name: main, image: %q, imagePullPolicy: IfNotPresent, stdin: true}
-`

@@ -56,7 +56,7 @@ func (t *firmTap) Resize(size workload.Size) { t.rec.queue.Resize(size) }
 // firmPiece is how much may be copied for the writer when there is no room with the other sessions.
 const firmPiece = 16 << 10
 
-// write has as much written at a time as recording.buffer and the room allow.
+// write has as much written at a time as Config.Buffer and the room allow.
 func (t *firmTap) write(event session.TapEvent, p []byte) error {
 	timer := time.NewTimer(t.patience)
 	defer timer.Stop()

@@ -17,9 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
-	"github.com/streamshim/streamshim/test/internal/images"
 	"github.com/streamshim/streamshim/test/internal/kubernetes"
-	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // startTimeout is for everything until the pod runs.
@@ -45,21 +43,6 @@ func main() {
 }
 
 func logf(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
-
-// podManifest is a pod bound to its node by name, because there is no scheduler.
-const podManifest = `
-apiVersion: v1
-kind: Pod
-metadata: {name: lab}
-spec:
-  nodeName: %s
-  automountServiceAccountToken: false
-  enableServiceLinks: false
-  terminationGracePeriodSeconds: 1
-  dnsPolicy: Default
-  containers:
-  - {name: main, image: %q, imagePullPolicy: IfNotPresent, stdin: true}
-`
 
 func up(dir, streamshim string) error {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
@@ -110,7 +93,7 @@ func up(dir, streamshim string) error {
 }
 
 func runPod(ctx context.Context, cluster *kubernetes.Cluster) error {
-	manifest := fmt.Sprintf(podManifest, cluster.Node("lab").Address, node.Image(images.Lab))
+	manifest := kubernetes.LabPod(cluster.Node("lab").Address)
 	for _, step := range []struct {
 		input string
 		args  []string
