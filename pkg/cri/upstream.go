@@ -184,17 +184,27 @@ func (u *Upstream) reconnect(ctx context.Context) error {
 	}
 }
 
-// nameEndpoint says in a failure to reach the upstream whom it was that could not be reached.
+// nameEndpoint says in a failure to reach the upstream whom it was that could not be reached. What an upstream
+// that can be reached answers is left as it is.
 func (u *Upstream) nameEndpoint(err error) error {
 	s, ok := status.FromError(err)
 	if !ok || s.Code() != codes.Unavailable || strings.Contains(s.Message(), u.endpoint) {
 		return err
 	}
-	// The connection's state follows its end only after a moment; a call that fails within it says less.
-	if u.conn.GetState() != connectivity.Ready {
+	// The connection's state follows its end only after a moment.
+	if u.conn.GetState() != connectivity.Ready || !u.accepts() {
 		return u.unavailable(s.Message())
 	}
 	return err
+}
+
+func (u *Upstream) accepts() bool {
+	probe, err := net.DialTimeout("unix", u.path, readyTimeout)
+	if err != nil {
+		return false
+	}
+	probe.Close()
+	return true
 }
 
 func (u *Upstream) unavailable(reason string) error {

@@ -92,9 +92,10 @@ func (p *Process) ContainerExited() <-chan struct{} {
 	return p.init.exited
 }
 
-// ContainerEnding reports whether the main process of the container has begun to end or has ended. In
-// between the kernel kills all others in its pid namespace and waits for them, so that it is the last
-// to be gone.
+// ContainerEnding reports whether the main process of the container has been killed, has begun to end or has
+// ended. In between the kernel kills all others in its pid namespace and waits for them, so that it is the last
+// to be gone. Without a namespace of its own all get the signal at once, and it may be the last to be given a
+// CPU.
 func (p *Process) ContainerEnding() bool {
 	if p.init == nil {
 		return false
@@ -103,7 +104,7 @@ func (p *Process) ContainerEnding() bool {
 	if err != nil {
 		return gone(err)
 	}
-	return init.exiting || init.zombie() || (p.container.InitStartTime != 0 && init.start != p.container.InitStartTime)
+	return init.killed || init.exiting || init.zombie() || (p.container.InitStartTime != 0 && init.start != p.container.InitStartTime)
 }
 
 // Disconnect begins the end of a process whose client has gone, as Config.OnDisconnect says: with

@@ -29,6 +29,7 @@ type procStat struct {
 	session int
 	threads int  // that have not ended
 	exiting bool // it has begun to end
+	killed  bool // SIGKILL is on its way: all that it does any more is to end
 }
 
 // zombie reports whether the process has ended. One whose first thread alone has ended looks the same but
@@ -85,8 +86,8 @@ func parseStat(line []byte) (procStat, error) {
 		return procStat{}, fmt.Errorf("proc stat: pid: %w", err)
 	}
 	fields := strings.Fields(string(line[end+1:]))
-	const state, ppid, session, flags, threads, start = 0, 1, 3, 6, 17, 19
-	if len(fields) <= start || len(fields[state]) != 1 {
+	const state, ppid, session, flags, threads, start, pending = 0, 1, 3, 6, 17, 19, 28
+	if len(fields) <= pending || len(fields[state]) != 1 {
 		return procStat{}, errors.New("proc stat: too few fields")
 	}
 	stat := procStat{comm: string(line[open+1 : end]), state: fields[state][0]}
@@ -109,6 +110,11 @@ func parseStat(line []byte) (procStat, error) {
 	if stat.start, err = strconv.ParseUint(fields[start], 10, 64); err != nil {
 		return procStat{}, fmt.Errorf("proc stat: start time: %w", err)
 	}
+	signals, err := strconv.ParseUint(fields[pending], 10, 64)
+	if err != nil {
+		return procStat{}, fmt.Errorf("proc stat: pending signals: %w", err)
+	}
+	stat.killed = signals&(1<<(unix.SIGKILL-1)) != 0
 	return stat, nil
 }
 

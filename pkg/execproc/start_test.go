@@ -480,6 +480,25 @@ func pending(t *testing.T, pipe *os.File) (n int) {
 	return n
 }
 
+// A main process that was killed and has not been given a CPU since is one that ends.
+func TestContainerEndingBeforeItRuns(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	p := start(t, r, c, workload.Command{Args: []string{"sleep", "1000"}})
+	runc(t, c, "pause", c.ContainerID)
+	if p.ContainerEnding() {
+		t.Error("a paused container is said to end")
+	}
+	if err := unix.Kill(c.InitPid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if !p.ContainerEnding() {
+		t.Error("a container whose main process was killed is not said to end")
+	}
+	runc(t, c, "resume", c.ContainerID)
+	closes(t, p.ContainerExited(), "the container's end")
+}
+
 // A container's main process is the last to be gone: it waits in the kernel for the others to be reaped.
 // That it has begun to end shows before.
 func TestContainerEnding(t *testing.T) {

@@ -239,7 +239,7 @@ func TestKeepDoesNotEndInput(t *testing.T) {
 
 // The kernel's list of processes may hold anything as a name.
 func FuzzParseStat(f *testing.F) {
-	f.Add("42 (a b) c) S 1 42 43 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 12345 0 0")
+	f.Add("42 (a b) c) S 1 42 43 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 12345 0 0 0 0 0 0 0 0 0")
 	f.Add("42 () Z 1 42 43")
 	f.Fuzz(func(t *testing.T, line string) {
 		stat, err := parseStat([]byte(line))
@@ -250,8 +250,8 @@ func FuzzParseStat(f *testing.F) {
 }
 
 func TestParseStat(t *testing.T) {
-	stat, err := parseStat([]byte("42 (a b) c) S 1 42 43 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 12345 0 0\n"))
-	want := procStat{identity: identity{42, 12345}, comm: "a b) c", state: 'S', ppid: 1, session: 43, threads: 1}
+	stat, err := parseStat([]byte("42 (a b) c) S 1 42 43 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 12345 0 0 0 0 0 0 0 0 256\n"))
+	want := procStat{identity: identity{42, 12345}, comm: "a b) c", state: 'S', ppid: 1, session: 43, threads: 1, killed: true}
 	if err != nil || stat != want {
 		t.Errorf("%+v, %v", stat, err)
 	}
