@@ -125,8 +125,7 @@ func descriptors() map[string]string {
 // children finds the processes whose parent is this one, zombies among them.
 func children() map[string]string {
 	found := map[string]string{}
-	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
-	for _, path := range stats {
+	for _, path := range statsOfChildren() {
 		content, err := os.ReadFile(path)
 		if err != nil {
 			continue // it has ended meanwhile
@@ -143,6 +142,31 @@ func children() map[string]string {
 		}
 	}
 	return found
+}
+
+// statsOfChildren names the stat files of this process's children, or of all processes where the kernel does
+// not list children.
+func statsOfChildren() []string {
+	before := "never read"
+	for range 20 {
+		pids := ""
+		lists, _ := filepath.Glob("/proc/self/task/*/children")
+		for _, list := range lists {
+			content, _ := os.ReadFile(list) // fails when the thread has ended
+			pids += string(content)
+		}
+		// While children end the kernel may leave others out (proc_pid_children(5)).
+		if len(lists) > 0 && pids == before {
+			stats := strings.Fields(pids)
+			for i, pid := range stats {
+				stats[i] = "/proc/" + pid + "/stat"
+			}
+			return stats
+		}
+		before = pids
+	}
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
+	return stats
 }
 
 // namespaces finds the network namespaces that this process has threads in.

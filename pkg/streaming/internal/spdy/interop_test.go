@@ -21,11 +21,17 @@ import (
 // The other side of these tests is moby/spdystream, which is what kubectl, the kubelet, containerd
 // and CRI-O speak.
 
+// pattern is n random bytes, which after a prime number repeat: to make megabytes of them takes seconds with
+// the race detector.
 func pattern(n int) []byte {
 	p := make([]byte, n)
 	r := rand.New(rand.NewPCG(1, uint64(n)))
-	for i := range p {
-		p[i] = byte(r.Uint32())
+	random := p[:min(n, 131_071)]
+	for i := range random {
+		random[i] = byte(r.Uint32())
+	}
+	for done := len(random); done < n; done *= 2 {
+		copy(p[done:], p[:done])
 	}
 	return p
 }
