@@ -23,7 +23,7 @@ import (
 func TestClientSaysGoodbye(t *testing.T) {
 	testutil.Slow(t)
 	start := func(t *testing.T) (*hostExecutor, *url.URL) {
-		s := startServer(t, Config{})
+		s := startServer(t, Config{Commands: commandConfig{InputGrace: 500 * time.Millisecond}}) // a GOAWAY ends input
 		executor := &hostExecutor{t: t}
 		return executor, s.execURL(executor, remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}, "sleep", "600")
 	}

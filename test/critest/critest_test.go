@@ -1,9 +1,11 @@
 package critest
 
 import (
+	"context"
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"github.com/streamshim/streamshim/test/internal/node"
@@ -24,14 +26,13 @@ func artefacts(t *testing.T) string {
 	return filepath.Join(folder, "critest")
 }
 
-func newSuite(t *testing.T, name string) (*node.Node, *Suite) {
+func newSuite(t *testing.T, config node.Config) (*node.Node, *Suite) {
 	t.Helper()
 	node.Require(t)
-	binary := node.Binary(t)
 	if err := requireFreePorts(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	n := node.StartForTest(t, node.Config{Name: name, Streamshim: binary})
+	n := node.StartForTest(t, config)
 	suite, err := NewSuite(t.Context(), n, artefacts(t))
 	if err != nil {
 		t.Fatal(err)
@@ -39,19 +40,45 @@ func newSuite(t *testing.T, name string) (*node.Node, *Suite) {
 	return n, suite
 }
 
-// TestConformance is the whole suite at both endpoints: with streamshim in between nothing may be
-// worse than without.
-func TestConformance(t *testing.T) {
-	n, suite := newSuite(t, "critest")
-	bare, err := suite.Run(t.Context(), "containerd", n.ContainerdSocket())
+// tidySharedMemory removes at the test's end what critest leaves of it on the host.
+func tidySharedMemory(t *testing.T) {
+	t.Helper()
+	before, err := sharedMemorySegments()
 	if err != nil {
 		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := removeNewSegments(before); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestConformance is the whole suite on containerd alone and with streamshim in between, where nothing may be
+// worse. Both run at the same time, on a node each, since critest mostly waits.
+func TestConformance(t *testing.T) {
+	tidySharedMemory(t)
+	n, suite := newSuite(t, node.Config{Name: "critest", Streamshim: node.Binary(t)})
+	alone, suiteAlone := newSuite(t, node.Config{Name: "bare"})
+	type run func(ctx context.Context, name, endpoint string) (Results, error)
+	try := func(name string, run run, n *node.Node) Results {
+		results, err := run(t.Context(), name, n.Socket())
+		if err != nil {
+			t.Error(err)
+		}
+		return results
+	}
+	var bare, front Results
+	var both sync.WaitGroup
+	both.Go(func() { bare = try("containerd", suiteAlone.RunWithoutHost, alone) })
+	both.Go(func() { front = try("streamshim", suite.RunWithoutHost, n) })
+	both.Wait()
+	bare = bare.and(try("containerd", suiteAlone.RunOnHost, alone))
+	front = front.and(try("streamshim", suite.RunOnHost, n))
+	if t.Failed() {
+		return
 	}
 	t.Logf("containerd alone: %s", bare.Summary())
-	front, err := suite.Run(t.Context(), "streamshim", n.Socket())
-	if err != nil {
-		t.Fatal(err)
-	}
 	t.Logf("streamshim:       %s", front.Summary())
 
 	for _, problem := range append(checkBaseline(bare), compare(bare, front)...) {
@@ -80,7 +107,8 @@ func writeReport(t *testing.T, bare, front Results) {
 // nothing to compare with: containerd 2.4.2 passes none of them, since it knows neither
 // v5.channel.k8s.io nor SPDY tunnelled in a WebSocket (KEP-4006).
 func TestStreamingOverWebSocket(t *testing.T) {
-	n, suite := newSuite(t, "critestws")
+	tidySharedMemory(t)
+	n, suite := newSuite(t, node.Config{Name: "critestws", Streamshim: node.Binary(t)})
 	results, err := suite.Run(t.Context(), "streamshim-websocket", n.Socket(),
 		"-ginkgo.focus", "Streaming", "-websocket-exec", "-websocket-attach", "-websocket-portforward")
 	if err != nil {

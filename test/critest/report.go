@@ -38,6 +38,20 @@ func (s Spec) failed() bool {
 // Results are the results of one run of critest, sorted by name.
 type Results []Spec
 
+// and joins the results of two runs that shared the specs between them.
+func (r Results) and(other Results) Results {
+	selected := map[string]bool{}
+	for _, spec := range other {
+		if spec.State != NotSelected {
+			selected[spec.Name] = true
+			r = append(r, spec)
+		}
+	}
+	r = slices.DeleteFunc(r, func(s Spec) bool { return s.State == NotSelected && selected[s.Name] })
+	slices.SortStableFunc(r, func(a, b Spec) int { return strings.Compare(a.Name, b.Name) })
+	return r
+}
+
 // Count returns how many specs are in a state.
 func (r Results) Count(state State) int {
 	count := 0

@@ -1,6 +1,7 @@
 package critest
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -34,6 +35,15 @@ func TestParseResults(t *testing.T) {
 }
 
 func spec(name string, state State) Spec { return Spec{Name: name, State: state, Message: "why"} }
+
+func TestResultsOfTwoRuns(t *testing.T) {
+	first := Results{spec("a", Passed), spec("b", NotSelected), spec("c", NotSelected), spec("d", Skipped)}
+	second := Results{spec("a", NotSelected), spec("b", "failed"), spec("c", NotSelected), spec("d", NotSelected)}
+	want := Results{spec("a", Passed), spec("b", "failed"), spec("c", NotSelected), spec("d", Skipped)}
+	if got := first.and(second); !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
 
 func TestCompare(t *testing.T) {
 	for _, test := range []struct {

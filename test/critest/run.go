@@ -57,7 +57,7 @@ func NewSuite(ctx context.Context, n *node.Node, output string) (*Suite, error) 
 }
 
 // Run runs critest against a CRI endpoint (a URL) and returns its results. That specs fail is no
-// error. The name names the files: NAME.log and NAME.json.
+// error. The name names the files: NAME.log and NAME.json. Shared memory stays, see removeNewSegments.
 func (s *Suite) Run(ctx context.Context, name, endpoint string, args ...string) (Results, error) {
 	temporary := filepath.Join(s.node.Dir(), "tmp", name)
 	if err := os.MkdirAll(temporary, 0o755); err != nil {
@@ -73,10 +73,6 @@ func (s *Suite) Run(ctx context.Context, name, endpoint string, args ...string) 
 	}
 	defer func() { _ = log.Close() }()
 
-	before, err := sharedMemorySegments()
-	if err != nil {
-		return nil, err
-	}
 	command := exec.CommandContext(ctx, s.program, append([]string{
 		"-runtime-endpoint", endpoint, "-image-endpoint", endpoint,
 		"-ginkgo.no-color", "-ginkgo.json-report", reportPath,
@@ -91,7 +87,20 @@ func (s *Suite) Run(ctx context.Context, name, endpoint string, args ...string) 
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("critest wrote no report, see %s: %w", logPath, err), runErr)
 	}
-	return results, removeNewSegments(before)
+	return results, nil
+}
+
+// hostSpecs are the specs that use ports of the host: two runs at once would take them from each other.
+const hostSpecs = "port ?forward|host port|HostNetwork"
+
+// RunWithoutHost is Run of all specs that may run beside another run, RunOnHost that of the others.
+func (s *Suite) RunWithoutHost(ctx context.Context, name, endpoint string) (Results, error) {
+	return s.Run(ctx, name, endpoint, "-ginkgo.skip", hostSpecs)
+}
+
+// RunOnHost is what RunWithoutHost leaves out.
+func (s *Suite) RunOnHost(ctx context.Context, name, endpoint string) (Results, error) {
+	return s.Run(ctx, name+"-host", endpoint, "-ginkgo.focus", hostSpecs)
 }
 
 // segment is a line of /proc/sysvipc/shm.
@@ -131,7 +140,7 @@ func parseSegments(table io.Reader) (map[int]segment, error) {
 }
 
 // removeNewSegments removes the shared memory that critest's HostIpc specs make on the host, 1 MiB
-// each, and leave.
+// each, and leave. No critest may run meanwhile: it looks for its own.
 func removeNewSegments(before map[int]segment) error {
 	after, err := sharedMemorySegments()
 	if err != nil {
