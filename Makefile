@@ -35,14 +35,10 @@ build: ## build bin/streamshim
 .PHONY: test
 test: peers build ## run all tests, with the race detector and against real containerd, runc and critest
 	$(call say,compiling the tests)
-	go build -race ./...
-	$(call say,testing: packages by themselves$(,) then with real nodes$(,) one after the other)
-	@# -parallel: on two cores two tests at once would mostly sleep, as those of test/integration/exec do. Two
-	@# packages with nodes at once are a third faster, and were too much for waits of two minutes.
-	@result=0; export STREAMSHIM_REAL=required; \
-	go test -race -p 4 -parallel 8 -count 1 -timeout 20m $(PACKAGES) || result=1; \
-	[ -z "$(NODE_PACKAGES)" ] || go test -race -p 1 -parallel 4 -count 1 -timeout 20m $(NODE_PACKAGES) || result=1; \
-	exit $$result
+	@$(if $(PACKAGES),go list -race -test -export $(PACKAGES) >/dev/null)
+	@$(if $(NODE_PACKAGES),go list -test -export $(NODE_PACKAGES) >/dev/null)
+	$(call say,testing: packages by themselves$(,) and beside them real nodes one after the other)
+	@test/run.sh '$(PACKAGES)' '$(NODE_PACKAGES)'
 
 .PHONY: check
 check: build lint ## the inner loop: build, lint and the fast tests, without the race detector and without nodes; what has not changed is not run again

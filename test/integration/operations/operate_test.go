@@ -606,7 +606,7 @@ func TestOtherKinds(t *testing.T) {
 	if err != nil || len(sandboxes.GetItems()) != 1 {
 		t.Fatal(sandboxes, err)
 	}
-	forward := harness.StartForward(t, o.Node, sandboxes.GetItems()[0].GetId(), "SPDY", 80)
+	forward := harness.StartForward(t, o.Node.Runtime(), sandboxes.GetItems()[0].GetId(), "SPDY", 80)
 	s = only(session.PortForward)
 	if s.PodName != "db" || s.ContainerID != "" || s.SandboxID == "" {
 		t.Errorf("listed as %+v", s)

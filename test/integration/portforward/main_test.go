@@ -7,5 +7,5 @@ import (
 	"github.com/streamshim/streamshim/test/internal/harness"
 )
 
-// The tests share a node, one after the other, because one of them measures streamshim.
+// The tests share a node; the one that measures streamshim has one of its own.
 func TestMain(m *testing.M) { os.Exit(harness.Main(m, "portforward")) }

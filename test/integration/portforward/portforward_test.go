@@ -22,11 +22,12 @@ import (
 // TestPortForward is what users report of port-forward (known in other runtimes as kubernetes#74551,
 // #111825, #8766, #99850, #72488, #59816), on real pods.
 func TestPortForward(t *testing.T) {
+	t.Parallel() // for the late answers
 	n := harness.Shared.Node
 	for _, transport := range harness.Transports {
 		p := harness.NewPod(t, n, node.PodSpec{Name: strings.ToLower(transport)})
 		t.Run(transport, func(t *testing.T) {
-			t.Parallel() // for the late answers
+			t.Parallel()
 			testPortForward(t, p, transport)
 		})
 		t.Run(transport+"/host network", func(t *testing.T) {
@@ -174,11 +175,12 @@ func testPortForward(t *testing.T, shared *harness.Pod, transport string) {
 // TestTenThousandConnectionsLeaveNothing leave nothing behind in streamshim: no descriptor, no thread, no memory
 // that grows with their number.
 func TestTenThousandConnectionsLeaveNothing(t *testing.T) {
+	t.Parallel()
 	const connections, atOnce = 10_000, 20
-	n := harness.Shared.Node
-	p := harness.NewPod(t, n, node.PodSpec{Name: "thousands"})
+	shim := harness.StartStreamshim(t, "") // nobody else's
+	p := harness.NewPod(t, harness.Shared.Node, node.PodSpec{Name: "thousands"}).Through(shim)
 	port := p.Listen("127.0.0.1", harness.Answer)
-	pid := n.PID("streamshim")
+	pid := shim.PID()
 	for _, transport := range harness.Transports {
 		t.Run(transport, func(t *testing.T) {
 			p := p.For(t)

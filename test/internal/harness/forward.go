@@ -27,7 +27,7 @@ import (
 // Pod is a pod whose programs are played by the test itself, in the pod's network namespace.
 type Pod struct {
 	t       testing.TB
-	node    *node.Node
+	runtime runtimeapi.RuntimeServiceClient
 	ID      string
 	Address string
 	netns   string // path; empty in a host-network pod
@@ -48,7 +48,7 @@ func NewPod(t testing.TB, n *node.Node, spec node.PodSpec) *Pod {
 	if err := json.Unmarshal([]byte(status.Info["info"]), &info); err != nil || info.Pid == 0 {
 		t.Fatalf("the sandbox's pid: %v in %s", err, status.Info["info"])
 	}
-	p := &Pod{t: t, node: n, ID: id, Address: status.Status.Network.Ip}
+	p := &Pod{t: t, runtime: n.Runtime(), ID: id, Address: status.Status.Network.Ip}
 	if !spec.HostNetwork {
 		p.netns = fmt.Sprintf("/proc/%d/ns/net", info.Pid)
 	}
@@ -59,6 +59,13 @@ func NewPod(t testing.TB, n *node.Node, spec node.PodSpec) *Pod {
 func (p *Pod) For(t testing.TB) *Pod {
 	q := *p
 	q.t = t
+	return &q
+}
+
+// Through is the same pod, its ports forwarded by another streamshim.
+func (p *Pod) Through(shim *Streamshim) *Pod {
+	q := *p
+	q.runtime = shim.Runtime
 	return &q
 }
 
@@ -141,11 +148,11 @@ type Forward struct {
 // Forward forwards ports of the pod.
 func (p *Pod) Forward(transport string, ports ...int) *Forward {
 	p.t.Helper()
-	return StartForward(p.t, p.node, p.ID, transport, ports...)
+	return StartForward(p.t, p.runtime, p.ID, transport, ports...)
 }
 
 // StartForward forwards ports of a pod, with stock client-go.
-func StartForward(t testing.TB, n *node.Node, pod, transport string, ports ...int) *Forward {
+func StartForward(t testing.TB, streamshim runtimeapi.RuntimeServiceClient, pod, transport string, ports ...int) *Forward {
 	t.Helper()
 	request := &runtimeapi.PortForwardRequest{PodSandboxId: pod}
 	var arguments []string
@@ -153,7 +160,7 @@ func StartForward(t testing.TB, n *node.Node, pod, transport string, ports ...in
 		request.Port = append(request.Port, int32(port)) //nolint:gosec // a port
 		arguments = append(arguments, fmt.Sprintf("0:%d", port))
 	}
-	response, err := n.Runtime().PortForward(t.Context(), request)
+	response, err := streamshim.PortForward(t.Context(), request)
 	if err != nil {
 		t.Fatal(err)
 	}
