@@ -50,6 +50,15 @@ func TestLegacyPortForwardUploads(t *testing.T) {
 						eventually(t, "the announcements", func() bool { return len(client.on(0)) == 2 && len(client.on(1)) == 2 })
 						client.send(0, data)
 						client.end(way)
+						if way == "RST" { // it may be faster than the pod's port
+							eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
+							select {
+							case got := <-uploads:
+								uploads <- got
+							case <-time.After(5 * time.Second):
+								return
+							}
+						}
 						got := receive(t, uploads, "the end of the upload")
 						if complete && (got.err != nil || !bytes.Equal(got.data, data)) {
 							t.Errorf("%d bytes of %d arrived, or others: %v", len(got.data), size, got.err)
