@@ -24,12 +24,13 @@ type account struct {
 	sessions    int // live ones in streamshim
 	descriptors int // of streamshim
 	goroutines  int
-	children    int   // of streamshim, zombies too
-	members     int   // processes in the stable containers, without zombies: to reap orphans is the container's task
-	records     int   // files in the state directory
-	mounts      int   // below the node's folder
-	namespaces  int   // network namespaces that CNI made for this node
-	buffered    int64 // bytes of unread data
+	children    int    // of streamshim, zombies too
+	members     int    // processes in the stable containers, without zombies: to reap orphans is the container's task
+	programs    string // what those are
+	records     int    // files in the state directory
+	mounts      int    // below the node's folder
+	namespaces  int    // network namespaces that CNI made for this node
+	buffered    int64  // bytes of unread data
 	heap        int64
 	rss         int64
 }
@@ -56,21 +57,22 @@ func (a account) above(before account, interrupted int) []string {
 	for _, one := range []struct {
 		what              string
 		now, before, more int64
+		details           string
 	}{
-		{"sessions", int64(a.sessions), int64(before.sessions), 0},
-		{"descriptors", int64(a.descriptors), int64(before.descriptors), moreDescriptors},
-		{"goroutines", int64(a.goroutines), int64(before.goroutines), moreGoroutines},
-		{"child processes", int64(a.children), int64(before.children), 0},
-		{"processes in containers", int64(a.members), int64(before.members), 0},
-		{"records", int64(a.records), int64(before.records), 0},
-		{"mounts", int64(a.mounts), int64(before.mounts), 2 * int64(interrupted)},
-		{"network namespaces", int64(a.namespaces), int64(before.namespaces), int64(interrupted)},
-		{"buffered bytes", a.buffered, before.buffered, 0},
-		{"heap bytes", a.heap, before.heap, moreHeap},
-		{"RSS bytes", a.rss, before.rss, moreRSS},
+		{"sessions", int64(a.sessions), int64(before.sessions), 0, ""},
+		{"descriptors", int64(a.descriptors), int64(before.descriptors), moreDescriptors, ""},
+		{"goroutines", int64(a.goroutines), int64(before.goroutines), moreGoroutines, ""},
+		{"child processes", int64(a.children), int64(before.children), 0, ""},
+		{"processes in containers", int64(a.members), int64(before.members), 0, "(" + a.programs + ")"},
+		{"records", int64(a.records), int64(before.records), 0, ""},
+		{"mounts", int64(a.mounts), int64(before.mounts), 2 * int64(interrupted), ""},
+		{"network namespaces", int64(a.namespaces), int64(before.namespaces), int64(interrupted), ""},
+		{"buffered bytes", a.buffered, before.buffered, 0, ""},
+		{"heap bytes", a.heap, before.heap, moreHeap, ""},
+		{"RSS bytes", a.rss, before.rss, moreRSS, ""},
 	} {
 		if one.now > one.before+one.more {
-			found = append(found, fmt.Sprintf("%d %s, before there were %d", one.now, one.what, one.before))
+			found = append(found, fmt.Sprintf("%d %s, before there were %d %s", one.now, one.what, one.before, one.details))
 		}
 	}
 	return found
@@ -159,6 +161,8 @@ func (s *soakRun) takeAccount(ctx context.Context) (account, error) {
 		for _, p := range s.pods.stable {
 			if bytes.Contains(cgroup, []byte(p.shell)) || bytes.Contains(cgroup, []byte(p.lab)) {
 				a.members++
+				command, _ := os.ReadFile(process + "/cmdline") //nolint:errcheck // it may have ended meanwhile
+				a.programs += fmt.Sprintf("%q ", bytes.ReplaceAll(command, []byte{0}, []byte{' '}))
 			}
 		}
 	}
