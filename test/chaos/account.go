@@ -14,7 +14,33 @@ import (
 
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
+	"golang.org/x/sys/unix"
 )
+
+// describe says of a process in a container what it is and since when.
+func describe(process string, status []byte) string {
+	command, _ := os.ReadFile(process + "/cmdline") //nolint:errcheck // it may have ended meanwhile
+	var parent, state string
+	for line := range strings.Lines(string(status)) {
+		if value, ok := strings.CutPrefix(line, "PPid:"); ok {
+			parent = strings.TrimSpace(value)
+		}
+		if value, ok := strings.CutPrefix(line, "State:"); ok {
+			state = strings.TrimSpace(value)
+		}
+	}
+	var up unix.Timespec
+	unix.ClockGettime(unix.CLOCK_BOOTTIME, &up) //nolint:errcheck // cannot fail for this clock
+	stat, _ := os.ReadFile(process + "/stat")   //nolint:errcheck // as above
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	begun := "?"
+	const start = 19 // of the fields behind the name, in ticks of 10 ms since boot
+	if len(fields) > start {
+		ticks, _ := strconv.ParseInt(fields[start], 10, 64) //nolint:errcheck // then it is since boot
+		begun = time.Now().Add(time.Duration(ticks)*10*time.Millisecond - time.Duration(up.Nano())).Format(time.TimeOnly)
+	}
+	return fmt.Sprintf("%q, child of %s, %s, since %s; ", bytes.ReplaceAll(command, []byte{0}, []byte{' '}), parent, state, begun)
+}
 
 // metricsAddress is streamshim's. The node lock of the tests, or the machine of one's own, keeps it free.
 const metricsAddress = "127.0.0.1:29464"
@@ -161,8 +187,7 @@ func (s *soakRun) takeAccount(ctx context.Context) (account, error) {
 		for _, p := range s.pods.stable {
 			if bytes.Contains(cgroup, []byte(p.shell)) || bytes.Contains(cgroup, []byte(p.lab)) {
 				a.members++
-				command, _ := os.ReadFile(process + "/cmdline") //nolint:errcheck // it may have ended meanwhile
-				a.programs += fmt.Sprintf("%q ", bytes.ReplaceAll(command, []byte{0}, []byte{' '}))
+				a.programs += describe(process, status)
 			}
 		}
 	}
