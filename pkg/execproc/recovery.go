@@ -19,8 +19,8 @@ import (
 
 // record is what a successor must know of a command, should this process be killed. It is one small file in
 // the state directory, removed when the command ends. It is written twice: before the start, when there is no
-// pid yet, and once the command is known. Between the two, what was started is found by what the runtime
-// left and by the command's pipes.
+// pid yet, and once the command is known, then into the room of the first, so that a full disk cannot prevent it.
+// Between the two, what was started is found by what the runtime left and by the command's pipes.
 type record struct {
 	Container string   `json:"container"`
 	InitPid   int      `json:"initPid"`
@@ -32,6 +32,9 @@ type record struct {
 	Boot      string   `json:"boot"`
 	Policy    Policy   `json:"policy"`
 }
+
+// recordSize is the least size of a record's file, in bytes, the rest being blanks: a record with a pid fits in.
+const recordSize = 4 << 10
 
 // writeIntent writes down that a command is about to be started. It returns the file, locked, to be closed
 // when the runtime has ended: as each descriptor it is copied into the process that is forked to become
@@ -47,7 +50,7 @@ func (p *Process) writeIntent() (*os.File, error) {
 	if err := intent.write(p.record); err != nil {
 		return nil, err
 	}
-	file, err := os.Open(p.record)
+	file, err := os.OpenFile(p.record, os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -75,11 +78,17 @@ func awaitExecve(recordFile string, deadline time.Time, cut <-chan struct{}) {
 	}
 }
 
-// writeRecord writes down which process the command is.
-func (p *Process) writeRecord() error {
+// writeRecord writes down which process the command is, in place of the intent. It is one write within a page:
+// whoever is killed meanwhile leaves the one or the other.
+func (p *Process) writeRecord(intent *os.File) error {
 	r := p.newRecord()
 	r.Pid, r.Start = p.leader.pid, p.leader.start
-	return r.write(p.record)
+	data, err := r.encode()
+	if err != nil {
+		return err
+	}
+	_, err = intent.WriteAt(data, 0)
+	return err
 }
 
 func (p *Process) newRecord() record {
@@ -89,11 +98,22 @@ func (p *Process) newRecord() record {
 	}
 }
 
-// write replaces the file as a whole: whoever is killed meanwhile leaves the old one.
-func (r record) write(path string) error {
+func (r record) encode() ([]byte, error) {
 	data, err := json.Marshal(r)
 	if err != nil {
-		return fmt.Errorf("encode recovery record: %w", err)
+		return nil, fmt.Errorf("encode recovery record: %w", err)
+	}
+	if blanks := recordSize - len(data); blanks > 0 {
+		data = append(data, bytes.Repeat([]byte{' '}, blanks)...)
+	}
+	return data, nil
+}
+
+// write replaces the file as a whole: whoever is killed meanwhile leaves the old one.
+func (r record) write(path string) error {
+	data, err := r.encode()
+	if err != nil {
+		return err
 	}
 	unfinished := unfinishedFile(path)
 	err = os.WriteFile(unfinished, data, 0o600)

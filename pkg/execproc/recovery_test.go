@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/pkg/workload"
@@ -265,4 +267,37 @@ func FuzzParseRecord(f *testing.F) {
 			t.Errorf("owner %v of %q", owner, text)
 		}
 	})
+}
+
+// A disk that becomes full while a command is being started does not keep its pid out of the record: with a kill
+// of streamshim while the command runs it would stay for ever.
+func TestRecordOnFullDisk(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) }) //nolint:errcheck // nothing else could be done
+	r.config.StateDir = dir
+	launch := func(ctx context.Context, c workload.Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
+		pid, err := execInContainer(ctx, c, spec, f, streams, stderr)
+		if err := os.WriteFile(filepath.Join(dir, "filler"), make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+			t.Errorf("the disk was not filled: %v", err)
+		}
+		return pid, err
+	}
+	p, err := r.start(context.Background(), c, workload.Command{Args: []string{"sleep", newMarker()}}, PolicyHangup, launch)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	defer p.Kill()
+	data, err := os.ReadFile(p.record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if found, err := parseRecord(data); err != nil || found.Pid != p.PID() {
+		t.Errorf("the record has pid %d, %v; want %d", found.Pid, err, p.PID())
+	}
 }

@@ -345,11 +345,11 @@ const consoleTimeout = 5 * time.Second
 func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) error {
 	intent, err := p.writeIntent()
 	if err != nil {
-		r.log.Warn("cannot write the recovery record of an exec; were streamshim killed now, the process would stay", "error", err)
+		return fmt.Errorf("write recovery record: %w", err) // without it nobody would end the command, were streamshim killed
 	}
 	started := false
 	defer func() {
-		intent.Close() //nolint:errcheck // nothing is written to it; nil if it could not be written
+		intent.Close() //nolint:errcheck // nobody waits for what is written to reach the disk
 		if !started {
 			os.Remove(p.record)
 		}
@@ -377,7 +377,7 @@ func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher
 		return fmt.Errorf("%w: its main process has ended while the command was being started", ErrNotRunning)
 	}
 	// Before the reaper knows of it, which removes the record when the process ends.
-	if err := p.writeRecord(); err != nil {
+	if err := p.writeRecord(intent); err != nil {
 		r.log.Warn("cannot write the recovery record of an exec; were streamshim killed now, the process would stay", "error", err)
 	}
 	p.watch, err = r.reaper.watchProcess(pid, func() { r.exited(p) })

@@ -132,7 +132,7 @@ func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
 			t.Cleanup(func() { unix.Unmount(dir, 0) })
 			writeFile(t, filepath.Join(dir, "filler"), strings.Repeat("x", 4096), 0o600)
 			r.config.StateDir = dir
-		}, unix.ENOSPC, "write process spec"},
+		}, unix.ENOSPC, "write recovery record"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			r := newRunner(t)

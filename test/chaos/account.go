@@ -14,7 +14,33 @@ import (
 
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
+	"golang.org/x/sys/unix"
 )
+
+// describe says of a process in a container what it is and since when.
+func describe(process string, status []byte) string {
+	command, _ := os.ReadFile(process + "/cmdline") //nolint:errcheck // it may have ended meanwhile
+	var parent, state string
+	for line := range strings.Lines(string(status)) {
+		if value, ok := strings.CutPrefix(line, "PPid:"); ok {
+			parent = strings.TrimSpace(value)
+		}
+		if value, ok := strings.CutPrefix(line, "State:"); ok {
+			state = strings.TrimSpace(value)
+		}
+	}
+	var up unix.Timespec
+	unix.ClockGettime(unix.CLOCK_BOOTTIME, &up) //nolint:errcheck // cannot fail for this clock
+	stat, _ := os.ReadFile(process + "/stat")   //nolint:errcheck // as above
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	begun := "?"
+	const start = 19 // of the fields behind the name, in ticks of 10 ms since boot
+	if len(fields) > start {
+		ticks, _ := strconv.ParseInt(fields[start], 10, 64) //nolint:errcheck // then it is since boot
+		begun = time.Now().Add(time.Duration(ticks)*10*time.Millisecond - time.Duration(up.Nano())).Format(time.TimeOnly)
+	}
+	return fmt.Sprintf("%q, child of %s, %s, since %s; ", bytes.ReplaceAll(command, []byte{0}, []byte{' '}), parent, state, begun)
+}
 
 // metricsAddress is streamshim's. The node lock of the tests, or the machine of one's own, keeps it free.
 const metricsAddress = "127.0.0.1:29464"
@@ -24,12 +50,13 @@ type account struct {
 	sessions    int // live ones in streamshim
 	descriptors int // of streamshim
 	goroutines  int
-	children    int   // of streamshim, zombies too
-	members     int   // processes in the stable containers, without zombies: to reap orphans is the container's task
-	records     int   // files in the state directory
-	mounts      int   // below the node's folder
-	namespaces  int   // network namespaces that CNI made for this node
-	buffered    int64 // bytes of unread data
+	children    int    // of streamshim, zombies too
+	members     int    // processes in the stable containers, without zombies: to reap orphans is the container's task
+	programs    string // what those are
+	records     int    // files in the state directory
+	mounts      int    // below the node's folder
+	namespaces  int    // network namespaces that CNI made for this node
+	buffered    int64  // bytes of unread data
 	heap        int64
 	rss         int64
 }
@@ -56,21 +83,22 @@ func (a account) above(before account, interrupted int) []string {
 	for _, one := range []struct {
 		what              string
 		now, before, more int64
+		details           string
 	}{
-		{"sessions", int64(a.sessions), int64(before.sessions), 0},
-		{"descriptors", int64(a.descriptors), int64(before.descriptors), moreDescriptors},
-		{"goroutines", int64(a.goroutines), int64(before.goroutines), moreGoroutines},
-		{"child processes", int64(a.children), int64(before.children), 0},
-		{"processes in containers", int64(a.members), int64(before.members), 0},
-		{"records", int64(a.records), int64(before.records), 0},
-		{"mounts", int64(a.mounts), int64(before.mounts), 2 * int64(interrupted)},
-		{"network namespaces", int64(a.namespaces), int64(before.namespaces), int64(interrupted)},
-		{"buffered bytes", a.buffered, before.buffered, 0},
-		{"heap bytes", a.heap, before.heap, moreHeap},
-		{"RSS bytes", a.rss, before.rss, moreRSS},
+		{"sessions", int64(a.sessions), int64(before.sessions), 0, ""},
+		{"descriptors", int64(a.descriptors), int64(before.descriptors), moreDescriptors, ""},
+		{"goroutines", int64(a.goroutines), int64(before.goroutines), moreGoroutines, ""},
+		{"child processes", int64(a.children), int64(before.children), 0, ""},
+		{"processes in containers", int64(a.members), int64(before.members), 0, "(" + a.programs + ")"},
+		{"records", int64(a.records), int64(before.records), 0, ""},
+		{"mounts", int64(a.mounts), int64(before.mounts), 2 * int64(interrupted), ""},
+		{"network namespaces", int64(a.namespaces), int64(before.namespaces), int64(interrupted), ""},
+		{"buffered bytes", a.buffered, before.buffered, 0, ""},
+		{"heap bytes", a.heap, before.heap, moreHeap, ""},
+		{"RSS bytes", a.rss, before.rss, moreRSS, ""},
 	} {
 		if one.now > one.before+one.more {
-			found = append(found, fmt.Sprintf("%d %s, before there were %d", one.now, one.what, one.before))
+			found = append(found, fmt.Sprintf("%d %s, before there were %d %s", one.now, one.what, one.before, one.details))
 		}
 	}
 	return found
@@ -159,6 +187,7 @@ func (s *soakRun) takeAccount(ctx context.Context) (account, error) {
 		for _, p := range s.pods.stable {
 			if bytes.Contains(cgroup, []byte(p.shell)) || bytes.Contains(cgroup, []byte(p.lab)) {
 				a.members++
+				a.programs += describe(process, status)
 			}
 		}
 	}

@@ -159,9 +159,12 @@ func doomedSync(ctx context.Context, c *client) error {
 	}
 	bounded, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	_, err := c.runtime().ExecSync(bounded, &runtimeapi.ExecSyncRequest{
+	response, err := c.runtime().ExecSync(bounded, &runtimeapi.ExecSyncRequest{
 		ContainerId: c.pod.shell, Cmd: []string{"sh", "-c", "sleep 100000 & sleep 100000"}, Timeout: timeout,
 	})
+	if response.GetExitCode() != 0 { // killed with its pod
+		return fmt.Errorf("exit code %d", response.GetExitCode())
+	}
 	if err == nil {
 		return wrongError{"an ExecSync that cannot end has succeeded"}
 	}
