@@ -51,7 +51,6 @@ func TestSlowReaderBehindTranslator(t *testing.T) {
 	config, held := heldBack(Config{})
 	s := startServer(t, config)
 	var all sync.WaitGroup
-	var inTime atomic.Int64 // on a busy machine a reader may be no slower than what is before it
 	for range readers {
 		output := &pacedReader{rate: 2_000_000}
 		options := remotecommand.StreamOptions{Stdout: output, Stderr: io.Discard}
@@ -63,14 +62,12 @@ func TestSlowReaderBehindTranslator(t *testing.T) {
 			if output.taken != size || err == nil || err.Error() != "command terminated with exit code 3" {
 				t.Errorf("%d of %d bytes after %v: %v", output.taken, size, took, err)
 			}
-			if t.Logf("the reader needs 6 s, the session took %v", took); took < 8*time.Second {
-				inTime.Add(1)
-			}
+			t.Logf("the reader needs 6 s, the session took %v", took)
 		})
 	}
 	all.Wait()
-	if held.Load() < inTime.Load() || held.Load() > readers {
-		t.Errorf("%d of %d were held back, %d of them in time", held.Load(), readers, inTime.Load())
+	if held.Load() != readers {
+		t.Errorf("%d of %d were held back", held.Load(), readers)
 	}
 }
 

@@ -21,7 +21,7 @@ type podUpload struct {
 func uploadPod(t *testing.T, late time.Duration) (port int, uploads chan podUpload) {
 	uploads = make(chan podUpload, 10)
 	return pod(t, func(c *net.TCPConn) {
-		c.SetReadDeadline(time.Now().Add(testTimeout))
+		c.SetReadDeadline(time.Now().Add(2 * testTimeout))
 		time.Sleep(late)
 		data, err := io.ReadAll(c)
 		fmt.Fprintf(c, "got %d", len(data)) // nobody may be there any more
