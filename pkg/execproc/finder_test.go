@@ -14,12 +14,14 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // A command that has nothing but its own children costs no look at all the machine's processes, whatever else
 // runs in its container.
 func TestCostOfLook(t *testing.T) {
+	testutil.Slow(t)
 	r := newRunner(t)
 	c := newContainer(t)
 	marker := newMarker()
@@ -51,6 +53,7 @@ func TestCostOfLook(t *testing.T) {
 
 // Who was handed a stream, or has opened it, need not descend from the command.
 func TestHolderThatDoesNotDescend(t *testing.T) {
+	testutil.Slow(t)
 	for _, tty := range []bool{false, true} {
 		for _, kill := range []bool{false, true} {
 			t.Run(fmt.Sprintf("tty %v, kill %v", tty, kill), func(t *testing.T) {
@@ -111,6 +114,7 @@ func TestFinderOrder(t *testing.T) {
 
 // A process may be a sibling of its maker (CLONE_PARENT), and one whose first thread has ended is no zombie.
 func TestStrangeKinship(t *testing.T) {
+	testutil.Slow(t)
 	for _, hostPID := range []bool{false, true} {
 		r := newRunner(t)
 		c := newContainer(t, func(spec *specs.Spec) {

@@ -24,6 +24,7 @@ import (
 // in the other one, which nobody can prevent who has only the id to give; it is ended and its client sees
 // nothing of it.
 func TestContainerReplacedDuringStart(t *testing.T) {
+	testutil.Slow(t)
 	named := func(name string) func(*specs.Spec) { return func(spec *specs.Spec) { spec.Hostname = name } }
 	for _, tty := range []bool{false, true} {
 		r := newRunner(t)

@@ -246,6 +246,7 @@ func TestIgnoresNothing(t *testing.T) {
 // ...however this process was started: nohup makes it ignore the hang-up, a shell that puts it in the
 // background the interrupt. Commands would inherit that, and could neither be hung up nor trap it.
 func TestStartedIgnoringSignals(t *testing.T) {
+	testutil.Slow(t)
 	again := exec.Command("sh", "-c", "trap '' HUP INT TSTP TTIN TTOU; exec \"$0\" -test.v -test.timeout 5m -test.run '^(TestIgnoresNothing|TestHangupComesFirst)$'", os.Args[0])
 	if text, err := again.CombinedOutput(); err != nil || bytes.Count(text, []byte("--- PASS")) != 2 {
 		t.Errorf("%v:\n%s", err, text)

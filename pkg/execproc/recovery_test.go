@@ -18,6 +18,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -188,6 +189,7 @@ func TestKilledWhileStarting(t *testing.T) {
 // A streamshim can be killed between fork and execve of a runtime: what is going to be the runtime does not look
 // like one yet, but holds the lock of the start's record.
 func TestForkedRuntimeIsAwaited(t *testing.T) {
+	testutil.Slow(t)
 	dir := filepath.Join(t.TempDir(), "exec")
 	f := filesOf(filepath.Join(dir, "1-1-1"))
 	data, _ := json.Marshal(record{Since: 1, Boot: bootID(), Policy: PolicyKill})

@@ -536,6 +536,7 @@ func TestContainerEnding(t *testing.T) {
 // A command cannot be named by way of a descriptor that only its start had open: from a folder of the
 // host, such as a cgroup's, the way up leads out of the container (CVE-2024-21626).
 func TestNoWayOut(t *testing.T) {
+	testutil.Slow(t)
 	r := newRunner(t)
 	c := newContainer(t)
 	for fd := range 32 {

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -62,6 +63,7 @@ func TestBackgroundChildHoldsPipe(t *testing.T) {
 
 // A child that goes on writing is listened to, but not for ever.
 func TestBackgroundChildWrites(t *testing.T) {
+	testutil.Slow(t)
 	r := newRunner(t, func(config *Config) { config.DrainIdle, config.DrainMax = 5*time.Second, 4*time.Second })
 	c := newContainer(t)
 	result, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: shell("(sleep 1; echo later) & echo now; exit 3")})
@@ -77,6 +79,7 @@ func TestBackgroundChildWrites(t *testing.T) {
 
 // The timeout is kept, and nothing of the tree survives it (containerd#4594, containerd#9568).
 func TestTimeoutKillsTree(t *testing.T) {
+	testutil.Slow(t)
 	const timeout = 2 * time.Second // within which the command has to be started, and to say so
 	r := newRunner(t)
 	c := newContainer(t)

@@ -158,6 +158,7 @@ func TestTerminalStdinEOF(t *testing.T) {
 // The end of input stays the end for whoever reads next, and reaches a shell that edits lines. A program that takes
 // keys, such as an editor, gets it as a key and so only once.
 func TestTerminalStdinEOFReachesReaders(t *testing.T) {
+	testutil.Slow(t)
 	r := newRunner(t)
 	c := newContainer(t)
 	for name, test := range map[string]struct {

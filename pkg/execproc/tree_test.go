@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -103,6 +104,7 @@ func startFamily(t *testing.T, r *Runner, c workload.Container, script, marker s
 
 // Each step in its turn: who heeds the hang-up is not bothered with TERM.
 func TestHangupComesFirst(t *testing.T) {
+	testutil.Slow(t)
 	for _, tty := range []bool{false, true} {
 		r := newRunner(t, func(config *Config) { config.TermAfter, config.KillAfter = time.Minute, 2*time.Minute })
 		c := newContainer(t)
@@ -165,6 +167,7 @@ func TestKillHurtsNobodyElse(t *testing.T) {
 
 // The number of a terminal that was hung up soon belongs to the next one.
 func TestReusedTerminalNumber(t *testing.T) {
+	testutil.Slow(t)
 	r := newRunner(t, func(config *Config) { config.TermAfter, config.KillAfter = 2*time.Second, 3*time.Second })
 	c := newContainer(t)
 	marker := newMarker()

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 )
 
@@ -405,6 +406,7 @@ func TestHalfClosedIdleConnectionEnds(t *testing.T) {
 }
 
 func TestHalfClosedConnectionThatMovesBytesGoesOn(t *testing.T) {
+	testutil.Slow(t)
 	leak.Check(t)
 	const limit, pause, pieces = 4 * time.Second, 250 * time.Millisecond, 24 // 6 s in all
 	_, client, done := forwardTo(t, t.Context(), Config{HalfClosedIdle: limit}, func(conn *net.TCPConn) {

@@ -9,12 +9,14 @@ import (
 
 	"k8s.io/client-go/tools/remotecommand"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/streaming/buffers"
 )
 
 // What clients send to commands that do not read is bounded for all sessions together, a session whose
 // command reads goes on meanwhile, and nothing counts any more when the sessions are over.
 func TestBuffersAreShared(t *testing.T) {
+	testutil.Slow(t)
 	forEachTransport(t, func(t *testing.T, transport string) {
 		const (
 			limit    = 1 << 20

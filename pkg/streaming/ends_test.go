@@ -316,6 +316,7 @@ func (c *rawClient) end(way string) {
 // Input that was cut is given to the command as far as it came, but never looks whole: the command sees no end
 // of input before it is hung up.
 func TestCutInputDoesNotLookWhole(t *testing.T) {
+	testutil.Slow(t)
 	runTogether(t, func(t *testing.T) {
 		for protocol, ways := range map[string][]string{
 			"v4.channel.k8s.io":        {"Close 1001", "Close 1011", "FIN inside a message", "RST"},
@@ -363,6 +364,7 @@ func TestCutInputDoesNotLookWhole(t *testing.T) {
 // A command that does not end although it has everything is hung up after Config.InputGrace, and so is one that
 // takes nothing. Neither a terminal nor a command without input gets it.
 func TestHangUpAfterInput(t *testing.T) {
+	testutil.Slow(t)
 	const grace = time.Second
 	runTogether(t, func(t *testing.T) {
 		for _, test := range []struct {

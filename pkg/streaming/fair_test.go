@@ -111,6 +111,7 @@ func TestStalledConnectionIsResetAlone(t *testing.T) {
 
 // A pod that reads slowly is no stall: back-pressure, but no reset.
 func TestSlowConnectionIsNotReset(t *testing.T) {
+	testutil.Slow(t)
 	const size = 40 << 20
 	s := startServer(t, Config{PortForwards: forwardConfig{Stall: 3 * time.Second}})
 	read := make(chan int64, 1)

@@ -10,11 +10,14 @@ import (
 
 	"github.com/moby/spdystream/spdy"
 	"k8s.io/client-go/tools/remotecommand"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // A client that sends no size is not waited for longer than needed to know that: until it answers a ping, or sends
 // something else. Otherwise it may be far away, behind a translator.
 func TestClientWithoutASize(t *testing.T) {
+	testutil.Slow(t)
 	terminal := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true}
 	handedOn := "X-Forwarded-For: 192.0.2.1, 192.0.2.2"
 	for _, test := range []struct {

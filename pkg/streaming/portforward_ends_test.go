@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // podUpload is how an upload to a pod has ended.
@@ -32,6 +34,7 @@ func uploadPod(t *testing.T, late time.Duration) (port int, uploads chan podUplo
 // A client of the legacy port-forward that sends and leaves in order has everything delivered, and FIN; one that breaks
 // off has its connection reset.
 func TestLegacyPortForwardUploads(t *testing.T) {
+	testutil.Slow(t)
 	runTogether(t, func(t *testing.T) {
 		for _, protocol := range []string{"", "v4.channel.k8s.io", "v4.base64.channel.k8s.io"} {
 			for way, complete := range map[string]bool{
@@ -151,6 +154,7 @@ func TestLegacyPortForwardEndsBehindClose(t *testing.T) {
 
 // Over SPDY and the tunnel a connection that had its FIN before the client left is finished, one without is reset.
 func TestPortForwardUploadsOfAClientThatLeaves(t *testing.T) {
+	testutil.Slow(t)
 	runTogether(t, func(t *testing.T) {
 		for _, transport := range []string{"SPDY", "tunnel"} {
 			for _, way := range []string{"GOAWAY", "FIN", "socket closed", "RST"} {

@@ -18,6 +18,7 @@ import (
 	"k8s.io/client-go/tools/portforward"
 	"k8s.io/client-go/transport/spdy"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	podforward "github.com/streamshim/streamshim/pkg/portforward"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
@@ -357,6 +358,7 @@ func TestSandboxGoneEndsPortForward(t *testing.T) {
 
 // Many connections over one tunnel leave nothing behind.
 func TestManyConnectionsLeaveNothing(t *testing.T) {
+	testutil.Slow(t)
 	const connections, atOnce = 2000, 20
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"k8s.io/client-go/tools/remotecommand"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // relayedURL is the URL of a command that an upstream's streaming server serves.
@@ -90,6 +92,7 @@ func TestUpstreamFails(t *testing.T) {
 // A client detaches from a terminal by ending its input; the session ends, and well, also where the upstream does
 // not end it (CRI-O), and what the container had said before has come.
 func TestDetachFromTerminal(t *testing.T) {
+	testutil.Slow(t)
 	forEachTransport(t, func(t *testing.T, transport string) {
 		upstream, s := startServer(t, Config{}), startServer(t, Config{Commands: commandConfig{AttachBuffer: 64 << 10}})
 		var out syncBuffer
@@ -118,6 +121,7 @@ func TestDetachFromTerminal(t *testing.T) {
 // A client without a terminal whose input has ended is detached once the answer has come, or stays where the
 // configuration says so.
 func TestInputEndDetaches(t *testing.T) {
+	testutil.Slow(t)
 	forEachTransport(t, func(t *testing.T, transport string) {
 		for _, stays := range []bool{false, true} {
 			upstream, s := startServer(t, Config{}), startServer(t, Config{Commands: commandConfig{AttachBuffer: 64 << 10, AttachStays: stays}})

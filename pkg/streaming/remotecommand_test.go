@@ -18,6 +18,7 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 	utilexec "k8s.io/client-go/util/exec"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
@@ -200,6 +201,7 @@ func (r *slowReader) Write(p []byte) (int, error) {
 // Everything that a command wrote reaches a slow reader, also through the proxies of kubelet and API
 // server, with clients that send pings all the while (kubernetes#60140).
 func TestSlowReaderGetsAllOutput(t *testing.T) {
+	testutil.Slow(t)
 	const size, rate = 8 << 20, 4 << 20
 	runTogether(t, func(t *testing.T) {
 		forEachTransport(t, func(t *testing.T, transport string) {

@@ -89,6 +89,7 @@ func floodUntilStuck(peer *rawPeer) {
 }
 
 func TestDoneWhileBlocked(t *testing.T) {
+	testutil.Slow(t)
 	for name, end := range map[string]func(*rawPeer){
 		// The first FIN stands behind bytes that do not fit the window, so it never arrives.
 		"killed while sending": func(p *rawPeer) { p.expect(typeSynReply, 1); floodUntilStuck(p); p.Close() },
@@ -205,6 +206,7 @@ func TestStallHitsTheHog(t *testing.T) {
 
 // TestSlowStreamIsNotReset reads a little now and then, for longer than Stall in all.
 func TestSlowStreamIsNotReset(t *testing.T) {
+	testutil.Slow(t)
 	const stall = 3 * time.Second
 	peer, ours, s := blockedPeer(t, Config{Stall: stall})
 	frame := make([]byte, headerLen+2<<20)
