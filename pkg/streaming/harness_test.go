@@ -210,9 +210,23 @@ func startServer(t *testing.T, config Config) *testServer {
 		t.Fatal(err)
 	}
 	s := newTestServer(t, config, listener.Addr())
-	go func() { s.served <- s.Serve(listener) }()
+	serving := &accepting{Listener: listener, begun: make(chan struct{})}
+	go func() { s.served <- s.Serve(serving) }()
+	receive(t, serving.begun, "the server to accept") // so that another server's check for leaks knows this one's goroutines
 	t.Cleanup(s.stop)
 	return s
+}
+
+// accepting is a listener that tells when the first connection is waited for.
+type accepting struct {
+	net.Listener
+	once  sync.Once
+	begun chan struct{}
+}
+
+func (l *accepting) Accept() (net.Conn, error) {
+	l.once.Do(func() { close(l.begun) })
+	return l.Listener.Accept()
 }
 
 // newTestServer makes a server that is not served yet.
