@@ -37,7 +37,7 @@ test: peers build ## run all tests, with the race detector and against real cont
 	$(call say,compiling the tests)
 	@$(if $(PACKAGES),go list -race -test -export $(PACKAGES) >/dev/null)
 	@$(if $(NODE_PACKAGES),go list -test -export $(NODE_PACKAGES) >/dev/null)
-	$(call say,testing: packages by themselves$(,) and beside them real nodes one after the other)
+	$(call say,testing: packages by themselves$(,) then with real nodes$(,) one after the other)
 	@test/run.sh '$(PACKAGES)' '$(NODE_PACKAGES)'
 
 .PHONY: check

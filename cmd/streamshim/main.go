@@ -3,9 +3,11 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -13,6 +15,11 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/helper"
 )
+
+// The program that takes over is executed by the main thread (see handover.Check.Exec), which the main goroutine keeps. The
+// kernel takes another one that executes for the end of the main one, which is the parent of all commands, and kills those
+// that wanted to end with their parent (PR_SET_PDEATHSIG).
+func init() { runtime.LockOSThread() }
 
 // SIGTERM and SIGINT end the process at once, whatever it waits for, except where a command has something to
 // end in order: see untilSignal.
@@ -23,6 +30,10 @@ func main() {
 	}
 	if err := newCommand().Execute(); err != nil {
 		fmt.Fprintln(os.Stderr, "streamshim:", err)
+		var exit *exitError
+		if errors.As(err, &exit) {
+			os.Exit(exit.code)
+		}
 		os.Exit(1)
 	}
 }
@@ -48,6 +59,6 @@ Start it with "streamshim serve" and point the kubelet's containerRuntimeEndpoin
 		SilenceErrors: true,
 	}
 	root.SetVersionTemplate(versionLine())
-	root.AddCommand(newServeCommand(), newSessionsCommand(), newCheckCommand(), newNodeCommand(), newSupportCommand(), newVersionCommand())
+	root.AddCommand(newServeCommand(), newSessionsCommand(), newCheckCommand(), newUpgradeCommand(), newNodeCommand(), newSupportCommand(), newVersionCommand())
 	return root
 }

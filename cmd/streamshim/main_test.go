@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -238,19 +237,6 @@ func TestFlagMendsFile(t *testing.T) {
 	}
 }
 
-// exec.drain_max holds for ExecSync as well, which does not wait longer than 10 s anyway.
-func TestDrainMaxOfExecSync(t *testing.T) {
-	for set, want := range map[time.Duration]time.Duration{
-		time.Second: time.Second, 10 * time.Minute: 10 * time.Second,
-	} {
-		c := config.Default()
-		c.Exec.DrainMax = config.Duration(set)
-		if got := runnerConfig(c, nil, &operation{}, hooks{}).DrainMax; got != want {
-			t.Errorf("exec.drain_max %v: ExecSync waits %v", set, got)
-		}
-	}
-}
-
 func TestVersionFlag(t *testing.T) {
 	flag, err := run(t, "--version")
 	command, commandErr := run(t, "version")
@@ -268,29 +254,5 @@ func TestArgumentsAreNamed(t *testing.T) {
 	}
 	if _, err := run(t, "sessions", "replay"); err == nil || !strings.Contains(err.Error(), ".cast") {
 		t.Errorf("replay: %v", err)
-	}
-}
-
-// What the configuration names and is not there is said when streamshim is ready.
-func TestMissingIsSaid(t *testing.T) {
-	var logged bytes.Buffer
-	log := slog.New(slog.NewTextHandler(&logged, nil))
-	dir := t.TempDir()
-	c := config.Default()
-	c.Upstream, c.Runtime.Binary = "unix://"+filepath.Join(dir, "away.sock"), filepath.Join(dir, "no-runc")
-	warnOfMissing(log, c)
-	for _, want := range []string{"away.sock", "no-runc"} {
-		if !strings.Contains(logged.String(), want) {
-			t.Errorf("nothing of %s: %s", want, &logged)
-		}
-	}
-	logged.Reset()
-	if err := os.WriteFile(filepath.Join(dir, "away.sock"), nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	c.Runtime.Binary = "/bin/true"
-	warnOfMissing(log, c)
-	if os.Geteuid() == 0 && logged.Len() > 0 {
-		t.Errorf("all is there: %s", &logged)
 	}
 }

@@ -1,17 +1,11 @@
 package main
 
 import (
-	"bytes"
-	"errors"
-	"io"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
-
-	"github.com/spf13/pflag"
 
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/config"
@@ -52,22 +46,6 @@ func TestReloadNotifies(t *testing.T) {
 	}
 }
 
-// A reload while the runtime is away keeps the upstream that was found at the start.
-func TestReloadWithoutRuntime(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "config.toml")
-	for text, want := range map[string]string{"": "unix:///found.sock", "upstream = 'unix:///named.sock'": "unix:///named.sock"} {
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		flags := pflag.NewFlagSet("test", pflag.ContinueOnError)
-		settings := addSettings(flags)
-		settings.file = file
-		if c, err := settings.loadAgain(flags, "unix:///found.sock"); err != nil || c.Upstream != want {
-			t.Errorf("%q: %q, %v", text, c.Upstream, err)
-		}
-	}
-}
-
 // A reload finds a configuration file that has come, and refuses to go on without one that has gone.
 func TestReloadWithoutFile(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "config.toml")
@@ -88,40 +66,5 @@ func TestReloadWithoutFile(t *testing.T) {
 	}
 	if _, err := s.read(nil); err == nil || !strings.Contains(err.Error(), file) {
 		t.Errorf("a file that has gone: %v", err)
-	}
-}
-
-// What cannot be applied leaves everything as it was, the reloader's own state included.
-func TestReloadThatCannotBeApplied(t *testing.T) {
-	next := config.Default()
-	next.Limits.Sessions = 1
-	r := &reloader{
-		log:   slog.New(slog.NewTextHandler(io.Discard, nil)),
-		load:  func() (config.Config, error) { return next, nil },
-		apply: func(config.Config) error { return errors.New("no such directory") },
-	}
-	var logged bytes.Buffer
-	r.log = slog.New(slog.NewTextHandler(&logged, nil))
-	current := config.Default()
-	r.current.Store(&current)
-	r.reload()
-	if strings.Contains(logged.String(), "was reloaded") {
-		t.Error(logged.String())
-	}
-	if r.current.Load().Limits.Sessions != config.Default().Limits.Sessions {
-		t.Error("it was taken over")
-	}
-	r.apply = func(config.Config) error { return nil }
-	r.reload()
-	if r.current.Load().Limits.Sessions != 1 {
-		t.Error("it was not taken over")
-	}
-	if !strings.Contains(logged.String(), "changed=limits.sessions\n") {
-		t.Errorf("what has changed is not said: %s", &logged)
-	}
-	logged.Reset()
-	r.reload()
-	if !strings.Contains(logged.String(), "nothing that needs no restart has changed") {
-		t.Errorf("the same again: %s", &logged)
 	}
 }

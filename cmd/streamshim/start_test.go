@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
-	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,8 +14,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/streamshim/streamshim/pkg/config"
 )
 
 // asProgram, in the environment, makes the test binary be streamshim.
@@ -148,19 +145,5 @@ func TestReadyComesLast(t *testing.T) {
 				t.Errorf("no duration as 10s: %s", text)
 			}
 		})
-	}
-}
-
-func TestDurationsInLogs(t *testing.T) {
-	var text bytes.Buffer
-	slog.New(slog.NewJSONHandler(&text, logOptions(nil))).With("a", time.Second).Info("x", slog.Group("g", "b", 90*time.Second))
-	for _, want := range []string{`"a":"1s"`, `"b":"1m30s"`} {
-		if !strings.Contains(text.String(), want) {
-			t.Errorf("%s lacks %s", &text, want)
-		}
-	}
-	_, level := newLogger(config.Default())
-	if level.Level() != slog.LevelInfo {
-		t.Error(level.Level())
 	}
 }

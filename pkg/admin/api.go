@@ -7,6 +7,8 @@
 //	GET  /v1/sessions/{id}/watch  what its terminal shows from now on, as an asciicast v2
 //	GET  /v1/recordings           the recordings that are kept: RecordingList
 //	GET  /v1/recordings/{name}    one, an asciicast v2
+//	POST /v1/handover             HandoverRequest; 202, and the Handover that has begun
+//	GET  /v1/handover             the last one: Handover
 //
 // An id may be shortened as long as it is unique. Errors are an Error with a matching HTTP status.
 // New fields may be added within a version; a reader skips those it does not know.
@@ -75,6 +77,39 @@ type KillRequest struct {
 	// client is told that an operator ended it, its process is treated as if the client had gone.
 	Signal int `json:"signal,omitempty"`
 }
+
+// HandoverRequest asks that the installed program takes over.
+type HandoverRequest struct {
+	// DryRun stops before the program is executed: all goes on in the old one.
+	DryRun bool `json:"dry_run,omitempty"`
+}
+
+// Handover is a hand-over of this process to the installed program, as far as it has come.
+type Handover struct {
+	ID     string        `json:"id"`
+	Reason string        `json:"reason"` // who asked: upgrade or reload
+	DryRun bool          `json:"dry_run,omitempty"`
+	Began  time.Time     `json:"began"`
+	Phase  HandoverPhase `json:"phase"`
+	From   string        `json:"from"`         // version that ran
+	To     string        `json:"to,omitempty"` // version of the installed program, once it is known
+	// Carried is how many sessions went on, or would; EndedSessions has a line for each that did not, or would not.
+	Carried       int      `json:"carried"`
+	EndedSessions []string `json:"ended_sessions,omitempty"`
+	State         int      `json:"state_bytes,omitempty"`
+	Pause         float64  `json:"pause_seconds,omitempty"` // for which sessions stood still
+	Error         string   `json:"error,omitempty"`         // why nothing was done
+}
+
+// HandoverPhase is how far a hand-over has come.
+type HandoverPhase string
+
+// The phases. The last two are ends.
+const (
+	HandoverRunning HandoverPhase = "running"
+	HandoverDone    HandoverPhase = "done"
+	HandoverFailed  HandoverPhase = "failed"
+)
 
 // Error is what went wrong.
 type Error struct {

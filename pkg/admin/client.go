@@ -89,6 +89,31 @@ func (c *Client) Recording(ctx context.Context, name string) (io.ReadCloser, err
 	return response.Body, nil
 }
 
+// HandOver asks that the installed program takes over, and returns at once: LastHandover tells how it goes.
+func (c *Client) HandOver(ctx context.Context, request HandoverRequest) (Handover, error) {
+	body, err := json.Marshal(request)
+	if err != nil {
+		return Handover{}, err
+	}
+	response, err := c.do(ctx, http.MethodPost, "/v1/handover", bytes.NewReader(body))
+	if err != nil {
+		return Handover{}, err
+	}
+	defer response.Body.Close() //nolint:errcheck // it was read
+	var begun Handover
+	if err := json.NewDecoder(response.Body).Decode(&begun); err != nil {
+		return Handover{}, fmt.Errorf("answer of %s: %w", c.path, err)
+	}
+	return begun, nil
+}
+
+// LastHandover is the last hand-over that was asked for.
+func (c *Client) LastHandover(ctx context.Context) (Handover, error) {
+	var last Handover
+	err := c.get(ctx, "/v1/handover", &last)
+	return last, err
+}
+
 func (c *Client) get(ctx context.Context, path string, v any) error {
 	response, err := c.do(ctx, http.MethodGet, path, http.NoBody)
 	if err != nil {

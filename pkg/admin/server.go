@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -38,6 +39,10 @@ type Config struct {
 	Log      *slog.Logger
 	// Settings are asked for at each request.
 	Settings func() Settings
+	// HandOver begins a hand-over and does not wait for it. An *Error says why it cannot.
+	HandOver func(HandoverRequest) (Handover, error)
+	// LastHandover is the last one, false when there was none.
+	LastHandover func() (Handover, bool)
 }
 
 // Settings are what may change while the server runs.
@@ -51,8 +56,12 @@ type Settings struct {
 type Server struct {
 	config Config
 	http   *http.Server
-	ctx    context.Context // of all watches
-	cancel context.CancelFunc
+
+	mu       sync.Mutex
+	listener net.Listener
+	ctx      context.Context // of all watches
+	cancel   context.CancelFunc
+	requests sync.WaitGroup // under way
 }
 
 // NewServer returns a server that does not listen yet.
@@ -67,8 +76,12 @@ func NewServer(config Config) *Server {
 		"GET /v1/sessions/{id}/watch": s.watch,
 		"GET /v1/recordings":          s.recordings,
 		"GET /v1/recordings/{name}":   s.recording,
+		"POST /v1/handover":           s.handOver,
+		"GET /v1/handover":            s.lastHandover,
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			s.requests.Add(1)
+			defer s.requests.Done()
 			if err := handle(w, r); err != nil {
 				writeError(w, err)
 			}
@@ -85,6 +98,9 @@ func NewServer(config Config) *Server {
 // Serve serves the listener until Shutdown, then returns nil. It closes the listener. Who may
 // connect is the business of the listener.
 func (s *Server) Serve(listener net.Listener) error {
+	s.mu.Lock()
+	s.listener = listener
+	s.mu.Unlock()
 	if err := s.http.Serve(listener); err != nil && !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve the admin API on %s: %w", listener.Addr(), err)
 	}
@@ -93,11 +109,77 @@ func (s *Server) Serve(listener net.Listener) error {
 
 // Shutdown ends watches and waits for the other requests until the context is done.
 func (s *Server) Shutdown(ctx context.Context) error {
-	s.cancel()
+	s.endWatches()
 	if err := s.http.Shutdown(ctx); err != nil {
 		return errors.Join(err, s.http.Close())
 	}
 	return nil
+}
+
+// Quiesce accepts no more connections, which wait for Resume or for another program that has the same socket, ends
+// watches, and waits for the other requests until the context is done.
+func (s *Server) Quiesce(ctx context.Context) {
+	s.mu.Lock()
+	listener, ok := s.listener.(interface{ Pause() })
+	s.mu.Unlock()
+	if ok {
+		listener.Pause()
+	}
+	s.endWatches()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.requests.Wait() // with its client at the latest, see writeTimeout
+	}()
+	select {
+	case <-ended:
+	case <-ctx.Done():
+	}
+}
+
+// Resume serves again after Quiesce.
+func (s *Server) Resume() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if listener, ok := s.listener.(interface{ Resume() }); ok {
+		listener.Resume()
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+}
+
+func (s *Server) endWatches() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cancel()
+}
+
+// watches is the context of watches that begin now.
+func (s *Server) watches() context.Context {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ctx
+}
+
+func (s *Server) handOver(w http.ResponseWriter, r *http.Request) error {
+	var request HandoverRequest
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&request); err != nil && !errors.Is(err, io.EOF) {
+		return &Error{Code: http.StatusBadRequest, Message: "the request is not a HandoverRequest: " + err.Error()}
+	}
+	begun, err := s.config.HandOver(request)
+	if err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusAccepted)
+	return writeJSON(w, begun)
+}
+
+func (s *Server) lastHandover(w http.ResponseWriter, _ *http.Request) error {
+	last, ok := s.config.LastHandover()
+	if !ok {
+		return &Error{Code: http.StatusNotFound, Message: "there was no hand-over since this program was started"}
+	}
+	return writeJSON(w, last)
 }
 
 func (s *Server) list(w http.ResponseWriter, _ *http.Request) error {
@@ -189,6 +271,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return nil //nolint:nilerr // the watcher has gone
 	}
+	watches := s.watches()
 	encoder := transcript.NewEncoder(cast, now, live.TTY)
 	for more := true; more; {
 		out.SetWriteDeadline(time.Now().Add(watchTimeout)) //nolint:errcheck // a Unix socket has them
@@ -201,7 +284,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 			queue.Close()
 		case <-r.Context().Done():
 			return nil
-		case <-s.ctx.Done():
+		case <-watches.Done():
 			return nil
 		}
 		var events []session.TapEvent

@@ -62,6 +62,12 @@ func NewWriter(w io.Writer, h Header) (*Writer, error) {
 	return &Writer{w: w}, err
 }
 
+// Continue returns a writer of what follows in a recording whose last event was at a time, see Last.
+func Continue(w io.Writer, last time.Duration) *Writer { return &Writer{w: w, last: last} }
+
+// Last is the time of the last event.
+func (a *Writer) Last() time.Duration { return a.last }
+
 // Write writes one event with one Write of the writer below. Data that is not UTF-8 is replaced by
 // U+FFFD, because JSON has only text; see Text. Events must not go back in time: one that would is
 // written with the time of the one before.
@@ -135,6 +141,12 @@ func (t *Text) Next(p []byte) []byte {
 	t.pending = append(t.pending, p[cut:]...)
 	return p[:cut]
 }
+
+// Pending is what Rest would return.
+func (t *Text) Pending() []byte { return bytes.Clone(t.pending) }
+
+// TextAfter cuts what follows pending.
+func TextAfter(pending []byte) Text { return Text{pending: bytes.Clone(pending)} }
 
 // Rest returns what was never completed.
 func (t *Text) Rest() []byte {

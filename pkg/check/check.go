@@ -57,6 +57,7 @@ func Run(ctx context.Context, c config.Config, kubeletConfig string) []Result {
 		ociRuntime(ctx, c),
 		removedKeys(c),
 		socket("listen socket", "--listen", c.Listen),
+		running(c),
 		adminSocket(c),
 		stateDir(c),
 		writes("audit log", c.Audit.Destination == "file", filepath.Dir(c.Audit.File), "audit.file"),

@@ -12,6 +12,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
+
+	"github.com/streamshim/streamshim/pkg/cri/internal/quiet"
 )
 
 // keepaliveMinTime is how often a client may ping. gRPC's own default, five minutes, ends
@@ -64,7 +66,8 @@ type Server struct {
 	trace           TraceFunc
 
 	resolver *resolver
-	grpc     *grpc.Server
+	options  []grpc.ServerOption
+	server   *quiet.Server
 }
 
 // NewServer makes a server that does not listen yet. The caller ends it with Shutdown, whether it has
@@ -94,7 +97,7 @@ func NewServer(config Config) (*Server, error) {
 	if maxMessageSize == 0 {
 		maxMessageSize = DefaultMaxMessageSize
 	}
-	s.grpc = grpc.NewServer(
+	s.options = []grpc.ServerOption{
 		grpc.ForceServerCodecV2(codec),
 		grpc.UnknownServiceHandler(s.forward),
 		grpc.NumStreamWorkers(callWorkers),
@@ -104,14 +107,20 @@ func NewServer(config Config) (*Server, error) {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveMinTime, PermitWithoutStream: true}),
 		grpc.UnaryInterceptor(s.observeUnary),
 		grpc.StreamInterceptor(s.observeStream),
-	)
-	s.grpc.RegisterService(&runtimeServiceDesc, s)
+	}
+	s.server = quiet.NewServer(s.newGRPC)
 	return s, nil
+}
+
+func (s *Server) newGRPC() *grpc.Server {
+	server := grpc.NewServer(s.options...)
+	server.RegisterService(&runtimeServiceDesc, s)
+	return server
 }
 
 // Serve answers calls until Shutdown, then returns nil. It closes the listener.
 func (s *Server) Serve(listener net.Listener) error {
-	if err := s.grpc.Serve(listener); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+	if err := s.server.Serve(listener); err != nil {
 		return fmt.Errorf("serve the CRI on %s: %w", listener.Addr(), err)
 	}
 	return nil
@@ -119,24 +128,16 @@ func (s *Server) Serve(listener net.Listener) error {
 
 // Shutdown stops accepting calls and waits for those that run until ctx is done, then breaks them
 // off. Watches such as GetContainerEvents never end by themselves.
-func (s *Server) Shutdown(ctx context.Context) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		s.grpc.GracefulStop()
-	}()
-	select {
-	case <-done:
-	case <-ctx.Done():
-		s.grpc.Stop()
-		<-done
-	}
-}
+func (s *Server) Shutdown(ctx context.Context) { s.server.Shutdown(ctx) }
 
 func (s *Server) observeUnary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 	start := time.Now()
 	ctx, end := s.traced(ctx, info.FullMethod)
-	response, err := handle(ctx, request)
+	var response any
+	err := s.server.Counted(func() (err error) {
+		response, err = handle(ctx, request)
+		return err
+	})
 	end(err)
 	s.observed(ctx, info.FullMethod, err, time.Since(start))
 	return response, err
@@ -144,7 +145,12 @@ func (s *Server) observeUnary(ctx context.Context, request any, info *grpc.Unary
 
 func (s *Server) observeStream(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
 	start := time.Now()
-	err := handle(server, stream)
+	var err error
+	if isWatch(info.FullMethod) {
+		err = s.server.Watched(stream, func(stream grpc.ServerStream) error { return handle(server, stream) })
+	} else {
+		err = s.server.Counted(func() error { return handle(server, stream) })
+	}
 	s.observed(stream.Context(), info.FullMethod, err, time.Since(start))
 	return err
 }

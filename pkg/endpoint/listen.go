@@ -69,6 +69,47 @@ func Listen(path string) (net.Listener, error) {
 	return &socketListener{UnixListener: unixListener, path: path, created: created}, nil
 }
 
+// Place is where a listener's socket is, for Adopt.
+type Place struct {
+	Path          string
+	Device, Inode uint64
+}
+
+// PlaceOf is the place of a listener that Listen or Adopt has returned.
+func PlaceOf(listener net.Listener) (Place, error) {
+	l, ok := listener.(*socketListener)
+	if !ok {
+		return Place{}, fmt.Errorf("a %T is no listener of this package", listener)
+	}
+	return l.place(), nil
+}
+
+// Adopt makes of a listener that another program has opened, at this place, what Listen returns.
+func Adopt(listener net.Listener, at Place) (net.Listener, error) {
+	unixListener, ok := listener.(*net.UnixListener)
+	if !ok {
+		return nil, fmt.Errorf("listen on %s: a %T is no Unix socket", at.Path, listener)
+	}
+	unixListener.SetUnlinkOnClose(false)
+	now, err := os.Lstat(at.Path)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: the socket is gone: %w", at.Path, err)
+	}
+	adopted := &socketListener{UnixListener: unixListener, path: at.Path, created: now}
+	if adopted.place() != at {
+		return nil, fmt.Errorf("listen on %s: another process has put its own socket there", at.Path)
+	}
+	return adopted, nil
+}
+
+func (l *socketListener) place() Place {
+	place := Place{Path: l.path}
+	if stat, ok := l.created.Sys().(*syscall.Stat_t); ok {
+		place.Device, place.Inode = stat.Dev, stat.Ino
+	}
+	return place
+}
+
 // socketListener removes its own socket, and only its own, when it is closed.
 type socketListener struct {
 	*net.UnixListener

@@ -163,3 +163,59 @@ func TestListenCloseLeavesASuccessorsSocket(t *testing.T) {
 	}
 	conn.Close()
 }
+
+// A listener that was taken over removes its socket when it is closed, as the one that opened it would have, and one
+// whose socket is another's is not taken over.
+func TestAdopt(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s.sock")
+	first, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	place, err := PlaceOf(first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := first.(*socketListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	inherit := func() net.Listener {
+		inherited, err := net.FileListener(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return inherited
+	}
+	adopted, err := Adopt(inherit(), place)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, err := PlaceOf(adopted); again != place || err != nil {
+		t.Errorf("place %v, %v; want %v", again, err, place)
+	}
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	first.(*socketListener).UnixListener.Close()
+	adopted.Close()
+	if _, err := os.Lstat(path); err == nil {
+		t.Error("the socket was left behind")
+	}
+	inherited := inherit()
+	defer inherited.Close()
+	if _, err := Adopt(inherited, place); err == nil {
+		t.Error("a socket that is gone was taken over")
+	}
+	other, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if _, err := Adopt(inherited, place); err == nil {
+		t.Error("somebody else's socket was taken over")
+	}
+}

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/record"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -76,11 +78,11 @@ func BenchmarkInterruptedStarts(b *testing.B) {
 	for _, n := range []int{1, 10, 100, 1000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
 			dir := filepath.Join(b.TempDir(), "exec")
-			now, err := ticksSinceBoot()
+			now, err := proc.TicksSinceBoot()
 			if err != nil {
 				b.Fatal(err)
 			}
-			left, err := json.Marshal(record{Since: now, Boot: bootID(), Policy: PolicyKill})
+			left, err := json.Marshal(record.Record{Since: now, Boot: proc.BootID(), Policy: PolicyKill})
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -102,59 +104,6 @@ func BenchmarkInterruptedStarts(b *testing.B) {
 	}
 }
 
-// What a zombie costs that nobody waits for, as each start leaves some, while N commands live.
-func BenchmarkReapOrphans(b *testing.B) {
-	for _, n := range []int{10, 100, 1000, 4000} {
-		b.Run(fmt.Sprint(n), func(b *testing.B) {
-			r, err := acquireReaper()
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer r.release()
-			child := func(args ...string) int {
-				command := exec.Command(args[0], args[1:]...)
-				command.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // as if from a runtime
-				if err := command.Start(); err != nil {
-					b.Fatal(err)
-				}
-				defer command.Process.Release()
-				return command.Process.Pid
-			}
-			var ends []<-chan struct{}
-			defer func() {
-				for _, ended := range ends {
-					<-ended
-				}
-			}()
-			for range n {
-				pid := child("sleep", "1000")
-				defer syscall.Kill(pid, syscall.SIGKILL)
-				w, err := r.watchProcess(pid, nil)
-				if err != nil {
-					b.Fatal(err)
-				}
-				ends = append(ends, w.exited)
-			}
-			for b.Loop() {
-				b.StopTimer()
-				start := r.beginStart() // until it ends, the zombie is left alone
-				pid := child("true")
-				for {
-					if stat, err := readStat(pid); err == nil && stat.zombie() {
-						break
-					}
-					time.Sleep(time.Millisecond)
-				}
-				r.mu.Lock()
-				delete(r.starts, start)
-				r.mu.Unlock()
-				b.StartTimer()
-				r.reapOrphans()
-			}
-		})
-	}
-}
-
 // cpuTime is what this process has used.
 func cpuTime(b *testing.B) time.Duration {
 	b.Helper()
@@ -163,4 +112,25 @@ func cpuTime(b *testing.B) time.Duration {
 		b.Fatal(err)
 	}
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+}
+
+// What a hand-over costs by the commands that are carried; execve itself comes on top.
+func BenchmarkHandOver(b *testing.B) {
+	for _, n := range []int{1, 200} {
+		b.Run(fmt.Sprintf("commands=%d", n), func(b *testing.B) {
+			r := newRunner(b)
+			c := newContainer(b)
+			var processes []*Process
+			for i := range n {
+				processes = append(processes, start(b, r, c, workload.Command{Args: []string{"sleep", "100000"}, Stdin: true, Stdout: true, TTY: i%2 == 0}))
+			}
+			for b.Loop() {
+				processes = refreeze(b, r, processes...)
+			}
+			for _, p := range processes {
+				p.Kill()
+				p.Close()
+			}
+		})
+	}
 }

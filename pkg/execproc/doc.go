@@ -11,7 +11,7 @@
 //
 // # Who waits for whom
 //
-// One reaper in the process waits on pidfds, independent of all I/O; see the comment on type reaper
+// One reaper in the process waits on pidfds, independent of all I/O; see the comment on internal/reaper.Reaper
 // for how it leaves other children of this process alone. Code that shares a process with a Runner
 // must not wait for any child (wait4 with -1), ignore SIGCHLD, or start children of its own with
 // Setsid.
@@ -41,4 +41,15 @@
 // the process is known. Should this process be killed, the next Runner with the same directory ends what still
 // runs, recognized by pid, start time and boot, and what the starts have come to that were under way, unless
 // the policy was to keep it.
+//
+// # Hand-overs
+//
+// A program that executes its successor in the same process (docs/decisions/0006-handover.md) calls Quiesce, freezes
+// each Process that a session has, and then the Runner; the successor, whose Config says so, calls Resume, ResumeProcess
+// and EndUnclaimed. All commands stay children of the process. What ends in between is a zombie until it is resumed,
+// and so loses no exit code; records on disk stay what they are.
+//
+// execve must be called by the main thread. It ends all others, and a command that has asked for a signal at its parent's
+// death (PR_SET_PDEATHSIG) gets it when the thread dies whose child it is; commands that a runtime leaves are the main
+// thread's. Nothing of streamshim's own that is to live may have been started with one.
 package execproc

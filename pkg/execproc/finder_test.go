@@ -12,9 +12,10 @@ import (
 	"testing"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/tree"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -25,25 +26,22 @@ func TestCostOfLook(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
 	marker := newMarker()
-	look := func(p *Process) (census *census, living []procStat, wide bool) {
-		census = newCensus()
-		l := &look{tree: newTree(p.leader, p.container.InitPid, p.ends)}
-		orphans := census.grow(l)
-		return census, l.living, l.tree.mayBeHeld(l.living, orphans)
+	look := func(p *Process) (living []proc.Stat, all, wide bool) {
+		return tree.New(p.leader, p.container.InitPid, p.ends).Cost()
 	}
 	var plain []*Process
 	for range 3 {
 		plain = append(plain, startFamily(t, r, c, "sleep %[1]s & echo ready; wait", marker, false))
 	}
 	for _, p := range plain {
-		if census, living, wide := look(p); census.allRead || wide || len(living) != 2 {
-			t.Errorf("all processes read: %v, to be read: %v, living: %v", census.allRead, wide, living)
+		if living, all, wide := look(p); all || wide || len(living) != 2 {
+			t.Errorf("all processes read: %v, to be read: %v, living: %v", all, wide, living)
 		}
 	}
 	orphans := startFamily(t, r, c, "(setsid sleep %[1]s &); echo ready; sleep 1%[1]s", marker, false)
 	eventually(t, "an orphan makes descriptors worth reading", func() bool {
-		census, living, wide := look(orphans)
-		return !census.allRead && wide && len(living) == 1
+		living, all, wide := look(orphans)
+		return !all && wide && len(living) == 1
 	})
 	for _, p := range append(plain, orphans) {
 		p.Kill()
@@ -82,36 +80,6 @@ func TestHolderThatDoesNotDescend(t *testing.T) {
 	}
 }
 
-// Looks are served in rounds of a limited size, those of commands whose caller waits before the others.
-func TestFinderOrder(t *testing.T) {
-	look := func(urgent bool) *look { return &look{tree: &tree{urgent: urgent}} }
-	f := &finder{limit: 3, running: true}
-	for range 4 {
-		f.waiting = append(f.waiting, look(false))
-	}
-	f.urgent = append(f.urgent, look(true), look(true))
-	for round, want := range []struct{ urgent, others int }{{2, 1}, {0, 3}, {0, 0}} {
-		looks := f.next()
-		urgent := 0
-		for _, l := range looks {
-			if l.tree.urgent {
-				urgent++
-			}
-		}
-		if urgent != want.urgent || len(looks)-urgent != want.others || f.looking != len(looks) {
-			t.Errorf("round %d: %d urgent ones and %d others, %d counted", round, urgent, len(looks)-urgent, f.looking)
-		}
-	}
-	if f.running {
-		t.Error("the finder runs, and nobody waits")
-	}
-	f.limit = 0
-	f.waiting = append(f.waiting, look(false), look(false))
-	if looks := f.next(); len(looks) != 2 {
-		t.Errorf("%d without a limit", len(looks))
-	}
-}
-
 // A process may be a sibling of its maker (CLONE_PARENT), and one whose first thread has ended is no zombie.
 func TestStrangeKinship(t *testing.T) {
 	testutil.Slow(t)
@@ -136,7 +104,7 @@ func TestStrangeKinship(t *testing.T) {
 					}
 					eventually(t, "all are there, and the thread alone", func() bool {
 						found := inSession(t, p.PID())
-						dead := slices.ContainsFunc(found, func(p procStat) bool { return p.state == 'Z' })
+						dead := slices.ContainsFunc(found, func(p proc.Stat) bool { return p.State == 'Z' })
 						return len(found) == processes && dead == (kind == "thread")
 					})
 					if kill {
@@ -156,14 +124,14 @@ func TestStrangeKinship(t *testing.T) {
 }
 
 // inSession finds the processes of a session of which a thread lives.
-func inSession(t *testing.T, session int) (found []procStat) {
+func inSession(t *testing.T, session int) (found []proc.Stat) {
 	t.Helper()
-	all, err := allProcesses()
+	all, err := proc.All()
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, p := range all {
-		if p.session == session && !p.zombie() {
+		if p.Session == session && !p.Zombie() {
 			found = append(found, p)
 		}
 	}
@@ -185,83 +153,4 @@ func inner(t *testing.T, pid int) int {
 		t.Fatal(err)
 	}
 	return number
-}
-
-// A container may have any number of descriptors open, at the cost of who reads them.
-func TestDescriptorsHaveBudget(t *testing.T) {
-	self := mustStat(t, os.Getpid())
-	read, write, err := pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(read)
-	defer unix.Close(write)
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil || limit.Cur < 3*descriptorsOfProcess {
-		t.Skipf("limit of descriptors: %v, %v", limit, err)
-	}
-	for range 2 * descriptorsOfProcess {
-		fd, err := unix.FcntlInt(uintptr(read), unix.F_DUPFD_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer unix.Close(fd)
-	}
-	victim := &tree{}
-	name := func(fd int) string {
-		target, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return target
-	}
-	w := &wanted{pipes: map[string][]*tree{name(read): {victim}}, budget: descriptorsOfContainer}
-	if held := w.heldBy(self); !slices.Contains(held, victim) {
-		t.Error("a pipe among the first descriptors was not found")
-	}
-	if spent := descriptorsOfContainer - w.budget; spent != descriptorsOfProcess {
-		t.Errorf("%d descriptors read", spent)
-	}
-	w.budget = 100
-	if w.heldBy(self); w.budget != 0 {
-		t.Errorf("budget left: %d", w.budget)
-	}
-}
-
-// Pipes say themselves whether anybody else holds them, also after our ends were closed.
-func TestPipeWatch(t *testing.T) {
-	s, err := newStdio(workload.Command{Stdin: true, Stdout: true, Stderr: true}, owner{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	w := s.watchEnds()
-	defer w.close()
-	check := func(want bool, when string) {
-		t.Helper()
-		if w.held() != want {
-			t.Errorf("%s: held %v", when, !want)
-		}
-	}
-	check(true, "all are open")
-	copies := make([]int, 3)
-	for i, file := range s.process {
-		if copies[i], err = unix.FcntlInt(file.Fd(), unix.F_DUPFD_CLOEXEC, 0); err != nil {
-			t.Fatal(err)
-		}
-	}
-	s.closeProcessEnds()
-	for i, fd := range copies {
-		check(true, fmt.Sprintf("%d others are open", 3-i))
-		if i == 1 {
-			s.closeOurs()
-			if _, err := unix.Write(copies[2], []byte("x")); err != unix.EPIPE {
-				t.Errorf("writing to a pipe that is watched but not read: %v", err)
-			}
-		}
-		unix.Close(fd)
-	}
-	check(false, "none is open")
-	if s.watchEnds() != nil {
-		t.Error("pipes that are closed are watched")
-	}
 }

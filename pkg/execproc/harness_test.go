@@ -23,6 +23,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/pkg/execproc/internal/ociruntime"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -32,8 +34,8 @@ import (
 var rootfs string // made once, shared by all containers
 
 func TestMain(m *testing.M) {
-	if pid := os.Getenv(tracerVariable); pid != "" {
-		trace(pid) // does not return
+	if dir := os.Getenv(actorVariable); dir != "" {
+		act(dir) // does not return
 	}
 	if dir := os.Getenv("EXECPROC_TEST_PREDECESSOR"); dir != "" {
 		predecessor(dir) // does not return
@@ -194,7 +196,7 @@ func runContainer(t testing.TB, binary, root, id string, changes ...func(*specs.
 		text, _ := os.ReadFile(log.Name())
 		t.Fatalf("runc run: %v: %s", err, text)
 	}
-	pid, err := readPidFile(pidFile)
+	pid, err := ociruntime.ReadPidFile(pidFile)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -208,7 +210,7 @@ func runContainer(t testing.TB, binary, root, id string, changes ...func(*specs.
 	})
 	return workload.Container{
 		Target:  workload.Target{ContainerID: id},
-		Runtime: binary, Root: root, InitPid: pid, InitStartTime: mustStat(t, pid).start, Process: config.Process,
+		Runtime: binary, Root: root, InitPid: pid, InitStartTime: mustStat(t, pid).Start, Process: config.Process,
 		UIDMappings: config.Linux.UIDMappings, GIDMappings: config.Linux.GIDMappings,
 	}
 }
@@ -237,7 +239,7 @@ func noLeaks(t testing.TB) {
 			}
 			time.Sleep(20 * time.Millisecond)
 		}
-		if children, err := ownChildren(nil); err == nil {
+		if children, err := proc.OwnChildren(nil); err == nil {
 			t.Logf("children: %+v", children)
 		}
 		buffer := make([]byte, 1<<20)
@@ -251,7 +253,7 @@ func resources(t testing.TB) [3]int {
 	if err != nil {
 		t.Fatal(err)
 	}
-	children, err := ownChildren(nil)
+	children, err := proc.OwnChildren(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -377,7 +379,7 @@ func marked(t testing.TB, marker string) []int {
 		if err != nil || !bytes.Contains(args[:n], []byte(marker)) {
 			continue
 		}
-		if stat, err := readStat(pid); err == nil && !stat.zombie() {
+		if stat, err := proc.ReadStat(pid); err == nil && !stat.Zombie() {
 			found = append(found, pid)
 		}
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/ociruntime"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -31,10 +32,10 @@ func TestContainerReplacedDuringStart(t *testing.T) {
 		c := newContainer(t, named("meant"))
 		marker := newMarker()
 		launched := false
-		replaceFirst := func(ctx context.Context, c workload.Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
+		replaceFirst := func(ctx context.Context, c workload.Container, spec *specs.Process, f ociruntime.Files, streams [3]*os.File, stderr *os.File) (int, error) {
 			runc(t, c, "delete", "--force", c.ContainerID)
 			runContainer(t, c.Runtime, c.Root, c.ContainerID, named("other"))
-			pid, err := execInContainer(ctx, c, spec, f, streams, stderr)
+			pid, err := ociruntime.Exec(ctx, c, spec, f, streams, stderr)
 			launched = err == nil
 			return pid, err
 		}
@@ -43,7 +44,7 @@ func TestContainerReplacedDuringStart(t *testing.T) {
 		if !launched {
 			t.Fatalf("the runtime did not start it: %v", err)
 		}
-		if !errors.Is(err, ErrNotRunning) {
+		if !errors.Is(err, ociruntime.ErrNotRunning) {
 			t.Errorf("tty %v: started in another container: %v", tty, err)
 			if err == nil {
 				p.Kill()
@@ -88,7 +89,7 @@ func TestStoppedStartEnds(t *testing.T) {
 				}
 				p, err := r.Start(context.Background(), hostile, workload.Command{Args: []string{"true"}, Stdout: true})
 				switch {
-				case errors.Is(err, errStopped):
+				case errors.Is(err, ociruntime.ErrStopped):
 					stopped.Add(1)
 				case err == nil:
 					p.Kill()

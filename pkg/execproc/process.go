@@ -1,16 +1,15 @@
 package execproc
 
 import (
-	"context"
 	"io"
-	"os"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/reaper"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/stdio"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/tree"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -19,31 +18,49 @@ import (
 type Process struct {
 	runner    *Runner
 	container workload.Container
-	leader    identity
+	leader    proc.Identity
 	record    string // path of its recovery record
-	watch     *watch
-	init      *watch // nil when the container's main process is not known
+	watch     *reaper.Watch
+	init      *reaper.Watch // nil when the container's main process is not known
 
 	stdin  io.WriteCloser
 	stdout io.ReadCloser
 	stderr io.ReadCloser
-	pipes  *stdio    // nil with a terminal
-	tty    *terminal // nil without
-	ends   streamEnds
+	pipes  *stdio.Pipes    // nil with a terminal
+	tty    *stdio.Terminal // nil without
+	ends   tree.StreamEnds
 
 	standIn string // see StandIn
+	// stranger is set for what a predecessor has left that was killed: it is no child of this process.
+	stranger bool
 
-	policy  Policy
-	probe   atomic.Bool // started by RunSync
-	keep    sync.Once
-	end     sync.Once
-	kill    sync.Once
-	killNow chan struct{} // closed by Kill
-	ended   chan struct{} // closed when the ending is over
+	policy   Policy
+	probe    atomic.Bool   // started by RunSync
+	killNow  chan struct{} // closed by Kill
+	freezing chan struct{} // closed by Freeze
+	cut      chan struct{} // closed by either
+	ended    chan struct{} // closed when the ending is over
 
-	mu      sync.Mutex
-	closed  bool
-	looking bool // the ending looks for the tree; Close leaves the streams open until it has
+	// life is held for reading by what changes the life of a process, and for writing by Freeze, which ends it here.
+	life   sync.RWMutex
+	frozen bool
+
+	mu       sync.Mutex
+	closed   bool
+	looking  bool // the ending looks for the tree; Close leaves the streams open until it has
+	isKilled bool
+	isKept   bool
+	ending   *ending // nil before it has begun
+	endOver  bool
+	kept     []*stdio.Kept
+}
+
+// newProcess returns a process that nobody watches yet.
+func newProcess(r *Runner, container workload.Container, record string, policy Policy) *Process {
+	return &Process{
+		runner: r, container: container, record: record, policy: policy,
+		killNow: make(chan struct{}), freezing: make(chan struct{}), cut: make(chan struct{}), ended: make(chan struct{}),
+	}
 }
 
 // Stdin is the process's standard input, nil when the command did not ask for it. Without a terminal
@@ -66,18 +83,18 @@ func (p *Process) Resize(size workload.Size) error {
 	if p.tty == nil || !size.Known() {
 		return nil
 	}
-	return p.tty.resize(size)
+	return p.tty.Resize(size)
 }
 
 // Exited is closed as soon as the process has ended and was reaped, independent of all I/O.
-func (p *Process) Exited() <-chan struct{} { return p.watch.exited }
+func (p *Process) Exited() <-chan struct{} { return p.watch.Exited }
 
 // ExitCode is the exit status, 0-255, 128+n after signal n. It is valid once Exited is closed, and
 // -1 before.
 func (p *Process) ExitCode() int {
 	select {
-	case <-p.watch.exited:
-		return p.watch.status
+	case <-p.watch.Exited:
+		return p.watch.Status
 	default:
 		return -1
 	}
@@ -89,7 +106,7 @@ func (p *Process) ContainerExited() <-chan struct{} {
 	if p.init == nil {
 		return nil
 	}
-	return p.init.exited
+	return p.init.Exited
 }
 
 // ContainerEnding reports whether the main process of the container has been killed, has begun to end or has
@@ -100,11 +117,11 @@ func (p *Process) ContainerEnding() bool {
 	if p.init == nil {
 		return false
 	}
-	init, err := readStat(p.container.InitPid)
+	init, err := proc.ReadStat(p.container.InitPid)
 	if err != nil {
-		return gone(err)
+		return proc.Gone(err)
 	}
-	return init.killed || init.exiting || init.zombie() || (p.container.InitStartTime != 0 && init.start != p.container.InitStartTime)
+	return init.Killed || init.Exiting || init.Zombie() || (p.container.InitStartTime != 0 && init.Start != p.container.InitStartTime)
 }
 
 // Disconnect begins the end of a process whose client has gone, as Config.OnDisconnect says: with
@@ -113,24 +130,50 @@ func (p *Process) ContainerEnding() bool {
 // away, its stdin at its end only if the caller has closed it before. It returns at once; may be called more than
 // once, and after Close.
 func (p *Process) Disconnect() {
+	p.life.RLock()
+	defer p.life.RUnlock()
+	if p.frozen {
+		return
+	}
 	switch p.policy {
 	case PolicyKeep:
-		p.keep.Do(p.discardOutput)
+		p.keepOn()
 	case PolicyKill:
 		if onKill := p.runner.config.OnKill; onKill != nil && !p.hasExited() {
 			onKill()
 		}
-		p.Kill()
+		p.killTree()
 	default:
-		p.end.Do(p.beginEnd)
+		p.beginEnd()
 	}
 }
 
 // Kill sends SIGKILL to the whole tree now, also when a gentler end is under way or the policy is to
 // keep the process. It returns at once; may be called more than once.
 func (p *Process) Kill() {
-	p.kill.Do(func() { close(p.killNow) })
-	p.end.Do(p.beginEnd)
+	p.life.RLock()
+	defer p.life.RUnlock()
+	if !p.frozen {
+		p.killTree()
+	}
+}
+
+func (p *Process) killTree() {
+	p.mu.Lock()
+	if !p.isKilled {
+		p.isKilled = true
+		close(p.killNow)
+		p.cutLocked()
+	}
+	p.mu.Unlock()
+	p.beginEnd()
+}
+
+// cutLocked ends the waits of the ending.
+func (p *Process) cutLocked() {
+	if !isClosed(p.cut) {
+		close(p.cut)
+	}
 }
 
 // Close releases the streams and everything kept for the process. It does not end the process and
@@ -138,17 +181,21 @@ func (p *Process) Kill() {
 // writes from then on meets a closed pipe, and a terminal hangs up, unless Disconnect with
 // PolicyKeep came first.
 func (p *Process) Close() error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.closed {
+	p.life.RLock()
+	defer p.life.RUnlock()
+	if p.frozen {
+		p.closeStreams()
 		return nil
 	}
+	p.mu.Lock()
+	was := p.closed
 	p.closed = true
-	if !p.looking {
+	if !was && !p.looking {
 		p.closeStreams()
 	}
-	if p.init != nil {
-		p.runner.reaper.dropContainer(p.init)
+	p.mu.Unlock()
+	if !was && p.init != nil {
+		p.runner.reaper.DropContainer(p.init)
 	}
 	return nil
 }
@@ -158,194 +205,31 @@ func (p *Process) closeStreams() {
 		p.tty.Close()
 	}
 	if p.pipes != nil {
-		p.pipes.closeOurs()
+		p.pipes.CloseOurs()
 	}
 }
 
 // hasExited reports whether the process itself has ended.
-func (p *Process) hasExited() bool {
-	select {
-	case <-p.watch.exited:
-		return true
-	default:
-		return false
-	}
-}
-
-func (p *Process) beginEnd() {
-	r := p.runner
-	p.mu.Lock()
-	p.looking = true
-	p.mu.Unlock()
-	r.mu.Lock()
-	r.ending[p] = struct{}{}
-	r.mu.Unlock()
-	over := func() {
-		r.mu.Lock()
-		delete(r.ending, p)
-		r.mu.Unlock()
-		close(p.ended)
-	}
-	if !r.background(func() { defer over(); p.endTree() }) {
-		p.endLook()
-		over()
-	}
-}
-
-// endTree is the end of a process and of everything that descends from it.
-func (p *Process) endTree() {
-	t := newTree(p.leader, p.container.InitPid, p.ends)
-	t.urgent = p.probe.Load()
-	t.stranger = p.pipes == nil && p.tty == nil // a predecessor's
-	if p.pipes != nil {
-		t.pipes = p.pipes.watchEnds()
-		defer t.pipes.close()
-	}
-	// Before anything is closed or signalled: later the leader may be gone, and with it the trace to
-	// its children.
-	living := p.firstLook(t)
-	config := p.runner.config
-	if !p.killed() {
-		p.closeStreams()
-		living = t.ask(living, unix.SIGHUP, config.TermAfter, p.killNow)
-		if !p.killed() {
-			living = t.ask(living, unix.SIGTERM, config.KillAfter-config.TermAfter, p.killNow)
-		}
-		if len(living) > 0 && !p.killed() && config.OnKill != nil {
-			config.OnKill()
-		}
-	}
-	if len(living) > 0 && !t.kill() {
-		p.runner.log.Warn("processes of an exec survived SIGKILL; is the container paused, or I/O stuck?",
-			"container", p.container.ContainerID, "pid", p.leader.pid)
-		return
-	}
-	<-p.watch.exited // it is a zombie now, and the reaper knows
-}
-
-// firstLook finds the tree while the terminal is certain to be still the process's own. Once its
-// master is closed the kernel may give the same number to the next terminal, whose users are
-// strangers, so that later looks do without it.
-//
-// A Close that follows Disconnect or Kill at once takes effect after this look: closing a terminal
-// ends its leader, and with it the trace to children in sessions of their own.
-func (p *Process) firstLook(t *tree) []procStat {
-	defer p.endLook()
-	defer func() { t.ends.terminal = false }()
-	if t.ends.terminal {
-		master, err := duplicate(p.tty)
-		if err != nil { // closed already
-			t.ends.terminal = false
-		} else {
-			defer master.Close()
-		}
-	}
-	t.killing = p.killed()
-	return t.living()
-}
-
-func (p *Process) endLook() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.looking = false
-	if p.closed {
-		p.closeStreams()
-	}
-}
+func (p *Process) hasExited() bool { return isClosed(p.watch.Exited) }
 
 // killed reports whether Kill was called.
-func (p *Process) killed() bool {
+func (p *Process) killed() bool { return isClosed(p.killNow) }
+
+func isClosed(c <-chan struct{}) bool {
 	select {
-	case <-p.killNow:
+	case <-c:
 		return true
 	default:
 		return false
 	}
-}
-
-// discardOutput keeps reading what the process writes, so that it neither blocks nor meets a closed
-// pipe, until it ends or the Runner does. It works on descriptors of its own, as the caller is going
-// to Close the others.
-func (p *Process) discardOutput() {
-	if p.tty != nil {
-		if file, err := duplicate(p.tty); err == nil {
-			p.discard(newTerminal(file, p.watch.exited))
-		} else {
-			p.runner.log.Warn("cannot keep a terminal open for a process whose client has gone", "pid", p.leader.pid, "error", err)
-		}
-		return
-	}
-	// Input that was cut must not look whole: only who has given it all closes stdin.
-	if p.pipes.stdin != nil {
-		if file, err := duplicate(p.pipes.stdin); err == nil {
-			p.hold(file)
-		}
-	}
-	for _, output := range []*os.File{p.pipes.stdout, p.pipes.stderr} {
-		if output == nil {
-			continue
-		}
-		file, err := duplicate(output)
-		if err != nil {
-			p.runner.log.Warn("cannot keep the output open of a process whose client has gone", "pid", p.leader.pid, "error", err)
-			continue
-		}
-		p.discard(file)
-	}
-}
-
-// hold keeps a file open until the process ends or the Runner does.
-func (p *Process) hold(file io.Closer) {
-	started := p.runner.background(func() {
-		defer file.Close()
-		select {
-		case <-p.watch.exited:
-		case <-p.runner.ctx.Done():
-		}
-	})
-	if !started {
-		file.Close()
-	}
-}
-
-// discard reads the output to its end in the background and closes it.
-func (p *Process) discard(output io.ReadCloser) {
-	started := p.runner.background(func() {
-		stop := context.AfterFunc(p.runner.ctx, func() { output.Close() })
-		_, _ = io.Copy(io.Discard, output)
-		if stop() {
-			output.Close()
-		}
-	})
-	if !started {
-		output.Close()
-	}
-}
-
-func duplicate(from syscall.Conn) (*os.File, error) {
-	raw, err := from.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	copied := -1
-	ctlErr := raw.Control(func(fd uintptr) {
-		copied, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
-	})
-	if ctlErr != nil {
-		return nil, ctlErr
-	}
-	if err != nil {
-		return nil, err
-	}
-	return os.NewFile(uintptr(copied), "kept "+strconv.Itoa(copied)), nil
 }
 
 // StandIn is the name of the helper that runs instead of the command, which the container does not have; otherwise empty.
 func (p *Process) StandIn() string { return p.standIn }
 
 // PID is the process in our pid namespace. After the process has ended it may be another's.
-func (p *Process) PID() int { return p.leader.pid }
+func (p *Process) PID() int { return p.leader.Pid }
 
 // Signal sends a signal to the process itself, not to its tree. The error is unix.ESRCH when it has
 // ended.
-func (p *Process) Signal(signal syscall.Signal) error { return p.leader.sendSignal(signal) }
+func (p *Process) Signal(signal syscall.Signal) error { return p.leader.Signal(signal) }

@@ -1,7 +1,6 @@
 package execproc
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -9,16 +8,15 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/ociruntime"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -50,7 +48,7 @@ func TestEveryStatusReachesItsOwner(t *testing.T) {
 		})
 		all.Go(func() { // commands that failed to start
 			for range 20 {
-				var failed *StartError
+				var failed *ociruntime.StartError
 				if _, err := r.Start(context.Background(), c, workload.Command{Args: []string{"nope"}, Stdout: true}); !errors.As(err, &failed) {
 					t.Error(err)
 				}
@@ -69,97 +67,17 @@ func TestEveryStatusReachesItsOwner(t *testing.T) {
 	}
 	all.Wait()
 	eventually(t, "no zombie is left", func() bool {
-		children, err := ownChildren(nil)
+		children, err := proc.OwnChildren(nil)
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, child := range children {
-			if child.zombie() {
+			if child.Zombie() {
 				return false
 			}
 		}
 		return true
 	})
-}
-
-// A process may be dead before its pid is known. While a start is under way, its zombie waits.
-func TestZombieWaitsForStartUnderWay(t *testing.T) {
-	noLeaks(t)
-	r, err := acquireReaper()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.release()
-	die := func(code int) int {
-		command := exec.Command("sh", "-c", fmt.Sprintf("exit %d", code))
-		command.SysProcAttr = &unix.SysProcAttr{Setsid: true} // as if from a runtime
-		if err := command.Start(); err != nil {
-			t.Fatal(err)
-		}
-		pid := command.Process.Pid
-		command.Process.Release()
-		return pid
-	}
-	reaped := func(pid int) func() bool {
-		return func() bool { _, err := readStat(pid); return err != nil }
-	}
-	isZombie := func(pid int) func() bool {
-		return func() bool { stat, err := readStat(pid); return err == nil && stat.zombie() }
-	}
-
-	first := r.beginStart()
-	wanted, orphan := die(33), die(1)
-	eventually(t, "it is a zombie", isZombie(wanted))
-	eventually(t, "it is a zombie", isZombie(orphan))
-	r.reapOrphans()
-	second := r.beginStart() // began later: no reason to wait for this one
-	if !isZombie(wanted)() || !isZombie(orphan)() {
-		t.Fatal("reaped while a start was under way that may want it")
-	}
-	w, err := r.watchProcess(wanted, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	closes(t, w.exited, "the exit")
-	if w.status != 33 {
-		t.Errorf("exit code %d", w.status)
-	}
-	if !isZombie(orphan)() {
-		t.Error("the orphan was reaped too early")
-	}
-	r.mu.Lock()
-	r.looked = time.Time{} // long ago, so that the end of a start brings a look although another goes on
-	r.mu.Unlock()
-	r.endStart(first)
-	eventually(t, "the orphan is reaped", reaped(orphan))
-	r.endStart(second)
-	orphan = die(2)
-	eventually(t, "an orphan is reaped at once when nothing is under way", reaped(orphan))
-}
-
-// A child that os/exec has started here may be a zombie for as long as nobody asks os/exec: its status is
-// left alone.
-func TestOwnChildIsNoOrphan(t *testing.T) {
-	noLeaks(t)
-	r, err := acquireReaper()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.release()
-	command := exec.Command("sh", "-c", "exit 42")
-	if err := command.Start(); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, "it is a zombie", func() bool {
-		stat, err := readStat(command.Process.Pid)
-		return err != nil || stat.zombie()
-	})
-	for range 3 {
-		r.reapOrphans()
-	}
-	if err := command.Wait(); command.ProcessState == nil || command.ProcessState.ExitCode() != 42 {
-		t.Errorf("os/exec was told %v, %v", command.ProcessState, err)
-	}
 }
 
 // Good and failing, with and without terminal: nothing stays (containerd#9668).
@@ -286,95 +204,4 @@ func TestShutdown(t *testing.T) {
 	if code := p.ExitCode(); code != 137 {
 		t.Errorf("exit code %d", code)
 	}
-}
-
-// A zombie that a debugger has cannot be reaped. It costs nothing meanwhile, and is reaped when the debugger lets go.
-func TestZombieHeldByTracer(t *testing.T) {
-	r, err := acquireReaper()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.release()
-	command := exec.Command("sleep", "1000")
-	command.SysProcAttr = &unix.SysProcAttr{Setsid: true}
-	if err := command.Start(); err != nil {
-		t.Fatal(err)
-	}
-	pid := command.Process.Pid
-	w, err := r.watchProcess(pid, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	// The tracer is a process of its own: a tracer that is the parent as well is no obstacle.
-	tracer := exec.Command(os.Args[0], "-test.run=^$")
-	tracer.Env = append(os.Environ(), tracerVariable+"="+strconv.Itoa(pid))
-	release, err := tracer.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	attached, err := tracer.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := tracer.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if line, err := bufio.NewReader(attached).ReadString('\n'); line != "attached\n" {
-		t.Fatalf("the tracer says %q, %v", line, err)
-	}
-	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	held := func() bool {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		_, held := r.held[w]
-		return held
-	}
-	eventually(t, "the zombie is known to be held", held)
-	select {
-	case <-w.exited:
-		t.Fatal("reaped although traced: the test proves nothing")
-	default:
-	}
-	before := ownTime(t)
-	time.Sleep(time.Second)
-	if spent := ownTime(t) - before; spent > 500*time.Millisecond {
-		t.Errorf("%v of CPU time in a second while a tracer holds a zombie", spent)
-	}
-	release.Close()
-	if err := tracer.Wait(); err != nil {
-		t.Error(err)
-	}
-	closes(t, w.exited, "the zombie to be reaped")
-	if w.status != 128+int(unix.SIGKILL) {
-		t.Errorf("status %d", w.status)
-	}
-}
-
-func ownTime(t *testing.T) time.Duration {
-	t.Helper()
-	var usage unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &usage); err != nil {
-		t.Fatal(err)
-	}
-	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
-}
-
-// tracerVariable makes the test's program one that traces this process until its input ends.
-const tracerVariable = "EXECPROC_TEST_TRACE"
-
-func trace(pid string) {
-	runtime.LockOSThread()
-	number, err := strconv.Atoi(pid)
-	if err == nil {
-		err = unix.PtraceSeize(number)
-	}
-	if err != nil {
-		fmt.Println(err)
-		os.Exit(1)
-	}
-	fmt.Println("attached")
-	io.Copy(io.Discard, os.Stdin)
-	os.Exit(0)
 }

@@ -1,166 +1,53 @@
 package execproc
 
 import (
-	"bytes"
-	"encoding/json"
-	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/streamshim/streamshim/pkg/execproc/internal/ociruntime"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/record"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/tree"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// record is what a successor must know of a command, should this process be killed. It is one small file in
-// the state directory, removed when the command ends. It is written twice: before the start, when there is no
-// pid yet, and once the command is known, then into the room of the first, so that a full disk cannot prevent it.
-// Between the two, what was started is found by what the runtime left and by the command's pipes.
-type record struct {
-	Container string   `json:"container"`
-	InitPid   int      `json:"initPid"`
-	InitStart uint64   `json:"initStart,omitempty"` // as Start
-	Pid       int      `json:"pid,omitempty"`
-	Start     uint64   `json:"start,omitempty"` // clock ticks since boot, /proc/PID/stat
-	Since     uint64   `json:"since,omitempty"` // without a pid: what was started is not older
-	Pipes     []string `json:"pipes,omitempty"` // without a pid: as in streamEnds
-	Boot      string   `json:"boot"`
-	Policy    Policy   `json:"policy"`
-}
-
-// recordSize is the least size of a record's file, in bytes, the rest being blanks: a record with a pid fits in.
-const recordSize = 4 << 10
-
-// writeIntent writes down that a command is about to be started. It returns the file, locked, to be closed
-// when the runtime has ended: as each descriptor it is copied into the process that is forked to become
-// the runtime, and closed there by execve, so that the lock tells a successor of a process that does not look like
-// a runtime yet.
+// writeIntent writes down that a command is about to be started.
 func (p *Process) writeIntent() (*os.File, error) {
-	since, err := ticksSinceBoot()
+	since, err := proc.TicksSinceBoot()
 	if err != nil {
 		return nil, err
 	}
 	intent := p.newRecord()
-	intent.Since, intent.Pipes = since, slices.Sorted(maps.Keys(p.ends.pipes))
-	if err := intent.write(p.record); err != nil {
-		return nil, err
-	}
-	file, err := os.OpenFile(p.record, os.O_RDWR, 0)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		file.Close()
-		return nil, fmt.Errorf("lock: %w", err)
-	}
-	return file, nil
+	intent.Since = since
+	return intent.Begin(p.record)
 }
 
-// awaitExecve waits until no process is left that was forked to become the start's runtime and has not
-// executed it, at most until the deadline or until the channel is closed.
-func awaitExecve(recordFile string, deadline time.Time, cut <-chan struct{}) {
-	file, err := os.Open(recordFile)
-	if err != nil {
-		return
-	}
-	defer file.Close()
-	for unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB) == unix.EWOULDBLOCK && time.Now().Before(deadline) {
-		select {
-		case <-cut:
-			return
-		case <-time.After(5 * time.Millisecond): // flock(2) itself waits without a deadline
-		}
-	}
-}
-
-// writeRecord writes down which process the command is, in place of the intent. It is one write within a page:
-// whoever is killed meanwhile leaves the one or the other.
+// writeRecord writes down which process the command is, in place of the intent.
 func (p *Process) writeRecord(intent *os.File) error {
+	return p.newRecord().Complete(intent)
+}
+
+// recordEnd writes down that the process's tree is to be ended. From now on the record goes with the tree.
+func (p *Process) recordEnd() {
 	r := p.newRecord()
-	r.Pid, r.Start = p.leader.pid, p.leader.start
-	data, err := r.encode()
-	if err != nil {
-		return err
+	r.Ending = true
+	if p.killed() {
+		r.Policy = PolicyKill
 	}
-	_, err = intent.WriteAt(data, 0)
-	return err
+	if err := r.Write(p.record); err != nil {
+		p.runner.log.Warn("cannot write the recovery record of an exec that is being ended; were streamshim killed now, some of it might stay", "error", err)
+	}
 }
 
-func (p *Process) newRecord() record {
-	return record{
+func (p *Process) newRecord() record.Record {
+	return record.Record{
 		Container: p.container.ContainerID, InitPid: p.container.InitPid, InitStart: p.container.InitStartTime,
-		Boot: p.runner.boot, Policy: p.policy,
+		Pid: p.leader.Pid, Start: p.leader.Start, Pipes: slices.Sorted(maps.Keys(p.ends.Pipes)), Boot: p.runner.boot, Policy: p.policy,
 	}
-}
-
-func (r record) encode() ([]byte, error) {
-	data, err := json.Marshal(r)
-	if err != nil {
-		return nil, fmt.Errorf("encode recovery record: %w", err)
-	}
-	if blanks := recordSize - len(data); blanks > 0 {
-		data = append(data, bytes.Repeat([]byte{' '}, blanks)...)
-	}
-	return data, nil
-}
-
-// write replaces the file as a whole: whoever is killed meanwhile leaves the old one.
-func (r record) write(path string) error {
-	data, err := r.encode()
-	if err != nil {
-		return err
-	}
-	unfinished := unfinishedFile(path)
-	err = os.WriteFile(unfinished, data, 0o600)
-	if err == nil {
-		err = os.Rename(unfinished, path)
-	}
-	if err != nil {
-		os.Remove(unfinished)
-	}
-	return err
-}
-
-// ticksSinceBoot is the time in the unit of /proc/PID/stat.
-func ticksSinceBoot() (uint64, error) {
-	const tick = 10 * time.Millisecond // USER_HZ is 100 on every architecture that Go runs on
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
-		return 0, fmt.Errorf("time since boot: %w", err)
-	}
-	return uint64(time.Duration(now.Nano()) / tick), nil
-}
-
-func parseRecord(data []byte) (record, error) {
-	var found record
-	if err := json.Unmarshal(data, &found); err != nil {
-		return record{}, fmt.Errorf("recovery record: %w", err)
-	}
-	if found.Pid < 0 || found.Pid == 1 || found.Pid == 0 && found.Since == 0 {
-		return record{}, fmt.Errorf("recovery record: no pid")
-	}
-	return found, nil
-}
-
-// ownerOf reads which process a file of the state directory belongs to: PID-START-NUMBER.ending, with a
-// dot in front where runc was writing it.
-func ownerOf(name string) (identity, bool) {
-	base, _, hasEnding := strings.Cut(strings.TrimPrefix(name, "."), ".")
-	parts := strings.Split(base, "-")
-	if !hasEnding || len(parts) != 3 {
-		return identity{}, false
-	}
-	pid, err := strconv.Atoi(parts[0])
-	if err != nil || pid <= 0 {
-		return identity{}, false
-	}
-	start, err := strconv.ParseUint(parts[1], 10, 64)
-	return identity{pid, start}, err == nil
 }
 
 // recover ends the processes of predecessors that were killed, and removes their files. Files of a
@@ -171,15 +58,19 @@ func (r *Runner) recover() {
 		r.log.Warn("cannot look for processes left by a predecessor", "error", err)
 		return
 	}
+	owned := r.ownedRecords()
 	var rest []string
 	var starts []interruptedStart
 	interrupted := map[string]bool{} // by the name of their files
 	for _, entry := range entries {
-		owner, ok := ownerOf(entry.Name())
-		if !ok || owner.alive() {
+		owner, ok := record.OwnerOf(entry.Name())
+		if !ok || owner.Alive() {
 			continue
 		}
-		if base, isRecord := strings.CutSuffix(entry.Name(), ".record"); isRecord && base[0] != '.' {
+		if base, isRecord := strings.CutSuffix(entry.Name(), ociruntime.RecordEnding); isRecord && base[0] != '.' {
+			if owned[filepath.Join(r.config.StateDir, entry.Name())] {
+				continue // it was begun before a hand-over
+			}
 			if left, ok := r.recoverRecord(filepath.Join(r.config.StateDir, base)); ok {
 				interrupted[base] = true
 				starts = append(starts, left)
@@ -195,33 +86,73 @@ func (r *Runner) recover() {
 		}
 	}
 	if len(starts) > 0 {
-		r.background(func() { r.endInterrupted(starts) })
+		r.recoverInBackground(func(cut <-chan struct{}) { r.endInterrupted(starts, cut) })
+	}
+}
+
+// recoverInBackground runs a goroutine that is to return soon when the channel is closed.
+func (r *Runner) recoverInBackground(f func(cut <-chan struct{})) {
+	r.mu.Lock()
+	cut, recoveries := r.recovery.Done(), r.recoveries
+	r.mu.Unlock()
+	recoveries.Add(1)
+	if !r.background(func() { defer recoveries.Done(); f(cut) }) {
+		recoveries.Done()
+	}
+}
+
+// ownedRecords are the paths of the records of the processes that something is done for.
+func (r *Runner) ownedRecords() map[string]bool {
+	owned := map[string]bool{}
+	for _, p := range r.watched() {
+		owned[p.record] = true
+	}
+	return owned
+}
+
+// recoverOwn is recover for what this same process has left before a hand-over, in which the state of it was not carried
+// or could not be read.
+func (r *Runner) recoverOwn() {
+	entries, err := os.ReadDir(r.config.StateDir)
+	if err != nil {
+		return // recover has told
+	}
+	owned := r.ownedRecords()
+	for _, entry := range entries {
+		path := filepath.Join(r.config.StateDir, entry.Name())
+		base, isRecord := strings.CutSuffix(path, ociruntime.RecordEnding)
+		if owner, ok := record.OwnerOf(entry.Name()); !ok || owner != r.owner || !isRecord || owned[path] || record.NumberOf(entry.Name()) > r.recoveredNames {
+			continue
+		}
+		if left, interrupted := r.recoverRecord(base); interrupted {
+			r.recoverInBackground(func(cut <-chan struct{}) { r.endInterrupted([]interruptedStart{left}, cut) })
+		}
 	}
 }
 
 // interruptedStart is a start during which the predecessor was killed.
 type interruptedStart struct {
-	record record
-	files  files
+	record record.Record
+	files  ociruntime.Files
 }
 
 // recoverRecord deals with one command of a predecessor. Of a start that was interrupted, whose files are still
 // needed, it only tells.
 func (r *Runner) recoverRecord(base string) (start interruptedStart, interrupted bool) {
-	path := filesOf(base).record
+	path := ociruntime.FilesOf(base).Record
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return interruptedStart{}, false
 	}
-	left, err := parseRecord(data)
-	leader := identity{left.Pid, left.Start}
+	left, err := record.Parse(data)
+	leader := proc.Identity{Pid: left.Pid, Start: left.Start}
 	switch {
 	case err != nil || left.Boot != r.boot || left.Policy == PolicyKeep:
 		os.Remove(path)
 	case left.Pid == 0:
 		r.log.Info("ending what a predecessor was starting", "container", left.Container)
-		return interruptedStart{left, filesOf(base)}, true
-	case !leader.alive():
+		return interruptedStart{left, ociruntime.FilesOf(base)}, true
+	case !leader.Alive() && (!left.Ending || !r.mayLive(left)):
 		os.Remove(path)
 	default:
 		r.log.Info("ending a process left by a predecessor", "container", left.Container, "pid", left.Pid)
@@ -236,119 +167,84 @@ const interruptedTimeout = 5 * time.Second
 // endInterrupted kills the commands of starts during which the predecessor was killed: nobody ever had their
 // streams. The runtimes may still be at it, and are left to finish, so that they undo or name what they began. They
 // are looked for once for all starts.
-func (r *Runner) endInterrupted(starts []interruptedStart) {
+func (r *Runner) endInterrupted(starts []interruptedStart, cut <-chan struct{}) {
 	deadline := time.Now().Add(interruptedTimeout)
 	paths := make(map[string]bool, len(starts))
 	for _, s := range starts {
-		awaitExecve(s.files.record, deadline, r.ctx.Done())
-		paths[s.files.process] = true
+		record.AwaitExecve(s.files.Record, deadline, cut)
+		paths[s.files.Process] = true
 	}
-	runtimes := processesWithArgument(paths)
+	runtimes := proc.WithArgument(paths)
 	for _, s := range starts {
-		r.background(func() { r.endOne(s.record, s.files, runtimes[s.files.process]) })
+		r.recoverInBackground(func(cut <-chan struct{}) { r.endOne(s.record, s.files, runtimes[s.files.Process], cut) })
 	}
 }
 
 // endOne ends one interrupted start, of which these runtimes run.
-func (r *Runner) endOne(left record, f files, runtimes []procStat) {
-	if awaitEnds(runtimes, time.Now().Add(interruptedTimeout), r.ctx.Done()) == wasCut {
+func (r *Runner) endOne(left record.Record, f ociruntime.Files, runtimes []proc.Stat, cut <-chan struct{}) {
+	if tree.AwaitEnds(runtimes, time.Now().Add(interruptedTimeout), cut) == tree.WasCut {
 		return // for the next one to do
 	}
+	kill := func(t *tree.Tree) bool {
+		t.Stranger = true
+		return t.KillUntil(time.Now().Add(tree.KillTimeout), cut) != tree.WasCut
+	}
 	for _, p := range runtimes {
-		t := newTree(p.identity, 0, streamEnds{})
-		t.stranger = true
-		t.kill()
+		if !kill(tree.New(p.Identity, 0, tree.StreamEnds{})) {
+			return
+		}
 	}
-	ends := streamEnds{pipes: map[string]bool{}}
+	ends := tree.StreamEnds{Pipes: map[string]bool{}}
 	for _, pipe := range left.Pipes {
-		ends.pipes[pipe] = true
+		ends.Pipes[pipe] = true
 	}
-	leader := identity{pid: -1, start: left.Since}
-	if pid, err := readPidFile(f.pid); err == nil {
-		if stat, err := readStat(pid); err == nil && stat.start >= left.Since && sameMountNamespace(pid, left.InitPid) {
-			leader = stat.identity
+	leader := proc.Identity{Pid: -1, Start: left.Since}
+	if pid, err := ociruntime.ReadPidFile(f.Pid); err == nil {
+		if stat, err := proc.ReadStat(pid); err == nil && stat.Start >= left.Since && proc.SameMountNamespace(pid, left.InitPid) {
+			leader = stat.Identity
 		}
 	}
 	// When the container has ended nothing of it is left, and its main process's pid may be another's.
-	if left.InitStart == 0 || (identity{left.InitPid, left.InitStart}).alive() {
-		t := newTree(leader, left.InitPid, ends)
-		t.stranger = true
-		t.kill()
-	}
-	f.removeStart()
-	os.RemoveAll(f.socket)
-	os.Remove(unfinishedFile(f.record))
-	os.Remove(f.record)
-}
-
-// processesWithArgument finds the processes that have one of the paths among their arguments, by path: OCI runtimes
-// that were told to start what it describes. They have not left our mount namespace. The memory of a container's
-// process is not read, which could be backed by a file system of its own that never answers.
-func processesWithArgument(paths map[string]bool) map[string][]procStat {
-	all, err := allProcesses()
-	if err != nil {
-		return nil
-	}
-	own, err := os.Readlink("/proc/self/ns/mnt")
-	if err != nil {
-		return nil
-	}
-	found := map[string][]procStat{}
-	buffer := make([]byte, 4<<10)
-	for _, p := range all {
-		if its, err := os.Readlink("/proc/" + strconv.Itoa(p.pid) + "/ns/mnt"); err != nil || its != own {
-			continue
-		}
-		arguments, err := readProc("/proc/"+strconv.Itoa(p.pid)+"/cmdline", &buffer)
-		if err != nil {
-			continue
-		}
-		for argument := range bytes.SplitSeq(arguments, []byte{0}) {
-			if paths[string(argument)] {
-				found[string(argument)] = append(found[string(argument)], p)
-				break
-			}
+	if left.InitStart == 0 || (proc.Identity{Pid: left.InitPid, Start: left.InitStart}).Alive() {
+		if !kill(tree.New(leader, left.InitPid, ends)) {
+			return
 		}
 	}
-	return found
-}
-
-// sameMountNamespace reports whether two processes have the same mount namespace. A container shares its own
-// with no other.
-func sameMountNamespace(a, b int) bool {
-	first, err := os.Readlink("/proc/" + strconv.Itoa(a) + "/ns/mnt")
-	if err != nil {
-		return false
-	}
-	second, err := os.Readlink("/proc/" + strconv.Itoa(b) + "/ns/mnt")
-	return err == nil && first == second
+	f.RemoveStart()
+	os.RemoveAll(f.Socket)
+	os.Remove(ociruntime.UnfinishedFile(f.Record))
+	os.Remove(f.Record)
 }
 
 // endLeftover ends a process as its policy says, in the background. It is no child of ours, so that
 // its status is somebody else's affair.
-func (r *Runner) endLeftover(left record, path string) {
-	p := &Process{
-		runner:    r,
-		container: workload.Container{Target: workload.Target{ContainerID: left.Container}, InitPid: left.InitPid},
-		leader:    identity{left.Pid, left.Start},
-		policy:    left.Policy,
-		killNow:   make(chan struct{}),
-		ended:     make(chan struct{}),
+func (r *Runner) endLeftover(left record.Record, path string) {
+	container := workload.Container{Target: workload.Target{ContainerID: left.Container}, InitPid: left.InitPid}
+	container.InitStartTime = left.InitStart
+	p := newProcess(r, container, path, left.Policy)
+	p.leader, p.stranger = proc.Identity{Pid: left.Pid, Start: left.Start}, true
+	for _, pipe := range left.Pipes {
+		if p.ends.Pipes == nil {
+			p.ends.Pipes = map[string]bool{}
+		}
+		p.ends.Pipes[pipe] = true
 	}
 	var err error
-	p.watch, err = r.reaper.watchContainer(left.Pid)
-	if err == nil && !p.leader.alive() {
-		r.reaper.dropContainer(p.watch) // not the process any more, or about to say so
-		err = unix.ESRCH
+	if p.watch, err = r.reaper.WatchKnown(p.leader, false); err != nil {
+		r.log.Warn("a process left by a predecessor cannot be watched", "pid", left.Pid, "error", err)
+		return // and its record
 	}
-	if err != nil {
+	if p.hasExited() && !left.Ending {
 		os.Remove(path)
 		return
 	}
-	r.background(func() {
-		p.Disconnect()
-		<-p.ended
-		r.reaper.dropContainer(p.watch)
-		os.Remove(path)
-	})
+	p.Disconnect()
+}
+
+// mayLive reports whether something of a command may live whose own process has ended: as long as its container does.
+func (r *Runner) mayLive(left record.Record) bool {
+	if left.InitStart == 0 {
+		return left.InitPid > 0
+	}
+	return proc.Identity{Pid: left.InitPid, Start: left.InitStart}.Alive()
 }

@@ -19,6 +19,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/ociruntime"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/record"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -191,10 +194,10 @@ func TestKilledWhileStarting(t *testing.T) {
 func TestForkedRuntimeIsAwaited(t *testing.T) {
 	testutil.Slow(t)
 	dir := filepath.Join(t.TempDir(), "exec")
-	f := filesOf(filepath.Join(dir, "1-1-1"))
-	data, _ := json.Marshal(record{Since: 1, Boot: bootID(), Policy: PolicyKill})
-	writeFile(t, f.record, string(data), 0o600)
-	locked, err := os.Open(f.record)
+	f := ociruntime.FilesOf(filepath.Join(dir, "1-1-1"))
+	data, _ := json.Marshal(record.Record{Since: 1, Boot: proc.BootID(), Policy: PolicyKill})
+	writeFile(t, f.Record, string(data), 0o600)
+	locked, err := os.Open(f.Record)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -203,7 +206,7 @@ func TestForkedRuntimeIsAwaited(t *testing.T) {
 		t.Fatal(err)
 	}
 	forked := exec.Command("sh", "-c", `sleep 1; exec 3>&-; exec sh -c 'sleep 1000; :' runtime "$PROCESS"`)
-	forked.Env = append(os.Environ(), "PROCESS="+f.process)
+	forked.Env = append(os.Environ(), "PROCESS="+f.Process)
 	forked.ExtraFiles = []*os.File{locked}
 	if err := forked.Start(); err != nil {
 		t.Fatal(err)
@@ -233,13 +236,13 @@ func TestRecordOfReusedPid(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { stranger.Process.Kill(); stranger.Wait() })
-	stat, err := readStat(stranger.Process.Pid)
+	stat, err := proc.ReadStat(stranger.Process.Pid)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i, left := range []record{
-		{Pid: stat.pid, Start: stat.start - 1, Boot: bootID(), Policy: PolicyKill}, // another process
-		{Pid: stat.pid, Start: stat.start, Boot: "another", Policy: PolicyKill},    // another boot
+	for i, left := range []record.Record{
+		{Pid: stat.Pid, Start: stat.Start - 1, Boot: proc.BootID(), Policy: PolicyKill}, // another process
+		{Pid: stat.Pid, Start: stat.Start, Boot: "another", Policy: PolicyKill},         // another boot
 	} {
 		data, _ := json.Marshal(left)
 		writeFile(t, filepath.Join(dir, fmt.Sprintf("1-1-%d.record", i)), string(data), 0o600)
@@ -254,21 +257,9 @@ func TestRecordOfReusedPid(t *testing.T) {
 	if err != nil || len(entries) != 1 || entries[0].Name() != "not-ours" {
 		t.Errorf("left: %v, %v", entries, err)
 	}
-	if !stat.identity.alive() {
+	if !stat.Identity.Alive() {
 		t.Error("a stranger was killed")
 	}
-}
-
-func FuzzParseRecord(f *testing.F) {
-	f.Add(`{"container":"c","initPid":7,"pid":8,"start":9,"boot":"b","policy":"hangup"}`)
-	f.Fuzz(func(t *testing.T, text string) {
-		if found, err := parseRecord([]byte(text)); err == nil && found.Pid <= 1 && (found.Pid != 0 || found.Since == 0) {
-			t.Errorf("pid %d of %q", found.Pid, text)
-		}
-		if owner, ok := ownerOf(text); ok && (owner.pid <= 0 || !strings.Contains(text, "-")) {
-			t.Errorf("owner %v of %q", owner, text)
-		}
-	})
 }
 
 // A disk that becomes full while a command is being started does not keep its pid out of the record: with a kill
@@ -282,8 +273,8 @@ func TestRecordOnFullDisk(t *testing.T) {
 	}
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) }) //nolint:errcheck // nothing else could be done
 	r.config.StateDir = dir
-	launch := func(ctx context.Context, c workload.Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (int, error) {
-		pid, err := execInContainer(ctx, c, spec, f, streams, stderr)
+	launch := func(ctx context.Context, c workload.Container, spec *specs.Process, f ociruntime.Files, streams [3]*os.File, stderr *os.File) (int, error) {
+		pid, err := ociruntime.Exec(ctx, c, spec, f, streams, stderr)
 		if err := os.WriteFile(filepath.Join(dir, "filler"), make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
 			t.Errorf("the disk was not filled: %v", err)
 		}
@@ -299,7 +290,7 @@ func TestRecordOnFullDisk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if found, err := parseRecord(data); err != nil || found.Pid != p.PID() {
+	if found, err := record.Parse(data); err != nil || found.Pid != p.PID() {
 		t.Errorf("the record has pid %d, %v; want %d", found.Pid, err, p.PID())
 	}
 }

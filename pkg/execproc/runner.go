@@ -16,11 +16,17 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/pkg/execproc/internal/ociruntime"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/reaper"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/record"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/stdio"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/tree"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // Policy says what becomes of a process whose client has gone.
-type Policy string
+type Policy = record.Policy
 
 // The policies.
 const (
@@ -59,6 +65,9 @@ type Config struct {
 	SyncTurn func(context.Context, workload.Container) (end func(), err error)
 	// Logger gets what an operator should know; default slog.Default.
 	Logger *slog.Logger
+	// Successor is set in a program that its predecessor has executed in a hand-over. Resume must be called; until
+	// then no zombie is reaped that may be one of the predecessor's processes.
+	Successor bool
 	// StandIn tells whether this program, started with the arguments that it returns, can do in a container what
 	// the command line says, and the name of what does it. It is asked when the container does not have the
 	// command. Nil is never.
@@ -94,13 +103,16 @@ func (c Config) complete() (Config, error) {
 	return c, nil
 }
 
+// Room bounds what several RunSyncs keep of their commands' output.
+type Room = stdio.Room
+
 // Runner starts processes in containers and keeps an eye on them.
 type Runner struct {
 	config Config
 	log    *slog.Logger
-	reaper *reaper
-	owner  identity // this process, part of the names of its files
-	boot   string   // bootID
+	reaper *reaper.Reaper
+	owner  proc.Identity // this process, part of the names of its files
+	boot   string        // bootID
 
 	ctx  context.Context // done when the Runner gives up waiting: starts and drains end
 	stop context.CancelFunc
@@ -113,6 +125,9 @@ type Runner struct {
 	closed  bool       // no new tasks at all
 	running map[*Process]struct{}
 	ending  map[*Process]struct{} // their trees; a process may have ended already
+	keeping map[*Process]int      // streams kept for them; a process may have ended already
+
+	handOver
 }
 
 // NewRunner makes this process a child subreaper, starts the reaper, and ends what a predecessor
@@ -129,27 +144,34 @@ func NewRunner(config Config) (*Runner, error) {
 	if err := os.Chmod(config.StateDir, 0o700); err != nil {
 		return nil, fmt.Errorf("execproc: protect state directory: %w", err)
 	}
-	self, err := readStat(os.Getpid())
+	self, err := proc.ReadStat(os.Getpid())
 	if err != nil {
 		return nil, fmt.Errorf("execproc: is /proc mounted? %w", err)
 	}
-	reaper, err := acquireReaper()
+	children, err := reaper.AcquireFor(config.Successor)
 	if err != nil {
 		return nil, fmt.Errorf("execproc: %w", err)
 	}
 	r := &Runner{
 		config:  config,
 		log:     config.Logger,
-		reaper:  reaper,
-		owner:   self.identity,
-		boot:    bootID(),
+		reaper:  children,
+		owner:   self.Identity,
+		boot:    proc.BootID(),
 		done:    make(chan struct{}),
 		running: map[*Process]struct{}{},
 		ending:  map[*Process]struct{}{},
+		keeping: map[*Process]int{},
 	}
 	r.ctx, r.stop = context.WithCancel(context.Background())
 	r.idle = sync.NewCond(&r.mu)
-	r.recover()
+	r.recovery, r.endRecovery = context.WithCancel(r.ctx)
+	r.handOver.frozen, r.handOver.adopting = config.Successor, config.Successor
+	r.handOver.carried, r.handOver.recoveries = map[proc.Identity][]byte{}, new(sync.WaitGroup)
+	r.takeNames()
+	if !config.Successor {
+		r.recover()
+	}
 	return r, nil
 }
 
@@ -161,10 +183,10 @@ func NewRunner(config Config) (*Runner, error) {
 // wraps ErrNotRunning when the container is not running, ErrStartTimeout when the runtime took too
 // long, ErrClosed when the Runner is shutting down.
 func (r *Runner) Start(ctx context.Context, container workload.Container, command workload.Command) (*Process, error) {
-	if !r.enter() {
-		return nil, ErrClosed
+	if err := r.enter(ctx); err != nil {
+		return nil, err
 	}
-	defer r.leave()
+	defer r.leaveCall()
 	p, err := r.startCommand(ctx, container, command, r.config.OnDisconnect)
 	if err != nil && r.config.StandIn != nil {
 		return r.startStandIn(ctx, container, command, err)
@@ -173,7 +195,7 @@ func (r *Runner) Start(ctx context.Context, container workload.Container, comman
 }
 
 func (r *Runner) startCommand(ctx context.Context, c workload.Container, command workload.Command, policy Policy) (*Process, error) {
-	p, err := r.start(ctx, c, command, policy, execInContainer)
+	p, err := r.start(ctx, c, command, policy, ociruntime.Exec)
 	if err == nil && r.config.OnStart != nil {
 		r.config.OnStart()
 	}
@@ -181,7 +203,7 @@ func (r *Runner) startCommand(ctx context.Context, c workload.Container, command
 }
 
 // launcher is execInContainer, or in tests something that does more.
-type launcher func(ctx context.Context, c workload.Container, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) (pid int, err error)
+type launcher func(ctx context.Context, c workload.Container, spec *specs.Process, f ociruntime.Files, streams [3]*os.File, stderr *os.File) (pid int, err error)
 
 func (r *Runner) start(ctx context.Context, c workload.Container, command workload.Command, policy Policy, launch launcher) (_ *Process, err error) {
 	ctx, cancelTimeout := context.WithTimeoutCause(ctx, r.config.StartTimeout, ErrStartTimeout)
@@ -194,29 +216,22 @@ func (r *Runner) start(ctx context.Context, c workload.Container, command worklo
 	}
 	c.Runtime = cmp.Or(r.config.Runtime, c.Runtime)
 	c.Root = cmp.Or(r.config.Root, c.Root)
-	spec, err := processSpec(c.Process, command)
+	spec, err := ociruntime.ProcessSpec(c.Process, command)
 	if err != nil {
 		return nil, fmt.Errorf("start command: %w", err)
 	}
-	files := filesOf(r.base())
-	defer files.removeStart()
+	files := ociruntime.FilesOf(r.base())
+	defer files.RemoveStart()
 
-	p := &Process{
-		runner:    r,
-		container: c,
-		record:    files.record,
-		policy:    policy,
-		killNow:   make(chan struct{}),
-		ended:     make(chan struct{}),
-	}
+	p := newProcess(r, c, files.Record, policy)
 	if c.InitPid > 0 {
-		p.init, err = r.reaper.watchContainer(c.InitPid)
+		p.init, err = r.reaper.WatchContainer(c.InitPid)
 		if errors.Is(err, unix.ESRCH) {
-			return nil, fmt.Errorf("start command: %w: its main process %d has ended", ErrNotRunning, c.InitPid)
+			return nil, fmt.Errorf("start command: %w: its main process %d has ended", ociruntime.ErrNotRunning, c.InitPid)
 		} else if err != nil {
 			return nil, fmt.Errorf("watch the container's main process: %w", err)
 		}
-		spec.Rlimits = completeLimits(spec.Rlimits, c.InitPid)
+		spec.Rlimits = ociruntime.CompleteLimits(spec.Rlimits, c.InitPid)
 	}
 	defer func() {
 		if err != nil {
@@ -224,8 +239,8 @@ func (r *Runner) start(ctx context.Context, c workload.Container, command worklo
 		}
 	}()
 	// Looked at only now: from here on the pidfd keeps the process from being mistaken.
-	if p.init != nil && c.InitStartTime != 0 && !(identity{c.InitPid, c.InitStartTime}).alive() {
-		return nil, fmt.Errorf("start command: %w: its main process %d has ended", ErrNotRunning, c.InitPid)
+	if p.init != nil && c.InitStartTime != 0 && !(proc.Identity{Pid: c.InitPid, Start: c.InitStartTime}).Alive() {
+		return nil, fmt.Errorf("start command: %w: its main process %d has ended", ociruntime.ErrNotRunning, c.InitPid)
 	}
 	if command.TTY {
 		err = r.startWithTerminal(ctx, p, spec, command, files, launch)
@@ -233,14 +248,14 @@ func (r *Runner) start(ctx context.Context, c workload.Container, command worklo
 		err = r.startWithPipes(ctx, p, spec, command, files, launch)
 	}
 	if err != nil {
-		var startError *StartError
+		var startError *ociruntime.StartError
 		if errors.As(err, &startError) {
 			return nil, err // in its own words, for the client
 		}
-		if p.init != nil && !errors.Is(err, ErrNotRunning) {
+		if p.init != nil && !errors.Is(err, ociruntime.ErrNotRunning) {
 			select {
-			case <-p.init.exited: // whatever the runtime stumbled over
-				err = fmt.Errorf("%w: its main process has ended (%w)", ErrNotRunning, err)
+			case <-p.init.Exited: // whatever the runtime stumbled over
+				err = fmt.Errorf("%w: its main process has ended (%w)", ociruntime.ErrNotRunning, err)
 			default:
 			}
 		}
@@ -257,64 +272,73 @@ func (r *Runner) start(ctx context.Context, c workload.Container, command worklo
 
 // base is the path of a start's files without their endings.
 func (r *Runner) base() string {
-	name := strconv.Itoa(r.owner.pid) + "-" + strconv.FormatUint(r.owner.start, 10) + "-" + strconv.FormatUint(r.reaper.name(), 10)
+	name := strconv.Itoa(r.owner.Pid) + "-" + strconv.FormatUint(r.owner.Start, 10) + "-" + strconv.FormatUint(r.reaper.Name(), 10)
 	return filepath.Join(r.config.StateDir, name)
 }
 
-func (r *Runner) startWithPipes(ctx context.Context, p *Process, spec *specs.Process, command workload.Command, f files, launch launcher) error {
-	owner, err := processOwner(p.container, spec.User)
+func (r *Runner) startWithPipes(ctx context.Context, p *Process, spec *specs.Process, command workload.Command, f ociruntime.Files, launch launcher) error {
+	owner, err := stdio.ProcessOwner(p.container, spec.User)
 	if err != nil {
 		return err
 	}
-	pipes, err := newStdio(command, owner)
+	pipes, err := stdio.NewPipes(command, owner)
 	if err != nil {
 		return err
 	}
-	p.pipes, p.ends = pipes, pipes.ends
-	err = r.launchAndWatch(ctx, p, launch, spec, f, pipes.process, pipes.stderr)
-	pipes.closeProcessEnds()
-	if errors.Is(err, errProcessUnknown) {
-		// Whatever runs has our pipes, which nobody else has. No process has this leader's pid.
-		newTree(identity{pid: -1, start: r.owner.start}, p.container.InitPid, pipes.ends).kill()
-	}
+	p.pipes, p.ends = pipes, pipes.Ends
+	err = r.launchAndWatch(ctx, p, launch, spec, f, pipes.Process, pipes.Stderr)
+	pipes.CloseProcessEnds()
 	if err != nil {
+		held := tree.WatchPipes(pipes.Stdin, pipes.Stdout, pipes.Stderr)
+		defer held.Close()
+		if held.Held() {
+			r.killHolders(p, pipes.Ends)
+		}
 		return err
 	}
 	// Not the nil pointers themselves, which would make interfaces that are not nil.
-	if pipes.stdin != nil {
-		p.stdin = pipes.stdin
+	if pipes.Stdin != nil {
+		p.stdin = pipes.Stdin
 	}
-	if pipes.stdout != nil {
-		p.stdout = pipes.stdout
+	if pipes.Stdout != nil {
+		p.stdout = pipes.Stdout
 	}
-	if pipes.stderr != nil {
-		p.stderr = pipes.stderr
+	if pipes.Stderr != nil {
+		p.stderr = pipes.Stderr
 	}
 	return nil
 }
 
-func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.Process, command workload.Command, f files, launch launcher) error {
+func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.Process, command workload.Command, f ociruntime.Files, launch launcher) error {
 	// The runtime's own streams: what it says on stderr is wanted if it fails.
-	own, err := newStdio(workload.Command{Stderr: true}, owner{})
+	own, err := stdio.NewPipes(workload.Command{Stderr: true}, stdio.Owner{})
 	if err != nil {
 		return err
 	}
-	defer own.closeOurs()
-	defer own.closeProcessEnds()
-	socket, err := newConsoleSocket(f.socket)
+	defer own.CloseOurs()
+	defer own.CloseProcessEnds()
+	socket, err := ociruntime.NewConsoleSocket(f.Socket)
 	if err != nil {
 		return err
 	}
-	defer socket.close()
-	f.socket = socket.path
-	if err := r.launchAndWatch(ctx, p, launch, spec, f, own.process, own.stderr); err != nil {
+	defer socket.Close()
+	f.Socket = socket.Path
+	if err := r.launchAndWatch(ctx, p, launch, spec, f, own.Process, own.Stderr); err != nil {
+		const queued = 10 * time.Millisecond // what came lies in the queue
+		if file, receiveErr := socket.Receive(queued); receiveErr == nil {
+			terminal := stdio.NewTerminal(file, nil)
+			if ends, endsErr := terminal.Slave(); endsErr == nil && terminal.Held() {
+				r.killHolders(p, ends)
+			}
+			terminal.Close() //nolint:errcheck // of no use
+		}
 		return err
 	}
 	wait := consoleTimeout
 	if deadline, ok := ctx.Deadline(); ok {
 		wait = min(wait, time.Until(deadline))
 	}
-	file, err := socket.receive(wait)
+	file, err := socket.Receive(wait)
 	if err != nil {
 		p.Kill() // nobody could talk to it
 		if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
@@ -323,26 +347,33 @@ func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.
 		}
 		return err
 	}
-	p.tty = newTerminal(file, p.watch.exited)
-	if ends, err := p.tty.slave(); err == nil { // fails when everybody has hung up already
+	p.tty = stdio.NewTerminal(file, p.watch.Exited)
+	if ends, err := p.tty.Slave(); err == nil { // fails when everybody has hung up already
 		p.ends = ends
 	}
 	if command.Stdin {
-		p.stdin = &terminalInput{terminal: p.tty}
+		p.stdin = &stdio.TerminalInput{Terminal: p.tty}
 	}
 	if command.Stdout {
 		p.stdout = p.tty
 	} else {
-		p.discard(p.tty) // or the process would block once the terminal's buffer is full
+		p.keepStream(stdio.NewKept(p.tty, false, true)) // or the process would block once the terminal's buffer is full
 	}
 	return nil
+}
+
+// killHolders ends what a start has left that failed: a runtime may have failed or been killed when the command had
+// begun, and had children already. Whatever runs has the streams, which nobody else has.
+func (r *Runner) killHolders(p *Process, ends tree.StreamEnds) {
+	nobody := proc.Identity{Pid: -1, Start: r.owner.Start} // no process has this pid
+	tree.New(nobody, p.container.InitPid, ends).Kill()
 }
 
 // consoleTimeout bounds the wait for a terminal that should have been sent already.
 const consoleTimeout = 5 * time.Second
 
 // launchAndWatch starts the process and registers it with the reaper.
-func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher, spec *specs.Process, f files, streams [3]*os.File, stderr *os.File) error {
+func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher, spec *specs.Process, f ociruntime.Files, streams [3]*os.File, stderr *os.File) error {
 	intent, err := p.writeIntent()
 	if err != nil {
 		return fmt.Errorf("write recovery record: %w", err) // without it nobody would end the command, were streamshim killed
@@ -354,35 +385,35 @@ func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher
 			os.Remove(p.record)
 		}
 	}()
-	start := r.reaper.beginStart()
-	defer r.reaper.endStart(start)
+	start := r.reaper.BeginStart()
+	defer r.reaper.EndStart(start)
 	pid, err := launch(ctx, p.container, spec, f, streams, stderr)
 	if err != nil {
 		return err
 	}
-	stat, err := readStat(pid)
+	stat, err := proc.ReadStat(pid)
 	if err != nil {
-		return fmt.Errorf("%w as process %d, which is not there: %w", errProcessUnknown, pid, err)
+		return fmt.Errorf("%w as process %d, which is not there: %w", ociruntime.ErrProcessUnknown, pid, err)
 	}
-	if stat.ppid != os.Getpid() {
-		return fmt.Errorf("%w as process %d, which is no child of streamshim (its parent is %d); does the runtime support exec --detach?", errProcessUnknown, pid, stat.ppid)
+	if stat.Parent != os.Getpid() {
+		return fmt.Errorf("%w as process %d, which is no child of streamshim (its parent is %d); does the runtime support exec --detach?", ociruntime.ErrProcessUnknown, pid, stat.Parent)
 	}
-	p.leader = stat.identity
+	p.leader = stat.Identity
 	// The runtime was given an id and looks for the main process by its pid. If that process lives now, it
 	// has lived all the time, and neither was another's. If it does not, there is no telling where the
 	// command is. In a pid namespace of the container's own this refuses no good start: there the main
 	// process does not end before the command is reaped, which is our task.
-	if p.init != nil && r.reaper.hasEnded(p.init) {
-		newTree(p.leader, p.container.InitPid, p.ends).kill()
-		return fmt.Errorf("%w: its main process has ended while the command was being started", ErrNotRunning)
+	if p.init != nil && r.reaper.HasEnded(p.init) {
+		tree.New(p.leader, p.container.InitPid, p.ends).Kill()
+		return fmt.Errorf("%w: its main process has ended while the command was being started", ociruntime.ErrNotRunning)
 	}
 	// Before the reaper knows of it, which removes the record when the process ends.
 	if err := p.writeRecord(intent); err != nil {
 		r.log.Warn("cannot write the recovery record of an exec; were streamshim killed now, the process would stay", "error", err)
 	}
-	p.watch, err = r.reaper.watchProcess(pid, func() { r.exited(p) })
+	p.watch, err = r.reaper.WatchProcess(pid, func() { r.exited(p) })
 	if err != nil {
-		newTree(p.leader, p.container.InitPid, p.ends).kill()
+		tree.New(p.leader, p.container.InitPid, p.ends).Kill()
 		return fmt.Errorf("watch process %d: %w", pid, err)
 	}
 	started = true
@@ -391,21 +422,58 @@ func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher
 
 // exited is called by the reaper once p.Exited is closed.
 func (r *Runner) exited(p *Process) {
-	os.Remove(p.record)
+	p.mu.Lock()
+	if p.ending == nil || p.endOver {
+		os.Remove(p.record)
+	}
+	p.mu.Unlock()
 	r.mu.Lock()
 	delete(r.running, p)
 	r.mu.Unlock()
 }
 
-// enter counts a start, unless there are to be no more.
-func (r *Runner) enter() bool {
+// countKept counts the streams that are kept for a process.
+func (r *Runner) countKept(p *Process, change int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.closing {
-		return false
+	if r.keeping[p] += change; r.keeping[p] == 0 {
+		delete(r.keeping, p)
 	}
-	r.tasks++
-	return true
+}
+
+// enter counts a start or RunSync, unless there are to be no more. While the Runner is quiet it waits.
+func (r *Runner) enter(ctx context.Context) error {
+	for {
+		r.mu.Lock()
+		if r.closing {
+			r.mu.Unlock()
+			return ErrClosed
+		}
+		quiet := r.quiet
+		if quiet == nil {
+			r.tasks++
+			r.calls++
+			r.mu.Unlock()
+			return nil
+		}
+		r.mu.Unlock()
+		select {
+		case <-quiet:
+		case <-ctx.Done():
+			return fmt.Errorf("start command: %w", context.Cause(ctx))
+		case <-r.ctx.Done():
+			return ErrClosed
+		}
+	}
+}
+
+// leaveCall is leave for what enter has counted.
+func (r *Runner) leaveCall() {
+	r.mu.Lock()
+	r.calls--
+	r.mu.Unlock()
+	r.idle.Broadcast() // Quiesce
+	r.leave()
 }
 
 func (r *Runner) leave() {
@@ -460,10 +528,10 @@ func (r *Runner) Shutdown(ctx context.Context) error {
 	r.running = map[*Process]struct{}{}
 	r.mu.Unlock()
 	for p := range left {
-		r.reaper.dropProcess(p.watch)
+		r.reaper.DropProcess(p.watch)
 	}
 	close(r.done)
-	r.reaper.release()
+	r.reaper.Release()
 	if !graceful {
 		return fmt.Errorf("processes were killed at shutdown: %w", context.Cause(ctx))
 	}
@@ -528,3 +596,11 @@ func (r *Runner) waitForEnds(ctx context.Context) bool {
 	})
 	return graceful
 }
+
+// SetConcurrentEnds bounds the commands being ended that are looked for at the same time, which also bounds how old
+// what one look has read of /proc may become; 0 is no limit. The others wait, those that RunSync has started less than
+// those of sessions. It is one bound for all Runners of this process, as /proc is one.
+func SetConcurrentEnds(limit int) { tree.SetConcurrentEnds(limit) }
+
+// Ends is how many commands being ended are looked for now, and how many wait for that.
+func Ends() (looking, waiting int) { return tree.Ends() }

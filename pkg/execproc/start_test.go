@@ -17,6 +17,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/ociruntime"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/tree"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -88,14 +91,14 @@ func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
 			process.Cwd = "/nope"
 			c.Process = &process
 		}, nil, `chdir to cwd ("/nope")`},
-		{"unknown container", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) { c.ContainerID = "unknown" }, ErrNotRunning, "does not exist"},
-		{"state is gone", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) { c.Root = t.TempDir() }, ErrNotRunning, "does not exist"},
-		{"main process has ended", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) { c.InitPid = 1<<22 - 1 }, ErrNotRunning, "has ended"},
-		{"another process has the main one's pid", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) { c.InitStartTime-- }, ErrNotRunning, "has ended"},
+		{"unknown container", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) { c.ContainerID = "unknown" }, ociruntime.ErrNotRunning, "does not exist"},
+		{"state is gone", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) { c.Root = t.TempDir() }, ociruntime.ErrNotRunning, "does not exist"},
+		{"main process has ended", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) { c.InitPid = 1<<22 - 1 }, ociruntime.ErrNotRunning, "has ended"},
+		{"another process has the main one's pid", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) { c.InitStartTime-- }, ociruntime.ErrNotRunning, "has ended"},
 		{"paused", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) {
 			runc(t, *c, "pause", c.ContainerID)
 			t.Cleanup(func() { runc(t, *c, "resume", c.ContainerID) })
-		}, ErrNotRunning, "paused"},
+		}, ociruntime.ErrNotRunning, "paused"},
 		{"runtime missing", func(t *testing.T, _ *Runner, c *workload.Container, _ *workload.Command) {
 			c.Runtime = "/usr/local/bin/runc-nope"
 		}, os.ErrNotExist, "installed"},
@@ -151,7 +154,7 @@ func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
 			if test.is != nil && !errors.Is(err, test.is) {
 				t.Errorf("%v is no %v", err, test.is)
 			}
-			if test.is != ErrNotRunning && errors.Is(err, ErrNotRunning) {
+			if test.is != ociruntime.ErrNotRunning && errors.Is(err, ociruntime.ErrNotRunning) {
 				t.Errorf("%v blames the container", err)
 			}
 			if !strings.Contains(err.Error(), test.text) || strings.Contains(err.Error(), "\n") {
@@ -439,7 +442,7 @@ func TestContainerExitEndsProcess(t *testing.T) {
 			t.Errorf("exit code %d", code)
 		}
 	}
-	if _, err := r.Start(context.Background(), c, workload.Command{Args: []string{"true"}}); !errors.Is(err, ErrNotRunning) {
+	if _, err := r.Start(context.Background(), c, workload.Command{Args: []string{"true"}}); !errors.Is(err, ociruntime.ErrNotRunning) {
 		t.Errorf("start in a container that has ended: %v", err)
 	}
 }
@@ -454,12 +457,12 @@ func TestSlowReaderDoesNotDelayReaping(t *testing.T) {
 	if _, err := io.ReadFull(p.Stdout(), buffer); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the pipe fills up", func() bool { return pending(t, p.pipes.stdout) >= 64<<10 })
+	eventually(t, "the pipe fills up", func() bool { return pending(t, p.pipes.Stdout) >= 64<<10 })
 	runc(t, c, "kill", c.ContainerID, "KILL")
 	closes(t, p.Exited(), "the exit, unread output or not")
 	eventually(t, "the container's init is gone or a zombie", func() bool {
-		stat, err := readStat(c.InitPid)
-		return err != nil || stat.zombie()
+		stat, err := proc.ReadStat(c.InitPid)
+		return err != nil || stat.Zombie()
 	})
 	rest, err := io.ReadAll(p.Stdout())
 	if err != nil || len(rest) < 64<<10 {
@@ -510,8 +513,8 @@ func TestContainerEnding(t *testing.T) {
 		t.Error("the container is said to end")
 	}
 	// An orphan is not reaped while a start is under way, and holds the main process up.
-	begun := r.reaper.beginStart()
-	r.reaper.dropProcess(last.watch)
+	begun := r.reaper.BeginStart()
+	r.reaper.DropProcess(last.watch)
 	runc(t, c, "kill", c.ContainerID, "KILL")
 	if code := exitCode(t, p); code != 137 {
 		t.Errorf("exit code %d", code)
@@ -526,7 +529,7 @@ func TestContainerEnding(t *testing.T) {
 	delete(r.running, last) // nobody will say that it has ended
 	r.mu.Unlock()
 	os.Remove(last.record)
-	r.reaper.endStart(begun)
+	r.reaper.EndStart(begun)
 	closes(t, p.ContainerExited(), "the container's end")
 	if !p.ContainerEnding() {
 		t.Error("a container that has ended is not said to end")
@@ -543,7 +546,7 @@ func TestNoWayOut(t *testing.T) {
 		for _, program := range []string{"bin/true", "usr/bin/true"} {
 			path := fmt.Sprintf("/proc/self/fd/%d/%s%s", fd, strings.Repeat("../", 12), program)
 			p, err := r.Start(context.Background(), c, workload.Command{Args: []string{path}})
-			var failed *StartError
+			var failed *ociruntime.StartError
 			if !errors.As(err, &failed) {
 				t.Errorf("%s: %v", path, err)
 			}
@@ -560,7 +563,7 @@ func TestNoWayOut(t *testing.T) {
 func TestNoStartOutlastsItsTimeout(t *testing.T) {
 	testutil.Slow(t)
 	const timeout = 300 * time.Millisecond
-	const limit = timeout + 2*killTimeout + patience/2
+	const limit = timeout + 2*tree.KillTimeout + patience/2
 	for range runtime.NumCPU() {
 		burner := exec.Command("sh", "-c", "while :; do :; done")
 		if err := burner.Start(); err != nil {
@@ -590,7 +593,7 @@ func TestNoStartOutlastsItsTimeout(t *testing.T) {
 			if p != nil {
 				p.Close()
 			}
-			if !errors.Is(err, ErrStartTimeout) && !(name == "has a stopped child" && errors.Is(err, errStopped)) {
+			if !errors.Is(err, ErrStartTimeout) && !(name == "has a stopped child" && errors.Is(err, ociruntime.ErrStopped)) {
 				t.Errorf("a runtime that %s (terminal: %v): %v, want %v", name, tty, err, ErrStartTimeout)
 			}
 			if took := time.Since(began); took > limit {
@@ -612,5 +615,44 @@ func TestTerminalThatNeverComes(t *testing.T) {
 	_, err := r.Start(t.Context(), c, workload.Command{Args: []string{"true"}, Stdout: true, TTY: true})
 	if err == nil || time.Since(began) >= consoleTimeout {
 		t.Errorf("%v after %v", err, time.Since(began))
+	}
+}
+
+// A runtime that fails when the command has begun leaves nothing of it, though nobody knows its pid.
+func TestRuntimeThatFailsTooLate(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t)
+	script := filepath.Join(t.TempDir(), "runtime")
+	writeFile(t, script, `#!/bin/sh
+for a; do [ "$before" = --pid-file ] && pidfile="$a"; before="$a"; done
+`+c.Runtime+` "$@" || exit
+until [ -e /tmp/`+"MARK"+` ]; do sleep 0.01; done
+kill -9 $(cat "$pidfile")
+rm "$pidfile"
+exit 1
+`, 0o755)
+	for _, tty := range []bool{false, true} {
+		marker := newMarker()
+		ready := filepath.Join(rootfs, "tmp", marker)
+		text, err := os.ReadFile(script)
+		if err != nil {
+			t.Fatal(err)
+		}
+		late := filepath.Join(t.TempDir(), "late")
+		writeFile(t, late, strings.ReplaceAll(string(text), "/tmp/MARK", ready), 0o755)
+		broken := c
+		broken.Runtime = late
+		command := workload.Command{
+			Args: shell("trap '' HUP; sleep " + marker + " & touch /tmp/" + marker + "; sleep " + marker), Stdin: true, Stdout: true, TTY: tty,
+		}
+		if _, err := r.Start(context.Background(), broken, command); err == nil {
+			t.Error("a runtime that failed has started a command")
+		}
+		if left := marked(t, marker); len(left) > 0 {
+			t.Errorf("terminal %v: left %v", tty, left)
+			for _, pid := range left {
+				unix.Kill(pid, unix.SIGKILL)
+			}
+		}
 	}
 }

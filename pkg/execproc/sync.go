@@ -4,24 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"sync"
 	"time"
 
+	"github.com/streamshim/streamshim/pkg/execproc/internal/stdio"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
-
-// Room bounds what several RunSyncs keep of their commands' output.
-type Room interface {
-	// Take takes n bytes, all or none, and reports whether there was room.
-	Take(n int) bool
-	// Return gives n bytes back.
-	Return(n int)
-}
-
-// ownOutput is how many bytes of output each RunSync keeps whether there is room or not. It is more than a
-// probe's output, of which the kubelet reads 10 KiB.
-const ownOutput = 64 << 10
 
 // afterTimeout is how long RunSync goes on after the timeout to see the killed command's end.
 const afterTimeout = 500 * time.Millisecond
@@ -40,10 +27,6 @@ const afterTimeout = 500 * time.Millisecond
 // ErrTimeout, within a second; the result then holds the output so far. Otherwise errors are as for
 // Start, among them *StartError.
 func (r *Runner) RunSync(ctx context.Context, c workload.Container, command workload.SyncCommand) (workload.Result, error) {
-	if !r.enter() {
-		return workload.Result{}, ErrClosed
-	}
-	defer r.leave()
 	var timedOut error
 	if command.Timeout > 0 {
 		timedOut = fmt.Errorf("%w after %v", ErrTimeout, command.Timeout)
@@ -51,6 +34,12 @@ func (r *Runner) RunSync(ctx context.Context, c workload.Container, command work
 		ctx, cancel = context.WithTimeoutCause(ctx, command.Timeout, timedOut)
 		defer cancel()
 	}
+	if err := r.enter(ctx); errors.Is(err, ErrClosed) {
+		return workload.Result{}, err
+	} else if err != nil {
+		return workload.Result{}, timeoutOf(ctx)
+	}
+	defer r.leaveCall()
 	p, err := r.startInTurn(ctx, c, command)
 	if err != nil {
 		if ctx.Err() != nil && !errors.Is(err, ErrTimeout) {
@@ -58,12 +47,12 @@ func (r *Runner) RunSync(ctx context.Context, c workload.Container, command work
 		}
 		return workload.Result{}, err
 	}
-	output := collect(p, r.config.OutputLimit, r.config.OutputRoom)
-	defer output.leave()
+	output := stdio.Collect(p.Stdout(), p.Stderr(), r.config.OutputLimit, r.config.OutputRoom)
+	defer output.Leave()
 	exitCode, err := r.waitSync(ctx, p, output)
 	p.Close() // ends what is left of the collecting
-	<-output.done
-	result := workload.Result{Stdout: output.stdout, Stderr: output.stderr, ExitCode: exitCode}
+	<-output.Done
+	result := workload.Result{Stdout: output.Stdout, Stderr: output.Stderr, ExitCode: exitCode}
 	if err != nil {
 		result.ExitCode = 0
 	}
@@ -86,12 +75,12 @@ func (r *Runner) startInTurn(ctx context.Context, c workload.Container, command 
 }
 
 // waitSync waits for the command's end and then, within limits, for the end of its output.
-func (r *Runner) waitSync(ctx context.Context, p *Process, output *collector) (int, error) {
+func (r *Runner) waitSync(ctx context.Context, p *Process, output *stdio.Collector) (int, error) {
 	select {
 	case <-p.Exited():
 	case <-ctx.Done():
 		return 0, r.abandon(p, timeoutOf(ctx))
-	case <-output.full:
+	case <-output.Full:
 		return 0, r.abandon(p, ErrNoRoom)
 	case <-r.ctx.Done():
 		p.Kill()
@@ -106,14 +95,14 @@ func (r *Runner) waitSync(ctx context.Context, p *Process, output *collector) (i
 	for {
 		wait := time.Until(exited.Add(r.config.DrainMax))
 		if idle := r.config.DrainIdle; idle > 0 {
-			wait = min(wait, time.Until(output.lastData(exited).Add(idle)))
+			wait = min(wait, time.Until(output.LastData(exited).Add(idle)))
 		}
 		if wait <= 0 {
 			return p.ExitCode(), nil
 		}
 		timer := time.NewTimer(wait)
 		select {
-		case <-output.done:
+		case <-output.Done:
 			timer.Stop()
 			return p.ExitCode(), nil
 		case <-ctx.Done():
@@ -145,89 +134,4 @@ func timeoutOf(ctx context.Context) error {
 		return cause
 	}
 	return fmt.Errorf("%w: %w", ErrTimeout, cause)
-}
-
-// collector gathers a process's output up to a limit and drops the rest.
-type collector struct {
-	done chan struct{} // closed when both streams have ended
-	full chan struct{} // closed when there was no room with the others
-
-	mu             sync.Mutex
-	left           int // of the limit
-	own            int // of ownOutput
-	shared         Room
-	taken          int // of shared
-	refused        bool
-	stdout, stderr []byte // to be read once done is closed
-	last           time.Time
-}
-
-func collect(p *Process, limit int, shared Room) *collector {
-	c := &collector{done: make(chan struct{}), full: make(chan struct{}), left: limit, own: ownOutput, shared: shared}
-	var streams sync.WaitGroup
-	read := func(from io.Reader, to *[]byte) {
-		buffer := make([]byte, 32<<10)
-		for {
-			n, err := from.Read(buffer)
-			c.add(to, buffer[:n])
-			if err != nil {
-				return
-			}
-		}
-	}
-	streams.Go(func() { read(p.Stderr(), &c.stderr) })
-	go func() {
-		defer close(c.done)
-		read(p.Stdout(), &c.stdout)
-		streams.Wait()
-	}()
-	return c
-}
-
-func (c *collector) add(to *[]byte, data []byte) {
-	if len(data) == 0 {
-		return
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.last = time.Now()
-	if data = data[:min(len(data), c.left)]; !c.takeLocked(len(data)) {
-		return
-	}
-	c.left -= len(data)
-	*to = append(*to, data...)
-}
-
-// takeLocked takes room for n bytes. Once there was none, nothing more is kept, so that what is kept has no gap.
-func (c *collector) takeLocked(n int) bool {
-	own := min(n, c.own)
-	if n > own && c.shared != nil && !c.refused {
-		if c.refused = !c.shared.Take(n - own); c.refused {
-			close(c.full)
-		} else {
-			c.taken += n - own
-		}
-	}
-	c.own -= own
-	return !c.refused
-}
-
-// leave returns what was taken. The output is the caller's from now on.
-func (c *collector) leave() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.taken > 0 {
-		c.shared.Return(c.taken)
-		c.taken = 0
-	}
-}
-
-// lastData is when output came last, but not before the given time.
-func (c *collector) lastData(notBefore time.Time) time.Time {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.last.Before(notBefore) {
-		return notBefore
-	}
-	return c.last
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/ociruntime"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -19,7 +20,7 @@ func TestRuntimeEnvironmentStaysOut(t *testing.T) {
 	if err != nil || !strings.Contains(string(result.Stdout), "GOGC=7\n") {
 		t.Fatalf("env: %v: %s", err, result.Stdout)
 	}
-	for _, variable := range runtimeEnvironment() {
+	for _, variable := range ociruntime.RuntimeEnvironment() {
 		name, _, _ := strings.Cut(variable, "=")
 		if name == "PATH" || name == "HOME" { // the container has its own
 			continue
@@ -39,7 +40,7 @@ func TestRunSync(t *testing.T) {
 	if err != nil || result.ExitCode != 3 || string(result.Stdout) != "out\n" || string(result.Stderr) != "err\n" {
 		t.Errorf("%+v, %v", result, err)
 	}
-	var failed *StartError
+	var failed *ociruntime.StartError
 	if _, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: []string{"nope"}}); !errors.As(err, &failed) || failed.Code != 127 {
 		t.Errorf("%v", err)
 	}

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/ociruntime"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -237,7 +238,7 @@ func TestLongStateDirectory(t *testing.T) {
 func TestConsoleSocketClosesWhatElseArrives(t *testing.T) {
 	noLeaks(t)
 	for count := range 4 {
-		socket, err := newConsoleSocket(filepath.Join(t.TempDir(), "s"))
+		socket, err := ociruntime.NewConsoleSocket(filepath.Join(t.TempDir(), "s"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -245,7 +246,7 @@ func TestConsoleSocketClosesWhatElseArrives(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := unix.Connect(fd, &unix.SockaddrUnix{Name: socket.path}); err != nil {
+		if err := unix.Connect(fd, &unix.SockaddrUnix{Name: socket.Path}); err != nil {
 			t.Fatal(err)
 		}
 		null, err := os.Open(os.DevNull)
@@ -263,7 +264,7 @@ func TestConsoleSocketClosesWhatElseArrives(t *testing.T) {
 		if err := unix.Sendmsg(fd, []byte("/dev/pts/0"), control, nil, 0); err != nil {
 			t.Fatal(err)
 		}
-		file, err := socket.receive(5 * time.Second)
+		file, err := socket.Receive(5 * time.Second)
 		if (err == nil) != (count == 1) {
 			t.Errorf("%d descriptors: %v", count, err)
 		}
@@ -272,6 +273,6 @@ func TestConsoleSocketClosesWhatElseArrives(t *testing.T) {
 		}
 		null.Close()
 		unix.Close(fd)
-		socket.close()
+		socket.Close()
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -63,7 +64,7 @@ func TestDisconnectEndsTree(t *testing.T) {
 						if left := marked(t, marker); len(left) > 0 {
 							t.Errorf("left: %v", left)
 						}
-						if !(identity{c.InitPid, mustStat(t, c.InitPid).start}).alive() {
+						if !(proc.Identity{Pid: c.InitPid, Start: mustStat(t, c.InitPid).Start}).Alive() {
 							t.Error("the container's main process is gone")
 						}
 					})
@@ -73,9 +74,9 @@ func TestDisconnectEndsTree(t *testing.T) {
 	}
 }
 
-func mustStat(t testing.TB, pid int) procStat {
+func mustStat(t testing.TB, pid int) proc.Stat {
 	t.Helper()
-	stat, err := readStat(pid)
+	stat, err := proc.ReadStat(pid)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -171,7 +172,7 @@ func TestReusedTerminalNumber(t *testing.T) {
 	r := newRunner(t, func(config *Config) { config.TermAfter, config.KillAfter = 2*time.Second, 3*time.Second })
 	c := newContainer(t)
 	marker := newMarker()
-	number := func(p *Process) string { return fmt.Sprint(p.ends.dev, p.ends.ino) }
+	number := func(p *Process) string { return fmt.Sprint(p.ends.Dev, p.ends.Ino) }
 	victim := startFamily(t, r, c, "(trap '' HUP TERM; exec setsid sleep %s >/dev/null 2>&1 </dev/null) & sleep 0.3; echo ready; wait", marker, true)
 	victim.Disconnect()
 	exitCode(t, victim)
@@ -212,7 +213,7 @@ func TestKeep(t *testing.T) {
 			unix.Kill(pid, unix.SIGKILL)
 		}
 		eventually(t, "the process is gone", func() bool {
-			_, err := unix.Wait4(p.leader.pid, nil, unix.WNOHANG, nil) // no Runner does it any more
+			_, err := unix.Wait4(p.leader.Pid, nil, unix.WNOHANG, nil) // no Runner does it any more
 			return err == unix.ECHILD && len(marked(t, marker)) == 0
 		})
 	}
@@ -238,24 +239,4 @@ func TestKeepDoesNotEndInput(t *testing.T) {
 	}
 	cut.Kill()
 	exitCode(t, cut)
-}
-
-// The kernel's list of processes may hold anything as a name.
-func FuzzParseStat(f *testing.F) {
-	f.Add("42 (a b) c) S 1 42 43 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 12345 0 0 0 0 0 0 0 0 0")
-	f.Add("42 () Z 1 42 43")
-	f.Fuzz(func(t *testing.T, line string) {
-		stat, err := parseStat([]byte(line))
-		if err == nil && (stat.state == 0 || !strings.Contains(line, "("+stat.comm+")")) {
-			t.Errorf("%+v of %q", stat, line)
-		}
-	})
-}
-
-func TestParseStat(t *testing.T) {
-	stat, err := parseStat([]byte("42 (a b) c) S 1 42 43 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 12345 0 0 0 0 0 0 0 0 256\n"))
-	want := procStat{identity: identity{42, 12345}, comm: "a b) c", state: 'S', ppid: 1, session: 43, threads: 1, killed: true}
-	if err != nil || stat != want {
-		t.Errorf("%+v, %v", stat, err)
-	}
 }

@@ -23,7 +23,7 @@ var (
 	}
 	reasons = []string{
 		"exited", "client-gone", "container-exited", "sandbox-gone", "idle-timeout", "max-lifetime", "shutdown",
-		"operator", "recording-failed", "no-streams", "start-failed", "refused", "stopped",
+		"operator", "recording-failed", "not-carried", "panic", "no-streams", "start-failed", "refused", "stopped",
 	}
 	refusals = []string{string(session.Denied), string(session.TooMany), string(session.Unavailable)}
 	codes    = []string{ // google.golang.org/grpc/codes

@@ -34,6 +34,15 @@ type Config struct {
 	RecordingBuffered, RecordingBuffersRefused func() int64
 	// Commands is asked what commands are doing; nil is none.
 	Commands func() Commands
+	// Handovers is asked about hand-overs of the process; nil is none.
+	Handovers func() Handovers
+}
+
+// Handovers are numbers of hand-overs to another program in the same process. The counters go over with them.
+type Handovers struct {
+	Done, Failed   int64
+	Carried, Ended int64   // sessions
+	Pause          float64 // of the last one, in seconds
 }
 
 // Commands are numbers of commands.
@@ -102,6 +111,7 @@ func New(c Config) *Metrics {
 	m.events["linger-cut"] = m.counter("lingers_cut_total", "Finished sessions whose client took nothing any more and was let go.")
 	m.events["status-held"] = m.counter("statuses_held_total", "Finished commands whose status was held back for a second or more, for a slow client to read the output first.")
 	m.events["stream-stalled"] = m.counter("stream_stalls_total", "Streams of port-forwards that were reset because nobody read them and they held up others.")
+	m.events["panicked"] = m.counter("panics_total", "Sessions that were ended because of a fault in streamshim, which its log tells of.")
 	m.events["peer-dead"] = m.counter("dead_peers_total", "Clients that did not answer any more.")
 	m.kills = m.counter("disconnect_kills_total", "Process trees that had to be killed after their client had gone.")
 	m.starts = m.counter("command_starts_total", "Commands started by the OCI runtime.")
@@ -141,6 +151,9 @@ func New(c Config) *Metrics {
 	m.gaugeFunc("recording_buffered_bytes", "What recordings have to write yet, beside 16 KiB of each.", c.RecordingBuffered)
 	if c.Commands != nil {
 		m.registry.MustRegister(commandsCollector(c.Commands))
+	}
+	if c.Handovers != nil {
+		m.registry.MustRegister(handoversCollector(c.Handovers))
 	}
 	m.registry.MustRegister(build, (*liveCollector)(m),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
@@ -182,6 +195,33 @@ func (ask commandsCollector) Collect(found chan<- prometheus.Metric) {
 	}
 }
 
+// handoversCollector asks once for each scrape.
+type handoversCollector func() Handovers
+
+var (
+	handoversDesc       = prometheus.NewDesc("streamshim_handovers_total", "Hand-overs to the installed program, by what came of them.", []string{"result"}, nil)
+	handedSessionsDesc  = prometheus.NewDesc("streamshim_handover_sessions_total", "Sessions that hand-overs have carried, and those that have ended because they could not be.", []string{"result"}, nil)
+	handoverPauseDesc   = prometheus.NewDesc("streamshim_handover_pause_seconds", "For how long sessions stood still in the last hand-over.", nil, nil)
+	handoverDescription = []*prometheus.Desc{handoversDesc, handedSessionsDesc, handoverPauseDesc}
+)
+
+// Describe implements prometheus.Collector.
+func (handoversCollector) Describe(descriptions chan<- *prometheus.Desc) {
+	for _, d := range handoverDescription {
+		descriptions <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (ask handoversCollector) Collect(found chan<- prometheus.Metric) {
+	h := ask()
+	found <- prometheus.MustNewConstMetric(handoversDesc, prometheus.CounterValue, float64(h.Done), "done")
+	found <- prometheus.MustNewConstMetric(handoversDesc, prometheus.CounterValue, float64(h.Failed), "failed")
+	found <- prometheus.MustNewConstMetric(handedSessionsDesc, prometheus.CounterValue, float64(h.Carried), "carried")
+	found <- prometheus.MustNewConstMetric(handedSessionsDesc, prometheus.CounterValue, float64(h.Ended), "ended")
+	found <- prometheus.MustNewConstMetric(handoverPauseDesc, prometheus.GaugeValue, h.Pause)
+}
+
 func (m *Metrics) histogram(name, help string, buckets []float64, labels ...string) *prometheus.HistogramVec {
 	h := prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "streamshim_" + name, Help: help, Buckets: buckets}, labels)
 	m.registry.MustRegister(h)
@@ -215,6 +255,9 @@ func (m *Metrics) Began(s *session.Session) {
 	defer m.mu.Unlock()
 	m.live[s] = time.Time{}
 }
+
+// Resumed implements session.Observer. How long it takes until it runs, and lingers, is not measured anew.
+func (m *Metrics) Resumed(s *session.Session) { m.Began(s) }
 
 // PhaseChanged implements session.Observer.
 func (m *Metrics) PhaseChanged(s *session.Session, phase session.Phase) {

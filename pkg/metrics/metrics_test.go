@@ -33,6 +33,7 @@ func newForTest() *Metrics {
 		SyncOutput: func() int64 { return 17 }, SyncOutputRefused: func() int64 { return 19 },
 		RecordingBuffered: func() int64 { return 23 }, RecordingBuffersRefused: func() int64 { return 29 },
 		Commands:  func() Commands { return Commands{1, 2, 3, 4, 5, 6} },
+		Handovers: func() Handovers { return Handovers{Done: 31, Failed: 37, Carried: 41, Ended: 43, Pause: 0.5} },
 		LostAudit: func() int64 { return 5 }, IncompleteRecordings: func() int64 { return 7 },
 	})
 }

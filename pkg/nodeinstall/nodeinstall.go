@@ -16,6 +16,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
@@ -162,11 +163,12 @@ func (i *Installer) Install(ctx context.Context) (changed bool, err error) {
 	// From here on the node is changed: a pod that is being deleted finishes it.
 	ctx = context.WithoutCancel(ctx)
 	upgrade := ours || state.Phase == phaseDone
-	undoFiles, wroteConfiguration, err := i.putFiles(p)
+	undoFiles, wroteConfiguration, sameUnit, err := i.putFiles(p)
+	handOver := upgrade && sameUnit && i.Services.Active(ctx, unit)
 	undo := func(why error) (bool, error) {
 		i.Log.Error("streamshim does not work here; what was there is put back", "error", why)
 		if upgrade { // the node needs the version that was there
-			return fail(errors.Join(why, undoFiles(), i.restart(ctx, unit)))
+			return fail(errors.Join(why, undoFiles(), i.goBack(ctx, handOver)))
 		}
 		state.OwnsConfiguration = false
 		return fail(errors.Join(why, i.Services.Disable(ctx, unit), undoFiles()))
@@ -174,7 +176,7 @@ func (i *Installer) Install(ctx context.Context) (changed bool, err error) {
 	if err != nil {
 		return undo(err)
 	}
-	if err := i.start(ctx, state.Upstream); err != nil {
+	if err := i.start(ctx, state.Upstream, handOver); err != nil {
 		return undo(err)
 	}
 	state.OwnsConfiguration = state.OwnsConfiguration || wroteConfiguration
@@ -190,11 +192,15 @@ func (i *Installer) Install(ctx context.Context) (changed bool, err error) {
 }
 
 // start starts streamshim and has it checked by the program that was installed, as the node would run it.
-func (i *Installer) start(ctx context.Context, upstream string) error {
+func (i *Installer) start(ctx context.Context, upstream string, handOver bool) error {
 	if err := errors.Join(i.Services.Reload(ctx), i.Services.Enable(ctx, unit)); err != nil {
 		return err
 	}
-	if err := i.restart(ctx, unit); err != nil {
+	start := i.restart
+	if handOver {
+		start = i.replace
+	}
+	if err := start(ctx, unit); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
@@ -207,6 +213,37 @@ func (i *Installer) start(ctx context.Context, upstream string) error {
 		return fmt.Errorf("streamshim check: %w: %s", err, lastLine(out))
 	}
 	return nil
+}
+
+// replace has the program that was installed take over from the one that runs, with its sessions. One that is too old for
+// that, or whose admin socket does not answer, is restarted. After an error it goes on as it was.
+func (i *Installer) replace(ctx context.Context, name string) error {
+	limited, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	out, err := command(limited, i.programPath(), "upgrade", "--config="+i.ConfigFile)
+	i.Log.Info("streamshim upgrade", "says", lastLine(out))
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &exit) && (exit.ExitCode() == exitUnknown || exit.ExitCode() == exitUnreachable):
+		return i.restart(ctx, name)
+	}
+	return fmt.Errorf("streamshim upgrade: %w: %s", err, lastLine(out))
+}
+
+// Exit codes of "streamshim upgrade", after which there is no other way than a restart.
+const (
+	exitUnknown     = 3
+	exitUnreachable = 4
+)
+
+// goBack has the program run again whose files were put back. With handOver it may be that it has never ceased to.
+func (i *Installer) goBack(ctx context.Context, handOver bool) error {
+	if handOver && i.replace(ctx, unit) == nil {
+		return nil
+	}
+	return i.restart(ctx, unit)
 }
 
 func (i *Installer) restart(ctx context.Context, name string) error {
@@ -323,8 +360,8 @@ func (i *Installer) Uninstall(ctx context.Context) error {
 }
 
 // putFiles writes what the plan says. undo, which is never nil, puts back what was there before;
-// wroteConfiguration tells that the configuration file is Install's own.
-func (i *Installer) putFiles(p plan) (undo func() error, wroteConfiguration bool, err error) {
+// wroteConfiguration tells that the configuration file is Install's own, sameUnit that the unit is the one that was there.
+func (i *Installer) putFiles(p plan) (undo func() error, wroteConfiguration, sameUnit bool, err error) {
 	var undos []func() error
 	undo = func() error {
 		var errs []error
@@ -355,17 +392,18 @@ func (i *Installer) putFiles(p plan) (undo func() error, wroteConfiguration bool
 		case errors.Is(err, os.ErrNotExist):
 			undos = append(undos, func() error { return remove(f.path) })
 		case err != nil:
-			return undo, false, err
+			return undo, false, false, err
 		case bytes.Equal(old, f.data):
+			sameUnit = sameUnit || filepath.Base(f.path) == unit
 			continue
 		default:
 			undos = append(undos, func() error { return writeFile(f.path, old, f.mode) })
 		}
 		if err := writeFile(f.path, f.data, f.mode); err != nil {
-			return undo, false, err
+			return undo, false, false, err
 		}
 	}
-	return undo, configuration != "", nil
+	return undo, configuration != "", sameUnit, nil
 }
 
 // writeFile replaces a file in one step: a running program cannot be written to, and a node that loses

@@ -3,6 +3,7 @@ package nodeinstall
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -62,9 +63,12 @@ type fixture struct {
 	root     string
 }
 
-// program answers "streamshim check", well or badly.
-func program(check string) string {
-	return "#!/bin/sh\ncase \"$*\" in *--upstream=unix:///run/containerd/*) ;; *) exit 2 ;; esac\n" + check + "\n"
+// program answers "streamshim check", well or badly, and "streamshim upgrade" with success.
+func program(check string) string { return upgradable(check, 0) }
+
+// upgradable answers "streamshim upgrade" with an exit code.
+func upgradable(check string, code int) string {
+	return fmt.Sprintf("#!/bin/sh\ncase \"$*\" in upgrade\\ *) exit %d ;; *--upstream=unix:///run/containerd/*) ;; *) exit 2 ;; esac\n%s\n", code, check)
 }
 
 func newFixture(t *testing.T) *fixture {
@@ -126,8 +130,8 @@ func TestInstallAndUninstall(t *testing.T) {
 	if changed, err := f.install(t, program("")); err != nil || changed || f.services.asked != nil {
 		t.Errorf("once more: %v, %v, asked for %v", changed, err, f.services.asked)
 	}
-	if changed, err := f.install(t, program("# newer")); err != nil || !changed || slices.Contains(f.services.asked, "restart kubelet.service") {
-		t.Errorf("an upgrade: %v, %v, asked for %v", changed, err, f.services.asked)
+	if changed, err := f.install(t, program("# newer")); err != nil || !changed || !slices.Equal(f.services.asked, []string{"reload", "enable streamshim.service"}) {
+		t.Errorf("an upgrade, which restarts nothing: %v, %v, asked for %v", changed, err, f.services.asked)
 	}
 	// kubeadm upgrade writes the file again.
 	write(t, f.Kubelet.File, "containerRuntimeEndpoint: "+containerd+"\n")
@@ -193,6 +197,33 @@ func TestUpgradeThatFails(t *testing.T) {
 	}
 	if got := read(t, filepath.Join(f.root, "opt/bin/streamshim")); got != program("") || f.endpoint(t) != shim || !f.services.active {
 		t.Errorf("%q, %q", got, f.endpoint(t))
+	}
+}
+
+// A version that cannot be replaced while it runs is restarted; one that refuses the new one goes on.
+func TestUpgradeByHandOver(t *testing.T) {
+	for code, test := range map[int]struct{ restarts, fails bool }{
+		0: {}, exitUnknown: {restarts: true}, exitUnreachable: {restarts: true}, 1: {fails: true},
+	} {
+		f := newFixture(t)
+		if _, err := f.install(t, program("")); err != nil {
+			t.Fatal(err)
+		}
+		_, err := f.install(t, upgradable("", code))
+		if (err != nil) != test.fails || slices.Contains(f.services.asked, "restart streamshim.service") != test.restarts {
+			t.Errorf("exit code %d: %v, asked for %v", code, err, f.services.asked)
+		}
+		if got := read(t, filepath.Join(f.root, "opt/bin/streamshim")); test.fails && got != program("") {
+			t.Errorf("exit code %d: the old program is not back", code)
+		}
+	}
+	f := newFixture(t)
+	if _, err := f.install(t, program("")); err != nil {
+		t.Fatal(err)
+	}
+	f.Config.Unit = strings.Replace(f.Config.Unit, "TimeoutStopSec=45", "TimeoutStopSec=50", 1)
+	if _, err := f.install(t, program("# newer")); err != nil || !slices.Contains(f.services.asked, "restart streamshim.service") {
+		t.Errorf("another unit: %v, asked for %v", err, f.services.asked)
 	}
 }
 

@@ -5,12 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -26,6 +29,14 @@ import (
 type connection struct {
 	pod    *net.TCPConn
 	stream workload.Stream
+
+	freezing atomic.Bool
+	received int64 // to the client; valid when download has returned
+	// uploaded says that the copy towards the pod has come to an end of its own; valid once uploadEnded. What has ended of the
+	// other direction is podFinished.
+	uploaded bool
+	// uploadFrozen and downloadFrozen say that a direction stands still and is to go on.
+	uploadFrozen, downloadFrozen bool
 
 	clientFinished atomic.Bool // the pod was sent the client's FIN
 	podFinished    atomic.Bool // the client was sent the pod's FIN
@@ -71,7 +82,7 @@ func (c *connection) clientReset() {
 
 // forward moves bytes until both directions have ended, and releases the connection.
 func (c *connection) forward(ctx context.Context) (sent, received int64, err error) {
-	stop := context.AfterFunc(ctx, func() { c.abort(context.Cause(ctx)) })
+	stop := context.AfterFunc(ctx, func() { rescue.Call(c.panicked, func() { c.abort(context.Cause(ctx)) }) })
 	defer stop()
 	c.stream.AfterReset(c.late.start)
 	if s, ok := c.stream.(leaver); ok {
@@ -79,26 +90,51 @@ func (c *connection) forward(ctx context.Context) (sent, received int64, err err
 	}
 
 	uploadEnded := make(chan struct{})
-	go func() {
+	rescue.Go(rescue.Die, func() {
 		defer close(uploadEnded)
-		c.upload()
-	}()
-	received = c.download()
+		if !c.uploaded {
+			rescue.Call(c.panicked, c.upload)
+		}
+	})
+	if !c.podFinished.Load() {
+		c.download()
+	}
 	<-uploadEnded
 
 	c.idle.stop()
 	c.late.stop()
 	c.left.stop()
 	// After an abort this only waits for it to be through; after this an abort does nothing.
-	c.endOnce.Do(func() { c.pod.Close() })
-	return c.sent, received, c.err
+	frozen := false
+	c.endOnce.Do(func() {
+		if frozen = c.uploadFrozen || c.downloadFrozen; !frozen {
+			c.pod.Close()
+		}
+	})
+	if frozen {
+		return c.sent, c.received, &FrozenError{connection: c}
+	}
+	return c.sent, c.received, c.err
+}
+
+// panicked ends a connection one of whose goroutines has panicked.
+func (c *connection) panicked(p *rescue.Panic) { c.abort(p) }
+
+// isFrozen tells whether a copy has ended for no other reason than that the connection was frozen.
+func (c *connection) isFrozen(err error) bool {
+	return errors.Is(err, handover.ErrFrozen) || c.freezing.Load() && errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 // upload moves the client's bytes to the pod.
 func (c *connection) upload() {
-	c.sent, c.copyErr = c.stream.WriteTo(c.pod)
+	sent, err := c.stream.WriteTo(c.pod)
+	c.sent += sent
+	c.copyErr = err
+	c.uploadFrozen = c.isFrozen(err)
+	c.uploaded = !c.uploadFrozen
 	close(c.copied)
 	switch {
+	case c.uploadFrozen:
 	case c.copyErr == nil:
 		c.clientFinished.Store(true)
 		c.idle.start()
@@ -118,9 +154,12 @@ func (c *connection) upload() {
 }
 
 // download moves the pod's bytes to the client.
-func (c *connection) download() (received int64) {
+func (c *connection) download() {
 	received, err := c.stream.ReadFrom(c.pod)
+	c.received += received
 	switch {
+	case c.isFrozen(err):
+		c.downloadFrozen = true
 	case err == nil && c.finReceived():
 		c.podFinished.Store(true) // before the FIN, whose receipt may make the client reset
 		c.idle.start()
@@ -134,7 +173,6 @@ func (c *connection) download() (received int64) {
 	default:
 		c.abort(fmt.Errorf("%w: %w", ErrResetByClient, err))
 	}
-	return received
 }
 
 // abort ends both directions at once, the pod first, because that never blocks.
@@ -242,6 +280,28 @@ func (t *halfClosedTimer) start() {
 	}
 	t.last, _ = t.progress()
 	t.since = time.Now()
+	t.timer = time.AfterFunc(t.limit/4, t.look)
+}
+
+// state is where it stands, after stop.
+func (t *halfClosedTimer) state() TimerState {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.timer == nil {
+		return TimerState{}
+	}
+	return TimerState{Started: true, Still: time.Since(t.since), Acknowledged: t.last.acknowledged, Taken: t.last.taken}
+}
+
+// resume starts it where another one stood.
+func (t *halfClosedTimer) resume(state TimerState) {
+	if !state.Started {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.last = progress{acknowledged: state.Acknowledged, taken: state.Taken}
+	t.since = time.Now().Add(-state.Still)
 	t.timer = time.AfterFunc(t.limit/4, t.look)
 }
 

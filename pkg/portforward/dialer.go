@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/handover"
 )
 
 // Limits of one dial. A connection to a listener on the same machine takes microseconds; what takes
@@ -129,6 +131,15 @@ func connect(ctx context.Context, pod *namespace, to netip.AddrPort, deadline ti
 	})
 	if !stop() {
 		<-interrupted
+	}
+	if waitErr != nil && errors.Is(context.Cause(ctx), handover.ErrFrozen) {
+		// The pod may have the connection, though nobody has been told yet. One that takes a single connection must not see it
+		// reset for another dial.
+		raw.Control(func(fd uintptr) { //nolint:errcheck // as below
+			if connectErr = unix.Connect(int(fd), address); connectErr == nil || connectErr == unix.EISCONN {
+				waitErr = nil
+			}
+		})
 	}
 	switch {
 	case waitErr != nil:

@@ -13,6 +13,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -61,6 +63,15 @@ type Forwarder struct {
 
 	goneOnce sync.Once
 	gone     chan struct{}
+
+	// dialing ends when the dials under way are to be given up by Freeze.
+	dialing  context.Context
+	endDials context.CancelCauseFunc
+
+	mu       sync.Mutex
+	open     map[*connection]struct{}
+	frozen   bool
+	dialsEnd *time.Timer // calls endDials
 }
 
 // NewForwarder opens the network namespace at netnsPath (empty for a host-network sandbox) and
@@ -79,29 +90,41 @@ func NewForwarder(netnsPath string, config Config) (*Forwarder, error) {
 			return nil, err
 		}
 	}
-	f := &Forwarder{
-		pod:            pod,
-		dialer:         config.Dialer,
-		halfClosedIdle: orDefault(config.HalfClosedIdle, DefaultHalfClosedIdle),
-		stopWatching:   func() {},
-		process:        process,
-		processWatched: make(chan struct{}),
-		gone:           make(chan struct{}),
-	}
-	f.life, f.end = context.WithCancelCause(context.Background())
-	if pod.file != nil && config.Watcher != nil {
-		f.stopWatching = config.Watcher.watch(pod, f.sandboxGone)
-	}
-	if process != nil {
-		go f.watchProcess()
-	} else {
-		close(f.processWatched)
-	}
+	f := makeForwarder(pod, config)
+	f.process = process
+	f.watch(config.Watcher)
 	if err := pod.check(); err != nil { // gone between the opening and the watch
 		f.Close()
 		return nil, err
 	}
 	return f, nil
+}
+
+func makeForwarder(pod *namespace, config Config) *Forwarder {
+	f := &Forwarder{
+		pod:            pod,
+		dialer:         config.Dialer,
+		halfClosedIdle: orDefault(config.HalfClosedIdle, DefaultHalfClosedIdle),
+		stopWatching:   func() {},
+		processWatched: make(chan struct{}),
+		gone:           make(chan struct{}),
+		open:           make(map[*connection]struct{}),
+	}
+	f.life, f.end = context.WithCancelCause(context.Background())
+	f.dialing, f.endDials = context.WithCancelCause(context.Background())
+	return f
+}
+
+// watch begins to watch over the sandbox.
+func (f *Forwarder) watch(watcher *Watcher) {
+	if f.pod.file != nil && watcher != nil {
+		f.stopWatching = watcher.watch(f.pod, f.sandboxGone)
+	}
+	if f.process != nil {
+		rescue.Go(rescue.Die, f.watchProcess) // a wait, and no more
+	} else {
+		close(f.processWatched)
+	}
 }
 
 // openProcess returns a pidfd, which becomes readable when the process ends. Unlike the number it
@@ -149,6 +172,12 @@ func (f *Forwarder) sandboxGone() {
 // and the watch over the sandbox. It may be called more than once.
 func (f *Forwarder) Close() error {
 	f.end(ErrClosed)
+	f.mu.Lock()
+	if f.dialsEnd != nil {
+		f.dialsEnd.Stop()
+	}
+	f.mu.Unlock()
+	f.endDials(nil)
 	f.stopWatching()
 	f.pod.close()
 	if f.process != nil {
@@ -164,10 +193,10 @@ func (f *Forwarder) Close() error {
 func (f *Forwarder) Dial(ctx context.Context, port uint16) (*net.TCPConn, error) {
 	ctx, done := f.bind(ctx)
 	defer done()
-	return f.dial(ctx, port)
+	return f.dial(ctx, f.dialer, port)
 }
 
-func (f *Forwarder) dial(ctx context.Context, port uint16) (*net.TCPConn, error) {
+func (f *Forwarder) dial(ctx context.Context, dialer Dialer, port uint16) (*net.TCPConn, error) {
 	// One stat, so that it is certain, without waiting for the watch, that nothing is dialled in a
 	// sandbox that has been stopped.
 	if err := f.pod.check(); errors.Is(err, ErrSandboxGone) {
@@ -176,7 +205,7 @@ func (f *Forwarder) dial(ctx context.Context, port uint16) (*net.TCPConn, error)
 	var conn *net.TCPConn
 	err := f.life.Err() // asked for here, because the bound context hears of it a little later
 	if err == nil {
-		conn, err = f.dialer.dial(ctx, f.pod, port)
+		conn, err = dialer.dial(ctx, f.pod, port)
 	}
 	if err != nil && f.life.Err() != nil {
 		return nil, fmt.Errorf("connect to port %d of the pod: %w", port, context.Cause(f.life))
@@ -203,24 +232,45 @@ func (f *Forwarder) dial(ctx context.Context, port uint16) (*net.TCPConn, error)
 // When the context ends, the connection to the pod is reset at once. A ReadFrom that hangs
 // because the client reads nothing ends when the stream's Reset, or the owner of the client's
 // connection, can make it.
+//
+// When the Forwarder is frozen, the error is a *FrozenError: nothing has ended then.
 func (f *Forwarder) Forward(ctx context.Context, port uint16, stream workload.Stream) (sent, received int64, err error) {
+	return f.forward(ctx, port, stream, 0)
+}
+
+// forward is Forward after so much time was spent with dialling.
+func (f *Forwarder) forward(ctx context.Context, port uint16, stream workload.Stream, dialled time.Duration) (sent, received int64, err error) {
 	ctx, done := f.bind(ctx)
 	defer done()
-	conn, err := f.dialFor(ctx, port, stream)
+	began := time.Now()
+	conn, err := f.dialFor(ctx, port, stream, dialled)
+	if errors.Is(err, handover.ErrFrozen) {
+		return 0, 0, &FrozenError{dialled: dialled + time.Since(began)}
+	}
 	if err != nil {
 		stream.Reset() //nolint:errcheck // the stream ends either way
 		return 0, 0, err
 	}
-	return newConnection(conn, stream, f.halfClosedIdle).forward(ctx)
+	return f.run(ctx, newConnection(conn, stream, f.halfClosedIdle))
+}
+
+// run forwards a connection that is open.
+func (f *Forwarder) run(ctx context.Context, c *connection) (sent, received int64, err error) {
+	f.add(c)
+	defer f.remove(c)
+	return c.forward(ctx)
 }
 
 // dialFor gives the dial up when the client resets its stream. A client that tries again and again while
 // the pod accepts nothing would else have all its streams wait for dials that nobody wants any more.
-func (f *Forwarder) dialFor(ctx context.Context, port uint16, stream workload.Stream) (*net.TCPConn, error) {
+func (f *Forwarder) dialFor(ctx context.Context, port uint16, stream workload.Stream, dialled time.Duration) (*net.TCPConn, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	defer context.AfterFunc(f.dialing, func() { cancel(context.Cause(f.dialing)) })()
 	stream.AfterReset(func() { cancel(ErrResetByClient) })
-	return f.dial(ctx, port)
+	dialer := f.dialer
+	dialer.TotalTimeout = max(orDefault(dialer.TotalTimeout, DefaultTotalTimeout)-dialled, time.Millisecond)
+	return f.dial(ctx, dialer, port)
 }
 
 // bind returns a context that ends with the Forwarder's life too.

@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/rescue"
 )
 
 // namespace is a handle on a pod's network namespace, or, with a nil file, on the one this process
@@ -133,7 +135,7 @@ func (n *namespace) do(work func() error) error {
 // 64 goroutines at a time, in 3 instead of 6, at the price of a thread that lives in the pod's namespace.
 func inNamespace(target netns.NsHandle, restore func(netns.NsHandle) error, work func() error) error {
 	result := make(chan error, 1)
-	go func() {
+	rescue.Go(func(p *rescue.Panic) { result <- p }, func() {
 		runtime.LockOSThread()
 		home, err := netns.Get()
 		if err != nil {
@@ -154,7 +156,7 @@ func inNamespace(target netns.NsHandle, restore func(netns.NsHandle) error, work
 		}
 		runtime.UnlockOSThread()
 		result <- workErr
-	}()
+	})
 	return <-result
 }
 

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/rescue"
 )
 
 const (
@@ -68,7 +70,7 @@ func startWatcher(fd int) *Watcher {
 		watched: map[*watchedNamespace]struct{}{},
 		folders: map[string]*watchedFolder{},
 	}
-	go w.run()
+	rescue.Go(rescue.Die, w.run) // of no session
 	return w
 }
 

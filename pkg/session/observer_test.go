@@ -10,11 +10,17 @@ import (
 	"time"
 )
 
-type witness struct{ saw []string }
+type witness struct {
+	saw    []string
+	helper string
+}
 
 func (w *witness) Began(*Session)                   { w.saw = append(w.saw, "began") }
+func (w *witness) Resumed(s *Session)               { w.saw = append(w.saw, "resumed "+string(s.Phase())) }
 func (w *witness) PhaseChanged(_ *Session, p Phase) { w.saw = append(w.saw, string(p)) }
-func (w *witness) Ended(_ *Session, o Outcome)      { w.saw = append(w.saw, "ended "+o.Reason) }
+func (w *witness) Ended(_ *Session, o Outcome) {
+	w.saw, w.helper = append(w.saw, "ended "+o.Reason), o.Helper
+}
 func (w *witness) Refused(i Info, err error) {
 	w.saw = append(w.saw, fmt.Sprint("refused ", i.Kind, " ", err))
 }

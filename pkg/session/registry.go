@@ -204,11 +204,13 @@ func (r *Registry) Check(info Info) error {
 	return nil
 }
 
+const idBytes = 8
+
 // Begin registers a session, before its client's connection is upgraded. The error is ErrClosed or a
 // guard's. The caller gives the session its connection with Connect, and ends it with End, exactly
 // once.
 func (r *Registry) Begin(ctx context.Context, info Info) (*Session, error) {
-	var id [8]byte
+	var id [idBytes]byte
 	rand.Read(id[:]) //nolint:errcheck // never fails, see crypto/rand
 	s := &Session{
 		Info: info, ID: hex.EncodeToString(id[:]), Start: time.Now(),

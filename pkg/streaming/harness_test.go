@@ -4,8 +4,10 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"flag"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -29,6 +31,8 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 
 	"github.com/streamshim/streamshim/internal/testutil/leak"
+	"github.com/streamshim/streamshim/pkg/handover"
+	podforward "github.com/streamshim/streamshim/pkg/portforward"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
@@ -71,8 +75,10 @@ func together(t *testing.T) bool {
 type testServer struct {
 	*Server
 	*testNode
-	t      *testing.T
-	served chan error
+	t         *testing.T
+	started   Config
+	served    chan error
+	handovers atomic.Int64
 }
 
 // testNode serves each request as the test that has made it wants. Requests are told apart by the IDs of
@@ -114,6 +120,11 @@ func (n *testNode) Start(ctx context.Context, container workload.Container, comm
 	return of(n, n.start, container.ContainerID)(ctx, command)
 }
 
+// Resume finds a process that was frozen.
+func (n *testNode) Resume(_ context.Context, state []byte, files *handover.Files) (remoteProcess, error) {
+	return thawProcess(state, files)
+}
+
 // StreamingURL finds the request's ID in its call.
 func (n *testNode) StreamingURL(_ context.Context, _ session.Kind, call []byte, _ map[string]string) (string, error) {
 	return of(n, n.upstream, string(call))().String(), nil
@@ -128,6 +139,15 @@ func (n *testNode) EndReason(ctx context.Context, target workload.Target) string
 
 func (n *testNode) Forwarder(sandbox workload.Sandbox) (forwarder, error) {
 	return of(n, n.pods, sandbox.SandboxID)()
+}
+
+// ResumeForwarder implements portforward.Pods.
+func (n *testNode) ResumeForwarder(state []byte, files *handover.Files) (forwarder, error) {
+	f, err := podforward.ResumeForwarder(state, files, podforward.Config{})
+	if err != nil {
+		return nil, err
+	}
+	return podForwarder{f, f.Gone()}, nil
 }
 
 // localRequest is for a command that an executor starts.
@@ -214,6 +234,9 @@ func startServer(t *testing.T, config Config) *testServer {
 	go func() { s.served <- s.Serve(serving) }()
 	receive(t, serving.begun, "the server to accept") // so that another server's check for leaks knows this one's goroutines
 	t.Cleanup(s.stop)
+	if *restless > 0 {
+		t.Cleanup(s.beRestless(*restless))
+	}
 	return s
 }
 
@@ -233,7 +256,7 @@ func (l *accepting) Accept() (net.Conn, error) {
 func newTestServer(t *testing.T, config Config, address net.Addr) *testServer {
 	node := newTestNode()
 	config.Commands.Runtime, config.PortForwards.Pods = node, node
-	return &testServer{Server: NewServer(config, address), testNode: node, t: t, served: make(chan error, 1)}
+	return &testServer{Server: NewServer(config, address), testNode: node, t: t, started: config, served: make(chan error, 1)}
 }
 
 // stop ends the server at once; sessions that are left end with it.
@@ -247,6 +270,48 @@ func (s *testServer) stop() {
 	s.served <- nil // for a second stop
 }
 
+// restless has each server of the tests handed over to itself all the time, with this pause in between at most.
+var restless = flag.Duration("restless", 0, "hand over every so often")
+
+// beRestless hands the server over to itself until the test ends.
+func (s *testServer) beRestless(pause time.Duration) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(rand.N(pause)):
+				s.handOver()
+			}
+		}
+	}()
+	return func() {
+		cancel()
+		<-stopped
+	}
+}
+
+// handOver freezes the server and resumes it.
+func (s *testServer) handOver() {
+	s.t.Helper()
+	files := handover.NewFiles()
+	defer files.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+	defer cancel()
+	state, err := s.Freeze(ctx, files)
+	if err != nil {
+		s.t.Errorf("freeze: %v", err)
+		return
+	}
+	if _, ended, err := s.Server.Resume(state, files); err != nil || ended > 0 {
+		s.t.Errorf("resume: %v, %d sessions have ended", err, ended)
+	}
+	s.handovers.Add(1)
+}
+
 // hostExecutor starts processes on the host: everything but the container is real.
 type hostExecutor struct {
 	t        *testing.T
@@ -258,6 +323,7 @@ type hostExecutor struct {
 
 type hostProcess struct {
 	cmd                     *exec.Cmd
+	files                   sync.Mutex // of what follows, which is replaced at a hand-over
 	stdin, stdout, stderr   *os.File
 	exited                  chan struct{}
 	code                    int
@@ -341,6 +407,8 @@ func (p *hostProcess) pipes(c workload.Command) error {
 }
 
 func (p *hostProcess) Stdin() io.WriteCloser {
+	p.files.Lock()
+	defer p.files.Unlock()
 	switch {
 	case p.stdin == nil:
 		return nil
@@ -370,6 +438,8 @@ func (o output) Read(b []byte) (int, error) {
 }
 
 func (p *hostProcess) Stdout() io.ReadCloser {
+	p.files.Lock()
+	defer p.files.Unlock()
 	if p.stdout == nil {
 		return nil
 	}
@@ -377,6 +447,8 @@ func (p *hostProcess) Stdout() io.ReadCloser {
 }
 
 func (p *hostProcess) Stderr() io.ReadCloser {
+	p.files.Lock()
+	defer p.files.Unlock()
 	if p.stderr == nil {
 		return nil
 	}
@@ -384,6 +456,8 @@ func (p *hostProcess) Stderr() io.ReadCloser {
 }
 
 func (p *hostProcess) Resize(size workload.Size) error {
+	p.files.Lock()
+	defer p.files.Unlock()
 	if p.stdin == nil || p.stdin != p.stdout || !size.Known() {
 		return nil
 	}
@@ -422,7 +496,30 @@ func (p *hostProcess) Kill() {
 	})
 }
 
+func (p *hostProcess) Freeze(files *handover.Files) ([]byte, error) {
+	p.files.Lock()
+	defer p.files.Unlock()
+	if p.stdin != nil && p.stdin == p.stdout {
+		return freezeFiles(p, files, p.stdin)
+	}
+	return freezeFiles(p, files, p.stdin, p.stdout, p.stderr)
+}
+
+func (p *hostProcess) thaw(files []*os.File) {
+	p.files.Lock()
+	defer p.files.Unlock()
+	if len(files) == 1 {
+		p.stdin, p.stdout = files[0], files[0]
+		return
+	}
+	p.stdin, p.stdout, p.stderr = files[0], files[1], files[2]
+}
+
+func (p *hostProcess) Discard() { p.Close() }
+
 func (p *hostProcess) Close() error {
+	p.files.Lock()
+	defer p.files.Unlock()
 	for _, f := range []*os.File{p.stdin, p.stdout, p.stderr} {
 		if f != nil {
 			f.Close()

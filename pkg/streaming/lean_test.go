@@ -21,6 +21,7 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
@@ -81,6 +82,16 @@ func (p *idleProcess) Disconnect() {
 		close(p.exited)
 	})
 }
+
+func (p *idleProcess) Freeze(files *handover.Files) ([]byte, error) {
+	return freezeFiles(p, files, p.stdin[0], p.stdin[1], p.stdout[0], p.stdout[1])
+}
+
+func (p *idleProcess) thaw(files []*os.File) {
+	p.stdin, p.stdout = [2]*os.File{files[0], files[1]}, [2]*os.File{files[2], files[3]}
+}
+
+func (p *idleProcess) Discard() { p.Close() }
 
 func (p *idleProcess) Close() error {
 	for _, f := range []*os.File{p.stdin[0], p.stdin[1], p.stdout[0], p.stdout[1]} {

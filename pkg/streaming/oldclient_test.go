@@ -14,6 +14,7 @@ import (
 	"github.com/moby/spdystream/spdy"
 	"k8s.io/client-go/tools/remotecommand"
 
+	podforward "github.com/streamshim/streamshim/pkg/portforward"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -246,7 +247,10 @@ func TestErrorStreamEndsWithPodsEOF(t *testing.T) {
 // goroutine for ever for one that was refused.
 func TestRefusedPortIsAcceptedThenReset(t *testing.T) {
 	s := startServer(t, Config{})
-	u := s.url(s.PortForward(s.podRequest(func() (forwarder, error) { return refuser{}, nil })))
+	u := s.url(s.PortForward(s.podRequest(func() (forwarder, error) {
+		f, err := podforward.NewForwarder("", podforward.Config{})
+		return refuser{f}, err
+	})))
 	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
 	for i := range 1000 {
 		data, failure := c.openPair("80", strconv.Itoa(i))
@@ -261,14 +265,12 @@ func TestRefusedPortIsAcceptedThenReset(t *testing.T) {
 }
 
 // refuser is a pod on whose ports nobody listens, and that takes no time to say so.
-type refuser struct{}
+type refuser struct{ *podforward.Forwarder }
 
 func (refuser) Forward(_ context.Context, _ uint16, stream workload.Stream) (sent, received int64, err error) {
 	stream.Reset()
 	return 0, 0, errors.New("refused")
 }
-func (refuser) Gone() <-chan struct{} { return nil }
-func (refuser) Close() error          { return nil }
 
 // When the pod goes, every open connection's error stream says so, and its data stream is reset, so
 // that kubectl looks at the error stream.

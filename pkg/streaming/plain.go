@@ -16,17 +16,29 @@ type plainConnections struct {
 
 	mu       sync.Mutex
 	elements map[net.Conn]*list.Element
-	byAge    *list.List // of net.Conn, oldest first
+	byAge    *list.List            // of net.Conn, oldest first
+	busy     map[net.Conn]struct{} // of which a request is read or answered
+	idle     chan struct{}         // closed when none is busy any more; nil unless somebody waits for that
 }
 
 func newPlainConnections(limit int) *plainConnections {
-	return &plainConnections{max: limit, elements: make(map[net.Conn]*list.Element), byAge: list.New()}
+	return &plainConnections{max: limit, elements: make(map[net.Conn]*list.Element), byAge: list.New(), busy: make(map[net.Conn]struct{})}
 }
 
 // changed is for http.Server.ConnState.
 func (p *plainConnections) changed(c net.Conn, state http.ConnState) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	switch state {
+	case http.StateNew, http.StateActive:
+		p.busy[c] = struct{}{}
+	default:
+		delete(p.busy, c)
+		if len(p.busy) == 0 && p.idle != nil {
+			close(p.idle)
+			p.idle = nil
+		}
+	}
 	switch state {
 	case http.StateNew:
 		p.elements[c] = p.byAge.PushBack(c)
@@ -51,4 +63,17 @@ func (p *plainConnections) count() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return len(p.elements)
+}
+
+// quiet returns a channel that is closed when no request is being read or answered. There is one that waits.
+func (p *plainConnections) quiet() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	idle := make(chan struct{})
+	if len(p.busy) == 0 {
+		close(idle)
+	} else {
+		p.idle = idle
+	}
+	return idle
 }

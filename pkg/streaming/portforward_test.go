@@ -26,7 +26,7 @@ import (
 // podForwarder dials the host's loopback as if it were a pod's.
 type podForwarder struct {
 	*podforward.Forwarder
-	gone chan struct{} // closed by a test to make the sandbox vanish
+	gone <-chan struct{} // closed by a test to make the sandbox vanish
 }
 
 func (f podForwarder) Forward(ctx context.Context, port uint16, stream workload.Stream) (sent, received int64, err error) {

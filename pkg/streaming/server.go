@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/buffers"
 	"github.com/streamshim/streamshim/pkg/streaming/event"
@@ -99,11 +101,26 @@ type Server struct {
 	watch    *lifetime.Watcher
 
 	mu       sync.Mutex
+	listener net.Listener // nil before Serve
+	served   map[*served]struct{}
 	sealed   bool          // no URL is given out any more
 	closed   bool          // none is served any more
 	closing  chan struct{} // closed with it
 	deaf     bool          // nobody listens at the address of the URLs
+	thawed   chan struct{} // closed by Resume; nil while the server is not frozen
+	frozen   int64         // see Frozen
+	passing  int           // calls and requests that are being answered or upgraded
+	passed   chan struct{} // closed when there are none any more; nil unless Freeze waits for that
 	settings Settings
+}
+
+// served is one session that is in the server's hands.
+type served struct {
+	live    *session.Session
+	running running
+	terms   lifetime.Terms
+	done    chan struct{} // closed when running.Run has returned, with outcome
+	outcome session.Outcome
 }
 
 // Update takes over new settings. Sessions that live keep those they began with.
@@ -123,6 +140,7 @@ func NewServer(config Config, listener net.Addr) *Server {
 	s := &Server{
 		config:   config,
 		settings: config.Settings,
+		served:   make(map[*served]struct{}),
 		plain:    newPlainConnections(maxPlainConnections),
 		closing:  make(chan struct{}),
 		base:     url.URL{Scheme: "http", Host: listener.String()},
@@ -147,7 +165,7 @@ func NewServer(config Config, listener net.Addr) *Server {
 
 // Exec keeps the request and returns the one-time URL at which a client may have it served. The
 // error is ErrTooManyRequests, ErrShuttingDown, ErrNotListening or that of a guard of Config.Sessions, such as a
-// *session.RefusedError.
+// *session.RefusedError. While the server is frozen the call waits.
 func (s *Server) Exec(r *remotecommand.Request) (string, error) {
 	return s.insert(r.Info(session.Exec), r)
 }
@@ -163,6 +181,8 @@ func (s *Server) PortForward(r *portforward.Request) (string, error) {
 }
 
 func (s *Server) insert(info session.Info, request any) (string, error) {
+	s.pass()
+	defer s.letGo()
 	s.mu.Lock()
 	sealed, deaf := s.sealed, s.deaf
 	s.mu.Unlock()
@@ -185,13 +205,14 @@ func (s *Server) insert(info session.Info, request any) (string, error) {
 // WaitingTokens is how many URLs have been given out that nobody has opened yet.
 func (s *Server) WaitingTokens() int { return s.tokens.waiting() }
 
-// Serve serves the listener until Shutdown. It closes the listener, and opens it again if it fails.
+// Serve serves the listener until Shutdown. It closes the listener, and opens it again if it fails. What Freeze pauses
+// is the listener, if it is a Pausable; Serve goes on.
 func (s *Server) Serve(listener net.Listener) error {
 	watching := make(chan struct{})
-	go func() {
+	rescue.Go(rescue.Die, func() { // of no session
 		defer close(watching)
 		s.watch.Run(s.ctx)
-	}()
+	})
 	s.accept(listener)
 	<-s.ctx.Done()
 	<-watching
@@ -206,6 +227,7 @@ const listenPause = 500 * time.Millisecond
 func (s *Server) accept(listener net.Listener) {
 	address := listener.Addr()
 	for {
+		s.listen(listener)
 		err := s.http.Serve(listener) // closes it
 		if errors.Is(err, http.ErrServerClosed) {
 			return
@@ -255,10 +277,10 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 	s.mu.Unlock()
 	ended := make(chan struct{})
-	go func() {
+	rescue.Go(rescue.Die, func() {
 		defer close(ended)
 		s.sessions.Wait() // also for those that are about to begin
-	}()
+	})
 	select {
 	case <-ended:
 	case <-ctx.Done():
@@ -292,15 +314,52 @@ func (s *Server) handler() http.Handler {
 }
 
 // enter counts a request among the sessions, unless the server is shutting down. The caller calls
-// sessions.Done when the request has been handed on or answered.
+// leave when the request has been handed on or answered. While the server is frozen the request waits; the connection of
+// one that still waits when the next program takes over ends with this one.
 func (s *Server) enter() bool {
+	s.pass()
+	s.mu.Lock()
+	closed := s.closed
+	if !closed {
+		s.sessions.Add(1)
+	}
+	s.mu.Unlock()
+	if closed {
+		s.letGo()
+	}
+	return !closed
+}
+
+func (s *Server) leave() {
+	s.letGo()
+	s.sessions.Done()
+}
+
+// pass waits until the server is not frozen, and keeps it from being frozen until letGo is called.
+func (s *Server) pass() {
+	for {
+		s.mu.Lock()
+		thawed := s.thawed
+		if thawed == nil || s.closed {
+			s.passing++
+			s.mu.Unlock()
+			return
+		}
+		s.mu.Unlock()
+		select {
+		case <-thawed:
+		case <-s.closing:
+		}
+	}
+}
+
+func (s *Server) letGo() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed {
-		return false
+	if s.passing--; s.passing == 0 && s.passed != nil {
+		close(s.passed)
+		s.passed = nil
 	}
-	s.sessions.Add(1)
-	return true
 }
 
 // redeem begins the session of a request that can be upgraded. One that cannot is answered without
@@ -311,7 +370,7 @@ func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kin
 		status.WriteError(w, http.StatusServiceUnavailable, ErrShuttingDown.Error())
 		return
 	}
-	defer s.sessions.Done()
+	defer s.leave()
 	token := r.PathValue("token")
 	if !s.tokens.holds(kind, token) {
 		s.tokenNotFound(w, kind)
@@ -334,8 +393,14 @@ func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kin
 type running interface {
 	lifetime.Client
 	Network() net.Conn
-	// Run serves the session to its end.
+	// Run serves the session to its end, or until it is frozen: then the outcome is session.Frozen, and nothing of the
+	// session is held any more but what Freeze returns.
 	Run() session.Outcome
+	// Carriable says why the session could not be handed over, nil when it can be as far as that is known.
+	Carriable() error
+	// Freeze has Run return and gives what it takes to go on, as CBOR. The context bounds it. After an error the session
+	// goes on as before, or ends.
+	Freeze(context.Context, *handover.Files) ([]byte, error)
 }
 
 // serve upgrades the connection and runs the session in a goroutine of its own, so that net/http's goroutine and
@@ -350,19 +415,54 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, up transport.Upgr
 		return
 	}
 	terms := s.terms(kind)
-	accepted, outcome := s.upgrade(w, r, up, request, live, terms)
+	var accepted running
+	var outcome session.Outcome
+	rescue.Call(func(p *rescue.Panic) {
+		lifetime.Panic(live, terms, nil, p)
+		accepted, outcome = nil, lifetime.Stopped(live.Context())
+	}, func() { accepted, outcome = s.upgrade(w, r, up, request, live, terms) })
 	if accepted == nil {
 		terms.Buffers.Close()
 		live.End(outcome)
 		return
 	}
-	live.Connect(accepted)
-	s.sessions.Go(func() {
-		defer terms.Buffers.Close()
-		defer s.watch.Add(live, accepted, accepted.Network())()
-		defer terms.Limits.Limit(live)()
-		live.End(accepted.Run())
+	s.run(live, accepted, terms)
+}
+
+// run serves a session in a goroutine of its own, to its end or until it is frozen.
+func (s *Server) run(live *session.Session, running running, terms lifetime.Terms) {
+	each := &served{live: live, running: running, terms: terms, done: make(chan struct{})}
+	live.Connect(running)
+	s.mu.Lock()
+	s.served[each] = struct{}{}
+	s.mu.Unlock()
+	s.sessions.Add(1)
+	panicked := func(p *rescue.Panic) {
+		lifetime.Panic(live, terms, running.Network(), p)
+		each.outcome = lifetime.Stopped(live.Context())
+	}
+	rescue.Go(panicked, func() {
+		defer s.sessions.Done()
+		defer close(each.done)
+		rescue.Call(panicked, func() { each.outcome = s.runToEnd(each) })
+		s.forget(each) // one that was frozen is served again when it is resumed
+		if !each.outcome.Frozen() {
+			live.End(each.outcome)
+		}
 	})
+}
+
+func (s *Server) runToEnd(each *served) session.Outcome {
+	defer each.terms.Buffers.Close()
+	defer s.watch.Add(each.live, each.running, each.running.Network())()
+	defer each.terms.Limits.Limit(each.live)()
+	return each.running.Run()
+}
+
+func (s *Server) forget(each *served) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.served, each)
 }
 
 func infoOf(kind session.Kind, request any) session.Info {
@@ -374,14 +474,17 @@ func infoOf(kind session.Kind, request any) session.Info {
 
 // terms are those of a session that begins now.
 func (s *Server) terms(kind session.Kind) lifetime.Terms {
+	terms := s.shared()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return lifetime.Terms{
-		Limits:    lifetime.Limits{Idle: s.settings.IdleTimeout[kind], Max: s.settings.MaxLifetime[kind], Warning: s.config.warning},
-		Bandwidth: s.settings.Bandwidth,
-		Buffers:   s.config.Buffers.Share(),
-		Observe:   s.config.Observe,
-	}
+	terms.Limits = lifetime.Limits{Idle: s.settings.IdleTimeout[kind], Max: s.settings.MaxLifetime[kind], Warning: s.config.warning}
+	terms.Bandwidth = s.settings.Bandwidth
+	return terms
+}
+
+// shared are the terms that are the same for all sessions.
+func (s *Server) shared() lifetime.Terms {
+	return lifetime.Terms{Buffers: s.config.Buffers.Share(), Observe: s.config.Observe}
 }
 
 // upgrade hands a connection over to those who serve its kind of request. Without a session the outcome says why, and

@@ -9,6 +9,8 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/event"
+	"github.com/streamshim/streamshim/pkg/streaming/portforward"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand"
 )
 
 const (
@@ -125,4 +127,57 @@ func (c *tokenCache) remove(e *list.Element) {
 		close(c.emptied)
 		c.emptied = nil
 	}
+}
+
+// state is what waits now.
+func (c *tokenCache) state() []TokenState {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := c.now()
+	c.dropExpired(now)
+	states := make([]TokenState, 0, c.byAge.Len())
+	for e := c.byAge.Front(); e != nil; e = e.Next() {
+		waiting := e.Value.(*waitingRequest)
+		state := TokenState{Token: waiting.token, Kind: waiting.kind, Left: waiting.expires.Sub(now)}
+		switch request := waiting.request.(type) {
+		case *remotecommand.Request:
+			state.Command = request
+		case *portforward.Request:
+			state.Forward = request
+		}
+		states = append(states, state)
+	}
+	return states
+}
+
+// restore has those wait that another cache had. What waits here already stays.
+func (c *tokenCache) restore(states []TokenState) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := c.now()
+	for _, state := range states {
+		request, ok := state.request()
+		if !ok || c.requests[state.Token] != nil {
+			continue
+		}
+		waiting := &waitingRequest{state.Token, state.Kind, request, now.Add(min(state.Left, c.ttl))}
+		// Behind those that expire earlier, so that the oldest stay in front.
+		after := c.byAge.Back()
+		for after != nil && after.Value.(*waitingRequest).expires.After(waiting.expires) {
+			after = after.Prev()
+		}
+		if after == nil {
+			c.requests[state.Token] = c.byAge.PushFront(waiting)
+		} else {
+			c.requests[state.Token] = c.byAge.InsertAfter(waiting, after)
+		}
+	}
+}
+
+// request is the one that fits the kind; false where there is none.
+func (t TokenState) request() (any, bool) {
+	if t.Kind == session.PortForward {
+		return t.Forward, t.Forward != nil
+	}
+	return t.Command, t.Command != nil && (t.Kind == session.Exec || t.Kind == session.Attach)
 }

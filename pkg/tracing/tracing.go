@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"time"
 
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
@@ -112,8 +113,17 @@ func (t *Tracer) Call(fullMethod string, parent map[string]string) (own map[stri
 	}
 }
 
+// phaseNames are the names of the spans below a session's.
+var phaseNames = map[session.Phase]string{session.Starting: "start", session.Running: "run", session.Lingering: "farewell"}
+
 // Began implements session.Observer.
-func (t *Tracer) Began(s *session.Session) {
+func (t *Tracer) Began(s *session.Session) { t.begin(s, session.Starting, s.Start) }
+
+// Resumed implements session.Observer. The spans that were open in the other program have gone with it: there is one for
+// the whole session, and one for its phase from now on.
+func (t *Tracer) Resumed(s *session.Session) { t.begin(s, s.Phase(), time.Now()) }
+
+func (t *Tracer) begin(s *session.Session, phase session.Phase, since time.Time) {
 	ctx := t.context.Extract(context.Background(), propagation.MapCarrier(s.Trace))
 	ctx, whole := t.tracer.Start(ctx, string(s.Kind)+" session", trace.WithTimestamp(s.Start), trace.WithAttributes(
 		attribute.String("streamshim.session.id", s.ID),
@@ -124,15 +134,15 @@ func (t *Tracer) Began(s *session.Session) {
 		attribute.String("k8s.pod.uid", s.Target.PodUID),
 		attribute.String("k8s.container.name", s.Target.ContainerName),
 		attribute.String("container.id", s.Target.ContainerID)))
-	_, start := t.tracer.Start(ctx, "start", trace.WithTimestamp(s.Start))
+	_, span := t.tracer.Start(ctx, phaseNames[phase], trace.WithTimestamp(since))
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.sessions[s] = &spans{ctx: ctx, whole: whole, phase: start}
+	t.sessions[s] = &spans{ctx: ctx, whole: whole, phase: span}
 }
 
 // PhaseChanged implements session.Observer.
 func (t *Tracer) PhaseChanged(s *session.Session, phase session.Phase) {
-	name := map[session.Phase]string{session.Running: "run", session.Lingering: "farewell"}[phase]
+	name := phaseNames[phase]
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if of := t.sessions[s]; of != nil && name != "" {

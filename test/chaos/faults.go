@@ -5,12 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/test/internal/node"
 )
 
 // fault is something that is done to the node.
@@ -34,6 +37,7 @@ var faults = []fault{
 	{"streamshim-restarted", everything, restartStreamshim(10 * time.Second), 0},
 	{"streamshim-killed", everything, restartStreamshim(0), 0},
 	{"streamshim-reloads", nothing, reload, 0},
+	{"streamshim-handed-over", nothing, handOver, 0},
 	// A start needs a file in the state directory: without room it fails, and says why.
 	{"state-full", excuse{failures: true, starts: []string{"no space left on device"}}, fill("state"), 2 * time.Second},
 	{"audit-full", nothing, fill("audit"), 2 * time.Second},
@@ -108,6 +112,24 @@ func restartStreamshim(grace time.Duration) func(context.Context, *soakRun, time
 		}
 		return s.node.StartStreamshim(ctx)
 	}
+}
+
+// handOver has streamshim execute itself in the same process, with all that goes on in it.
+func handOver(ctx context.Context, s *soakRun, _ time.Duration) error {
+	program, err := node.FindBinary()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, program, "upgrade", "--admin", "unix://"+s.node.AdminSocket()).CombinedOutput()
+	if err == nil && !strings.Contains(string(out), " 0 have ended;") {
+		err = errors.New("not all sessions go on")
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return nil
 }
 
 func reload(_ context.Context, s *soakRun, _ time.Duration) error {

@@ -51,6 +51,9 @@ type Config struct {
 	// OpenDir is where sessions are noted while they are open, so that after a kill the next New writes their
 	// ends, with the reason "interrupted". Only one process may use it. Empty means that nobody does.
 	OpenDir string
+	// HandedOver says that another program has handed its sessions over to this one: New leaves those that are noted there
+	// until Settle.
+	HandedOver bool
 }
 
 const (
@@ -83,18 +86,26 @@ type Log struct {
 
 	interrupted []*Record // of sessions that a predecessor has left open
 
-	mu     sync.Mutex // guards what follows, and sending to a queue that may be closed
-	config Config
-	closed bool
-	lost   int64 // records that found the queue full
+	mu        sync.Mutex // guards what follows, and sending to a queue that may be closed
+	unclaimed []*Record  // of sessions that are open in another program's hand-over, and not resumed yet
+	config    Config
+	closed    bool
+	lost      int64 // records that found the queue full
 }
 
 // entry is a record on its way to the goroutine, or an order to it.
 type entry struct {
 	line    []byte
 	replace *destination // to be used from now on
-	written chan<- error // nil when nobody waits; has room for one
+	written chan<- error // nil when nobody waits; has room for one, as settled has
 	ends    string       // the session that is over with this line, if any
+	settled chan<- settlement
+}
+
+// settlement answers an entry that waits for all before it.
+type settlement struct {
+	lost int64 // not yet noted in the log itself
+	err  error // of the disk
 }
 
 // destination is a sink and how it is used.
@@ -122,6 +133,9 @@ func New(config Config, log *slog.Logger) (*Log, error) {
 	var unreadable error
 	if l.interrupted, unreadable = l.open.left(); unreadable != nil {
 		log.Warn("not all sessions that an earlier streamshim left open are known", "error", unreadable)
+	}
+	if config.HandedOver {
+		l.unclaimed, l.interrupted = l.interrupted, nil
 	}
 	go l.run(destination{s, config.Fsync})
 	return l, nil
@@ -333,7 +347,7 @@ func (l *Log) run(d destination) {
 				w.finish()
 				return
 			}
-			w.batch(e, l.queue)
+			w.batch(e, l)
 			w.lost += l.takeLost()
 		case <-ticker.C:
 			w.noteLost()
@@ -345,10 +359,13 @@ func (l *Log) run(d destination) {
 }
 
 // batch writes an entry and all that wait behind it, so that they share one fsync.
-func (w *writer) batch(e entry, queue <-chan entry) {
+func (w *writer) batch(e entry, l *Log) {
 	var waiting []chan<- error
+	var settling []chan<- settlement
 	for more := true; more; {
-		if e.replace != nil {
+		if e.settled != nil {
+			settling = append(settling, e.settled)
+		} else if e.replace != nil {
 			w.replace(*e.replace)
 		} else if err := w.line(e.line); e.written != nil {
 			if err != nil {
@@ -364,18 +381,25 @@ func (w *writer) batch(e entry, queue <-chan entry) {
 			break
 		}
 		select {
-		case e, more = <-queue:
+		case e, more = <-l.queue:
 		default:
 			more = false
 		}
 	}
+	if len(settling) > 0 {
+		w.lost += l.takeLost()
+		w.noteLost()
+	}
 	var err error
-	if w.dirty && w.fsync == FsyncAlways {
+	if w.dirty && (w.fsync == FsyncAlways || len(settling) > 0 && w.fsync != FsyncNever) {
 		err = w.sync()
 		w.complain(err)
 	}
 	for _, written := range waiting {
 		written <- err
+	}
+	for _, settled := range settling {
+		settled <- settlement{w.lost, err}
 	}
 }
 

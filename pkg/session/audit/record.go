@@ -18,6 +18,8 @@ const (
 	End     Event = "end"     // it has ended
 	Refused Event = "refused" // it was not allowed to begin
 	Lost    Event = "lost"    // records before this one could not be written
+	// Handover is written by a program that has taken over from another one, in the same process.
+	Handover Event = "handover"
 )
 
 // Record is one line of the audit log. docs/audit.md explains the fields to operators.
@@ -52,6 +54,9 @@ type Record struct {
 	Reason          string        `json:"reason,omitempty"`           // of End and Refused, one word
 	Error           string        `json:"error,omitempty"`            // of End and Refused
 	LostRecords     int64         `json:"lost_records,omitempty"`     // of Lost
+	Carried         *int          `json:"carried,omitempty"`          // of Handover: sessions that go on
+	NotCarried      *int          `json:"not_carried,omitempty"`      // of Handover: sessions that ended by it
+	Pause           *float64      `json:"pause_seconds,omitempty"`    // of Handover: how long they stood still
 }
 
 // describe fills in what does not change in a session's life.

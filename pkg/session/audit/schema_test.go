@@ -62,7 +62,7 @@ func TestSchema(t *testing.T) {
 	if len(fields) != len(schema.Properties) {
 		t.Errorf("the schema has %d fields, records have %d", len(schema.Properties), len(fields))
 	}
-	for _, event := range []Event{Start, End, Refused, Lost} {
+	for _, event := range []Event{Start, End, Refused, Lost, Handover} {
 		if !slices.Contains(schema.Properties["event"].Enum, string(event)) {
 			t.Errorf("the schema lacks the event %s", event)
 		}

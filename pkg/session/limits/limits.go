@@ -74,10 +74,14 @@ func (l *Limiter) Admit(_ context.Context, s *session.Session) error {
 		return err
 	}
 	l.descriptors.admitted(perSession)
+	l.countLocked(s)
+	return nil
+}
+
+func (l *Limiter) countLocked(s *session.Session) {
 	l.sessions++
 	l.pods[podOf(s.Info)]++
 	l.containers[s.Target.ContainerID]++
-	return nil
 }
 
 // Ended implements session.Guard.

@@ -3,6 +3,7 @@ package recording
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/asciicast"
+	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/session/transcript"
 	"github.com/streamshim/streamshim/pkg/workload"
@@ -172,10 +174,7 @@ func (r *Recorder) begin(config Config, s *session.Session) (*recording, error) 
 		place.abandon(name, 0)
 		return nil, err
 	}
-	rec := &recording{
-		config: config, session: s, place: place, path: path, file: file, outcome: make(chan session.Outcome, 1),
-		flawed: sync.OnceFunc(func() { r.incomplete.Add(1) }),
-	}
+	rec := r.newRecording(config, s, path, file)
 	// The first bytes of the disk are asked for now, so that a full one is noticed while the session
 	// can still be denied.
 	if err := rec.writeHeader(defaultWidth, defaultHeight); err != nil {
@@ -183,19 +182,44 @@ func (r *Recorder) begin(config Config, s *session.Session) (*recording, error) 
 		place.abandon(name, rec.size)
 		return nil, err
 	}
-	rec.queue = session.NewTapQueue(config.Buffer, r.room, config.Input, rec.overflow)
+	r.listen(rec)
+	r.writers.Go(func() { place.retain(config) }) // apart: the session's buffer must not fill up meanwhile
+	r.write(rec)
+	return rec, nil
+}
+
+func (r *Recorder) newRecording(config Config, s *session.Session, path string, file *os.File) *recording {
+	rec := &recording{
+		config: config, session: s, place: r.place(config.Directory), path: path, file: file,
+		outcome: make(chan session.Outcome, 1), ended: make(chan struct{}),
+	}
+	rec.flawed = func() {
+		if !rec.isFlawed.Swap(true) {
+			r.incomplete.Add(1)
+		}
+	}
+	return rec
+}
+
+// listen adds the recording to the session's taps.
+func (r *Recorder) listen(rec *recording) {
+	rec.queue = session.NewTapQueue(rec.config.Buffer, r.room, rec.config.Input, rec.overflow)
 	var tap session.Tap = rec.queue
-	if config.Deny {
+	if rec.config.Deny {
 		rec.firm = newFirmTap(rec, r.room)
 		tap = rec.firm
 	}
-	rec.remove = s.Taps.Add(tap)
-	r.writers.Go(func() { place.retain(config) }) // apart: the session's buffer must not fill up meanwhile
+	rec.remove = rec.session.Taps.Add(tap)
+}
+
+// write begins the recording's goroutine.
+func (r *Recorder) write(rec *recording) {
 	r.writers.Go(func() {
-		rec.run()
-		place.end(name, rec.size)
+		defer close(rec.ended)
+		if rec.over = rec.run(); rec.over {
+			rec.place.end(filepath.Base(rec.path), rec.size)
+		}
 	})
-	return rec, nil
 }
 
 // fileName sorts by time and says what is in the file.
@@ -238,6 +262,11 @@ type recording struct {
 	remove  func()
 	flawed  func()               // counts it as incomplete, once
 	outcome chan session.Outcome // filled at the end of the session
+
+	isFlawed atomic.Bool
+	frozen   atomic.Bool   // the writer is to end, and the recording is not over with it
+	ended    chan struct{} // closed when the writer has ended
+	over     bool          // valid then: nothing more is written
 
 	cast     *asciicast.Writer
 	encoder  *transcript.Encoder
@@ -354,10 +383,15 @@ func (rec *recording) failed() {
 	})
 }
 
-// run writes what the queue gets until the session has ended or writing fails.
-func (rec *recording) run() {
-	defer rec.file.Close() //nolint:errcheck // see finish
+// run writes what the queue gets until the session has ended or writing fails. It returns false when the recording was
+// frozen instead; then its file is still open.
+func (rec *recording) run() (over bool) {
 	err := rec.copy()
+	if errors.Is(err, handover.ErrFrozen) {
+		rec.queue.Release()
+		return false
+	}
+	defer rec.file.Close() //nolint:errcheck // see finish
 	if err != nil && rec.config.Deny {
 		rec.failed() // before whoever waits for the write goes on
 	}
@@ -373,6 +407,7 @@ func (rec *recording) run() {
 		rec.session.Log().Warn("the recording ends before its session", "file", rec.path, "error", err)
 	}
 	rec.finish(err)
+	return true
 }
 
 func (rec *recording) copy() error {
@@ -396,6 +431,9 @@ func (rec *recording) copy() error {
 			if err := rec.encode(&now.TapEvent); err != nil {
 				return err
 			}
+		}
+		if !more && rec.frozen.Load() {
+			return cmp.Or(rec.flush(), handover.ErrFrozen)
 		}
 		if !more {
 			return rec.encoder.Close(time.Now())

@@ -25,6 +25,24 @@ func NewEncoder(cast *asciicast.Writer, start time.Time, tty bool) *Encoder {
 	return &Encoder{cast: cast, start: start, tty: tty}
 }
 
+// State are the characters that are not complete yet.
+type State struct {
+	Stdout, Stderr, Input []byte
+}
+
+// State is what it takes to go on with Continue, beside the writer's own.
+func (e *Encoder) State() State {
+	return State{Stdout: e.stdout.Pending(), Stderr: e.stderr.Pending(), Input: e.input.Pending()}
+}
+
+// Continue returns an encoder that goes on from the state of another.
+func Continue(cast *asciicast.Writer, start time.Time, tty bool, state State) *Encoder {
+	return &Encoder{
+		cast: cast, start: start, tty: tty,
+		stdout: asciicast.TextAfter(state.Stdout), stderr: asciicast.TextAfter(state.Stderr), input: asciicast.TextAfter(state.Input),
+	}
+}
+
 // Encode writes one event.
 func (e *Encoder) Encode(event *session.TapEvent) error {
 	at := event.At.Sub(e.start)

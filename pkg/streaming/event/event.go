@@ -22,6 +22,8 @@ const (
 	// StreamStalled is a stream of a port-forward that was reset because nobody read it and it held
 	// up the others.
 	StreamStalled Event = "stream-stalled"
+	// Panicked is a session that was ended because one of its goroutines panicked.
+	Panicked Event = "panicked"
 	// PeerDead is a client that did not answer any more.
 	PeerDead Event = "peer-dead"
 )

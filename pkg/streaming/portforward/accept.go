@@ -21,33 +21,55 @@ import (
 // Accept opens the pod, upgrades the connection of a request and returns its session, for Session.Run. Without a
 // session the outcome says why; the request has been answered then.
 func Accept(w http.ResponseWriter, r *http.Request, up transport.Upgrade, request *Request, live *session.Session, config Config, terms lifetime.Terms) (*Session, session.Outcome) {
-	config.StreamCreation = cmp.Or(config.StreamCreation, streamCreation)
 	forwarder, err := config.Pods.Forwarder(request.Sandbox)
 	if err != nil {
 		status.WriteError(w, http.StatusInternalServerError, "port-forward into the pod: "+err.Error())
 		return nil, session.Outcome{Reason: "start-failed", ExitCode: -1, Err: err}
 	}
-	s := &Session{
-		config: config, terms: terms, session: live, forwarder: forwarder,
-		waiting: make(map[string]*connection), open: make(map[*connection]struct{}),
-	}
+	s := newSession(config, live, terms)
+	s.forwarder = forwarder
 	s.network, err = s.accept(w, r, up, request.Ports)
 	if err != nil {
 		forwarder.Close() //nolint:errcheck // of no use
 		return nil, lifetime.ClientGone(err)
 	}
-	s.bandwidth = bandwidth.New(terms.Bandwidth, s.client.Done())
+	s.limitBandwidth()
 	return s, session.Outcome{}
+}
+
+func newSession(config Config, live *session.Session, terms lifetime.Terms) *Session {
+	config.StreamCreation = cmp.Or(config.StreamCreation, streamCreation)
+	s := &Session{
+		config: config, terms: terms, session: live, grace: lifetime.ShutdownGrace,
+		waiting: make(map[string]*connection), open: make(map[*connection]struct{}),
+		still: make(chan struct{}), ended: make(chan struct{}), result: make(chan session.Outcome, 1),
+	}
+	s.connections.Report = s.panicked
+	return s
+}
+
+func (s *Session) limitBandwidth() {
+	s.bandwidth = bandwidth.New(s.terms.Bandwidth, s.client.Done(), s.client.Frozen())
+}
+
+func (s *Session) spdyConfig() spdy.Config {
+	return spdy.Config{
+		OnStream: s.onStream, Room: s.terms.Buffers, Stall: s.config.Stall, OnStall: func() { s.terms.Observe(event.StreamStalled) },
+		OnPanic: s.panicked,
+	}
+}
+
+func (s *Session) channelsConfig() websocket.Config {
+	return websocket.Config{Room: s.terms.Buffers, OnPanic: s.panicked}
 }
 
 // accept upgrades the connection to the transport that was negotiated. Nothing is read from it
 // before Run.
 func (s *Session) accept(w http.ResponseWriter, r *http.Request, up transport.Upgrade, ports []int32) (net.Conn, error) {
-	config := spdy.Config{OnStream: s.onStream, Room: s.terms.Buffers, Stall: s.config.Stall, OnStall: func() { s.terms.Observe(event.StreamStalled) }}
 	if !up.WebSocket {
 		network, buffered, err := transport.HijackSPDY(w, up.Protocol)
 		if err == nil {
-			s.client = spdy.NewServer(network, buffered, config)
+			s.client = transport.Streams{Conn: spdy.NewServer(network, buffered, s.spdyConfig())}
 		}
 		return network, err
 	}
@@ -57,7 +79,8 @@ func (s *Session) accept(w http.ResponseWriter, r *http.Request, up transport.Up
 		if err != nil {
 			return nil, err
 		}
-		s.client = spdy.NewServer(tunnel, nil, config)
+		tunnel.ReportPanics(s.panicked)
+		s.client = transport.Streams{Conn: spdy.NewServer(tunnel, nil, s.spdyConfig())}
 		return tunnel.NetConn(), nil
 	}
 	named := make([]uint16, 0, len(ports))
@@ -69,17 +92,23 @@ func (s *Session) accept(w http.ResponseWriter, r *http.Request, up transport.Up
 		}
 		named = append(named, uint16(port))
 	}
-	conn, err := websocket.AcceptPortForward(w, r, protocol, named, websocket.Config{Room: s.terms.Buffers})
+	conn, err := websocket.AcceptPortForward(w, r, protocol, named, s.channelsConfig())
 	if err != nil {
 		return nil, err
 	}
 	s.client = transport.Channels{ChannelConn: conn.ChannelConn}
-	s.closeWrite = func(ctx context.Context) {
-		s.connections.Go(func() { conn.CloseWrite(ctx) }) //nolint:errcheck // a client that has gone is noticed in Run
-	}
-	s.farewell = func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
+	s.useChannels(conn.ChannelConn)
+	s.isLegacy = true
 	for _, c := range conn.Ports() {
 		s.legacy = append(s.legacy, &connection{port: c.Port, data: c.Data, failure: c.Error})
 	}
 	return conn.NetConn(), nil
+}
+
+// useChannels has the protocol without SPDY end as it does.
+func (s *Session) useChannels(conn *websocket.ChannelConn) {
+	s.closeWrite = func(ctx context.Context) {
+		s.connections.Go(func() { conn.CloseWrite(ctx) }) //nolint:errcheck // a client that has gone is noticed in Run
+	}
+	s.farewell = func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
 }

@@ -6,12 +6,15 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/bandwidth"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
@@ -31,18 +34,21 @@ type Session struct {
 	terms     lifetime.Terms
 
 	bandwidth   *bandwidth.Limit
-	connections sync.WaitGroup
+	connections rescue.Group
 
 	mu      sync.Mutex
 	waiting map[string]*connection // pairs of which one stream has come
 	open    map[*connection]struct{}
 	// What connections that have ended moved, in bytes.
 	received, sent int64
-	endReason      error // why the session ends, for the client; nil while it goes on
-	told           bool  // a client's error stream has been, or is being, written the reason
+	endReason      error     // why the session ends, for the client; nil while it goes on
+	told           bool      // a client's error stream has been, or is being, written the reason
+	graceEnds      time.Time // for which the client has then to close
+	grace          time.Duration
 
 	// legacy are the connections of a WebSocket client that names its ports in the CRI request: one
 	// for each port, open from the start.
+	isLegacy   bool
 	legacy     []*connection
 	legacyDone chan struct{} // closed when all of them have ended
 	// closeWrite tells the client of legacy that no port has anything more to say, and farewell that all
@@ -56,6 +62,14 @@ type Session struct {
 	depart    context.CancelFunc
 	served    chan struct{} // closed when nothing more will come from the client
 	fewer     chan struct{} // has a value after a connection has ended
+
+	// Of a hand-over, see Freeze and Resume.
+	still   chan struct{}           // closed when nothing moves any more in a frozen session
+	ended   chan struct{}           // closed when Run has ended otherwise
+	result  chan session.Outcome    // how Run is to end when it is still; has room
+	resumed *lifetime.TimeoutsState // where the watch stood; nil in a session that begins here
+	begun   []*connection           // those to go on with, but for legacy
+	limits  *lifetime.Timeouts
 }
 
 // connection is one local connection of the client: two streams, one for the bytes and one
@@ -64,56 +78,86 @@ type connection struct {
 	port          uint16
 	data, failure workload.Stream
 	timeout       *time.Timer // until the other stream has come
+	expires       time.Time   // when that is over
 	// outputEnded is called, once or more, when the pod will say no more. Nil but for legacy ones.
 	outputEnded func()
+	outputOver  atomic.Bool // it was called
+
+	proceed func(context.Context) (sent, received int64, err error) // of one that goes on; nil to begin with
+	frozen  FrozenConnection                                        // nil unless the session was frozen
+	unsaid  string                                                  // for the error stream of one that has ended
 }
 
 // maxWaiting bounds the streams that wait for their other half: a client that opens and resets streams
 // leaves them waiting here although they do not count as open any more.
 const maxWaiting = 1024
 
-// Run serves the session from the upgraded connection to its end.
-func (s *Session) Run() session.Outcome {
+// Run serves the session from the upgraded connection to its end, or until it is frozen.
+func (s *Session) Run() (outcome session.Outcome) {
+	defer func() {
+		if value := recover(); value != nil {
+			outcome = s.crash(&rescue.Panic{Value: value, Stack: debug.Stack()})
+		}
+	}()
 	// Not a child of the session's context: when the session is told to end, the reason comes first
 	// and the end of the connections second.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(s.session.Context()))
 	s.departure, s.depart = context.WithCancel(s.ctx)
 	s.served, s.fewer = make(chan struct{}), make(chan struct{}, 1)
-	s.session.SetPhase(session.Running)
+	if s.resumed == nil {
+		s.session.SetPhase(session.Running)
+		s.limits = lifetime.NewTimeouts(s.terms.Limits, s.session)
+	} else {
+		s.limits = lifetime.ResumeTimeouts(s.terms.Limits, s.session, *s.resumed)
+	}
 	s.startLegacy()
+	s.startBegun()
 	// Not this context: the client is to be told why the session ends.
 	s.connections.Go(func() {
-		defer close(s.served)
-		s.client.Serve(context.WithoutCancel(s.ctx)) //nolint:errcheck // seen through Done and Err
+		err := s.client.Serve(context.WithoutCancel(s.ctx)) // otherwise seen through Done and Err
+		if !errors.Is(err, handover.ErrFrozen) {
+			close(s.served)
+		}
 	})
-	defer func() {
-		s.cancel()
-		s.client.Close() //nolint:errcheck // the session is over
-		s.dropWaiting()
-		s.connections.Wait()
-		s.forwarder.Close() //nolint:errcheck // as above
-	}()
-	limits := lifetime.NewTimeouts(s.terms.Limits, s.session)
-	defer limits.Stop()
+	outcome = s.serve()
+	s.limits.Stop()
+	if outcome.Frozen() {
+		return s.stand()
+	}
+	defer close(s.ended)
+	s.cancel()
+	s.client.Close()   //nolint:errcheck // the session is over
+	s.client.Discard() // if it was frozen in the last moment
+	s.stopWaiting()
+	s.connections.Wait()
+	s.discardFrozen()
+	s.forwarder.Close() //nolint:errcheck // as above
+	return outcome
+}
+
+// serve waits for what ends the session.
+func (s *Session) serve() session.Outcome {
 	for {
 		select {
+		case <-s.client.Frozen():
+			return session.Frozen
 		case <-s.client.Done():
 			s.finishUploads()
-			return lifetime.ClientGone(s.client.Err())
+			return s.unlessFrozen(lifetime.ClientGone(s.client.Err()))
 		case <-s.forwarder.Gone():
 			// kubectl would only notice at its next connection (kubernetes#59816, kubectl#686).
 			s.tellAndClose(ErrSandboxGone)
-			return session.Outcome{Reason: "sandbox-gone", ExitCode: -1, Err: ErrSandboxGone}
+			return s.unlessFrozen(session.Outcome{Reason: "sandbox-gone", ExitCode: -1, Err: ErrSandboxGone})
 		case <-s.session.Context().Done():
 			outcome := lifetime.Stopped(s.session.Context())
 			s.tellAndClose(outcome.Err)
-			return outcome
+			return s.unlessFrozen(outcome)
 		case <-s.legacyDone:
 			s.session.SetPhase(session.Lingering)
 			s.farewell(s.session.Context())
-			return session.Outcome{Reason: "exited", ExitCode: -1}
-		case <-limits.C():
-			limits.Check()
+			return s.unlessFrozen(session.Outcome{Reason: "exited", ExitCode: -1})
+		case <-s.limits.C():
+			s.limits.Check()
 		}
 	}
 }
@@ -140,6 +184,8 @@ func (s *Session) finishUploads() {
 		case <-s.fewer:
 		case <-s.session.Context().Done():
 			return
+		case <-s.client.Frozen():
+			return
 		}
 	}
 }
@@ -164,7 +210,7 @@ func (f forwardedStream) outlives(err error) bool {
 // ReadFrom implements Stream.
 func (f forwardedStream) ReadFrom(r io.Reader) (int64, error) {
 	n, err := f.Stream.ReadFrom(r)
-	if err == nil || !f.outlives(err) {
+	if err == nil || errors.Is(err, handover.ErrFrozen) || !f.outlives(err) {
 		return n, err
 	}
 	_, err = io.Copy(io.Discard, r)
@@ -176,6 +222,7 @@ func (f forwardedStream) ReadFrom(r io.Reader) (int64, error) {
 // they pass the pod's EOF on to the local program, which in turn may wait for it to end its own side.
 func (f forwardedStream) CloseWrite() error {
 	err := f.Stream.CloseWrite()
+	f.connection.outputOver.Store(true)
 	if f.connection.outputEnded != nil {
 		f.connection.outputEnded()
 	} else {
@@ -189,7 +236,7 @@ func (f forwardedStream) CloseWrite() error {
 
 // AfterLeaving is what pkg/portforward looks for in a stream that may outlive its client.
 func (f forwardedStream) AfterLeaving(do func()) (stop func() bool) {
-	return context.AfterFunc(f.session.departure, do)
+	return context.AfterFunc(f.session.departure, func() { rescue.Call(f.session.panicked, do) })
 }
 
 // AfterReset implements workload.Stream: a stream that outlives its client is not reset with it.
@@ -203,32 +250,63 @@ func (f forwardedStream) AfterReset(do func()) {
 
 // startLegacy begins to forward the connections that are open from the start.
 func (s *Session) startLegacy() {
-	if len(s.legacy) == 0 {
+	if !s.isLegacy {
 		return
 	}
 	s.legacyDone = make(chan struct{})
+	if len(s.legacy) == 0 { // all have ended before a hand-over
+		close(s.legacyDone)
+		return
+	}
 	var open, talking atomic.Int32
-	open.Store(int32(len(s.legacy)))    //nolint:gosec // at most websocket.MaxPorts
-	talking.Store(int32(len(s.legacy))) //nolint:gosec // as above
+	open.Store(int32(len(s.legacy))) //nolint:gosec // at most websocket.MaxPorts
+	silent := func() {
+		// The protocol has no half-close of a port: it takes the last one to tell the client, who answers
+		// with the end of its own side.
+		s.session.SetPhase(session.Lingering)
+		s.closeWrite(s.ctx)
+	}
+	for _, c := range s.legacy {
+		if !c.outputOver.Load() {
+			talking.Add(1)
+		}
+	}
+	if talking.Load() == 0 {
+		silent()
+	}
 	for _, c := range s.legacy {
 		s.mu.Lock()
 		s.open[c] = struct{}{}
 		s.mu.Unlock()
+		wasOver := c.outputOver.Load()
 		c.outputEnded = sync.OnceFunc(func() {
-			// The protocol has no half-close of a port: it takes the last one to tell the client, who answers
-			// with the end of its own side.
-			if talking.Add(-1) == 0 {
-				s.session.SetPhase(session.Lingering)
-				s.closeWrite(s.ctx)
+			if !wasOver && talking.Add(-1) == 0 {
+				silent()
 			}
 		})
 		s.connections.Go(func() {
 			s.forward(c)
-			if open.Add(-1) == 0 {
+			if !c.standsStill() && open.Add(-1) == 0 {
 				close(s.legacyDone)
 			}
 		})
 	}
+}
+
+// startBegun goes on with the other connections of a session that was resumed.
+func (s *Session) startBegun() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.resumed != nil && s.endReason == nil && s.session.Context().Err() != nil {
+		s.endReason = lifetime.Stopped(s.session.Context()).Err
+	}
+	if s.endReason != nil {
+		s.cancel() // as tellAndClose has, or will
+	}
+	for _, c := range s.begun {
+		s.start(c)
+	}
+	s.begun = nil
 }
 
 // onStream pairs a client's streams. It is called by the connection's reader.
@@ -258,8 +336,7 @@ func (s *Session) onStream(stream *spdy.Stream) {
 	}
 	if !ok {
 		c = &connection{port: uint16(port)}
-		c.timeout = time.AfterFunc(s.config.StreamCreation, func() { s.abandon(id, c) })
-		s.waiting[id] = c
+		s.wait(id, c, s.config.StreamCreation)
 	}
 	slot := &c.data
 	if kind == transport.StreamError {
@@ -278,6 +355,13 @@ func (s *Session) onStream(stream *spdy.Stream) {
 	}
 }
 
+// wait gives the other stream of a pair time to come; s.mu is held.
+func (s *Session) wait(id string, c *connection, limit time.Duration) {
+	c.expires = time.Now().Add(limit)
+	c.timeout = time.AfterFunc(limit, func() { rescue.Call(s.panicked, func() { s.abandon(id, c) }) })
+	s.waiting[id] = c
+}
+
 // start begins to forward; s.mu is held.
 func (s *Session) start(c *connection) {
 	s.open[c] = struct{}{}
@@ -288,7 +372,7 @@ func (s *Session) start(c *connection) {
 func (s *Session) abandon(id string, c *connection) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.waiting[id] != c {
+	if s.waiting[id] != c || s.isFrozen() {
 		return
 	}
 	delete(s.waiting, id)
@@ -299,7 +383,7 @@ func (s *Session) abandon(id string, c *connection) {
 	}
 }
 
-func (s *Session) dropWaiting() {
+func (s *Session) stopWaiting() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, c := range s.waiting {
@@ -316,39 +400,33 @@ var ErrSandboxGone = errors.New("the pod is gone: its sandbox was stopped")
 // (kubernetes#74551, kubernetes#111825). When the whole port-forward ends, that is what is wanted. The clients
 // of the legacy protocol learn of a port that fails in no other way, and keep the others.
 func (s *Session) forward(c *connection) {
-	data := forwardedStream{Stream: s.bandwidth.Stream(c.data), session: s, connection: c}
-	var err error
-	if s.config.MayConnect != nil {
-		err = s.config.MayConnect()
+	if c.unsaid == "" {
+		err := s.move(c)
+		if s.isFrozen() && errors.As(err, &c.frozen) {
+			return
+		}
+		if panicked := new(rescue.Panic); errors.As(err, &panicked) {
+			s.panicked(panicked)
+		}
+		if err != nil {
+			s.session.Log().Debug("forwarded connection failed", "port", c.port, "error", err)
+			c.unsaid = s.lastWords(c, err)
+		}
 	}
-	if err == nil {
-		_, _, err = s.forwarder.Forward(s.ctx, c.port, data)
-	} else {
-		data.Reset() //nolint:errcheck // the client sees the reset
+	if c.unsaid != "" {
+		if _, err := io.WriteString(c.failure, c.unsaid); errors.Is(err, handover.ErrFrozen) {
+			return // it is said by whoever resumes
+		}
+		c.unsaid = ""
 	}
+	c.failure.CloseRead()
+	c.failure.CloseWrite() //nolint:errcheck // a client that has gone is noticed in Run
 	received, sent := transport.Transferred(c.data)
 	s.mu.Lock()
 	delete(s.open, c)
 	s.received += received
 	s.sent += sent
-	reason := s.endReason
-	if reason == nil && transport.Closed(s.forwarder.Gone()) {
-		reason = ErrSandboxGone
-	}
-	s.told = s.told || (err != nil && reason != nil)
 	s.mu.Unlock()
-	if err != nil {
-		s.session.Log().Debug("forwarded connection failed", "port", c.port, "error", err)
-		var refused interface{ Refused() bool }
-		switch {
-		case reason != nil:
-			io.WriteString(c.failure, reason.Error()) //nolint:errcheck // best effort
-		case c.outputEnded != nil, s.config.ReportRefused && errors.As(err, &refused) && refused.Refused():
-			fmt.Fprintf(c.failure, "forwarding port %d failed: %v", c.port, err) //nolint:errcheck // best effort
-		}
-	}
-	c.failure.CloseRead()
-	c.failure.CloseWrite() //nolint:errcheck // a client that has gone is noticed in Run
 	if c.outputEnded != nil {
 		c.outputEnded()
 	}
@@ -358,18 +436,62 @@ func (s *Session) forward(c *connection) {
 	}
 }
 
+// standsStill tells whether a connection that was left is to go on.
+func (c *connection) standsStill() bool { return c.frozen != nil || c.unsaid != "" }
+
+// lastWords are what the client is told of a connection that has failed, empty for nothing.
+func (s *Session) lastWords(c *connection, err error) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	reason := s.endReason
+	if reason == nil && transport.Closed(s.forwarder.Gone()) {
+		reason = ErrSandboxGone
+	}
+	var refused interface{ Refused() bool }
+	switch {
+	case reason != nil:
+		s.told = true
+		return reason.Error()
+	case c.outputEnded != nil, s.config.ReportRefused && errors.As(err, &refused) && refused.Refused():
+		return fmt.Sprintf("forwarding port %d failed: %v", c.port, err)
+	}
+	return ""
+}
+
+// forwarded is the client's stream of data as pkg/portforward sees it.
+func (s *Session) forwarded(c *connection) workload.Stream {
+	return forwardedStream{Stream: s.bandwidth.Stream(c.data), session: s, connection: c}
+}
+
+// move moves the bytes of one connection until both of its directions have ended.
+func (s *Session) move(c *connection) error {
+	if c.proceed != nil {
+		_, _, err := c.proceed(s.ctx)
+		return err
+	}
+	if s.config.MayConnect != nil {
+		if err := s.config.MayConnect(); err != nil {
+			c.data.Reset() //nolint:errcheck // the client sees the reset
+			return err
+		}
+	}
+	_, _, err := s.forwarder.Forward(s.ctx, c.port, s.forwarded(c))
+	return err
+}
+
 // tellAndClose ends all connections, whose error streams tell the client why, and closes. kubectl
 // looks at the error stream of a connection once its data stream has ended, and then goes.
 func (s *Session) tellAndClose(reason error) {
 	s.mu.Lock()
 	s.endReason = reason
 	told := s.told || len(s.open) > 0
+	s.graceEnds = time.Now().Add(s.grace)
 	s.mu.Unlock()
 	s.cancel()
 	if !told {
 		return // closing the connection is all that can be said
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), lifetime.ShutdownGrace)
+	ctx, cancel := context.WithTimeout(context.Background(), s.grace)
 	defer cancel()
 	transport.AwaitClose(ctx, s.client) // the client closes when it reads the message
 }

@@ -17,10 +17,7 @@ import (
 // Accept upgrades the connection of a request and returns its session, for Session.Run. After an error there is no
 // session, and the request has been answered.
 func Accept(w http.ResponseWriter, r *http.Request, up transport.Upgrade, request *Request, live *session.Session, config Config, terms lifetime.Terms) (*Session, error) {
-	config.Waits = config.complete()
-	s := &Session{
-		config: config, terms: terms, session: live, request: request, start: config.start(live.Kind, request, terms.Buffers),
-	}
+	s := newSession(request, live, config, terms)
 	var err error
 	if up.WebSocket {
 		err = s.acceptWebSocket(w, r, websocket.Protocol(up.Protocol))
@@ -36,17 +33,41 @@ func Accept(w http.ResponseWriter, r *http.Request, up transport.Upgrade, reques
 // acceptSPDY takes the connection over. The client opens one stream for each of those
 // that the command wants, and says with the header streamtype which it is.
 func (s *Session) acceptSPDY(w http.ResponseWriter, r *http.Request, protocol string) error {
-	c := s.request.Command
 	network, buffered, err := transport.HijackSPDY(w, protocol)
 	if err != nil {
 		return err
 	}
-	ready := make(chan struct{})
-	client := &client{
-		network: network, protocol: protocolByName(protocol), ready: ready, failureOpened: make(chan workload.Stream, 1),
+	s.client = &client{
+		network: network, protocol: protocolByName(protocol), ready: make(chan struct{}), failureOpened: make(chan workload.Stream, 1),
 		answersItself: answersItself(r, false), sendsSize: isKubectl(r),
 	}
-	expected := map[string]*workload.Stream{transport.StreamError: &client.failure}
+	if s.config.holdsStatusBack(r, s.request.Command) {
+		s.client.holdback = newHoldback()
+	}
+	opener := s.newOpener()
+	opener.serve(spdy.NewServer(network, buffered, s.spdyConfig(opener)))
+	return nil
+}
+
+// spdyConfig is how a client's SPDY is served. The opener may be nil where all streams are there.
+func (s *Session) spdyConfig(opener *opener) spdy.Config {
+	config := spdy.Config{
+		// A backlog of stdin serves nobody, and one that outgrows the CPU caches costs a third more.
+		ConnBuffer: 1 << 20,
+		Room:       s.terms.Buffers,
+		OnStream:   opener.opened,
+		OnPanic:    s.panicked,
+	}
+	if s.client.holdback != nil {
+		config.OnReceipt = s.client.holdback.receipt
+	}
+	return config
+}
+
+// slots are the places of the streams that the command wants, by their names.
+func (s *Session) slots() map[string]*workload.Stream {
+	c, client := s.request.Command, s.client
+	slots := map[string]*workload.Stream{transport.StreamError: &client.failure}
 	for name, slot := range map[string]struct {
 		wanted bool
 		stream *workload.Stream
@@ -57,49 +78,60 @@ func (s *Session) acceptSPDY(w http.ResponseWriter, r *http.Request, protocol st
 		transport.StreamResize: {c.TTY && client.protocol.resize, &client.resize},
 	} {
 		if slot.wanted {
-			expected[name] = slot.stream
+			slots[name] = slot.stream
 		}
 	}
-	var onReceipt func(spdy.Receipt)
-	if s.config.holdsStatusBack(r, c) {
-		client.holdback = newHoldback()
-		onReceipt = client.holdback.receipt
+	return slots
+}
+
+// opener takes the streams that the client opens. It is called by the connection's reader alone, so that it needs no
+// lock; ready publishes the streams.
+type opener struct {
+	client   *client
+	conn     *spdy.Conn
+	expected map[string]*workload.Stream
+}
+
+// newOpener expects the streams that are not there yet.
+func (s *Session) newOpener() *opener {
+	o := &opener{client: s.client, expected: s.slots()}
+	for name, slot := range o.expected {
+		if *slot != nil {
+			delete(o.expected, name)
+		}
 	}
-	var conn *spdy.Conn
-	conn = spdy.NewServer(network, buffered, spdy.Config{
-		// A backlog of stdin serves nobody, and one that outgrows the CPU caches costs a third more.
-		ConnBuffer: 1 << 20,
-		Room:       s.terms.Buffers,
-		OnReceipt:  onReceipt,
-		// Called by the connection's reader alone, so that it needs no lock; ready publishes the streams.
-		OnStream: func(stream *spdy.Stream) {
-			name := strings.ToLower(stream.Header().Get(transport.HeaderStreamType))
-			slot, ok := expected[name]
-			if !ok {
-				stream.Reset() //nolint:errcheck // a stream that nobody asked for, or a second one
-				return
-			}
-			delete(expected, name)
-			*slot = stream
-			if name == transport.StreamError {
-				// Before the client knows that it has its streams. It does not wait: nothing else has been sent.
-				client.protocol.promiseStatus(stream)
-				client.statusRefused = stream.Done()
-				client.failureOpened <- stream
-			}
-			if len(expected) == 0 {
-				conn.RefuseStreams()
-				close(ready)
-			}
-		},
-	})
-	client.Conn = conn
-	if client.holdback != nil {
-		client.holdback.ask = conn.AskReceipt
+	return o
+}
+
+// serve is called before the connection is.
+func (o *opener) serve(conn *spdy.Conn) {
+	o.conn = conn
+	o.client.Conn = transport.Streams{Conn: conn}
+	if o.client.holdback != nil {
+		o.client.holdback.ask = conn.AskReceipt
 	}
-	client.farewell = func(ctx context.Context) { transport.AwaitClose(ctx, conn) }
-	s.client = client
-	return nil
+	o.client.farewell = func(ctx context.Context) { transport.AwaitClose(ctx, o.client.Conn) }
+}
+
+func (o *opener) opened(stream *spdy.Stream) {
+	name := strings.ToLower(stream.Header().Get(transport.HeaderStreamType))
+	slot, ok := o.expected[name]
+	if !ok {
+		stream.Reset() //nolint:errcheck // a stream that nobody asked for, or a second one
+		return
+	}
+	delete(o.expected, name)
+	*slot = stream
+	if name == transport.StreamError {
+		// Before the client knows that it has its streams. It does not wait: nothing else has been sent.
+		o.client.protocol.promiseStatus(stream)
+		o.client.statusRefused = stream.Done()
+		o.client.failureOpened <- stream
+	}
+	if len(o.expected) == 0 {
+		o.conn.RefuseStreams()
+		close(o.client.ready)
+	}
 }
 
 // holdsStatusBack tells whether the status waits for the client's client to have read the output. Not where the
@@ -117,39 +149,36 @@ func isKubectl(r *http.Request) bool { return r.Header.Get("Kubectl-Command") !=
 // acceptWebSocket upgrades the connection. The channels are there from the start.
 func (s *Session) acceptWebSocket(w http.ResponseWriter, r *http.Request, protocol websocket.Protocol) error {
 	c := s.request.Command
-	conn, err := websocket.Accept(w, r, protocol, websocket.Config{
-		Channels: websocket.RemoteCommandChannels(c.Stdin, c.Stdout, c.Stderr && !c.TTY),
-		Greeting: true,
-		Room:     s.terms.Buffers,
-		Patience: max(s.config.InputGrace, time.Second),
-	})
+	config := s.channelConfig()
+	config.Channels, config.Greeting = websocket.RemoteCommandChannels(c.Stdin, c.Stdout, c.Stderr && !c.TTY), true
+	conn, err := websocket.Accept(w, r, protocol, config)
 	if err != nil {
 		return err
 	}
-	ready := make(chan struct{})
-	close(ready)
-	client := &client{
-		Conn: transport.Channels{ChannelConn: conn}, network: conn.NetConn(),
+	s.client = &client{
+		Conn: transport.Channels{ChannelConn: conn}, network: conn.NetConn(), ready: make(chan struct{}),
 		protocol:      protocolVersion{name: string(protocol), resize: true, jsonStatus: protocol.StatusVersion() >= 4},
-		ready:         ready,
-		answersItself: answersItself(r, true), sendsSize: isKubectl(r),
-		failure: conn.Channel(websocket.Error),
-		// The close handshake is the protocol's end of output: there is no FIN of a channel.
-		farewell: func(ctx context.Context) { conn.CloseAndWait(ctx) }, //nolint:errcheck // the session is over either way
+		answersItself: answersItself(r, true), sendsSize: isKubectl(r), farewell: sayClose(conn),
 	}
-	for number, slot := range map[byte]struct {
-		wanted bool
-		stream *workload.Stream
-	}{
-		websocket.Stdin:  {c.Stdin, &client.stdin},
-		websocket.Stdout: {c.Stdout, &client.stdout},
-		websocket.Stderr: {c.Stderr && !c.TTY, &client.stderr},
-		websocket.Resize: {c.TTY, &client.resize},
-	} {
-		if slot.wanted {
-			*slot.stream = conn.Channel(number)
-		}
+	for name, slot := range s.slots() {
+		*slot = conn.Channel(channels[name])
 	}
-	s.client = client
+	close(s.client.ready)
 	return nil
+}
+
+// channelConfig is how a client's channels are served.
+func (s *Session) channelConfig() websocket.Config {
+	return websocket.Config{Room: s.terms.Buffers, Patience: max(s.config.InputGrace, time.Second), OnPanic: s.panicked}
+}
+
+// channels are the numbers of the streams over WebSocket.
+var channels = map[string]byte{
+	transport.StreamStdin: websocket.Stdin, transport.StreamStdout: websocket.Stdout, transport.StreamStderr: websocket.Stderr,
+	transport.StreamError: websocket.Error, transport.StreamResize: websocket.Resize,
+}
+
+// sayClose does the close handshake, which is the protocol's end of output: there is no FIN of a channel.
+func sayClose(conn *websocket.ChannelConn) func(context.Context) {
+	return func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
 }

@@ -16,7 +16,9 @@ func (s *Session) beginOperating(p Process) {
 	if s.request.Command.TTY || s.session.Taps.Count() > 0 {
 		s.session.Taps.Open()
 	}
-	s.bandwidth = bandwidth.New(s.terms.Bandwidth, s.client.Done())
+	if s.bandwidth == nil {
+		s.bandwidth = bandwidth.New(s.terms.Bandwidth, s.client.Done(), s.freezer.frozen)
+	}
 	s.session.SetControls(&controls{process: p, tty: s.request.Command.TTY, stdout: s.client.stdout})
 }
 
@@ -37,10 +39,11 @@ func (s *Session) operatedOutput(from session.Output, to workload.Stream) worklo
 	return s.bandwidth.Stream(to)
 }
 
-// operatedInput is the client's stream as the input's copier sees it.
-func (s *Session) operatedInput(from workload.Stream) workload.Stream {
+// operatedInput is the client's stream as the input's copier sees it. Taps have seen the first bytes, as many as
+// shown says.
+func (s *Session) operatedInput(from workload.Stream, shown *int) workload.Stream {
 	if s.session.Taps.Opened() {
-		from = tappedStream{Stream: from, received: s.session.Taps.Input}
+		from = tappedStream{Stream: from, received: s.session.Taps.Input, shown: shown}
 	}
 	return s.bandwidth.Stream(from)
 }

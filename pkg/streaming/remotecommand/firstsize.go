@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
-	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // sizeLook is how often it is looked for input and for the answer to a ping while a size is waited for.
@@ -14,14 +13,9 @@ const sizeLook = 5 * time.Millisecond
 
 // firstSize waits a moment for the terminal's size, which clients send at once, so that the command never sees
 // a wrong one. A client that sends none is not to cost its user the whole of it: what it sends instead, or its
-// answer to our ping, says that a size would have been here.
-func (s *Session) firstSize(ctx context.Context) workload.Size {
-	if !s.request.Command.TTY || s.client.resize == nil {
-		return workload.Size{}
-	}
-	s.terminal.known = make(chan struct{})
-	s.others.Go(func() { s.terminal.follow(s.client.resize) })
-	timeout := time.NewTimer(s.config.FirstSize)
+// answer to our ping, says that a size would have been here. It returns false when the session was frozen meanwhile.
+func (s *Session) firstSize(ctx context.Context) bool {
+	timeout := s.timer(s.config.FirstSize)
 	defer timeout.Stop()
 	looks := time.NewTicker(sizeLook)
 	defer looks.Stop()
@@ -35,14 +29,26 @@ func (s *Session) firstSize(ctx context.Context) workload.Size {
 		case <-timeout.C:
 		case <-s.client.Done():
 		case <-ctx.Done():
+		case <-s.freezer.frozen:
+			return false
 		case <-ticks:
 			if s.client.sendsOtherThanSize(asked) {
 				ticks = nil
-				timeout.Reset(min(s.config.SizeSlack, max(0, s.config.FirstSize-time.Since(asked))))
+				if sooner := time.Now().Add(s.config.SizeSlack); sooner.Before(s.deadline) {
+					s.deadline = sooner
+				}
+				timeout.Reset(max(0, time.Until(s.deadline)))
 			}
 			continue
 		}
-		return s.terminal.lastSize()
+		return true
+	}
+}
+
+// followSizes begins to take the sizes that the client of a terminal sends.
+func (s *Session) followSizes() {
+	if s.request.Command.TTY && s.client.resize != nil {
+		s.others.Go(func() { s.terminal.follow(s.client.resize) })
 	}
 }
 

@@ -41,6 +41,7 @@ type holdback struct {
 	last    time.Time     // of a receipt
 	bytes   int64         // in it
 	changed chan struct{} // has a value after a receipt
+	before  HoldbackState // what was known before a hand-over
 }
 
 func newHoldback() *holdback { return &holdback{changed: make(chan struct{}, 1)} }
@@ -71,15 +72,39 @@ func (h *holdback) until(start, begin time.Time, limit time.Duration) time.Time 
 	case coming:
 		return begin.Add(limit)
 	}
-	rest := h.backlog.rest()
+	rest, last := h.restLocked()
 	if rest < minHoldback {
 		return begin
 	}
-	release := beforeNoPing(start, h.last, rest)
-	if latest := h.last.Add(limit); release.After(latest) {
+	release := beforeNoPing(start, last, rest)
+	if latest := last.Add(limit); release.After(latest) {
 		return latest
 	}
 	return release
+}
+
+// restLocked is how long after last the reader will have read everything. A new estimate is better than that from
+// before a hand-over.
+func (h *holdback) restLocked() (rest time.Duration, last time.Time) {
+	if h.backlog.rate > 0 || h.before.Rate <= 0 {
+		return h.backlog.rest(), h.last
+	}
+	return time.Duration((h.before.Level + float64(h.bytes)) / h.before.Rate * float64(time.Second)), h.before.At
+}
+
+// state is nil where nothing is held back.
+func (h *holdback) state() *HoldbackState {
+	if h == nil {
+		return nil
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.backlog.rate > 0 {
+		return &HoldbackState{At: h.last, Level: h.backlog.level, Rate: h.backlog.rate}
+	}
+	before := h.before
+	before.Level += float64(h.bytes)
+	return &before
 }
 
 // beforeNoPing is from when on there will be no ping of the client until it has read everything, which it
@@ -97,36 +122,43 @@ func beforeNoPing(start, last time.Time, rest time.Duration) time.Time {
 
 // holdStatus waits until the client has read the output, or will have before anything can go wrong, as far
 // as that can be known; or has gone, or the session is to end. The process is not held up: it was reaped before.
-func (s *Session) holdStatus(ctx context.Context) {
-	h, begin, limit := s.client.holdback, time.Now(), s.config.StatusWait
-	if h == nil || limit <= 0 {
-		return
+func (s *Session) holdStatus(ctx context.Context) phase {
+	h, limit := s.client.holdback, s.config.StatusWait
+	if !s.ending.hold || h == nil || limit <= 0 {
+		return saying
 	}
-	defer func() {
-		h.mu.Lock()
-		s.session.Log().Debug("status goes out", "held", time.Since(begin).Round(time.Millisecond),
-			"bytes", h.bytes, "unread", int64(h.backlog.level), "rate", int64(h.backlog.rate), "rest", h.backlog.rest().Round(time.Millisecond))
-		h.mu.Unlock()
-		if time.Since(begin) >= minStatusHeld {
-			s.terms.Observe(event.StatusHeld)
-		}
-	}()
+	if s.ending.holding.IsZero() {
+		s.ending.holding = time.Now()
+	}
+	begin := s.ending.holding
 	for {
 		wait := time.Until(h.until(s.session.Start, begin, limit))
 		if wait <= 0 {
-			return
+			break
 		}
 		timer := time.NewTimer(wait)
 		select {
 		case <-h.changed:
+			timer.Stop()
+			continue
 		case <-timer.C:
+			continue
+		case <-s.freezer.frozen:
+			timer.Stop()
+			return holding
 		case <-s.client.Done():
-			return
 		case <-s.client.statusRefused:
-			return
 		case <-ctx.Done():
-			return
 		}
 		timer.Stop()
+		break
 	}
+	h.mu.Lock()
+	s.session.Log().Debug("status goes out", "held", time.Since(begin).Round(time.Millisecond),
+		"bytes", h.bytes, "unread", int64(h.backlog.level), "rate", int64(h.backlog.rate), "rest", h.backlog.rest().Round(time.Millisecond))
+	h.mu.Unlock()
+	if time.Since(begin) >= minStatusHeld {
+		s.terms.Observe(event.StatusHeld)
+	}
+	return saying
 }

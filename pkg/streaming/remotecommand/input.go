@@ -12,6 +12,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
@@ -41,36 +43,47 @@ type input struct {
 	from  workload.Stream
 	stdin io.WriteCloser
 
-	ended chan struct{} // closed when the copy has ended
+	ended chan struct{} // closed when the copy has ended, not when it was frozen
 	cut   bool          // the input's end did not come, valid once ended is closed
 
 	moved atomic.Int64 // bytes that stdin took, those that were written directly not counted
 	// left is set when the client has left, and failed when stdin takes no more.
 	left, failed atomic.Bool
+	shown        int // bytes at the beginning of what comes that taps have seen already; belongs to the copy
 
 	mu      sync.Mutex
 	stopped bool     // the rest is not wanted
+	frozen  bool     // the copy is to end where it is
 	unread  *os.File // another reader of stdin's pipe, to see what of the input is in it; nil without
 	closed  bool     // close was called
+
+	// since and last are what finishInput has seen of progress, and endSeen is set when it has seen the end. They
+	// belong to it.
+	since   time.Time
+	last    inputProgress
+	endSeen bool
 }
 
-// copyInput begins to move the client's input into the process, in a goroutine of the group. The client's end
+func newInput() *input { return &input{ended: make(chan struct{})} }
+
+// copy begins to move the client's input into the process, in a goroutine of the group. The client's end
 // of input is the process's; its cut is not: a file that was cut must not look whole. When the process closes
 // its stdin early, the rest is thrown away and the session goes on.
-func copyInput(group *sync.WaitGroup, stdin io.WriteCloser, from workload.Stream) *input {
-	in := &input{from: from, stdin: stdin, ended: make(chan struct{})}
+func (in *input) copy(group *rescue.Group) {
 	group.Go(func() {
+		_, err := in.from.WriteTo(in)
+		if isFrozen(err) {
+			return
+		}
 		defer close(in.ended)
-		_, err := from.WriteTo(in)
 		if err == nil {
 			in.watchPipe()
-			stdin.Close() //nolint:errcheck // the process may have closed it first
+			in.stdin.Close() //nolint:errcheck // the process may have closed it first
 		}
 		unwanted := in.failed.Load() || errors.Is(err, unix.EPIPE) && !errors.Is(err, spdy.ErrPeerClosed)
 		in.cut = err != nil && !unwanted
-		from.CloseRead()
+		in.from.CloseRead()
 	})
-	return in
 }
 
 // DirectFile is what package spdy looks for: where it may write past Write.
@@ -93,6 +106,12 @@ func (in *input) Write(p []byte) (int, error) {
 		if errors.Is(err, os.ErrDeadlineExceeded) && in.goesOn() {
 			continue
 		}
+		if errors.Is(err, os.ErrDeadlineExceeded) && in.isFrozen() {
+			return written, handover.ErrFrozen
+		}
+		if isFrozen(err) {
+			return written, err
+		}
 		if err != nil {
 			in.failed.Store(true)
 			return written, err
@@ -114,7 +133,7 @@ func (in *input) interrupt() {
 func (in *input) goesOn() bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	if in.stopped {
+	if in.stopped || in.frozen {
 		return false
 	}
 	stdin, ok := in.stdin.(writeDeadliner)
@@ -129,6 +148,20 @@ func (in *input) clientLeft() {
 	if !in.stopped {
 		in.interrupt()
 	}
+}
+
+// freeze ends the copy where it is.
+func (in *input) freeze() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.frozen = true
+	in.interrupt()
+}
+
+func (in *input) isFrozen() bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.frozen
 }
 
 // stop ends the copy and throws away what the client still sends: a client that goes on writing must not fill
@@ -174,69 +207,74 @@ func (in *input) close() {
 
 // inputProgress changes whenever the command has taken something.
 type inputProgress struct {
-	moved    int64
-	received int64
-	pending  int
+	Moved    int64
+	Received int64
+	Pending  int
 }
 
 // progress is also the number of bytes that were handed on and are known not to be taken yet.
 func (in *input) progress() inputProgress {
-	p := inputProgress{moved: in.moved.Load(), received: in.from.Received()}
+	p := inputProgress{Moved: in.moved.Load(), Received: in.from.Received()}
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	switch stdin := in.stdin.(type) {
 	case relayInput:
-		p.pending = stdin.Pending()
+		p.Pending = stdin.Pending()
 	case *os.File:
-		p.pending = socket.Pending(stdin)
+		p.Pending = socket.Pending(stdin)
 	}
 	if in.unread != nil {
-		p.pending = socket.Pending(in.unread)
+		p.Pending = socket.Pending(in.unread)
 	}
 	return p
 }
 
 // finishInput gives the command the input of a client that has left in order, and the time to do something
-// with it. It returns when the command has ended, or is to be hung up: it has taken nothing for too long, does
+// with it. It ends when the command has ended, or is to be hung up: it has taken nothing for too long, does
 // not end although it has everything, or there is nothing it could be given. A terminal has no input to
 // finish: who closes one leaves.
-func (s *Session) finishInput(ctx context.Context) {
-	if !s.hasInputToFinish() {
-		return
-	}
+func (s *Session) finishInput(ctx context.Context) phase {
 	in := s.input
 	in.clientLeft()
 	ticker := time.NewTicker(inputLook)
 	defer ticker.Stop()
-	ended, last, since := in.ended, inputProgress{}, time.Now()
+	if in.since.IsZero() {
+		in.since = time.Now()
+	}
+	ended := in.ended
+	if in.endSeen {
+		ended = nil
+	}
 	for {
 		select {
 		case <-s.process.Exited():
-			return
+			return s.disconnected()
 		case <-s.process.ContainerExited():
-			return
+			return s.disconnected()
 		case <-ctx.Done():
-			return
+			return s.disconnected()
+		case <-s.freezer.frozen:
+			return finishing
 		case <-ended:
-			ended, since = nil, time.Now()
+			ended, in.endSeen, in.since = nil, true, time.Now()
 			if upstream, ok := in.stdin.(relayInput); ok {
 				upstream.ClientLeft(!in.cut)
 			}
 		case <-ticker.C:
 		}
 		now := in.progress()
-		if now != last {
-			last, since = now, time.Now()
+		if now != in.last {
+			in.last, in.since = now, time.Now()
 		}
 		limit := s.config.InputGrace
 		if ended == nil && in.cut || ended != nil && transport.Closed(s.served) && !in.from.InputEnded() {
 			limit = cutInputGrace
-			if ended == nil && now.pending == 0 {
+			if ended == nil && now.Pending == 0 {
 				limit = takenGrace
 			}
 		}
-		if time.Since(since) >= limit {
-			return
+		if time.Since(in.since) >= limit {
+			return s.disconnected()
 		}
 	}
 }

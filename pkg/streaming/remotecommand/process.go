@@ -5,6 +5,7 @@ import (
 	"io"
 	"syscall"
 
+	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
@@ -18,6 +19,9 @@ type Runtime interface {
 	// client is to see this exit code (127 not found, 126 not executable), the error's text being
 	// one line for the client's stderr. Any other error is an internal one.
 	Start(context.Context, workload.Container, workload.Command) (Process, error)
+	// Resume goes on with a process that was frozen, in this program or in the one before. The error is that of a state that
+	// cannot be read, or is not true any more.
+	Resume(ctx context.Context, state []byte, files *handover.Files) (Process, error)
 	// StreamingURL asks the upstream for its own streaming URL of an exec or attach, with the client's call
 	// and trace. It is asked at redemption, because the upstream's token lives only a minute.
 	StreamingURL(ctx context.Context, kind session.Kind, call []byte, trace map[string]string) (string, error)
@@ -70,4 +74,10 @@ type Process interface {
 	// Close releases the streams and everything kept for the process. It does not end the process
 	// and does not wait for it; a process that still runs goes on being watched and reaped.
 	Close() error
+
+	// Freeze ends all that is done for the process here, and returns the state to go on from. Nobody works on its streams;
+	// the files get duplicates of them. Afterwards only Discard is called, which closes what is left here, without a
+	// sign to the process. After an error the process goes on.
+	Freeze(*handover.Files) ([]byte, error)
+	Discard()
 }

@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/buffers"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
@@ -38,17 +39,24 @@ const (
 // session it is a Process like any other.
 type relay struct {
 	conn           *spdy.Conn
+	wire           transport.Conn // conn
 	buffers        *buffers.Share
 	network        net.Conn // below conn
 	stdin, resize  *spdy.Stream
+	failure        *spdy.Stream
+	jsonStatus     bool
 	stdinGrace     time.Duration // see startRelay
-	stdout, stderr io.ReadCloser
-	lastOutput     atomic.Int64 // when the upstream sent output last, in ns since 1970; only with a buffer limit
-	upstream       sync.WaitGroup
+	stdout, stderr *relayOutput  // nil those that the command did not ask for
+	lastOutput     atomic.Int64  // when the upstream sent output last, in ns since 1970; only with a buffer limit
+	upstream       rescue.Group
 	exited         chan struct{}
+	frozen         chan struct{}
+	detaching      atomic.Int64   // since when the client detaches, in ns since 1970; 0 when it does not
 	detached       atomic.Bool    // the connection is closed because the client has detached
+	message        []byte         // of the upstream's error stream
 	result         *status.Status // valid once exited is closed
 	closeOnce      sync.Once
+	freezeOnce     sync.Once
 }
 
 // startRelay redeems a streaming URL of the upstream. With a buffer limit the upstream is always
@@ -57,13 +65,14 @@ type relay struct {
 //
 // The client's end of input is passed on after stdinGrace without output, never when that is negative. When it is
 // positive it is a detach, after which the session ends whether the upstream ends it or not.
-func startRelay(ctx context.Context, target string, c workload.Command, buffer int, stdinGrace time.Duration, buffers *buffers.Share) (Process, error) {
-	conn, network, protocol, err := dialUpstream(ctx, target, buffers)
+func startRelay(ctx context.Context, target string, c workload.Command, buffer int, stdinGrace time.Duration, buffers *buffers.Share, report rescue.Report) (Process, error) {
+	conn, network, protocol, err := dialUpstream(ctx, target, spdy.Config{Room: buffers, OnPanic: report})
 	if err != nil {
 		return nil, fmt.Errorf("connect to the upstream's streaming server: %w", err)
 	}
-	r := &relay{conn: conn, network: network, buffers: buffers, stdinGrace: stdinGrace, exited: make(chan struct{})}
-	r.upstream.Go(func() { conn.Serve(context.WithoutCancel(ctx)) }) //nolint:errcheck // seen through Done
+	r := newRelay(conn, network, buffers, report)
+	r.stdinGrace, r.jsonStatus = stdinGrace, protocol.jsonStatus
+	r.serve()
 	if err := r.open(c, protocol, buffer); err != nil {
 		r.Close() //nolint:errcheck // of no use
 		return nil, fmt.Errorf("open the upstream's streams: %w", err)
@@ -71,9 +80,21 @@ func startRelay(ctx context.Context, target string, c workload.Command, buffer i
 	return r, nil
 }
 
+func newRelay(conn *spdy.Conn, network net.Conn, buffers *buffers.Share, report rescue.Report) *relay {
+	return &relay{
+		upstream: rescue.Group{Report: report},
+		conn:     conn, wire: transport.Streams{Conn: conn}, network: network, buffers: buffers, exited: make(chan struct{}), frozen: make(chan struct{}),
+	}
+}
+
+// serve reads from the upstream until the relay is closed or frozen.
+func (r *relay) serve() {
+	r.upstream.Go(func() { r.conn.Serve(context.Background()) }) //nolint:errcheck // seen through Done
+}
+
 // dialUpstream connects to a runtime's streaming server and upgrades the connection to SPDY, the
 // protocol that every runtime speaks.
-func dialUpstream(ctx context.Context, target string, buffers *buffers.Share) (*spdy.Conn, net.Conn, protocolVersion, error) {
+func dialUpstream(ctx context.Context, target string, config spdy.Config) (*spdy.Conn, net.Conn, protocolVersion, error) {
 	u, err := url.Parse(target)
 	if err != nil {
 		return nil, nil, protocolVersion{}, err
@@ -93,7 +114,7 @@ func dialUpstream(ctx context.Context, target string, buffers *buffers.Share) (*
 	if err != nil {
 		return nil, nil, protocolVersion{}, err
 	}
-	conn, protocol, err := upgradeUpstream(ctx, network, target, buffers)
+	conn, protocol, err := upgradeUpstream(ctx, network, target, config)
 	if err != nil {
 		network.Close() //nolint:errcheck // of no use
 		return nil, nil, protocolVersion{}, err
@@ -101,7 +122,7 @@ func dialUpstream(ctx context.Context, target string, buffers *buffers.Share) (*
 	return conn, network, protocol, nil
 }
 
-func upgradeUpstream(ctx context.Context, network net.Conn, target string, buffers *buffers.Share) (*spdy.Conn, protocolVersion, error) {
+func upgradeUpstream(ctx context.Context, network net.Conn, target string, config spdy.Config) (*spdy.Conn, protocolVersion, error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodPost, target, http.NoBody)
 	if err != nil {
 		return nil, protocolVersion{}, err
@@ -135,19 +156,19 @@ func upgradeUpstream(ctx context.Context, network net.Conn, target string, buffe
 		buffered = append(buffered, peeked...)
 	}
 	protocol := protocolByName(response.Header.Get(transport.HeaderProtocolVersion))
-	return spdy.NewClient(network, buffered, spdy.Config{Room: buffers}), protocol, nil
+	return spdy.NewClient(network, buffered, config), protocol, nil
 }
 
 // open opens the streams that the command wants and starts to follow them.
 func (r *relay) open(c workload.Command, protocol protocolVersion, buffer int) error {
-	var failure, stdout, stderr *spdy.Stream
+	var stdout, stderr *spdy.Stream
 	var opened []*spdy.Stream
 	for _, s := range []struct {
 		name   string
 		wanted bool
 		stream **spdy.Stream
 	}{
-		{transport.StreamError, true, &failure},
+		{transport.StreamError, true, &r.failure},
 		{transport.StreamStdin, c.Stdin, &r.stdin},
 		{transport.StreamStdout, c.Stdout, &stdout},
 		{transport.StreamStderr, c.Stderr && !c.TTY, &stderr},
@@ -169,21 +190,8 @@ func (r *relay) open(c workload.Command, protocol protocolVersion, buffer int) e
 	if stderr != nil {
 		r.stderr = r.output(stderr, c.TTY, buffer)
 	}
-	failure.CloseWrite() //nolint:errcheck // we have nothing to say on it
-	r.upstream.Go(func() {
-		defer close(r.exited)
-		message, err := io.ReadAll(io.LimitReader(failure, maxUpstreamStatus))
-		message = bytes.TrimSpace(message) // a space alone is a status that never came, see promiseStatus
-		if len(message) == 0 && err != nil && r.detached.Load() {
-			r.result = status.Success()
-			return
-		}
-		if len(message) == 0 && err != nil {
-			r.result = status.InternalError("the connection to the upstream's streaming server was lost: " + err.Error())
-			return
-		}
-		r.result = status.Parse(message, protocol.jsonStatus)
-	})
+	r.failure.CloseWrite() //nolint:errcheck // we have nothing to say on it
+	r.followStatus()
 	if err := waitAccepted(opened); err != nil {
 		return err
 	}
@@ -205,17 +213,77 @@ func waitAccepted(streams []*spdy.Stream) error {
 	return nil
 }
 
-// output is a stream of the upstream as the session reads it.
-func (r *relay) output(stream *spdy.Stream, tty bool, buffer int) io.ReadCloser {
-	if buffer == 0 {
-		return relayOutput{stream}
-	}
-	skip := newSkipBuffer(buffer, tty, r.buffers)
+// followStatus waits for what the upstream says of the end.
+func (r *relay) followStatus() {
 	r.upstream.Go(func() {
-		stream.WriteTo(notedOutput{skip, &r.lastOutput}) //nolint:errcheck // its end is the end of output
-		skip.end()
+		message, err := io.ReadAll(io.LimitReader(r.failure, maxUpstreamStatus-int64(len(r.message))))
+		r.message = append(r.message, message...)
+		if isFrozen(err) {
+			return
+		}
+		r.result = r.readResult(err)
+		close(r.exited)
 	})
-	return skip
+}
+
+// readResult is what the upstream has said on its error stream, which ended with the error.
+func (r *relay) readResult(err error) *status.Status {
+	message := bytes.TrimSpace(r.message) // a space alone is a status that never came, see promiseStatus
+	switch {
+	case len(message) > 0 || err == nil:
+		return status.Parse(message, r.jsonStatus)
+	case r.detached.Load():
+		return status.Success()
+	default:
+		return status.InternalError("the connection to the upstream's streaming server was lost: " + err.Error())
+	}
+}
+
+// relayOutput is a stream of the upstream as the session reads it.
+type relayOutput struct {
+	stream *spdy.Stream // nil when it has ended before a hand-over
+	skip   *skipBuffer  // nil where the client's pace is the command's
+}
+
+func (r *relay) output(stream *spdy.Stream, tty bool, buffer int) *relayOutput {
+	if buffer == 0 {
+		return &relayOutput{stream: stream}
+	}
+	o := &relayOutput{stream, newSkipBuffer(buffer, tty, r.buffers)}
+	r.fill(o)
+	return o
+}
+
+// fill keeps reading what the upstream sends.
+func (r *relay) fill(o *relayOutput) {
+	r.upstream.Go(func() {
+		if _, err := o.stream.WriteTo(notedOutput{o.skip, &r.lastOutput}); !isFrozen(err) {
+			o.skip.end() // its end is the end of output
+		}
+	})
+}
+
+// Read implements io.Reader.
+func (o *relayOutput) Read(p []byte) (int, error) {
+	switch {
+	case o.skip != nil:
+		return o.skip.Read(p)
+	case o.stream != nil:
+		return o.stream.Read(p)
+	default:
+		return 0, io.EOF
+	}
+}
+
+// Close implements io.Closer.
+func (o *relayOutput) Close() error {
+	if o.skip != nil {
+		return o.skip.Close()
+	}
+	if o.stream != nil {
+		o.stream.CloseRead()
+	}
+	return nil
 }
 
 // notedOutput notes when something was written.
@@ -227,13 +295,6 @@ type notedOutput struct {
 func (o notedOutput) Write(p []byte) (int, error) {
 	o.last.Store(time.Now().UnixNano())
 	return o.Writer.Write(p)
-}
-
-type relayOutput struct{ *spdy.Stream }
-
-func (o relayOutput) Close() error {
-	o.CloseRead()
-	return nil
 }
 
 type relayInput struct {
@@ -249,26 +310,46 @@ func (i relayInput) Close() error {
 	case i.grace == 0:
 		return i.CloseWrite()
 	}
-	go i.relay.detachWhenSilent(i.grace)
+	i.relay.detaching.Store(time.Now().UnixNano())
+	i.relay.startDetaching()
 	return nil
 }
 
-// detachWhenSilent detaches once there was no output for a while, or after detachMax. It ends with the relay.
-func (r *relay) detachWhenSilent(silence time.Duration) {
-	began := time.Now()
+// startDetaching detaches once there was no output for a while, or after detachMax.
+func (r *relay) startDetaching() {
+	rescue.Go(r.upstream.Report, r.detachWhenSilent)
+}
+
+// detachWhenSilent ends with the relay, or when it is frozen.
+func (r *relay) detachWhenSilent() {
+	began := time.Unix(0, r.detaching.Load())
 	for {
 		last := time.Unix(0, r.lastOutput.Load())
 		if last.Before(began) {
 			last = began
 		}
-		wait := min(time.Until(last.Add(silence)), time.Until(began.Add(detachMax)))
+		wait := min(time.Until(last.Add(r.stdinGrace)), time.Until(began.Add(detachMax)))
 		if wait <= 0 {
 			r.detach()
 			return
 		}
-		if transport.WaitFor(r.exited, wait) {
+		if r.endsWithin(wait) {
 			return
 		}
+	}
+}
+
+// endsWithin reports whether the relay ended, or was frozen, within the time.
+func (r *relay) endsWithin(wait time.Duration) bool {
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-r.exited:
+		return true
+	case <-r.frozen:
+		return true
+	case <-timer.C:
+		return false
 	}
 }
 
@@ -276,7 +357,7 @@ func (r *relay) detachWhenSilent(silence time.Duration) {
 // container ends.
 func (r *relay) detach() {
 	r.stdin.CloseWrite() //nolint:errcheck // fails when the session has ended before
-	if !transport.WaitFor(r.exited, upstreamDetachWait) {
+	if !r.endsWithin(upstreamDetachWait) {
 		r.detached.Store(true)
 		r.conn.Close() //nolint:errcheck // seen through Exited
 	}
@@ -305,10 +386,18 @@ func (r *relay) Stdin() io.WriteCloser {
 }
 
 // Stdout implements Process.
-func (r *relay) Stdout() io.ReadCloser { return r.stdout }
+func (r *relay) Stdout() io.ReadCloser { return r.stdout.reader() }
 
 // Stderr implements Process.
-func (r *relay) Stderr() io.ReadCloser { return r.stderr }
+func (r *relay) Stderr() io.ReadCloser { return r.stderr.reader() }
+
+// reader is no nil pointer.
+func (o *relayOutput) reader() io.ReadCloser {
+	if o == nil {
+		return nil
+	}
+	return o
+}
 
 // Resize implements Process.
 func (r *relay) Resize(size workload.Size) error {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"sync"
 
+	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/streaming/buffers"
 )
 
@@ -25,6 +26,7 @@ type skipBuffer struct {
 	data    bytes.Buffer
 	skipped int64
 	ended   bool
+	frozen  bool
 }
 
 func newSkipBuffer(limit int, tty bool, buffers *buffers.Share) *skipBuffer {
@@ -85,6 +87,9 @@ func (b *skipBuffer) Read(p []byte) (int, error) {
 		if b.ended {
 			return 0, io.EOF
 		}
+		if b.frozen {
+			return 0, handover.ErrFrozen
+		}
 		b.changed.Wait()
 	}
 	defer b.count(b.data.Len())
@@ -93,6 +98,42 @@ func (b *skipBuffer) Read(p []byte) (int, error) {
 		b.data = bytes.Buffer{}
 	}
 	return n, err
+}
+
+// freeze wakes the reader.
+func (b *skipBuffer) freeze() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.frozen = true
+	b.changed.Broadcast()
+}
+
+// skipState is a skipBuffer that was frozen.
+type skipState struct {
+	Max     int
+	Newline string
+	Data    []byte
+	Skipped int64
+	Ended   bool
+}
+
+// state returns what is in the buffer, which is not counted any more.
+func (b *skipBuffer) state() *skipState {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	defer b.count(b.data.Len())
+	s := &skipState{b.max, b.newline, bytes.Clone(b.data.Bytes()), b.skipped, b.ended}
+	b.data.Reset()
+	return s
+}
+
+// resumeSkipBuffer goes on with a buffer.
+func resumeSkipBuffer(s *skipState, buffers *buffers.Share) *skipBuffer {
+	b := newSkipBuffer(s.Max, false, buffers)
+	b.newline, b.skipped, b.ended = s.Newline, s.Skipped, s.Ended
+	defer b.count(0)
+	b.data.Write(s.Data)
+	return b
 }
 
 // Close makes the writer fail and the reader end.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/buffers"
 	"github.com/streamshim/streamshim/pkg/workload"
@@ -38,7 +39,7 @@ func startWhenAllowed(gate StartGate, info session.Info, start startFunc) startF
 
 // start is how a request's command comes to run: what the upstream serves is relayed, anything else is started here,
 // in its turn.
-func (c Config) start(kind session.Kind, request *Request, buffers *buffers.Share) startFunc {
+func (c Config) start(kind session.Kind, request *Request, buffers *buffers.Share, report rescue.Report) startFunc {
 	if kind == session.Attach {
 		// The end of one client's input is the end of the container's only where the container says so.
 		// Elsewhere containerd answers it by ending the whole session, which scripts rely on, and so does crictl's
@@ -51,10 +52,10 @@ func (c Config) start(kind session.Kind, request *Request, buffers *buffers.Shar
 		case c.AttachStays:
 			stdinGrace = -1
 		}
-		return c.relayed(kind, request, c.AttachBuffer, stdinGrace, buffers)
+		return c.relayed(kind, request, c.AttachBuffer, stdinGrace, buffers, report)
 	}
 	if request.Container.Runtime == "" {
-		return c.relayed(kind, request, 0, 0, buffers)
+		return c.relayed(kind, request, 0, 0, buffers, report)
 	}
 	return startWhenAllowed(c.Starts, request.Info(kind), func(ctx context.Context, command workload.Command) (Process, error) {
 		return c.Runtime.Start(ctx, request.Container, command)
@@ -70,7 +71,7 @@ const (
 )
 
 // relayed has the upstream serve a request, see startRelay.
-func (c Config) relayed(kind session.Kind, request *Request, buffer int, stdinGrace time.Duration, buffers *buffers.Share) startFunc {
+func (c Config) relayed(kind session.Kind, request *Request, buffer int, stdinGrace time.Duration, buffers *buffers.Share, report rescue.Report) startFunc {
 	return func(ctx context.Context, command workload.Command) (Process, error) {
 		ctx, cancel := context.WithTimeout(ctx, relayTimeout)
 		defer cancel()
@@ -78,6 +79,6 @@ func (c Config) relayed(kind session.Kind, request *Request, buffer int, stdinGr
 		if err != nil {
 			return nil, fmt.Errorf("ask the upstream for its streaming URL: %w", err)
 		}
-		return startRelay(ctx, target, command, buffer, stdinGrace, buffers)
+		return startRelay(ctx, target, command, buffer, stdinGrace, buffers, report)
 	}
 }

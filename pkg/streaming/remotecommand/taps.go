@@ -3,22 +3,25 @@ package remotecommand
 import (
 	"io"
 
-	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // announcingSizes is the process with taps that hear of its terminal's sizes.
 func (s *Session) announcingSizes(p Process) Process {
-	return sizeAnnouncer{Process: p, taps: &s.session.Taps}
+	return sizeAnnouncer{Process: p, session: s}
 }
 
 type sizeAnnouncer struct {
 	Process
-	taps *session.Taps
+	session *Session
 }
 
+// Resize announces a size once: it is asked for again after a hand-over, and by clients that say it again.
 func (a sizeAnnouncer) Resize(size workload.Size) error {
-	a.taps.Resize(size)
+	if t := &a.session.terminal; t.announced != size {
+		t.announced = size
+		a.session.session.Taps.Resize(size)
+	}
 	return a.Process.Resize(size)
 }
 
@@ -26,6 +29,7 @@ func (a sizeAnnouncer) Resize(size workload.Size) error {
 type tappedStream struct {
 	workload.Stream
 	sent, received func([]byte) error // nil when nobody wants it
+	shown          *int               // bytes at the beginning of what is received that were shown before; with received
 }
 
 func (t tappedStream) ReadFrom(r io.Reader) (int64, error) {
@@ -39,7 +43,7 @@ func (t tappedStream) WriteTo(w io.Writer) (int64, error) {
 	if t.received == nil {
 		return t.Stream.WriteTo(w)
 	}
-	return t.Stream.WriteTo(tappedWriter{w, t.received})
+	return t.Stream.WriteTo(tappedWriter{w, t.received, t.shown})
 }
 
 type tappedReader struct {
@@ -59,12 +63,19 @@ func (t tappedReader) Read(p []byte) (int, error) {
 
 type tappedWriter struct {
 	io.Writer
-	show func([]byte) error
+	show  func([]byte) error
+	shown *int
 }
 
+// Write shows each byte once, also one that is written again because the session was frozen before it was taken.
 func (t tappedWriter) Write(p []byte) (int, error) {
-	if err := t.show(p); err != nil {
-		return 0, err
+	if *t.shown < len(p) {
+		if err := t.show(p[*t.shown:]); err != nil {
+			return 0, err
+		}
+		*t.shown = len(p)
 	}
-	return t.Writer.Write(p)
+	n, err := t.Writer.Write(p)
+	*t.shown -= n
+	return n, err
 }

@@ -13,25 +13,27 @@ import (
 type terminal struct {
 	known chan struct{} // closed with the first size
 
+	sizes terminalSizes // belongs to who follows
+
 	mu      sync.Mutex
 	process Process
 	size    workload.Size
 	started bool // known has been closed
+	// announced is the size that taps know. It is used with mu held.
+	announced workload.Size
 }
 
 // follow applies the sizes of the resize stream until it ends.
 func (t *terminal) follow(resize workload.Stream) {
-	resize.WriteTo(&sizeWriter{terminal: t}) //nolint:errcheck // sizes that cannot be read end the resizing, not the session
-	resize.CloseRead()
+	if _, err := resize.WriteTo(sizeWriter{t}); !isFrozen(err) { // sizes that cannot be read end the resizing, not the session
+		resize.CloseRead()
+	}
 }
 
-type sizeWriter struct {
-	terminal *terminal
-	sizes    terminalSizes
-}
+type sizeWriter struct{ terminal *terminal }
 
-func (w *sizeWriter) Write(b []byte) (int, error) {
-	sizes, err := w.sizes.feed(b)
+func (w sizeWriter) Write(b []byte) (int, error) {
+	sizes, err := w.terminal.sizes.feed(b)
 	for _, size := range sizes {
 		w.terminal.resize(size)
 	}

@@ -143,6 +143,7 @@ type Forward struct {
 	t     testing.TB
 	local map[int]int // by the pod's port
 	Ended chan error  // how it ended, once
+	stop  func()
 }
 
 // Forward forwards ports of the pod.
@@ -181,8 +182,8 @@ func StartForward(t testing.TB, streamshim runtimeapi.RuntimeServiceClient, pod,
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &Forward{t: t, local: map[int]int{}, Ended: make(chan error, 1)}
 	stop, ready := make(chan struct{}), make(chan struct{})
+	f := &Forward{t: t, local: map[int]int{}, Ended: make(chan error, 1), stop: sync.OnceFunc(func() { close(stop) })}
 	forwarder, err := portforward.New(dialer, arguments, stop, ready, io.Discard, io.Discard)
 	if err != nil {
 		t.Fatal(err)
@@ -202,15 +203,20 @@ func StartForward(t testing.TB, streamshim runtimeapi.RuntimeServiceClient, pod,
 	for _, port := range forwarded {
 		f.local[int(port.Remote)] = int(port.Local)
 	}
-	t.Cleanup(func() {
-		close(stop)
-		select {
-		case <-f.Ended: //nolint:errcheck // the test's own end
-		case <-time.After(testutil.Patience):
-			t.Error("the port-forward does not end")
-		}
-	})
+	t.Cleanup(f.Close)
 	return f
+}
+
+// Close ends the port-forward, if it has not ended, and waits for it.
+func (f *Forward) Close() {
+	f.t.Helper()
+	f.stop()
+	select {
+	case err := <-f.Ended:
+		f.Ended <- err
+	case <-time.After(testutil.Patience):
+		f.t.Error("the port-forward does not end")
+	}
 }
 
 // Dial connects to a port of the pod.

@@ -112,6 +112,12 @@ func ExpectNoLeak(t *testing.T, load func(shim *Streamshim, n int), n int) {
 	}
 }
 
+// Goroutines is the number of goroutines of a streamshim, by its metrics at this address.
+func Goroutines(t *testing.T, metrics string) int { return goroutines(t, metrics) }
+
+// UnusedAddress is one at which nobody listens.
+func UnusedAddress(t *testing.T) string { return unusedAddress(t) }
+
 // goroutines asks a streamshim's metrics for their number. The connection is closed each time, for it has a
 // goroutine itself.
 func goroutines(t *testing.T, metrics string) (n int) {

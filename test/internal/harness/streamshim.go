@@ -27,6 +27,7 @@ type Streamshim struct {
 
 	// What one of StartStreamshim has besides.
 	Folder     string
+	Program    string // which is run; of the test's own where it is in Folder
 	Command    *exec.Cmd
 	Ended      chan struct{} // closed when it has ended
 	connection *grpc.ClientConn
@@ -36,6 +37,18 @@ type Streamshim struct {
 // configuration of its own.
 func StartStreamshim(t *testing.T, configuration string) *Streamshim {
 	t.Helper()
+	return startStreamshim(t, configuration, "")
+}
+
+// StartInstalled is StartStreamshim with a program of the test's own, in the place of which another one can be
+// installed.
+func StartInstalled(t *testing.T, configuration, program string) *Streamshim {
+	t.Helper()
+	return startStreamshim(t, configuration, program)
+}
+
+func startStreamshim(t *testing.T, configuration, program string) *Streamshim {
+	t.Helper()
 	folder, err := os.MkdirTemp("", "shim")
 	if err != nil {
 		t.Fatal(err)
@@ -44,6 +57,12 @@ func StartStreamshim(t *testing.T, configuration string) *Streamshim {
 		Folder: folder, Socket: "unix://" + filepath.Join(folder, "cri.sock"), Log: filepath.Join(folder, "log"),
 	}
 	s.PID = func() int { return s.Command.Process.Pid }
+	if program == "" {
+		s.Program = node.Binary(t)
+	} else {
+		s.Program = filepath.Join(folder, "streamshim")
+		s.Install(t, program)
+	}
 	if err := os.WriteFile(filepath.Join(folder, "config.toml"), []byte(patient(configuration)), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +92,7 @@ func (s *Streamshim) Start(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer log.Close()
-	s.Command = exec.Command(node.Binary(t), "serve", "--listen", s.Socket, "--upstream", Shared.Node.ContainerdSocket(),
+	s.Command = exec.Command(s.Program, "serve", "--listen", s.Socket, "--upstream", Shared.Node.ContainerdSocket(),
 		"--state-dir", filepath.Join(s.Folder, "state"), "--config", filepath.Join(s.Folder, "config.toml"),
 		"--admin", "unix://"+filepath.Join(s.Folder, "admin.sock"), "--log-level", "debug")
 	s.Command.Stdout, s.Command.Stderr = log, log
@@ -99,6 +118,29 @@ func (s *Streamshim) Start(t *testing.T) {
 		_, err := s.Runtime.Version(ctx, &runtimeapi.VersionRequest{}, grpc.WaitForReady(true))
 		return err == nil
 	})
+}
+
+// Install puts a program in the place of the one that runs, as a package does: in one step.
+func (s *Streamshim) Install(t *testing.T, program string) {
+	t.Helper()
+	text, err := os.ReadFile(program)
+	if err == nil {
+		err = os.WriteFile(s.Program+".new", text, 0o755)
+	}
+	if err == nil {
+		err = os.Rename(s.Program+".new", s.Program)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Upgrade runs "streamshim upgrade", which has the installed program take over.
+func (s *Streamshim) Upgrade(t *testing.T, args ...string) (output string, err error) {
+	t.Helper()
+	c := Command(t, node.Binary(t), append([]string{"upgrade", "--admin", "unix://" + filepath.Join(s.Folder, "admin.sock")}, args...)...)
+	text, err := c.CombinedOutput()
+	return string(text), err
 }
 
 // Stop ends it and waits for that.

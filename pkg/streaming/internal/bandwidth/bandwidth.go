@@ -3,6 +3,7 @@ package bandwidth
 
 import (
 	"io"
+	"time"
 
 	"github.com/streamshim/streamshim/pkg/workload"
 )
@@ -13,12 +14,32 @@ type Limit struct {
 	sent, received *tokenBucket
 }
 
-// New returns a limit for the streams of one session, nil when it is 0. Nobody waits after end.
-func New(bytesPerSecond int64, end <-chan struct{}) *Limit {
+// New returns a limit for the streams of one session, nil when it is 0. Nobody waits after end, or when the session
+// is frozen; what was moved is paid for all the same.
+func New(bytesPerSecond int64, end, frozen <-chan struct{}) *Limit {
 	if bytesPerSecond <= 0 {
 		return nil
 	}
-	return &Limit{sent: newTokenBucket(bytesPerSecond, end), received: newTokenBucket(bytesPerSecond, end)}
+	return &Limit{sent: newTokenBucket(bytesPerSecond, end, frozen), received: newTokenBucket(bytesPerSecond, end, frozen)}
+}
+
+// State is what is still to be paid for: when each direction would be free of debt and rested.
+type State struct{ Sent, Received time.Time }
+
+// State returns the zero State where there is no limit.
+func (b *Limit) State() State {
+	if b == nil {
+		return State{}
+	}
+	return State{Sent: b.sent.state(), Received: b.received.state()}
+}
+
+// GoOn makes a new limit go on where another was.
+func (b *Limit) GoOn(from State) {
+	if b != nil {
+		b.sent.goOn(from.Sent)
+		b.received.goOn(from.Received)
+	}
 }
 
 // Stream is the stream held to the limit.

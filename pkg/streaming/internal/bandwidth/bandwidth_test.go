@@ -10,7 +10,7 @@ import (
 
 func TestTokenBucket(t *testing.T) {
 	now := time.Now()
-	b := newTokenBucket(100_000, nil)
+	b := newTokenBucket(100_000, nil, nil)
 	if b.burst != 25_000 {
 		t.Fatalf("burst %d", b.burst)
 	}
@@ -29,7 +29,7 @@ func TestTokenBucket(t *testing.T) {
 	// Nobody waits after the end.
 	end := make(chan struct{})
 	close(end)
-	b = newTokenBucket(1, end)
+	b = newTokenBucket(1, end, nil)
 	began := time.Now()
 	n, err := limitedWriter{io.Discard, b}.Write(make([]byte, 100<<10))
 	if n != 100<<10 || err != nil || time.Since(began) > time.Minute {

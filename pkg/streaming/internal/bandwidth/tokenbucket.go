@@ -15,17 +15,17 @@ const (
 // tokenBucket lets a number of bytes pass in each second. What has passed is paid for afterwards, so
 // that a reader need not know beforehand how much it will get.
 type tokenBucket struct {
-	rate  float64 // bytes a second
-	burst int
-	end   <-chan struct{} // nobody waits after it
+	rate        float64 // bytes a second
+	burst       int
+	end, frozen <-chan struct{} // nobody waits after them
 
 	mu   sync.Mutex
 	full time.Time // when the bucket would be full again
 }
 
-func newTokenBucket(bytesPerSecond int64, end <-chan struct{}) *tokenBucket {
+func newTokenBucket(bytesPerSecond int64, end, frozen <-chan struct{}) *tokenBucket {
 	return &tokenBucket{
-		rate: float64(bytesPerSecond), end: end,
+		rate: float64(bytesPerSecond), end: end, frozen: frozen,
 		burst: int(min(max(bytesPerSecond/4, minBurst), maxBurst)),
 	}
 }
@@ -33,7 +33,7 @@ func newTokenBucket(bytesPerSecond int64, end <-chan struct{}) *tokenBucket {
 // take pays for n bytes, at most burst, and waits as long as the bucket is overdrawn.
 func (b *tokenBucket) take(n int) {
 	if n > 0 {
-		waitForTurn(b.reserve(n, time.Now()), b.end)
+		b.wait(b.reserve(n, time.Now()))
 	}
 }
 
@@ -47,8 +47,8 @@ func (b *tokenBucket) reserve(n int, now time.Time) time.Duration {
 	return b.full.Sub(now) - time.Duration(float64(b.burst)/b.rate*float64(time.Second))
 }
 
-// waitForTurn waits for the duration or for the end.
-func waitForTurn(d time.Duration, end <-chan struct{}) {
+// wait waits for the duration, or for the end.
+func (b *tokenBucket) wait(d time.Duration) {
 	if d <= 0 {
 		return
 	}
@@ -56,6 +56,20 @@ func waitForTurn(d time.Duration, end <-chan struct{}) {
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-	case <-end:
+	case <-b.end:
+	case <-b.frozen:
 	}
+}
+
+func (b *tokenBucket) state() time.Time {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.full
+}
+
+// goOn takes over when another bucket would be full again.
+func (b *tokenBucket) goOn(full time.Time) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.full = full
 }

@@ -26,17 +26,42 @@ type Timeouts struct {
 
 // NewTimeouts begins to watch over a session.
 func NewTimeouts(l Limits, s *session.Session) *Timeouts {
-	t := &Timeouts{idle: l.Idle, session: s, last: time.Now()}
+	return newTimeouts(l, s, TimeoutsState{Last: time.Now()})
+}
+
+// TimeoutsState is where a watch stands.
+type TimeoutsState struct {
+	Last         time.Time // when payload last moved
+	Moved        int64     // payload up to then, in bytes
+	Warned       bool      // of idleness, since Last
+	WarnedOfLife bool      // of the end of the session's lifetime
+	Own          int64     // bytes of warnings sent
+}
+
+// State is where the watch stands, after Stop.
+func (t *Timeouts) State() TimeoutsState {
+	return TimeoutsState{Last: t.last, Moved: t.moved, Warned: t.warned, WarnedOfLife: t.before > 0 && t.ends.IsZero(), Own: t.own}
+}
+
+// ResumeTimeouts goes on with the watch over a session.
+func ResumeTimeouts(l Limits, s *session.Session, from TimeoutsState) *Timeouts {
+	return newTimeouts(l, s, from)
+}
+
+func newTimeouts(l Limits, s *session.Session, from TimeoutsState) *Timeouts {
+	t := &Timeouts{idle: l.Idle, session: s, last: from.Last, moved: from.Moved, warned: from.Warned, own: from.Own}
 	// A limit of a few minutes needs no warning.
 	if s.TTY && t.idle > 2*l.Warning {
 		t.warning = l.Warning
 	}
 	if s.TTY && l.Max > 2*l.Warning {
 		t.before = l.Warning
-		t.ends = s.Start.Add(l.Max)
+		if !from.WarnedOfLife {
+			t.ends = s.Start.Add(l.Max)
+		}
 	}
 	if t.idle > 0 || !t.ends.IsZero() {
-		t.timer = time.NewTimer(t.next(t.last))
+		t.timer = time.NewTimer(t.next(time.Now()))
 	}
 	return t
 }

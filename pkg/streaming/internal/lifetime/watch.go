@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/event"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
@@ -108,10 +109,18 @@ func (w *Watcher) Run(ctx context.Context) {
 			}
 			w.mu.Unlock()
 			for _, e := range entries {
-				w.look(e, now)
+				rescue.Call(func(p *rescue.Panic) { w.panicked(e, p) }, func() { w.look(e, now) })
 			}
 		}
 	}
+}
+
+// panicked ends a session at which the look has panicked. It is not looked at again.
+func (w *Watcher) panicked(e *watchedSession, p *rescue.Panic) {
+	Panic(e.session, Terms{Observe: w.config.Observe}, e.network, p)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.watched, e)
 }
 
 func (w *Watcher) look(e *watchedSession, now time.Time) {

@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"testing"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 // WaitAccepted tells when the peer has replied, which the relay must know before it may close.
@@ -30,8 +32,8 @@ func TestWaitAccepted(t *testing.T) {
 	if err := streams[0].WaitAccepted(soon); !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("before the reply: %v", err)
 	}
-	replies := appendSynReply(nil, streams[0].ID(), 0, appendHeaderBlock(nil, true, nil))
-	replies = append(replies, appendRstStream(nil, streams[1].ID(), ResetRefusedStream)...)
+	replies := frames.AppendSynReply(nil, streams[0].ID(), 0, frames.AppendHeaderBlock(nil, true, nil))
+	replies = append(replies, frames.AppendRstStream(nil, streams[1].ID(), ResetRefusedStream)...)
 	if _, err := far.Write(replies); err != nil {
 		t.Fatal(err)
 	}

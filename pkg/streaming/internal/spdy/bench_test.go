@@ -9,6 +9,8 @@ import (
 
 	"github.com/moby/spdystream"
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 // Each benchmark runs the same transfer with this package and with spdystream. The other end is
@@ -25,7 +27,7 @@ func benchBoth(b *testing.B, ours, theirs func(b *testing.B, size int)) {
 
 // openRaw is the SYN_STREAM of stream 1.
 func openRaw() []byte {
-	return appendSynStream(nil, 1, 0, appendHeaderBlock(nil, true, http.Header{}))
+	return frames.AppendSynStream(nil, 1, 0, frames.AppendHeaderBlock(nil, true, http.Header{}))
 }
 
 // drain reads all that comes until the connection ends.
@@ -40,8 +42,8 @@ func drain(r io.Reader) {
 
 // flood sends n data frames for stream 1, one with FIN at the end.
 func flood(w io.Writer, n, size int) {
-	frame := make([]byte, headerLen+size)
-	putDataHeader(frame, 1, 0, size)
+	frame := make([]byte, frames.HeaderLen+size)
+	frames.PutDataHeader(frame, 1, 0, size)
 	batch := frame
 	per := max(1, 256<<10/len(frame))
 	for range per - 1 {
@@ -52,8 +54,8 @@ func flood(w io.Writer, n, size int) {
 			return
 		}
 	}
-	putDataHeader(frame, 1, flagFin, 0)
-	w.Write(frame[:headerLen])
+	frames.PutDataHeader(frame, 1, frames.FlagFin, 0)
+	w.Write(frame[:frames.HeaderLen])
 }
 
 func BenchmarkSend(b *testing.B) {

@@ -7,6 +7,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/handover"
 )
 
 // probeInterval is how often a connection that is not read tells the peer something. The end of a
@@ -94,6 +96,9 @@ func (k *blocker) wait(s *Stream) error {
 		if k.c.closing.Load() {
 			return ErrClosed
 		}
+		if k.c.frozen.Load() {
+			return handover.ErrFrozen
+		}
 		if s.hasRoom() {
 			return nil
 		}
@@ -131,7 +136,7 @@ func (k *blocker) probe() {
 func (k *blocker) waitUntil(until time.Time) error {
 	if k.raw == nil {
 		k.blocked.Store(true)
-		if k.stream.hasRoom() || k.c.closing.Load() {
+		if k.stream.hasRoom() || k.c.ending() {
 			return nil
 		}
 		timer := time.NewTimer(time.Until(until))
@@ -143,7 +148,10 @@ func (k *blocker) waitUntil(until time.Time) error {
 		return nil
 	}
 	k.mu.Lock()
-	err := k.c.waitConn.SetReadDeadline(until)
+	var err error
+	if !k.c.frozen.Load() { // else the deadline has passed
+		err = k.c.waitConn.SetReadDeadline(until)
+	}
 	k.blocked.Store(true)
 	k.mu.Unlock()
 	if err == nil {
@@ -162,14 +170,17 @@ func (k *blocker) check(fd uintptr) bool {
 		k.c.markGone(end)
 		k.c.out.fail(end) // nobody is there to read what a writer may be stuck with
 	}
-	return k.stream.hasRoom() || k.c.closing.Load()
+	return k.stream.hasRoom() || k.c.ending()
 }
+
+// ending says that the read loop is not to wait any more.
+func (c *Conn) ending() bool { return c.closing.Load() || c.frozen.Load() }
 
 func (k *blocker) stop() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.blocked.Store(false)
-	if k.raw != nil {
+	if k.raw != nil && !k.c.frozen.Load() {
 		k.c.waitConn.SetReadDeadline(time.Time{}) //nolint:errcheck // as above
 	}
 	k.stream = nil

@@ -1,10 +1,14 @@
 package spdy
 
-import "sync"
+import (
+	"sync"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
+)
 
 // headroom is the space in front of a buffer's payload. A frame header fits into it, so that header
 // and payload leave in one write without being copied together.
-const headroom = headerLen
+const headroom = frames.HeaderLen
 
 // bufferSizes are the payload sizes of pooled buffers: a keystroke or a status, a terminal's read, a
 // pipe's traditional capacity, and the size from which larger ones gain nothing.

@@ -18,7 +18,10 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/memory"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 // Config has the callback and the limits of a connection. Zero limits take the defaults.
@@ -68,6 +71,8 @@ type Config struct {
 	// to only as fast as the peer's programs take it, but for a window of 256 KiB to 8 MiB.
 	// Nil, the default, means that the peer is not asked and no window is kept. See receipt.go.
 	OnReceipt func(Receipt)
+	// OnPanic is told of a panic in a goroutine of the connection's own, or in AfterReset's. Nil ends the process.
+	OnPanic rescue.Report
 }
 
 func (c Config) withDefaults() Config {
@@ -80,6 +85,9 @@ func (c Config) withDefaults() Config {
 	c.ConnBuffer = cmp.Or(c.ConnBuffer, 16<<20)
 	if c.Room == nil {
 		c.Room = memory.Unshared{}
+	}
+	if c.OnPanic == nil {
+		c.OnPanic = rescue.Die
 	}
 	return c
 }
@@ -101,10 +109,13 @@ type Conn struct {
 	waitConn waitConn        // the TCP connection, below TLS too, for noticing its end; may be nil
 	peerOdd  bool            // the peer opens odd streams, as clients do
 	done     chan struct{}   // closed by markGone
+	freezing chan struct{}   // closed by Freeze
 
 	lastActivity atomic.Int64 // Unix nanoseconds
 	lastReceived atomic.Int64 // Unix nanoseconds
-	closing      atomic.Bool  // our Close has begun
+	closing      atomic.Bool  // our Close has begun; set with mu held
+	frozen       atomic.Bool  // Freeze was called; set with mu held, and closing is not set after it
+	serving      atomic.Bool
 	refusing     atomic.Bool  // RefuseStreams was called
 	borrowed     atomic.Int64 // bytes of ConnBuffer in use
 
@@ -112,14 +123,15 @@ type Conn struct {
 	goneErr  error // why done is closed
 	endErr   error // set when no frame will be read any more; new streams are born with it
 	streams  map[uint32]*Stream
-	openNext uint32 // id of the next stream of ours; changed only with out.mu held too
+	ended    []*Stream // the last that have left streams, at most maxEnded
+	openNext uint32    // id of the next stream of ours; changed only with out.mu held too
 
 	read  reader  // owned by the goroutine of Serve
 	block blocker // the read loop waiting for room
 
 	// The inflater is used by the read loop and taken away by RefuseStreams.
 	headersMu sync.Mutex
-	headers   *headerReader // nil until needed and after RefuseStreams
+	headers   *frames.HeaderReader // nil until needed and after RefuseStreams
 
 	out writer
 
@@ -149,6 +161,7 @@ func newConn(conn net.Conn, buffered []byte, cfg Config, server bool) *Conn {
 		waitConn: socketBelow(conn),
 		peerOdd:  server,
 		done:     make(chan struct{}),
+		freezing: make(chan struct{}),
 		streams:  make(map[uint32]*Stream),
 		openNext: 1,
 	}
@@ -170,13 +183,26 @@ func newConn(conn net.Conn, buffered []byte, cfg Config, server bool) *Conn {
 // hold can still be read unless this side closed the connection. Close is still to be called.
 //
 // A connection that is not served does not move: Serve is to be called soon after New.
+//
+// After Freeze it returns handover.ErrFrozen, and nothing has ended.
 func (c *Conn) Serve(ctx context.Context) error {
+	c.serving.Store(true)
+	defer c.serving.Store(false)
+	if c.hasEnded() { // before it was resumed
+		return c.Err()
+	}
 	closed := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(closed)
-		c.closeWith(context.Cause(ctx), GoAwayOK)
+		rescue.Call(c.cfg.OnPanic, func() { c.closeWith(context.Cause(ctx), frames.GoAwayOK) })
 	})
 	err := c.readFrames()
+	if err == handover.ErrFrozen {
+		if !stop() {
+			<-closed
+		}
+		return err
+	}
 	var fault *ConnectionError
 	if errors.As(err, &fault) {
 		c.closeWith(fault, fault.Status)
@@ -203,6 +229,10 @@ func (c *Conn) OpenStream(header http.Header) (*Stream, error) {
 	return s, nil
 }
 
+// NetConn is the connection underneath, to ask it about its state; bytes must not be read from it or
+// written to it.
+func (c *Conn) NetConn() net.Conn { return c.conn }
+
 // Done is closed as soon as the peer is known to be gone: its connection has ended, also when the
 // read loop waits for room at that time, or it has said so with GOAWAY; or when Close is called
 // here. Data that came before can still be read.
@@ -219,13 +249,15 @@ func (c *Conn) Err() error {
 // Close says GOAWAY as far as that is possible within 250 ms, closes the TCP connection, and wakes
 // every reader and writer. What was received and not read is dropped. Further calls do nothing.
 func (c *Conn) Close() error {
-	c.closeWith(ErrClosed, GoAwayOK)
+	c.closeWith(ErrClosed, frames.GoAwayOK)
 	return c.closeErr
 }
 
-func (c *Conn) closeWith(reason error, status GoAwayStatus) {
+func (c *Conn) closeWith(reason error, status frames.GoAwayStatus) {
 	c.closeOnce.Do(func() {
-		c.closing.Store(true)
+		if !c.beginClosing() {
+			return // whoever has frozen it decides
+		}
 		c.markGone(reason)
 		c.endStreams(reason, true)
 		c.out.goAway(status, c.read.lastPeerStream.Load())
@@ -234,6 +266,17 @@ func (c *Conn) closeWith(reason error, status GoAwayStatus) {
 		c.out.fail(reason)
 		c.out.flusher.Wait()
 	})
+}
+
+// beginClosing fails on a frozen connection.
+func (c *Conn) beginClosing() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.frozen.Load() {
+		return false
+	}
+	c.closing.Store(true)
+	return true
 }
 
 // Ping sends a PING and returns without waiting for the answer, which shows in LastReceived. It
@@ -255,7 +298,7 @@ func (c *Conn) LastActivity() time.Time { return time.Unix(0, c.lastActivity.Loa
 func (c *Conn) LastReceived() time.Time { return time.Unix(0, c.lastReceived.Load()) }
 
 // RefuseStreams refuses all further streams of the peer and gives back the memory that
-// understanding their headers takes, about 45 KiB. It cannot be undone.
+// understanding their headers takes, 45 to 85 KiB. It cannot be undone.
 func (c *Conn) RefuseStreams() {
 	c.refusing.Store(true)
 	c.releaseHeaders()
@@ -266,7 +309,7 @@ func (c *Conn) releaseHeaders() {
 	defer c.headersMu.Unlock()
 	c.refusing.Store(true)
 	if c.headers != nil {
-		c.headers.release()
+		c.headers.Release()
 		c.headers = nil
 	}
 }
@@ -311,10 +354,30 @@ func (c *Conn) addStream(s *Stream) error {
 	return nil
 }
 
+func (c *Conn) hasEnded() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.endErr != nil
+}
+
 func (c *Conn) findStream(id uint32) *Stream {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.streams[id]
+}
+
+// forget is for a stream that is over and holds no data. Further calls do nothing.
+func (c *Conn) forget(s *Stream) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.streams[s.id] != s {
+		return
+	}
+	delete(c.streams, s.id)
+	if len(c.ended) == maxEnded {
+		c.ended = append(c.ended[:0], c.ended[1:]...)
+	}
+	c.ended = append(c.ended, s)
 }
 
 func (c *Conn) removeStream(id uint32) {

@@ -3,6 +3,25 @@ package spdy
 import (
 	"errors"
 	"fmt"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
+)
+
+// ConnectionError is a fault after which the connection cannot go on.
+type ConnectionError = frames.ConnectionError
+
+// ResetStatus is the reason in a RST_STREAM frame.
+type ResetStatus = frames.ResetStatus
+
+// The reset reasons that this package sends. A peer may send others.
+const (
+	ResetProtocolError       = frames.ResetProtocolError
+	ResetInvalidStream       = frames.ResetInvalidStream
+	ResetRefusedStream       = frames.ResetRefusedStream
+	ResetCancel              = frames.ResetCancel
+	ResetInternalError       = frames.ResetInternalError
+	ResetFlowControlError    = frames.ResetFlowControlError
+	ResetStreamAlreadyClosed = frames.ResetStreamAlreadyClosed
 )
 
 var (
@@ -22,19 +41,6 @@ var (
 	// the stream ids of the connection are used up.
 	ErrTooManyStreams = errors.New("spdy: too many streams")
 )
-
-// ConnectionError is a fault after which the connection cannot go on: the peer broke the protocol
-// or a limit. The connection is closed with a GOAWAY that carries Status.
-type ConnectionError struct {
-	Status GoAwayStatus
-	Reason string
-}
-
-func (e *ConnectionError) Error() string { return "spdy: " + e.Reason }
-
-func protocolErrorf(format string, args ...any) *ConnectionError {
-	return &ConnectionError{Status: GoAwayProtocolError, Reason: "peer broke the protocol: " + fmt.Sprintf(format, args...)}
-}
 
 // ResetError is the end of one stream by RST_STREAM, from the peer or from this side.
 type ResetError struct {

@@ -20,6 +20,7 @@ import (
 	"github.com/moby/spdystream"
 
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 // TestUnreadStreamLeavesNeighboursAlone leaves 8 MiB of one stream unread and talks on another
@@ -78,8 +79,8 @@ func blockedPeer(t *testing.T, cfg Config) (peer *rawPeer, ours *Conn, s *Stream
 
 // floodUntilStuck sends on stream 1 until the socket takes no more.
 func floodUntilStuck(peer *rawPeer) {
-	frame := make([]byte, headerLen+32<<10)
-	putDataHeader(frame, 1, 0, 32<<10)
+	frame := make([]byte, frames.HeaderLen+32<<10)
+	frames.PutDataHeader(frame, 1, 0, 32<<10)
 	for {
 		peer.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
 		if _, err := peer.Write(frame); err != nil {
@@ -92,13 +93,13 @@ func TestDoneWhileBlocked(t *testing.T) {
 	testutil.Slow(t)
 	for name, end := range map[string]func(*rawPeer){
 		// The first FIN stands behind bytes that do not fit the window, so it never arrives.
-		"killed while sending": func(p *rawPeer) { p.expect(typeSynReply, 1); floodUntilStuck(p); p.Close() },
+		"killed while sending": func(p *rawPeer) { p.expect(frames.TypeSynReply, 1); floodUntilStuck(p); p.Close() },
 		"reset":                func(p *rawPeer) { floodUntilStuck(p); p.SetLinger(0); p.Close() },
 		"closed": func(p *rawPeer) {
-			frame := make([]byte, headerLen+1<<20+160<<10)
-			putDataHeader(frame, 1, 0, 1<<20+160<<10)
+			frame := make([]byte, frames.HeaderLen+1<<20+160<<10)
+			frames.PutDataHeader(frame, 1, 0, 1<<20+160<<10)
 			p.send(frame)
-			p.expect(typeSynReply, 1)
+			p.expect(frames.TypeSynReply, 1)
 			p.Close()
 		},
 	} {
@@ -136,24 +137,24 @@ func TestClientDoesNotProbe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	synStream := make([]byte, headerLen)
+	synStream := make([]byte, frames.HeaderLen)
 	if _, err := io.ReadFull(a, synStream); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := io.CopyN(io.Discard, a, int64(parseFrameHeader(synStream).length)); err != nil {
+	if _, err := io.CopyN(io.Discard, a, int64(frames.ParseHeader(synStream).Length)); err != nil {
 		t.Fatal(err)
 	}
 	// As much as the sockets take: the last of it waits on the server's side when it closes.
-	frame := make([]byte, headerLen+maxFrameLen)
-	putDataHeader(frame, 1, flagFin, maxFrameLen)
+	frame := make([]byte, frames.HeaderLen+frames.MaxLen)
+	frames.PutDataHeader(frame, 1, frames.FlagFin, frames.MaxLen)
 	a.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
 	n, _ := a.Write(frame)
 	a.Close()
 	eventually(t, "the read loop to be blocked", client.block.blocked.Load)
 	time.Sleep(probeInterval + probeInterval/2) // when a probe would have gone out
 	got, err := io.Copy(io.Discard, s)
-	if got != int64(n-headerLen) || !errors.Is(err, ErrPeerClosed) {
-		t.Errorf("read %d bytes of %d, %v", got, n-headerLen, err)
+	if got != int64(n-frames.HeaderLen) || !errors.Is(err, ErrPeerClosed) {
+		t.Errorf("read %d bytes of %d, %v", got, n-frames.HeaderLen, err)
 	}
 }
 
@@ -163,8 +164,8 @@ func TestStalledStreamIsReset(t *testing.T) {
 	flooded := make(chan struct{})
 	go func() {
 		defer close(flooded)
-		frame := make([]byte, headerLen+16<<20-1)
-		putDataHeader(frame, 1, 0, 16<<20-1)
+		frame := make([]byte, frames.HeaderLen+16<<20-1)
+		frames.PutDataHeader(frame, 1, 0, 16<<20-1)
 		peer.Write(frame)
 	}()
 	await(t, s.Done(), "the reset")
@@ -172,13 +173,13 @@ func TestStalledStreamIsReset(t *testing.T) {
 	if err := s.Err(); !errors.As(err, &reset) || reset.Remote || reset.Status != ResetFlowControlError {
 		t.Errorf("got %v", err)
 	}
-	peer.expect(typeSynReply, 1)
-	peer.expect(typeRstStream, 1, uint32(ResetFlowControlError))
+	peer.expect(frames.TypeSynReply, 1)
+	peer.expect(frames.TypeRstStream, 1, uint32(ResetFlowControlError))
 	// The rest of its data is swallowed, and the connection lives.
 	await(t, flooded, "the flood to end")
 	peer.data(1, 0, nil)
 	peer.send(ping(1))
-	peer.expect(typePing, 1)
+	peer.expect(frames.TypePing, 1)
 	if len(told) != 1 {
 		t.Errorf("OnStall was called %d times", len(told))
 	}
@@ -196,7 +197,7 @@ func TestStallHitsTheHog(t *testing.T) {
 	hog, other := await(t, streams, "the stream"), await(t, streams, "the stream")
 	peer.data(1, 0, make([]byte, 1<<20))
 	eventually(t, "the data", func() bool { return hog.Received() == 1<<20 })
-	peer.data(3, flagFin, make([]byte, 300<<10))
+	peer.data(3, frames.FlagFin, make([]byte, 300<<10))
 	await(t, hog.Done(), "the reset")
 	if n, err := io.Copy(io.Discard, other); err != nil || n != 300<<10 {
 		t.Errorf("the other stream: %d bytes, %v", n, err)
@@ -209,8 +210,8 @@ func TestSlowStreamIsNotReset(t *testing.T) {
 	testutil.Slow(t)
 	const stall = 3 * time.Second
 	peer, ours, s := blockedPeer(t, Config{Stall: stall})
-	frame := make([]byte, headerLen+2<<20)
-	putDataHeader(frame, 1, flagFin, 2<<20)
+	frame := make([]byte, frames.HeaderLen+2<<20)
+	frames.PutDataHeader(frame, 1, frames.FlagFin, 2<<20)
 	goDo(t, func() { peer.Write(frame) })
 	eventually(t, "the read loop to be blocked", ours.block.blocked.Load)
 	buf := make([]byte, 1000)
@@ -277,11 +278,11 @@ func TestPingOvertakesData(t *testing.T) {
 	for ponged := false; !ponged; {
 		h, payload := peer.next()
 		switch {
-		case h.control && h.kind == typePing:
+		case h.Control && h.Kind == frames.TypePing:
 			ponged = true
-		case !h.control:
+		case !h.Control:
 			before += len(payload)
-			sent[h.streamID] += len(payload)
+			sent[h.StreamID] += len(payload)
 			both := len(sent) == 2 && sent[1] < 16<<20 && sent[3] < 16<<20
 			if both && len(payload) > sharedFrame {
 				t.Errorf("a frame of %d bytes", len(payload))
@@ -297,8 +298,8 @@ func TestPingOvertakesData(t *testing.T) {
 
 func TestCloseRead(t *testing.T) {
 	peer, ours, s := blockedPeer(t, Config{})
-	frame := make([]byte, headerLen+4<<20)
-	putDataHeader(frame, 1, 0, 4<<20)
+	frame := make([]byte, frames.HeaderLen+4<<20)
+	frames.PutDataHeader(frame, 1, 0, 4<<20)
 	goDo(t, func() { peer.Write(frame) })
 	eventually(t, "the read loop to be blocked", ours.block.blocked.Load)
 	s.CloseRead()
@@ -455,10 +456,10 @@ func TestNoAllocationPerFrame(t *testing.T) {
 			serve(t, NewServer(a, nil, Config{OnStream: func(s *Stream) { streams <- s }}))
 			b.Write(openRaw())
 			s := await(t, streams, "the stream")
-			frame := make([]byte, headerLen+32<<10)
-			putDataHeader(frame, 1, 0, 32<<10)
+			frame := make([]byte, frames.HeaderLen+32<<10)
+			frames.PutDataHeader(frame, 1, 0, 32<<10)
 			step := func() {
-				if _, err := s.Write(frame[headerLen:]); err != nil {
+				if _, err := s.Write(frame[frames.HeaderLen:]); err != nil {
 					t.Fatal(err)
 				}
 			}

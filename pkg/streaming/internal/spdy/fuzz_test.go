@@ -7,32 +7,34 @@ import (
 	"net/http"
 	"testing"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 // recordedSession is what a client sends: streams, data, half-closes, a reset, PING, SETTINGS.
 func recordedSession() []byte {
 	var b []byte
 	data := func(id uint32, flags byte, payload string) {
-		header := make([]byte, headerLen)
-		putDataHeader(header, id, flags, len(payload))
+		header := make([]byte, frames.HeaderLen)
+		frames.PutDataHeader(header, id, flags, len(payload))
 		b = append(append(b, header...), payload...)
 	}
-	b = appendEmptySettings(b)
-	b = appendSynStream(b, 1, 0, appendHeaderBlock(nil, true, http.Header{"Streamtype": {"error"}}))
-	b = appendSynStream(b, 3, 0, appendHeaderBlock(nil, false, http.Header{"Streamtype": {"stdin"}}))
-	b = appendSynStream(b, 5, flagFin, appendHeaderBlock(nil, false, http.Header{"Streamtype": {"stdout"}}))
-	data(1, flagFin, "")
+	b = frames.AppendEmptySettings(b)
+	b = frames.AppendSynStream(b, 1, 0, frames.AppendHeaderBlock(nil, true, http.Header{"Streamtype": {"error"}}))
+	b = frames.AppendSynStream(b, 3, 0, frames.AppendHeaderBlock(nil, false, http.Header{"Streamtype": {"stdin"}}))
+	b = frames.AppendSynStream(b, 5, frames.FlagFin, frames.AppendHeaderBlock(nil, false, http.Header{"Streamtype": {"stdout"}}))
+	data(1, frames.FlagFin, "")
 	data(3, 0, "hello ")
-	b = appendPing(b, 1)
+	b = frames.AppendPing(b, 1)
 	data(3, 0, "world")
 	data(99, 0, "nobody")
-	data(3, flagFin, "!")
-	b = appendSynStream(b, 7, 0, appendHeaderBlock(nil, false, http.Header{"Streamtype": {"data"}, "Port": {"80"}}))
+	data(3, frames.FlagFin, "!")
+	b = frames.AppendSynStream(b, 7, 0, frames.AppendHeaderBlock(nil, false, http.Header{"Streamtype": {"data"}, "Port": {"80"}}))
 	data(7, 0, "lost")
-	b = appendRstStream(b, 7, ResetCancel)
+	b = frames.AppendRstStream(b, 7, ResetCancel)
 	data(7, 0, "late")
-	b = append(b, 0x80, 3, 0, typeWindowUpdate, 0, 0, 0, 8, 0, 0, 0, 3, 0, 1, 0, 0)
-	return appendGoAway(b, 0, GoAwayOK)
+	b = append(b, 0x80, 3, 0, frames.TypeWindowUpdate, 0, 0, 0, 8, 0, 0, 0, 3, 0, 1, 0, 0)
+	return frames.AppendGoAway(b, 0, frames.GoAwayOK)
 }
 
 // FuzzFrames feeds a connection with arbitrary bytes. It must end by itself, with every stream.
@@ -41,7 +43,7 @@ func FuzzFrames(f *testing.F) {
 	f.Add(session)
 	f.Add(session[:100])
 	f.Add(openRaw())
-	f.Add(appendSynStream(openRaw(), 1, 0, nil))
+	f.Add(frames.AppendSynStream(openRaw(), 1, 0, nil))
 	f.Add([]byte{0x80, 3, 0, 4, 0, 0, 0, 4, 0xff, 0xff, 0xff, 0xff})
 	f.Add([]byte{0x80, 3, 0, 8, 0, 0xff, 0xff, 0xff})
 	f.Add([]byte{0, 0, 0, 0, 0, 0, 0, 1, 0})
@@ -79,27 +81,3 @@ func (*deadEnd) Write(p []byte) (int, error)      { return len(p), nil }
 func (*deadEnd) Close() error                     { return nil }
 func (*deadEnd) SetWriteDeadline(time.Time) error { return nil }
 func (*deadEnd) SetReadDeadline(time.Time) error  { return nil }
-
-// FuzzHeaderBlock feeds a header reader with two blocks in a row.
-func FuzzHeaderBlock(f *testing.F) {
-	f.Add(plainBlock(true, 1, "name", "value"), plainBlock(false, 2, "a", "1", "b", "2"))
-	f.Add(plainBlock(true, 0), []byte{})
-	f.Add(plainBlock(true, 0xffffffff), plainBlock(false, 1, "A", ""))
-	f.Add([]byte{0x78, 0xf9, 0xe3, 0xc6, 0xa7, 0xc2, 0x62, 0x60, 0x60, 0x60, 0, 0, 0, 0, 0xff, 0xff}, []byte{0x02, 0x61, 0, 0, 0, 0, 0xff, 0xff})
-	f.Fuzz(func(t *testing.T, first, second []byte) {
-		r := takeHeaderReader()
-		defer r.release()
-		for _, block := range [][]byte{first, second} {
-			header, err := r.read(block, testLimits)
-			if err == nil && len(header) > testLimits.count {
-				t.Errorf("%d headers", len(header))
-			}
-			if err != nil && header != nil {
-				t.Error("headers and an error")
-			}
-			if r.input.left() > maxLeftover && err == nil {
-				t.Errorf("%d bytes left over", r.input.left())
-			}
-		}
-	})
-}

@@ -90,7 +90,7 @@ func (s *Stream) writePieces(pieces [][]byte) (n int, full bool) {
 
 // awaitDirect waits for room where the stream's WriteTo would write and says whether there is some.
 func (r *reader) awaitDirect(s *Stream, limit time.Duration) bool {
-	if !s.conn.mayWait() {
+	if s.conn.frozen.Load() || !s.conn.mayWait() {
 		return false
 	}
 	s.mu.Lock()
@@ -114,6 +114,7 @@ func (s *Stream) awaitCaughtUp() {
 	defer timeout.Stop()
 	select {
 	case <-caughtUp:
+	case <-s.conn.freezing:
 	case <-timeout.C:
 		s.mu.Lock()
 		s.caughtUp, s.hurried = nil, true

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 func TestMain(m *testing.M) {
@@ -112,3 +114,13 @@ func headers(kv ...string) http.Header {
 	}
 	return h
 }
+
+// storedBlock is a header block from raw bytes, fewer than 256, which need not be valid.
+func storedBlock(plain string) []byte {
+	n := byte(len(plain))
+	b := append([]byte{0, n, 0, ^n, 0xff}, plain...)
+	return append(b, 0, 0, 0, 0xff, 0xff)
+}
+
+// zlibHeader is what comes before the first block.
+var zlibHeader = frames.AppendHeaderBlock(nil, true, nil)[:6]

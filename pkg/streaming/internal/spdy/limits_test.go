@@ -10,11 +10,13 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 // rawPeer is a client made by hand: it writes bytes and collects the control frames that come back.
@@ -29,9 +31,9 @@ func newRawPeer(t testing.TB, cfg Config) (*rawPeer, *Conn) {
 	return &rawPeer{TCPConn: b, t: t}, serve(t, NewServer(a, nil, cfg))
 }
 
-func (p *rawPeer) send(frames ...[]byte) {
+func (p *rawPeer) send(all ...[]byte) {
 	p.t.Helper()
-	for _, frame := range frames {
+	for _, frame := range all {
 		if _, err := p.Write(frame); err != nil {
 			p.t.Fatal(err)
 		}
@@ -40,32 +42,32 @@ func (p *rawPeer) send(frames ...[]byte) {
 
 func (p *rawPeer) open(id uint32, kv ...string) {
 	p.t.Helper()
-	p.send(appendSynStream(nil, id, 0, appendHeaderBlock(nil, !p.zlib, headers(kv...))))
+	p.send(frames.AppendSynStream(nil, id, 0, frames.AppendHeaderBlock(nil, !p.zlib, headers(kv...))))
 	p.zlib = true
 }
 
 func (p *rawPeer) data(id uint32, flags byte, payload []byte) {
 	p.t.Helper()
-	header := make([]byte, headerLen)
-	putDataHeader(header, id, flags, len(payload))
+	header := make([]byte, frames.HeaderLen)
+	frames.PutDataHeader(header, id, flags, len(payload))
 	p.send(append(header, payload...))
 }
 
 // next returns the next frame, without SETTINGS.
-func (p *rawPeer) next() (frameHeader, []byte) {
+func (p *rawPeer) next() (frames.Header, []byte) {
 	p.t.Helper()
 	p.SetReadDeadline(time.Now().Add(testTimeout))
 	for {
-		var head [headerLen]byte
+		var head [frames.HeaderLen]byte
 		if _, err := io.ReadFull(p, head[:]); err != nil {
 			p.t.Fatalf("waiting for a frame: %v", err)
 		}
-		h := parseFrameHeader(head[:])
-		payload := make([]byte, h.length)
+		h := frames.ParseHeader(head[:])
+		payload := make([]byte, h.Length)
 		if _, err := io.ReadFull(p, payload); err != nil {
 			p.t.Fatal(err)
 		}
-		if h.control && h.kind == typeSettings {
+		if h.Control && h.Kind == frames.TypeSettings {
 			continue
 		}
 		return h, payload
@@ -75,7 +77,7 @@ func (p *rawPeer) next() (frameHeader, []byte) {
 func (p *rawPeer) expect(kind uint16, words ...uint32) {
 	p.t.Helper()
 	h, payload := p.next()
-	if !h.control || h.kind != kind {
+	if !h.Control || h.Kind != kind {
 		p.t.Fatalf("got frame %+v %x, want kind %d", h, payload, kind)
 	}
 	for i, want := range words {
@@ -88,17 +90,17 @@ func (p *rawPeer) expect(kind uint16, words ...uint32) {
 func (p *rawPeer) expectData(id uint32, want string) {
 	p.t.Helper()
 	h, payload := p.next()
-	if h.control || h.streamID != id || string(payload) != want {
+	if h.Control || h.StreamID != id || string(payload) != want {
 		p.t.Fatalf("got %+v %q, want %q on %d", h, payload, want, id)
 	}
 }
 
-func ping(id uint32) []byte { return appendPing(nil, id) }
+func ping(id uint32) []byte { return frames.AppendPing(nil, id) }
 
 // TestProtocolViolations checks that each one is answered with GOAWAY and a typed error.
 func TestProtocolViolations(t *testing.T) {
-	block := appendHeaderBlock(nil, true, nil)
-	first := appendSynStream(nil, 5, 0, block)
+	block := frames.AppendHeaderBlock(nil, true, nil)
+	first := frames.AppendSynStream(nil, 5, 0, block)
 	for _, tt := range []struct {
 		name  string
 		bytes []byte
@@ -106,12 +108,12 @@ func TestProtocolViolations(t *testing.T) {
 		{"data for stream 0", []byte{0, 0, 0, 0, 0, 0, 0, 0}},
 		{"other version", []byte{0x80, 2, 0, 6, 0, 0, 0, 4, 0, 0, 0, 1}},
 		{"control frame too long", []byte{0x80, 3, 0, 1, 0, 1, 0, 0}},
-		{"even stream id", appendSynStream(nil, 2, 0, block)},
-		{"stream id 0", appendSynStream(nil, 0, 0, block)},
-		{"stream id decreasing", appendSynStream(first, 3, 0, emptyHeaderBlock)},
-		{"broken header block", appendSynStream(nil, 1, 0, []byte{1, 2, 3})},
-		{"no header block", appendSynStream(nil, 1, 0, nil)},
-		{"too many headers", appendSynStream(nil, 1, 0, plainBlock(true, 10_000))},
+		{"even stream id", frames.AppendSynStream(nil, 2, 0, block)},
+		{"stream id 0", frames.AppendSynStream(nil, 0, 0, block)},
+		{"stream id decreasing", frames.AppendSynStream(first, 3, 0, frames.EmptyHeaderBlock)},
+		{"broken header block", frames.AppendSynStream(nil, 1, 0, []byte{1, 2, 3})},
+		{"no header block", frames.AppendSynStream(nil, 1, 0, nil)},
+		{"too many headers", frames.AppendSynStream(nil, 1, 0, slices.Concat(zlibHeader, storedBlock("\x00\x00\x27\x10")))},
 		{"short SYN_STREAM", []byte{0x80, 3, 0, 1, 0, 0, 0, 1, 0}},
 		{"short RST_STREAM", []byte{0x80, 3, 0, 3, 0, 0, 0, 1, 0}},
 		{"SETTINGS that lies", []byte{0x80, 3, 0, 4, 0, 0, 0, 4, 0x10, 0, 0, 0}},
@@ -124,10 +126,10 @@ func TestProtocolViolations(t *testing.T) {
 			peer.send(tt.bytes)
 			for {
 				h, payload := peer.next()
-				if h.kind == typeSynReply {
+				if h.Kind == frames.TypeSynReply {
 					continue
 				}
-				if h.kind != typeGoAway || binary.BigEndian.Uint32(payload[4:]) != uint32(GoAwayProtocolError) {
+				if h.Kind != frames.TypeGoAway || binary.BigEndian.Uint32(payload[4:]) != uint32(frames.GoAwayProtocolError) {
 					t.Fatalf("got %+v %x", h, payload)
 				}
 				break
@@ -147,40 +149,40 @@ func TestStreamFaultsCostTheStream(t *testing.T) {
 	alive := func() {
 		t.Helper()
 		peer.send(ping(1))
-		peer.expect(typePing, 1)
+		peer.expect(frames.TypePing, 1)
 	}
 	peer.open(1)
-	peer.expect(typeSynReply, 1)
+	peer.expect(frames.TypeSynReply, 1)
 
-	peer.send(appendSynStream(nil, 1, 0, emptyHeaderBlock)) // twice
-	peer.expect(typeRstStream, 1, uint32(ResetProtocolError))
+	peer.send(frames.AppendSynStream(nil, 1, 0, frames.EmptyHeaderBlock)) // twice
+	peer.expect(frames.TypeRstStream, 1, uint32(ResetProtocolError))
 	peer.data(1, 0, []byte("late")) // ignored
 	alive()
 
 	peer.data(77, 0, []byte("never opened"))
-	peer.expect(typeRstStream, 77, uint32(ResetInvalidStream))
+	peer.expect(frames.TypeRstStream, 77, uint32(ResetInvalidStream))
 	peer.data(2, 0, []byte("ours to open"))
-	peer.expect(typeRstStream, 2, uint32(ResetInvalidStream))
-	peer.send(appendRstStream(nil, 77, ResetCancel)) // ignored
+	peer.expect(frames.TypeRstStream, 2, uint32(ResetInvalidStream))
+	peer.send(frames.AppendRstStream(nil, 77, ResetCancel)) // ignored
 	alive()
 
-	peer.send(appendSynStream(nil, 3, 0, plainBlock(false, 1, "Upper", "v")))
-	peer.expect(typeRstStream, 3, uint32(ResetProtocolError))
+	peer.send(frames.AppendSynStream(nil, 3, 0, storedBlock("\x00\x00\x00\x01\x00\x00\x00\x05Upper\x00\x00\x00\x01v")))
+	peer.expect(frames.TypeRstStream, 3, uint32(ResetProtocolError))
 
 	peer.open(5)
-	peer.expect(typeSynReply, 5)
-	peer.data(5, flagFin, []byte("end"))
+	peer.expect(frames.TypeSynReply, 5)
+	peer.data(5, frames.FlagFin, []byte("end"))
 	peer.data(5, 0, []byte("more"))
-	peer.expect(typeRstStream, 5, uint32(ResetStreamAlreadyClosed))
+	peer.expect(frames.TypeRstStream, 5, uint32(ResetStreamAlreadyClosed))
 
 	for _, id := range []uint32{7, 9, 11} {
 		peer.open(id)
-		peer.expect(typeSynReply, id)
+		peer.expect(frames.TypeSynReply, id)
 	}
 	peer.open(13)
-	peer.expect(typeRstStream, 13, uint32(ResetRefusedStream))
+	peer.expect(frames.TypeRstStream, 13, uint32(ResetRefusedStream))
 
-	peer.send(appendSynReply(nil, 2, 0, emptyHeaderBlock))                                  // to nothing we opened
+	peer.send(frames.AppendSynReply(nil, 2, 0, frames.EmptyHeaderBlock))                    // to nothing we opened
 	peer.send([]byte{0x80, 3, 0, 99, 0, 0, 0, 2, 1, 2}, []byte{0x80, 3, 0, 10, 0, 0, 0, 0}) // unknown kinds
 	peer.send(ping(2))                                                                      // no answer to a PING we did not send
 	alive()
@@ -188,9 +190,9 @@ func TestStreamFaultsCostTheStream(t *testing.T) {
 
 func TestFinWithSynStream(t *testing.T) {
 	peer, _ := newRawPeer(t, echoConfig())
-	peer.send(appendSynStream(nil, 1, flagFin, appendHeaderBlock(nil, true, nil)))
-	peer.expect(typeSynReply, 1)
-	if h, _ := peer.next(); h.control || h.flags != flagFin || h.length != 0 {
+	peer.send(frames.AppendSynStream(nil, 1, frames.FlagFin, frames.AppendHeaderBlock(nil, true, nil)))
+	peer.expect(frames.TypeSynReply, 1)
+	if h, _ := peer.next(); h.Control || h.Flags != frames.FlagFin || h.Length != 0 {
 		t.Errorf("got %+v, want FIN", h)
 	}
 }
@@ -198,8 +200,8 @@ func TestFinWithSynStream(t *testing.T) {
 func TestUnidirectionalStream(t *testing.T) {
 	streams := make(chan *Stream, 1)
 	peer, ours := newRawPeer(t, Config{OnStream: func(s *Stream) { streams <- s }})
-	peer.send(appendSynStream(nil, 1, flagUnidirectional, appendHeaderBlock(nil, true, nil)))
-	peer.data(1, flagFin, []byte("one way"))
+	peer.send(frames.AppendSynStream(nil, 1, frames.FlagUnidirectional, frames.AppendHeaderBlock(nil, true, nil)))
+	peer.data(1, frames.FlagFin, []byte("one way"))
 	s := await(t, streams, "the stream")
 	if _, err := s.Write([]byte("x")); !errors.Is(err, ErrWriteClosed) {
 		t.Errorf("write: %v", err)
@@ -208,9 +210,9 @@ func TestUnidirectionalStream(t *testing.T) {
 		t.Errorf("got %q, %v", got, err)
 	}
 	peer.send(ping(1))
-	peer.expect(typePing, 1) // and no SYN_REPLY before it
+	peer.expect(frames.TypePing, 1) // and no SYN_REPLY before it
 
-	peer.send(appendSynStream(nil, 3, flagUnidirectional|flagFin, emptyHeaderBlock))
+	peer.send(frames.AppendSynStream(nil, 3, frames.FlagUnidirectional|frames.FlagFin, frames.EmptyHeaderBlock))
 	await(t, await(t, streams, "the stream").Done(), "the end of the stream")
 	eventually(t, "the streams to be forgotten", func() bool { return streamCount(ours) == 0 })
 }
@@ -224,7 +226,7 @@ func TestReplyComesBeforeData(t *testing.T) {
 	}})
 	for id := uint32(1); id < 10; id += 2 {
 		peer.open(id)
-		peer.expect(typeSynReply, id)
+		peer.expect(frames.TypeSynReply, id)
 		peer.expectData(id, "early")
 	}
 }
@@ -238,10 +240,10 @@ func TestOpenAndDrop(t *testing.T) {
 	open := func(from, n uint32) {
 		var b []byte
 		for id := from; id < from+2*n; id += 2 {
-			b = appendSynStream(b, id, 0, appendHeaderBlock(nil, !peer.zlib, http.Header{"Port": {"80"}}))
+			b = frames.AppendSynStream(b, id, 0, frames.AppendHeaderBlock(nil, !peer.zlib, http.Header{"Port": {"80"}}))
 			peer.zlib = true
 			b = append(b, 0, 0, byte(id>>8), byte(id), 0, 0, 0, 3, 'a', 'b', 'c')
-			b = appendRstStream(b, id, ResetCancel)
+			b = frames.AppendRstStream(b, id, ResetCancel)
 		}
 		peer.send(b)
 		eventually(t, "the streams to go", func() bool {
@@ -266,9 +268,9 @@ func TestOpenAndDrop(t *testing.T) {
 func TestPingFlood(t *testing.T) {
 	peer, ours := newRawPeer(t, echoConfig())
 	peer.SetReadBuffer(4 << 10)
-	frames := bytes.Repeat(ping(1), 10_000)
+	flood := bytes.Repeat(ping(1), 10_000)
 	for range 50 {
-		peer.send(frames)
+		peer.send(flood)
 	}
 	if n := ours.out.queued.Load(); n > maxMustSend+100 {
 		t.Errorf("%d bytes queued", n)
@@ -294,13 +296,13 @@ func TestOpenFloodWithoutReading(t *testing.T) {
 			a.SetWriteBuffer(64 << 10)
 			peer, ours := &rawPeer{TCPConn: b, t: t}, serve(t, NewServer(a, nil, Config{OnStream: onStream}))
 			go func() {
-				block := appendHeaderBlock(nil, true, nil)
+				block := frames.AppendHeaderBlock(nil, true, nil)
 				for id := uint32(1); id < 4_000_000; {
 					var b []byte
 					for range 1000 {
-						b = appendSynStream(b, id, 0, block)
-						b = appendRstStream(b, id, ResetCancel)
-						block = emptyHeaderBlock
+						b = frames.AppendSynStream(b, id, 0, block)
+						b = frames.AppendRstStream(b, id, ResetCancel)
+						block = frames.EmptyHeaderBlock
 						id += 2
 					}
 					if _, err := peer.Write(b); err != nil {
@@ -350,10 +352,10 @@ func TestAcceptThenReset(t *testing.T) {
 		s.Reset()
 	}})
 	peer.open(1, "accept", "yes")
-	peer.expect(typeSynReply, 1)
-	peer.expect(typeRstStream, 1, uint32(ResetCancel))
+	peer.expect(frames.TypeSynReply, 1)
+	peer.expect(frames.TypeRstStream, 1, uint32(ResetCancel))
 	peer.open(3, "other", "no")
-	peer.expect(typeRstStream, 3, uint32(ResetCancel))
+	peer.expect(frames.TypeRstStream, 3, uint32(ResetCancel))
 }
 
 // TestAfterReset calls back for each way in which a stream breaks off, once, and not for FIN.
@@ -368,7 +370,7 @@ func TestAfterReset(t *testing.T) {
 		return s
 	}
 	finished := next(1)
-	peer.data(1, flagFin, nil)
+	peer.data(1, frames.FlagFin, nil)
 	finished.CloseWrite()
 	await(t, finished.Done(), "the end by FIN")
 	next(3).Reset()
@@ -376,7 +378,7 @@ func TestAfterReset(t *testing.T) {
 		t.Errorf("called for stream %d", id)
 	}
 	next(5)
-	peer.send(appendRstStream(nil, 5, ResetCancel))
+	peer.send(frames.AppendRstStream(nil, 5, ResetCancel))
 	if id := await(t, called, "the call for the peer's reset"); id != 5 {
 		t.Errorf("called for stream %d", id)
 	}

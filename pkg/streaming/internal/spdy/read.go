@@ -9,6 +9,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 // plainReadSize is the read buffer of a connection that is no plain socket, such as TLS, where a
@@ -56,12 +59,27 @@ func (c *Conn) readFrames() error {
 	defer r.room.close()
 	r.now = time.Now().UnixNano()
 	rest, err := r.parse(r.partial)
+	if err == nil {
+		err = r.flushGathered()
+	}
 	r.partial = append([]byte(nil), rest...)
-	for err == nil {
+	for err == nil && !c.frozen.Load() {
 		c.out.flush()
 		err = r.fill()
 	}
+	if c.frozen.Load() && (err == nil || c.stopped(err)) {
+		r.park()
+		return handover.ErrFrozen
+	}
 	return err
+}
+
+// park keeps what was read and not understood yet, for the state.
+func (r *reader) park() {
+	if r.buf != nil {
+		r.partial = append([]byte(nil), r.buf.data[:r.end]...)
+	}
+	r.drop()
 }
 
 // fill reads once and handles the frames that have become complete.
@@ -77,6 +95,9 @@ func (r *reader) fill() error {
 		if errors.Is(err, unix.ECONNRESET) {
 			return ErrPeerReset
 		}
+		if r.c.stopped(err) {
+			return err
+		}
 		return fmt.Errorf("spdy: reading from the peer: %w", err)
 	}
 	r.now = time.Now().UnixNano()
@@ -87,6 +108,11 @@ func (r *reader) fill() error {
 	}
 	if err != nil {
 		return err
+	}
+	if r.c.frozen.Load() {
+		r.partial = append([]byte(nil), rest...)
+		r.drop()
+		return nil
 	}
 	r.keep(rest)
 	return nil
@@ -175,9 +201,13 @@ func (r *reader) drop() {
 }
 
 // parse handles the frames in p and returns the incomplete one at its end. Payload of data frames
-// is handed on as it comes; control frames are handled when they are complete.
+// is handed on as it comes; control frames are handled when they are complete. On a frozen connection it returns all
+// that it has not begun with.
 func (r *reader) parse(p []byte) ([]byte, error) {
 	for len(p) > 0 {
+		if r.c.frozen.Load() {
+			return p, nil
+		}
 		if r.remaining > 0 {
 			n := min(len(p), r.remaining)
 			if err := r.deliver(p[:n]); err != nil {
@@ -190,59 +220,59 @@ func (r *reader) parse(p []byte) ([]byte, error) {
 			}
 			continue
 		}
-		if len(p) < headerLen {
+		if len(p) < frames.HeaderLen {
 			return p, nil
 		}
-		h := parseFrameHeader(p)
-		if !h.control {
+		h := frames.ParseHeader(p)
+		if !h.Control {
 			if err := r.startData(h); err != nil {
 				return nil, err
 			}
-			p = p[headerLen:]
+			p = p[frames.HeaderLen:]
 			continue
 		}
 		r.gather = false
 		if err := r.flushGathered(); err != nil {
 			return nil, err
 		}
-		if h.version != protocolVersion {
-			return nil, protocolErrorf("control frame of SPDY version %d", h.version)
+		if h.Version != frames.ProtocolVersion {
+			return nil, frames.ProtocolErrorf("control frame of SPDY version %d", h.Version)
 		}
-		if h.length > r.c.cfg.MaxControlFrame {
-			return nil, protocolErrorf("control frame of %d bytes, limit %d", h.length, r.c.cfg.MaxControlFrame)
+		if h.Length > r.c.cfg.MaxControlFrame {
+			return nil, frames.ProtocolErrorf("control frame of %d bytes, limit %d", h.Length, r.c.cfg.MaxControlFrame)
 		}
-		if len(p) < headerLen+h.length {
+		if len(p) < frames.HeaderLen+h.Length {
 			return p, nil
 		}
-		if err := r.handleControl(h, p[headerLen:headerLen+h.length]); err != nil {
+		if err := r.handleControl(h, p[frames.HeaderLen:frames.HeaderLen+h.Length]); err != nil {
 			return nil, err
 		}
-		p = p[headerLen+h.length:]
+		p = p[frames.HeaderLen+h.Length:]
 		// One buffer may hold more frames than their answers may take in the queue.
-		if r.c.out.queued.Load() > maxBestEffort {
+		if r.c.out.answers() > maxBestEffort {
 			r.c.out.flush()
 		}
 	}
 	return nil, nil
 }
 
-func (r *reader) startData(h frameHeader) error {
-	if h.streamID == 0 {
-		return protocolErrorf("data for stream 0")
+func (r *reader) startData(h frames.Header) error {
+	if h.StreamID == 0 {
+		return frames.ProtocolErrorf("data for stream 0")
 	}
-	s := r.c.findStream(h.streamID)
+	s := r.c.findStream(h.StreamID)
 	switch {
-	case s == nil && !r.wasOpened(h.streamID):
+	case s == nil && !r.wasOpened(h.StreamID):
 		// The draft wants a stream error and lets the connection live (2.2.2).
 		r.c.out.enqueue(bestEffort, func(b []byte) []byte { //nolint:errcheck // a connection that cannot be written to is noticed by its reader
-			return appendRstStream(b, h.streamID, ResetInvalidStream)
+			return frames.AppendRstStream(b, h.StreamID, ResetInvalidStream)
 		})
-	case s != nil && h.length > 0 && s.InputEnded():
+	case s != nil && h.Length > 0 && s.InputEnded():
 		s.reset(ResetStreamAlreadyClosed, "data after FIN") //nolint:errcheck // as above
 		s = nil
 	}
-	r.stream, r.remaining, r.fin = s, h.length, h.flags&flagFin != 0
-	large := r.c.socket != nil && s != nil && h.length >= gatherMin
+	r.stream, r.remaining, r.fin = s, h.Length, h.Flags&frames.FlagFin != 0
+	large := r.c.socket != nil && s != nil && h.Length >= gatherMin
 	// What has been gathered comes before this frame, unless it is gathered too.
 	if s != r.gathered || !large || r.fin || len(r.pieces) == maxPieces {
 		if err := r.flushGathered(); err != nil {
@@ -291,7 +321,10 @@ func (r *reader) store(s *Stream, p []byte) error {
 		if len(p) == 0 {
 			return nil
 		}
-		if err := r.c.block.wait(s); err != nil {
+		if err := r.c.block.wait(s); err == handover.ErrFrozen {
+			s.putAll(p)
+			return nil
+		} else if err != nil {
 			return err
 		}
 		r.now = time.Now().UnixNano()
@@ -305,41 +338,41 @@ func (r *reader) endData() {
 	r.stream = nil
 }
 
-func (r *reader) handleControl(h frameHeader, payload []byte) error {
+func (r *reader) handleControl(h frames.Header, payload []byte) error {
 	c := r.c
-	switch h.kind {
-	case typeSynStream:
-		return r.handleSynStream(h.flags, payload)
-	case typeSynReply, typeHeaders:
-		return r.handleReplyOrHeaders(h.kind, h.flags, payload)
-	case typeRstStream:
-		id, status, err := parseRstStream(payload)
+	switch h.Kind {
+	case frames.TypeSynStream:
+		return r.handleSynStream(h.Flags, payload)
+	case frames.TypeSynReply, frames.TypeHeaders:
+		return r.handleReplyOrHeaders(h.Kind, h.Flags, payload)
+	case frames.TypeRstStream:
+		id, status, err := frames.ParseRstStream(payload)
 		if err != nil {
 			return err
 		}
 		if s := c.findStream(id); s != nil {
 			s.peerReset(status)
 		}
-	case typeSettings:
-		return checkSettings(payload)
-	case typePing:
-		id, err := parsePing(payload)
+	case frames.TypeSettings:
+		return frames.CheckSettings(payload)
+	case frames.TypePing:
+		id, err := frames.ParsePing(payload)
 		if err != nil {
 			return err
 		}
 		// Pings of the peer have the parity of its streams; the others answer ours (2.6.5).
 		if c.peerOpens(id) {
-			c.out.enqueue(bestEffort, func(b []byte) []byte { return appendPing(b, id) }) //nolint:errcheck // as above
+			c.out.enqueue(bestEffort, func(b []byte) []byte { return frames.AppendPing(b, id) }) //nolint:errcheck // as above
 		} else {
 			c.pingAnswered(id)
 		}
-	case typeGoAway:
-		if _, _, err := parseGoAway(payload); err != nil {
+	case frames.TypeGoAway:
+		if _, _, err := frames.ParseGoAway(payload); err != nil {
 			return err
 		}
 		c.markGone(ErrGoAway)
-	case typeWindowUpdate:
-		return checkWindowUpdate(payload)
+	case frames.TypeWindowUpdate:
+		return frames.CheckWindowUpdate(payload)
 	}
 	// Control frames of other types are to be ignored (2.2.1).
 	return nil
@@ -347,23 +380,23 @@ func (r *reader) handleControl(h frameHeader, payload []byte) error {
 
 func (r *reader) handleSynStream(flags byte, payload []byte) error {
 	c := r.c
-	id, block, err := parseSynStream(payload)
+	id, block, err := frames.ParseSynStream(payload)
 	if err != nil {
 		return err
 	}
 	if id == 0 || !c.peerOpens(id) {
-		return protocolErrorf("SYN_STREAM with stream id %d, which is not the peer's to open", id)
+		return frames.ProtocolErrorf("SYN_STREAM with stream id %d, which is not the peer's to open", id)
 	}
 	header, refused, fault := r.readHeaders(block)
-	if fault != nil && !isHeaderFault(fault) {
-		return &ConnectionError{Status: GoAwayProtocolError, Reason: fault.Error()}
+	if fault != nil && !frames.IsHeaderFault(fault) {
+		return &ConnectionError{Status: frames.GoAwayProtocolError, Reason: fault.Error()}
 	}
 	if id <= r.lastPeerStream.Load() {
 		if s := c.findStream(id); s != nil {
 			s.reset(ResetProtocolError, "opened twice") //nolint:errcheck // as above
 			return nil
 		}
-		return protocolErrorf("SYN_STREAM with stream id %d after %d", id, r.lastPeerStream.Load())
+		return frames.ProtocolErrorf("SYN_STREAM with stream id %d after %d", id, r.lastPeerStream.Load())
 	}
 	r.lastPeerStream.Store(id)
 	if fault != nil {
@@ -374,9 +407,9 @@ func (r *reader) handleSynStream(flags byte, payload []byte) error {
 	}
 
 	s := newStream(c, id, header)
-	s.localFin = flags&flagUnidirectional != 0
+	s.localFin = flags&frames.FlagUnidirectional != 0
 	s.replied = s.localFin
-	if flags&flagFin != 0 {
+	if flags&frames.FlagFin != 0 {
 		s.readErr = io.EOF
 	}
 	switch err := c.addStream(s); {
@@ -403,28 +436,28 @@ func (r *reader) readHeaders(block []byte) (header http.Header, refused bool, er
 		return nil, true, nil
 	}
 	if c.headers == nil {
-		c.headers = takeHeaderReader()
+		c.headers = frames.TakeHeaderReader()
 	}
-	header, err = c.headers.read(block, headerLimits{
-		count: c.cfg.MaxHeaders, field: c.cfg.MaxHeaderField, total: c.cfg.MaxHeaderBytes,
+	header, err = c.headers.Read(block, frames.HeaderLimits{
+		Count: c.cfg.MaxHeaders, Field: c.cfg.MaxHeaderField, Total: c.cfg.MaxHeaderBytes,
 	})
 	return header, false, err
 }
 
 func (r *reader) refuse(id uint32, status ResetStatus) error {
-	return r.c.out.enqueue(mustSend, func(b []byte) []byte { return appendRstStream(b, id, status) })
+	return r.c.out.enqueue(mustSend, func(b []byte) []byte { return frames.AppendRstStream(b, id, status) })
 }
 
 // handleReplyOrHeaders reads SYN_REPLY and HEADERS for the sake of the inflater and of FIN: the
 // protocols of Kubernetes put nothing into them.
 func (r *reader) handleReplyOrHeaders(kind uint16, flags byte, payload []byte) error {
-	id, block, err := parseReplyOrHeaders(payload)
+	id, block, err := frames.ParseReplyOrHeaders(payload)
 	if err != nil {
 		return err
 	}
 	_, _, fault := r.readHeaders(block)
-	if fault != nil && !isHeaderFault(fault) {
-		return &ConnectionError{Status: GoAwayProtocolError, Reason: fault.Error()}
+	if fault != nil && !frames.IsHeaderFault(fault) {
+		return &ConnectionError{Status: frames.GoAwayProtocolError, Reason: fault.Error()}
 	}
 	s := r.c.findStream(id)
 	if s == nil {
@@ -434,10 +467,10 @@ func (r *reader) handleReplyOrHeaders(kind uint16, flags byte, payload []byte) e
 		s.reset(ResetProtocolError, fault.Error()) //nolint:errcheck // as above
 		return nil
 	}
-	if kind == typeSynReply {
+	if kind == frames.TypeSynReply {
 		s.peerAccepted()
 	}
-	if flags&flagFin != 0 {
+	if flags&frames.FlagFin != 0 {
 		s.peerFin()
 	}
 	return nil

@@ -4,6 +4,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 // Receipt says how far the peer has come with the data that it was sent.
@@ -80,7 +82,7 @@ func (c *Conn) awaitReceipts(s *Stream) (room int) {
 			none := r.none
 			r.mu.Unlock()
 			if none {
-				return maxFrameLen
+				return frames.MaxLen
 			}
 			return int(window - ahead)
 		}
@@ -102,10 +104,13 @@ func (c *Conn) awaitReceipts(s *Stream) (room int) {
 			timer.Stop()
 		case <-c.done:
 			timer.Stop()
-			return maxFrameLen
+			return frames.MaxLen
+		case <-c.freezing:
+			timer.Stop()
+			return frames.MaxLen
 		case <-s.done:
 			timer.Stop()
-			return maxFrameLen
+			return frames.MaxLen
 		case <-timer.C:
 			r.mu.Lock()
 			r.none = !r.any
@@ -115,7 +120,7 @@ func (c *Conn) awaitReceipts(s *Stream) (room int) {
 			}
 		}
 	}
-	return maxFrameLen
+	return frames.MaxLen
 }
 
 // noteSent counts payload that was written, and asks for a receipt when it is time. It does not block.
@@ -170,13 +175,13 @@ func (c *Conn) askLocked() {
 func (w *writer) pings(n int) (first uint32, ok bool) {
 	w.queueMu.Lock()
 	defer w.queueMu.Unlock()
-	if w.queued.Load() > maxBestEffort {
+	if w.answers() > maxBestEffort {
 		return 0, false
 	}
 	first = w.nextPingLocked(n)
 	err := w.enqueueLocked(bestEffort, func(b []byte) []byte {
 		for i := range n {
-			b = appendPing(b, first+2*uint32(i))
+			b = frames.AppendPing(b, first+2*uint32(i))
 		}
 		return b
 	})

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 // receiptConfig hands on streams and receipts.
@@ -161,7 +162,7 @@ func TestNoReceiptsForALittle(t *testing.T) {
 func TestWaitForReceiptsEnds(t *testing.T) {
 	testutil.Slow(t)
 	for name, end := range map[string]func(*rawPeer, *Conn){
-		"reset":       func(p *rawPeer, _ *Conn) { p.send(appendRstStream(nil, 1, ResetCancel)) },
+		"reset":       func(p *rawPeer, _ *Conn) { p.send(frames.AppendRstStream(nil, 1, ResetCancel)) },
 		"peer closes": func(p *rawPeer, _ *Conn) { p.Close() },
 		"own close":   func(_ *rawPeer, c *Conn) { c.Close() },
 	} {

@@ -2,6 +2,8 @@ package spdy
 
 import (
 	"os"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -12,10 +14,14 @@ import (
 // the deadlines of who else writes there, and holds no thread: an epoll descriptor can itself be waited for, by
 // Go's own poller.
 //
-// It is used by one goroutine. The zero value is ready; close it when done.
+// It is used by one goroutine, but for interrupt. The zero value is ready; close it when done.
 type room struct {
+	stopped atomic.Bool // by interrupt: nothing is waited for any more
+
+	raw syscall.RawConn
+
+	mu    sync.Mutex // for interrupt
 	epoll *os.File
-	raw   syscall.RawConn
 }
 
 // await waits until the destination takes something, and says whether it does.
@@ -34,6 +40,9 @@ func (r *room) await(destination syscall.RawConn, limit time.Duration) bool {
 	// A destination that is closed meanwhile has left the set by itself.
 	defer destination.Control(func(fd uintptr) { r.control(unix.EPOLL_CTL_DEL, fd, nil) }) //nolint:errcheck // as said
 	if err := r.epoll.SetReadDeadline(time.Now().Add(limit)); err != nil {
+		return false
+	}
+	if r.stopped.Load() { // perhaps before the deadline was set
 		return false
 	}
 	var events [1]unix.EpollEvent
@@ -63,7 +72,9 @@ func (r *room) open() bool {
 		unix.Close(epfd) //nolint:errcheck // just made
 		return false
 	}
+	r.mu.Lock()
 	r.epoll = os.NewFile(uintptr(epfd), "epoll")
+	r.mu.Unlock()
 	if r.raw, err = r.epoll.SyscallConn(); err != nil {
 		r.close()
 		return false
@@ -72,6 +83,8 @@ func (r *room) open() bool {
 }
 
 func (r *room) close() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.epoll != nil {
 		r.epoll.Close() //nolint:errcheck // nothing was written
 		r.epoll = nil

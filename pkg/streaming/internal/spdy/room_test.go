@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 // fullPipe returns the end of a full pipe that is written to, and the other.
@@ -109,10 +111,10 @@ func TestPingsBehindSlowUpload(t *testing.T) {
 		t.Fatal(err)
 	}
 	var batch []byte
-	const frames, size = 6, 32 << 10
-	for range frames {
-		header := make([]byte, headerLen)
-		putDataHeader(header, 1, 0, size)
+	const number, size = 6, 32 << 10
+	for range number {
+		header := make([]byte, frames.HeaderLen)
+		frames.PutDataHeader(header, 1, 0, size)
 		batch = append(append(batch, header...), make([]byte, size)...)
 	}
 	u.peer.send(append(batch, ping(7)...))
@@ -121,12 +123,12 @@ func TestPingsBehindSlowUpload(t *testing.T) {
 	goDo(t, func() {
 		defer close(answered)
 		for {
-			if h, _ := u.peer.next(); h.control && h.kind == typePing {
+			if h, _ := u.peer.next(); h.Control && h.Kind == frames.TypePing {
 				return
 			}
 		}
 	})
-	for drop := make([]byte, 4<<10); taken < frames*size; {
+	for drop := make([]byte, 4<<10); taken < number*size; {
 		time.Sleep(directWait * 3 / 4)
 		n, err := read.Read(drop)
 		if err != nil {
@@ -135,11 +137,11 @@ func TestPingsBehindSlowUpload(t *testing.T) {
 		taken += n
 		select {
 		case <-answered:
-			if taken > frames*size/3 {
-				t.Errorf("the ping was answered when %d of %d bytes had been taken", taken, frames*size)
+			if taken > number*size/3 {
+				t.Errorf("the ping was answered when %d of %d bytes had been taken", taken, number*size)
 			}
 			goDo(t, func() { io.Copy(io.Discard, read) })
-			u.peer.data(1, flagFin, nil)
+			u.peer.data(1, frames.FlagFin, nil)
 			await(t, u.done, "WriteTo")
 			return
 		default:

@@ -13,6 +13,10 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 // blockedPiece is how much WriteTo writes at once while the read loop waits for room, so that a slow
@@ -36,6 +40,7 @@ type Stream struct {
 	buffered   int           // the sizes of these buffers
 	readErr    error         // what follows the data: io.EOF after FIN, a *ResetError, or the connection's end
 	readClosed bool          // CloseRead was called
+	dropped    bool          // a reset or our Close has thrown the data away
 	writeErr   error         // a *ResetError or the connection's end
 	localFin   bool          // we have sent FIN
 	replied    bool          // SYN_REPLY is queued, or not to be sent
@@ -86,7 +91,7 @@ func (s *Stream) AfterReset(f func()) {
 
 func (s *Stream) notifyResetLocked() {
 	if s.writeErr != nil && s.afterReset != nil {
-		go s.afterReset()
+		rescue.Go(s.conn.cfg.OnPanic, s.afterReset)
 		s.afterReset = nil
 	}
 }
@@ -101,7 +106,7 @@ func (s *Stream) Err() error {
 
 // Read reads what has come, waiting for the first byte. The data that came before the end of the
 // stream is always read first. Then follows io.EOF after the peer's FIN, a *ResetError after a
-// reset, or the reason why the connection is gone.
+// reset, or the reason why the connection is gone. While the connection is frozen, handover.ErrFrozen comes instead of data.
 func (s *Stream) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
@@ -124,7 +129,8 @@ func (s *Stream) Read(p []byte) (int, error) {
 }
 
 // WriteTo writes all that comes to w, up to 64 KiB with one write, until the peer's FIN. For the
-// rest of what it returns see Read. When w fails, the data of that write is lost.
+// rest of what it returns see Read. When w fails, the data of that write is lost, but on a frozen connection: there what w
+// has not taken stays to be read, and when w fails because its deadline has passed the error is handover.ErrFrozen.
 //
 // A non-blocking *os.File or *net.TCPConn, or the file of a writer with a method DirectFile() *os.File, is also
 // written by the goroutine of Conn.Serve, while
@@ -144,8 +150,10 @@ func (s *Stream) WriteTo(w io.Writer) (written int64, err error) {
 	}()
 	for {
 		b, err := s.take(direct)
-		if err == nil && direct != nil && direct.err != nil {
-			b.free()
+		if direct != nil && direct.err != nil && (err == nil || err == handover.ErrFrozen) {
+			if err == nil {
+				b.free()
+			}
 			err = direct.err
 		}
 		if err == io.EOF {
@@ -156,16 +164,28 @@ func (s *Stream) WriteTo(w io.Writer) (written int64, err error) {
 		}
 		var n int
 		if relay {
-			n, err = to.send(b, false)
+			n, err = to.send(b, false, false)
 		} else {
 			n, err = s.writeBuffer(w, b)
 		}
-		b.free()
 		written += int64(n)
+		if err != nil && (s.conn.frozen.Load() || errors.Is(err, handover.ErrFrozen)) {
+			s.putBack(b)
+			return written, frozenError(err)
+		}
+		b.free()
 		if err != nil {
 			return written, err
 		}
 	}
+}
+
+// frozenError is what a call returns that was ended by a freeze: another error only when something else has happened.
+func frozenError(err error) error {
+	if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, io.ErrShortWrite) || errors.Is(err, handover.ErrFrozen) {
+		return handover.ErrFrozen
+	}
+	return err
 }
 
 func (s *Stream) writeBuffer(w io.Writer, b *buffer) (written int, err error) {
@@ -211,14 +231,16 @@ func (s *Stream) take(direct *direct) (*buffer, error) {
 
 // awaitLocked waits until there is data, and returns the stream's end if there will be none.
 func (s *Stream) awaitLocked() error {
-	for s.head == nil && s.readErr == nil && !s.readClosed {
+	for s.head == nil && s.readErr == nil && !s.readClosed && !s.conn.frozen.Load() {
 		s.arrived.Wait()
 	}
-	if s.readClosed {
+	switch {
+	case s.readClosed:
 		return ErrReadClosed
-	}
-	if s.head == nil {
+	case s.head == nil && s.readErr != nil:
 		return s.readErr
+	case s.conn.frozen.Load():
+		return handover.ErrFrozen
 	}
 	return nil
 }
@@ -236,6 +258,7 @@ func (s *Stream) detachLocked() *buffer {
 }
 
 func (s *Stream) dropLocked() {
+	s.dropped = true
 	for s.head != nil {
 		s.detachLocked().free()
 	}
@@ -354,7 +377,8 @@ func (s *Stream) held() int {
 func (s *Stream) lastMoved() time.Time { return time.Unix(0, s.moved.Load()) }
 
 // Write sends p. It returns when the connection has taken it all, and fails with ErrWriteClosed
-// after CloseWrite, a *ResetError after a reset, or the reason why the connection is gone.
+// after CloseWrite, a *ResetError after a reset, or the reason why the connection is gone. The connection may be frozen
+// meanwhile: then all of p is taken, or nothing and the error is handover.ErrFrozen.
 func (s *Stream) Write(p []byte) (int, error) {
 	s.conn.out.senders.Add(1)
 	defer s.conn.out.senders.Add(-1)
@@ -362,7 +386,7 @@ func (s *Stream) Write(p []byte) (int, error) {
 	for written < len(p) {
 		b := newBuffer(classFor(len(p)-written, largestClass))
 		b.end += copy(b.spare(), p[written:])
-		n, err := s.conn.out.send(s, b, false)
+		n, err := s.conn.out.send(s, b, false, written > 0)
 		b.free()
 		written += n
 		if err != nil {
@@ -372,16 +396,17 @@ func (s *Stream) Write(p []byte) (int, error) {
 	return written, nil
 }
 
-func (s *Stream) send(b *buffer, fin bool) (int, error) {
+func (s *Stream) send(b *buffer, fin, committed bool) (int, error) {
 	s.conn.out.senders.Add(1)
 	defer s.conn.out.senders.Add(-1)
-	return s.conn.out.send(s, b, fin)
+	return s.conn.out.send(s, b, fin, committed)
 }
 
 // ReadFrom sends what r gives until its end, with one read and one write for up to 1 MiB. It sends
 // no FIN. A reader with SyscallConn, such as a pipe, a terminal or a TCP connection, is read
 // directly, and while it has nothing no memory is held; such a reader must not have a buffer of its
-// own. ReadFrom ends with r or when a write fails: to end it earlier, close r.
+// own. ReadFrom ends with r or when a write fails: to end it earlier, close r. When the connection is frozen it ends with
+// handover.ErrFrozen, but not before a read of r has returned: r's deadline ends it.
 func (s *Stream) ReadFrom(r io.Reader) (int64, error) {
 	if from, ok := r.(*Stream); ok {
 		return from.WriteTo(s)
@@ -389,9 +414,12 @@ func (s *Stream) ReadFrom(r io.Reader) (int64, error) {
 	source := newSource(r)
 	var sent int64
 	for {
+		if s.conn.frozen.Load() {
+			return sent, handover.ErrFrozen
+		}
 		b, readErr := source.read()
 		if b != nil {
-			n, err := s.send(b, false)
+			n, err := s.send(b, false, true)
 			b.free()
 			sent += int64(n)
 			if err != nil {
@@ -400,6 +428,11 @@ func (s *Stream) ReadFrom(r io.Reader) (int64, error) {
 		}
 		if readErr == io.EOF {
 			return sent, nil
+		}
+		if readErr != nil && (s.conn.frozen.Load() || errors.Is(readErr, handover.ErrFrozen)) {
+			if err := frozenError(readErr); err == handover.ErrFrozen {
+				return sent, err
+			}
 		}
 		if readErr != nil {
 			return sent, fmt.Errorf("spdy: reading what is to be sent: %w", readErr)
@@ -412,7 +445,7 @@ func (s *Stream) ReadFrom(r io.Reader) (int64, error) {
 func (s *Stream) CloseWrite() error {
 	b := newBuffer(smallestClass)
 	defer b.free()
-	_, err := s.send(b, true)
+	_, err := s.send(b, true, true)
 	if errors.Is(err, ErrWriteClosed) {
 		return nil
 	}
@@ -453,7 +486,7 @@ func (s *Stream) resetLocally(reset *ResetError) (err error) {
 		s.writeErr = reset
 		s.replied = true
 		err = s.conn.out.enqueue(unlimited, func(b []byte) []byte {
-			return appendRstStream(b, s.id, reset.Status)
+			return frames.AppendRstStream(b, s.id, reset.Status)
 		})
 	}
 	s.notifyResetLocked()
@@ -468,7 +501,7 @@ func (s *Stream) resetLocally(reset *ResetError) (err error) {
 func (s *Stream) Accept() error { return s.accept() }
 
 // WaitAccepted waits for the peer's SYN_REPLY to a stream that was opened here. The error is the
-// context's, the stream's or the connection's.
+// context's, the stream's or the connection's, or handover.ErrFrozen.
 func (s *Stream) WaitAccepted(ctx context.Context) error {
 	s.mu.Lock()
 	accepted := s.accepted
@@ -485,6 +518,8 @@ func (s *Stream) WaitAccepted(ctx context.Context) error {
 		return s.Err()
 	case <-s.conn.done:
 		return s.conn.Err()
+	case <-s.conn.freezing:
+		return handover.ErrFrozen
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
@@ -590,7 +625,7 @@ func (s *Stream) settleLocked() {
 		close(s.done)
 	}
 	if s.head == nil {
-		s.conn.removeStream(s.id)
+		s.conn.forget(s)
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 // destination is where WriteTo writes, and where what it has written is read.
@@ -97,7 +98,7 @@ func TestUpload(t *testing.T) {
 						}
 						flags := byte(0)
 						if n == len(p) {
-							flags = flagFin
+							flags = frames.FlagFin
 						}
 						u.peer.data(1, flags, p[:n])
 						if rand.IntN(8) == 0 { // which ends a gathering, and may not be what keeps the order
@@ -143,7 +144,7 @@ func TestUploadIsGathered(t *testing.T) {
 			for range 1000 {
 				u.peer.data(1, 0, frame)
 			}
-			u.peer.data(1, flagFin, nil)
+			u.peer.data(1, frames.FlagFin, nil)
 			if err := await(t, u.done, "WriteTo"); err != nil {
 				t.Fatal(err)
 			}
@@ -184,7 +185,7 @@ func TestUploadToFullDestination(t *testing.T) {
 			}
 			send(sent)
 			peer.open(3, "streamtype", "data")
-			peer.data(3, flagFin, []byte("neighbour"))
+			peer.data(3, frames.FlagFin, []byte("neighbour"))
 			got, err := io.ReadAll(await(t, streams, "the neighbour"))
 			if err != nil || string(got) != "neighbour" {
 				t.Fatalf("%q, %v", got, err)
@@ -193,7 +194,7 @@ func TestUploadToFullDestination(t *testing.T) {
 			if _, err := io.ReadFull(d.from, arrived); err != nil || !bytes.Equal(arrived, sent) {
 				t.Errorf("equal %v, %v", bytes.Equal(arrived, sent), err)
 			}
-			peer.data(1, flagFin, nil)
+			peer.data(1, frames.FlagFin, nil)
 			if _, err := d.from.Read(make([]byte, 1)); err != io.EOF {
 				t.Errorf("after the end: %v", err)
 			}

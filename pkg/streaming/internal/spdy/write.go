@@ -9,6 +9,10 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 const (
@@ -42,9 +46,10 @@ type writer struct {
 	senders atomic.Int32          // calls that write data now, on any stream
 	failed  atomic.Pointer[error] // nothing can be written any more
 	queued  atomic.Int64          // bytes in queue and unsent
+	carried atomic.Int64          // of these, what was there when the connection was resumed: payload too
 
 	mu     sync.Mutex // the write lock: held for one frame
-	unsent []byte     // taken off the queue, partly written perhaps
+	unsent []byte     // taken off the queue, partly written perhaps; on a frozen connection whatever is to be written
 	last   uint32     // the stream of the last data frame
 
 	queueMu    sync.Mutex
@@ -58,7 +63,7 @@ type writer struct {
 	// flusher is the one goroutine a connection may have of its own, while the socket is full or is
 	// no plain socket. It ends when the queue is empty; Close ends it by closing the connection, and
 	// waits.
-	flusher sync.WaitGroup
+	flusher rescue.Group
 
 	tryWrite func(fd uintptr) bool // (*writer).writeSocket, made once
 	n        int                   // its result, under mu
@@ -68,6 +73,7 @@ type writer struct {
 func (w *writer) init(c *Conn) {
 	w.c = c
 	w.tryWrite = w.writeSocket
+	w.flusher.Report = c.cfg.OnPanic
 }
 
 // fail ends all writing, also that in progress.
@@ -91,7 +97,7 @@ func (w *writer) enqueue(p priority, build func([]byte) []byte) error {
 }
 
 func (w *writer) enqueueLocked(p priority, build func([]byte) []byte) error {
-	if p == bestEffort && w.queued.Load() > maxBestEffort {
+	if p == bestEffort && w.answers() > maxBestEffort {
 		return nil
 	}
 	if p == mustSend {
@@ -107,11 +113,14 @@ func (w *writer) enqueueLocked(p priority, build func([]byte) []byte) error {
 
 // overflow is the end of a peer that provokes answers and does not read them.
 func (w *writer) overflow() error {
-	if queued := w.queued.Load(); queued > maxMustSend {
-		return protocolErrorf("does not read the answers to its frames, %d bytes wait", queued)
+	if queued := w.answers(); queued > maxMustSend {
+		return frames.ProtocolErrorf("does not read the answers to its frames, %d bytes wait", queued)
 	}
 	return nil
 }
+
+// answers is how many bytes of control frames wait.
+func (w *writer) answers() int64 { return w.queued.Load() - w.carried.Load() }
 
 // reply queues the SYN_REPLY for a stream.
 func (w *writer) reply(id uint32) error {
@@ -119,10 +128,10 @@ func (w *writer) reply(id uint32) error {
 	defer w.queueMu.Unlock()
 	return w.enqueueLocked(mustSend, func(b []byte) []byte {
 		if w.zlibOpen {
-			return appendSynReply(b, id, 0, emptyHeaderBlock)
+			return frames.AppendSynReply(b, id, 0, frames.EmptyHeaderBlock)
 		}
 		w.zlibOpen = true
-		return appendSynReply(b, id, 0, appendHeaderBlock(nil, true, nil))
+		return frames.AppendSynReply(b, id, 0, frames.AppendHeaderBlock(nil, true, nil))
 	})
 }
 
@@ -132,13 +141,16 @@ func (w *writer) openStream(header http.Header) (*Stream, error) {
 	w.queueMu.Lock()
 	defer w.queueMu.Unlock()
 	c := w.c
+	if c.frozen.Load() {
+		return nil, handover.ErrFrozen
+	}
 	c.mu.Lock()
 	id := c.openNext
 	c.mu.Unlock()
-	if id > maxStreamID {
+	if id > frames.MaxStreamID {
 		return nil, ErrTooManyStreams
 	}
-	block := appendHeaderBlock(nil, !w.zlibOpen, header)
+	block := frames.AppendHeaderBlock(nil, !w.zlibOpen, header)
 	if len(block)+10 > maxControlFrame {
 		return nil, fmt.Errorf("spdy: opening a stream: its headers take %d bytes, limit %d", len(block), maxControlFrame-10)
 	}
@@ -148,7 +160,7 @@ func (w *writer) openStream(header http.Header) (*Stream, error) {
 	if err := c.addStream(s); err != nil {
 		return nil, err
 	}
-	if err := w.enqueueLocked(mustSend, func(b []byte) []byte { return appendSynStream(b, id, 0, block) }); err != nil {
+	if err := w.enqueueLocked(mustSend, func(b []byte) []byte { return frames.AppendSynStream(b, id, 0, block) }); err != nil {
 		c.removeStream(id)
 		return nil, err
 	}
@@ -170,13 +182,13 @@ func (w *writer) ping() error {
 	}
 	w.pingQueued = true
 	id := w.nextPingLocked(1)
-	return w.enqueueLocked(unlimited, func(b []byte) []byte { return appendPing(b, id) })
+	return w.enqueueLocked(unlimited, func(b []byte) []byte { return frames.AppendPing(b, id) })
 }
 
 // nextPingLocked takes the next n ids for PINGs, in steps of two, and returns the first.
 func (w *writer) nextPingLocked(n int) uint32 {
 	first, step := w.pingNext, 2*uint32(n)
-	if first+step > maxStreamID {
+	if first+step > frames.MaxStreamID {
 		first = 2 - first%2
 	}
 	w.pingNext = first + step
@@ -186,7 +198,7 @@ func (w *writer) nextPingLocked(n int) uint32 {
 // probe sends something that nobody answers, if nothing else waits to be sent.
 func (w *writer) probe() {
 	if w.queued.Load() == 0 {
-		w.enqueue(bestEffort, appendEmptySettings) //nolint:errcheck // best effort
+		w.enqueue(bestEffort, frames.AppendEmptySettings) //nolint:errcheck // best effort
 	}
 	w.flush()
 }
@@ -194,7 +206,7 @@ func (w *writer) probe() {
 // flush gets the queue on its way without waiting: here if the socket takes it at once, by the
 // holder of the write lock when it is done, or by the flusher.
 func (w *writer) flush() {
-	for w.queued.Load() > 0 && w.failed.Load() == nil {
+	for w.queued.Load() > 0 && w.failed.Load() == nil && !w.c.held() {
 		if w.c.socket == nil {
 			w.startFlusher()
 			return
@@ -219,21 +231,26 @@ func (w *writer) unlock() {
 func (w *writer) startFlusher() {
 	w.queueMu.Lock()
 	defer w.queueMu.Unlock()
-	if w.flushing || w.closed {
+	if w.flushing || w.closed || w.c.held() {
 		return
 	}
 	w.flushing = true
 	w.flusher.Go(w.runFlusher)
 }
 
+// writeQueue lets go of the lock also when it panics.
+func (w *writer) writeQueue() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.writeQueueLocked(true)
+}
+
 func (w *writer) runFlusher() {
 	for {
-		w.mu.Lock()
-		w.writeQueueLocked(true)
-		w.mu.Unlock()
+		w.writeQueue()
 
 		w.queueMu.Lock()
-		if w.queued.Load() == 0 || w.failed.Load() != nil {
+		if w.queued.Load() == 0 || w.failed.Load() != nil || w.c.held() {
 			w.flushing = false
 			w.queueMu.Unlock()
 			return
@@ -242,12 +259,15 @@ func (w *writer) runFlusher() {
 	}
 }
 
-// writeQueueLocked writes the queue, all of it if it may block, and says whether it has. The write
-// lock is held.
+// writeQueueLocked writes the queue, all of it if it may block and the connection is not frozen, and says whether it
+// has. The write lock is held.
 func (w *writer) writeQueueLocked(block bool) bool {
 	for {
 		if w.failed.Load() != nil {
 			return true
+		}
+		if w.c.held() {
+			return false
 		}
 		if len(w.unsent) == 0 {
 			w.takeQueueLocked()
@@ -264,6 +284,12 @@ func (w *writer) writeQueueLocked(block bool) bool {
 		}
 		w.unsent = w.unsent[n:]
 		w.queued.Add(-int64(n))
+		if carried := w.carried.Load(); carried > 0 {
+			w.carried.Store(max(0, carried-int64(n)))
+		}
+		if err != nil && w.c.stopped(err) {
+			return false
+		}
 		if err != nil {
 			w.failLocked(err)
 			return true
@@ -312,8 +338,8 @@ func (w *writer) failLocked(err error) {
 
 // send writes the payload of b as one frame or, when others want to write too, as several. It
 // advances b past what was written. With fin the last frame carries FIN. The caller is counted in
-// senders.
-func (w *writer) send(s *Stream, b *buffer, fin bool) (sent int, err error) {
+// senders. On a frozen connection nothing is sent: with committed, or when a part was sent, b is taken in for the state.
+func (w *writer) send(s *Stream, b *buffer, fin, committed bool) (sent int, err error) {
 	if err := s.accept(); err != nil {
 		return 0, err
 	}
@@ -323,7 +349,7 @@ func (w *writer) send(s *Stream, b *buffer, fin bool) (sent int, err error) {
 			room = w.c.awaitReceipts(s)
 		}
 		w.mu.Lock()
-		n, err := w.sendFrameLocked(s, b, room, fin)
+		n, err := w.sendFrameLocked(s, b, room, fin, committed || sent > 0)
 		w.unlock()
 		sent += n
 		if err != nil || b.start == b.end {
@@ -333,11 +359,13 @@ func (w *writer) send(s *Stream, b *buffer, fin bool) (sent int, err error) {
 }
 
 // sendFrameLocked sends one frame, of no more than room bytes.
-func (w *writer) sendFrameLocked(s *Stream, b *buffer, room int, fin bool) (int, error) {
+func (w *writer) sendFrameLocked(s *Stream, b *buffer, room int, fin, committed bool) (int, error) {
 	if w.c.closing.Load() {
 		return 0, w.c.Err()
 	}
-	w.writeQueueLocked(true)
+	if !w.writeQueueLocked(true) {
+		return w.acceptLocked(s, b, fin, committed)
+	}
 	if err := w.failure(); err != nil {
 		return 0, err
 	}
@@ -352,28 +380,42 @@ func (w *writer) sendFrameLocked(s *Stream, b *buffer, room int, fin bool) (int,
 		n = min(n, sharedFrame)
 	}
 	w.last = s.id
-	var flags byte
-	if fin && n == b.end-b.start {
-		flags = flagFin
-	}
-	// The header goes in front of the payload, over the end of what was sent before.
-	frame := b.data[b.start-headerLen : b.start+n]
-	putDataHeader(frame, s.id, flags, n)
-	if _, err := w.c.conn.Write(frame); err != nil {
+	frame := s.frame(b, n, fin)
+	if written, err := w.c.conn.Write(frame); err != nil && w.c.stopped(err) {
+		// Before the queue, which has grown since: the frame's beginning may be on the wire.
+		w.unsent = append(w.unsent, frame[written:]...)
+		w.queued.Add(int64(len(frame) - written))
+	} else if err != nil {
 		w.failLocked(err)
 		return 0, w.failure()
 	}
 	b.start += n
+	w.sent(s, n)
+	return n, nil
+}
+
+// frame puts a header in front of the first n bytes of b's payload, over the end of what was sent before.
+func (s *Stream) frame(b *buffer, n int, fin bool) []byte {
+	var flags byte
+	if fin && n == b.end-b.start {
+		flags = frames.FlagFin
+	}
+	frame := b.data[b.start-frames.HeaderLen : b.start+n]
+	frames.PutDataHeader(frame, s.id, flags, n)
+	return frame
+}
+
+// sent counts payload that the connection has taken.
+func (w *writer) sent(s *Stream, n int) {
 	if n > 0 {
 		s.sent.Add(int64(n))
 		w.c.lastActivity.Store(time.Now().UnixNano())
 		w.c.noteSent(n)
 	}
-	return n, nil
 }
 
 // goAway writes GOAWAY as the last frame, if that can be done within closeTimeout.
-func (w *writer) goAway(status GoAwayStatus, lastGood uint32) {
+func (w *writer) goAway(status frames.GoAwayStatus, lastGood uint32) {
 	w.queueMu.Lock()
 	w.closed = true
 	w.queueMu.Unlock()
@@ -383,6 +425,6 @@ func (w *writer) goAway(status GoAwayStatus, lastGood uint32) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.enqueue(unlimited, func(b []byte) []byte { return appendGoAway(b, lastGood, status) }) //nolint:errcheck // best effort: the connection is about to be closed
+	w.enqueue(unlimited, func(b []byte) []byte { return frames.AppendGoAway(b, lastGood, status) }) //nolint:errcheck // best effort: the connection is about to be closed
 	w.writeQueueLocked(true)
 }

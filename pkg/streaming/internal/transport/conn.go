@@ -6,6 +6,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
 	"github.com/streamshim/streamshim/pkg/workload"
@@ -24,8 +25,27 @@ type Conn interface {
 	Ping() error
 	// LastReceived is when the client last sent anything, pings included.
 	LastReceived() time.Time
-	// Close ends the connection at once and wakes everybody who waits for it.
+	// Close ends the connection at once and wakes everybody who waits for it. It does nothing to a frozen one.
 	Close() error
+
+	// Freeze ends all calls that wait on the connection and its streams, Serve too, with handover.ErrFrozen. It waits
+	// for nobody, and further calls do nothing. Done is not closed by it.
+	//
+	// Calls on the streams then say exactly what they have moved. Write takes all of its bytes or none; ReadFrom has
+	// sent all that it has read, also when the error is that its reader's deadline has passed; what Read and WriteTo have not
+	// given away stays to be read. The end of a stream that has been read up to it comes as ever. CloseWrite, CloseRead and
+	// Reset do what they do.
+	Freeze()
+	// Frozen is closed by Freeze.
+	Frozen() <-chan struct{}
+	// Portable says why the connection's state could not be handed over, nil when it can.
+	Portable() error
+	// State is what Resume needs to go on, for a frozen connection whose Serve and whose streams' calls have all returned.
+	// The socket is duplicated into files, and our own descriptor closed. Nothing can be done with the connection any more,
+	// also after an error, with which it is closed.
+	State(files *handover.Files) (State, error)
+	// Discard closes a frozen connection instead.
+	Discard()
 }
 
 // LeftInOrder tells whether the client has gone by closing its connection, and not because something broke
@@ -49,10 +69,11 @@ func ResetByClient(err error) bool {
 
 // AwaitClose waits for the client to close its connection. The reader goes on reading and answers
 // pings meanwhile; closing first would make the client's kernel throw away what it has not delivered
-// (kubernetes#60140). The watcher bounds the wait.
+// (kubernetes#60140). The watcher bounds the wait. It ends also when the connection is frozen.
 func AwaitClose(ctx context.Context, c Conn) {
 	select {
 	case <-c.Done():
+	case <-c.Frozen():
 	case <-ctx.Done():
 	}
 }

@@ -5,6 +5,8 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
 // TestNoAllocationPerMessage checks both directions, and a process's pipe.
@@ -23,7 +25,7 @@ func TestNoAllocationPerMessage(t *testing.T) {
 		io.Copy(io.Discard, client)
 	}()
 	payload := make([]byte, size)
-	message := clientFrame(opBinary, true, "\x00"+strings.Repeat("x", size))
+	message := clientFrame(frames.OpBinary, true, "\x00"+strings.Repeat("x", size))
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)

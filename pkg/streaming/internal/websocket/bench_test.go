@@ -14,6 +14,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
 // benchmarkConn gives the benchmark a served connection and its raw client.
@@ -99,9 +101,9 @@ func BenchmarkReceive(b *testing.B) {
 		for _, size := range []int{16, 4 << 10, 32 << 10} {
 			b.Run(fmt.Sprintf("%s/%d", protocol, size), func(b *testing.B) {
 				benchmarkConn(b, protocol, func(c *ChannelConn, client *net.TCPConn) {
-					message := clientFrame(opBinary, true, "\x00"+strings.Repeat("x", size))
+					message := clientFrame(frames.OpBinary, true, "\x00"+strings.Repeat("x", size))
 					if protocol.Base64() {
-						message = clientFrame(opText, true, "0"+strings.Repeat("eHh4", size/3))
+						message = clientFrame(frames.OpText, true, "0"+strings.Repeat("eHh4", size/3))
 						size = size / 3 * 3
 					}
 					burst := max(1, 64<<10/len(message))

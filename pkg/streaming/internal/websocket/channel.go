@@ -10,6 +10,9 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
 // Channel is one numbered channel of a connection. Read and WriteTo are for one goroutine at a time,
@@ -22,36 +25,41 @@ type Channel struct {
 	sent        atomic.Int64
 }
 
+// ID is the channel's number.
+func (ch *Channel) ID() uint32 { return uint32(ch.number) }
+
 // Received is the number of payload bytes that arrived, read or not; base64 is not counted.
-func (ch *Channel) Received() int64 { return ch.conn.inbound.receivedBytes(int(ch.number)) }
+func (ch *Channel) Received() int64 { return ch.conn.inbound.Received(int(ch.number)) }
 
 // InputEnded says that the end of the client's input has come, although there may still be some to read.
-func (ch *Channel) InputEnded() bool { return ch.conn.inbound.hasEnded(int(ch.number)) }
+func (ch *Channel) InputEnded() bool { return ch.conn.inbound.HasEnded(int(ch.number)) }
 
 // Sent is the number of payload bytes that were handed to the kernel.
 func (ch *Channel) Sent() int64 { return ch.sent.Load() }
 
 // Read reads what the client sent. io.EOF is the end of the client's input, see ChannelConn.Serve. When the
-// connection ends otherwise, what arrived before is given out first and then why.
+// connection ends otherwise, what arrived before is given out first and then why. While the connection is frozen,
+// handover.ErrFrozen comes instead of data.
 func (ch *Channel) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	c, piece, err := ch.conn.inbound.next(int(ch.number))
+	c, piece, err := ch.conn.inbound.Next(int(ch.number))
 	if err != nil {
 		return 0, err
 	}
 	n := copy(p, piece)
-	ch.conn.inbound.taken(int(ch.number), c, n)
+	ch.conn.inbound.Taken(int(ch.number), c, n)
 	return n, nil
 }
 
 // WriteTo writes what the client sends to w, without a copy in between, until the end of the client's
-// input, the end of the connection, or an error from w.
+// input, the end of the connection, or an error from w. What w has not taken stays to be read. When the connection is
+// frozen the error is handover.ErrFrozen, also when w fails because its deadline has passed.
 func (ch *Channel) WriteTo(w io.Writer) (int64, error) {
 	var total int64
 	for {
-		c, piece, err := ch.conn.inbound.next(int(ch.number))
+		c, piece, err := ch.conn.inbound.Next(int(ch.number))
 		if err == io.EOF {
 			return total, nil
 		}
@@ -59,10 +67,10 @@ func (ch *Channel) WriteTo(w io.Writer) (int64, error) {
 			return total, err
 		}
 		n, err := w.Write(piece)
-		ch.conn.inbound.taken(int(ch.number), c, n)
+		ch.conn.inbound.Taken(int(ch.number), c, n)
 		total += int64(n)
 		if err != nil {
-			return total, err
+			return total, ch.frozenError(err)
 		}
 		if n < len(piece) {
 			return total, io.ErrShortWrite
@@ -70,9 +78,21 @@ func (ch *Channel) WriteTo(w io.Writer) (int64, error) {
 	}
 }
 
+// frozenError is what a call returns that was ended by a freeze: another error only when something else has happened.
+func (ch *Channel) frozenError(err error) error {
+	if errors.Is(err, handover.ErrFrozen) || ch.conn.stopped(err) {
+		return handover.ErrFrozen
+	}
+	return err
+}
+
 // Write sends p in messages of at most 32 KiB, up to eight by one system call. It blocks while the client
-// does not read; the end of the connection unblocks it.
-func (ch *Channel) Write(p []byte) (int, error) {
+// does not read; the end of the connection unblocks it. The connection may be frozen meanwhile: then all of p is taken, or
+// nothing and the error is handover.ErrFrozen.
+func (ch *Channel) Write(p []byte) (int, error) { return ch.write(p, false) }
+
+// write is Write; what is committed is taken also by a frozen connection.
+func (ch *Channel) write(p []byte, committed bool) (int, error) {
 	if err := ch.writable(); err != nil {
 		return 0, err
 	}
@@ -82,9 +102,9 @@ func (ch *Channel) Write(p []byte) (int, error) {
 		var n int
 		var err error
 		if copied {
-			n, err = ch.writeCopy(p[written:])
+			n, err = ch.writeCopy(p[written:], committed || written > 0)
 		} else {
-			n, err = ch.writeParts(p[written:])
+			n, err = ch.writeParts(p[written:], committed || written > 0)
 		}
 		written += n
 		if err != nil {
@@ -95,16 +115,16 @@ func (ch *Channel) Write(p []byte) (int, error) {
 }
 
 // writeParts sends the beginning of p, up to eight messages, straight from p.
-func (ch *Channel) writeParts(p []byte) (int, error) {
-	if err := ch.lock(); err != nil {
+func (ch *Channel) writeParts(p []byte, committed bool) (int, error) {
+	if err := ch.lock(committed); err != nil {
 		return 0, err
 	}
 	defer ch.conn.unlock()
 	n, parts := 0, 0
 	for n < len(p) && parts < len(ch.conn.vector) {
-		payload := p[n:min(len(p), n+maxPayload)]
-		header := ch.conn.headers[parts/2*cellHeader:]
-		size := putFrameHeader(header, opBinary, 1+len(payload))
+		payload := p[n:min(len(p), n+frames.MaxPayload)]
+		header := ch.conn.headers[parts/2*frames.CellHeader:]
+		size := frames.PutHeader(header, frames.OpBinary, 1+len(payload))
 		header[size] = ch.number
 		ch.conn.vector[parts], ch.conn.vector[parts+1] = header[:size+1], payload
 		n += len(payload)
@@ -118,25 +138,31 @@ func (ch *Channel) writeParts(p []byte) (int, error) {
 }
 
 // writeCopy sends the beginning of p as one write, framed in a buffer.
-func (ch *Channel) writeCopy(p []byte) (int, error) {
-	b := batches.Get().(*batch)
-	defer batches.Put(b)
+func (ch *Channel) writeCopy(p []byte, committed bool) (int, error) {
+	b := frames.TakeBatch()
+	defer b.Release()
+	var wire []byte
 	if ch.conn.protocol.Base64() {
-		p = p[:min(len(p), maxBase64Payload)]
-		return len(p), ch.send(b.frameBase64(ch.number, p), len(p))
+		p = p[:min(len(p), frames.MaxBase64Payload)]
+		wire = b.FrameBase64(ch.number, p)
+	} else {
+		p = p[:min(len(p), frames.MaxPayload)]
+		copy(b.Payloads[0], p)
+		wire = b.FrameBinary(ch.number, len(p))
 	}
-	p = p[:min(len(p), maxPayload)]
-	copy(b.payloads[0], p)
-	return len(p), ch.send(b.frameBinary(ch.number, len(p)), len(p))
+	if err := ch.send(wire, len(p), committed); err != nil {
+		return 0, err
+	}
+	return len(p), nil
 }
 
 // writeEmpty sends a message without payload.
 func (ch *Channel) writeEmpty() error {
-	message := []byte{finalFrame | opBinary, 1, ch.number}
+	message := []byte{frames.Final | frames.OpBinary, 1, ch.number}
 	if ch.conn.protocol.Base64() {
-		message = []byte{finalFrame | opText, 1, '0' + ch.number}
+		message = []byte{frames.Final | frames.OpText, 1, '0' + ch.number}
 	}
-	return ch.send(message, 0)
+	return ch.send(message, 0, false)
 }
 
 // ReadFrom sends what r gives, as it comes, until r's end. It does not half-close.
@@ -147,7 +173,8 @@ func (ch *Channel) writeEmpty() error {
 // end, counts as r's end if r's own Read then says so too, which may wait for somebody to open it again. Any
 // other reader is read into one message's place.
 //
-// The end of the connection shows when r has something to send; close r to return sooner.
+// The end of the connection shows when r has something to send; close r to return sooner. It is the same with a
+// freeze, which ends ReadFrom with handover.ErrFrozen: r's deadline makes it return sooner.
 func (ch *Channel) ReadFrom(r io.Reader) (int64, error) {
 	if err := ch.writable(); err != nil {
 		return 0, err
@@ -163,59 +190,65 @@ func (ch *Channel) ReadFrom(r io.Reader) (int64, error) {
 func (ch *Channel) readFromFile(r io.Reader, raw syscall.RawConn) (int64, error) {
 	var (
 		total   int64
-		b       *batch
+		b       *frames.Batch
 		n       int
 		readErr error
 	)
 	base64 := ch.conn.protocol.Base64()
 	read := func(fd uintptr) bool {
-		b = batches.Get().(*batch)
+		b = frames.TakeBatch()
 		for {
 			if base64 {
-				n, readErr = unix.Read(int(fd), b.base64Source())
+				n, readErr = unix.Read(int(fd), b.Base64Source())
 			} else {
-				n, readErr = unix.Readv(int(fd), b.payloads[:])
+				n, readErr = unix.Readv(int(fd), b.Payloads[:])
 			}
 			if readErr != unix.EINTR {
 				break
 			}
 		}
 		if readErr == unix.EAGAIN {
-			batches.Put(b)
+			b.Release()
 			b = nil // what the wait refers to is not freed, even if the pool drops it
 			return false
 		}
 		return true
 	}
 	for {
+		if ch.conn.frozen.Load() {
+			return total, handover.ErrFrozen
+		}
 		if err := raw.Read(read); err != nil {
+			if ch.conn.stopped(err) {
+				return total, handover.ErrFrozen
+			}
 			if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, net.ErrClosed) {
 				err = fmt.Errorf("%w: %w", os.ErrClosed, err) // a file says this with an internal error
 			}
 			return total, err
 		}
 		if readErr == unix.EIO {
-			batches.Put(b)
+			b.Release()
 			b = nil
 			sent, err := ch.readAfterEIO(r)
 			total += int64(sent)
 			if sent == 0 || err != nil {
-				return total, err
+				return total, ch.frozenError(err)
 			}
 			continue
 		}
 		if readErr != nil || n <= 0 {
-			batches.Put(b)
+			b.Release()
 			return total, readErr
 		}
 		var wire []byte
 		if base64 {
-			wire = b.frameBase64(ch.number, b.base64Source()[:n])
+			wire = b.FrameBase64(ch.number, b.Base64Source()[:n])
 		} else {
-			wire = b.frameBinary(ch.number, n)
+			wire = b.FrameBinary(ch.number, n)
 		}
-		err := ch.send(wire, n)
-		batches.Put(b)
+		err := ch.send(wire, n, true)
+		b.Release()
 		b = nil
 		if err != nil {
 			return total, err
@@ -229,7 +262,7 @@ func (ch *Channel) readAfterEIO(r io.Reader) (sent int, err error) {
 	buffer := make([]byte, minReaderBuffer) // held while r waits
 	n, err := r.Read(buffer)
 	if n > 0 {
-		return ch.Write(buffer[:n]) // an error that comes with bytes comes again
+		return ch.write(buffer[:n], true) // an error that comes with bytes comes again
 	}
 	if err == io.EOF || errors.Is(err, unix.EIO) {
 		return 0, nil
@@ -247,9 +280,12 @@ func (ch *Channel) readFromReader(r io.Reader) (int64, error) {
 	var total int64
 	buffer := make([]byte, minReaderBuffer)
 	for {
+		if ch.conn.frozen.Load() {
+			return total, handover.ErrFrozen
+		}
 		n, readErr := r.Read(buffer)
 		if n > 0 {
-			if _, err := ch.Write(buffer[:n]); err != nil {
+			if _, err := ch.write(buffer[:n], true); err != nil {
 				return total, err
 			}
 			total += int64(n)
@@ -258,7 +294,7 @@ func (ch *Channel) readFromReader(r io.Reader) (int64, error) {
 			return total, nil
 		}
 		if readErr != nil {
-			return total, readErr
+			return total, ch.frozenError(readErr)
 		}
 		if n == len(buffer) && n < maxReaderBuffer {
 			buffer = make([]byte, 2*n)
@@ -267,8 +303,8 @@ func (ch *Channel) readFromReader(r io.Reader) (int64, error) {
 }
 
 // send writes whole messages that carry this much payload.
-func (ch *Channel) send(wire []byte, payload int) error {
-	if err := ch.lock(); err != nil {
+func (ch *Channel) send(wire []byte, payload int, committed bool) error {
+	if err := ch.lock(committed); err != nil {
 		return err
 	}
 	defer ch.conn.unlock()
@@ -280,8 +316,8 @@ func (ch *Channel) send(wire []byte, payload int) error {
 }
 
 // lock takes the connection's write lock if the channel may still be written to.
-func (ch *Channel) lock() error {
-	if err := ch.conn.lock(); err != nil {
+func (ch *Channel) lock(committed bool) error {
+	if err := ch.conn.lock(committed); err != nil {
 		return err
 	}
 	if ch.writeClosed.Load() {
@@ -310,7 +346,7 @@ func (ch *Channel) failed(err error) error {
 		ch.conn.finish(ErrClientReset)
 	default:
 		ch.conn.finish(err)
-		ch.conn.network.Close()
+		ch.conn.closeSocket()
 	}
 	return ch.conn.doneErr // who ended it before the write failed knows better why
 }
@@ -332,7 +368,7 @@ func (ch *Channel) CloseWrite() error {
 
 // CloseRead discards what is buffered and whatever else the client sends on the channel. A Read that
 // waits returns an error.
-func (ch *Channel) CloseRead() { ch.conn.inbound.discardChannel(int(ch.number)) }
+func (ch *Channel) CloseRead() { ch.conn.inbound.Discard(int(ch.number)) }
 
 // Reset ends both directions. The protocol has no way to tell the client; a legacy port-forward's
 // client learns it from the error channel or from the end of the connection.

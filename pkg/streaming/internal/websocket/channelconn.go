@@ -9,7 +9,11 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/memory"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/inbox"
 )
 
 const (
@@ -19,7 +23,6 @@ const (
 	defaultMaxMessage    = 32 << 20 // as the stock server
 	defaultChannelBuffer = 256 << 10
 	defaultBudget        = 16 << 20
-	minBudget            = 64 << 10
 
 	// blockedPoll is how often a read loop without room asks whether the client is still there, and
 	// blockedPong how often it sends a Pong nobody asked for (RFC 6455 section 5.5.3). The Pong
@@ -60,6 +63,21 @@ func RemoteCommandChannels(stdin, stdout, stderr bool) []Direction {
 	return channels
 }
 
+// Direction says which way payload may go on a channel. What a client sends on a channel that is
+// not for reading, or that does not exist, is ignored, as the stock server does.
+type Direction int
+
+// The directions.
+const (
+	Ignore Direction = iota
+	Read
+	Write
+	ReadWrite
+)
+
+func (d Direction) readable() bool { return d == Read || d == ReadWrite }
+func (d Direction) writable() bool { return d == Write || d == ReadWrite }
+
 // Config is what Accept needs to know. Zero limits are replaced by their defaults.
 type Config struct {
 	// Channels are the connection's channels by number, at most 255; 10 with a base64 protocol is
@@ -87,6 +105,8 @@ type Config struct {
 	// is missed that has died. Default 30 s, and 5 s at most with a protocol that has a half-close: there
 	// closing is not how a client says that its input is complete.
 	Patience time.Duration
+	// OnPanic is told of a panic in a goroutine of the connection's own. Nil ends the process.
+	OnPanic rescue.Report
 }
 
 // ChannelConn is a WebSocket connection with numbered channels. Its methods may be called from
@@ -97,11 +117,12 @@ type Config struct {
 type ChannelConn struct {
 	*conn
 	protocol Protocol
-	inbound  *inbound
+	inbound  *inbox.Inbox
 	channels []Channel
 	config   Config
 
 	// Owned by Serve.
+	over     bool        // nothing is read any more
 	timer    *time.Timer // for waiting without room
 	lastPong time.Time
 }
@@ -113,6 +134,24 @@ func Accept(w http.ResponseWriter, r *http.Request, protocol Protocol, config Co
 		http.Error(w, "too many channels, or a protocol without channels", http.StatusInternalServerError)
 		return nil, fmt.Errorf("accept %q with %d channels: not a channel protocol, or more than %d channels", protocol, len(config.Channels), maxChannels)
 	}
+	c := newChannelConn(protocol, config)
+	base, err := accept(w, r, protocol, c.config.MaxMessage)
+	if err != nil {
+		return nil, err
+	}
+	c.conn = base
+	c.reportPanics(c.config.OnPanic)
+	if config.Greeting {
+		if err := c.greet(); err != nil {
+			c.CloseNow()
+			return nil, fmt.Errorf("greet the client: %w", err)
+		}
+	}
+	return c, nil
+}
+
+// newChannelConn returns one without its conn.
+func newChannelConn(protocol Protocol, config Config) *ChannelConn {
 	if config.MaxMessage == 0 {
 		config.MaxMessage = defaultMaxMessage
 	}
@@ -128,33 +167,26 @@ func Accept(w http.ResponseWriter, r *http.Request, protocol Protocol, config Co
 	if protocol.HalfClose() {
 		config.Patience = min(config.Patience, halfClosePatience)
 	}
-	config.Budget = max(config.Budget, minBudget)
+	config.Budget = max(config.Budget, inbox.MinBudget)
 	if config.Room == nil {
 		config.Room = memory.Unshared{}
 	}
 
+	wanted := make([]bool, len(config.Channels))
+	for i, direction := range config.Channels {
+		wanted[i] = direction.readable()
+	}
 	c := &ChannelConn{
 		protocol: protocol,
 		config:   config,
-		inbound:  newInbound(protocol, config.Channels, config.ChannelBuffer, config.Budget, config.Room),
+		inbound:  inbox.New(inbox.Format{Base64: protocol.Base64(), HalfClose: protocol.HalfClose()}, wanted, config.ChannelBuffer, config.Budget, config.Room),
 		channels: make([]Channel, len(config.Channels)),
 	}
-	c.inbound.wait = c.waitForRoom
+	c.inbound.Wait = c.waitForRoom
 	for i := range c.channels {
-		c.channels[i] = Channel{conn: c, number: byte(i), direction: config.Channels[i]}
+		c.channels[i] = Channel{conn: c, number: byte(i), direction: config.Channels[i]} //nolint:gosec // at most maxChannels
 	}
-	base, err := accept(w, r, protocol, config.MaxMessage)
-	if err != nil {
-		return nil, err
-	}
-	c.conn = base
-	if config.Greeting {
-		if err := c.greet(); err != nil {
-			c.CloseNow()
-			return nil, fmt.Errorf("greet the client: %w", err)
-		}
-	}
-	return c, nil
+	return c
 }
 
 func (c *ChannelConn) greet() error {
@@ -198,16 +230,34 @@ func (c *ChannelConn) Channel(number byte) *Channel {
 // the channel sees: io.EOF after a half-close. Protocols that have none end all channels so when the client
 // sends Close with 1000 or without a code, or FIN between two messages: those are what their clients have to
 // say it with. Any other end is an error behind what came before.
+//
+// After Freeze it returns handover.ErrFrozen, and the socket is not released.
 func (c *ChannelConn) Serve(ctx context.Context) error {
-	stop := context.AfterFunc(ctx, c.CloseNow)
+	c.serving.Store(true)
+	defer c.serving.Store(false)
+	stop := context.AfterFunc(ctx, func() { rescue.Call(c.onPanic, c.CloseNow) })
 	defer stop()
 	defer c.release()
-	for {
-		if _, err := c.in.next(); err != nil {
-			return c.ended(err, err == io.EOF)
+	err := c.serve()
+	if c.frozen.Load() {
+		return handover.ErrFrozen
+	}
+	return err
+}
+
+func (c *ChannelConn) serve() error {
+	if c.over { // before it was resumed
+		return c.endAgain()
+	}
+	c.writeHeldUp()
+	for !c.frozen.Load() {
+		if !c.inbound.Receiving {
+			if _, err := c.in.Next(); err != nil {
+				return c.ended(err, err == io.EOF)
+			}
+			c.received()
 		}
-		c.received()
-		n, err := c.inbound.receive(&c.in)
+		n, err := c.inbound.Receive(c.in)
 		if n > 0 {
 			c.active()
 		}
@@ -215,6 +265,7 @@ func (c *ChannelConn) Serve(ctx context.Context) error {
 			return c.ended(err, false)
 		}
 	}
+	return handover.ErrFrozen
 }
 
 // ended turns the error that ended the read loop into Serve's. The loop was between two messages or not.
@@ -222,12 +273,21 @@ func (c *ChannelConn) ended(err error, between bool) error {
 	if c.timer != nil {
 		c.timer.Stop()
 	}
+	if c.stopped(err) {
+		return handover.ErrFrozen
+	}
+	c.over = true
 	err = c.readError(err, func(reason error) {
 		if !c.protocol.HalfClose() && saysEndOfInput(err, reason, between) {
-			c.inbound.endAll()
+			c.inbound.EndAll()
 		}
-		c.inbound.fail(reason)
+		c.inbound.Fail(reason)
 	})
+	return c.served(err)
+}
+
+// served is what Serve returns when the connection has ended so.
+func (c *ChannelConn) served(err error) error {
 	if err == ErrClientClosed || err == ErrClientVanished && c.closeSent.Load() {
 		return nil
 	}
@@ -237,9 +297,9 @@ func (c *ChannelConn) ended(err error, between bool) error {
 // saysEndOfInput tells whether a client without half-close has said with the end of its connection that its
 // input is complete.
 func saysEndOfInput(err, reason error, between bool) bool {
-	var closed *closeFrame
+	var closed *frames.CloseFrame
 	if errors.As(err, &closed) && reason == ErrClientClosed {
-		return closed.code == CloseNormal || closed.code == closeNoStatus
+		return closed.Code == CloseNormal || closed.Code == frames.CloseNoStatus
 	}
 	return reason == ErrClientVanished && between
 }
@@ -266,6 +326,9 @@ func (c *ChannelConn) waitForRoom(room <-chan struct{}, atMost time.Duration) er
 		case <-room:
 			c.timer.Stop()
 			return nil
+		case <-c.freezing:
+			c.timer.Stop()
+			return handover.ErrFrozen
 		case now := <-c.timer.C:
 			switch end := c.peerEnd(); end {
 			case nil:
@@ -289,14 +352,7 @@ func (c *ChannelConn) Done() <-chan struct{} { return c.done }
 
 // Err says why the connection is over, nil while it is not. ErrClientClosed and ErrClosed are the
 // orderly reasons.
-func (c *ChannelConn) Err() error {
-	select {
-	case <-c.done:
-		return c.doneErr
-	default:
-		return nil
-	}
-}
+func (c *ChannelConn) Err() error { return c.err() }
 
 // LastActivity is when payload was last received or sent; before that, when the connection began.
 func (c *ChannelConn) LastActivity() time.Time { return time.Unix(0, c.lastActivity.Load()) }
@@ -330,7 +386,8 @@ func (c *ChannelConn) CloseAndWait(ctx context.Context) error {
 // goes on until the client closes, which it does when it sees the Close. A client that has not answered it, and
 // has sent nothing for silentAfterClose, gets the end of our side of the connection too (see close).
 //
-// It returns when both are sent, or the connection is over, or the context is done.
+// It returns when both are sent, or the connection is over, or the context is done; with handover.ErrFrozen it is to be
+// called again after Resume, as are CloseAndWait and Close.
 func (c *ChannelConn) CloseWrite(ctx context.Context) error {
 	if err := c.sendClose(ctx, CloseNormal, ""); err != nil || c.protocol.HalfClose() {
 		return err
@@ -344,8 +401,10 @@ func (c *ChannelConn) CloseWrite(ctx context.Context) error {
 			return nil
 		case <-ctx.Done():
 			return nil
+		case <-c.freezing:
+			return handover.ErrFrozen
 		case now := <-look.C:
-			quiet := now.Sub(sent) >= silentAfterClose && now.Sub(c.LastReceived()) >= silentAfterClose && c.inbound.empty()
+			quiet := now.Sub(sent) >= silentAfterClose && now.Sub(c.LastReceived()) >= silentAfterClose && c.inbound.Empty()
 			if quiet && c.endOurSide() {
 				return nil
 			}
@@ -373,7 +432,7 @@ func (c *ChannelConn) Close(code int, reason string) error {
 }
 
 func (c *ChannelConn) close(ctx context.Context, code int, reason string) error {
-	c.inbound.discardAll()
+	c.inbound.DiscardAll()
 	if err := c.sendClose(ctx, code, reason); err != nil {
 		c.CloseNow()
 		return err
@@ -384,6 +443,8 @@ func (c *ChannelConn) close(ctx context.Context, code int, reason string) error 
 		select {
 		case <-c.done:
 			return nil
+		case <-c.freezing:
+			return handover.ErrFrozen
 		case <-ended.C:
 			// Clients of the older protocols wait for the end of the connection. A client that looks at its
 			// socket before it reads does not even see frames that came in one TLS record with others
@@ -410,9 +471,12 @@ const (
 )
 
 // CloseNow ends the connection without a word to the client. It does not block; may be called more
-// than once.
+// than once. It does nothing to a frozen connection.
 func (c *ChannelConn) CloseNow() {
-	c.inbound.fail(ErrClosed)
+	if !c.beginClosing() {
+		return
+	}
+	c.inbound.Fail(ErrClosed)
 	c.finish(ErrClosed)
 	c.network.Close()
 }

@@ -23,6 +23,8 @@ import (
 	"github.com/gorilla/websocket"
 	"go.uber.org/goleak"
 	xnet "golang.org/x/net/websocket"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
 func execConfig() Config {
@@ -131,13 +133,13 @@ func TestFragmentedMessages(t *testing.T) {
 	client := s.dialRaw(t, ChannelV5)
 	var wire []byte
 	// The channel byte alone, empty fragments, a Ping in between; then a half-close in two parts.
-	wire = append(wire, clientFrame(opBinary, false, "")...)
-	wire = append(wire, clientFrame(opBinary&0, false, "\x00")...)
-	wire = append(wire, clientFrame(opPing, true, "here?")...)
+	wire = append(wire, clientFrame(frames.OpBinary, false, "")...)
+	wire = append(wire, clientFrame(frames.OpBinary&0, false, "\x00")...)
+	wire = append(wire, clientFrame(frames.OpPing, true, "here?")...)
 	wire = append(wire, clientFrame(0, false, "\x01\x02ab")...)
 	wire = append(wire, clientFrame(0, false, "")...)
 	wire = append(wire, clientFrame(0, true, "c")...)
-	wire = append(wire, clientFrame(opBinary, false, "\xff")...)
+	wire = append(wire, clientFrame(frames.OpBinary, false, "\xff")...)
 	wire = append(wire, clientFrame(0, true, "\x00")...)
 	if _, err := client.Write(wire); err != nil {
 		t.Fatal(err)
@@ -146,9 +148,9 @@ func TestFragmentedMessages(t *testing.T) {
 	var status string
 	for _, frame := range readUntilClose(t, client) {
 		switch {
-		case frame.opcode == opBinary && frame.payload[0] == Stdout:
+		case frame.opcode == frames.OpBinary && frame.payload[0] == Stdout:
 			got = append(got, frame.payload[1:]...)
-		case frame.opcode == opBinary && frame.payload[0] == Error:
+		case frame.opcode == frames.OpBinary && frame.payload[0] == Error:
 			status += string(frame.payload[1:])
 		}
 	}
@@ -158,24 +160,24 @@ func TestFragmentedMessages(t *testing.T) {
 	if status == "" {
 		t.Error("no status")
 	}
-	client.Write(clientFrame(opClose, true, "\x03\xe8"))
+	client.Write(clientFrame(frames.OpClose, true, "\x03\xe8"))
 	if err := s.waitEnded(t); err != nil {
 		t.Errorf("Serve: %v", err)
 	}
 }
 
 // readUntilClose reads a raw client's frames up to and with the server's Close.
-func readUntilClose(t testing.TB, client net.Conn) (frames []wireFrame) {
+func readUntilClose(t testing.TB, client net.Conn) (sent []wireFrame) {
 	t.Helper()
 	client.SetReadDeadline(time.Now().Add(patience))
 	for {
 		frame, err := readFrame(client)
 		if err != nil {
-			t.Fatalf("read a frame: %v after %d frames", err, len(frames))
+			t.Fatalf("read a frame: %v after %d frames", err, len(sent))
 		}
-		frames = append(frames, frame)
-		if frame.opcode == opClose {
-			return frames
+		sent = append(sent, frame)
+		if frame.opcode == frames.OpClose {
+			return sent
 		}
 	}
 }
@@ -205,13 +207,13 @@ func TestViolationsAreClosedWithTheirCode(t *testing.T) {
 		wire     []byte
 		code     int
 	}{
-		{"half-close of an unknown channel", ChannelV5, clientFrame(opBinary, true, "\xff\x09"), 1002},
-		{"bad base64", ChannelV4Base64, clientFrame(opText, true, "0***"), 1007},
-		{"too large a message", ChannelV4, clientFrame(opBinary, true, "\x00"+strings.Repeat("x", 3000)), 1009},
+		{"half-close of an unknown channel", ChannelV5, clientFrame(frames.OpBinary, true, "\xff\x09"), 1002},
+		{"bad base64", ChannelV4Base64, clientFrame(frames.OpText, true, "0***"), 1007},
+		{"too large a message", ChannelV4, clientFrame(frames.OpBinary, true, "\x00"+strings.Repeat("x", 3000)), 1009},
 		{"no mask", ChannelV4, []byte{0x82, 1, 0}, 1002},
-		{"reserved bit", ChannelV4, append([]byte{0xC2}, clientFrame(opBinary, true, "\x00")[1:]...), 1002},
+		{"reserved bit", ChannelV4, append([]byte{0xC2}, clientFrame(frames.OpBinary, true, "\x00")[1:]...), 1002},
 		{"continuation of nothing", ChannelV4, clientFrame(0, true, "\x00"), 1002},
-		{"long Ping", ChannelV4, clientFrame(opPing, true, strings.Repeat("x", 126)), 1002},
+		{"long Ping", ChannelV4, clientFrame(frames.OpPing, true, strings.Repeat("x", 126)), 1002},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -221,7 +223,7 @@ func TestViolationsAreClosedWithTheirCode(t *testing.T) {
 			client := s.dialRaw(t, test.protocol)
 			// What follows the violation is unread when the server closes, and must not cost the
 			// client the Close.
-			client.Write(append(test.wire, clientFrame(opBinary, true, "\x00more")...))
+			client.Write(append(test.wire, clientFrame(frames.OpBinary, true, "\x00more")...))
 			frames := readUntilClose(t, client)
 			closing := frames[len(frames)-1].payload
 			if code := int(closing[0])<<8 | int(closing[1]); code != test.code {
@@ -252,7 +254,7 @@ func TestViolationIsToldBehindOutput(t *testing.T) {
 	fmt.Fprintf(client, rawHandshake, s.Listener.Addr(), ChannelV5)
 	skipHead(t, client)
 	<-written
-	client.Write(append(clientFrame(opBinary, true, "\xff\x09"), clientFrame(opBinary, true, "\x00"+strings.Repeat("x", 60<<10))...))
+	client.Write(append(clientFrame(frames.OpBinary, true, "\xff\x09"), clientFrame(frames.OpBinary, true, "\x00"+strings.Repeat("x", 60<<10))...))
 	frames := readUntilClose(t, client)
 	if closing := frames[len(frames)-1].payload; string(closing[:2]) != "\x03\xea" {
 		t.Errorf("closed with %q", closing)
@@ -279,7 +281,7 @@ func TestClientsCloseIsAnswered(t *testing.T) {
 			}
 		})
 		client := s.dialRaw(t, ChannelV5)
-		client.Write(append(clientFrame(opBinary, true, "\x00last"), clientFrame(opClose, true, test.payload)...))
+		client.Write(append(clientFrame(frames.OpBinary, true, "\x00last"), clientFrame(frames.OpClose, true, test.payload)...))
 		frames := readUntilClose(t, client)
 		if got := frames[len(frames)-1].payload; string(got) != test.payload[:min(2, len(test.payload))] {
 			t.Errorf("Close %q was answered with %q", test.payload, got)
@@ -344,7 +346,7 @@ func TestSlowReaderGetsEverything(t *testing.T) {
 			select {
 			case <-ticker.C:
 				// Resizes too: bytes that a session at its end does not read.
-				if _, err := client.Write(append(clientFrame(opPing, true, "p"), clientFrame(opBinary, true, "\x04{}")...)); err != nil {
+				if _, err := client.Write(append(clientFrame(frames.OpPing, true, "p"), clientFrame(frames.OpBinary, true, "\x04{}")...)); err != nil {
 					t.Errorf("ping: %v", err)
 					return
 				}
@@ -365,22 +367,22 @@ func TestSlowReaderGetsEverything(t *testing.T) {
 		if err != nil {
 			t.Fatalf("after %d bytes: %v", len(got), err)
 		}
-		if frame.opcode == opPong {
+		if frame.opcode == frames.OpPong {
 			pongs++
 		}
-		if frame.opcode == opBinary && frame.payload[0] == Stdout {
+		if frame.opcode == frames.OpBinary && frame.payload[0] == Stdout {
 			got = append(got, frame.payload[1:]...)
 		}
-		if frame.opcode == opBinary && frame.payload[0] == Error {
+		if frame.opcode == frames.OpBinary && frame.payload[0] == Error {
 			status += string(frame.payload[1:])
 		}
-		if frame.opcode == opClose {
+		if frame.opcode == frames.OpClose {
 			break
 		}
 	}
 	close(stop)
 	pings.Wait()
-	client.Write(clientFrame(opClose, true, "\x03\xe8"))
+	client.Write(clientFrame(frames.OpClose, true, "\x03\xe8"))
 	if sha256.Sum256(got) != sha256.Sum256(output) {
 		t.Errorf("%d of %d bytes arrived, or others", len(got), size)
 	}
@@ -444,7 +446,7 @@ func TestBlockedStdinHoldsUpNothingElse(t *testing.T) {
 // blockStdin sends stdin until the server takes no more, reading what comes meanwhile.
 func blockStdin(t *testing.T, client *net.TCPConn) {
 	t.Helper()
-	message := clientFrame(opBinary, true, "\x00"+strings.Repeat("x", 32<<10))
+	message := clientFrame(frames.OpBinary, true, "\x00"+strings.Repeat("x", 32<<10))
 	for {
 		client.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
 		if _, err := client.Write(message); errors.Is(err, os.ErrDeadlineExceeded) {
@@ -495,7 +497,7 @@ func TestBudgetIsKept(t *testing.T) {
 	})
 	client := s.dialRaw(t, ChannelV4)
 	for i := range 4 {
-		client.Write(clientFrame(opBinary, true, string(rune(i))+strings.Repeat("x", 1000)))
+		client.Write(clientFrame(frames.OpBinary, true, string(rune(i))+strings.Repeat("x", 1000)))
 	}
 	blockStdin(t, client)
 	close(blocked)
@@ -605,7 +607,7 @@ func TestServerPing(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if frame.opcode == opPing {
+		if frame.opcode == frames.OpPing {
 			break
 		}
 	}
@@ -699,7 +701,7 @@ func TestLargeWrites(t *testing.T) {
 						t.Fatal(err)
 					}
 					defer client.Close()
-					client.SetReadLimit(maxMessage) // the strictest of the clients
+					client.SetReadLimit(frames.MaxMessage) // the strictest of the clients
 					client.SetReadDeadline(time.Now().Add(patience))
 					var got []byte
 					for {
@@ -870,12 +872,12 @@ func TestClientVanishesAtAnyByte(t *testing.T) {
 	var wire []byte
 	wire = fmt.Appendf(wire, rawHandshake, s.Listener.Addr(), ChannelV5)
 	head := len(wire)
-	wire = append(wire, clientFrame(opBinary, true, "\x00hello, this is stdin")...)
-	wire = append(wire, clientFrame(opPing, true, "ping")...)
-	wire = append(wire, clientFrame(opBinary, false, "\x04{\"Width\"")...)
+	wire = append(wire, clientFrame(frames.OpBinary, true, "\x00hello, this is stdin")...)
+	wire = append(wire, clientFrame(frames.OpPing, true, "ping")...)
+	wire = append(wire, clientFrame(frames.OpBinary, false, "\x04{\"Width\"")...)
 	wire = append(wire, clientFrame(0, true, ":80}")...)
-	wire = append(wire, clientFrame(opBinary, true, "\xff\x00")...)
-	wire = append(wire, clientFrame(opClose, true, "\x03\xe8")...)
+	wire = append(wire, clientFrame(frames.OpBinary, true, "\xff\x00")...)
+	wire = append(wire, clientFrame(frames.OpClose, true, "\x03\xe8")...)
 	for cut := head - 3; cut <= len(wire); cut++ {
 		for _, reset := range []bool{false, true} {
 			client := s.dialTCP(t)
@@ -903,9 +905,9 @@ func TestClientVanishesAtAnyByte(t *testing.T) {
 func FuzzServe(f *testing.F) {
 	for _, seed := range [][]byte{
 		nil,
-		clientFrame(opBinary, true, "\x00hello"),
-		append(clientFrame(opBinary, false, "\xff"), clientFrame(0, true, "\x00")...),
-		append(clientFrame(opPing, true, "p"), clientFrame(opClose, true, "\x03\xe8")...),
+		clientFrame(frames.OpBinary, true, "\x00hello"),
+		append(clientFrame(frames.OpBinary, false, "\xff"), clientFrame(0, true, "\x00")...),
+		append(clientFrame(frames.OpPing, true, "p"), clientFrame(frames.OpClose, true, "\x03\xe8")...),
 		{0x82, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0, 0, 0, 0},
 		{0x82, 0xFE, 0xFF, 0xFF, 1, 2, 3, 4, 5},
 		{0xFF, 0xFF},
@@ -963,12 +965,12 @@ func TestEndOfConnectionAfterClose(t *testing.T) {
 				t.Fatalf("reading ended with %v", err)
 			}
 			for range 10 {
-				if _, err := client.Write(clientFrame(opPing, true, "p")); err != nil {
+				if _, err := client.Write(clientFrame(frames.OpPing, true, "p")); err != nil {
 					t.Fatal(err)
 				}
 				time.Sleep(10 * time.Millisecond) // for a reset to come, if one did
 			}
-			client.Write(clientFrame(opClose, true, "\x03\xe8"))
+			client.Write(clientFrame(frames.OpClose, true, "\x03\xe8"))
 		})
 	}
 }

@@ -1,10 +1,10 @@
 package websocket
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha1" //nolint:gosec // as the protocol has it
 	"encoding/base64"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -14,23 +14,20 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
 // Close codes of RFC 6455 section 7.4.1.
 const (
-	CloseNormal          = 1000
-	CloseGoingAway       = 1001
-	closeProtocolError   = 1002
-	closeUnsupportedData = 1003
-	closeNoStatus        = 1005
-	closeInvalidPayload  = 1007
-	closeTooBig          = 1009
-	CloseInternalError   = 1011
+	CloseNormal        = frames.CloseNormal
+	CloseGoingAway     = frames.CloseGoingAway
+	CloseInternalError = frames.CloseInternalError
 )
 
 // closeTimeout bounds each step of ending a connection that has no context of its own: the answer
@@ -49,7 +46,6 @@ var (
 	ErrClosed = fmt.Errorf("websocket: connection closed: %w", net.ErrClosed)
 
 	errWriteClosed = errors.New("websocket: write after CloseWrite, Reset or Close")
-	errReadClosed  = errors.New("websocket: read after CloseRead or Reset")
 )
 
 // conn is one upgraded connection.
@@ -58,16 +54,17 @@ type conn struct {
 	network  net.Conn
 	vectored bool // network takes several slices in one system call
 
-	in reader // owned by whoever reads
+	in *frames.Reader // owned by whoever reads
 
 	// writeLock has one place; whoever filled it owns the fields below. A channel and not a mutex,
 	// so that it can be waited for together with a context.
 	writeLock chan struct{}
 	writeErr  error       // the first write that failed; the byte stream is cut there
+	unsent    []byte      // what a freeze has kept from the wire; goes before all else
 	closeSent atomic.Bool // set by the lock's owner, read by all
-	headers   [cellsPerBatch * cellHeader]byte
-	control   [2 + maxControlPayload]byte
-	vector    [2 * cellsPerBatch][]byte
+	headers   [frames.CellsPerBatch * frames.CellHeader]byte
+	control   [2 + frames.MaxControlPayload]byte
+	vector    [2 * frames.CellsPerBatch][]byte
 	buffers   net.Buffers
 
 	// Control frames that wait for the write lock.
@@ -75,9 +72,10 @@ type conn struct {
 	pingDue     bool
 	pongDue     bool
 	pongSize    int
-	pongPayload [maxControlPayload]byte // of the latest Ping; RFC 6455 section 5.5.3 lets us skip others
-	released    bool                    // no control writer may be started any more
-	writers     sync.WaitGroup          // control writers
+	pongPayload [frames.MaxControlPayload]byte // of the latest Ping; RFC 6455 section 5.5.3 lets us skip others
+	released    bool                           // no control writer may be started any more
+	writers     sync.WaitGroup                 // control writers
+	onPanic     rescue.Report                  // told of a panic in one of them
 
 	lastReceived atomic.Int64 // Unix nanoseconds
 	lastActivity atomic.Int64
@@ -85,6 +83,13 @@ type conn struct {
 	done     chan struct{}
 	doneOnce sync.Once
 	doneErr  error // valid once done is closed
+
+	endMu    sync.Mutex // the socket is closed, or the connection is frozen, but not both
+	closed   bool
+	frozen   atomic.Bool
+	freezing chan struct{} // closed with frozen
+	serving  atomic.Bool
+	resumed  atomic.Bool // and nothing was written since
 }
 
 // accept answers the handshake of a request that Negotiate has looked at, and takes the connection over from
@@ -104,17 +109,24 @@ func accept(w http.ResponseWriter, r *http.Request, protocol Protocol, limit int
 		network.Close()
 		return nil, fmt.Errorf("upgrade to WebSocket: %w", err)
 	}
-	c := &conn{
-		network:   network,
-		writeLock: make(chan struct{}, 1),
-		done:      make(chan struct{}),
-	}
-	c.in = reader{source: buffered.Reader, limit: uint64(limit), control: c.receivedControl} //nolint:gosec // not negative
-	_, c.vectored = network.(*net.TCPConn)
+	c := newConn(network, buffered.Reader, limit)
 	now := time.Now().UnixNano()
 	c.lastReceived.Store(now)
 	c.lastActivity.Store(now)
 	return c, nil
+}
+
+func newConn(network net.Conn, source *bufio.Reader, limit int64) *conn {
+	c := &conn{
+		onPanic:   rescue.Die,
+		network:   network,
+		writeLock: make(chan struct{}, 1),
+		done:      make(chan struct{}),
+		freezing:  make(chan struct{}),
+	}
+	c.in = frames.NewReader(source, uint64(limit), c.receivedControl) //nolint:gosec // not negative
+	_, c.vectored = network.(*net.TCPConn)
+	return c
 }
 
 // handshakeAnswer is RFC 6455 section 4.2.2.
@@ -131,7 +143,7 @@ func handshakeAnswer(r *http.Request, protocol Protocol) []byte {
 // receivedControl is told of a client's Ping or Pong.
 func (c *conn) receivedControl(opcode byte, payload []byte) {
 	c.received()
-	if opcode == opPing {
+	if opcode == frames.OpPing {
 		c.pong(payload)
 	}
 }
@@ -147,9 +159,21 @@ func (c *conn) finish(err error) {
 	})
 }
 
-// release closes the socket and waits for the control writers. finish was called before.
+func (c *conn) err() error {
+	select {
+	case <-c.done:
+		return c.doneErr
+	default:
+		return nil
+	}
+}
+
+// release closes the socket and waits for the control writers. finish was called before. It does nothing to a frozen
+// connection.
 func (c *conn) release() {
-	c.network.Close()
+	if !c.closeSocket() {
+		return
+	}
 	c.controlMu.Lock()
 	c.released = true
 	c.controlMu.Unlock()
@@ -165,20 +189,20 @@ func (c *conn) readError(err error, before func(reason error)) error {
 		}
 		c.finish(reason)
 	}
-	var closed *closeFrame
-	var violation *protocolError
+	var closed *frames.CloseFrame
+	var violation *frames.Violation
 	switch {
 	case errors.As(err, &closed):
 		reason := ErrClientClosed
-		if closed.code != CloseNormal && closed.code != CloseGoingAway && closed.code != closeNoStatus {
-			reason = fmt.Errorf("%w with code %d: %q", ErrClientClosed, closed.code, closed.text)
+		if closed.Code != CloseNormal && closed.Code != CloseGoingAway && closed.Code != frames.CloseNoStatus {
+			reason = fmt.Errorf("%w with code %d: %q", ErrClientClosed, closed.Code, closed.Text)
 		}
 		finish(reason)
 		// First everybody must know that the client is gone.
-		c.sendCloseWithin(closeTimeout, closed.code, "")
+		c.sendCloseWithin(closeTimeout, closed.Code, "")
 		return reason
 	case errors.As(err, &violation):
-		c.sendCloseWithin(closeTimeout, violation.code, violation.reason)
+		c.sendCloseWithin(closeTimeout, violation.Code, violation.Reason)
 		finish(err)
 		c.linger()
 		return err
@@ -225,19 +249,33 @@ func (c *conn) linger() {
 		half.CloseWrite() //nolint:errcheck // the client may have gone
 	}
 	c.network.SetReadDeadline(time.Now().Add(lingerTimeout))
+	if c.frozen.Load() { // its deadline may have been before this one
+		return
+	}
 	io.Copy(io.Discard, c.network) //nolint:errcheck // whatever ends it, the connection is closed next
 }
 
-// lock takes the write lock, unless the connection ends first.
-func (c *conn) lock() error {
+// lock takes the write lock, unless the connection ends first. Once the connection is frozen it fails for what nobody
+// relies on yet; what is committed is written into the state.
+func (c *conn) lock(committed bool) error {
 	select {
 	case <-c.done:
 		return c.doneErr
 	default:
 	}
+	freezing := c.freezing
+	if committed {
+		freezing = nil
+	}
 	select {
 	case c.writeLock <- struct{}{}:
+		if !committed && c.frozen.Load() {
+			c.unlock()
+			return handover.ErrFrozen
+		}
 		return nil
+	case <-freezing:
+		return handover.ErrFrozen
 	case <-c.done:
 		return c.doneErr
 	}
@@ -289,6 +327,14 @@ func (c *conn) ping() {
 	c.startControlWriter()
 }
 
+// reportPanics has somebody told of panics of control writers. It is called before the connection is served; nil
+// changes nothing.
+func (c *conn) reportPanics(to rescue.Report) {
+	if to != nil {
+		c.onPanic = to
+	}
+}
+
 // startControlWriter sends what is due in a goroutine, if no writer is at work that will: neither
 // the read loop nor a caller of Ping may be held up by a client that does not read. There is never
 // more than one, as it owns the write lock, and release waits for it.
@@ -299,19 +345,26 @@ func (c *conn) startControlWriter() {
 		return
 	}
 	c.controlMu.Lock()
-	released := c.released
-	if !released {
+	none := c.released || c.frozen.Load()
+	if !none {
 		c.writers.Add(1)
 	}
 	c.controlMu.Unlock()
-	if released {
+	if none {
 		<-c.writeLock
 		return
 	}
-	go func() {
+	rescue.Go(c.onPanic, func() {
 		defer c.writers.Done()
 		c.unlock()
-	}()
+	})
+}
+
+// writeHeldUp begins to write what a freeze has held up, if somebody is to do so.
+func (c *conn) writeHeldUp() {
+	if c.resumed.Load() && c.resumed.CompareAndSwap(true, false) {
+		c.startControlWriter()
+	}
 }
 
 func (c *conn) controlDue() bool {
@@ -320,31 +373,48 @@ func (c *conn) controlDue() bool {
 	return c.pingDue || c.pongDue
 }
 
-// writeControlFrames sends the Ping and Pong that are due. Called with the write lock.
+// writeControlFrames sends what a freeze has held up, and the Ping and Pong that are due. Called with the write lock.
 func (c *conn) writeControlFrames() {
+	c.writeUnsent()
 	c.controlMu.Lock()
 	ping, pong := c.pingDue, c.pongDue
 	c.pingDue, c.pongDue = false, false
 	payload := c.control[2 : 2+copy(c.control[2:], c.pongPayload[:c.pongSize])]
 	c.controlMu.Unlock()
 	if pong {
-		putFrameHeader(c.control[:], opPong, len(payload))
+		frames.PutHeader(c.control[:], frames.OpPong, len(payload))
 		c.write(c.control[:2+len(payload)]) //nolint:errcheck // a connection that cannot be written to is noticed by its reader
 	}
 	if ping {
-		putFrameHeader(c.control[:], opPing, 0)
+		frames.PutHeader(c.control[:], frames.OpPing, 0)
 		c.write(c.control[:2]) //nolint:errcheck // as above
 	}
 }
 
-// write puts whole frames on the wire. Called with the write lock. A failed write ends the
-// connection, because nobody knows how much of the frame was sent.
+// write puts whole frames on the wire, or what of them is not there at a freeze into unsent. Called with the write lock. A
+// failed write ends the connection, because nobody knows how much of the frame was sent.
 func (c *conn) write(frames []byte) error {
 	if err := c.writable(); err != nil {
 		return err
 	}
-	_, err := c.network.Write(frames)
-	return c.wrote(err)
+	n := 0
+	var err error
+	if !c.frozen.Load() {
+		n, err = c.network.Write(frames)
+	}
+	return c.wrote(err, frames[n:])
+}
+
+// writeUnsent writes unsent, as far as the connection is not frozen again.
+func (c *conn) writeUnsent() {
+	if len(c.unsent) == 0 || c.writeErr != nil || c.frozen.Load() {
+		return
+	}
+	n, err := c.network.Write(c.unsent)
+	if c.unsent = c.unsent[n:]; len(c.unsent) == 0 {
+		c.unsent = nil
+	}
+	c.wrote(err) //nolint:errcheck // it is kept
 }
 
 // writeVector is write for the first n slices of vector: frames whose headers and payload are apart.
@@ -353,14 +423,17 @@ func (c *conn) writeVector(n int) error {
 	err := c.writable()
 	if err == nil {
 		c.buffers = c.vector[:n]
-		_, err = c.buffers.WriteTo(c.network)
-		err = c.wrote(err)
+		if !c.frozen.Load() {
+			_, err = c.buffers.WriteTo(c.network)
+		}
+		err = c.wrote(err, c.buffers...)
 	}
 	clear(c.vector[:n])
 	return err
 }
 
 func (c *conn) writable() error {
+	c.writeUnsent()
 	if c.writeErr != nil {
 		return c.writeErr
 	}
@@ -370,8 +443,15 @@ func (c *conn) writable() error {
 	return nil
 }
 
-func (c *conn) wrote(err error) error {
-	if err == nil {
+// wrote notes how a write has ended, and what it has left.
+func (c *conn) wrote(err error, rest ...[]byte) error {
+	if err == nil && !c.frozen.Load() {
+		return nil
+	}
+	if err == nil || c.stopped(err) {
+		for _, p := range rest {
+			c.unsent = append(c.unsent, p...)
+		}
 		return nil
 	}
 	if errors.Is(err, net.ErrClosed) {
@@ -409,26 +489,8 @@ func (c *conn) writeClose(ctx context.Context, frame []byte) error {
 
 // sendClose is writeClose with a code and a reason, of which at most 123 bytes are sent.
 func (c *conn) sendClose(ctx context.Context, code int, reason string) error {
-	frame := make([]byte, 2+maxControlPayload)
-	return c.writeClose(ctx, frame[:putClose(frame, code, reason)])
-}
-
-// putClose writes a Close frame to b, which has room for any control frame, and returns its length.
-func putClose(b []byte, code int, reason string) int {
-	if code == closeNoStatus {
-		return putFrameHeader(b, opClose, 0) // 1005 means "no code" and must not be sent
-	}
-	const most = maxControlPayload - 2
-	if len(reason) > most {
-		reason = reason[:most]
-		for len(reason) > 0 && !utf8.ValidString(reason) {
-			reason = reason[:len(reason)-1]
-		}
-	}
-	size := putFrameHeader(b, opClose, 2+len(reason))
-	binary.BigEndian.PutUint16(b[size:], uint16(code))
-	copy(b[size+2:], reason)
-	return size + 2 + len(reason)
+	frame := make([]byte, 2+frames.MaxControlPayload)
+	return c.writeClose(ctx, frame[:frames.PutClose(frame, code, reason)])
 }
 
 // sendCloseWithin is a best effort to tell the client, when the connection ends in any case.

@@ -4,10 +4,10 @@
 //
 // # Who does what
 //
-// Both directions are written here, without a library. reader.go is the protocol of what a client sends: readState and
-// the functions beside it are plain data and steps from one state to the next, without I/O; reader puts them on a
-// bufio.Reader. Frames from us are an unmasked payload behind 2 to 10 header bytes (RFC 6455 section 5.2), and writing it
-// into headroom in front of the payload is what makes a message cost one write, no copy and no allocation (frame.go).
+// Both directions are written here, without a library. Package frames is the wire format: its ReadState and
+// the functions beside it are plain data and steps from one state to the next, without I/O; its Reader puts them on a
+// bufio.Reader. Package inbox keeps what has come in until somebody reads it. Frames from us are an unmasked payload behind 2 to 10 header bytes (RFC 6455 section 5.2), and writing it
+// into headroom in front of the payload is what makes a message cost one write, no copy and no allocation (frames/frame.go).
 //
 // Libraries were tried: gorilla's WriteMessage copies the payload or allocates, and a Pong waits in its read loop for the
 // write lock; coder/websocket sends Pong and the answer to Close by itself, without a way to decide when, and needs two

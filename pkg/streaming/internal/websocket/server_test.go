@@ -16,6 +16,9 @@ import (
 
 	"github.com/gorilla/websocket"
 	"go.uber.org/goleak"
+
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
 func TestMain(m *testing.M) {
@@ -77,7 +80,9 @@ func newTestServer(t testing.TB, config Config, session func(*ChannelConn)) *tes
 		select {
 		case <-c.Done():
 		default:
-			t.Error("Serve returned before Done was closed")
+			if err != handover.ErrFrozen {
+				t.Error("Serve returned before Done was closed")
+			}
 		}
 		<-finished
 		s.ended <- err
@@ -163,10 +168,10 @@ func skipHead(t testing.TB, r io.Reader) {
 
 // clientFrame is a masked frame, with a mask of zeros so that the payload can be read.
 func clientFrame(opcode byte, final bool, payload string) []byte {
-	b := make([]byte, maxFrameHeader)
-	b = b[:putFrameHeader(b, opcode, len(payload))]
+	b := make([]byte, frames.MaxHeader)
+	b = b[:frames.PutHeader(b, opcode, len(payload))]
 	if !final {
-		b[0] &^= finalFrame
+		b[0] &^= frames.Final
 	}
 	b[1] |= 0x80
 	b = append(b, 0, 0, 0, 0)
@@ -206,4 +211,16 @@ func newTLSServer(t testing.TB, plain *testServer) (*httptest.Server, *tls.Confi
 	s := httptest.NewTLSServer(plain.Config.Handler)
 	t.Cleanup(s.Close)
 	return s, s.Client().Transport.(*http.Transport).TLSClientConfig
+}
+
+// protocols are those of channels.
+var protocols = []Protocol{ChannelUnnamed, ChannelV1, ChannelV1Base64, ChannelV4, ChannelV4Base64, ChannelV5}
+
+// halfClose is what a v5 client's half-close begins with.
+const halfClose = 255
+
+// wireFrame is a frame from us.
+type wireFrame struct {
+	opcode  byte
+	payload []byte
 }

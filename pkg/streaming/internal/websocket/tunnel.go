@@ -9,6 +9,10 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
 // TunnelConn is a byte stream in binary messages, whose boundaries mean nothing: the tunnel of
@@ -35,7 +39,8 @@ func AcceptTunnel(w http.ResponseWriter, r *http.Request) (*TunnelConn, error) {
 
 // Read reads bytes of the stream. It returns io.EOF after the client's Close with a normal code, and
 // io.ErrUnexpectedEOF, wrapped, when the client went away without one. A read deadline that passes
-// ends the reading side: frames are cut by it, and further reads return the same error.
+// ends the reading side: further reads return the same error. While the connection is frozen the error is
+// handover.ErrFrozen.
 func (t *TunnelConn) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
@@ -44,10 +49,14 @@ func (t *TunnelConn) Read(p []byte) (int, error) {
 		return 0, err
 	}
 	for {
+		if t.frozen.Load() {
+			return 0, handover.ErrFrozen
+		}
+		t.writeHeldUp()
 		if !t.in.InMessage {
-			kind, err := t.in.next()
-			if err == nil && kind != opBinary {
-				err = &protocolError{closeUnsupportedData, "a text message in the tunnel"}
+			kind, err := t.in.Next()
+			if err == nil && kind != frames.OpBinary {
+				err = &frames.Violation{Code: frames.CloseUnsupportedData, Reason: "a text message in the tunnel"}
 			}
 			if err != nil {
 				return 0, t.failed(err)
@@ -79,6 +88,9 @@ func (t *TunnelConn) ended() error {
 }
 
 func (t *TunnelConn) failed(err error) error {
+	if t.stopped(err) {
+		return handover.ErrFrozen
+	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		t.finish(err)
 		return err
@@ -87,16 +99,17 @@ func (t *TunnelConn) failed(err error) error {
 	return t.ended()
 }
 
-// Write sends p as one message, without copying it.
+// Write sends p as one message, without copying it. The connection may be frozen meanwhile: then p is taken, or the error
+// is handover.ErrFrozen.
 func (t *TunnelConn) Write(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	if err := t.lock(); err != nil {
+	if err := t.lock(false); err != nil {
 		return 0, err
 	}
 	defer t.unlock()
-	size := putFrameHeader(t.headers[:], opBinary, len(p))
+	size := frames.PutHeader(t.headers[:], frames.OpBinary, len(p))
 	t.vector[0], t.vector[1] = t.headers[:size], p
 	if err := t.writeVector(2); err != nil {
 		return 0, err
@@ -119,7 +132,9 @@ func (t *TunnelConn) CloseWrite() error {
 func (t *TunnelConn) Close() error {
 	t.closeOnce.Do(func() {
 		t.sendCloseWithin(closeTimeout, CloseNormal, "")
-		t.finish(ErrClosed)
+		if !t.frozen.Load() {
+			t.finish(ErrClosed)
+		}
 		t.release()
 	})
 	return nil
@@ -150,3 +165,7 @@ func (t *TunnelConn) SetReadDeadline(at time.Time) error { return t.network.SetR
 // SetWriteDeadline sets the write deadline. One that passes during a write cuts a frame, and all
 // further writes fail.
 func (t *TunnelConn) SetWriteDeadline(at time.Time) error { return t.network.SetWriteDeadline(at) }
+
+// ReportPanics has somebody told of a panic in a goroutine of the tunnel's own, which ends the process otherwise. It is
+// called before the tunnel is used; nil changes nothing.
+func (t *TunnelConn) ReportPanics(to rescue.Report) { t.reportPanics(to) }

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/gorilla/websocket"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
 // newTunnelServer runs session on each tunnel and closes the tunnel afterwards.
@@ -76,18 +78,18 @@ func TestTunnelEnds(t *testing.T) {
 		wire []byte
 		want error
 	}{
-		{"normal Close", clientFrame(opClose, true, "\x03\xe8"), io.EOF},
+		{"normal Close", clientFrame(frames.OpClose, true, "\x03\xe8"), io.EOF},
 		{"no Close", nil, io.ErrUnexpectedEOF},
-		{"inside a frame", clientFrame(opBinary, true, "hello")[:9], io.ErrUnexpectedEOF},
-		{"Close with an error", clientFrame(opClose, true, "\x03\xf3"), ErrClientClosed},
-		{"text", clientFrame(opText, true, "hello"), errors.ErrUnsupported},
+		{"inside a frame", clientFrame(frames.OpBinary, true, "hello")[:9], io.ErrUnexpectedEOF},
+		{"Close with an error", clientFrame(frames.OpClose, true, "\x03\xf3"), ErrClientClosed},
+		{"text", clientFrame(frames.OpText, true, "hello"), errors.ErrUnsupported},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			s := newTunnelServer(t, func(tunnel *TunnelConn) {
 				_, err := io.Copy(io.Discard, onlyReader{tunnel})
 				if test.want == errors.ErrUnsupported {
-					var violation *protocolError
+					var violation *frames.Violation
 					if !errors.As(err, &violation) {
 						t.Errorf("read: %v", err)
 					}

@@ -1,0 +1,128 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/streamshim/streamshim/pkg/admin"
+	"github.com/streamshim/streamshim/pkg/config"
+)
+
+const (
+	// upgradePoll is how often "upgrade" asks how far it has come.
+	upgradePoll = 50 * time.Millisecond
+	// upgradeTimeout is more than all limits of a hand-over together.
+	upgradeTimeout = 2 * time.Minute
+	// requestTimeout is for one question. It may wait in the socket's queue until the new program serves.
+	requestTimeout = 20 * time.Second
+)
+
+// Exit codes of "upgrade", for packages.
+const (
+	exitUnknown     = 3 // the running streamshim does not know hand-overs
+	exitUnreachable = 4 // it cannot be asked
+)
+
+// exitError is an error with an exit code of its own.
+type exitError struct {
+	error
+	code int
+}
+
+func (e *exitError) Unwrap() error { return e.error }
+
+func newUpgradeCommand() *cobra.Command {
+	command := &cobra.Command{
+		Use:   "upgrade",
+		Short: "Have the installed version take over from the running one, with all sessions",
+		Long: `upgrade has the program that is installed take over from the "streamshim serve" that runs, in the same process
+and with all its sessions, commands, forwarded connections and sockets: clients notice a pause and nothing else. The same
+program takes over from itself, too, and with it settings of the configuration that need a restart.
+
+The installed program is first run beside the running one, to see whether it accepts the configuration and the
+state. If anything fails until it takes over, the running one goes on as if nothing had happened, and upgrade says why.
+
+It exits with 0 when the installed program has taken over, or with --dry-run would, 3 when the running one is too old
+to be replaced without a restart, 4 when it cannot be asked, and otherwise with 1.`,
+		Args: cobra.NoArgs,
+	}
+	flags := command.Flags()
+	dry := flags.Bool("dry-run", false, "only say what would happen")
+	address := flags.String("admin", "", "admin `socket` of the running streamshim (default: what its configuration says)")
+	file := flags.String("config", "", "TOML configuration `file` of the running streamshim (default "+config.DefaultFile+" when it exists)")
+	command.RunE = func(cmd *cobra.Command, _ []string) error {
+		path, err := adminSocket(*address, *file)
+		if err != nil {
+			return &exitError{err, exitUnreachable}
+		}
+		c := admin.NewClient(path)
+		defer c.Close()
+		ctx, cancel := context.WithTimeout(cmd.Context(), upgradeTimeout)
+		defer cancel()
+		last, err := upgrade(ctx, c, *dry)
+		if err != nil {
+			return err
+		}
+		return printHandover(cmd.OutOrStdout(), last)
+	}
+	return command
+}
+
+// upgrade asks for a hand-over and waits for its end.
+func upgrade(ctx context.Context, c *admin.Client, dry bool) (admin.Handover, error) {
+	begun, err := c.HandOver(ctx, admin.HandoverRequest{DryRun: dry})
+	var known *admin.Error
+	switch {
+	case errors.As(err, &known) && (known.Code == http.StatusNotFound || known.Code == http.StatusMethodNotAllowed):
+		return begun, &exitError{errors.New("the running streamshim is of a version that cannot be replaced without a restart"), exitUnknown}
+	case err != nil && known == nil:
+		return begun, &exitError{err, exitUnreachable}
+	case err != nil:
+		return begun, err
+	}
+	ticker := time.NewTicker(upgradePoll)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return begun, fmt.Errorf("the hand-over has not come to its end: %w", context.Cause(ctx))
+		}
+		last, err := askHandover(ctx, c)
+		switch {
+		case errors.As(err, &known), err == nil && last.ID != begun.ID:
+			return begun, errors.New("the new program has ended after it had taken over, and streamshim was started again: its log says why")
+		case err != nil: // this connection has ended with the old program
+		case last.Phase != admin.HandoverRunning:
+			return last, nil
+		}
+	}
+}
+
+func askHandover(ctx context.Context, c *admin.Client) (admin.Handover, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	return c.LastHandover(ctx)
+}
+
+func printHandover(to io.Writer, h admin.Handover) error {
+	if h.Phase == admin.HandoverFailed {
+		return fmt.Errorf("streamshim %s goes on as it was: %s", h.From, h.Error)
+	}
+	if h.DryRun {
+		fmt.Fprintf(to, "streamshim %s would take over from %s: %d sessions would go on, %d would end\n", h.To, h.From, h.Carried, len(h.EndedSessions))
+	} else {
+		fmt.Fprintf(to, "streamshim %s has taken over from %s: %d sessions go on, %d have ended; all stood still for %v (state of %s)\n",
+			h.To, h.From, h.Carried, len(h.EndedSessions), time.Duration(h.Pause*float64(time.Second)).Round(time.Millisecond), bytesText(int64(h.State)))
+	}
+	for _, line := range h.EndedSessions {
+		fmt.Fprintf(to, "  %s\n", line)
+	}
+	return nil
+}

@@ -1,0 +1,287 @@
+// Package quiet is a gRPC server that comes to points at which no call is under way, and serves again from there.
+package quiet
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// What Quiesce holds calls to.
+const (
+	// quietPatience is how long a moment without any call is waited for. A node with many probes has none.
+	quietPatience = time.Second
+	// shortCall is how old the calls under way may be, because most calls are short, and one that is young is likely
+	// to be over soon. On a machine where all take longer it grows to half of the time that Quiesce has waited.
+	shortCall = 100 * time.Millisecond
+	// drainPatience is how long new calls may have to wait for those under way. It grows by a quarter of the time that
+	// Quiesce has waited, to maxDrainPatience: a call that waits is better than one that is broken off.
+	drainPatience    = 300 * time.Millisecond
+	maxDrainPatience = 5 * time.Second
+	// beginPatience is for gRPC to take notice of connections.
+	beginPatience = time.Second
+	// watchPause is before a watch is ended that comes while the others are: the client has not read yet
+	// that it is to go elsewhere.
+	watchPause = 50 * time.Millisecond
+)
+
+// ErrReplaced ends watches and, after the limit, calls.
+var ErrReplaced = status.Error(codes.Unavailable, "streamshim is being replaced by another version: call again")
+
+// calls are those under way.
+type calls struct {
+	mu      sync.Mutex
+	under   map[*call]struct{}
+	ending  bool          // watches are to end
+	changed chan struct{} // closed when a call ends; nil unless somebody waits for that
+}
+
+type call struct {
+	began time.Time
+	watch context.CancelCauseFunc // of a watch, which never ends by itself; nil for others
+}
+
+func (c *calls) add(added *call) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.under[added] = struct{}{}
+}
+
+func (c *calls) remove(removed *call) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.under, removed)
+	if c.changed != nil {
+		close(c.changed)
+		c.changed = nil
+	}
+}
+
+// look is how many calls are under way besides watches, how old the oldest is, and what is closed when one has ended.
+func (c *calls) look(now time.Time) (n int, oldest time.Duration, changed <-chan struct{}) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for call := range c.under {
+		if call.watch == nil {
+			n++
+			oldest = max(oldest, now.Sub(call.began))
+		}
+	}
+	if c.changed == nil {
+		c.changed = make(chan struct{})
+	}
+	return n, oldest, c.changed
+}
+
+// setEnding ends all watches, and those that come, or lets them be again.
+func (c *calls) setEnding(ending bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.ending = ending
+	if !ending {
+		return
+	}
+	for call := range c.under {
+		if call.watch != nil {
+			call.watch(ErrReplaced)
+		}
+	}
+}
+
+func (c *calls) areEnding() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.ending
+}
+
+// awaitShort waits until no call is under way or, after a while, none that is not short. It gives up when the
+// context is done.
+func (c *calls) awaitShort(ctx context.Context, start time.Time) {
+	for {
+		now := time.Now()
+		waited := now.Sub(start)
+		n, oldest, changed := c.look(now)
+		if n == 0 || waited > quietPatience && oldest < max(shortCall, waited/2) {
+			return
+		}
+		tick := time.NewTimer(shortCall / 4)
+		select {
+		case <-changed:
+		case <-tick.C:
+		case <-ctx.Done():
+			tick.Stop()
+			return
+		}
+		tick.Stop()
+	}
+}
+
+// pausable is a listener that Quiesce needs, such as a handover.Listener.
+type pausable interface {
+	Pause()
+	Resume()
+}
+
+// Server serves what its gRPC servers are made for, one after the other. Its methods may be called from several goroutines.
+type Server struct {
+	new      func() *grpc.Server
+	calls    calls
+	stopping context.Context //nolint:containedctx // done at Shutdown
+	stop     context.CancelFunc
+
+	mu       sync.Mutex
+	listener net.Listener
+	current  *generation   // nil before Serve, while quiet, and after Shutdown
+	draining []*generation // whose calls have not ended
+}
+
+// NewServer returns a server whose gRPC servers are made by a function. Each call is to go through Counted or Watched.
+func NewServer(makeServer func() *grpc.Server) *Server {
+	s := &Server{new: makeServer}
+	s.calls.under = map[*call]struct{}{}
+	s.stopping, s.stop = context.WithCancel(context.Background())
+	return s
+}
+
+// Quiesce brings the server to a point where no call is under way and whoever connects waits in the listener's
+// queue: for Resume, or for another program that has the same socket. Until then calls are served as ever, but for short
+// moments. It waits for a point at which no call is under way that is not short; when the context is done it takes the next
+// one, and breaks off calls that outlast it: they end as Unavailable, as watches do at once. The error is that
+// the listener cannot be paused; then the server serves on.
+func (s *Server) Quiesce(ctx context.Context) error {
+	s.mu.Lock()
+	listener, ok := s.listener.(pausable)
+	s.mu.Unlock()
+	if !ok {
+		return errors.New("the server has no listener that can be paused")
+	}
+	start := time.Now()
+	for {
+		s.calls.awaitShort(ctx, start)
+		last := ctx.Err() != nil
+		if err := s.pause(listener); err != nil {
+			s.Resume()
+			return err
+		}
+		if s.awaitDrained(min(drainPatience+time.Since(start)/4, maxDrainPatience), last) {
+			return nil
+		}
+		s.Resume()
+	}
+}
+
+// pause stops accepting and tells the clients to go elsewhere.
+func (s *Server) pause(listener pausable) error {
+	ctx, cancel := context.WithTimeout(context.Background(), beginPatience)
+	defer cancel()
+	listener.Pause()
+	s.mu.Lock()
+	g := s.current
+	s.mu.Unlock()
+	if g == nil {
+		return errors.New("the server is not serving")
+	}
+	g.awaitBegun(ctx)
+	g.drain()
+	s.mu.Lock()
+	s.current = nil
+	s.draining = append(s.draining, g)
+	s.mu.Unlock()
+	s.calls.setEnding(true)
+	return nil
+}
+
+// awaitDrained waits for the calls of all generations; with cut it breaks off those that are left. Without, it tells
+// whether there are none.
+func (s *Server) awaitDrained(patience time.Duration, cut bool) bool {
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	for {
+		s.mu.Lock()
+		if len(s.draining) == 0 {
+			s.mu.Unlock()
+			return true
+		}
+		g := s.draining[0]
+		s.mu.Unlock()
+		select {
+		case <-g.drained:
+		case <-timer.C:
+			// A client that does not answer, and waits for nothing, holds nobody up.
+			if n, _, _ := s.calls.look(time.Now()); n > 0 && !cut {
+				return false
+			}
+			timer.Reset(0)
+			g.stop()
+		}
+		s.mu.Lock()
+		if len(s.draining) > 0 && s.draining[0] == g {
+			s.draining = s.draining[1:]
+		}
+		s.mu.Unlock()
+	}
+}
+
+// Resume serves again after Quiesce.
+func (s *Server) Resume() {
+	s.calls.setEnding(false)
+	s.mu.Lock()
+	if s.stopping.Err() == nil && s.current == nil {
+		s.current = s.newGeneration()
+	}
+	listener, ok := s.listener.(pausable)
+	s.mu.Unlock()
+	if ok {
+		listener.Resume()
+	}
+}
+
+// Calls is how many calls are under way, besides watches.
+func (s *Server) Calls() int {
+	n, _, _ := s.calls.look(time.Now())
+	return n
+}
+
+// Counted runs a unary call, or a stream that ends by itself, as one of the calls under way.
+func (s *Server) Counted(f func() error) error {
+	c := &call{began: time.Now()}
+	s.calls.add(c)
+	defer s.calls.remove(c)
+	return f()
+}
+
+// Watched runs a watch, which Quiesce ends.
+func (s *Server) Watched(stream grpc.ServerStream, f func(grpc.ServerStream) error) error {
+	ctx, cancel := context.WithCancelCause(stream.Context())
+	defer cancel(nil)
+	c := &call{began: time.Now(), watch: cancel}
+	s.calls.add(c)
+	defer s.calls.remove(c)
+	if s.calls.areEnding() {
+		timer := time.NewTimer(watchPause)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-stream.Context().Done():
+		}
+		return ErrReplaced
+	}
+	err := f(&streamWithContext{stream, ctx})
+	if context.Cause(ctx) == ErrReplaced {
+		return ErrReplaced
+	}
+	return err
+}
+
+type streamWithContext struct {
+	grpc.ServerStream
+	ctx context.Context //nolint:containedctx // what the interface asks for
+}
+
+func (s *streamWithContext) Context() context.Context { return s.ctx }

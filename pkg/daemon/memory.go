@@ -1,0 +1,136 @@
+package daemon
+
+import (
+	"fmt"
+	"log/slog"
+	"math"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/config"
+)
+
+// share is how much of the memory something may take when the configuration leaves it to the machine's size.
+type share struct {
+	part        int64 // one in so many
+	least, most int64 // bytes
+}
+
+var (
+	buffersShare    = share{16, 64 << 20, 1 << 30}   // limits.buffers
+	syncOutputShare = share{32, 64 << 20, 512 << 20} // limits.sync_output
+	recordingShare  = share{32, 64 << 20, 512 << 20} // limits.recording_buffers
+)
+
+// of is how many bytes that is of a memory, unless a number is configured; 0 for no limit.
+func (s share) of(memory, configured int64) int64 {
+	if configured >= 0 {
+		return configured
+	}
+	return min(max(memory/s.part, s.least), s.most)
+}
+
+// budgets are the bytes that all sessions and calls together may hold, 0 for no limit.
+type budgets struct{ buffers, syncOutput, recordings int64 }
+
+func budgetsOf(c config.Config, memory int64) budgets {
+	return budgets{
+		buffers:    buffersShare.of(memory, c.Limits.Buffers),
+		syncOutput: syncOutputShare.of(memory, c.Limits.SyncOutput),
+		recordings: recordingShare.of(memory, c.Limits.RecordingBuffers),
+	}
+}
+
+// sum is all of them, 0 when one has no limit.
+func (b budgets) sum() int64 {
+	if b.buffers == 0 || b.syncOutput == 0 || b.recordings == 0 {
+		return 0
+	}
+	return b.buffers + b.syncOutput + b.recordings
+}
+
+// What a process without a limit of its own may use beside its buffers before it collects garbage at any cost.
+const memoryBesideBuffers = 512 << 20
+
+// limitMemory tells the garbage collector how much memory there is to work with: nine tenths of the cgroup's limit,
+// or what the buffers and the rest of 4096 sessions may come to. GOMEMLIMIT in the environment wins.
+func limitMemory(c config.Config, log *slog.Logger) {
+	if os.Getenv("GOMEMLIMIT") != "" {
+		return
+	}
+	limit := cgroupMemory("/proc/self/cgroup", "/sys/fs/cgroup")
+	from := "the cgroup"
+	if limit < math.MaxInt64 {
+		limit -= limit / 10
+	}
+	if all := budgetsOf(c, availableMemory()).sum(); all > 0 && all+memoryBesideBuffers < limit {
+		limit, from = all+memoryBesideBuffers, "limits.buffers, limits.sync_output and limits.recording_buffers"
+	}
+	if limit == math.MaxInt64 {
+		return
+	}
+	debug.SetMemoryLimit(limit)
+	log.Info("memory limit of the garbage collector", "bytes", limit, "from", from)
+}
+
+// availableMemory is the machine's memory, or the limit of our cgroup where that is less.
+func availableMemory() int64 {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 0 // and thus the least; the call cannot fail
+	}
+	return min(int64(info.Totalram)*int64(info.Unit), cgroupMemory("/proc/self/cgroup", "/sys/fs/cgroup")) //nolint:gosec // far less than 2^63
+}
+
+// cgroupMemory is the least memory limit of a process' cgroup and of those above it, of version 1 and 2, or
+// math.MaxInt64.
+func cgroupMemory(membership, root string) int64 {
+	limit := int64(math.MaxInt64)
+	text, err := os.ReadFile(membership)
+	if err != nil {
+		return limit
+	}
+	for line := range strings.Lines(string(text)) {
+		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(fields) < 3 {
+			continue
+		}
+		top, name := root, "memory.max"
+		switch {
+		case strings.Contains(","+fields[1]+",", ",memory,"):
+			top, name = filepath.Join(root, "memory"), "memory.limit_in_bytes"
+		case fields[1] != "":
+			continue
+		}
+		// What is not there is not visible, or has no limit of its own.
+		for path := filepath.Join("/", fields[2]); ; path = filepath.Dir(path) {
+			if value, err := readInt(filepath.Join(top, path, name)); err == nil && value > 0 {
+				limit = min(limit, value)
+			}
+			if path == "/" {
+				break
+			}
+		}
+	}
+	if limit > math.MaxInt64/2 { // version 1 says "none" with a number
+		return math.MaxInt64
+	}
+	return limit
+}
+
+func readInt(path string) (int64, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	value, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64) // "max" is no number
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", path, err)
+	}
+	return value, nil
+}

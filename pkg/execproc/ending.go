@@ -1,0 +1,206 @@
+package execproc
+
+import (
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/stdio"
+	"github.com/streamshim/streamshim/pkg/execproc/internal/tree"
+)
+
+// stage is how far the end of a process has come.
+type stage int
+
+const (
+	stageLook   stage = iota // for the tree, before anything is closed or signalled
+	stageHangup              // SIGHUP was sent
+	stageTerm                // SIGTERM was sent
+	stageKill                // SIGKILL is sent
+)
+
+// ending is the end of a process and of everything that descends from it.
+type ending struct {
+	process *Process
+	tree    *tree.Tree
+	stage   stage
+	// When the next stage begins, and when what survives SIGKILL is given up.
+	termAt, killAt, giveUpAt time.Time
+
+	stopped chan struct{} // closed when run has returned
+}
+
+// beginEnd begins the end of the tree, once.
+func (p *Process) beginEnd() {
+	p.mu.Lock()
+	if p.ending != nil {
+		p.mu.Unlock()
+		return
+	}
+	t := tree.New(p.leader, p.container.InitPid, p.ends)
+	t.Urgent = p.probe.Load()
+	t.Stranger, t.Frozen = p.stranger, p.freezing
+	if p.stranger && p.hasExited() {
+		t.Mounts = p.container.InitPid
+	}
+	e := &ending{process: p, tree: t, stopped: make(chan struct{})}
+	p.ending, p.looking = e, true
+	p.mu.Unlock()
+	e.begin()
+}
+
+// begin runs the ending in the background.
+func (e *ending) begin() {
+	p, r := e.process, e.process.runner
+	r.mu.Lock()
+	r.ending[p] = struct{}{}
+	r.mu.Unlock()
+	started := r.background(func() {
+		defer close(e.stopped)
+		if e.run() {
+			e.removeRecord()
+			e.over()
+		}
+	})
+	if !started {
+		p.endLook()
+		e.over()
+		close(e.stopped)
+	}
+}
+
+// removeRecord removes the record, unless the process itself has survived; then it goes with that.
+func (e *ending) removeRecord() {
+	p := e.process
+	p.mu.Lock()
+	p.endOver = true
+	p.mu.Unlock()
+	if p.stranger || p.hasExited() {
+		os.Remove(p.record)
+	}
+}
+
+func (e *ending) over() {
+	p, r := e.process, e.process.runner
+	e.tree.ClosePipes()
+	if p.stranger {
+		r.reaper.DropContainer(p.watch)
+	}
+	r.mu.Lock()
+	delete(r.ending, p)
+	r.mu.Unlock()
+	close(p.ended)
+}
+
+// run returns true when the end is over, and false when it was frozen.
+func (e *ending) run() bool {
+	p, t, config := e.process, e.tree, e.process.runner.config
+	var living []proc.Stat
+	if e.stage == stageLook {
+		p.recordEnd()
+		if p.pipes != nil {
+			t.Pipes = tree.WatchPipes(p.pipes.Stdin, p.pipes.Stdout, p.pipes.Stderr)
+		}
+		// Before anything is closed or signalled: later the leader may be gone, and with it the trace to
+		// its children.
+		var looked bool
+		if living, looked = p.firstLook(t); !looked {
+			return false
+		}
+		e.stage = stageKill
+		if !p.killed() {
+			p.closeStreams()
+			e.stage, e.termAt = stageHangup, time.Now().Add(config.TermAfter)
+			e.killAt = e.termAt.Add(config.KillAfter - config.TermAfter)
+		}
+	} else {
+		t.Killing = e.stage == stageKill || p.killed()
+		living = t.Living()
+	}
+	// Hand-overs one after the other hold nothing up: a stage that is over is followed by the next one's signal, and
+	// when nothing lives the end is over.
+	frozenBefore := func(end time.Time) bool {
+		return isClosed(p.freezing) && (t.Blind && len(living) == 0 || len(living) > 0 && time.Now().Before(end))
+	}
+	if e.stage == stageHangup {
+		if !p.killed() {
+			living = t.Ask(living, unix.SIGHUP, e.termAt, p.cut)
+		}
+		if frozenBefore(e.termAt) {
+			return false
+		}
+		e.stage = stageTerm
+		t.NextStage()
+	}
+	if e.stage == stageTerm {
+		if !p.killed() {
+			living = t.Ask(living, unix.SIGTERM, e.killAt, p.cut)
+		}
+		if frozenBefore(e.killAt) {
+			return false
+		}
+		e.stage = stageKill
+		if len(living) > 0 && !p.killed() && config.OnKill != nil {
+			config.OnKill()
+		}
+	}
+	if len(living) > 0 || t.Blind {
+		if e.giveUpAt.IsZero() {
+			e.giveUpAt = time.Now().Add(tree.KillTimeout)
+		}
+		switch t.KillUntil(e.giveUpAt, p.freezing) {
+		case tree.WasCut:
+			return false
+		case tree.TimeOver:
+			p.runner.log.Warn("processes of an exec survived SIGKILL; is the container paused, or I/O stuck?",
+				"container", p.container.ContainerID, "pid", p.leader.Pid)
+			return true
+		}
+	}
+	if p.hasExited() {
+		return true
+	}
+	select {
+	case <-p.watch.Exited: // it is a zombie now, and the reaper knows
+		return true
+	case <-p.freezing:
+		return false
+	}
+}
+
+// firstLook finds the tree while the terminal is certain to be still the process's own. Once its
+// master is closed the kernel may give the same number to the next terminal, whose users are
+// strangers, so that later looks do without it.
+//
+// A Close that follows Disconnect or Kill at once takes effect after this look: closing a terminal
+// ends its leader, and with it the trace to children in sessions of their own.
+//
+// It returns false when it was frozen, and is to be done again.
+func (p *Process) firstLook(t *tree.Tree) (living []proc.Stat, looked bool) {
+	if t.Ends.Terminal {
+		master, err := stdio.Duplicate(p.tty)
+		if err != nil { // closed already
+			t.Ends.Terminal = false
+		} else {
+			defer master.Close()
+		}
+	}
+	t.Killing = p.killed()
+	if living = t.Living(); t.Blind {
+		return nil, false
+	}
+	t.Ends.Terminal = false
+	p.endLook()
+	return living, true
+}
+
+func (p *Process) endLook() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.looking = false
+	if p.closed {
+		p.closeStreams()
+	}
+}

@@ -1,0 +1,105 @@
+package ociruntime
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxSocketPath is the size of sun_path less the final NUL, unix(7).
+const maxSocketPath = 107
+
+// ConsoleSocket is where the runtime hands over the master of the terminal it made in the
+// container's /dev/pts (runc, docs/terminals.md: "detached, new terminal").
+type ConsoleSocket struct {
+	listener *net.UnixListener
+	Path     string
+	tempDir  string // to be removed, when the state directory's path was too long
+}
+
+// NewConsoleSocket listens at the path, or at a shorter one where that is too long for a socket; see Path.
+func NewConsoleSocket(path string) (*ConsoleSocket, error) {
+	s := &ConsoleSocket{Path: path}
+	if len(path) > maxSocketPath {
+		dir, err := os.MkdirTemp("", "streamshim-")
+		if err != nil {
+			return nil, fmt.Errorf("console socket: %w", err)
+		}
+		s.tempDir, s.Path = dir, filepath.Join(dir, "s")
+	}
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: s.Path, Net: "unix"})
+	if err != nil {
+		if s.tempDir != "" {
+			os.Remove(s.tempDir)
+		}
+		return nil, fmt.Errorf("console socket: %w", err)
+	}
+	s.listener = listener
+	return s, nil
+}
+
+// Receive takes the terminal. The runtime has returned by now, so what it sent lies in the socket's
+// queue; the timeout is for a runtime that sent nothing.
+func (s *ConsoleSocket) Receive(timeout time.Duration) (*os.File, error) {
+	deadline := time.Now().Add(timeout)
+	if err := s.listener.SetDeadline(deadline); err != nil {
+		return nil, err
+	}
+	conn, err := s.listener.AcceptUnix()
+	if err != nil {
+		return nil, fmt.Errorf("the runtime did not connect to the console socket: %w", err)
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(deadline); err != nil {
+		return nil, err
+	}
+	const maxDescriptors = 8 // one is expected; room to receive, and close, a few too many
+	name, control := make([]byte, 4096), make([]byte, unix.CmsgSpace(4*maxDescriptors))
+	_, n, _, _, err := conn.ReadMsgUnix(name, control) // sets MSG_CMSG_CLOEXEC
+	if err != nil {
+		return nil, fmt.Errorf("read console socket: %w", err)
+	}
+	fds, err := parseDescriptors(control[:n])
+	if err == nil && len(fds) != 1 {
+		err = fmt.Errorf("the runtime sent %d descriptors over the console socket, not one", len(fds))
+	}
+	if err != nil {
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		return nil, err
+	}
+	// Before os.NewFile, which puts only non-blocking descriptors into Go's poller: a blocking one
+	// pins a thread and cannot be interrupted by Close.
+	if err := unix.SetNonblock(fds[0], true); err != nil {
+		unix.Close(fds[0])
+		return nil, fmt.Errorf("make terminal non-blocking: %w", err)
+	}
+	return os.NewFile(uintptr(fds[0]), "terminal"), nil
+}
+
+func parseDescriptors(control []byte) ([]int, error) {
+	messages, err := unix.ParseSocketControlMessage(control)
+	if err != nil {
+		return nil, fmt.Errorf("console socket: %w", err)
+	}
+	var all []int
+	for i := range messages {
+		if fds, err := unix.ParseUnixRights(&messages[i]); err == nil {
+			all = append(all, fds...)
+		}
+	}
+	return all, nil
+}
+
+// Close stops listening and removes the socket.
+func (s *ConsoleSocket) Close() {
+	s.listener.Close() // which unlinks the path
+	if s.tempDir != "" {
+		os.Remove(s.tempDir)
+	}
+}

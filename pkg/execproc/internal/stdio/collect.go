@@ -1,0 +1,105 @@
+package stdio
+
+import (
+	"io"
+	"sync"
+	"time"
+)
+
+// Room bounds what several RunSyncs keep of their commands' output.
+type Room interface {
+	// Take takes n bytes, all or none, and reports whether there was room.
+	Take(n int) bool
+	// Return gives n bytes back.
+	Return(n int)
+}
+
+// ownOutput is how many bytes of output each RunSync keeps whether there is room or not. It is more than a
+// probe's output, of which the kubelet reads 10 KiB.
+const ownOutput = 64 << 10
+
+// Collector gathers a process's output up to a limit and drops the rest.
+type Collector struct {
+	Done chan struct{} // closed when both streams have ended
+	Full chan struct{} // closed when there was no room with the others
+
+	mu             sync.Mutex
+	left           int // of the limit
+	own            int // of ownOutput
+	shared         Room
+	taken          int // of shared
+	refused        bool
+	Stdout, Stderr []byte // to be read once done is closed
+	last           time.Time
+}
+
+// Collect reads both streams to their ends and keeps up to limit bytes of them together, of which ownOutput need no room.
+func Collect(stdout, stderr io.Reader, limit int, shared Room) *Collector {
+	c := &Collector{Done: make(chan struct{}), Full: make(chan struct{}), left: limit, own: ownOutput, shared: shared}
+	var streams sync.WaitGroup
+	read := func(from io.Reader, to *[]byte) {
+		buffer := make([]byte, 32<<10)
+		for {
+			n, err := from.Read(buffer)
+			c.add(to, buffer[:n])
+			if err != nil {
+				return
+			}
+		}
+	}
+	streams.Go(func() { read(stderr, &c.Stderr) })
+	go func() {
+		defer close(c.Done)
+		read(stdout, &c.Stdout)
+		streams.Wait()
+	}()
+	return c
+}
+
+func (c *Collector) add(to *[]byte, data []byte) {
+	if len(data) == 0 {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.last = time.Now()
+	if data = data[:min(len(data), c.left)]; !c.takeLocked(len(data)) {
+		return
+	}
+	c.left -= len(data)
+	*to = append(*to, data...)
+}
+
+// takeLocked takes room for n bytes. Once there was none, nothing more is kept, so that what is kept has no gap.
+func (c *Collector) takeLocked(n int) bool {
+	own := min(n, c.own)
+	if n > own && c.shared != nil && !c.refused {
+		if c.refused = !c.shared.Take(n - own); c.refused {
+			close(c.Full)
+		} else {
+			c.taken += n - own
+		}
+	}
+	c.own -= own
+	return !c.refused
+}
+
+// Leave returns what was taken. The output is the caller's from now on.
+func (c *Collector) Leave() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.taken > 0 {
+		c.shared.Return(c.taken)
+		c.taken = 0
+	}
+}
+
+// LastData is when output came last, but not before the given time.
+func (c *Collector) LastData(notBefore time.Time) time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.last.Before(notBefore) {
+		return notBefore
+	}
+	return c.last
+}

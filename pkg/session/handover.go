@@ -1,0 +1,162 @@
+package session
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/workload"
+)
+
+// StateVersion is that of State. A reader of another version refuses it.
+const StateVersion = 1
+
+// State is what the registry and its guards know of one session that is handed over. It is encoded as CBOR.
+type State struct {
+	Version int
+	ID      string
+	Start   int64 // Unix nanoseconds
+	Info    Info
+	Phase   Phase
+	Helper  string
+	Stopped *EndError // nil while nobody has told it to end
+	Tapped  bool      // Taps.Open was called
+	Size    workload.Size
+	Guards  map[string][]byte // by Carrier.Carried
+}
+
+// Carrier is a Guard that keeps something of each session, which has to go with a session that is handed over.
+type Carrier interface {
+	Guard
+	// Carried names what it keeps. The name is part of the state, and so the same in all versions.
+	Carried() string
+	// Freeze lets go of what it keeps of a session and returns it. Nothing moves in the session any more. An error
+	// means that the session must not go on.
+	Freeze(*Session, *handover.Files) ([]byte, error)
+	// Resume takes it back, in the same program or in another one; then Ended will come. The state is nil where the
+	// program that froze the session had nothing by this name. An error means that the session must not go on.
+	Resume(*Session, []byte, *handover.Files) error
+}
+
+// Frozen is the outcome of a session that has not ended: it was frozen, to go on from its state.
+var Frozen = Outcome{Reason: "frozen", ExitCode: -1, Err: handover.ErrFrozen}
+
+// Frozen tells whether it is the outcome Frozen.
+func (o Outcome) Frozen() bool {
+	return o.Reason == Frozen.Reason && errors.Is(o.Err, handover.ErrFrozen)
+}
+
+// reasonGuard ends a session of which a guard could not be carried, and gave no reason of its own.
+const reasonGuard = "not-carried"
+
+// Freeze returns what the registry and its guards know of a session in which nothing moves any more. It stays in the
+// registry, for Resume. When a guard fails, the session is told to end, and does when it is resumed.
+func (s *Session) Freeze(files *handover.Files) State {
+	state := State{Version: StateVersion, ID: s.ID, Start: s.Start.UnixNano(), Info: s.Info, Guards: make(map[string][]byte)}
+	for _, g := range slices.Backward(s.registry.guards) {
+		carrier, ok := g.(Carrier)
+		if !ok {
+			continue
+		}
+		kept, err := carrier.Freeze(s, files)
+		if err != nil {
+			s.stopUncarried(carrier.Carried(), err)
+		}
+		state.Guards[carrier.Carried()] = kept
+	}
+	state.Tapped, state.Size = s.Taps.Opened(), s.Taps.Size()
+	s.mu.Lock()
+	state.Phase, state.Helper = s.phase, s.helper
+	s.mu.Unlock()
+	if s.ctx.Err() != nil {
+		state.Stopped = s.endError()
+	}
+	return state
+}
+
+// endError is why the session was told to end.
+func (s *Session) endError() *EndError {
+	var end *EndError
+	if !errors.As(context.Cause(s.ctx), &end) {
+		end = &EndError{Reason: "stopped", Message: context.Cause(s.ctx).Error()}
+	}
+	return end
+}
+
+func (s *Session) stopUncarried(what string, err error) {
+	s.Log().Error("a session ends because a part of it could not be handed over", "part", what, "error", err)
+	s.Stop(&EndError{Reason: reasonGuard, Message: fmt.Sprintf("the session was ended because its %s could not go on through an upgrade of streamshim", what)})
+}
+
+var errBadState = errors.New("state of a session that cannot be read")
+
+// Validate says why the session of the state could not be resumed, as far as the registry knows.
+func (state *State) Validate() error {
+	id, err := hex.DecodeString(state.ID)
+	switch {
+	case state.Version != StateVersion:
+		return fmt.Errorf("%w: version %d, only %d is known", errBadState, state.Version, StateVersion)
+	case err != nil || len(id) != idBytes:
+		return fmt.Errorf("%w: %q is no id", errBadState, state.ID)
+	case !slices.Contains([]Phase{Starting, Running, Lingering}, state.Phase):
+		return fmt.Errorf("%w: unknown phase %q", errBadState, state.Phase)
+	}
+	return nil
+}
+
+// Resume has a session go on from its state: with its id, start and phase, without another start for guards and
+// observers, and without asking whether it may. In the registry that has frozen it, it is the same *Session. When a
+// guard fails, the session is told to end. The caller gives it a connection with Connect, and ends it with End, as
+// after Begin.
+func (r *Registry) Resume(ctx context.Context, state State, files *handover.Files) (*Session, error) {
+	if err := state.Validate(); err != nil {
+		return nil, err
+	}
+	s, known, err := r.restore(ctx, state)
+	if err != nil {
+		return nil, err
+	}
+	if state.Stopped != nil {
+		s.Stop(state.Stopped)
+	}
+	for _, g := range r.guards {
+		carrier, ok := g.(Carrier)
+		if !ok {
+			continue
+		}
+		if err := carrier.Resume(s, state.Guards[carrier.Carried()], files); err != nil {
+			s.stopUncarried(carrier.Carried(), err)
+		}
+	}
+	if !known {
+		for _, o := range r.observers {
+			o.Resumed(s)
+		}
+		r.log.Info("session goes on", s.attributes()...)
+	}
+	return s, nil
+}
+
+// restore puts the session of a state into the registry, unless it is still there.
+func (r *Registry) restore(ctx context.Context, state State) (s *Session, known bool, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s := r.sessions[state.ID]; s != nil {
+		return s, true, nil
+	}
+	if r.closed {
+		return nil, false, ErrClosed
+	}
+	s = &Session{
+		Info: state.Info, ID: state.ID, Start: time.Unix(0, state.Start),
+		registry: r, phase: state.Phase, helper: state.Helper,
+	}
+	s.Taps.open, s.Taps.size = state.Tapped, state.Size
+	s.ctx, s.cancel = context.WithCancelCause(ctx)
+	r.sessions[s.ID] = s
+	return s, false, nil
+}

@@ -1,0 +1,306 @@
+package streaming
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"hash"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"net/url"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"k8s.io/client-go/tools/remotecommand"
+
+	"github.com/streamshim/streamshim/pkg/handover"
+	commands "github.com/streamshim/streamshim/pkg/streaming/remotecommand"
+	"github.com/streamshim/streamshim/pkg/workload"
+)
+
+// handedOver freezes the server, lets look see the states of its commands, and resumes it.
+func (s *testServer) handedOver(look func(commands.State)) {
+	s.t.Helper()
+	files := handover.NewFiles()
+	defer files.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
+	defer cancel()
+	encoded, err := s.Freeze(ctx, files)
+	if err != nil {
+		s.t.Fatalf("freeze: %v", err)
+	}
+	state, err := decode(encoded)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, each := range state.Sessions {
+		var command commands.State
+		if err := handover.Decode(each.State, &command); err != nil {
+			s.t.Fatal(err)
+		}
+		look(command)
+	}
+	if _, ended, err := s.Server.Resume(encoded, files); err != nil || ended > 0 {
+		s.t.Fatalf("resume: %v, %d sessions have ended", err, ended)
+	}
+}
+
+// inPhase hands the server over some times once a session is in a phase, and it stays in it.
+func (s *testServer) inPhase(want string) {
+	s.t.Helper()
+	var got string
+	hand := func() {
+		s.handedOver(func(state commands.State) { got = string(state.Phase) })
+	}
+	eventually(s.t, "the phase "+want, func() bool {
+		time.Sleep(100 * time.Millisecond) // or none would ever come further: some look at their clients as seldom as that
+		hand()
+		return got == want
+	})
+	for range 5 {
+		hand()
+		if got != want {
+			s.t.Fatalf("after the phase %q comes %q", want, got)
+		}
+	}
+}
+
+// sumOf reads random bytes with a sum.
+func sumOf(size int64) (io.Reader, hash.Hash) {
+	sum := sha256.New()
+	seed := [32]byte{byte(rand.Int())}
+	return io.TeeReader(io.LimitReader(rand.NewChaCha8(seed), size), sum), sum
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+// Hand-overs at random moments, lose no byte in either direction and no exit code: of commands that
+// are started here, of those that an upstream serves, and of attached ones.
+func TestCommandsAreHandedOver(t *testing.T) {
+	const size = 4 << 20
+	for _, kind := range []string{"exec", "relayed", "bandwidth"} {
+		t.Run(kind, func(t *testing.T) {
+			forEachTransport(t, func(t *testing.T, transport string) {
+				config := Config{}
+				if kind == "bandwidth" {
+					config.Bandwidth = 2 << 20
+				}
+				s := startServer(t, config)
+				executor := &hostExecutor{t: t}
+				in, want := sumOf(size)
+				got := sha256.New()
+				handedOver := readerFunc(func([]byte) (int, error) { // however fast the machine is
+					for s.handovers.Load() < 5 && t.Context().Err() == nil {
+						time.Sleep(time.Millisecond)
+					}
+					return 0, io.EOF
+				})
+				options := remotecommand.StreamOptions{
+					Stdin:  io.MultiReader(io.LimitReader(in, size/2), handedOver, in),
+					Stdout: got, Stderr: io.Discard,
+				}
+				var u *url.URL
+				if kind == "relayed" {
+					upstream := startServer(t, config)
+					defer upstream.beRestless(40 * time.Millisecond)()
+					u = s.relayedURL(upstream.execURL(executor, options, "sh", "-c", "cat; exit 7"), options)
+				} else {
+					u = s.execURL(executor, options, "sh", "-c", "cat; exit 7")
+				}
+				ended := make(chan error, 1)
+				go func() { ended <- stream(t.Context(), t, transport, u, options) }()
+				stop := s.beRestless(40 * time.Millisecond)
+				defer stop()
+				if err := receive(t, ended, "the end"); exitCode(t, err) != 7 {
+					t.Errorf("ended with %v", err)
+				}
+				if !bytes.Equal(want.Sum(nil), got.Sum(nil)) {
+					t.Error("what came back is not what was sent")
+				}
+				stop()
+				if n := s.handovers.Load(); n < 5 {
+					t.Errorf("only %d hand-overs", n)
+				}
+			})
+		})
+	}
+}
+
+// A terminal is typed into, and resized, while it is handed over.
+func TestTerminalsAreHandedOver(t *testing.T) {
+	forEachTransport(t, func(t *testing.T, transport string) {
+		s := startServer(t, Config{})
+		input, typed := io.Pipe()
+		defer typed.Close()
+		var out syncBuffer
+		queue := make(sizes, 10)
+		queue <- remotecommand.TerminalSize{Width: 10, Height: 20}
+		defer close(queue)
+		options := remotecommand.StreamOptions{Stdin: input, Stdout: &out, Tty: true, TerminalSizeQueue: queue}
+		ended := make(chan error, 1)
+		u := s.execURL(&hostExecutor{t: t}, options, "sh", "-c", "stty -echo; echo ready; while read line; do echo \"<$line $(stty size)>\"; done; exit 3")
+		go func() { ended <- stream(t.Context(), t, transport, u, options) }()
+		eventually(t, "the shell", func() bool { return strings.Contains(out.String(), "ready") })
+		for i := range 12 {
+			queue <- remotecommand.TerminalSize{Width: uint16(100 + i), Height: 50}
+			s.handOver()
+			typed.Write([]byte(fmt.Sprintf("line %d\n", i)))
+			s.handOver()
+			eventually(t, "the answer", func() bool { return strings.Contains(out.String(), fmt.Sprintf("<line %d ", i)) })
+		}
+		eventually(t, "the last size", func() bool {
+			typed.Write([]byte("size\n"))
+			return strings.Contains(out.String(), "<size 50 111>")
+		})
+		typed.Write([]byte{4})
+		if err := receive(t, ended, "the end"); exitCode(t, err) != 3 {
+			t.Errorf("ended with %v", err)
+		}
+	})
+}
+
+// A client that does not read, and a process that exits meanwhile: nothing is lost.
+func TestExitDuringAHandOver(t *testing.T) {
+	forEachTransport(t, func(t *testing.T, transport string) {
+		s := startServer(t, Config{})
+		executor := &hostExecutor{t: t}
+		var out bytes.Buffer
+		options := remotecommand.StreamOptions{Stdout: &out}
+		for range 5 {
+			out.Reset()
+			u := s.execURL(executor, options, "sh", "-c", "sleep 0.1; head -c 300000 /dev/zero; exit 5")
+			ended := make(chan error, 1)
+			before := executor.count()
+			go func() { ended <- stream(t.Context(), t, transport, u, options) }()
+			eventually(t, "the start", func() bool { return executor.count() > before })
+			files := handover.NewFiles()
+			state, err := s.Freeze(t.Context(), files)
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(150 * time.Millisecond) // until after its exit, or its first output
+			if _, _, err := s.Server.Resume(state, files); err != nil {
+				t.Fatal(err)
+			}
+			files.Close()
+			if err := receive(t, ended, "the end"); exitCode(t, err) != 5 || out.Len() != 300000 {
+				t.Errorf("ended with %v, %d bytes", err, out.Len())
+			}
+		}
+	})
+}
+
+// stubborn is a process that does not follow its client, and that nothing kills.
+type stubborn struct{ *hostProcess }
+
+func (stubborn) Disconnect() {}
+func (stubborn) Kill()       {}
+
+func (p stubborn) Freeze(files *handover.Files) ([]byte, error) {
+	return freezeFiles(p, files, p.stdin, p.stdout, p.stderr)
+}
+
+// Each phase is left and entered again, and ends as it would have.
+func TestEachPhaseIsHandedOver(t *testing.T) {
+	options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}
+	t.Run("opening", func(t *testing.T) {
+		s := startServer(t, Config{Commands: commandConfig{Waits: commandWaits{StreamCreation: time.Second}}})
+		u := s.execURL(&hostExecutor{t: t}, options, "true")
+		c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines("v4.channel.k8s.io")...))
+		defer c.conn.Close()
+		s.inPhase("opening")
+		began := time.Now()
+		defer s.beRestless(20 * time.Millisecond)() // the deadline stays what it was
+		eventually(t, "the end", func() bool { return len(s.config.Sessions.List()) == 0 })
+		if took := time.Since(began); took > 20*time.Second {
+			t.Errorf("ended after %v", took)
+		}
+	})
+	forEachTransport(t, func(t *testing.T, transport string) {
+		t.Run("explaining", func(t *testing.T) {
+			s := startServer(t, Config{})
+			executor := &hostExecutor{t: t}
+			request := s.localRequest(executor, streamsOf(remotecommand.StreamOptions{Stdout: io.Discard, Stderr: io.Discard}, "sleep", "600"))
+			asked := make(chan struct{}, 100)
+			answer := make(chan struct{})
+			s.reasons[request.Container.ContainerID] = func(ctx context.Context) string {
+				asked <- struct{}{}
+				select {
+				case <-ctx.Done():
+					return ""
+				case <-answer:
+					return "it was the test"
+				}
+			}
+			var stderr syncBuffer
+			ended := make(chan error, 1)
+			u := s.url(s.Exec(request))
+			go func() {
+				ended <- stream(t.Context(), t, transport, u, remotecommand.StreamOptions{Stdout: io.Discard, Stderr: &stderr})
+			}()
+			eventually(t, "the start", func() bool { return executor.count() == 1 })
+			close(executor.last().containerExited)
+			<-asked
+			s.inPhase("explaining")
+			close(answer)
+			if err := receive(t, ended, "the end"); exitCode(t, err) != 137 || !strings.Contains(stderr.String(), "it was the test") {
+				t.Errorf("ended with %v, %q", err, stderr.String())
+			}
+		})
+		t.Run("draining", func(t *testing.T) {
+			s := startServer(t, Config{Commands: commandConfig{DrainIdle: 2 * time.Second}})
+			executor := &hostExecutor{t: t}
+			var out syncBuffer
+			options := remotecommand.StreamOptions{Stdout: &out}
+			u := s.execURL(executor, options, "sh", "-c", "(sleep 0.5; echo late; sleep 600) & echo early; exit 4")
+			ended := make(chan error, 1)
+			go func() { ended <- stream(t.Context(), t, transport, u, options) }()
+			s.inPhase("draining")
+			defer s.beRestless(100 * time.Millisecond)() // silence adds up over hand-overs
+			if err := receive(t, ended, "the end"); exitCode(t, err) != 4 || out.String() != "early\nlate\n" {
+				t.Errorf("ended with %v, %q", err, out.String())
+			}
+			syscall.Kill(-executor.last().cmd.Process.Pid, syscall.SIGKILL)
+		})
+		t.Run("following", func(t *testing.T) {
+			s := startServer(t, Config{})
+			executor := &hostExecutor{t: t}
+			ctx, leave := context.WithCancel(t.Context())
+			defer leave()
+			u := s.execURL(executorFunc(func(c workload.Command) (remoteProcess, error) {
+				p, err := executor.Start(ctx, c)
+				if err != nil {
+					return nil, err
+				}
+				return stubborn{p.(*hostProcess)}, nil
+			}), options, "sleep", "600")
+			ended := make(chan error, 1)
+			go func() {
+				ended <- stream(ctx, t, transport, u, remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: io.Discard})
+			}()
+			eventually(t, "the start", func() bool { return executor.count() == 1 })
+			s.inPhase("running")
+			leave()
+			s.inPhase("following")
+			executor.last().Kill()
+			eventually(t, "the end", func() bool { return len(s.config.Sessions.List()) == 0 })
+			receive(t, ended, "the client's end")
+		})
+	})
+	t.Run("parting", func(t *testing.T) {
+		s := startServer(t, Config{})
+		executor := &hostExecutor{t: t}
+		u := s.execURL(executor, options, "true")
+		c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines("v4.channel.k8s.io")...))
+		c.remoteCommandStreams(streamTypeError, streamTypeStdin, streamTypeStdout)
+		s.inPhase("parting")
+		c.conn.Close()
+		eventually(t, "the end", func() bool { return len(s.config.Sessions.List()) == 0 })
+	})
+}

@@ -1,0 +1,424 @@
+package streaming
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
+	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
+	"github.com/streamshim/streamshim/pkg/streaming/portforward"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand"
+)
+
+// stateVersion is that of State. A reader of another version refuses it.
+const stateVersion = 1
+
+// State is what a Server hands over. It is encoded as CBOR. Each session is encoded by itself, so that one that cannot be
+// read is no reason not to read the others.
+type State struct {
+	Version  int
+	Tokens   []TokenState
+	Sessions []SessionState
+}
+
+// TokenState is a URL that was given out and that nobody has opened yet.
+type TokenState struct {
+	Token   string
+	Kind    session.Kind
+	Left    time.Duration          // until it expires
+	Command *remotecommand.Request // of an exec or attach
+	Forward *portforward.Request   // of a port-forward
+}
+
+// SessionState is one session.
+type SessionState struct {
+	Kind      session.Kind
+	Live      []byte              // session.State as CBOR
+	State     []byte              // the State of the package that serves the kind, as CBOR
+	Limits    lifetime.Limits     // as they were when it began
+	Bandwidth int64               // as above
+	Network   handover.Descriptor // the client's connection, for when the rest cannot be read
+}
+
+// requestGrace is how long requests that were begun are waited for at a freeze.
+const requestGrace = 250 * time.Millisecond
+
+// reasonNotCarried ends a session that cannot be handed over.
+const reasonNotCarried = "not-carried"
+
+func errNotCarried(err error) *session.EndError {
+	return &session.EndError{
+		Reason:  reasonNotCarried,
+		Message: fmt.Sprintf("the session was ended because streamshim is being upgraded and it cannot be carried over: %v", err),
+	}
+}
+
+// Pausable is a listener whose connections can wait in its queue.
+type Pausable interface {
+	net.Listener
+	// Pause returns when no connection comes out of Accept any more.
+	Pause()
+	Resume()
+	// Keep keeps the listener.
+	Keep(*handover.Files) (handover.Descriptor, error)
+}
+
+// listen notes the listener that Serve uses.
+func (s *Server) listen(listener net.Listener) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.listener = listener
+}
+
+// pausable is the listener that Serve uses; false if it cannot be paused, or is not there.
+func (s *Server) pausable() (Pausable, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	listener, ok := s.listener.(Pausable)
+	return listener, ok && !s.deaf
+}
+
+// KeepListener keeps the listener that Serve uses now. It need not be the one that Serve was given, which may have failed.
+func (s *Server) KeepListener(files *handover.Files) (handover.Descriptor, error) {
+	listener, ok := s.pausable()
+	if !ok {
+		return 0, ErrNotListening
+	}
+	return listener.Keep(files)
+}
+
+// Freeze brings the server to a stop and returns its state for Resume, in this program or the next one. The listener is
+// paused. Requests that have been begun are waited for for a moment, starts under way until the context ends; then all
+// sessions are frozen at once. A client whose request was not complete by then, or that sends another one on a connection
+// that was open, waits; its connection ends without an answer when the next program takes over. New connections wait in the
+// listener's queue.
+//
+// A session that cannot be carried ends, with a status that says so. An error means that not all sessions could be frozen
+// in time: then everything goes on as if nothing had happened.
+func (s *Server) Freeze(ctx context.Context, files *handover.Files) ([]byte, error) {
+	states, err := s.freeze(ctx, files)
+	if err == nil {
+		var encoded []byte
+		if encoded, err = handover.Encode(State{Version: stateVersion, Tokens: s.tokens.state(), Sessions: states}); err == nil {
+			return encoded, nil
+		}
+	}
+	s.resumeSessions(states, files)
+	s.thaw()
+	return nil, fmt.Errorf("freeze the streaming server: %w", err)
+}
+
+func (s *Server) freeze(ctx context.Context, files *handover.Files) ([]SessionState, error) {
+	if listener, ok := s.pausable(); ok {
+		listener.Pause()
+	}
+	waitOr(ctx, s.plain.quiet(), requestGrace)
+	passed := make(chan struct{})
+	s.mu.Lock()
+	s.thawed = make(chan struct{})
+	if s.passing == 0 {
+		close(passed)
+	} else {
+		s.passed = passed
+	}
+	s.mu.Unlock()
+	select {
+	case <-passed:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("requests are still being served: %w", context.Cause(ctx))
+	}
+	if err := s.awaitStarts(ctx); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	s.frozen = handover.Clock()
+	s.mu.Unlock()
+	return s.freezeSessions(ctx, files)
+}
+
+// Frozen is when the last Freeze began to have sessions stand still, by handover.Clock: before that it has waited for others.
+func (s *Server) Frozen() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.frozen
+}
+
+// awaitStarts waits until no session starts its command: none is to stand still while another one starts.
+func (s *Server) awaitStarts(ctx context.Context) error {
+	for _, each := range s.all() {
+		if starting, ok := each.running.(interface{ AwaitStarted(context.Context) error }); ok {
+			if err := starting.AwaitStarted(ctx); err != nil {
+				return fmt.Errorf("session %s: %w", each.live.ID, err)
+			}
+		}
+	}
+	return nil
+}
+
+// all are the sessions that are served now.
+func (s *Server) all() []*served {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := make([]*served, 0, len(s.served))
+	for each := range s.served {
+		all = append(all, each)
+	}
+	return all
+}
+
+// Carriable tells how many sessions could be handed over now, and of each that could not why; nothing is touched.
+func (s *Server) Carriable() (carried int, refused []string) {
+	for _, each := range s.all() {
+		if err := each.running.Carriable(); err != nil {
+			refused = append(refused, fmt.Sprintf("%s %s: %v", each.live.ID, each.live.Kind, err))
+		} else {
+			carried++
+		}
+	}
+	return carried, refused
+}
+
+// CheckState tells how many sessions of a state this program could take over, and of each that it could not why. It touches
+// nothing that the state refers to. An error means that nothing can be read of it.
+func CheckState(encoded []byte) (carried int, refused []string, err error) {
+	state, err := decode(encoded)
+	if err != nil {
+		return 0, nil, err
+	}
+	for _, each := range state.Sessions {
+		if id, err := each.check(); err != nil {
+			refused = append(refused, fmt.Sprintf("%s %s: %v", cmp.Or(id, "unknown"), each.Kind, err))
+		} else {
+			carried++
+		}
+	}
+	return carried, refused, nil
+}
+
+func errKind(a, b session.Kind) error {
+	return fmt.Errorf("it is said to be of the kinds %q and %q", a, b)
+}
+
+func (state *SessionState) check() (id string, err error) {
+	var live session.State
+	if err := handover.Decode(state.Live, &live); err != nil {
+		return "", err
+	}
+	if err := live.Validate(); err != nil {
+		return live.ID, err
+	}
+	switch {
+	case live.Info.Kind != state.Kind:
+		return live.ID, errKind(state.Kind, live.Info.Kind)
+	case state.Kind == session.PortForward:
+		return live.ID, portforward.CheckState(state.State)
+	case state.Kind == session.Exec, state.Kind == session.Attach:
+		return live.ID, remotecommand.CheckState(state.State)
+	}
+	return live.ID, fmt.Errorf("sessions of the kind %q are not carried", state.Kind)
+}
+
+// thaw lets requests and connections in again.
+func (s *Server) thaw() {
+	s.mu.Lock()
+	if s.thawed != nil {
+		close(s.thawed)
+		s.thawed = nil
+	}
+	s.mu.Unlock()
+	if listener, ok := s.pausable(); ok {
+		listener.Resume()
+	}
+}
+
+// freezeSessions freezes all sessions at once and returns those that were, with an error if one could not be in time.
+func (s *Server) freezeSessions(ctx context.Context, files *handover.Files) ([]SessionState, error) {
+	var (
+		mu     sync.Mutex
+		states []SessionState
+		errs   []error
+	)
+	freeze := rescue.Group{Report: func(p *rescue.Panic) {
+		s.config.Log.Error("the freeze of a session has panicked", "panic", p.Value, "stack", string(p.Stack))
+		mu.Lock()
+		defer mu.Unlock()
+		errs = append(errs, p)
+	}}
+	for _, each := range s.all() {
+		freeze.Go(func() {
+			state, err := s.freezeSession(ctx, each, files)
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				errs = append(errs, err)
+			} else if state != nil {
+				states = append(states, *state)
+			}
+		})
+	}
+	freeze.Wait()
+	return states, errors.Join(errs...)
+}
+
+// freezeSession returns the state of a session, nil if it has ended instead. The error is the context's.
+func (s *Server) freezeSession(ctx context.Context, each *served, files *handover.Files) (*SessionState, error) {
+	state, err := each.freeze(ctx, files)
+	if err == nil {
+		<-each.done
+		if !each.outcome.Frozen() {
+			return nil, nil
+		}
+		return state, nil
+	}
+	if transport.Closed(each.done) {
+		if each.outcome.Frozen() {
+			s.endUncarried(each, err)
+		}
+		return nil, nil
+	}
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("session %s could not be frozen in time: %w", each.live.ID, err)
+	}
+	each.live.Stop(errNotCarried(err))
+	select {
+	case <-each.done:
+		return nil, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("session %s, which cannot be carried (%w), did not end in time", each.live.ID, err)
+	}
+}
+
+// endUncarried ends a session that is frozen and of which there is no state to go on from.
+func (s *Server) endUncarried(each *served, err error) {
+	each.running.Close() //nolint:errcheck // its client learns no more than that
+	each.live.End(session.Outcome{Reason: reasonNotCarried, ExitCode: -1, Err: err})
+}
+
+// freeze returns the state of a session. After an error the session goes on, or has ended.
+func (each *served) freeze(ctx context.Context, files *handover.Files) (_ *SessionState, err error) {
+	if err := each.running.Carriable(); err != nil {
+		return nil, err
+	}
+	state := &SessionState{Kind: each.live.Kind, Limits: each.terms.Limits, Bandwidth: each.terms.Bandwidth}
+	if socket, ok := each.running.Network().(syscall.Conn); ok {
+		state.Network, _ = files.Keep(socket) //nolint:errcheck // it may be closed already, because the client has gone
+	}
+	if state.State, err = each.running.Freeze(ctx, files); err != nil {
+		state.release(files)
+		return nil, err
+	}
+	state.Live, err = handover.Encode(each.live.Freeze(files))
+	return state, err
+}
+
+// release closes the descriptor that is not needed because all else is there.
+func (state *SessionState) release(files *handover.Files) {
+	if file, err := files.Take(state.Network, "connection"); err == nil {
+		file.Close() //nolint:errcheck // a duplicate
+	}
+}
+
+// Resume has everything go on from the state: in the server that was frozen, or in a new one. It returns how many sessions
+// go on and how many could not: each of those ends, alone. An error means that nothing can be read of the state.
+func (s *Server) Resume(encoded []byte, files *handover.Files) (carried, ended int, err error) {
+	state, err := decode(encoded)
+	if err != nil {
+		return 0, 0, err
+	}
+	s.tokens.restore(state.Tokens)
+	carried, ended = s.resumeSessions(state.Sessions, files)
+	s.thaw()
+	return carried, ended, nil
+}
+
+func decode(encoded []byte) (State, error) {
+	var state State
+	if err := handover.Decode(encoded, &state); err != nil {
+		return State{}, fmt.Errorf("streaming server: %w", err)
+	}
+	if state.Version != stateVersion {
+		return State{}, fmt.Errorf("streaming server: the state has version %d, only %d is known", state.Version, stateVersion)
+	}
+	return state, nil
+}
+
+func (s *Server) resumeSessions(states []SessionState, files *handover.Files) (carried, ended int) {
+	for _, state := range states {
+		if err := s.resumeSession(state, files); err != nil {
+			s.config.Log.Error("a session could not be taken over", "kind", state.Kind, "error", err)
+			state.hangUp(files)
+			ended++
+			continue
+		}
+		state.release(files)
+		carried++
+	}
+	return carried, ended
+}
+
+// hangUp closes what is left of the connection of a session that could not be taken over, with a reset: its client must not
+// take the end for one in order.
+func (state SessionState) hangUp(files *handover.Files) {
+	conn, err := files.TakeConn(state.Network)
+	if err != nil {
+		return // it was not kept, or has been closed
+	}
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		tcp.SetLinger(0) //nolint:errcheck // it is closed either way
+	}
+	conn.Close() //nolint:errcheck // as above
+}
+
+// resumeSession has one session go on. After an error it has ended.
+func (s *Server) resumeSession(state SessionState, files *handover.Files) error {
+	var frozen session.State
+	if err := handover.Decode(state.Live, &frozen); err != nil {
+		return err
+	}
+	if frozen.Info.Kind != state.Kind {
+		return errKind(state.Kind, frozen.Info.Kind)
+	}
+	live, err := s.config.Sessions.Resume(s.ctx, frozen, files)
+	if err != nil {
+		return err
+	}
+	terms := s.shared()
+	terms.Limits, terms.Bandwidth = state.Limits, state.Bandwidth
+	running, err := s.resumeRunning(live, state.State, files, terms)
+	if err != nil {
+		terms.Buffers.Close()
+		live.End(session.Outcome{Reason: reasonNotCarried, ExitCode: -1, Err: err})
+		return fmt.Errorf("session %s: %w", live.ID, err)
+	}
+	s.run(live, running, terms)
+	return nil
+}
+
+// resumeRunning hands a state over to those who serve its kind of session.
+func (s *Server) resumeRunning(live *session.Session, state []byte, files *handover.Files, terms lifetime.Terms) (running, error) {
+	switch live.Kind {
+	case session.Exec, session.Attach:
+		resumed, err := remotecommand.Resume(s.ctx, state, files, live, s.config.Commands, terms)
+		if err != nil {
+			return nil, err // not the nil *Session, which is no nil interface
+		}
+		return resumed, nil
+	case session.PortForward:
+		resumed, err := portforward.Resume(state, files, live, s.config.PortForwards, terms)
+		if err != nil {
+			return nil, err // as above
+		}
+		return resumed, nil
+	default:
+		return nil, fmt.Errorf("sessions of the kind %q are not carried", live.Kind)
+	}
+}

@@ -1,0 +1,37 @@
+package lifetime
+
+import (
+	"net"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/rescue"
+	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/event"
+)
+
+// Panicked is the reason with which a session ends one of whose goroutines has panicked.
+const Panicked = "panic"
+
+// panicGrace is how long a session may take to end one of whose goroutines has panicked.
+const panicGrace = 2 * ShutdownGrace
+
+// Panic tells a session to end one of whose goroutines has panicked. What the goroutine has left, such as a lock, may keep
+// the session from that: the network connection, which may be nil, is reset after a while.
+func Panic(s *session.Session, t Terms, network net.Conn, p *rescue.Panic) {
+	s.Log().Error("a goroutine of a session has panicked: the session ends", "panic", p.Value, "stack", string(p.Stack))
+	if t.Observe != nil {
+		t.Observe(event.Panicked)
+	}
+	s.Stop(&session.EndError{Reason: Panicked, Message: "the session was ended because of a fault in streamshim, which its log tells of"})
+	if network != nil {
+		time.AfterFunc(panicGrace, func() { Reset(network) })
+	}
+}
+
+// Reset closes a connection so that its client does not take the end for one in order.
+func Reset(network net.Conn) {
+	if tcp, ok := network.(*net.TCPConn); ok {
+		tcp.SetLinger(0)
+	}
+	network.Close() //nolint:errcheck // it may be closed already
+}

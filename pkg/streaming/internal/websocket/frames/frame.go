@@ -1,0 +1,143 @@
+// Package frames is the wire format of WebSocket (RFC 6455) as a server needs it: frames from a client are read, and
+// frames to it are written around payload that is in place.
+package frames
+
+import (
+	"encoding/base64"
+	"encoding/binary"
+	"sync"
+)
+
+// Opcodes of RFC 6455 section 5.2.
+const (
+	OpContinuation = 0x0
+	OpText         = 0x1
+	OpBinary       = 0x2
+	OpClose        = 0x8
+	OpPing         = 0x9
+	OpPong         = 0xA
+)
+
+// Bits and sizes.
+const (
+	Final = 0x80 // the frame is its message's last
+
+	// MaxHeader is the longest header of an unmasked frame.
+	MaxHeader = 10
+	// MaxControlPayload is the limit of RFC 6455 section 5.5.
+	MaxControlPayload = 125
+)
+
+// HeaderSize is the length of the header of an unmasked frame with a payload of this size.
+func HeaderSize(payload int) int {
+	switch {
+	case payload <= 125:
+		return 2
+	case payload <= 0xFFFF:
+		return 4
+	default:
+		return 10
+	}
+}
+
+// PutHeader writes the header of an unmasked final frame to the beginning of b and returns its
+// length. The length is in its shortest form, as RFC 6455 section 5.2 demands.
+func PutHeader(b []byte, opcode byte, payload int) int {
+	b[0] = Final | opcode
+	switch size := HeaderSize(payload); size {
+	case 2:
+		b[1] = byte(payload)
+		return size
+	case 4:
+		b[1] = 126
+		binary.BigEndian.PutUint16(b[2:], uint16(payload))
+		return size
+	default:
+		b[1] = 127
+		binary.BigEndian.PutUint64(b[2:], uint64(payload))
+		return size
+	}
+}
+
+// A message to a client is at most 32 KiB, channel byte included. client-go reads any size and the
+// stock server sends up to 32 KiB + 1, but coder/websocket and what is built like it fail on
+// messages above 32768 bytes unless told otherwise. Larger messages would not be cheaper: eight of
+// them are read from the source and written to the client by one system call each.
+const (
+	MaxMessage = 32 << 10
+
+	// CellHeader is the room that a message needs in front of its payload: a frame header with a
+	// 16-bit length and the channel byte.
+	CellHeader = 4 + 1
+	// MaxPayload is the most payload in one binary message; with its headers it makes 32 KiB.
+	MaxPayload = MaxMessage - CellHeader
+	// MaxBase64Payload is the most payload in one base64 message, before encoding.
+	MaxBase64Payload = (MaxMessage - CellHeader) / 4 * 3
+
+	CellsPerBatch = 8
+	batchSize     = CellsPerBatch * MaxMessage
+)
+
+// Batch is a buffer of cells, each with room for the headers of one message and its payload. When
+// the cells are full one after the other, the buffer is what goes on the wire.
+type Batch struct {
+	data [batchSize]byte
+	// Payloads are the cells' parts for payload, the destinations of a scattered read.
+	Payloads [CellsPerBatch][]byte
+}
+
+var batches = sync.Pool{New: func() any { return newBatch() }}
+
+// TakeBatch takes one from the pool.
+func TakeBatch() *Batch { return batches.Get().(*Batch) }
+
+// Release gives it back.
+func (b *Batch) Release() { batches.Put(b) }
+
+func newBatch() *Batch {
+	b := new(Batch)
+	for i := range b.Payloads {
+		cell := b.data[i*MaxMessage : (i+1)*MaxMessage]
+		b.Payloads[i] = cell[CellHeader:]
+	}
+	return b
+}
+
+// FrameBinary puts the headers in front of n bytes that fill the payload parts in order, and
+// returns the bytes for the wire: one binary message a cell. n is at least 1.
+func (b *Batch) FrameBinary(channel byte, n int) []byte {
+	start, end := 0, 0
+	for i := 0; n > 0; i++ {
+		cell := b.data[i*MaxMessage : (i+1)*MaxMessage]
+		payload := min(n, MaxPayload)
+		n -= payload
+		headers := HeaderSize(1+payload) + 1
+		// A short message has a shorter header. In the first cell the wire bytes begin later for
+		// it; in any other the payload moves up, because there must be no gap.
+		at := CellHeader - headers
+		if i == 0 {
+			start = at
+		} else if at > 0 {
+			copy(cell[headers:], cell[CellHeader:CellHeader+payload])
+			at = 0
+		}
+		size := PutHeader(cell[at:], OpBinary, 1+payload)
+		cell[at+size] = channel
+		end = i*MaxMessage + at + headers + payload
+	}
+	return b.data[start:end]
+}
+
+// Base64Source is where FrameBase64 expects the payload: behind the largest encoded message.
+func (b *Batch) Base64Source() []byte {
+	return b.data[MaxMessage : MaxMessage+MaxBase64Payload]
+}
+
+// FrameBase64 returns the text message for a payload of at most MaxBase64Payload bytes.
+func (b *Batch) FrameBase64(channel byte, payload []byte) []byte {
+	encoded := base64.StdEncoding.EncodedLen(len(payload))
+	size := PutHeader(b.data[:], OpText, 1+encoded)
+	b.data[size] = '0' + channel
+	base64.StdEncoding.Encode(b.data[size+1:], payload)
+	return b.data[:size+1+encoded]
+}

@@ -1,0 +1,437 @@
+package remotecommand
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/status"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
+	"github.com/streamshim/streamshim/pkg/workload"
+)
+
+// phase is where a session is in its life. Each waits for something, until a deadline that stays the same over a
+// hand-over, and is left when the session is frozen: then it says itself for the next phase, and is entered again.
+// Only a start is not left: Freeze waits for it.
+type phase string
+
+const (
+	opening    phase = "opening"    // for the client to open its streams
+	sizing     phase = "sizing"     // for the size of its terminal
+	starting   phase = "starting"   // for the process to run
+	running    phase = "running"    // for the process, its container, the client, or somebody outside
+	finishing  phase = "finishing"  // for the process to take the input of a client that has left
+	reaping    phase = "reaping"    // for the process to be gone, which was killed because its container has ended
+	explaining phase = "explaining" // for the reason why the process has ended
+	draining   phase = "draining"   // for all of its output to be sent
+	telling    phase = "telling"    // for what is said to the user's eyes to be sent
+	holding    phase = "holding"    // for a slow reader behind a translator, see holdback.go
+	saying     phase = "saying"     // for the ends of the streams and the status to be sent
+	parting    phase = "parting"    // for the client to close the connection
+	following  phase = "following"  // for the process to follow its client, or an order from outside
+	over       phase = "over"
+)
+
+// step goes through one phase and returns the next. What a phase begins, such as a timer, ends with it.
+func (s *Session) step(ctx context.Context) phase {
+	switch s.at {
+	case opening:
+		return s.awaitStreams(ctx)
+	case sizing:
+		return s.awaitSize(ctx)
+	case starting:
+		return s.startProcess(ctx)
+	case running:
+		return s.await(ctx)
+	case finishing:
+		return s.finishInput(ctx)
+	case reaping:
+		return s.reap(ctx)
+	case explaining:
+		return s.explain(ctx)
+	case draining:
+		return s.awaitOutput(ctx)
+	case telling:
+		return s.tell()
+	case holding:
+		return s.holdStatus(ctx)
+	case saying:
+		return s.sayEnd(ctx)
+	case parting:
+		return s.part()
+	case following:
+		return s.awaitProcess()
+	default:
+		s.ending.outcome = session.Outcome{Reason: "internal-error", ExitCode: -1, Err: fmt.Errorf("a session has no phase %q", s.at)}
+		return over
+	}
+}
+
+// limit is when a phase ends that lasts this long: counted from when it was first entered.
+func (s *Session) limit(atMost time.Duration) time.Time {
+	if s.deadline.IsZero() {
+		s.deadline = time.Now().Add(atMost)
+	}
+	return s.deadline
+}
+
+// timer ticks at the end of a phase that lasts this long.
+func (s *Session) timer(atMost time.Duration) *time.Timer {
+	return time.NewTimer(time.Until(s.limit(atMost)))
+}
+
+func (s *Session) awaitStreams(ctx context.Context) phase {
+	timeout := s.timer(s.config.StreamCreation)
+	defer timeout.Stop()
+	select {
+	case <-s.client.ready:
+		return sizing
+	case <-s.client.Done():
+		// It may have said all it has to say, in one breath.
+		if transport.Closed(s.client.ready) && s.hasInputToFinish() {
+			return sizing
+		}
+		s.ending.outcome = lifetime.ClientGone(s.client.Err())
+		return over
+	case <-ctx.Done():
+		outcome := lifetime.Stopped(ctx)
+		return s.notStarted(outcome, endedBy(outcome))
+	case <-timeout.C:
+		err := fmt.Errorf("the client did not open all streams of the command within %v", s.config.StreamCreation)
+		return s.notStarted(session.Outcome{Reason: "no-streams", ExitCode: -1, Err: err}, status.InternalError(err.Error()))
+	case <-s.freezer.frozen:
+		return opening
+	}
+}
+
+// notStarted gives a client whose streams are not all there a status, if it has opened the stream
+// for it: an error stream that ends empty counts as success (kubectl#1208).
+func (s *Session) notStarted(outcome session.Outcome, result *status.Status) phase {
+	s.ending.outcome, s.ending.status, s.ending.unopened = outcome, result, true
+	s.cut.by(time.Now().Add(lifetime.ShutdownGrace))
+	if s.failureStream() == nil {
+		return over
+	}
+	return saying
+}
+
+// awaitSize waits a moment for the terminal's size, see firstsize.go.
+func (s *Session) awaitSize(ctx context.Context) phase {
+	s.followSizes()
+	if s.request.Command.TTY && s.client.resize != nil && !s.firstSize(ctx) {
+		return sizing
+	}
+	return starting
+}
+
+func (s *Session) startProcess(ctx context.Context) phase {
+	command := s.request.Command
+	command.Size = s.terminal.lastSize()
+	process, err := s.start(ctx, command)
+	if err != nil {
+		return s.startFailed(ctx, err)
+	}
+	s.process = process
+	if upstream, ok := process.(*relay); ok {
+		s.upstream.Store(upstream)
+	}
+	s.session.SetHelper(process.StandIn())
+	s.session.SetPhase(session.Running)
+	s.operate()
+	return running
+}
+
+// startFailed tells the client why the command did not start: a command that is not there is the
+// user's mistake and gets a line on stderr and an exit code as a shell would give it, anything else
+// is an internal error (kubernetes#40820).
+func (s *Session) startFailed(ctx context.Context, err error) phase {
+	outcome := session.Outcome{Reason: "start-failed", ExitCode: -1, Err: err}
+	var result *status.Status
+	var refused *session.RefusedError
+	var exit interface{ ExitCode() int }
+	switch {
+	case ctx.Err() != nil:
+		outcome = lifetime.Stopped(ctx)
+		result = endedBy(outcome)
+	case errors.As(err, &refused):
+		outcome.Reason = "refused"
+		result = status.Refused(refused)
+	case errors.As(err, &exit):
+		outcome.ExitCode, outcome.Err = exit.ExitCode(), nil // its text names the command, which is not for the log
+		s.ending.line = err.Error() + "\n"
+		if s.request.Command.TTY {
+			s.ending.line = err.Error() + "\r\n"
+		}
+		result = status.Exit(outcome.ExitCode, err.Error())
+	default:
+		result = status.InternalError("error executing command in container: " + err.Error())
+	}
+	s.ending.outcome, s.ending.status = outcome, result
+	return telling
+}
+
+// operate lets the streams of a process flow that runs.
+func (s *Session) operate() {
+	s.beginOperating(s.process)
+	s.terminal.attach(s.announcingSizes(s.process))
+	s.copyStreams()
+	if s.limits == nil {
+		s.limits = lifetime.NewTimeouts(s.terms.Limits, s.session)
+	}
+}
+
+func (s *Session) copyStreams() {
+	if stdin := s.process.Stdin(); s.client.stdin != nil && (s.input != nil || stdin != nil) {
+		if s.input == nil {
+			s.input = newInput()
+		}
+		s.input.stdin, s.input.from = stdin, s.operatedInput(s.client.stdin, &s.input.shown)
+		switch {
+		case transport.Closed(s.input.ended):
+		case stdin == nil || s.input.stopped: // it was, before a hand-over
+			s.client.stdin.CloseRead()
+			close(s.input.ended)
+		default:
+			s.input.copy(&s.others)
+		}
+	}
+	if s.drain.outputs == nil {
+		s.drain.outputs = []*output{
+			{name: session.Stdout, fin: !s.request.Command.TTY, pending: unlimited},
+			{name: session.Stderr, pending: unlimited},
+		}
+	}
+	for _, o := range s.drain.outputs {
+		o.from = s.process.Stdout()
+		client := s.client.stdout
+		if o.name == session.Stderr {
+			o.from, client = s.process.Stderr(), s.client.stderr
+		}
+		o.to = s.operatedOutput(o.name, client)
+		if o.to == nil || o.from == nil {
+			o.ended = true
+		}
+		if o.ended {
+			continue
+		}
+		s.drain.prepare(o)
+		s.outputs.Go(func() { s.drain.copy(o) })
+	}
+}
+
+// await waits while the process runs. All that can end a session is in one place.
+func (s *Session) await(ctx context.Context) phase {
+	refused := s.client.statusRefused
+	for {
+		select {
+		case <-s.process.Exited():
+			return s.exited(ctx)
+		case <-s.process.ContainerExited():
+			// Without a pid namespace of its own the process outlives its container (kubernetes#89233).
+			return reaping
+		case <-s.client.Done():
+			if s.hasInputToFinish() {
+				return finishing
+			}
+			return s.disconnected()
+		case <-refused:
+			if s.client.refusesStatus() {
+				return s.disconnected()
+			}
+			refused = nil
+		case <-ctx.Done():
+			return s.stopped(lifetime.Stopped(ctx))
+		case <-s.limits.C():
+			if warning := s.limits.Check(); warning != "" {
+				s.warn(warning)
+			}
+		case <-s.freezer.frozen:
+			return running
+		}
+	}
+}
+
+func (s *Session) reap(ctx context.Context) phase {
+	s.process.Kill()
+	timeout := s.timer(reapTimeout)
+	defer timeout.Stop()
+	select {
+	case <-s.process.Exited():
+		return s.exited(ctx)
+	case <-timeout.C:
+		reason, ok := s.containerEnd(ctx)
+		if !ok {
+			return reaping
+		}
+		return s.stopped(session.Outcome{Reason: "container-exited", ExitCode: -1, Err: errors.New(reason)})
+	case <-s.freezer.frozen:
+		return reaping
+	}
+}
+
+// exited begins the end of a session whose process has been reaped: all output, then the status, then the client
+// closes.
+func (s *Session) exited(ctx context.Context) phase {
+	s.session.SetPhase(session.Lingering)
+	s.cutAfterStop(ctx)
+	s.stopInput()
+	s.drain.begin(s.config.DrainMax)
+	s.ending.outcome = session.Outcome{Reason: "exited", ExitCode: s.process.ExitCode()}
+	s.ending.status = status.Exit(s.ending.outcome.ExitCode, "")
+	s.ending.hold = true
+	if upstream := s.upstream.Load(); upstream != nil {
+		s.ending.status = upstream.result
+		return draining
+	}
+	return explaining
+}
+
+// explain finds out whether a process was killed with its container. It is asked while the output is still on
+// its way: later the container may be removed.
+func (s *Session) explain(ctx context.Context) phase {
+	if s.ending.outcome.ExitCode != exitCodeKilled {
+		return draining
+	}
+	ends, ok := s.containerEnds()
+	if !ok {
+		return explaining
+	}
+	if !ends {
+		return draining
+	}
+	reason, ok := s.containerEnd(ctx)
+	if !ok {
+		return explaining
+	}
+	s.ending.outcome.Reason, s.ending.outcome.Err = "container-exited", errors.New(reason)
+	s.ending.status = status.Exit(s.ending.outcome.ExitCode, reason)
+	return draining
+}
+
+// containerEnds says whether a process that was killed was killed with its container; ok is false when the session
+// was frozen meanwhile. It may be seen to end a moment before the container's main process begins to, where both get
+// the same signal. That one is the last to be gone, on a busy machine a good while later.
+func (s *Session) containerEnds() (ends, ok bool) {
+	for deadline := s.limit(reapTimeout); ; {
+		look := time.NewTimer(containerEndWait)
+		select {
+		case <-s.process.ContainerExited():
+			look.Stop()
+			return true, true
+		case <-s.freezer.frozen:
+			look.Stop()
+			return false, false
+		case <-look.C:
+		}
+		if !s.process.ContainerEnding() || time.Now().After(deadline) {
+			return false, true
+		}
+	}
+}
+
+// containerEnd says why the container is gone; ok is false when the session was frozen meanwhile.
+func (s *Session) containerEnd(ctx context.Context) (reason string, ok bool) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endReasonTimeout)
+	defer cancel()
+	answered := make(chan struct{})
+	s.others.Go(func() {
+		select {
+		case <-s.freezer.frozen:
+			cancel()
+		case <-answered:
+		}
+	})
+	reason = s.config.Runtime.EndReason(ctx, s.request.Container.Target)
+	close(answered)
+	if ctx.Err() == context.Canceled {
+		return "", false
+	}
+	if reason == "" {
+		reason = "the container's main process has ended"
+	}
+	return reason, true
+}
+
+// disconnected begins the end of a session whose client has gone: its process follows (kubernetes#89031), unless it
+// has ended by itself.
+func (s *Session) disconnected() phase {
+	s.ending.outcome = lifetime.ClientGone(s.client.Err())
+	if !transport.Closed(s.process.Exited()) {
+		s.holdInput()
+		s.process.Disconnect()
+	}
+	s.client.Close() //nolint:errcheck // wakes the copiers
+	s.stopInput()
+	return following
+}
+
+// holdInput keeps the end of input from a process that is about to be hung up and has not been given all of
+// it, until the session ends: it may live for a while, and input that was cut must not look whole.
+func (s *Session) holdInput() {
+	if s.input == nil || transport.Closed(s.input.ended) && !s.input.cut {
+		return
+	}
+	if stdin, ok := s.input.stdin.(*os.File); ok {
+		socket.Control(stdin, func(fd int) {
+			if held, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err == nil { //nolint:gosec // a descriptor
+				s.heldInput = os.NewFile(uintptr(held), "held input")
+			}
+		})
+	}
+}
+
+// outputUnwanted tells what to do with output that the client does not take any more: true is to throw it
+// away. A command that is still to take its client's input must not end because of its output.
+func (s *Session) outputUnwanted(err error) bool {
+	return !transport.IsReset(err) && s.hasInputToFinish()
+}
+
+// stopped begins the end of a session from outside: the client gets a status at once, the process is treated as if
+// the client had gone.
+func (s *Session) stopped(outcome session.Outcome) phase {
+	s.ending.outcome, s.ending.status, s.ending.stopped = outcome, endedBy(outcome), true
+	s.cut.by(time.Now().Add(lifetime.ShutdownGrace))
+	s.holdInput()
+	s.process.Disconnect()
+	s.stopInput()
+	s.drain.begin(0)
+	return draining
+}
+
+// stopInput throws away what the client still sends.
+func (s *Session) stopInput() {
+	if s.input != nil {
+		s.input.stop()
+	} else if s.client.stdin != nil {
+		s.client.stdin.CloseRead()
+	}
+}
+
+// warn sends a line to the user of a terminal, who may not read at this moment.
+func (s *Session) warn(warning string) {
+	if s.client.stdout == nil {
+		return
+	}
+	s.others.Go(func() {
+		if _, err := io.WriteString(s.client.stdout, warning); isFrozen(err) {
+			s.warnings.add(warning)
+		}
+	})
+}
+
+// eyes is where a line goes that the user is to see: clients that find an exit code in the status
+// show nothing else of it. Stdout is left alone, unless it is a terminal. It may be nil.
+func (s *Session) eyes() workload.Stream {
+	if s.request.Command.TTY {
+		return s.client.stdout
+	}
+	return s.client.stderr
+}

@@ -1,0 +1,216 @@
+package remotecommand
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/bandwidth"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
+	"github.com/streamshim/streamshim/pkg/workload"
+)
+
+// CheckState says why Resume would refuse to go on with a session, nil when it would not as far as the state tells.
+func CheckState(encoded []byte) error {
+	var state State
+	if err := handover.Decode(encoded, &state); err != nil {
+		return err
+	}
+	return state.validate()
+}
+
+// Resume goes on with a session where Freeze has left it, for Session.Run. One whose state this program does not know, or
+// whose process cannot be resumed, tells its client so and ends; an error means that there is no client to be told. What the
+// state refers to is taken out of the files.
+func Resume(ctx context.Context, encoded []byte, files *handover.Files, live *session.Session, config Config, terms lifetime.Terms) (*Session, error) {
+	var envelope struct{ Envelope }
+	if err := handover.Decode(encoded, &envelope); err != nil {
+		return nil, err
+	}
+	var state State
+	fault := handover.Decode(encoded, &state)
+	if fault == nil {
+		fault = state.validate()
+	}
+	if fault != nil {
+		state = State{Envelope: envelope.Envelope}
+	}
+	request := state.Request
+	if fault != nil {
+		request = requestOf(live, envelope.Client)
+	}
+	s := newSession(&request, live, config, terms)
+	if err := s.resumeClient(&state.Client, files); err != nil {
+		return nil, err
+	}
+	var process Process
+	if state.Process != nil {
+		var err error
+		if process, err = s.resumeProcess(ctx, state.Process, files); err != nil && fault == nil {
+			fault = fmt.Errorf("its process: %w", err)
+		}
+	}
+	if fault != nil {
+		if process != nil {
+			process.Disconnect()
+			process.Close() //nolint:errcheck // nobody is left to read it
+		}
+		live.Log().Error("a session cannot go on after a hand-over", "error", fault)
+		state = State{Envelope: Envelope{Version: stateVersion, Client: state.Client}, Request: request}
+		state.refuse(fault)
+		process = nil
+		if !state.Client.Ready {
+			state.Phase, state.Ending.Unopened = saying, true
+			if s.client.failure == nil {
+				state.Phase = over
+			}
+		}
+	}
+	s.process = process
+	s.restore(&state, files)
+	return s, nil
+}
+
+// requestOf is what is known of a request whose state cannot be read.
+func requestOf(live *session.Session, client ClientState) Request {
+	_, stdin := client.Streams[transport.StreamStdin]
+	_, stdout := client.Streams[transport.StreamStdout]
+	_, stderr := client.Streams[transport.StreamStderr]
+	return Request{
+		Container: workload.Container{Target: live.Target},
+		Command:   workload.Command{TTY: live.TTY, Stdin: stdin, Stdout: stdout, Stderr: stderr},
+	}
+}
+
+// resumeClient goes on with the client's connection.
+func (s *Session) resumeClient(state *ClientState, files *handover.Files) error {
+	s.client = &client{
+		protocol: protocolVersion{state.Protocol, state.Resize, state.JSONStatus}, ready: make(chan struct{}),
+		failureOpened: make(chan workload.Stream, 1), answersItself: state.AnswersItself, sendsSize: state.SendsSize,
+	}
+	if state.Holdback != nil {
+		s.client.holdback = newHoldback()
+		s.client.holdback.before = *state.Holdback
+	}
+	opener := &opener{client: s.client}
+	resumed, err := transport.Resume(state.Conn, files, transport.ResumeConfig{SPDY: s.spdyConfig(opener), Channels: s.channelConfig()})
+	if err != nil {
+		return fmt.Errorf("its client's connection: %w", err)
+	}
+	s.client.network = resumed.Network
+	for name, slot := range s.slots() {
+		known, ok := state.Streams[name]
+		if !ok {
+			continue
+		}
+		if *slot = resumed.Stream(known.ID); *slot == nil {
+			*slot = &endedStream{known.ID, known.Received, known.Sent}
+		}
+	}
+	if state.Ready {
+		close(s.client.ready)
+	}
+	if s.client.failure != nil {
+		s.client.failureOpened <- s.client.failure
+	}
+	if resumed.SPDY == nil {
+		s.client.Conn = resumed.Conn
+		s.client.farewell = sayClose(resumed.Channels)
+		return nil
+	}
+	opener.expected = s.newOpener().expected
+	opener.serve(resumed.SPDY)
+	if failure, ok := s.client.failure.(*spdy.Stream); ok {
+		s.client.statusRefused = failure.Done()
+		if !state.Ready && failure.Sent() == 0 {
+			s.client.protocol.promiseStatus(failure) // it was opened when the connection was frozen already
+		}
+	}
+	return nil
+}
+
+func (s *Session) resumeProcess(ctx context.Context, state *ProcessState, files *handover.Files) (Process, error) {
+	if state.Relay == nil {
+		return s.config.Runtime.Resume(ctx, state.Local, files)
+	}
+	upstream, err := resumeRelay(state.Relay, files, s.terms.Buffers, s.panicked)
+	if err != nil {
+		return nil, err // not the nil *relay, which is no nil interface
+	}
+	s.upstream.Store(upstream)
+	return upstream, nil
+}
+
+// restore takes over what is not a connection or a process. Nothing of it fails.
+func (s *Session) restore(state *State, files *handover.Files) {
+	s.at, s.deadline = state.Phase, sooner(state.Deadline)
+	e := state.Ending
+	s.ending = ending{
+		outcome: session.Outcome{Reason: e.Reason, ExitCode: e.ExitCode}, status: e.Status, line: e.Line, said: e.Said,
+		hold: e.Hold, holding: sooner(e.Holding), stopped: e.Stopped, unopened: e.Unopened, cutsAfterStop: e.WatchesStop,
+	}
+	if e.Error != "" {
+		s.ending.outcome.Err = errors.New(e.Error)
+	}
+	s.heldInput, _ = files.Take(e.HeldInput, "held input") //nolint:errcheck // then there is none
+	s.cut.at = sooner(state.CutAt)
+	s.terminal.size, s.terminal.announced, s.terminal.sizes.pending = state.Terminal.Size, state.Terminal.Announced, state.Terminal.Pending
+	if s.terminal.size.Known() {
+		s.terminal.started = true
+		close(s.terminal.known)
+	}
+	if in := state.Input; in != nil {
+		s.input = newInput()
+		s.input.cut, s.input.stopped, s.input.shown = in.Cut, in.Stopped, in.Shown
+		s.input.since, s.input.last, s.input.endSeen = sooner(in.Since), in.Last, in.EndSeen
+		s.input.left.Store(in.Left)
+		s.input.failed.Store(in.Failed)
+		s.input.moved.Store(in.Moved)
+		s.input.unread, _ = files.Take(in.Unread, "unread input") //nolint:errcheck // as above
+		if in.Ended {
+			close(s.input.ended)
+		}
+	}
+	s.drain.until, s.drain.stopped = sooner(state.Drain.Until), state.Drain.Stopped
+	for _, o := range state.Drain.Outputs {
+		s.drain.outputs = append(s.drain.outputs, &output{
+			name: o.Name, fin: o.Name == session.Stdout && !s.request.Command.TTY,
+			ended: o.Ended, discarded: o.Discarded, looks: o.Looks, looked: o.Looked, lookUntil: sooner(o.LookUntil), pending: o.Pending,
+		})
+	}
+	if state.Timeouts != nil {
+		s.limits = lifetime.ResumeTimeouts(s.terms.Limits, s.session, *state.Timeouts)
+	}
+	if s.bandwidth = bandwidth.New(s.terms.Bandwidth, s.client.Done(), s.freezer.frozen); s.bandwidth != nil {
+		s.bandwidth.GoOn(bandwidth.State{Sent: sooner(state.Bandwidth.Sent), Received: sooner(state.Bandwidth.Received)})
+	}
+	s.withheld.Store(state.Withheld)
+	s.warnings.lines = state.Warnings
+}
+
+// endedStream stands for a stream that has ended in both directions, so long ago that its connection has forgotten it.
+type endedStream struct {
+	id             uint32
+	received, sent int64
+}
+
+var errStreamEnded = errors.New("the stream has ended")
+
+func (*endedStream) Read([]byte) (int, error)          { return 0, errStreamEnded }
+func (*endedStream) Write([]byte) (int, error)         { return 0, errStreamEnded }
+func (*endedStream) ReadFrom(io.Reader) (int64, error) { return 0, errStreamEnded }
+func (*endedStream) WriteTo(io.Writer) (int64, error)  { return 0, errStreamEnded }
+func (*endedStream) CloseWrite() error                 { return nil }
+func (*endedStream) CloseRead()                        {}
+func (*endedStream) Reset() error                      { return nil }
+func (*endedStream) Err() error                        { return nil }
+func (*endedStream) AfterReset(func())                 {}
+func (*endedStream) InputEnded() bool                  { return true }
+func (e *endedStream) Received() int64                 { return e.received }
+func (e *endedStream) Sent() int64                     { return e.sent }
+func (e *endedStream) ID() uint32                      { return e.id }

@@ -1,0 +1,194 @@
+package remotecommand
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/bandwidth"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/status"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
+	"github.com/streamshim/streamshim/pkg/workload"
+)
+
+// stateVersion is State.Version. A reader of another version ends the session, with a status that says so.
+const stateVersion = 1
+
+// State is a session that was frozen, and all that it takes to go on with it. It is encoded as CBOR. Times are those of
+// the wall clock: deadlines stay what they were. What belongs to the registry and its guards is in session.State.
+type State struct {
+	Envelope
+
+	Phase    phase
+	Deadline time.Time // of the phase; zero where none has begun
+	Request  Request   // without what only a start needs, once that is over
+
+	Ending    EndingState
+	CutAt     time.Time // when the client's connection is closed, if the session has not ended before; zero is never
+	Terminal  TerminalState
+	Input     *InputState // nil where there is none, or the process does not run yet
+	Drain     DrainState
+	Timeouts  *lifetime.TimeoutsState // nil before the process runs
+	Bandwidth bandwidth.State
+	Withheld  bool     // output that could not be recorded was not sent
+	Warnings  []string // that were not sent
+}
+
+// Envelope is what every version can read of a State, to be able to say why a session ends that it does not know.
+type Envelope struct {
+	Version int
+	Client  ClientState
+	Process *ProcessState // nil before it runs and when it was closed
+}
+
+// ClientState is the client's side.
+type ClientState struct {
+	Conn transport.State
+
+	Protocol           string
+	Resize, JSONStatus bool // of the protocol
+
+	Ready bool // all streams are there
+	// Streams are those that are there, by their names.
+	Streams map[string]StreamState
+
+	AnswersItself, SendsSize bool
+	Holdback                 *HoldbackState // nil where nothing is held back
+}
+
+// StreamState is one stream of the client's.
+type StreamState struct {
+	ID             uint32
+	Received, Sent int64 // for when the connection does not know the stream any more
+}
+
+// HoldbackState is what is known of a reader behind a translator. Questions that were asked before are not answered
+// any more.
+type HoldbackState struct {
+	At          time.Time // when Level was right
+	Level, Rate float64   // bytes unread, and bytes a second that are read; 0 where nothing is known
+}
+
+// ProcessState is the process. One of the two is set.
+type ProcessState struct {
+	Local []byte // Process.Freeze's of Config.Runtime
+	Relay []byte // a relayState as CBOR
+}
+
+// EndingState is how the session ends, as far as that is decided.
+type EndingState struct {
+	Reason                         string
+	ExitCode                       int
+	Error                          string // empty where nothing went wrong
+	Status                         *status.Status
+	Line                           string // that is still to be said before it
+	Said                           bool   // the status
+	Hold                           bool   // the status may wait
+	Holding                        time.Time
+	Stopped, Unopened, WatchesStop bool
+
+	HeldInput handover.Descriptor // see holdInput; none without
+}
+
+// TerminalState is what is known of the sizes of a terminal.
+type TerminalState struct {
+	Size      workload.Size // the last one asked for
+	Announced workload.Size // to taps
+	Pending   []byte        // of a message that is not complete
+}
+
+// InputState is the client's input.
+type InputState struct {
+	Ended, Cut bool // see input
+	Stopped    bool
+	Left       bool
+	Failed     bool
+	Moved      int64
+	Shown      int                 // bytes at its beginning that were recorded and not delivered
+	Unread     handover.Descriptor // another reader of the pipe; none without
+	Since      time.Time
+	Last       inputProgress
+	EndSeen    bool
+}
+
+// DrainState is the output.
+type DrainState struct {
+	Until   time.Time // zero while the process runs
+	Stopped bool
+	Outputs []OutputState // none before the process runs
+}
+
+// OutputState is where a stream of output is, see output.
+type OutputState struct {
+	Name             session.Output
+	Ended, Discarded bool
+	Looks            int
+	Looked           bool
+	LookUntil        time.Time
+	Pending          int64
+}
+
+var errState = errors.New("the state of the session cannot be read")
+
+func stateError(format string, arguments ...any) error {
+	return fmt.Errorf("%w: %s", errState, fmt.Sprintf(format, arguments...))
+}
+
+// withProcess are the phases that have a process, and ending those that have a status to say.
+var (
+	withProcess = []phase{running, finishing, reaping, explaining, draining, following}
+	before      = []phase{opening, sizing, starting}
+	withStatus  = []phase{explaining, draining, telling, holding, saying, parting}
+)
+
+// validate tells why a session could not go on from a state.
+func (s *State) validate() error {
+	hasProcess := slices.Contains(withProcess, s.Phase)
+	failure, hasFailure := s.Client.Streams[transport.StreamError]
+	switch {
+	case s.Version != stateVersion:
+		return fmt.Errorf("its state has version %d, only %d is known", s.Version, stateVersion)
+	case !hasProcess && !slices.Contains(before, s.Phase) && !slices.Contains(withStatus, s.Phase):
+		return stateError("it has an unknown phase %q", s.Phase)
+	case hasProcess != (s.Process != nil) && s.Phase != telling && s.Phase != holding && s.Phase != saying && s.Phase != parting:
+		return stateError("phase %q, and a process: %v", s.Phase, s.Process != nil)
+	case s.Process != nil && (s.Process.Local == nil) == (s.Process.Relay == nil):
+		return stateError("its process is neither here nor there")
+	case s.Ending.Stopped && !s.Ending.Unopened && s.Process == nil:
+		return stateError("it is told to end, and has no process")
+	case slices.Contains(withStatus, s.Phase) && s.Ending.Status == nil:
+		return stateError("phase %q, and no status", s.Phase)
+	case s.Phase == finishing && s.Input == nil:
+		return stateError("there is no input to finish")
+	case s.Phase != opening && !s.Ending.Unopened && !s.Client.Ready:
+		return stateError("phase %q, and not all streams", s.Phase)
+	case (s.Client.Ready || s.Ending.Unopened) && !hasFailure:
+		return stateError("there is no error stream")
+	case hasProcess && (len(s.Drain.Outputs) != 2 || s.Timeouts == nil):
+		return stateError("its process has %d outputs", len(s.Drain.Outputs))
+	case failure.Received < 0 || failure.Sent < 0:
+		return stateError("its error stream has moved less than nothing")
+	}
+	for i, o := range s.Drain.Outputs {
+		if o.Name != session.Output(i+1) || o.Pending < unlimited || o.Looks < 0 || o.Looks >= drainLooks {
+			return stateError("output %+v", o)
+		}
+	}
+	if in := s.Input; in != nil && (in.Shown < 0 || in.Moved < 0) {
+		return stateError("input %+v", *in)
+	}
+	return nil
+}
+
+// sooner is a time of a state with a reading of the monotonic clock, which goes on when the wall clock is set.
+func sooner(at time.Time) time.Time {
+	if at.IsZero() {
+		return at
+	}
+	now := time.Now()
+	return now.Add(at.Sub(now))
+}

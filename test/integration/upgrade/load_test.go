@@ -1,0 +1,415 @@
+package upgrade
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"net"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"k8s.io/client-go/tools/remotecommand"
+
+	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/test/internal/harness"
+	"github.com/streamshim/streamshim/test/internal/node"
+)
+
+// load is sessions that move data until they are told to come to their end.
+type load struct {
+	t         *testing.T
+	shim      *harness.Streamshim
+	container string
+	stop      chan struct{} // closed when the sessions are to end
+	running   sync.WaitGroup
+	live      atomic.Int64 // sessions that have shown that they are there
+	moved     atomic.Int64 // bytes
+	forwards  []*harness.Forward
+}
+
+func newLoad(t *testing.T, shim *harness.Streamshim, container string) *load {
+	return &load{t: t, shim: shim, container: container, stop: make(chan struct{})}
+}
+
+// finish has all sessions end as they should and waits for that.
+func (l *load) finish() {
+	close(l.stop)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		l.running.Wait()
+	}()
+	select {
+	case <-done:
+	case <-time.After(2 * testutil.Patience):
+		l.t.Error("some sessions do not end")
+	}
+	for _, f := range l.forwards {
+		f.Close()
+	}
+}
+
+func (l *load) stopping() bool {
+	select {
+	case <-l.stop:
+		return true
+	default:
+		return false
+	}
+}
+
+// begin runs one session of a kind.
+func (l *load) begin(name string, run func() error) {
+	l.running.Go(func() {
+		if err := run(); err != nil {
+			l.t.Errorf("%s: %v", name, err)
+		}
+	})
+}
+
+// session is one whose stdin and stdout are the test's.
+type session struct {
+	in    *io.PipeWriter
+	out   *bufio.Reader
+	ended chan error
+}
+
+func (l *load) exec(transport string, tty bool, args ...string) *session {
+	stdin, in := io.Pipe()
+	out, stdout := io.Pipe()
+	s := &session{in: in, out: bufio.NewReaderSize(out, 64<<10), ended: make(chan error, 1)}
+	options := remotecommand.StreamOptions{Stdin: stdin, Stdout: stdout, Tty: tty}
+	u := l.shim.ExecURL(l.t, l.container, options, args...)
+	l.running.Go(func() {
+		err := harness.Stream(context.WithoutCancel(l.t.Context()), transport, u.String(), options)
+		stdout.CloseWithError(io.EOF)
+		stdin.CloseWithError(errors.New("the session has ended"))
+		s.ended <- err
+	})
+	return s
+}
+
+// wantExit tells that a session has ended with something else than an exit code.
+func (s *session) wantExit(code int) error {
+	select {
+	case err := <-s.ended:
+		if got := harness.ExitCodeOf(err); got != code {
+			return fmt.Errorf("ended with %w, want exit code %d", err, code)
+		}
+		return nil
+	case <-time.After(testutil.Patience):
+		return errors.New("it does not end")
+	}
+}
+
+// terminal types a line into a shell and waits for what comes of it, again and again.
+func (l *load) terminal(transport string) {
+	s := l.exec(transport, true, "sh")
+	l.begin("terminal over "+transport, func() error {
+		for i := 0; ; i++ {
+			if l.stopping() {
+				io.WriteString(s.in, "exit 3\n")
+				go io.Copy(io.Discard, s.out)
+				return s.wantExit(3)
+			}
+			if _, err := fmt.Fprintf(s.in, "echo a$((%d * 3))b\n", i); err != nil {
+				return fmt.Errorf("typing line %d: %w", i, err)
+			}
+			want := fmt.Sprintf("a%db", i*3)
+			for {
+				line, err := s.out.ReadString('\n')
+				l.moved.Add(int64(len(line)))
+				if err != nil {
+					return fmt.Errorf("after line %d: %w", i, err)
+				}
+				if strings.Contains(line, want) {
+					break
+				}
+				if strings.Contains(line, "a") && strings.HasSuffix(strings.TrimSpace(line), "b") && !strings.Contains(line, "echo") {
+					return fmt.Errorf("%q instead of %q", line, want)
+				}
+			}
+			if i == 0 {
+				l.live.Add(1)
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	})
+}
+
+// echo sends numbered bytes through cat and looks whether each comes back.
+func (l *load) echo(transport string) {
+	s := l.exec(transport, false, "cat")
+	l.begin("cat over "+transport, func() error {
+		sent := sha256.New()
+		var n atomic.Int64
+		go func() {
+			defer s.in.Close()
+			for i := 0; !l.stopping(); i++ {
+				block := numbered(i, 16<<10)
+				if _, err := s.in.Write(block); err != nil {
+					return // seen by what comes back
+				}
+				sent.Write(block)
+				n.Add(int64(len(block)))
+				time.Sleep(time.Millisecond)
+			}
+		}()
+		got := sha256.New()
+		received, err := l.copy(got, s.out)
+		if err != nil {
+			return err
+		}
+		if err := s.wantExit(0); err != nil {
+			return err
+		}
+		if received != n.Load() || !bytes.Equal(got.Sum(nil), sent.Sum(nil)) {
+			return fmt.Errorf("%d bytes came back of %d, or others", received, n.Load())
+		}
+		return nil
+	})
+}
+
+// copy counts a session as live with the first byte.
+func (l *load) copy(to hash.Hash, from io.Reader) (n int64, err error) {
+	buffer := make([]byte, 64<<10)
+	for {
+		m, err := from.Read(buffer)
+		if m > 0 && n == 0 {
+			l.live.Add(1)
+		}
+		n += int64(m)
+		l.moved.Add(int64(m))
+		to.Write(buffer[:m])
+		if err == io.EOF {
+			return n, nil
+		}
+		if err != nil {
+			return n, err
+		}
+	}
+}
+
+// numbered is a block of which each part is another one.
+func numbered(i, size int) []byte {
+	block := make([]byte, 0, size+32)
+	for n := 0; len(block) < size; n++ {
+		block = strconv.AppendInt(append(block, ' '), int64(i*1_000_000+n), 10)
+	}
+	return block
+}
+
+// upload sends bytes to sha256sum and compares the sum.
+func (l *load) upload(transport string) {
+	s := l.exec(transport, false, "sha256sum")
+	l.begin("upload over "+transport, func() error {
+		sent := sha256.New()
+		for i := 0; !l.stopping(); i++ {
+			block := numbered(i, 32<<10)
+			if _, err := s.in.Write(block); err != nil {
+				return fmt.Errorf("block %d: %w", i, err)
+			}
+			sent.Write(block)
+			l.moved.Add(int64(len(block)))
+			if i == 0 {
+				l.live.Add(1)
+			}
+			time.Sleep(time.Millisecond)
+		}
+		s.in.Close()
+		line, err := s.out.ReadString('\n')
+		if err != nil {
+			return err
+		}
+		go io.Copy(io.Discard, s.out)
+		if want := hex.EncodeToString(sent.Sum(nil)); !strings.HasPrefix(line, want) {
+			return fmt.Errorf("sum %q, want %s", line, want)
+		}
+		return s.wantExit(0)
+	})
+}
+
+// count reads lines of numbers that follow each other, from a command that ends when its stdin does.
+func (l *load) count(transport string) {
+	s := l.exec(transport, false, "sh", "-c", "i=0; while true; do seq $i $((i+999)) || exit; i=$((i+1000)); sleep 0.02; done & cat >/dev/null; kill $!; wait $!; echo end; exit 5")
+	l.begin("numbers over "+transport, func() error {
+		for i := 0; ; i++ {
+			line, err := s.out.ReadString('\n')
+			if err != nil {
+				return fmt.Errorf("after %d: %w", i, err)
+			}
+			l.moved.Add(int64(len(line)))
+			if strings.HasSuffix(line, "end\n") {
+				go io.Copy(io.Discard, s.out)
+				return s.wantExit(5)
+			}
+			// The last one may be cut by the signal.
+			if want := strconv.Itoa(i) + "\n"; line != want && !l.stopping() {
+				return fmt.Errorf("%q instead of %q", line, want)
+			}
+			if i == 0 {
+				l.live.Add(1)
+			}
+			if l.stopping() {
+				s.in.Close()
+			}
+		}
+	})
+}
+
+// silent does nothing until its end, which it tells by its exit code.
+func (l *load) silent(transport string) {
+	s := l.exec(transport, false, "sh", "-c", "echo ready; read -r word; exit $word")
+	l.begin("silent over "+transport, func() error {
+		if line, err := s.out.ReadString('\n'); err != nil || line != "ready\n" {
+			return fmt.Errorf("%q, %w", line, err)
+		}
+		l.live.Add(1)
+		<-l.stop
+		io.WriteString(s.in, "7\n")
+		go io.Copy(io.Discard, s.out)
+		return s.wantExit(7)
+	})
+}
+
+// short runs a command after the other, each with input and output.
+func (l *load) short(transport string) {
+	l.begin("short over "+transport, func() error {
+		for i := 0; !l.stopping(); i++ {
+			var out bytes.Buffer
+			input := strconv.Itoa(i)
+			options := remotecommand.StreamOptions{Stdin: strings.NewReader(input), Stdout: &out}
+			u := l.shim.ExecURL(l.t, l.container, options, "sh", "-c", "cat; exit 4")
+			err := harness.Stream(context.WithoutCancel(l.t.Context()), transport, u.String(), options)
+			if harness.ExitCodeOf(err) != 4 || out.String() != input {
+				return fmt.Errorf("run %d: %q, %w", i, out.String(), err)
+			}
+			if i == 0 {
+				l.live.Add(1)
+			}
+		}
+		return nil
+	})
+}
+
+// attach reads the numbers that a container's main process prints.
+func (l *load) attach(transport, container string) {
+	out, stdout := io.Pipe()
+	options := remotecommand.StreamOptions{Stdout: stdout}
+	u := l.shim.AttachURL(l.t, container, options)
+	ctx, cancel := context.WithCancel(context.WithoutCancel(l.t.Context()))
+	l.running.Go(func() {
+		err := harness.Stream(ctx, transport, u.String(), options)
+		if err == nil {
+			err = io.EOF
+		}
+		stdout.CloseWithError(err)
+	})
+	l.begin("attach over "+transport, func() error {
+		defer cancel()
+		defer out.Close()
+		lines := bufio.NewReader(out)
+		last := -1
+		for i := 0; ; i++ {
+			line, err := lines.ReadString('\n')
+			if l.stopping() {
+				return nil
+			}
+			if err != nil {
+				return fmt.Errorf("after %d: %w", last, err)
+			}
+			l.moved.Add(int64(len(line)))
+			n, err := strconv.Atoi(strings.TrimSpace(line))
+			if err != nil || last >= 0 && n != last+1 {
+				return fmt.Errorf("%q after %d", line, last)
+			}
+			if last < 0 {
+				l.live.Add(1)
+			}
+			last = n
+		}
+	})
+}
+
+// forward opens connections to an echo in the pod over one port-forward, which send and read back until the end.
+func (l *load) forward(pod *harness.Pod, transport string, connections int) {
+	port := pod.Listen("127.0.0.1", func(conn *net.TCPConn) {
+		io.Copy(conn, conn)
+		conn.CloseWrite()
+	})
+	f := harness.StartForward(l.t, l.shim.Runtime, pod.ID, transport, port)
+	l.forwards = append(l.forwards, f)
+	for range connections {
+		conn, err := f.Dial(port)
+		if err != nil {
+			l.t.Fatal(err)
+		}
+		conn.SetDeadline(time.Time{})
+		sent, got := sha256.New(), sha256.New()
+		l.begin("forwarded connection over "+transport+", there", func() error {
+			defer conn.CloseWrite()
+			for i := 0; !l.stopping(); i++ {
+				block := numbered(i, 8<<10)
+				if _, err := conn.Write(block); err != nil {
+					return err
+				}
+				sent.Write(block)
+				time.Sleep(5 * time.Millisecond)
+			}
+			return nil
+		})
+		l.begin("forwarded connection over "+transport+", and back", func() error {
+			defer conn.Close()
+			if _, err := l.copy(got, conn); err != nil {
+				return err
+			}
+			if !bytes.Equal(sent.Sum(nil), got.Sum(nil)) {
+				return errors.New("not what was sent came back")
+			}
+			return nil
+		})
+	}
+}
+
+// probe is what the kubelet does, each 200 ms.
+func (l *load) probe() {
+	l.begin("probe", func() error {
+		ticker := time.NewTicker(200 * time.Millisecond)
+		defer ticker.Stop()
+		longest := time.Duration(0)
+		for i := 0; ; i++ {
+			select {
+			case <-l.stop:
+				l.t.Logf("%d probes, the longest took %v", i, longest)
+				return nil
+			case <-ticker.C:
+			}
+			start := time.Now()
+			response, err := l.shim.ExecSync(l.t.Context(), l.container, 10*time.Second, "echo", "alive")
+			longest = max(longest, time.Since(start))
+			if err != nil || response.ExitCode != 0 || string(response.Stdout) != "alive\n" {
+				return fmt.Errorf("probe %d: %v, %w", i, response, err)
+			}
+		}
+	})
+}
+
+// await waits until so many sessions have shown that they are there.
+func (l *load) await(n int64) {
+	testutil.Eventually(l.t, fmt.Sprintf("%d sessions are live", n), func() bool { return l.live.Load() >= n || l.t.Failed() })
+}
+
+// counter is a container whose main process prints numbers.
+func counter(t *testing.T) string {
+	return harness.RunContainer(t, node.ContainerSpec{Command: []string{"sh", "-c", "i=0; while true; do echo $i; i=$((i+1)); sleep 0.05; done"}})
+}
