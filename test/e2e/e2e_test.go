@@ -90,6 +90,7 @@ var nodeChecks = []check{
 var restartChecks = []check{
 	{name: "containerd killed and started again during exec -it, a stream and a port-forward", run: checkContainerdRestart},
 	{name: "kubelet restarted during exec -it", run: checkKubeletRestart},
+	{name: "streamshim upgraded during exec -it, a stream and a port-forward", run: checkUpgrade},
 }
 
 var bothProtocols = []kubernetes.Protocol{kubernetes.WebSocket, kubernetes.SPDY}
@@ -204,6 +205,9 @@ func newRun(t *testing.T, mode string) *run {
 	r.cluster = cluster
 	for _, name := range r.nodes {
 		one := target{cluster: cluster, node: cluster.Node(name), name: name, pod: "work-" + name}
+		if name == "shim" {
+			one.streamshim = node.Binary(t)
+		}
 		options := workPod
 		options.name = one.pod
 		ctx, cancel := context.WithTimeout(t.Context(), checkLimit)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -319,6 +320,67 @@ func checkSharedProcesses(ctx context.Context, t *target) (string, error) {
 
 // checkContainerdRestart kills containerd and starts it again under three sessions.
 func checkContainerdRestart(ctx context.Context, t *target) (string, error) {
+	return sessionsGoOn(ctx, t, func(f *forwarding) (whileDown, err error) {
+		if err := t.node.KillContainerd(); err != nil {
+			return nil, err
+		}
+		whileDown = f.expectPage(ctx, 8081, "second")
+		return whileDown, t.node.StartContainerd(ctx)
+	})
+}
+
+// checkUpgrade has streamshim taken over by itself, as by another version, with the kubelet in front of it: beside the
+// sessions, nothing of the node and of a probed pod is to change.
+func checkUpgrade(ctx context.Context, t *target) (string, error) {
+	if t.streamshim == "" {
+		return "nothing to upgrade", nil
+	}
+	probed := podName("probed")
+	defer t.deletePod(probed)
+	probe := "{exec: {command: ['true']}, periodSeconds: 1, timeoutSeconds: 1, failureThreshold: 1}"
+	if err := t.createPod(ctx, podOptions{name: probed, main: "readinessProbe: " + probe + ", livenessProbe: " + probe}); err != nil {
+		return "", err
+	}
+	steady := func() (string, error) {
+		pod, err := t.podField(ctx, probed, `.status.conditions[?(@.type=="Ready")]`)
+		if err != nil || !strings.Contains(pod, `"status":"True"`) {
+			return "", errors.Join(err, fmt.Errorf("the probed pod is not ready: %s", pod))
+		}
+		restarts, err := t.podField(ctx, probed, ".status.containerStatuses[0].restartCount")
+		if err != nil {
+			return "", err
+		}
+		node, err := t.must(ctx, "get", "node", t.node.Address, "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status} since {.status.conditions[?(@.type=="Ready")].lastTransitionTime}`)
+		return "pod " + pod + " restarts " + restarts + ", node " + node, err
+	}
+	var before string
+	if err := until(ctx, func() (err error) { before, err = steady(); return err }); err != nil {
+		return "", err
+	}
+	const upgrades = 5
+	var said []string
+	result, err := sessionsGoOn(ctx, t, func(*forwarding) (whileDown, err error) {
+		for range upgrades {
+			out, err := exec.CommandContext(ctx, t.streamshim, "upgrade", "--admin", "unix://"+t.node.AdminSocket()).CombinedOutput()
+			if err != nil {
+				return nil, fmt.Errorf("streamshim upgrade: %w: %s", err, out)
+			}
+			said = append(said, strings.TrimSpace(string(out)))
+		}
+		return nil, nil
+	})
+	if err != nil {
+		return "", fmt.Errorf("%w (%s)", err, strings.Join(said, "; "))
+	}
+	if after, err := steady(); err != nil || after != before {
+		return "", errors.Join(err, fmt.Errorf("before: %s; after: %s", before, after))
+	}
+	return fmt.Sprintf("%d times: %s; no probe fails, the node stays Ready", upgrades, result), nil
+}
+
+// sessionsGoOn interrupts something under an exec -it, a stream and a port-forward, which must not notice it. What the interruption
+// sees while something is down is one of the things that must work.
+func sessionsGoOn(ctx context.Context, t *target, interrupt func(*forwarding) (whileDown, err error)) (string, error) {
 	s, err := t.startTerminal(ctx, "exec", "-it", t.pod, "--", "sh", "-c", `echo ready; while read -r line; do echo "got $line"; done`)
 	if err != nil {
 		return "", err
@@ -348,11 +410,8 @@ func checkContainerdRestart(ctx context.Context, t *target) (string, error) {
 		return "", err
 	}
 
-	if err := t.node.KillContainerd(); err != nil {
-		return "", err
-	}
-	whileDown := f.expectPage(ctx, 8081, "second")
-	if err := t.node.StartContainerd(ctx); err != nil {
+	whileDown, err := interrupt(f)
+	if err != nil {
 		return "", err
 	}
 
@@ -362,7 +421,7 @@ func checkContainerdRestart(ctx context.Context, t *target) (string, error) {
 			broken = append(broken, what+": "+err.Error())
 		}
 	}
-	note("port-forward while containerd is down", whileDown)
+	note("port-forward while it is down", whileDown)
 	note("port-forward", f.expectPage(ctx, 8080, "first"))
 	if err := s.write("something\n"); err != nil {
 		note("exec -it", err)

@@ -33,6 +33,8 @@ type target struct {
 	protocol kubernetes.Protocol
 	pod      string // the node's pod that checks share
 	folder   string // for files, of this check's own
+	// streamshim is the program; empty where there is none.
+	streamshim string
 }
 
 func (t *target) kubectl(ctx context.Context, args ...string) *exec.Cmd {
