@@ -79,16 +79,21 @@ func TestSignals(t *testing.T) {
 				if attack != "kill" { // the others take the timeout each
 					commands = max(1, *count/2)
 				}
-				r := row{attack: attack, configuration: "default", entrance: e.name, commands: commands}
-				c.attacker.begin(attack)
-				var o outcomes
-				for range commands {
-					o.try(t, e, c)
+				r := row{attack: attack, configuration: "default", entrance: e.name}
+				signalled := 0
+				for round := 0; signalled == 0 && round < 20; round++ { // on a busy machine the attacker comes too late now and then
+					c.attacker.begin(attack)
+					var o outcomes
+					for range commands {
+						o.try(t, e, c)
+					}
+					end := c.attacker.end()
+					r.commands += commands
+					r.failed, r.seen, r.met = r.failed+o.failed, r.seen+end.seen, end.met
+					signalled = end.gained["stop"] + end.gained["kill"]
 				}
-				end := c.attacker.end()
-				r.failed, r.seen, r.met = o.failed, end.seen, end.met
 				note(r)
-				if end.gained["stop"]+end.gained["kill"] == 0 {
+				if signalled == 0 {
 					t.Errorf("%s: nothing was signalled", e.name)
 				}
 				recovers(t, e, c)

@@ -73,6 +73,10 @@ func (s *Session) awaitOutput(ctx context.Context) phase {
 	if s.ending.stopped {
 		return telling
 	}
+	if outcome := lifetime.Stopped(ctx); ctx.Err() != nil && outcome.Reason == lifetime.Panicked {
+		s.ending.hold = false
+		return s.stopped(outcome) // whoever has panicked may have had output that the client does not get
+	}
 	if s.withheld.Load() { // also behind a command that has ended well
 		code := s.ending.outcome.ExitCode
 		s.ending.outcome = lifetime.Stopped(ctx)

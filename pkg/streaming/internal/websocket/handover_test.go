@@ -177,15 +177,18 @@ func talk(t *testing.T, protocol Protocol, cuts ...int) string {
 func TestHandOverBehindEachByte(t *testing.T) {
 	for _, protocol := range []Protocol{ChannelV5, ChannelV4, ChannelV4Base64} {
 		t.Run(string(protocol), func(t *testing.T) {
-			want := talk(t, protocol)
+			// A pong may be left out once the Close has come (RFC 6455, section 5.5.2).
+			const pong = "8a0674686572653f"
+			talk := func(cuts ...int) string { return strings.Replace(talk(t, protocol, cuts...), pong, "", 1) }
+			want := talk()
 			all := []int{}
 			for cut := range len(conversation(protocol)) {
 				all = append(all, cut)
-				if got := talk(t, protocol, cut); got != want {
+				if got := talk(cut); got != want {
 					t.Fatalf("handed over behind byte %d:\n%s\nwant\n%s", cut, got, want)
 				}
 			}
-			if got := talk(t, protocol, all...); got != want {
+			if got := talk(all...); got != want {
 				t.Errorf("handed over behind each byte:\n%s\nwant\n%s", got, want)
 			}
 			if testing.Verbose() {
