@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/asciicast"
+	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/session/recording"
 	"github.com/streamshim/streamshim/pkg/session/transcript"
@@ -54,14 +55,13 @@ type Settings struct {
 
 // Server serves the API.
 type Server struct {
-	config Config
-	http   *http.Server
+	config   Config
+	http     *http.Server
+	requests handover.Requests
 
-	mu       sync.Mutex
-	listener net.Listener
-	ctx      context.Context // of all watches
-	cancel   context.CancelFunc
-	requests sync.WaitGroup // under way
+	mu     sync.Mutex
+	ctx    context.Context // of all watches
+	cancel context.CancelFunc
 }
 
 // NewServer returns a server that does not listen yet.
@@ -80,15 +80,13 @@ func NewServer(config Config) *Server {
 		"GET /v1/handover":            s.lastHandover,
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			s.requests.Add(1)
-			defer s.requests.Done()
 			if err := handle(w, r); err != nil {
 				writeError(w, err)
 			}
 		})
 	}
 	s.http = &http.Server{
-		Handler:           mux,
+		Handler:           s.requests.Count(mux),
 		ReadHeaderTimeout: readHeaderTimeout,
 		ErrorLog:          slog.NewLogLogger(config.Log.Handler(), slog.LevelDebug),
 	}
@@ -98,9 +96,7 @@ func NewServer(config Config) *Server {
 // Serve serves the listener until Shutdown, then returns nil. It closes the listener. Who may
 // connect is the business of the listener.
 func (s *Server) Serve(listener net.Listener) error {
-	s.mu.Lock()
-	s.listener = listener
-	s.mu.Unlock()
+	s.requests.From(listener)
 	if err := s.http.Serve(listener); err != nil && !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve the admin API on %s: %w", listener.Addr(), err)
 	}
@@ -119,31 +115,16 @@ func (s *Server) Shutdown(ctx context.Context) error {
 // Quiesce accepts no more connections, which wait for Resume or for another program that has the same socket, ends
 // watches, and waits for the other requests until the context is done.
 func (s *Server) Quiesce(ctx context.Context) {
-	s.mu.Lock()
-	listener, ok := s.listener.(interface{ Pause() })
-	s.mu.Unlock()
-	if ok {
-		listener.Pause()
-	}
+	s.requests.Pause()
 	s.endWatches()
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		s.requests.Wait() // with its client at the latest, see writeTimeout
-	}()
-	select {
-	case <-ended:
-	case <-ctx.Done():
-	}
+	s.requests.Wait(ctx)
 }
 
 // Resume serves again after Quiesce.
 func (s *Server) Resume() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if listener, ok := s.listener.(interface{ Resume() }); ok {
-		listener.Resume()
-	}
+	s.requests.Resume()
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 }
 

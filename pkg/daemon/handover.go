@@ -98,7 +98,7 @@ func (h *handovers) ask(r handoverRequest) error {
 	case h.requests <- r:
 		return nil
 	case <-h.closing:
-		h.failed(r.begun, errors.New("streamshim is ending"))
+		h.failed(errors.New("streamshim is ending"))
 		return &admin.Error{Code: http.StatusServiceUnavailable, Message: "streamshim is ending"}
 	}
 }
@@ -119,7 +119,7 @@ func (h *handovers) set(change func(*admin.Handover)) {
 	change(&h.current)
 }
 
-func (h *handovers) failed(_ admin.Handover, err error) {
+func (h *handovers) failed(err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.current.Phase, h.current.Error = admin.HandoverFailed, err.Error()
@@ -217,7 +217,7 @@ func (p *process) handOver(ctx context.Context, r handoverRequest) {
 	}
 	err := p.tryHandOver(ctx, r.begun)
 	if err != nil {
-		p.handovers.failed(r.begun, err)
+		p.handovers.failed(err)
 		p.log.Error("no other program takes over, this one goes on", "reason", r.begun.Reason, "dry run", r.begun.DryRun, "error", err)
 	} else {
 		p.handovers.set(func(h *admin.Handover) { h.Phase = admin.HandoverDone })
@@ -275,7 +275,8 @@ func (p *process) tryHandOver(ctx context.Context, h admin.Handover) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("streamshim is ending: %w", ctx.Err())
 	}
-	p.handovers.set(func(now *admin.Handover) { h.EndedSessions = now.EndedSessions })
+	last, _ := p.handovers.lastOne()
+	h.EndedSessions = last.EndedSessions
 	return p.execute(ctx, check, h, state, files)
 }
 

@@ -14,6 +14,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/net/netutil"
+
+	"github.com/streamshim/streamshim/pkg/handover"
 )
 
 const (
@@ -40,10 +42,7 @@ type ServerConfig struct {
 // Server serves /metrics, /healthz (the process answers) and /readyz (CRI calls are served).
 type Server struct {
 	http     *http.Server
-	requests sync.WaitGroup // under way
-
-	mu       sync.Mutex
-	listener net.Listener
+	requests handover.Requests
 }
 
 // NewServer makes a server that does not listen yet.
@@ -63,48 +62,21 @@ func NewServer(c ServerConfig) *Server {
 	}
 	s := &Server{}
 	s.http = &http.Server{
-		Handler: s.counted(mux), ReadHeaderTimeout: headerTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
+		Handler: s.requests.Count(mux), ReadHeaderTimeout: headerTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
 		ErrorLog: slog.NewLogLogger(c.Log.Handler(), slog.LevelDebug),
 	}
 	return s
 }
 
-func (s *Server) counted(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		s.requests.Add(1)
-		defer s.requests.Done()
-		next.ServeHTTP(w, r)
-	})
-}
-
 // Quiesce accepts no more connections, which wait for Resume or for another program that has the same socket, and
-// waits for requests until the context is done.
+// waits for requests until the context is done; they end at the latest after writeTimeout.
 func (s *Server) Quiesce(ctx context.Context) {
-	s.mu.Lock()
-	listener, ok := s.listener.(interface{ Pause() })
-	s.mu.Unlock()
-	if ok {
-		listener.Pause()
-	}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		s.requests.Wait() // at the latest after writeTimeout
-	}()
-	select {
-	case <-ended:
-	case <-ctx.Done():
-	}
+	s.requests.Pause()
+	s.requests.Wait(ctx)
 }
 
 // Resume serves again after Quiesce.
-func (s *Server) Resume() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if listener, ok := s.listener.(interface{ Resume() }); ok {
-		listener.Resume()
-	}
-}
+func (s *Server) Resume() { s.requests.Resume() }
 
 // onlyLocalNames refuses requests whose Host is no loopback address and not localhost, and those that a page of another
 // origin has made: a browser on the node may be led to a loopback address by a name of the attacker's (DNS rebinding).
@@ -129,9 +101,7 @@ func onlyLocalNames(handle http.HandlerFunc) http.HandlerFunc {
 
 // Serve serves the listener until Close, then returns nil. It closes the listener.
 func (s *Server) Serve(listener net.Listener) error {
-	s.mu.Lock()
-	s.listener = listener
-	s.mu.Unlock()
+	s.requests.From(listener)
 	if err := s.http.Serve(netutil.LimitListener(listener, maxClients)); err != nil && !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve metrics on %s: %w", listener.Addr(), err)
 	}

@@ -5,11 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/handover"
-	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/bandwidth"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
@@ -254,7 +252,7 @@ func (s *Session) resumeConnections(state State, client *transport.Resumed, file
 		if stream := client.Stream(id); stream != nil {
 			return stream
 		}
-		return endedStream{received, sent}
+		return &transport.EndedStream{Number: noStream, Moved: [2]int64{received, sent}, Cause: errStreamOver}
 	}
 	for _, frozen := range state.Open {
 		c := &connection{port: frozen.Port, data: stream(frozen.Data, frozen.Received, frozen.Sent), failure: stream(frozen.Failure, 0, 0)}
@@ -286,23 +284,6 @@ func (s *Session) resumeConnections(state State, client *transport.Resumed, file
 
 // errStreamOver is what a stream says that the client had ended for good when the session was resumed.
 var errStreamOver = errors.New("the stream was ended by the client before a hand-over")
-
-// endedStream is a stream that is long over.
-type endedStream struct{ received, sent int64 }
-
-func (endedStream) Read([]byte) (int, error)          { return 0, errStreamOver }
-func (endedStream) Write([]byte) (int, error)         { return 0, errStreamOver }
-func (endedStream) WriteTo(io.Writer) (int64, error)  { return 0, errStreamOver }
-func (endedStream) ReadFrom(io.Reader) (int64, error) { return 0, errStreamOver }
-func (endedStream) InputEnded() bool                  { return true }
-func (endedStream) CloseWrite() error                 { return nil }
-func (endedStream) CloseRead()                        {}
-func (endedStream) Reset() error                      { return nil }
-func (endedStream) Err() error                        { return errStreamOver }
-func (endedStream) AfterReset(f func())               { rescue.Go(rescue.Die, f) }
-func (s endedStream) Received() int64                 { return s.received }
-func (s endedStream) Sent() int64                     { return s.sent }
-func (endedStream) ID() uint32                        { return noStream }
 
 // noForwarder stands for a pod that could not be taken over.
 type noForwarder struct{ err error }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/session"
@@ -109,7 +108,7 @@ func (s *Session) resumeClient(state *ClientState, files *handover.Files) error 
 			continue
 		}
 		if *slot = resumed.Stream(known.ID); *slot == nil {
-			*slot = &endedStream{known.ID, known.Received, known.Sent}
+			*slot = &transport.EndedStream{Number: known.ID, Moved: [2]int64{known.Received, known.Sent}}
 		}
 	}
 	if state.Ready {
@@ -192,25 +191,3 @@ func (s *Session) restore(state *State, files *handover.Files) {
 	s.withheld.Store(state.Withheld)
 	s.warnings.lines = state.Warnings
 }
-
-// endedStream stands for a stream that has ended in both directions, so long ago that its connection has forgotten it.
-type endedStream struct {
-	id             uint32
-	received, sent int64
-}
-
-var errStreamEnded = errors.New("the stream has ended")
-
-func (*endedStream) Read([]byte) (int, error)          { return 0, errStreamEnded }
-func (*endedStream) Write([]byte) (int, error)         { return 0, errStreamEnded }
-func (*endedStream) ReadFrom(io.Reader) (int64, error) { return 0, errStreamEnded }
-func (*endedStream) WriteTo(io.Writer) (int64, error)  { return 0, errStreamEnded }
-func (*endedStream) CloseWrite() error                 { return nil }
-func (*endedStream) CloseRead()                        {}
-func (*endedStream) Reset() error                      { return nil }
-func (*endedStream) Err() error                        { return nil }
-func (*endedStream) AfterReset(func())                 {}
-func (*endedStream) InputEnded() bool                  { return true }
-func (e *endedStream) Received() int64                 { return e.received }
-func (e *endedStream) Sent() int64                     { return e.sent }
-func (e *endedStream) ID() uint32                      { return e.id }
