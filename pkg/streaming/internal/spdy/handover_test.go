@@ -752,6 +752,17 @@ func expectations() []expectation {
 			case <-time.After(time.Second):
 				return errors.New("no stream")
 			}
+			sent := func(want []byte) error {
+				got := make([]byte, len(want))
+				if n, err := io.ReadFull(peer, got); err != nil || !bytes.Equal(got, want) {
+					return fmt.Errorf("%x was sent, %v, want %x", got[:n], err, want)
+				}
+				return nil
+			}
+			// The reader sends the reply: what others send may stand before it.
+			if err := sent(slices.Concat([]byte("output"), frames.AppendSynReply(nil, 9, 0, frames.EmptyHeaderBlock))); err != nil {
+				return err
+			}
 			go func() { // a writer waits for who reads
 				for _, id := range []uint32{1, 3} {
 					c.Stream(id).Write([]byte("x"))
@@ -759,13 +770,8 @@ func expectations() []expectation {
 				c.OpenStream(nil)
 				c.Ping()
 			}()
-			want := slices.Concat([]byte("output"), frames.AppendSynReply(nil, 9, 0, frames.EmptyHeaderBlock), dataFrame(1, 0, "x"), dataFrame(3, 0, "x"),
-				frames.AppendSynStream(nil, 4, 0, frames.AppendHeaderBlock(nil, false, nil)), ping(8))
-			got := make([]byte, len(want))
-			if n, err := io.ReadFull(peer, got); err != nil || !bytes.Equal(got, want) {
-				return fmt.Errorf("%x was sent, %v, want %x", got[:n], err, want)
-			}
-			return nil
+			return sent(slices.Concat(dataFrame(1, 0, "x"), dataFrame(3, 0, "x"),
+				frames.AppendSynStream(nil, 4, 0, frames.AppendHeaderBlock(nil, false, nil)), ping(8)))
 		}},
 		{"refusing", State{Server: true, RefuseStreams: true, OpenNext: 2, PingNext: 2}, func(c *Conn, peer net.Conn) error {
 			c.cfg.OnStream = func(*Stream) {}
