@@ -16,11 +16,9 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 
 	"github.com/streamshim/streamshim/pkg/admin"
-	"github.com/streamshim/streamshim/pkg/execproc"
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/metrics"
 	"github.com/streamshim/streamshim/pkg/session"
-	"github.com/streamshim/streamshim/pkg/streaming"
 )
 
 // Limits of a hand-over, beside those of pkg/handover.
@@ -344,7 +342,7 @@ func (p *process) execute(ctx context.Context, check *handover.Check, h admin.Ha
 	if err != nil {
 		return err
 	}
-	p.log.Info("the sessions stand still for the other program", "carried", verdict.Carried, "ended", len(verdict.Ended), "state", size, "after", handover.SinceClock(state.Frozen))
+	p.log.Info("the sessions stand still for the other program", "carried", verdict.Carried, "ended", len(verdict.Ended), "state", size, "after", handover.Since(state.Frozen))
 	// A signal that came before is served here; one that comes from now on ends the process or, if it asks for a reload, is
 	// thrown away: the new program reads the configuration anyway.
 	if p.end.suspend() {
@@ -359,7 +357,11 @@ func (p *process) execute(ctx context.Context, check *handover.Check, h admin.Ha
 // rehearse tells what a hand-over would carry and what not.
 func (p *process) rehearse(ctx context.Context, check *handover.Check, h admin.Handover) error {
 	state := handover.NewState(p.version)
-	own := processState{StateDir: p.config.StateDir, Upstream: p.config.Upstream, Handover: h}
+	own, err := p.places()
+	if err != nil {
+		return err
+	}
+	own.Handover = h
 	if err := errors.Join(state.Put(criPart, p.cri.State()), state.Put(processPart, own)); err != nil {
 		return err
 	}
@@ -369,45 +371,4 @@ func (p *process) rehearse(ctx context.Context, check *handover.Check, h admin.H
 	carried, ended := p.streams.Carriable()
 	p.handovers.set(func(h *admin.Handover) { h.Carried, h.EndedSessions = carried, ended })
 	return nil
-}
-
-// Check is what a new program does as the child of one that runs: it looks whether it could take over.
-func Check(o Options) error {
-	stateDir := ""
-	fault("start")
-	return handover.AnswerCheck(o.Version, func() error {
-		fault("check")
-		c, err := o.Load()
-		stateDir = c.StateDir
-		return err
-	}, func(state *handover.State) handover.Verdict {
-		fault("read")
-		verdict, err := judge(state, stateDir)
-		if err != nil {
-			return handover.Verdict{Error: err.Error()}
-		}
-		return verdict
-	})
-}
-
-// judge reads all of a state and says what this program would do with it.
-func judge(state *handover.State, stateDir string) (handover.Verdict, error) {
-	var own processState
-	if err := state.Get(processPart, &own); err != nil {
-		return handover.Verdict{}, err
-	}
-	if err := own.mayUse(stateDir); err != nil {
-		return handover.Verdict{}, err
-	}
-	if exec := state.Parts[execPart]; exec != nil {
-		if err := execproc.CheckState(exec); err != nil {
-			return handover.Verdict{}, err
-		}
-	}
-	streams := state.Parts[streamsPart]
-	if streams == nil {
-		return handover.Verdict{}, nil
-	}
-	carried, ended, err := streaming.CheckState(streams)
-	return handover.Verdict{Carried: carried, Ended: ended}, err
 }

@@ -246,31 +246,36 @@ func (p *process) run(ctx context.Context) (err error) {
 
 // state is the processState of a hand-over.
 func (p *process) state(files *handover.Files, h admin.Handover) (processState, error) {
-	s := processState{StateDir: p.config.StateDir, Upstream: p.config.Upstream, Handover: h, Totals: p.handovers.totalsNow()}
-	var err error
-	keepSocket := func(socket net.Listener, listener *handover.Listener) (kept socketState) {
-		if listener == nil || err != nil {
-			return kept
-		}
-		if kept.Place, err = endpoint.PlaceOf(socket); err == nil {
-			kept.Descriptor, err = listener.Keep(files)
+	s, err := p.places()
+	s.Handover, s.Totals = h, p.handovers.totalsNow()
+	keep := func(listener *handover.Listener) (kept handover.Descriptor) {
+		if listener != nil && err == nil {
+			kept, err = listener.Keep(files)
 		}
 		return kept
 	}
-	s.CRI = keepSocket(p.criSocket, p.criListener)
-	s.Admin = keepSocket(p.adminSocket, p.adminListener)
+	s.CRI.Descriptor = keep(p.criListener)
+	s.Admin.Descriptor = keep(p.adminListener)
+	s.Metrics.Descriptor = keep(p.telemetry.listener)
 	if err == nil {
-		s.Streams.Address = p.config.StreamAddress
 		s.Streams.Descriptor, err = p.streams.KeepListener(files)
-	}
-	if listener := p.telemetry.listener; listener != nil && err == nil {
-		s.Metrics.Address = p.config.MetricsAddress
-		s.Metrics.Descriptor, err = listener.Keep(files)
 	}
 	if err == nil {
 		s.Lock, err = files.Keep(p.lock)
 	}
 	return s, err
+}
+
+// places is that part of the processState which says where this program listens and has its files.
+func (p *process) places() (processState, error) {
+	s := processState{StateDir: p.config.StateDir, Upstream: p.config.Upstream}
+	s.Streams.Address, s.Metrics.Address = p.config.StreamAddress, p.config.MetricsAddress
+	var criErr, adminErr error
+	s.CRI.Place, criErr = endpoint.PlaceOf(p.criSocket)
+	if p.adminSocket != nil {
+		s.Admin.Place, adminErr = endpoint.PlaceOf(p.adminSocket)
+	}
+	return s, errors.Join(criErr, adminErr)
 }
 
 // resume has everything go on that a predecessor has left.
@@ -289,7 +294,7 @@ func (p *process) resume(before *predecessor) {
 		exec = []byte{}
 	}
 	carried := p.resumeSessions(before.files, exec, before.part(streamsPart))
-	p.handovers.takenOver(carried, before.state.Size, handover.SinceClock(before.state.Frozen))
+	p.handovers.takenOver(carried, before.state.Size, handover.Since(before.state.Frozen))
 	before.files.Close()
 	if err := p.operation.audit.Settle(before.part(auditPart)); err != nil {
 		p.log.Warn("numbers of the audit log begin anew", "error", err)

@@ -10,9 +10,9 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
-	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/pkg/handover"
 )
 
 // reloader takes over a changed configuration at SIGHUP.
@@ -76,7 +76,5 @@ func warnRemoved(c config.Config, log *slog.Logger) {
 
 // reloading is what Type=notify-reload wants at the beginning of a reload (sd_notify(3)).
 func reloading() string {
-	var now unix.Timespec
-	unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) //nolint:errcheck // cannot fail for this clock
-	return fmt.Sprintf("%s\nMONOTONIC_USEC=%d", daemon.SdNotifyReloading, now.Nano()/int64(time.Microsecond))
+	return fmt.Sprintf("%s\nMONOTONIC_USEC=%d", daemon.SdNotifyReloading, int64(handover.Now())/int64(time.Microsecond))
 }

@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -15,7 +16,6 @@ import (
 	"syscall"
 	"time"
 
-	"errors"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"google.golang.org/grpc/codes"
 

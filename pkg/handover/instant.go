@@ -14,7 +14,7 @@ func InstantOf(t time.Time) Instant {
 	if t.IsZero() {
 		return 0
 	}
-	return now() + Instant(time.Until(t))
+	return Now() + Instant(time.Until(t))
 }
 
 // Time is when it is on this program's clock, the zero time of none.
@@ -22,10 +22,14 @@ func (i Instant) Time() time.Time {
 	if i == 0 {
 		return time.Time{}
 	}
-	return time.Now().Add(time.Duration(i - now()))
+	return time.Now().Add(time.Duration(i - Now()))
 }
 
-func now() Instant {
+// Since is the time since an instant, also one of another program.
+func Since(i Instant) time.Duration { return time.Duration(Now() - i) }
+
+// Now is the present instant.
+func Now() Instant {
 	var t unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &t); err != nil {
 		panic(err) // every Linux has this clock

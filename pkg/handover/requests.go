@@ -10,19 +10,29 @@ import (
 // Requests are those that an HTTP server serves, for a server that comes to a quiet point and goes on. The zero value is
 // ready for use.
 type Requests struct {
-	underWay sync.WaitGroup
-
 	mu       sync.Mutex
 	listener net.Listener
+	underWay int
+	ended    chan struct{} // closed when none is under way; nil when nobody waits
 }
 
 // Count counts the requests of a handler.
 func (r *Requests) Count(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, request *http.Request) {
-		r.underWay.Add(1)
-		defer r.underWay.Done()
+		r.count(1)
+		defer r.count(-1)
 		next.ServeHTTP(w, request)
 	})
+}
+
+func (r *Requests) count(change int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.underWay += change
+	if r.underWay == 0 && r.ended != nil {
+		close(r.ended)
+		r.ended = nil
+	}
 }
 
 // From says where the requests come from.
@@ -45,11 +55,16 @@ func (r *Requests) Pause() {
 
 // Wait waits for the requests under way until the context is done.
 func (r *Requests) Wait(ctx context.Context) {
-	ended := make(chan struct{})
-	go func() { // until the last of them has ended, which the server bounds
-		defer close(ended)
-		r.underWay.Wait()
-	}()
+	r.mu.Lock()
+	if r.underWay == 0 {
+		r.mu.Unlock()
+		return
+	}
+	if r.ended == nil {
+		r.ended = make(chan struct{})
+	}
+	ended := r.ended
+	r.mu.Unlock()
 	select {
 	case <-ended:
 	case <-ctx.Done():

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"strconv"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -16,7 +15,7 @@ const stateVersion = 1
 type State struct {
 	Version     int
 	Program     string       // version of the program that wrote it
-	Frozen      int64        // when its sessions were frozen, see Clock
+	Frozen      Instant      // when its sessions were frozen
 	Descriptors []Descriptor // all that the parts refer to
 	Parts       map[string][]byte
 
@@ -61,16 +60,6 @@ func parseState(data []byte) (*State, error) {
 	s.Size = len(data)
 	return &s, nil
 }
-
-// Clock is a time that goes on over execve, in nanoseconds since some moment.
-func Clock() int64 {
-	var now unix.Timespec
-	unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) //nolint:errcheck // cannot fail for this clock
-	return now.Nano()
-}
-
-// SinceClock is the time since a reading of Clock.
-func SinceClock(reading int64) time.Duration { return time.Duration(Clock() - reading) }
 
 // variable names the descriptor of the state in the environment of the next program.
 const variable = "STREAMSHIM_HANDOVER"

@@ -268,6 +268,27 @@ func TestEachPhaseIsHandedOver(t *testing.T) {
 			}
 			syscall.Kill(-executor.last().cmd.Process.Pid, syscall.SIGKILL)
 		})
+		// One output has ended because it was silent, the other one goes on.
+		t.Run("draining one of two", func(t *testing.T) {
+			s := startServer(t, Config{Commands: commandConfig{DrainIdle: 2 * time.Second}})
+			executor := &hostExecutor{t: t}
+			options := remotecommand.StreamOptions{Stdout: io.Discard, Stderr: io.Discard}
+			u := s.execURL(executor, options, "sh", "-c", "while :; do sleep 0.1; echo more; done & exit 4")
+			ended := make(chan error, 1)
+			go func() { ended <- stream(t.Context(), t, transport, u, options) }()
+			silent := false
+			eventually(t, "an output that was silent for too long", func() bool {
+				time.Sleep(50 * time.Millisecond) // as in inPhase
+				s.handedOver(func(state commands.State) {
+					silent = state.Phase == "draining" && state.Drain.Outputs[1].Ended && !state.Drain.Outputs[0].Ended
+				})
+				return silent
+			})
+			syscall.Kill(-executor.last().cmd.Process.Pid, syscall.SIGKILL)
+			if err := receive(t, ended, "the end"); exitCode(t, err) != 4 {
+				t.Errorf("ended with %v", err)
+			}
+		})
 		t.Run("following", func(t *testing.T) {
 			s := startServer(t, Config{})
 			executor := &hostExecutor{t: t}

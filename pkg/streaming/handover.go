@@ -140,13 +140,13 @@ func (s *Server) freeze(ctx context.Context, files *handover.Files) ([]SessionSt
 		return nil, err
 	}
 	s.mu.Lock()
-	s.frozen = handover.Clock()
+	s.frozen = handover.Now()
 	s.mu.Unlock()
 	return s.freezeSessions(ctx, files)
 }
 
-// Frozen is when the last Freeze began to have sessions stand still, by handover.Clock: before that it has waited for others.
-func (s *Server) Frozen() int64 {
+// Frozen is when the last Freeze began to have sessions stand still: before that it has waited for others.
+func (s *Server) Frozen() handover.Instant {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.frozen

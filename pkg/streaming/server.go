@@ -103,14 +103,14 @@ type Server struct {
 	mu       sync.Mutex
 	listener net.Listener // nil before Serve
 	served   map[*served]struct{}
-	sealed   bool          // no URL is given out any more
-	closed   bool          // none is served any more
-	closing  chan struct{} // closed with it
-	deaf     bool          // nobody listens at the address of the URLs
-	thawed   chan struct{} // closed by Resume; nil while the server is not frozen
-	frozen   int64         // see Frozen
-	passing  int           // calls and requests that are being answered or upgraded
-	passed   chan struct{} // closed when there are none any more; nil unless Freeze waits for that
+	sealed   bool             // no URL is given out any more
+	closed   bool             // none is served any more
+	closing  chan struct{}    // closed with it
+	deaf     bool             // nobody listens at the address of the URLs
+	thawed   chan struct{}    // closed by Resume; nil while the server is not frozen
+	frozen   handover.Instant // see Frozen
+	passing  int              // calls and requests that are being answered or upgraded
+	passed   chan struct{}    // closed when there are none any more; nil unless Freeze waits for that
 	settings Settings
 }
 

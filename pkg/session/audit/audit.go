@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -139,6 +140,27 @@ func New(config Config, log *slog.Logger) (*Log, error) {
 	}
 	go l.run(destination{s, config.Fsync})
 	return l, nil
+}
+
+// Try tells why a log could not be kept as the configuration says. It writes nothing to it.
+func Try(config Config) error {
+	var err error
+	switch config.Destination {
+	case File:
+		var file *os.File
+		if file, err = openAppending(config.File); err == nil {
+			err = file.Close()
+		}
+	case Journald:
+		var journal *journalSink
+		if journal, err = openJournal(journalSocket); err == nil {
+			err = journal.close()
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("audit log: %w", err)
+	}
+	return nil
 }
 
 func open(config Config) (sink, error) {

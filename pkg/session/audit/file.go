@@ -30,14 +30,32 @@ func openFile(path string, maxSize int64, maxFiles int) (*fileSink, error) {
 	return s, nil
 }
 
-func (s *fileSink) open() (err error) {
-	if err := os.MkdirAll(filepath.Dir(s.path), 0o700); err != nil {
-		return err
-	}
-	// Readable, for the look at its last byte.
-	file, err := os.OpenFile(s.path, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o600)
+func (s *fileSink) open() error {
+	file, err := openAppending(s.path)
 	if err != nil {
 		return err
+	}
+	info, err := file.Stat()
+	if err == nil {
+		err = endLine(file, info.Size())
+	}
+	if err != nil {
+		file.Close() //nolint:errcheck // of no use
+		return err
+	}
+	s.file, s.info = file, info
+	return nil
+}
+
+// openAppending opens or makes a file for root alone.
+func openAppending(path string) (_ *os.File, err error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, err
+	}
+	// Readable, for the look at its last byte.
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
 	}
 	defer func() {
 		if err != nil {
@@ -46,19 +64,12 @@ func (s *fileSink) open() (err error) {
 	}()
 	info, err := file.Stat()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if !info.Mode().IsRegular() {
-		return fmt.Errorf("%s is no regular file", s.path)
+		return nil, fmt.Errorf("%s is no regular file", path)
 	}
-	if err := file.Chmod(0o600); err != nil {
-		return err
-	}
-	if err := endLine(file, info.Size()); err != nil {
-		return err
-	}
-	s.file, s.info = file, info
-	return nil
+	return file, file.Chmod(0o600)
 }
 
 // endLine ends a line that a crash has left unfinished.

@@ -174,7 +174,8 @@ func (s *State) validate() error {
 		return stateError("its error stream has moved less than nothing")
 	}
 	for i, o := range s.Drain.Outputs {
-		if o.Name != session.Output(i+1) || o.Pending < unlimited || o.Looks < 0 || o.Looks >= drainLooks {
+		// The last of the looks ends the output.
+		if o.Name != session.Output(i+1) || o.Pending < unlimited || o.Looks < 0 || o.Looks > drainLooks || o.Looks == drainLooks && !o.Ended {
 			return stateError("output %+v", o)
 		}
 	}

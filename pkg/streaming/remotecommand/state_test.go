@@ -272,7 +272,8 @@ func TestStatesThatAreRefused(t *testing.T) {
 		"an unreadable relay":  func(s *State) { s.Process = &ProcessState{Relay: []byte{1}} },
 		"one output":           func(s *State) { s.Drain.Outputs = s.Drain.Outputs[:1] },
 		"an impossible output": func(s *State) { s.Drain.Outputs[0].Pending = -2 },
-		"impossible looks":     func(s *State) { s.Drain.Outputs[0].Looks = drainLooks },
+		"impossible looks":     func(s *State) { s.Drain.Outputs[0].Looks = drainLooks + 1 },
+		"no look left":         func(s *State) { s.Drain.Outputs[0].Ended, s.Drain.Outputs[0].Looks = false, drainLooks },
 		"impossible input":     func(s *State) { s.Input.Shown = -1 },
 		"no input to finish":   func(s *State) { s.Phase, s.Input = finishing, nil },
 	} {

@@ -1,0 +1,95 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"net"
+
+	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/pkg/endpoint"
+	"github.com/streamshim/streamshim/pkg/execproc"
+	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/session/audit"
+	"github.com/streamshim/streamshim/pkg/streaming"
+)
+
+// Check is what a new program does as the child of one that runs: it looks whether it could take over. Once it has, there
+// is no way back, and what fails then is a crash. So it tries all that can fail and be undone.
+func Check(o Options) error {
+	fault("start")
+	var c config.Config
+	return handover.AnswerCheck(o.Version, func() (err error) {
+		fault("check")
+		if c, err = o.Load(); err != nil {
+			return err
+		}
+		return audit.Try(auditConfig(c))
+	}, func(state *handover.State) handover.Verdict {
+		fault("read")
+		verdict, err := judge(state, c)
+		if err != nil {
+			return handover.Verdict{Error: err.Error()}
+		}
+		return verdict
+	})
+}
+
+// judge reads all of a state and says what this program would do with it.
+func judge(state *handover.State, c config.Config) (handover.Verdict, error) {
+	var own processState
+	if err := state.Get(processPart, &own); err != nil {
+		return handover.Verdict{}, err
+	}
+	if err := errors.Join(own.mayUse(c.StateDir), own.tryToListen(c)); err != nil {
+		return handover.Verdict{}, err
+	}
+	if exec := state.Parts[execPart]; exec != nil {
+		if err := execproc.CheckState(exec); err != nil {
+			return handover.Verdict{}, err
+		}
+	}
+	streams := state.Parts[streamsPart]
+	if streams == nil {
+		return handover.Verdict{}, nil
+	}
+	carried, ended, err := streaming.CheckState(streams)
+	return handover.Verdict{Carried: carried, Ended: ended}, err
+}
+
+// tryToListen listens for a moment on each address that was configured anew.
+func (s processState) tryToListen(c config.Config) error {
+	for _, socket := range []struct {
+		key, address string
+		inherited    socketState
+	}{{"listen", c.Listen, s.CRI}, {"admin", c.Admin, s.Admin}} {
+		if socket.address == "" {
+			continue
+		}
+		path, err := endpoint.Path(socket.address)
+		if err == nil && path == socket.inherited.Place.Path {
+			continue
+		}
+		var listener net.Listener
+		if err == nil {
+			listener, err = endpoint.Listen(path)
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", socket.key, err)
+		}
+		listener.Close() //nolint:errcheck // was only a trial
+	}
+	for _, tcp := range []struct {
+		key, address string
+		inherited    addressState
+	}{{"stream_address", c.StreamAddress, s.Streams}, {"metrics_address", c.MetricsAddress, s.Metrics}} {
+		if tcp.address == "" || tcp.address == tcp.inherited.Address {
+			continue
+		}
+		listener, err := net.Listen("tcp", tcp.address)
+		if err != nil {
+			return fmt.Errorf("%s: %w", tcp.key, err)
+		}
+		listener.Close() //nolint:errcheck // was only a trial
+	}
+	return nil
+}
