@@ -15,28 +15,28 @@ import (
 	"time"
 )
 
-// How long the new program may take until it is ready to read a state, and to read it. Sessions stand still during
-// the second.
+// StartTimeout bounds the start of a new program, ReadTimeout its reading of the state. Sessions stand still during the
+// latter.
 const (
 	StartTimeout = 15 * time.Second
 	ReadTimeout  = 3 * time.Second
 )
 
-// Verdict is what a program says of a state that it would take over.
+// Verdict says what a program would do with a state.
 type Verdict struct {
 	Program string   `json:"program,omitempty"` // its version
 	Carried int      `json:"carried"`           // sessions
 	Ended   []string `json:"ended,omitempty"`   // a line for each session that it cannot carry
-	Error   string   `json:"error,omitempty"`   // why it would not take over at all
+	Error   string   `json:"error,omitempty"`   // why it refuses the state as a whole
 }
 
-// Check is a new program that runs as a child of this one, to see whether it could take over.
+// Check runs a new program as a child, to find out whether it could take over.
 type Check struct {
 	// Program is the new program's version.
 	Program string
 
 	path     string
-	file     os.FileInfo // of path, at the start
+	file     os.FileInfo // of path, when it was started
 	command  *exec.Cmd
 	memory   *os.File
 	commands *os.File
@@ -50,15 +50,15 @@ type answer struct {
 	err     error
 }
 
-// The descriptors of a checking child.
+// Descriptors that the child inherits.
 const (
 	checkMemory = 3 + iota
 	checkCommands
 	checkAnswers
 )
 
-// StartCheck starts a program, which is to call AnswerCheck, and waits until it says that it could read a state. The
-// caller closes the Check.
+// StartCheck starts the program, which must call AnswerCheck, and waits until it is ready to read a state, for
+// StartTimeout at most. The caller closes the Check.
 func StartCheck(ctx context.Context, program string, args []string) (_ *Check, err error) {
 	file, err := os.Stat(program)
 	if err != nil {
@@ -84,12 +84,12 @@ func StartCheck(ctx context.Context, program string, args []string) (_ *Check, e
 		theirCommands.Close()
 		return nil, fmt.Errorf("check the new program: %w", err)
 	}
-	command := exec.Command(program, args...) //nolint:gosec // the program that is installed, with the arguments that this one has
+	command := exec.Command(program, args...) //nolint:gosec // the installed program, with our own arguments
 	command.ExtraFiles = []*os.File{memory, theirCommands, theirAnswers}
 	command.Stdout, command.Stderr = c.said, c.said
-	command.WaitDelay = time.Second // for output that somebody else holds open
+	command.WaitDelay = time.Second // its own children may hold its output open
 	err = command.Start()
-	theirCommands.Close() // the child has them now, alone, so that its end is seen
+	theirCommands.Close() // with ours open, the end of the child would go unnoticed
 	theirAnswers.Close()
 	if err != nil {
 		ourAnswers.Close()
@@ -107,7 +107,7 @@ func StartCheck(ctx context.Context, program string, args []string) (_ *Check, e
 	return c, nil
 }
 
-// listen passes answers on until the child closes its end, which it does at the latest when it ends.
+// listen passes answers on until the child closes its end of the pipe or exits.
 func (c *Check) listen(answers *os.File) {
 	defer close(c.answers)
 	defer answers.Close() //nolint:errcheck // was only read
@@ -125,9 +125,9 @@ func (c *Check) listen(answers *os.File) {
 	}
 }
 
-const maxAnswers = 16 << 20 // bytes: a line for each session
+const maxAnswers = 16 << 20 // bytes, enough for a line for each session
 
-// answer waits for the child's next answer.
+// answer returns the child's next answer.
 func (c *Check) answer(ctx context.Context) (Verdict, error) {
 	select {
 	case a, ok := <-c.answers:
@@ -145,7 +145,7 @@ func (c *Check) answer(ctx context.Context) (Verdict, error) {
 	}
 }
 
-// ended is an error with the child's last words.
+// ended ends the child and returns an error with its last line of output.
 func (c *Check) ended(why string) error {
 	c.Close()
 	if last := c.said.last(); last != "" {
@@ -154,7 +154,8 @@ func (c *Check) ended(why string) error {
 	return fmt.Errorf("the new program cannot take over: %s", why)
 }
 
-// Read has the child read a state and say what it would do with it. It may be called once.
+// Read makes the child read a state and returns its verdict, and the size of the encoded state in bytes. It waits for
+// ReadTimeout at most, and may be called once.
 func (c *Check) Read(ctx context.Context, state *State) (verdict Verdict, size int, err error) {
 	data, err := Encode(state)
 	if err != nil {
@@ -172,7 +173,7 @@ func (c *Check) Read(ctx context.Context, state *State) (verdict Verdict, size i
 	return verdict, len(data), err
 }
 
-// EndChild ends the child and waits for it. The state stays, for Exec.
+// EndChild kills the child and waits for it. It keeps the state, which Exec needs.
 func (c *Check) EndChild() {
 	c.closed.Do(func() {
 		if c.commands != nil {
@@ -181,21 +182,22 @@ func (c *Check) EndChild() {
 		if c.command == nil {
 			return
 		}
-		c.command.Process.Kill() //nolint:errcheck // it has ended
+		c.command.Process.Kill() //nolint:errcheck // fails when it has ended
 		c.command.Wait()         //nolint:errcheck // it was killed
-		for range c.answers {    // until listen has ended
+		for range c.answers {    // until listen returns
 		}
 	})
 }
 
-// Close ends the child and forgets the state.
+// Close ends the child and drops the state.
 func (c *Check) Close() {
 	c.EndChild()
-	c.memory.Close() //nolint:errcheck // whoever inherits it has a copy
+	c.memory.Close() //nolint:errcheck // a successor has its own descriptor
 }
 
-// AnswerCheck is the child's side of StartCheck. start does what can be done without side effects, and tells why this
-// program could not take over; read looks at a state. It returns when all was said or the other side has gone.
+// AnswerCheck is the child's side of StartCheck. It calls start, which reports why this program could not take over and
+// must have no lasting side effects, then waits for a state and calls read. It returns when the verdict has been sent or
+// the parent has gone.
 func AnswerCheck(program string, start func() error, read func(*State) Verdict) error {
 	memory, commands, answers := os.NewFile(checkMemory, "state"), os.NewFile(checkCommands, "commands"), os.NewFile(checkAnswers, "answers")
 	if memory == nil || commands == nil || answers == nil {
@@ -215,7 +217,7 @@ func AnswerCheck(program string, start func() error, read func(*State) Verdict) 
 		return err
 	}
 	if _, err := commands.Read(make([]byte, 1)); err != nil {
-		return nil //nolint:nilerr // nobody wants to know any more
+		return nil //nolint:nilerr // the parent has gone
 	}
 	data, err := readState(memory)
 	if err != nil {
@@ -228,7 +230,7 @@ func AnswerCheck(program string, start func() error, read func(*State) Verdict) 
 	return say(read(state))
 }
 
-// tail keeps the end of what is written to it.
+// tail keeps the last tailSize bytes written to it.
 type tail struct {
 	mu   sync.Mutex
 	text []byte
@@ -246,7 +248,7 @@ func (t *tail) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// last is the last line that says something; of a panic the first of those that are left.
+// last returns the last line that is not empty, or the line with a panic's message.
 func (t *tail) last() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()

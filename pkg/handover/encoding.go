@@ -6,14 +6,14 @@ import (
 	"github.com/fxamacker/cbor/v2"
 )
 
-// Limits of a state that is read: it comes from ourselves, but a damaged one must be an error and no more.
+// Limits for decoding. States come from streamshim itself, but a damaged one must result in an error, not in a crash.
 const (
 	maxNesting  = 32
 	maxElements = 1 << 20 // of one list or map
 )
 
 var encoding, decoding = func() (cbor.EncMode, cbor.DecMode) {
-	// The default for times is whole seconds.
+	// By default cbor truncates times to seconds.
 	encoding, err := cbor.EncOptions{Time: cbor.TimeRFC3339Nano, TimeTag: cbor.EncTagRequired}.EncMode()
 	if err != nil {
 		panic(err)
@@ -28,7 +28,7 @@ var encoding, decoding = func() (cbor.EncMode, cbor.DecMode) {
 	return encoding, decoding
 }()
 
-// Encode writes a state as CBOR. Fields have the names that their structures give them.
+// Encode encodes a state as CBOR, a map from field names to values for each struct.
 func Encode(state any) ([]byte, error) {
 	encoded, err := encoding.Marshal(state)
 	if err != nil {
@@ -37,7 +37,7 @@ func Encode(state any) ([]byte, error) {
 	return encoded, nil
 }
 
-// Decode reads a state. Fields that it does not know are skipped, and those that the writer did not know stay as they are.
+// Decode decodes a state. It skips fields that the struct does not have, and leaves fields that are missing unchanged.
 func Decode(encoded []byte, state any) error {
 	if err := decoding.Unmarshal(encoded, state); err != nil {
 		return fmt.Errorf("read the state: %w", err)

@@ -13,19 +13,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Descriptor is a file of a state, by its number, which is the same in both programs. Zero means none.
+// Descriptor is the number of a file in a state, the same in both programs. Zero means none.
 type Descriptor int
 
-// Files are the descriptors that a state refers to. Its methods may be called from several goroutines.
+// Files is the set of descriptors that a state refers to. It is safe for concurrent use.
 type Files struct {
 	mu   sync.Mutex
 	kept map[Descriptor]bool
 }
 
-// NewFiles returns a set without files.
+// NewFiles returns an empty set.
 func NewFiles() *Files { return &Files{kept: map[Descriptor]bool{}} }
 
-// Inherited returns the files that were handed over to this program; its children do not get them.
+// Inherited returns the set of files handed over to this program. It marks them close-on-exec, so that children do not
+// inherit them.
 func Inherited(descriptors []Descriptor) (*Files, error) {
 	f := NewFiles()
 	for _, d := range descriptors {
@@ -37,7 +38,7 @@ func Inherited(descriptors []Descriptor) (*Files, error) {
 	return f, nil
 }
 
-// Keep adds a duplicate of what from uses, which from's owner closes as ever.
+// Keep adds a duplicate of the descriptor of from, which its owner still has to close.
 func (f *Files) Keep(from syscall.Conn) (Descriptor, error) {
 	raw, err := from.SyscallConn()
 	if err != nil {
@@ -51,9 +52,9 @@ func (f *Files) Keep(from syscall.Conn) (Descriptor, error) {
 	return kept, fault
 }
 
-// KeepFD is Keep of a descriptor by its number, which must stay open during the call.
+// KeepFD is Keep for a descriptor number, which must stay open during the call.
 func (f *Files) KeepFD(fd int) (Descriptor, error) {
-	const aboveStandard = 3 // also what makes zero mean none
+	const aboveStandard = 3 // so that zero can mean none
 	duplicate, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, aboveStandard)
 	if err != nil {
 		return 0, fmt.Errorf("keep a descriptor: %w", err)
@@ -64,7 +65,7 @@ func (f *Files) KeepFD(fd int) (Descriptor, error) {
 	return Descriptor(duplicate), nil
 }
 
-// Take takes a file out of the set. The caller closes it.
+// Take removes a file from the set and returns it. The caller closes it.
 func (f *Files) Take(d Descriptor, name string) (*os.File, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -75,7 +76,7 @@ func (f *Files) Take(d Descriptor, name string) (*os.File, error) {
 	return os.NewFile(uintptr(d), name), nil
 }
 
-// TakeConn takes a network connection out of the set. The caller closes it.
+// TakeConn removes a network connection from the set and returns it. The caller closes it.
 func (f *Files) TakeConn(d Descriptor) (net.Conn, error) {
 	file, err := f.Take(d, "connection")
 	if err != nil {
@@ -89,7 +90,7 @@ func (f *Files) TakeConn(d Descriptor) (net.Conn, error) {
 	return conn, nil
 }
 
-// TakeListener takes a listener out of the set. The caller closes it.
+// TakeListener removes a listener from the set and returns it. The caller closes it.
 func (f *Files) TakeListener(d Descriptor) (net.Listener, error) {
 	file, err := f.Take(d, "listener")
 	if err != nil {
@@ -103,14 +104,14 @@ func (f *Files) TakeListener(d Descriptor) (net.Listener, error) {
 	return listener, nil
 }
 
-// Descriptors are the numbers of all files, for Inherited.
+// Descriptors returns the numbers of all files, for Inherited.
 func (f *Files) Descriptors() []Descriptor {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return slices.Sorted(maps.Keys(f.kept))
 }
 
-// Inherit lets the next program have the files, and returns their numbers for Inherited.
+// Inherit clears close-on-exec, so that the next program inherits the files, and returns their numbers.
 func (f *Files) Inherit() ([]Descriptor, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -124,7 +125,7 @@ func (f *Files) Inherit() ([]Descriptor, error) {
 	return descriptors, nil
 }
 
-// Disinherit takes Inherit back.
+// Disinherit undoes Inherit.
 func (f *Files) Disinherit() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -137,7 +138,7 @@ func (f *Files) Disinherit() error {
 	return errors.Join(errs...)
 }
 
-// Close closes what nobody has taken.
+// Close closes the files that are still in the set.
 func (f *Files) Close() {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -6,10 +6,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Instant is a time in nanoseconds of CLOCK_MONOTONIC, which goes on over execve and is not set by anybody. Zero is none.
+// Instant is a CLOCK_MONOTONIC time in nanoseconds. That clock continues across execve and cannot be set. Zero means none.
 type Instant int64
 
-// InstantOf is the instant of a time, none of a zero one.
+// InstantOf converts a time. The zero time becomes zero.
 func InstantOf(t time.Time) Instant {
 	if t.IsZero() {
 		return 0
@@ -17,7 +17,7 @@ func InstantOf(t time.Time) Instant {
 	return Now() + Instant(time.Until(t))
 }
 
-// Time is when it is on this program's clock, the zero time of none.
+// Time converts an instant, possibly of another program, to a time of this one. Zero becomes the zero time.
 func (i Instant) Time() time.Time {
 	if i == 0 {
 		return time.Time{}
@@ -25,10 +25,10 @@ func (i Instant) Time() time.Time {
 	return time.Now().Add(time.Duration(i - Now()))
 }
 
-// Since is the time since an instant, also one of another program.
+// Since returns the time elapsed since an instant, possibly of another program.
 func Since(i Instant) time.Duration { return time.Duration(Now() - i) }
 
-// Now is the present instant.
+// Now returns the current instant.
 func Now() Instant {
 	var t unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &t); err != nil {

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// Listener is a listener that can stop accepting without being closed: clients that connect meanwhile wait in the
-// kernel's queue, for this program or the next one.
+// Listener is a net.Listener that can pause: clients that connect meanwhile wait in the kernel's queue, for this
+// program or its successor.
 type Listener struct {
 	inner listening
 
@@ -20,18 +20,18 @@ type Listener struct {
 	paused    bool
 	closed    bool
 	accepting int // calls of the inner Accept
-	parked    int // calls of Accept that wait because of a pause
+	parked    int // calls of Accept that wait for Resume
 	served    bool
 }
 
-// listening is what TCP and Unix listeners have in common.
+// listening is implemented by TCP and Unix listeners.
 type listening interface {
 	net.Listener
 	syscall.Conn
 	SetDeadline(time.Time) error
 }
 
-// NewListener takes over a TCP or Unix listener.
+// NewListener returns a Listener that owns a TCP or Unix listener. For any other kind it returns an error.
 func NewListener(inner net.Listener) (*Listener, error) {
 	l, ok := inner.(listening)
 	if !ok {
@@ -73,7 +73,7 @@ func (l *Listener) enter() error {
 	return nil
 }
 
-// leave tells whether a deadline in Accept's error is that of Pause, which may be over by now.
+// leave reports whether an exceeded deadline was set by Pause. The pause may be over by now.
 func (l *Listener) leave() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -82,11 +82,11 @@ func (l *Listener) leave() bool {
 	return !l.closed
 }
 
-// pauseLimit is how long Pause waits for whoever accepts.
+// pauseLimit bounds how long Pause waits for the accepting goroutines.
 const pauseLimit = time.Second
 
-// Pause stops accepting. It returns when whoever calls Accept is back there to wait, and so has taken notice of every
-// connection that it was given; at the latest after a second. The pause holds all the same.
+// Pause stops accepting. It returns when the goroutines that accept have registered every connection they were given and
+// wait in Accept again, or after a second; the listener is paused in either case.
 func (l *Listener) Pause() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -110,7 +110,7 @@ func (l *Listener) Resume() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.paused = false
-	l.inner.SetDeadline(time.Time{}) //nolint:errcheck // fails when it is closed, which Accept tells
+	l.inner.SetDeadline(time.Time{}) //nolint:errcheck // fails when it is closed, which Accept reports
 	l.changed.Broadcast()
 }
 
@@ -129,5 +129,5 @@ func (l *Listener) Addr() net.Addr { return l.inner.Addr() }
 // SyscallConn implements syscall.Conn.
 func (l *Listener) SyscallConn() (syscall.RawConn, error) { return l.inner.SyscallConn() }
 
-// Keep keeps the listener for the next program.
+// Keep adds the listener to the files for the next program.
 func (l *Listener) Keep(files *Files) (Descriptor, error) { return files.Keep(l.inner) }

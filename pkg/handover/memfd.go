@@ -9,10 +9,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MaxState bounds a state, in bytes. What sessions hold of their clients' data is bounded far below.
+// MaxState is the largest encoded state, in bytes. Limits on buffered data keep real states far below it.
 const MaxState = 4 << 30
 
-// newMemory returns an empty file in memory that can be sealed.
+// newMemory returns an empty memfd that can be sealed.
 func newMemory() (*os.File, error) {
 	fd, err := unix.MemfdCreate("streamshim-state", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	if err != nil {
@@ -21,10 +21,10 @@ func newMemory() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "state"), nil
 }
 
-// seals forbid every change.
+// seals forbid any change to the file, and to the seals.
 const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
 
-// writeState writes an encoded state and seals the file.
+// writeState writes an encoded state to the file and seals it.
 func writeState(file *os.File, state []byte) error {
 	if _, err := file.Write(state); err != nil {
 		return fmt.Errorf("write the state: %w", err)
@@ -35,7 +35,7 @@ func writeState(file *os.File, state []byte) error {
 	return nil
 }
 
-// readState reads a sealed file from its beginning, wherever others that share it are.
+// readState reads a sealed file from its beginning, whatever its shared offset is.
 func readState(file *os.File) ([]byte, error) {
 	has, err := unix.FcntlInt(file.Fd(), unix.F_GET_SEALS, 0)
 	if err != nil {

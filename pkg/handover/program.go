@@ -9,11 +9,11 @@ import (
 	"path/filepath"
 )
 
-// running is the program of this process, whatever its file is called now.
+// running names the executable of this process even if its file was renamed or removed.
 const running = "/proc/self/exe"
 
-// Program returns the path by which this process was started, where the next version will be. What is there may be
-// another program by now.
+// Program returns the path by which this process was started, which is where the next version gets installed. The file
+// there may be another version by now.
 func Program() (string, error) {
 	if path, err := exec.LookPath(os.Args[0]); err == nil {
 		if path, err = filepath.Abs(path); err == nil {
@@ -27,10 +27,10 @@ func Program() (string, error) {
 	return path, nil
 }
 
-// IsRunning tells whether the file is the program of this process, or another copy of the same build.
+// IsRunning reports whether the file is the executable of this process, or a copy of the same build.
 func IsRunning(path string) (bool, error) { return SameProgram(path, running) }
 
-// SameProgram tells whether two files are one program, or copies of the same build.
+// SameProgram reports whether two paths name the same file, or copies of the same build.
 func SameProgram(a, b string) (bool, error) {
 	first, err := os.Stat(a)
 	if err != nil {
@@ -57,7 +57,7 @@ func SameProgram(a, b string) (bool, error) {
 	return firstID == secondID, nil
 }
 
-// buildID is what the Go linker wrote down to tell this build from others.
+// buildID returns the build ID that the Go linker put into an executable.
 func buildID(path string) (string, error) {
 	file, err := elf.Open(path)
 	if err != nil {

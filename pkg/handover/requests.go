@@ -7,16 +7,16 @@ import (
 	"sync"
 )
 
-// Requests are those that an HTTP server serves, for a server that comes to a quiet point and goes on. The zero value is
+// Requests counts the requests that an HTTP server is serving, so that it can be quiesced and resumed. The zero value is
 // ready for use.
 type Requests struct {
 	mu       sync.Mutex
 	listener net.Listener
 	underWay int
-	ended    chan struct{} // closed when none is under way; nil when nobody waits
+	ended    chan struct{} // closed when underWay becomes 0; nil when nobody waits
 }
 
-// Count counts the requests of a handler.
+// Count wraps a handler and counts its requests.
 func (r *Requests) Count(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, request *http.Request) {
 		r.count(1)
@@ -35,15 +35,15 @@ func (r *Requests) count(change int) {
 	}
 }
 
-// From says where the requests come from.
+// From sets the listener on which the requests arrive.
 func (r *Requests) From(listener net.Listener) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.listener = listener
 }
 
-// Pause has clients that connect from now on wait for Resume, or for another program that has the same socket. A listener
-// that cannot be paused goes on.
+// Pause makes clients that connect from now on wait for Resume, or for another program that has the same socket. It does
+// nothing when the listener cannot be paused.
 func (r *Requests) Pause() {
 	r.mu.Lock()
 	listener, ok := r.listener.(interface{ Pause() })
@@ -53,7 +53,7 @@ func (r *Requests) Pause() {
 	}
 }
 
-// Wait waits for the requests under way until the context is done.
+// Wait waits until no request is under way or the context is done.
 func (r *Requests) Wait(ctx context.Context) {
 	r.mu.Lock()
 	if r.underWay == 0 {

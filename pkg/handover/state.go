@@ -8,18 +8,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stateVersion is that of State. It changes when a program that knows only an older one would go wrong.
+// stateVersion is the version of State. Raise it when a program that knows only the older one would misread the new one.
 const stateVersion = 1
 
-// State is what a program leaves to the next one. Its parts are each the business of one package.
+// State is what a program leaves to its successor. Each part belongs to one package.
 type State struct {
 	Version     int
-	Program     string       // version of the program that wrote it
-	Frozen      Instant      // when its sessions were frozen
-	Descriptors []Descriptor // all that the parts refer to
+	Program     string       // version of the program that wrote the state
+	Frozen      Instant      // when sessions began to stand still
+	Descriptors []Descriptor // all descriptors that parts refer to
 	Parts       map[string][]byte
 
-	Size int `cbor:"-"` // of the whole, encoded, in bytes; of one that was read
+	Size int `cbor:"-"` // encoded size in bytes; set by reading only
 }
 
 // NewState returns a state without parts.
@@ -27,7 +27,7 @@ func NewState(program string) *State {
 	return &State{Version: stateVersion, Program: program, Parts: map[string][]byte{}}
 }
 
-// Put encodes a part.
+// Put encodes and stores a part.
 func (s *State) Put(name string, part any) error {
 	data, err := Encode(part)
 	if err != nil {
@@ -37,7 +37,7 @@ func (s *State) Put(name string, part any) error {
 	return nil
 }
 
-// Get decodes a part. One that is not there leaves v as it is.
+// Get decodes a part into v. It leaves v unchanged if there is no such part.
 func (s *State) Get(name string, v any) error {
 	data, ok := s.Parts[name]
 	if !ok {
@@ -61,10 +61,10 @@ func parseState(data []byte) (*State, error) {
 	return &s, nil
 }
 
-// variable names the descriptor of the state in the environment of the next program.
+// variable is the environment variable that tells the next program the descriptor of the state.
 const variable = "STREAMSHIM_HANDOVER"
 
-// Received returns what another program has left to this one in the same process, nil when there is nothing. The caller
+// Received returns the state that a previous program has left in this process, or nil if there is none. The caller
 // closes the files.
 func Received() (*State, *Files, error) {
 	value, ok := os.LookupEnv(variable)
