@@ -13,8 +13,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming"
 )
 
-// Check is what a new program does as the child of one that runs: it looks whether it could take over. Once it has, there
-// is no way back, and what fails then is a crash. So it tries all that can fail and be undone.
+// Check runs in a new program that the running one has started as a child, and reports whether it could take over. After
+// execve there is no way back, and any failure is a crash. So Check tries everything that may fail and can be undone.
 func Check(o Options) error {
 	fault("start")
 	var c config.Config
@@ -34,7 +34,7 @@ func Check(o Options) error {
 	})
 }
 
-// judge reads all of a state and says what this program would do with it.
+// judge reads a whole state and returns what this program would do with it.
 func judge(state *handover.State, c config.Config) (handover.Verdict, error) {
 	var own processState
 	if err := state.Get(processPart, &own); err != nil {
@@ -56,7 +56,7 @@ func judge(state *handover.State, c config.Config) (handover.Verdict, error) {
 	return handover.Verdict{Carried: carried, Ended: ended}, err
 }
 
-// tryToListen listens for a moment on each address that was configured anew.
+// tryToListen opens and closes a listener on each address that differs from the running program's.
 func (s processState) tryToListen(c config.Config) error {
 	for _, socket := range []struct {
 		key, address string

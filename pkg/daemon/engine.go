@@ -15,8 +15,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// engine is what sessions are served with. The upstream knows why containers end and gives out the URLs of its
-// own sessions.
+// engine starts commands and dials into pods for sessions. The upstream tells why a container has ended, and gives out
+// URLs for sessions that are relayed to it.
 type engine struct {
 	*cri.Upstream
 	runner  *execproc.Runner

@@ -21,36 +21,36 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// Limits of a hand-over, beside those of pkg/handover.
+// Limits of a hand-over, in addition to those of pkg/handover.
 const (
-	// quiesceLimit is how long a moment without long CRI calls is waited for.
+	// quiesceLimit bounds the wait for a moment without long CRI calls.
 	quiesceLimit = 30 * time.Second
-	// freezeLimit is how long commands that are being started are waited for. Sessions stand still during a part of it.
+	// freezeLimit bounds the wait for commands that are being started, and the freeze that follows.
 	freezeLimit = 5 * time.Second
-	// settleLimit is for what is written to disk, and for requests on the admin socket and for metrics.
+	// settleLimit bounds the wait for pending disk writes, and for requests for metrics and on the admin socket.
 	settleLimit = time.Second
 )
 
-// notCarried is the reason of a session that ended because it could not be handed over.
+// notCarried is the end reason of a session that could not be handed over.
 const notCarried = "not-carried"
 
-// handoverRequest is that the installed program takes over.
+// handoverRequest asks the main goroutine to hand over to the installed program.
 type handoverRequest struct {
 	begun  admin.Handover
-	failed chan struct{} // closed when it was not carried out; nil if nobody waits for that
+	failed chan struct{} // closed when the hand-over has failed; nil if nobody waits
 }
 
-// handoverTotals go over to the next program with each hand-over.
+// handoverTotals are counters that each hand-over passes on.
 type handoverTotals struct{ Done, Failed, Carried, Ended int64 }
 
-// handovers is what is known of hand-overs: the last one, and the one that is asked for. It is a session.Observer.
+// handovers keeps track of hand-overs and queues requests for one. It is a session.Observer.
 type handovers struct {
 	version  string // of this program
 	requests chan handoverRequest
 	closing  chan struct{}
 
 	mu      sync.Mutex
-	current admin.Handover // the last one, or the one under way; no ID when there was none
+	current admin.Handover // the one under way, or the last one; its ID is empty before the first
 	totals  handoverTotals
 }
 
@@ -65,7 +65,7 @@ func newHandovers(version string, before *predecessor) *handovers {
 
 func (h *handovers) close() { close(h.closing) }
 
-// begin makes a new hand-over the current one, unless one is under way.
+// begin registers a new hand-over as the current one. It fails while another one is under way.
 func (h *handovers) begin(reason string, dryRun bool) (admin.Handover, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -90,7 +90,7 @@ func (h *handovers) request(r admin.HandoverRequest) (admin.Handover, error) {
 	return begun, nil
 }
 
-// ask has the main goroutine hand over.
+// ask passes a request to the main goroutine.
 func (h *handovers) ask(r handoverRequest) error {
 	select {
 	case h.requests <- r:
@@ -110,7 +110,7 @@ func (h *handovers) lastOne() (admin.Handover, bool) {
 	return last, last.ID != ""
 }
 
-// set notes how far it has come.
+// set changes what is known of the current hand-over.
 func (h *handovers) set(change func(*admin.Handover)) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -126,7 +126,7 @@ func (h *handovers) failed(err error) {
 	}
 }
 
-// takenOver is told by the new program that it is done.
+// takenOver records, in the new program, that the hand-over is complete.
 func (h *handovers) takenOver(carried, size int, pause time.Duration) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -162,7 +162,7 @@ func (h *handovers) PhaseChanged(*session.Session, session.Phase) {}
 // Refused implements session.Observer.
 func (h *handovers) Refused(session.Info, error) {}
 
-// Ended notes a session that ended because it could not be carried.
+// Ended implements session.Observer. It records sessions that could not be carried.
 func (h *handovers) Ended(s *session.Session, o session.Outcome) {
 	if o.Reason != notCarried {
 		return
@@ -175,10 +175,10 @@ func (h *handovers) Ended(s *session.Session, o session.Outcome) {
 	}
 }
 
-// maxEndedSessions bounds a list that is for people.
+// maxEndedSessions bounds the list of sessions that "streamshim upgrade" prints.
 const maxEndedSessions = 100
 
-// replace is for the reloader: if another version was installed, it takes over.
+// replace implements reloader.replace: it hands over if another version is installed.
 func (p *process) replace(ctx context.Context) {
 	path, err := handover.Program()
 	same := false
@@ -193,21 +193,21 @@ func (p *process) replace(ctx context.Context) {
 	}
 	begun, err := p.handovers.begin("reload", false)
 	if err != nil {
-		return // it is being done
+		return // another hand-over is under way
 	}
 	failed := make(chan struct{})
 	if p.handovers.ask(handoverRequest{begun: begun, failed: failed}) != nil {
 		return
 	}
 	select {
-	case <-failed: // otherwise nothing comes any more: this program is no more
+	case <-failed: // on success this program is replaced and never gets here
 	case <-ctx.Done():
 	}
 }
 
-// handOver executes the installed program in this process. It returns when that was not done, or not to be.
+// handOver replaces this program by the installed one. It returns only after a failure or a dry run.
 func (p *process) handOver(ctx context.Context, r handoverRequest) {
-	if r.failed == nil { // otherwise the reloader does so
+	if r.failed == nil { // the reloader notifies systemd itself
 		notify(p.log, reloading())
 		defer notify(p.log, daemon.SdNotifyReady)
 	} else {
@@ -224,7 +224,7 @@ func (p *process) handOver(ctx context.Context, r handoverRequest) {
 	}
 }
 
-// tryHandOver hands over, or tells why not. Without an error, in a dry run, it would have done so.
+// tryHandOver hands over, or returns why it could not. It returns nil only after a dry run.
 func (p *process) tryHandOver(ctx context.Context, h admin.Handover) error {
 	program, err := handover.Program()
 	if err != nil {
@@ -242,7 +242,7 @@ func (p *process) tryHandOver(ctx context.Context, h admin.Handover) error {
 		return p.rehearse(ctx, check, h)
 	}
 
-	// What follows is undone in reverse order, unless the program is executed.
+	// Undo the steps below in reverse order if the new program is not executed.
 	var undo []func()
 	defer func() {
 		for _, f := range slices.Backward(undo) {
@@ -278,7 +278,7 @@ func (p *process) tryHandOver(ctx context.Context, h admin.Handover) error {
 	return p.execute(ctx, check, h, state, files)
 }
 
-// freeze brings all sessions and processes to a stop and puts them into the state. thaw has them go on.
+// freeze stops all sessions and processes where they are and adds them to the state. thaw resumes them.
 func (p *process) freeze(ctx context.Context, state *handover.State, files *handover.Files) (thaw func(), err error) {
 	ctx, cancel := context.WithTimeout(ctx, freezeLimit)
 	defer cancel()
@@ -305,8 +305,8 @@ func (p *process) freeze(ctx context.Context, state *handover.State, files *hand
 	return thaw, nil
 }
 
-// settle has everything written that this program has to write of sessions. A disk that is slow is a reason to go on and to
-// try it later, one that fails is not: what is lost by it is lost and counted.
+// settle waits until the recordings and audit records of this program are written. A slow disk aborts the hand-over,
+// which can be tried again later. A disk that fails does not: its records are lost, and counted, either way.
 func (p *process) settle(ctx context.Context, state *handover.State) error {
 	ctx, cancel := context.WithTimeout(ctx, settleLimit)
 	defer cancel()
@@ -325,7 +325,7 @@ func (p *process) settle(ctx context.Context, state *handover.State) error {
 	return nil
 }
 
-// execute has the new program read the state, and executes it.
+// execute lets the child read the state, and then executes the new program.
 func (p *process) execute(ctx context.Context, check *handover.Check, h admin.Handover, state *handover.State, files *handover.Files) error {
 	if err := state.Put(criPart, p.cri.State()); err != nil {
 		return err
@@ -343,8 +343,8 @@ func (p *process) execute(ctx context.Context, check *handover.Check, h admin.Ha
 		return err
 	}
 	p.log.Info("the sessions stand still for the other program", "carried", verdict.Carried, "ended", len(verdict.Ended), "state", size, "after", handover.Since(state.Frozen))
-	// A signal that came before is served here; one that comes from now on ends the process or, if it asks for a reload, is
-	// thrown away: the new program reads the configuration anyway.
+	// A SIGTERM that has arrived aborts the hand-over; one that arrives from now on ends the process at once. SIGHUP may be
+	// dropped, because the new program reads the configuration anyway.
 	if p.end.suspend() {
 		return errors.New("streamshim is ending")
 	}
@@ -354,7 +354,7 @@ func (p *process) execute(ctx context.Context, check *handover.Check, h admin.Ha
 	return check.Exec(files)
 }
 
-// rehearse tells what a hand-over would carry and what not.
+// rehearse finds out which sessions a hand-over would carry.
 func (p *process) rehearse(ctx context.Context, check *handover.Check, h admin.Handover) error {
 	state := handover.NewState(p.version)
 	own, err := p.places()

@@ -15,9 +15,9 @@ import (
 	"github.com/streamshim/streamshim/pkg/config"
 )
 
-// share is how much of the memory something may take when the configuration leaves it to the machine's size.
+// share is the default of a memory limit: a part of the machine's memory, between two bounds.
 type share struct {
-	part        int64 // one in so many
+	part        int64 // divisor of the memory
 	least, most int64 // bytes
 }
 
@@ -27,7 +27,7 @@ var (
 	recordingShare  = share{32, 64 << 20, 512 << 20} // limits.recording_buffers
 )
 
-// of is how many bytes that is of a memory, unless a number is configured; 0 for no limit.
+// of returns the limit in bytes: the configured one unless that is negative, else the share of memory. 0 is no limit.
 func (s share) of(memory, configured int64) int64 {
 	if configured >= 0 {
 		return configured
@@ -35,7 +35,7 @@ func (s share) of(memory, configured int64) int64 {
 	return min(max(memory/s.part, s.least), s.most)
 }
 
-// budgets are the bytes that all sessions and calls together may hold, 0 for no limit.
+// budgets bound the bytes held by all sessions and calls together. 0 is no limit.
 type budgets struct{ buffers, syncOutput, recordings int64 }
 
 func budgetsOf(c config.Config, memory int64) budgets {
@@ -46,7 +46,7 @@ func budgetsOf(c config.Config, memory int64) budgets {
 	}
 }
 
-// sum is all of them, 0 when one has no limit.
+// sum returns the sum of all budgets, or 0 if one has no limit.
 func (b budgets) sum() int64 {
 	if b.buffers == 0 || b.syncOutput == 0 || b.recordings == 0 {
 		return 0
@@ -54,11 +54,11 @@ func (b budgets) sum() int64 {
 	return b.buffers + b.syncOutput + b.recordings
 }
 
-// What a process without a limit of its own may use beside its buffers before it collects garbage at any cost.
+// memoryBesideBuffers is allowed for everything but the budgets when the cgroup sets no lower limit.
 const memoryBesideBuffers = 512 << 20
 
-// limitMemory tells the garbage collector how much memory there is to work with: nine tenths of the cgroup's limit,
-// or what the buffers and the rest of 4096 sessions may come to. GOMEMLIMIT in the environment wins.
+// limitMemory sets the soft memory limit of the garbage collector: nine tenths of the cgroup's limit, or the budgets and
+// what 4096 sessions need besides, whichever is less. GOMEMLIMIT in the environment takes precedence.
 func limitMemory(c config.Config, log *slog.Logger) {
 	if os.Getenv("GOMEMLIMIT") != "" {
 		return
@@ -78,17 +78,16 @@ func limitMemory(c config.Config, log *slog.Logger) {
 	log.Info("memory limit of the garbage collector", "bytes", limit, "from", from)
 }
 
-// availableMemory is the machine's memory, or the limit of our cgroup where that is less.
+// availableMemory returns the machine's memory in bytes, or the limit of our cgroup if that is less.
 func availableMemory() int64 {
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err != nil {
-		return 0 // and thus the least; the call cannot fail
+		return 0 // which selects the lower bounds; sysinfo(2) does not fail in practice
 	}
 	return min(int64(info.Totalram)*int64(info.Unit), cgroupMemory("/proc/self/cgroup", "/sys/fs/cgroup")) //nolint:gosec // far less than 2^63
 }
 
-// cgroupMemory is the least memory limit of a process' cgroup and of those above it, of version 1 and 2, or
-// math.MaxInt64.
+// cgroupMemory returns the lowest memory limit of a process's cgroup (v1 or v2) and its ancestors, or math.MaxInt64.
 func cgroupMemory(membership, root string) int64 {
 	limit := int64(math.MaxInt64)
 	text, err := os.ReadFile(membership)
@@ -107,7 +106,7 @@ func cgroupMemory(membership, root string) int64 {
 		case fields[1] != "":
 			continue
 		}
-		// What is not there is not visible, or has no limit of its own.
+		// Levels without the file are outside our view, or have no limit of their own.
 		for path := filepath.Join("/", fields[2]); ; path = filepath.Dir(path) {
 			if value, err := readInt(filepath.Join(top, path, name)); err == nil && value > 0 {
 				limit = min(limit, value)
@@ -117,7 +116,7 @@ func cgroupMemory(membership, root string) int64 {
 			}
 		}
 	}
-	if limit > math.MaxInt64/2 { // version 1 says "none" with a number
+	if limit > math.MaxInt64/2 { // cgroup v1 represents "no limit" by a huge number
 		return math.MaxInt64
 	}
 	return limit
@@ -128,7 +127,7 @@ func readInt(path string) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	value, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64) // "max" is no number
+	value, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64) // fails for "max"
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w", path, err)
 	}

@@ -19,8 +19,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/buffers"
 )
 
-// operation is what operators see of sessions and do to them: limits, audit, recording, the admin
-// API. It translates between the configuration and the packages that do the work.
+// operation holds what operators use to observe and control sessions: limits, audit, recording, budgets. It translates
+// between the configuration and the packages that do the work.
 type operation struct {
 	log      *slog.Logger
 	level    *slog.LevelVar
@@ -33,7 +33,8 @@ type operation struct {
 	syncOutput, recordings *limits.Room
 }
 
-// newOperation opens the audit log; handedOver tells that its open sessions are those of a predecessor that has handed them over. The caller closes the operation when all sessions have ended.
+// newOperation opens the audit log. handedOver means that sessions which are open in the log have been handed over to
+// this program. The caller closes the operation when all sessions have ended.
 func newOperation(c config.Config, log *slog.Logger, level *slog.LevelVar, handedOver bool) (*operation, error) {
 	auditing := auditConfig(c)
 	auditing.HandedOver = handedOver
@@ -60,8 +61,7 @@ func (o *operation) close() {
 	o.audit.Close()
 }
 
-// apply takes over those settings that may change while sessions live. After an error nothing has
-// changed.
+// apply applies the settings that can be reloaded. After an error nothing has changed.
 func (o *operation) apply(c config.Config, streams *streaming.Server) error {
 	if err := o.audit.Update(auditConfig(c)); err != nil {
 		return err
@@ -153,7 +153,7 @@ func limitsConfig(c config.Config) limits.Config {
 	return l
 }
 
-// Commands at the same time, where the configuration leaves it to the machine's size.
+// Defaults for the number of concurrent commands, by CPU.
 const (
 	probesOfCPU = 32
 	leastProbes = 64

@@ -20,37 +20,37 @@ const (
 	auditPart   = "audit"   // audit.Log.Freeze
 )
 
-// processState is what the parts themselves do not know: sockets, and the hand-over itself.
+// processState is the state of the process as a whole: its sockets, and the hand-over itself.
 type processState struct {
 	CRI, Admin       socketState
 	Streams, Metrics addressState
 	StateDir         string
 	Lock             handover.Descriptor // of the state directory
 	Upstream         string
-	Handover         admin.Handover // which this is
+	Handover         admin.Handover // the one that this state is for
 	Totals           handoverTotals
 }
 
-// socketState is a Unix socket that is listened on.
+// socketState is a Unix socket that the process listens on.
 type socketState struct {
 	Descriptor handover.Descriptor
 	Place      endpoint.Place
 }
 
-// addressState is a TCP address that is listened on. Address is what was configured, which may have no port.
+// addressState is a TCP address that the process listens on. Address is the configured one; its port may be 0.
 type addressState struct {
 	Descriptor handover.Descriptor
 	Address    string
 }
 
-// predecessor is the program that has handed over to this one; nil when there is none.
+// predecessor is the program that has handed over to this one. A nil predecessor means that there was none.
 type predecessor struct {
 	state *handover.State
 	files *handover.Files
 	own   processState
 }
 
-// received is what was handed over to this program, nil when nothing was.
+// received returns the predecessor of this program, nil if there is none.
 func received() (*predecessor, error) {
 	state, files, err := handover.Received()
 	if state == nil || err != nil {
@@ -64,14 +64,14 @@ func received() (*predecessor, error) {
 	return p, nil
 }
 
-// close closes what nobody has taken.
+// close closes the descriptors that were not taken.
 func (p *predecessor) close() {
 	if p != nil {
 		p.files.Close()
 	}
 }
 
-// part is a part of the state as it is, nil without a predecessor.
+// part returns an encoded part of the state, nil without a predecessor.
 func (p *predecessor) part(name string) []byte {
 	if p == nil {
 		return nil
@@ -79,8 +79,8 @@ func (p *predecessor) part(name string) []byte {
 	return p.state.Parts[name]
 }
 
-// foundUpstream is the runtime's socket for a configuration that does not name it: that of the predecessor, as the runtime
-// may be restarting, or the one that is found.
+// foundUpstream returns the runtime's socket if the configuration does not name one. It prefers the predecessor's, because
+// a runtime that is restarting cannot be found.
 func (p *predecessor) foundUpstream(find func() (string, error)) (string, error) {
 	if p != nil && p.own.Upstream != "" {
 		return p.own.Upstream, nil
@@ -88,7 +88,7 @@ func (p *predecessor) foundUpstream(find func() (string, error)) (string, error)
 	return find()
 }
 
-// lock is the state directory's.
+// lock returns the lock of the state directory.
 func (p *predecessor) lock(dir string) (*os.File, error) {
 	if p == nil {
 		return lockStateDir(dir)
@@ -99,7 +99,7 @@ func (p *predecessor) lock(dir string) (*os.File, error) {
 	return p.files.Take(p.own.Lock, "lock of the state directory")
 }
 
-// mayUse tells why a program cannot take over with this state directory: what runs has its files in the other one.
+// mayUse returns an error if the state directory has changed: running commands have their records in the old one.
 func (s processState) mayUse(stateDir string) error {
 	if s.StateDir != stateDir {
 		return fmt.Errorf("state_dir was changed from %s to %s, which needs a restart", s.StateDir, stateDir)
@@ -107,7 +107,8 @@ func (s processState) mayUse(stateDir string) error {
 	return nil
 }
 
-// socket listens on a Unix socket, by what was handed over if it is the same one.
+// socket returns a listener on a Unix socket: the inherited one if its path is the same, else a new one. It returns nil
+// for an empty address.
 func (p *predecessor) socket(address string, of func(processState) socketState) (net.Listener, error) {
 	path := ""
 	if address != "" {
@@ -126,7 +127,7 @@ func (p *predecessor) socket(address string, of func(processState) socketState) 
 		if err == nil && inherited.Place.Path == path {
 			return adopted, nil
 		}
-		// Another address was configured, or somebody has removed the socket: clients in its queue are refused.
+		// Another address is configured, or the socket was removed: clients in the old queue are refused.
 		cmp.Or[net.Listener](adopted, listener).Close() //nolint:errcheck // it is not used
 	}
 	if path == "" {
@@ -135,7 +136,8 @@ func (p *predecessor) socket(address string, of func(processState) socketState) 
 	return endpoint.Listen(path)
 }
 
-// address listens on a TCP address, by what was handed over if the same one was configured.
+// address returns a listener on a TCP address: the inherited one if the same address is configured, else a new one. It
+// returns nil for an empty address.
 func (p *predecessor) address(address string, of func(processState) addressState) (net.Listener, error) {
 	if p != nil && of(p.own).Descriptor != 0 {
 		listener, err := p.files.TakeListener(of(p.own).Descriptor)

@@ -23,7 +23,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming"
 )
 
-// process is all that serves, from the sockets to the processes in containers.
+// process holds all parts that serve, from the sockets to the processes in containers.
 type process struct {
 	version   string
 	config    config.Config
@@ -41,17 +41,16 @@ type process struct {
 	reloader  *reloader
 	handovers *handovers
 
-	// As they were opened, and as they are served.
-	criSocket, adminSocket     net.Listener
-	criListener, adminListener *handover.Listener // the latter nil for none
+	criSocket, adminSocket     net.Listener       // as opened
+	criListener, adminListener *handover.Listener // as served; adminListener may be nil
 	streamListener             *handover.Listener
 	closers                    []func()
 	ended                      chan error // of the servers
 	running                    int        // servers
 }
 
-// serve builds the parts, runs them until the end, and takes them down in reverse order. load reads the configuration
-// again. What a predecessor has left goes on.
+// serve builds the parts, resumes what a predecessor has left, serves until the end, and takes the parts down in reverse
+// order. load reads the configuration again.
 func serve(ctx context.Context, version string, c config.Config, load func() (config.Config, error), before *predecessor, end *termination, hangups chan os.Signal) error {
 	p := &process{version: version, config: c, end: end, hangups: hangups}
 	defer p.close()
@@ -59,20 +58,20 @@ func serve(ctx context.Context, version string, c config.Config, load func() (co
 		return err
 	}
 	warnOfMissing(p.log, c)
-	// Until here a signal has ended the process at once: nothing is served yet that could end in order.
+	// Before this point a signal ends the process at once: nothing is served yet that would need an orderly end.
 	end.begin()
 	p.resume(before)
 	p.start()
 	sayReady(c, p.streamListener.Addr())
 	if before != nil {
-		// Who has asked for a reload meanwhile is answered, too: the configuration was read just now.
+		// Also answers a "systemctl reload" that came during the hand-over: the configuration has just been read.
 		notify(p.log, reloading())
 	}
 	notify(p.log, daemon.SdNotifyReady)
 	return p.run(ctx)
 }
 
-// onClose has a function called at the end, before those that were given earlier.
+// onClose registers a function for close, which calls the last one first.
 func (p *process) onClose(f func()) { p.closers = append(p.closers, f) }
 
 func (p *process) close() {
@@ -81,7 +80,7 @@ func (p *process) close() {
 	}
 }
 
-// build makes the parts, none of which serves yet.
+// build makes all parts. None of them serves yet.
 func (p *process) build(ctx context.Context, load func() (config.Config, error), before *predecessor) (err error) {
 	c := p.config
 	log, level := newLogger(c)
@@ -92,7 +91,7 @@ func (p *process) build(ctx context.Context, load func() (config.Config, error),
 	if p.lock, err = before.lock(c.StateDir); err != nil {
 		return err
 	}
-	p.onClose(func() { p.lock.Close() }) // which gives it up, after all that uses it
+	p.onClose(func() { p.lock.Close() }) // after everything that uses the directory
 
 	limitMemory(c, log)
 	if p.operation, err = newOperation(c, log, level, before != nil); err != nil {
@@ -151,7 +150,7 @@ func (p *process) build(ctx context.Context, load func() (config.Config, error),
 	return nil
 }
 
-// openSocket listens on a Unix socket, if there is to be one.
+// openSocket listens on a Unix socket. Without an address it returns nil.
 func (p *process) openSocket(before *predecessor, address string, of func(processState) socketState) (net.Listener, *handover.Listener, error) {
 	socket, err := before.socket(address, of)
 	if socket == nil || err != nil {
@@ -175,8 +174,8 @@ func (p *process) openStreams(before *predecessor) error {
 	return err
 }
 
-// deferAccept has the kernel keep connections in its queue until their client has said something. So none is lost when this
-// program is replaced just after one was made.
+// deferAccept makes the kernel keep connections in its queue until the client has sent something (TCP_DEFER_ACCEPT). So no
+// connection is lost when this program is replaced before it has read the request.
 func deferAccept(listener net.Listener) error {
 	raw, err := listener.(*net.TCPListener).SyscallConn()
 	if err != nil {
@@ -191,7 +190,7 @@ func deferAccept(listener net.Listener) error {
 	return fault
 }
 
-// start has the servers serve.
+// start starts the servers.
 func (p *process) start() {
 	p.ended = make(chan error, 3)
 	p.running = 2
@@ -204,7 +203,7 @@ func (p *process) start() {
 	p.telemetry.serve(p.streams)
 }
 
-// run waits for the end and ends everything in order. It also hands over, because that is to be done by the main thread.
+// run waits for the end and then ends everything in order. It also hands over, which only the main thread can do.
 func (p *process) run(ctx context.Context) (err error) {
 	reloading := make(chan struct{})
 	reloadContext, stopReloading := context.WithCancel(p.end.ctx)
@@ -231,7 +230,7 @@ func (p *process) run(ctx context.Context) (err error) {
 	notify(p.log, daemon.SdNotifyStopping)
 	drain, cancelDrain := context.WithTimeout(context.WithoutCancel(ctx), time.Duration(p.config.Shutdown.Drain))
 	defer cancelDrain()
-	// Sessions first, as long as calls and probes are still answered.
+	// Sessions first: calls and probes are answered meanwhile.
 	err = errors.Join(err, p.streams.Shutdown(drain))
 	end, cancelEnd := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
 	defer cancelEnd()
@@ -244,7 +243,7 @@ func (p *process) run(ctx context.Context) (err error) {
 	return err
 }
 
-// state is the processState of a hand-over.
+// state returns the processState for a hand-over.
 func (p *process) state(files *handover.Files, h admin.Handover) (processState, error) {
 	s, err := p.places()
 	s.Handover, s.Totals = h, p.handovers.totalsNow()
@@ -266,7 +265,7 @@ func (p *process) state(files *handover.Files, h admin.Handover) (processState, 
 	return s, err
 }
 
-// places is that part of the processState which says where this program listens and has its files.
+// places returns the part of the processState that says where this program listens and keeps its files.
 func (p *process) places() (processState, error) {
 	s := processState{StateDir: p.config.StateDir, Upstream: p.config.Upstream}
 	s.Streams.Address, s.Metrics.Address = p.config.StreamAddress, p.config.MetricsAddress
@@ -278,7 +277,7 @@ func (p *process) places() (processState, error) {
 	return s, errors.Join(criErr, adminErr)
 }
 
-// resume has everything go on that a predecessor has left.
+// resume resumes everything that a predecessor has left.
 func (p *process) resume(before *predecessor) {
 	if before == nil {
 		return
@@ -290,7 +289,7 @@ func (p *process) resume(before *predecessor) {
 	}
 	p.cri.Adopt(known)
 	exec := before.part(execPart)
-	if exec == nil { // whatever has become of it: until then the reaper takes nobody for an orphan
+	if exec == nil { // Resume must be called anyway: before, the reaper takes no process for an orphan
 		exec = []byte{}
 	}
 	carried := p.resumeSessions(before.files, exec, before.part(streamsPart))
@@ -305,8 +304,8 @@ func (p *process) resume(before *predecessor) {
 		"carried", last.Carried, "ended", len(last.EndedSessions), "pause", time.Duration(last.Pause*float64(time.Second)), "state", last.State)
 }
 
-// resumeSessions has processes and sessions go on, in the program that has frozen them or in the next one. It returns the
-// number of sessions that do.
+// resumeSessions resumes processes and sessions, in the program that has frozen them or in the next one. It returns the
+// number of resumed sessions.
 func (p *process) resumeSessions(files *handover.Files, exec, streams []byte) (carried int) {
 	if exec != nil {
 		if err := p.runner.Resume(exec, files); err != nil {

@@ -15,15 +15,15 @@ import (
 	"github.com/streamshim/streamshim/pkg/handover"
 )
 
-// reloader takes over a changed configuration at SIGHUP.
+// reloader applies a changed configuration on SIGHUP.
 type reloader struct {
 	log   *slog.Logger
 	load  func() (config.Config, error)
 	apply func(config.Config) error
-	// replace has another version take over, if one is installed, and then does not return. If that one could not, the
-	// configuration is reloaded here.
+	// replace hands over to another version if one is installed, and then does not return. If it returns, the configuration
+	// is reloaded here.
 	replace func(context.Context)
-	// current is what is in force.
+	// current is the configuration in force.
 	current atomic.Pointer[config.Config]
 }
 
@@ -42,7 +42,7 @@ func (r *reloader) run(ctx context.Context, hangups <-chan os.Signal) {
 	}
 }
 
-// reload takes over what can be taken over. A configuration with a mistake changes nothing.
+// reload applies what can be applied without a restart. An invalid configuration changes nothing.
 func (r *reloader) reload() {
 	next, err := r.load()
 	if err != nil {
@@ -67,14 +67,14 @@ func (r *reloader) reload() {
 	r.log.Info("the configuration was reloaded", "changed", strings.Join(changed, ", "))
 }
 
-// warnRemoved tells of keys that the configuration file should not have any more.
+// warnRemoved logs keys in the configuration file that no longer have an effect.
 func warnRemoved(c config.Config, log *slog.Logger) {
 	for _, what := range c.Removed() {
 		log.Warn("take a key out of the configuration that has no effect any more", "key", what)
 	}
 }
 
-// reloading is what Type=notify-reload wants at the beginning of a reload (sd_notify(3)).
+// reloading returns the notification that Type=notify-reload requires at the beginning of a reload (sd_notify(3)).
 func reloading() string {
 	return fmt.Sprintf("%s\nMONOTONIC_USEC=%d", daemon.SdNotifyReloading, int64(handover.Now())/int64(time.Microsecond))
 }

@@ -1,5 +1,5 @@
-// Package daemon is "streamshim serve": it makes the parts, joins them, has them serve, and ends them in order, or hands them over
-// to another program in the same process.
+// Package daemon is "streamshim serve". It builds the parts, connects and runs them, and ends them in order or hands them
+// over to another program in the same process.
 package daemon
 
 import (
@@ -30,20 +30,20 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Options are what the command line says.
+// Options is what the command line passes to Serve and Check.
 type Options struct {
 	Version string
 	// Load reads the configuration, at the start and for each reload. Its upstream may be empty.
 	Load func() (config.Config, error)
-	// FindUpstream finds the runtime's socket for a configuration that does not name it.
+	// FindUpstream finds the runtime's socket if the configuration does not name one.
 	FindUpstream func() (string, error)
 }
 
-// endTimeout is how long the parts may take to end once sessions have been told to.
+// endTimeout bounds how long the parts may take to end after the sessions have been told to.
 const endTimeout = 15 * time.Second
 
-// Serve serves until the context ends or SIGTERM comes, and what another program has handed over goes on in it. It is to be called by
-// the main goroutine, on the main thread: see handover.Check.Exec.
+// Serve serves until the context ends or SIGTERM arrives, and resumes what another program has handed over. It must be
+// called by the main goroutine, on the main thread: see handover.Check.Exec.
 func Serve(ctx context.Context, o Options) error {
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
@@ -56,7 +56,7 @@ func Serve(ctx context.Context, o Options) error {
 	end := newTermination(ctx)
 	defer end.stop()
 	if before != nil {
-		end.begin() // there are sessions that could end in order
+		end.begin() // the sessions that were handed over need an orderly end
 	}
 	c, err := o.Load()
 	if err != nil {
@@ -72,8 +72,8 @@ func Serve(ctx context.Context, o Options) error {
 	return serve(ctx, o.Version, c, func() (config.Config, error) { return o.loadAgain(found) }, before, end, hangups)
 }
 
-// loadAgain is Load with the upstream that was found at the start, "" if it was named: it is not looked for again, because
-// the runtime may be restarting.
+// loadAgain is Load with the upstream that was found at the start, or "" if the configuration named one. It does not look
+// for the upstream again, because the runtime may be restarting.
 func (o Options) loadAgain(found string) (config.Config, error) {
 	c, err := o.Load()
 	if c.Upstream == "" {
@@ -82,7 +82,7 @@ func (o Options) loadAgain(found string) (config.Config, error) {
 	return c, err
 }
 
-// newLogger returns a logger and its level, which may be changed.
+// newLogger returns a logger and its level, which can be changed.
 func newLogger(c config.Config) (*slog.Logger, *slog.LevelVar) {
 	level := &slog.LevelVar{}
 	level.Set(c.Level())
@@ -93,7 +93,7 @@ func newLogger(c config.Config) (*slog.Logger, *slog.LevelVar) {
 	return slog.New(slog.NewTextHandler(os.Stderr, options)), level
 }
 
-// logOptions has durations written as "10s" in JSON too, which would have nanoseconds.
+// logOptions formats durations as "10s" in JSON, too, where slog would write nanoseconds.
 func logOptions(level slog.Leveler) *slog.HandlerOptions {
 	return &slog.HandlerOptions{Level: level, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 		if a.Value.Kind() == slog.KindDuration {
@@ -112,8 +112,8 @@ func sayReady(c config.Config, streams net.Addr) {
 	fmt.Printf("streamshim ready: CRI on %s, upstream %s, streams on %s\n", c.Listen, c.Upstream, streams)
 }
 
-// warnOfMissing says what is not there although the configuration names it. None of it is a reason not to serve: the
-// runtime may start later, and until then calls say that it is away.
+// warnOfMissing logs what the configuration names and does not exist. That does not prevent serving: the runtime may start
+// later, and until then calls fail with an error that says so.
 func warnOfMissing(log *slog.Logger, c config.Config) {
 	if path, err := endpoint.Path(c.Upstream); err == nil {
 		if _, err := os.Stat(path); err != nil {
@@ -130,8 +130,8 @@ func warnOfMissing(log *slog.Logger, c config.Config) {
 	}
 }
 
-// syncDrainMax is how long an ExecSync, whose caller has a timeout of its own, waits for the output of
-// background children at most.
+// syncDrainMax bounds how long an ExecSync, whose caller has a timeout of its own, waits for the output of background
+// children.
 const syncDrainMax = 10 * time.Second
 
 func runnerConfig(c config.Config, log *slog.Logger, o *operation, observe hooks, successor bool) execproc.Config {
@@ -158,7 +158,7 @@ func runnerConfig(c config.Config, log *slog.Logger, o *operation, observe hooks
 	}
 }
 
-// standIn says what streamshim itself can do in containers, nil when it is to do nothing there.
+// standIn returns the lookup for commands that streamshim can run itself in containers, nil if no helper is enabled.
 func standIn(helpers []string) func([]string) (string, []string, bool) {
 	if !slices.Contains(helpers, helper.Tar) {
 		return nil
@@ -211,7 +211,7 @@ func streamErrorCode(err error) codes.Code {
 	return codes.Internal
 }
 
-// notify tells systemd, where it started us (sd_notify(3)).
+// notify sends a notification to systemd, if systemd has started this process (sd_notify(3)).
 func notify(log *slog.Logger, state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
 		log.Warn("systemd could not be told", "state", state, "error", err)

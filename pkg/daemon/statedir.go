@@ -9,9 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockStateDir keeps a second streamshim off the state directory: it would take this one's processes and
-// sessions for those of a predecessor that was killed, and end them. The lock ends with the process; closing the
-// file gives it up before.
+// lockStateDir prevents a second streamshim from using the state directory: it would take this one's processes and
+// sessions for those of a predecessor that was killed, and end them. The lock lasts until the file is closed or the
+// process ends.
 func lockStateDir(dir string) (*os.File, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)

@@ -19,7 +19,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/tracing"
 )
 
-// telemetry is metrics and traces. What is not configured is nil, and then nothing is called for it.
+// telemetry holds metrics and traces. What is not configured is nil.
 type telemetry struct {
 	log      *slog.Logger
 	listener *handover.Listener
@@ -32,8 +32,7 @@ type telemetry struct {
 	serving sync.WaitGroup
 }
 
-// newTelemetry opens the metrics address. The caller closes the telemetry when all sessions have
-// ended.
+// newTelemetry listens on the metrics address. The caller closes the telemetry when all sessions have ended.
 func newTelemetry(ctx context.Context, version string, c config.Config, o *operation, h *handovers, before *predecessor, log *slog.Logger) (_ *telemetry, err error) {
 	t := &telemetry{log: log}
 	defer func() {
@@ -73,14 +72,14 @@ func newTelemetry(ctx context.Context, version string, c config.Config, o *opera
 	t.server = metrics.NewServer(metrics.ServerConfig{
 		Metrics: t.metrics, Profiling: c.Profiling, Log: log,
 		Ready: func(ctx context.Context) error {
-			_, err := t.self.Version(ctx) // which goes through this process to the upstream
+			_, err := t.self.Version(ctx) // through this process to the upstream
 			return err
 		},
 	})
 	return t, nil
 }
 
-// hooks are what the parts call to tell of what they do. They are nil where nobody asks.
+// hooks are functions by which the parts report events. They are nil where telemetry is off.
 type hooks struct {
 	started   func()
 	killed    func()
@@ -103,7 +102,7 @@ func (t *telemetry) hooks() hooks {
 	return h
 }
 
-// observe has metrics and traces see the sessions.
+// observe registers metrics and traces as observers of sessions.
 func (t *telemetry) observe(sessions *session.Registry) {
 	if t.metrics != nil {
 		sessions.Observe(t.metrics)
@@ -113,7 +112,7 @@ func (t *telemetry) observe(sessions *session.Registry) {
 	}
 }
 
-// countSync counts what comes of each ExecSync.
+// countSync counts each ExecSync and its outcome.
 func (t *telemetry) countSync(begin cri.BeginSyncFunc) cri.BeginSyncFunc {
 	return func(ctx context.Context, info session.Info) (func(session.Outcome, int64), error) {
 		start := time.Now()
@@ -129,7 +128,7 @@ func (t *telemetry) countSync(begin cri.BeginSyncFunc) cri.BeginSyncFunc {
 	}
 }
 
-// serve serves the metrics until close, if there are to be any.
+// serve serves the metrics until close, if they are configured.
 func (t *telemetry) serve(streams *streaming.Server) {
 	t.streams = streams
 	if t.server == nil {
@@ -143,7 +142,7 @@ func (t *telemetry) serve(streams *streaming.Server) {
 	t.log.Info("metrics", "address", t.listener.Addr())
 }
 
-// quiesce stops accepting until resume and waits for scrapes until the context is done.
+// quiesce stops accepting connections until resume, and waits for scrapes under way until the context is done.
 func (t *telemetry) quiesce(ctx context.Context) {
 	if t.server != nil {
 		t.server.Quiesce(ctx)
@@ -156,7 +155,7 @@ func (t *telemetry) resume() {
 	}
 }
 
-// close ends what newTelemetry began and sends the last spans, within endTimeout.
+// close stops the servers and sends the last spans, within endTimeout.
 func (t *telemetry) close() {
 	if t.server != nil {
 		t.server.Close() //nolint:errcheck // nothing depends on it any more

@@ -7,15 +7,15 @@ import (
 	"syscall"
 )
 
-// termination is the end by SIGTERM or SIGINT. Until begin, these signals end the process at once; afterwards the first one
-// ends the context, and the second one the process.
+// termination handles SIGTERM and SIGINT. Before begin, they end the process at once. Afterwards the first one ends the
+// context, and the second one the process.
 type termination struct {
 	ctx     context.Context //nolint:containedctx // ended by signals
 	cancel  context.CancelFunc
 	signals chan os.Signal
 	asked   chan chan struct{}
 	began   bool
-	ended   chan struct{} // the goroutine has
+	ended   chan struct{} // closed when the goroutine has ended
 }
 
 func newTermination(ctx context.Context) *termination {
@@ -24,7 +24,7 @@ func newTermination(ctx context.Context) *termination {
 	return t
 }
 
-// begin asks for the signals. It may be called twice.
+// begin starts to handle the signals. It may be called twice.
 func (t *termination) begin() {
 	if t.began {
 		return
@@ -57,9 +57,10 @@ func (t *termination) end() {
 	t.cancel()
 }
 
-// suspend leaves the signals to their default again, which ends the process at once, and tells whether one came before.
+// suspend restores the default action of the signals, which ends the process at once. It reports whether one has arrived
+// before.
 func (t *termination) suspend() (came bool) {
-	signal.Stop(t.signals) // none comes any more
+	signal.Stop(t.signals) // no signal is delivered after this
 	seen := make(chan struct{})
 	select {
 	case t.asked <- seen:
@@ -69,14 +70,14 @@ func (t *termination) suspend() (came bool) {
 	return t.ctx.Err() != nil
 }
 
-// resume asks for the signals again after suspend.
+// resume handles the signals again after suspend.
 func (t *termination) resume() {
 	if t.ctx.Err() == nil {
 		signal.Notify(t.signals, syscall.SIGTERM, syscall.SIGINT)
 	}
 }
 
-// stop ends the context and leaves the signals to their default.
+// stop ends the context and restores the default action of the signals.
 func (t *termination) stop() {
 	t.cancel()
 	if t.began {
