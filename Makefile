@@ -68,6 +68,13 @@ test/clients/javascript/node_modules: test/clients/javascript/package-lock.json 
 	@cd test/clients/javascript && npm ci --ignore-scripts --no-audit --no-fund >/dev/null
 	@touch $@
 
+# The architecture of the machine: amd64 or arm64
+VM_ARCH ?= $(shell go env GOARCH)
+.PHONY: vm
+vm: peers kubernetes build bin/nfpm bin/cyclonedx-gomod ## a booted Debian node in a virtual machine: packages, systemd, cgroup v2, AppArmor (half an hour without KVM)
+	@test/internal/setup.sh vm $(VM_ARCH)
+	STREAMSHIM_VM=1 STREAMSHIM_VM_ARCH=$(VM_ARCH) STREAMSHIM_VM_REPORT=$(CURDIR)/docs/compatibility.md go test -v -count 1 -timeout 180m ./test/vm
+
 # How many commands each attack meets, and more flags: test/hostile/README.md
 COUNT ?= 2000
 HOSTILE ?=

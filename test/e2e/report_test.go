@@ -14,6 +14,7 @@ import (
 
 	"github.com/streamshim/streamshim/test/internal/kubernetes"
 	"github.com/streamshim/streamshim/test/internal/node"
+	"github.com/streamshim/streamshim/test/internal/tables"
 )
 
 // report collects results and writes them as tables.
@@ -85,19 +86,19 @@ CRI-O is not in this table: the run has none. What was tried on it is in
 
 var nodeTitles = map[string]string{"bare": "bare containerd", "shim": "through streamshim"}
 
-// write writes the report as Markdown.
+// write writes the report as its part of the document at path.
 func (r *report) write(path string, of *run, duration time.Duration) error {
 	var text strings.Builder
-	fmt.Fprintf(&text, `# Compatibility with Kubernetes
+	fmt.Fprintf(&text, `## Kubernetes: kubectl, API server and kubelet
 
-What real kubectl, API server and kubelet see of a node, without streamshim and with it. This page is
+What real kubectl, API server and kubelet see of a node, without streamshim and with it. This part is
 written by a run of `+"`make e2e E2E=%s`"+`, not by hand: on %s, in %d minutes, with
 
 %s
 `, of.mode, time.Now().UTC().Format(time.DateOnly), int(duration.Minutes())+1, versions())
 	text.WriteString(legend)
 	for _, s := range r.sections {
-		fmt.Fprintf(&text, "\n## %s\n\n%s\n\n| |", s.title, s.text)
+		fmt.Fprintf(&text, "\n### %s\n\n%s\n\n| |", s.title, s.text)
 		protocols := s.protocols
 		if len(protocols) == 0 {
 			protocols = []kubernetes.Protocol{""}
@@ -122,7 +123,7 @@ written by a run of `+"`make e2e E2E=%s`"+`, not by hand: on %s, in %d minutes, 
 			text.WriteString("\n")
 		}
 	}
-	return os.WriteFile(path, []byte(text.String()), 0o644)
+	return tables.Replace(path, "kubernetes", text.String())
 }
 
 // versions is a list of what the run was made of.

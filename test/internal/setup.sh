@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # setup.sh makes sure that the operating system has what building and testing streamshim needs, on
 # Debian 12 or later. It looks first and installs only what is missing; with nothing missing it
-# needs neither root nor the network. "setup.sh clients" also looks for what test/clients needs.
+# needs neither root nor the network. "setup.sh clients" also looks for what test/clients needs, and
+# "setup.sh vm ARCH" for what test/vm needs to build and run a machine of that architecture.
 set -euo pipefail
 
 missing=()
@@ -26,6 +27,17 @@ if [ "${1:-}" = clients ]; then
   need python3-kubernetes /usr/bin/python3 -c 'import kubernetes'
   need nodejs has node
   need npm has npm
+fi
+if [ "${1:-}" = vm ]; then
+  need mmdebstrap has mmdebstrap
+  need qemu-utils has qemu-img
+  need e2fsprogs has mke2fs
+  case $2 in
+  amd64) need qemu-system-x86 has qemu-system-x86_64 ;;
+  arm64) need qemu-system-arm has qemu-system-aarch64 ;;
+  esac
+  # Packages of another architecture are configured by their own programs.
+  [ "$2" = "$(dpkg --print-architecture)" ] || need qemu-user-static has qemu-aarch64-static
 fi
 
 if [ -n "${missing[*]}" ]; then

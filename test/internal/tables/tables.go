@@ -1,0 +1,39 @@
+// Package tables writes the parts of docs/compatibility.md that come from runs. Each run owns one part of
+// the document, between two comments that name it, and leaves all others as they are.
+package tables
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"strings"
+)
+
+// Replace writes text as the part called name of the document at path. A part that is not there yet is added at the
+// end, and a document that is not there is made.
+func Replace(path, name, text string) error {
+	document, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	begin, end := fmt.Sprintf("<!-- begin %s: written by a run, not by hand -->", name), fmt.Sprintf("<!-- end %s -->", name)
+	part := begin + "\n" + strings.TrimSpace(text) + "\n" + end
+	old := regexp.MustCompile("(?s)" + regexp.QuoteMeta(begin) + ".*?" + regexp.QuoteMeta(end))
+	var replaced string
+	if old.Match(document) {
+		replaced = old.ReplaceAllLiteralString(string(document), part)
+	} else {
+		replaced = strings.TrimLeft(strings.TrimRight(string(document), "\n")+"\n\n"+part+"\n", "\n")
+	}
+	return os.WriteFile(path, []byte(replaced), 0o644)
+}
+
+// Cell makes text fit for a cell of a table: on one line, at most 160 characters, without what would end the cell.
+func Cell(text string) string {
+	text = strings.ReplaceAll(strings.Join(strings.Fields(text), " "), "|", "\\|")
+	if runes := []rune(text); len(runes) > 160 {
+		text = string(runes[:160]) + "…"
+	}
+	return text
+}
