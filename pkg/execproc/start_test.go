@@ -373,6 +373,25 @@ func TestLimitsAreTheContainers(t *testing.T) {
 	}
 }
 
+// A runtime that does not care leaves a command with streamshim's oom_score_adj, by its unit -999.
+func TestOOMScoreAdjIsTheContainers(t *testing.T) {
+	r := newRunner(t)
+	c := newContainer(t, func(spec *specs.Spec) { spec.Process.OOMScoreAdj = nil })
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", c.InitPid), []byte("500"), 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, tty := range []bool{false, true} {
+		if got, code := output(t, r, c, workload.Command{Args: []string{"cat", "/proc/self/oom_score_adj"}, TTY: tty}); strings.TrimSpace(got) != "500" || code != 0 {
+			t.Errorf("tty %v: %q, exit code %d", tty, got, code)
+		}
+	}
+	score := 700
+	c.Process.OOMScoreAdj = &score
+	if got, code := output(t, r, c, workload.Command{Args: []string{"cat", "/proc/self/oom_score_adj"}}); got != "700\n" || code != 0 {
+		t.Errorf("by the spec: %q, exit code %d", got, code)
+	}
+}
+
 func userNamespace(spec *specs.Spec) {
 	spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
 	spec.Linux.UIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100000, Size: 65536}}

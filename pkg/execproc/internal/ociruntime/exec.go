@@ -142,6 +142,7 @@ func ExecPassing(ctx context.Context, c workload.Container, spec *specs.Process,
 		return 0, fmt.Errorf("run the OCI runtime: %w", err)
 	}
 	// The pid is the runtime's until Wait below.
+	giveOOMScoreAdj(command.Process.Pid, spec, c.InitPid)
 	if stat, err := proc.ReadStat(command.Process.Pid); err == nil {
 		runtime = stat.Identity
 	} else {

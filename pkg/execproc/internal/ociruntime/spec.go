@@ -3,7 +3,9 @@ package ociruntime
 import (
 	"errors"
 	"fmt"
+	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -88,6 +90,23 @@ func CompleteLimits(limits []specs.POSIXRlimit, initPid int) []specs.POSIXRlimit
 	}
 	return complete
 }
+
+// giveOOMScoreAdj gives the OCI runtime the oom_score_adj of the container: that of the spec, or of the main process. crun
+// does not set it for a command, which would inherit streamshim's, -999 by its unit, and be the last in the container that
+// the kernel kills. It is best effort: lowering the value needs CAP_SYS_RESOURCE, and runc sets it itself.
+func giveOOMScoreAdj(runtimePid int, spec *specs.Process, initPid int) {
+	var value []byte
+	if spec.OOMScoreAdj != nil {
+		value = strconv.AppendInt(nil, int64(*spec.OOMScoreAdj), 10)
+	} else if initPid > 0 {
+		value, _ = os.ReadFile(oomScoreAdj(initPid)) //nolint:errcheck // it has ended
+	}
+	if len(value) > 0 {
+		os.WriteFile(oomScoreAdj(runtimePid), value, 0) //nolint:errcheck // see above
+	}
+}
+
+func oomScoreAdj(pid int) string { return fmt.Sprintf("/proc/%d/oom_score_adj", pid) }
 
 // mergeEnv returns base with extra laid over it in a slice of its own. A name that extra sets keeps
 // its place in base; names that only base repeats are left as they are.
