@@ -1,11 +1,7 @@
 package main
 
 import (
-	"archive/tar"
-	"bytes"
-	"compress/gzip"
 	"encoding/json"
-	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -15,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 func TestVersionAsJSON(t *testing.T) {
@@ -37,29 +35,16 @@ func bundle(t *testing.T, args ...string) map[string]string {
 	if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v", info, err)
 	}
-	text, err := os.ReadFile(file)
+	archive, err := os.Open(file)
 	if err != nil {
 		t.Fatal(err)
 	}
-	plain, err := gzip.NewReader(bytes.NewReader(text))
-	if err != nil {
-		t.Fatal(err)
-	}
+	defer archive.Close()
 	files := map[string]string{}
-	for reader := tar.NewReader(plain); ; {
-		header, err := reader.Next()
-		if errors.Is(err, io.EOF) {
-			return files
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		content, err := io.ReadAll(reader)
-		if err != nil {
-			t.Fatal(err)
-		}
-		files[path.Base(header.Name)] = string(content)
+	for name, content := range testutil.Unpack(t, archive) {
+		files[path.Base(name)] = content
 	}
+	return files
 }
 
 // The bundle has what its README says, and nothing of what the configuration's rules name.

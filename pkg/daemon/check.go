@@ -52,8 +52,20 @@ func judge(state *handover.State, c config.Config) (handover.Verdict, error) {
 	if streams == nil {
 		return handover.Verdict{}, nil
 	}
-	carried, ended, err := streaming.CheckState(streams)
-	return handover.Verdict{Carried: carried, Ended: ended}, err
+	carried, refused, err := streaming.CheckState(streams)
+	verdict := handover.Verdict{Carried: carried, Ended: lines(refused), Refused: map[string]string{}}
+	for _, r := range refused {
+		verdict.Refused[r.ID] = r.Err.Error()
+	}
+	return verdict, err
+}
+
+// lines has a line for each session, with the reason why it is not carried.
+func lines(refused []streaming.Refusal) (all []string) {
+	for _, r := range refused {
+		all = append(all, r.String())
+	}
+	return all
 }
 
 // tryToListen opens and closes a listener on each address that differs from the running program's.

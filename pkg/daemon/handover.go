@@ -27,6 +27,8 @@ const (
 	quiesceLimit = 30 * time.Second
 	// freezeLimit bounds the wait for commands that are being started, and the freeze that follows.
 	freezeLimit = 5 * time.Second
+	// uncarriedLimit bounds the wait for the end of sessions that the new program cannot carry.
+	uncarriedLimit = 5 * time.Second
 	// settleLimit bounds the wait for pending disk writes, and for requests for metrics and on the admin socket.
 	settleLimit = time.Second
 )
@@ -226,18 +228,14 @@ func (p *process) handOver(ctx context.Context, r handoverRequest) {
 
 // tryHandOver hands over, or returns why it could not. It returns nil only after a dry run.
 func (p *process) tryHandOver(ctx context.Context, h admin.Handover) error {
-	program, err := handover.Program()
-	if err != nil {
-		return err
-	}
-	check, err := handover.StartCheck(ctx, program, append(slices.Clone(os.Args[1:]), "--check-state"))
+	check, err := p.startCheck(ctx)
 	if err != nil {
 		return err
 	}
 	defer check.Close()
 	h.To = check.Program
 	p.handovers.set(func(h *admin.Handover) { h.To = check.Program })
-	p.log.Info("another program is about to take over", "version", check.Program, "program", program, "reason", h.Reason, "dry run", h.DryRun)
+	p.log.Info("another program is about to take over", "version", check.Program, "reason", h.Reason, "dry run", h.DryRun)
 	if h.DryRun {
 		return p.rehearse(ctx, check, h)
 	}
@@ -262,20 +260,56 @@ func (p *process) tryHandOver(ctx context.Context, h admin.Handover) error {
 	p.telemetry.quiesce(settled)
 	undo = append(undo, p.telemetry.resume)
 
+	var refused *refusedError
+	if err := p.freezeAndExecute(ctx, check, h, false); !errors.As(err, &refused) {
+		return err
+	}
+	// This program knows how to end those sessions; the new one may not even know who their clients are.
+	check.Close() // a child reads one state only
+	again, err := p.startCheck(ctx)
+	if err != nil {
+		return err
+	}
+	defer again.Close()
+	ending, cancelEnding := context.WithTimeout(ctx, uncarriedLimit)
+	defer cancelEnding()
+	p.streams.EndUncarried(ending, refused.reasons)
+	return p.freezeAndExecute(ctx, again, h, true)
+}
+
+// refusedError is that the new program cannot carry some sessions.
+type refusedError struct{ reasons map[string]string } // by their ids
+
+func (e *refusedError) Error() string {
+	return fmt.Sprintf("%d sessions cannot be carried", len(e.reasons))
+}
+
+// startCheck starts the installed program as one that is checked.
+func (p *process) startCheck(ctx context.Context) (*handover.Check, error) {
+	program, err := handover.Program()
+	if err != nil {
+		return nil, err
+	}
+	return handover.StartCheck(ctx, program, append(slices.Clone(os.Args[1:]), "--check-state"))
+}
+
+// freezeAndExecute hands over to the program that is checked. After an error all sessions go on. It is a *refusedError if the
+// program cannot carry some of them, unless it is to be executed anyway: then it ends them as well as it can.
+func (p *process) freezeAndExecute(ctx context.Context, check *handover.Check, h admin.Handover, anyway bool) error {
 	files := handover.NewFiles()
-	undo = append(undo, files.Close)
+	defer files.Close()
 	state := handover.NewState(p.version)
 	thaw, err := p.freeze(ctx, state, files)
 	if err != nil {
 		return err
 	}
-	undo = append(undo, thaw)
+	defer thaw()
 	if ctx.Err() != nil {
 		return fmt.Errorf("streamshim is ending: %w", ctx.Err())
 	}
 	last, _ := p.handovers.lastOne()
 	h.EndedSessions = last.EndedSessions
-	return p.execute(ctx, check, h, state, files)
+	return p.execute(ctx, check, h, state, files, anyway)
 }
 
 // freeze stops all sessions and processes where they are and adds them to the state. thaw resumes them.
@@ -326,7 +360,7 @@ func (p *process) settle(ctx context.Context, state *handover.State) error {
 }
 
 // execute lets the child read the state, and then executes the new program.
-func (p *process) execute(ctx context.Context, check *handover.Check, h admin.Handover, state *handover.State, files *handover.Files) error {
+func (p *process) execute(ctx context.Context, check *handover.Check, h admin.Handover, state *handover.State, files *handover.Files, anyway bool) error {
 	if err := state.Put(criPart, p.cri.State()); err != nil {
 		return err
 	}
@@ -343,6 +377,9 @@ func (p *process) execute(ctx context.Context, check *handover.Check, h admin.Ha
 		return err
 	}
 	p.log.Info("the sessions stand still for the other program", "carried", verdict.Carried, "ended", len(verdict.Ended), "state", size, "after", handover.Since(state.Frozen))
+	if len(verdict.Refused) > 0 && !anyway {
+		return &refusedError{verdict.Refused}
+	}
 	// A SIGTERM that has arrived aborts the hand-over; one that arrives from now on ends the process at once. SIGHUP may be
 	// dropped, because the new program reads the configuration anyway.
 	if p.end.suspend() {
@@ -368,7 +405,7 @@ func (p *process) rehearse(ctx context.Context, check *handover.Check, h admin.H
 	if _, _, err := check.Read(ctx, state); err != nil {
 		return err
 	}
-	carried, ended := p.streams.Carriable()
-	p.handovers.set(func(h *admin.Handover) { h.Carried, h.EndedSessions = carried, ended })
+	carried, refused := p.streams.Carriable()
+	p.handovers.set(func(h *admin.Handover) { h.Carried, h.EndedSessions = carried, lines(refused) })
 	return nil
 }

@@ -27,7 +27,9 @@ type Verdict struct {
 	Program string   `json:"program,omitempty"` // its version
 	Carried int      `json:"carried"`           // sessions
 	Ended   []string `json:"ended,omitempty"`   // a line for each session that it cannot carry
-	Error   string   `json:"error,omitempty"`   // why it refuses the state as a whole
+	// Refused says why of each of those, by its id.
+	Refused map[string]string `json:"refused,omitempty"`
+	Error   string            `json:"error,omitempty"` // why it refuses the state as a whole
 }
 
 // Check runs a new program as a child, to find out whether it could take over.

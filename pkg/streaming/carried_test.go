@@ -8,8 +8,11 @@ import (
 	"hash"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/url"
+	"os"
+	"reflect"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,6 +21,7 @@ import (
 	"k8s.io/client-go/tools/remotecommand"
 
 	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/status"
 	commands "github.com/streamshim/streamshim/pkg/streaming/remotecommand"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
@@ -314,6 +318,117 @@ func TestEachPhaseIsHandedOver(t *testing.T) {
 			receive(t, ended, "the client's end")
 		})
 	})
+	t.Run("sizing", func(t *testing.T) {
+		s := startServer(t, Config{Commands: commandConfig{Waits: commandWaits{FirstSize: 10 * testTimeout}}})
+		u := s.execURL(&hostExecutor{t: t}, remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true}, "stty", "size")
+		c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines("v4.channel.k8s.io")...))
+		ids := c.remoteCommandStreams(streamTypeError, streamTypeStdin, streamTypeStdout, streamTypeResize)
+		s.inPhase("sizing")
+		c.send(ids[streamTypeResize], `{"Width":33,"Height":44}`, false)
+		if got := c.finished(ids[streamTypeStdout]); got != "44 33\r\n" {
+			t.Errorf("the size is %q", got)
+		}
+	})
+	t.Run("finishing", func(t *testing.T) {
+		s := startServer(t, Config{Commands: commandConfig{InputGrace: 10 * testTimeout}})
+		executor := &hostExecutor{t: t}
+		folder := t.TempDir()
+		u := s.execURL(executor, options, "sh", "-c", fmt.Sprintf("cd %s; mkfifo go; read line < go; cat > input; mv input all", folder))
+		c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines("v4.channel.k8s.io")...))
+		ids := c.remoteCommandStreams(streamTypeError, streamTypeStdin, streamTypeStdout)
+		input := strings.Repeat("all of it\n", 6000)
+		c.send(ids[streamTypeStdin], input, true)
+		eventually(t, "the command", func() bool { _, err := os.Stat(folder + "/go"); return err == nil })
+		c.conn.(*net.TCPConn).CloseWrite()
+		s.inPhase("finishing")
+		if err := os.WriteFile(folder+"/go", []byte("go\n"), 0); err != nil {
+			t.Fatal(err)
+		}
+		var got []byte
+		eventually(t, "the input", func() (there bool) {
+			var err error
+			got, err = os.ReadFile(folder + "/all")
+			return err == nil
+		})
+		if string(got) != input {
+			t.Errorf("the command has read %d bytes of %d", len(got), len(input))
+		}
+		eventually(t, "the end", func() bool { return len(s.config.Sessions.List()) == 0 })
+	})
+	t.Run("reaping", func(t *testing.T) {
+		s := startServer(t, Config{})
+		executor := &hostExecutor{t: t}
+		request := s.localRequest(executorFunc(func(c workload.Command) (remoteProcess, error) {
+			p, err := executor.Start(t.Context(), c)
+			if err != nil {
+				return nil, err
+			}
+			return stubborn{p.(*hostProcess)}, nil
+		}), streamsOf(remotecommand.StreamOptions{Stdout: io.Discard, Stderr: io.Discard}, "sleep", "600"))
+		s.reasons[request.Container.ContainerID] = func(context.Context) string { return "it was the test" }
+		var stderr syncBuffer
+		ended := make(chan error, 1)
+		u := s.url(s.Exec(request))
+		go func() {
+			ended <- stream(t.Context(), t, "SPDY", u, remotecommand.StreamOptions{Stdout: io.Discard, Stderr: &stderr})
+		}()
+		eventually(t, "the start", func() bool { return executor.count() == 1 })
+		close(executor.last().containerExited)
+		reaped := 0
+		eventually(t, "the end, by the phase's deadline", func() bool {
+			if len(ended) == 0 {
+				s.handedOver(func(state commands.State) {
+					if state.Phase == "reaping" {
+						reaped++
+					}
+				})
+			}
+			return len(ended) > 0
+		})
+		if err := <-ended; err == nil || !strings.Contains(stderr.String()+err.Error(), "it was the test") {
+			t.Errorf("ended with %v, %q", err, stderr.String())
+		}
+		if reaped == 0 {
+			t.Error("it was never handed over in that phase")
+		}
+		executor.last().Kill()
+	})
+	// These last only as long as the client does not take what is said, which fits into every socket: the state says that they
+	// have just begun.
+	for _, phase := range []string{"telling", "holding", "saying"} {
+		t.Run("at the beginning of "+phase, func(t *testing.T) {
+			forEachTransport(t, func(t *testing.T, transport string) {
+				s := startCarried(t, Config{})
+				executor := &hostExecutor{t: t}
+				var out, stderr syncBuffer
+				options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: &out, Stderr: &stderr}
+				ended := make(chan error, 1)
+				u := s.execURL(executor, options, "sh", "-c", "echo ready; cat")
+				go func() { ended <- stream(t.Context(), t, transport, u, options) }()
+				eventually(t, "the command", func() bool { return out.String() == "ready\n" })
+				s.upgrade(func(state *State) {
+					var command commands.State
+					if err := handover.Decode(state.Sessions[0].State, &command); err != nil {
+						t.Fatal(err)
+					}
+					reflect.ValueOf(&command.Phase).Elem().SetString(phase) // its type has no name here
+					command.Process, command.Input = nil, nil
+					command.Drain.Until, command.Drain.Stopped, command.Drain.Outputs = time.Time{}, false, nil
+					command.Ending = commands.EndingState{Reason: "exited", ExitCode: 6, Status: status.Exit(6, "")}
+					if phase == "telling" {
+						command.Ending.Line = "a word before\n"
+					}
+					var err error
+					if state.Sessions[0].State, err = handover.Encode(command); err != nil {
+						t.Fatal(err)
+					}
+				})
+				if err := receive(t, ended, "the end"); exitCode(t, err) != 6 || (stderr.String() == "a word before\n") != (phase == "telling") {
+					t.Errorf("ended with %v, %q", err, stderr.String())
+				}
+			})
+		})
+	}
 	t.Run("parting", func(t *testing.T) {
 		s := startServer(t, Config{})
 		executor := &hostExecutor{t: t}

@@ -228,16 +228,19 @@ func TestExecCutAnywhere(t *testing.T) {
 			return p, err
 		})
 		options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true}
-		cutAnywhere(t, s, func() *url.URL { return s.execURL(executor, options, "cat") }, heads[transport], bodies[transport], func(cut int) {
-			mu.Lock()
-			defer mu.Unlock()
-			if started != told {
-				t.Fatalf("cut at %d: of %d processes %d were told", cut, started, told)
+		for range 20 { // on a busy machine most clients have gone before the start
+			cutAnywhere(t, s, func() *url.URL { return s.execURL(executor, options, "cat") }, heads[transport], bodies[transport], func(cut int) {
+				mu.Lock()
+				defer mu.Unlock()
+				if started != told {
+					t.Fatalf("cut at %d: of %d processes %d were told", cut, started, told)
+				}
+			})
+			if started >= 5 {
+				return
 			}
-		})
-		if started < 5 { // on a busy machine most clients have gone before the start
-			t.Errorf("only %d processes were started", started)
 		}
+		t.Errorf("only %d processes were started", started)
 	})
 }
 

@@ -49,7 +49,7 @@ func TestOneWriteForAChunk(t *testing.T) {
 		var writes, received atomic.Int64
 		log := slog.New(slog.DiscardHandler)
 		// A peer that may translate for a slow reader is asked how far it has come, by a write of its own for each
-		// half of a window (spdy/receipt.go); that is not what is counted here.
+		// half of a window (package holdback); that is not what is counted here.
 		s := newTestServer(t, ordinary(Config{Log: log, Sessions: session.NewRegistry(log), Commands: commandConfig{StatusWait: unlimited}}), listener.Addr())
 		go func() { s.served <- s.Serve(countingListener{listener, &writes}) }()
 		t.Cleanup(s.stop)

@@ -41,6 +41,7 @@ type TokenState struct {
 
 // SessionState is one session.
 type SessionState struct {
+	ID        string // for a program that cannot read the rest
 	Kind      session.Kind
 	Live      []byte              // session.State as CBOR
 	State     []byte              // the State of the package that serves the kind, as CBOR
@@ -176,10 +177,10 @@ func (s *Server) all() []*served {
 }
 
 // Carriable tells how many sessions could be handed over now, and of each that could not why; nothing is touched.
-func (s *Server) Carriable() (carried int, refused []string) {
+func (s *Server) Carriable() (carried int, refused []Refusal) {
 	for _, each := range s.all() {
 		if err := each.running.Carriable(); err != nil {
-			refused = append(refused, fmt.Sprintf("%s %s: %v", each.live.ID, each.live.Kind, err))
+			refused = append(refused, Refusal{each.live.ID, each.live.Kind, err})
 		} else {
 			carried++
 		}
@@ -187,16 +188,46 @@ func (s *Server) Carriable() (carried int, refused []string) {
 	return carried, refused
 }
 
+// Refusal is a session that cannot be handed over, and why.
+type Refusal struct {
+	ID   string
+	Kind session.Kind
+	Err  error
+}
+
+func (r Refusal) String() string {
+	return fmt.Sprintf("%s %s: %v", cmp.Or(r.ID, "unknown"), r.Kind, r.Err)
+}
+
+// EndUncarried ends sessions, each with a status that says that it cannot be handed over and why, by their ids. It waits until
+// they have ended or the context is done.
+func (s *Server) EndUncarried(ctx context.Context, reasons map[string]string) {
+	var ending []*served
+	for _, each := range s.all() {
+		if reason, ok := reasons[each.live.ID]; ok {
+			each.live.Stop(errNotCarried(errors.New(reason)))
+			ending = append(ending, each)
+		}
+	}
+	for _, each := range ending {
+		select {
+		case <-each.done:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // CheckState tells how many sessions of a state this program could take over, and of each that it could not why. It touches
 // nothing that the state refers to. An error means that nothing can be read of it.
-func CheckState(encoded []byte) (carried int, refused []string, err error) {
+func CheckState(encoded []byte) (carried int, refused []Refusal, err error) {
 	state, err := decode(encoded)
 	if err != nil {
 		return 0, nil, err
 	}
 	for _, each := range state.Sessions {
-		if id, err := each.check(); err != nil {
-			refused = append(refused, fmt.Sprintf("%s %s: %v", cmp.Or(id, "unknown"), each.Kind, err))
+		if err := each.check(); err != nil {
+			refused = append(refused, Refusal{each.ID, each.Kind, err})
 		} else {
 			carried++
 		}
@@ -208,23 +239,23 @@ func errKind(a, b session.Kind) error {
 	return fmt.Errorf("it is said to be of the kinds %q and %q", a, b)
 }
 
-func (state *SessionState) check() (id string, err error) {
+func (state *SessionState) check() error {
 	var live session.State
 	if err := handover.Decode(state.Live, &live); err != nil {
-		return "", err
+		return err
 	}
 	if err := live.Validate(); err != nil {
-		return live.ID, err
+		return err
 	}
 	switch {
 	case live.Info.Kind != state.Kind:
-		return live.ID, errKind(state.Kind, live.Info.Kind)
+		return errKind(state.Kind, live.Info.Kind)
 	case state.Kind == session.PortForward:
-		return live.ID, portforward.CheckState(state.State)
+		return portforward.CheckState(state.State)
 	case state.Kind == session.Exec, state.Kind == session.Attach:
-		return live.ID, remotecommand.CheckState(state.State)
+		return remotecommand.CheckState(state.State)
 	}
-	return live.ID, fmt.Errorf("sessions of the kind %q are not carried", state.Kind)
+	return fmt.Errorf("sessions of the kind %q are not carried", state.Kind)
 }
 
 // thaw lets requests and connections in again.
@@ -308,7 +339,7 @@ func (each *served) freeze(ctx context.Context, files *handover.Files) (_ *Sessi
 	if err := each.running.Carriable(); err != nil {
 		return nil, err
 	}
-	state := &SessionState{Kind: each.live.Kind, Limits: each.terms.Limits, Bandwidth: each.terms.Bandwidth}
+	state := &SessionState{ID: each.live.ID, Kind: each.live.Kind, Limits: each.terms.Limits, Bandwidth: each.terms.Bandwidth}
 	if socket, ok := each.running.Network().(syscall.Conn); ok {
 		state.Network, _ = files.Keep(socket) //nolint:errcheck // it may be closed already, because the client has gone
 	}

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -19,6 +20,7 @@ import (
 
 	spdystreams "github.com/moby/spdystream/spdy"
 	"golang.org/x/sys/unix"
+	"k8s.io/client-go/tools/remotecommand"
 
 	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/handover"
@@ -556,6 +558,52 @@ func TestSessionThatIsNotCarriedEndsAlone(t *testing.T) {
 	}
 }
 
+// A session that another program cannot carry is told so by the one that it has; the others go on.
+func TestUncarriedSessionsAreTold(t *testing.T) {
+	s := startCarried(t, Config{})
+	port := pod(t, answer)
+	sound := s.portForward(t, "WebSocket", port)
+	u := s.portForwardURL(make(chan struct{}))
+	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+	_, failure := c.openPair(fmt.Sprint(port), "1")
+	eventually(t, "a connection", func() bool {
+		list := s.started.Sessions.List()
+		forward, ok := list[len(list)-1].Connection().(*forwardSession)
+		return ok && forward.Connections() == 1
+	})
+	var options remotecommand.StreamOptions
+	var out syncBuffer
+	options.Stdin, options.Stdout = openStdin(t), &out
+	commandEnded := make(chan error, 1)
+	commandURL := s.execURL(&hostExecutor{t: t}, options, "sh", "-c", "echo ready; cat")
+	go func() { commandEnded <- stream(t.Context(), t, "SPDY", commandURL, options) }()
+	eventually(t, "the command", func() bool { return out.String() == "ready\n" })
+	s.handOver() // as when another program has refused them
+	list := s.started.Sessions.List()
+	reasons := map[string]string{"nobody": "no"}
+	for _, live := range list[1:] {
+		reasons[live.ID] = "it is not known there"
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		s.EndUncarried(t.Context(), reasons)
+	}()
+	const want = "it cannot be carried over: it is not known there"
+	if got := c.finished(failure); !strings.Contains(got, want) {
+		t.Errorf("the error stream says %q", got)
+	}
+	c.conn.Close()
+	if err := receive(t, commandEnded, "the command's end"); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("the command ended with %v", err)
+	}
+	receive(t, ended, "the end of both")
+	if left := s.started.Sessions.List(); len(left) != 1 || left[0].ID != list[0].ID {
+		t.Errorf("%d sessions are left", len(left))
+	}
+	sound.mustAnswer(port)
+}
+
 // When the sessions cannot be frozen in time all goes on as if nothing had happened.
 func TestFreezeInVain(t *testing.T) {
 	s := startCarried(t, Config{})
@@ -585,9 +633,10 @@ func TestTermsSurviveHandOvers(t *testing.T) {
 		f := s.portForward(t, "SPDY", port)
 		s.started.Settings = Settings{}
 		var network handover.Descriptor
+		var id string
 		_, ended := s.upgrade(func(state *State) {
 			change(&state.Sessions[0])
-			network = state.Sessions[0].Network
+			network, id = state.Sessions[0].Network, state.Sessions[0].ID
 		})
 		if ended != 0 {
 			return errors.New("the session has ended")
@@ -597,6 +646,9 @@ func TestTermsSurviveHandOvers(t *testing.T) {
 			if each.terms.Limits != (lifetime.Limits{Idle: time.Hour, Max: 2 * time.Hour, Warning: time.Minute}) || each.terms.Bandwidth != 1<<20 {
 				return fmt.Errorf("terms %+v", each.terms)
 			}
+		}
+		if list := s.started.Sessions.List(); len(list) != 1 || list[0].ID != id {
+			return errors.New("whoever cannot read the rest does not know which session it is")
 		}
 		if network == 0 {
 			return errors.New("its connection cannot be closed when the rest cannot be read")
@@ -614,8 +666,9 @@ func TestStateOfAPortForward(t *testing.T) {
 		"Received": func(s *portforward.State) { s.Received = 0 }, "Sent": func(s *portforward.State) { s.Sent = 0 },
 		"Port": func(s *portforward.State) { s.Open[0].Port = 0 }, "Data": func(s *portforward.State) { s.Open[0].Data = 0 },
 		"Failure": func(s *portforward.State) { s.Open[0].Failure = 0 }, "Pod": func(s *portforward.State) { s.Open[0].Pod = nil },
-		"waiting Port": func(s *portforward.State) { s.Waiting[0].Port = 0 }, "waiting ID": func(s *portforward.State) { s.Waiting[0].ID = "" },
-		"waiting Failure": func(s *portforward.State) { s.Waiting[0].Failure = 0 }, "waiting Left": func(s *portforward.State) { s.Waiting[0].Left = 0 },
+		"waiting Port": func(s *portforward.State) { half(s, "3").Port = 0 }, "waiting ID": func(s *portforward.State) { half(s, "3").ID = "" },
+		"waiting Failure": func(s *portforward.State) { half(s, "3").Failure = 0 }, "waiting Left": func(s *portforward.State) { half(s, "3").Left = 0 },
+		"waiting Data": func(s *portforward.State) { half(s, "4").Data = 0 },
 	} {
 		t.Run(name, func(t *testing.T) {
 			if err := forwardAfter(t, drop); (err != nil) != (name != "complete") {
@@ -623,6 +676,75 @@ func TestStateOfAPortForward(t *testing.T) {
 			}
 		})
 	}
+}
+
+// half is the half pair with this id.
+func half(s *portforward.State, id string) *portforward.WaitingState {
+	return &s.Waiting[slices.IndexFunc(s.Waiting, func(w portforward.WaitingState) bool { return w.ID == id })]
+}
+
+// A port-forward that is being ended when it is handed over gives its client the rest of the time, and no new one.
+func TestEndOfAPortForwardIsHandedOver(t *testing.T) {
+	for name, drop := range map[string]func(*portforward.State){
+		"complete":  func(*portforward.State) {},
+		"EndReason": func(s *portforward.State) { s.EndReason = "" },
+		"Told":      func(s *portforward.State) { s.Told = false },
+		"Grace":     func(s *portforward.State) { s.Grace = 0 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := endingForwardAfter(t, drop); (err != nil) != (name != "complete") {
+				t.Errorf("what is missed: %v", err)
+			}
+		})
+	}
+}
+
+// endingForwardAfter says what is wrong with a port-forward that was told to end before a hand-over. Its client does not close.
+func endingForwardAfter(t *testing.T, drop func(*portforward.State)) error {
+	const grace = time.Hour // instead of two seconds, so that it is not over on a busy machine
+	s := startCarried(t, Config{})
+	port := pod(t, func(c *net.TCPConn) { io.Copy(c, c) })
+	u := s.portForwardURL(make(chan struct{}))
+	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+	_, failure := c.openPair(fmt.Sprint(port), "1")
+	eventually(t, "a connection", func() bool { return s.forwarded() == 1 })
+	change := func(to func(*portforward.State)) {
+		s.upgrade(func(state *State) {
+			if len(state.Sessions) == 0 {
+				return
+			}
+			var forward portforward.State
+			if err := handover.Decode(state.Sessions[0].State, &forward); err != nil {
+				t.Fatal(err)
+			}
+			to(&forward)
+			var err error
+			if state.Sessions[0].State, err = handover.Encode(forward); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	s.started.Sessions.List()[0].Stop(&session.EndError{Reason: "test", Message: "the test says so"})
+	if got := c.finished(failure); got != "the test says so" {
+		t.Errorf("the error stream says %q", got)
+	}
+	asked := false
+	change(func(s *portforward.State) {
+		asked = s.EndReason == "the test says so" && s.Told && s.Grace > 0
+		s.Grace = grace
+		drop(s)
+	})
+	if !asked {
+		t.Skip("the two seconds were over") // of a very busy machine
+	}
+	err := errors.New("the session has ended")
+	change(func(s *portforward.State) {
+		err = nil
+		if s.EndReason != "the test says so" || !s.Told || s.Grace <= grace/2 || s.Grace > grace {
+			err = fmt.Errorf("%q, told: %v, %v are left", s.EndReason, s.Told, s.Grace)
+		}
+	})
+	return err
 }
 
 // forwardAfter says what is wrong with a port-forward behind a hand-over.
@@ -640,7 +762,9 @@ func forwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	eventually(t, "one connection", func() bool { return s.forwarded() == 1 })
 	half := c.open(headerStreamType, streamTypeError, headerPort, answering, headerRequestID, "3")
 	c.send(half, "", true)
-	eventually(t, "one connection and a half", func() bool { return s.forwarded() == 2 })
+	early := c.open(headerStreamType, streamTypeData, headerPort, answering, headerRequestID, "4")
+	c.send(early, "abc", true)
+	eventually(t, "one connection and two halves", func() bool { return s.forwarded() == 3 })
 	received, sent := s.started.Sessions.List()[0].Transferred()
 	s.upgrade(func(state *State) {
 		var forward portforward.State
@@ -662,10 +786,12 @@ func forwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	}
 	data := c.open(headerStreamType, streamTypeData, headerPort, answering, headerRequestID, "3")
 	c.send(data, "abc", true)
+	late := c.open(headerStreamType, streamTypeError, headerPort, answering, headerRequestID, "4")
+	c.send(late, "", true)
 	c.send(open, "two", true)
 	ended := func(id spdystreams.StreamId) bool { return c.streams[id].fin || c.streams[id].reset != 0 }
 	c.conn.SetReadDeadline(time.Now().Add(2 * time.Second)) //nolint:errcheck // a real connection
-	for !ended(data) || !ended(open) || !ended(failure) {
+	for !ended(data) || !ended(open) || !ended(failure) || !ended(early) {
 		if !c.read() {
 			return fmt.Errorf("streams do not end: %w", c.ended)
 		}
@@ -675,6 +801,9 @@ func forwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	}
 	if got := string(c.streams[data].data); got != "answer to abc" {
 		return fmt.Errorf("the half pair has %q", got)
+	}
+	if got := string(c.streams[early].data); got != "answer to abc" {
+		return fmt.Errorf("the other half pair has %q", got)
 	}
 	return nil
 }

@@ -1,42 +1,16 @@
 package support
 
 import (
-	"archive/tar"
 	"bytes"
-	"compress/gzip"
 	"context"
 	"errors"
 	"io"
 	"strings"
 	"testing"
 	"time"
-)
 
-func unpack(t *testing.T, archive io.Reader) map[string]string {
-	t.Helper()
-	plain, err := gzip.NewReader(archive)
-	if err != nil {
-		t.Fatal(err)
-	}
-	files := map[string]string{}
-	for reader := tar.NewReader(plain); ; {
-		header, err := reader.Next()
-		if errors.Is(err, io.EOF) {
-			return files
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		if header.Mode != 0o600 {
-			t.Errorf("%s has mode %o", header.Name, header.Mode)
-		}
-		text, err := io.ReadAll(reader)
-		if err != nil {
-			t.Fatal(err)
-		}
-		files[header.Name] = string(text)
-	}
-}
+	"github.com/streamshim/streamshim/internal/testutil"
+)
 
 // Each part is there, whatever becomes of the others, within its bounds.
 func TestWrite(t *testing.T) {
@@ -55,7 +29,7 @@ func TestWrite(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	files := unpack(t, &archive)
+	files := testutil.Unpack(t, &archive)
 	if files["bundle/good"] != "well" || files["bundle/half"] != "so far" || len(files["bundle/endless"]) != maxPart {
 		t.Errorf("%d files, %d bytes of the endless one", len(files), len(files["bundle/endless"]))
 	}

@@ -179,8 +179,11 @@ func (s *Session) discardFrozen() {
 
 // CheckState says why a state could not be resumed by this program, as far as that can be known without touching anything.
 func CheckState(encoded []byte) error {
-	_, err := decode(encoded)
-	return err
+	state, err := decode(encoded)
+	if err != nil {
+		return err
+	}
+	return state.Transport.Validate()
 }
 
 var errBadState = errors.New("state of a port-forward that cannot be read")
@@ -222,10 +225,10 @@ func Resume(encoded []byte, files *handover.Files, live *session.Session, config
 	if s.forwarder, err = config.Pods.ResumeForwarder(state.Forwarder, files); unknown != nil || err != nil {
 		s.giveUp(cmp.Or(unknown, err))
 	}
-	s.resumed, s.grace = &state.Timeouts, state.Grace
+	s.resumed = &state.Timeouts
 	s.received, s.sent, s.told = state.Received, state.Sent, state.Told
-	if state.EndReason != "" {
-		s.endReason = errors.New(state.EndReason)
+	if state.EndReason != "" { // otherwise all of its grace is still to come
+		s.endReason, s.grace = errors.New(state.EndReason), state.Grace
 	}
 	s.limitBandwidth()
 	s.bandwidth.GoOn(state.Bandwidth)

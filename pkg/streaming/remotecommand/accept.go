@@ -7,12 +7,17 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/holdback"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/protocol"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
+
+// ProtocolNames are the versions spoken over SPDY, the best first.
+func ProtocolNames() []string { return protocol.Names() }
 
 // Accept upgrades the connection of a request and returns its session, for Session.Run. After an error there is no
 // session, and the request has been answered.
@@ -32,17 +37,17 @@ func Accept(w http.ResponseWriter, r *http.Request, up transport.Upgrade, reques
 
 // acceptSPDY takes the connection over. The client opens one stream for each of those
 // that the command wants, and says with the header streamtype which it is.
-func (s *Session) acceptSPDY(w http.ResponseWriter, r *http.Request, protocol string) error {
-	network, buffered, err := transport.HijackSPDY(w, protocol)
+func (s *Session) acceptSPDY(w http.ResponseWriter, r *http.Request, version string) error {
+	network, buffered, err := transport.HijackSPDY(w, version)
 	if err != nil {
 		return err
 	}
 	s.client = &client{
-		network: network, protocol: protocolByName(protocol), ready: make(chan struct{}), failureOpened: make(chan workload.Stream, 1),
+		network: network, protocol: protocol.ByName(version), ready: make(chan struct{}), failureOpened: make(chan workload.Stream, 1),
 		answersItself: answersItself(r, false), sendsSize: isKubectl(r),
 	}
 	if s.config.holdsStatusBack(r, s.request.Command) {
-		s.client.holdback = newHoldback()
+		s.client.holdback = holdback.New()
 	}
 	opener := s.newOpener()
 	opener.serve(spdy.NewServer(network, buffered, s.spdyConfig(opener)))
@@ -58,8 +63,11 @@ func (s *Session) spdyConfig(opener *opener) spdy.Config {
 		OnStream:   opener.opened,
 		OnPanic:    s.panicked,
 	}
-	if s.client.holdback != nil {
-		config.OnReceipt = s.client.holdback.receipt
+	if h := s.client.holdback; h != nil {
+		config.Receipts = func(c *spdy.Conn) spdy.Receipts {
+			h.Attach(c)
+			return h
+		}
 	}
 	return config
 }
@@ -75,7 +83,7 @@ func (s *Session) slots() map[string]*workload.Stream {
 		transport.StreamStdin:  {c.Stdin, &client.stdin},
 		transport.StreamStdout: {c.Stdout, &client.stdout},
 		transport.StreamStderr: {c.Stderr && !c.TTY, &client.stderr},
-		transport.StreamResize: {c.TTY && client.protocol.resize, &client.resize},
+		transport.StreamResize: {c.TTY && client.protocol.Resize, &client.resize},
 	} {
 		if slot.wanted {
 			slots[name] = slot.stream
@@ -107,9 +115,6 @@ func (s *Session) newOpener() *opener {
 func (o *opener) serve(conn *spdy.Conn) {
 	o.conn = conn
 	o.client.Conn = transport.Streams{Conn: conn}
-	if o.client.holdback != nil {
-		o.client.holdback.ask = conn.AskReceipt
-	}
 	o.client.farewell = func(ctx context.Context) { transport.AwaitClose(ctx, o.client.Conn) }
 }
 
@@ -124,7 +129,7 @@ func (o *opener) opened(stream *spdy.Stream) {
 	*slot = stream
 	if name == transport.StreamError {
 		// Before the client knows that it has its streams. It does not wait: nothing else has been sent.
-		o.client.protocol.promiseStatus(stream)
+		o.client.protocol.PromiseStatus(stream)
 		o.client.statusRefused = stream.Done()
 		o.client.failureOpened <- stream
 	}
@@ -134,30 +139,30 @@ func (o *opener) opened(stream *spdy.Stream) {
 	}
 }
 
-// holdsStatusBack tells whether the status waits for the client's client to have read the output. Not where the
-// client sends input: its answers to our questions stand behind that on the wire, which is not read while the command
-// does not take it, and the command may not because its output waits for the answers.
+// holdsStatusBack reports whether the status waits for the reader behind a translator. It does not where the client sends
+// input: the answers to our PINGs come behind that input, which is not read while the command does not take it, and
+// the command may not take it because its output waits for the answers.
 func (c Config) holdsStatusBack(r *http.Request, command workload.Command) bool {
 	return c.StatusWait > 0 && !command.Stdin && !isKubectl(r)
 }
 
-// isKubectl tells whether the request is kubectl's own, handed on as it is: its connection is a pipe to
-// kubectl, which closes it when it has read everything. Who translates makes a request of his own, without
-// these headers.
+// isKubectl reports whether the request is kubectl's own, passed on unchanged: its connection is a pipe to
+// kubectl, which closes it when it has read everything. A translator makes a request of its own, without
+// this header.
 func isKubectl(r *http.Request) bool { return r.Header.Get("Kubectl-Command") != "" }
 
 // acceptWebSocket upgrades the connection. The channels are there from the start.
-func (s *Session) acceptWebSocket(w http.ResponseWriter, r *http.Request, protocol websocket.Protocol) error {
+func (s *Session) acceptWebSocket(w http.ResponseWriter, r *http.Request, version websocket.Protocol) error {
 	c := s.request.Command
 	config := s.channelConfig()
 	config.Channels, config.Greeting = websocket.RemoteCommandChannels(c.Stdin, c.Stdout, c.Stderr && !c.TTY), true
-	conn, err := websocket.Accept(w, r, protocol, config)
+	conn, err := websocket.Accept(w, r, version, config)
 	if err != nil {
 		return err
 	}
 	s.client = &client{
 		Conn: transport.Channels{ChannelConn: conn}, network: conn.NetConn(), ready: make(chan struct{}),
-		protocol:      protocolVersion{name: string(protocol), resize: true, jsonStatus: protocol.StatusVersion() >= 4},
+		protocol:      protocol.Version{Name: string(version), Resize: true, JSONStatus: version.StatusVersion() >= 4},
 		answersItself: answersItself(r, true), sendsSize: isKubectl(r), farewell: sayClose(conn),
 	}
 	for name, slot := range s.slots() {

@@ -2,16 +2,15 @@ package remotecommand
 
 import (
 	"io"
-	"syscall"
 
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/bandwidth"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// beginOperating lets operators at the session, whose process runs now. A terminal can always be
-// listened to: it is slow by itself. Other sessions are only if somebody listens from the start,
-// because their output goes from pipe to socket without passing here otherwise.
+// beginOperating gives operators access to the session, whose process runs now. A terminal can always be
+// listened to, because it is slow by itself; another session only if somebody listens from the start,
+// because its output otherwise goes from pipe to socket without passing here.
 func (s *Session) beginOperating(p Process) {
 	if s.request.Command.TTY || s.session.Taps.Count() > 0 {
 		s.session.Taps.Open()
@@ -19,7 +18,7 @@ func (s *Session) beginOperating(p Process) {
 	if s.bandwidth == nil {
 		s.bandwidth = bandwidth.New(s.terms.Bandwidth, s.client.Done(), s.freezer.frozen)
 	}
-	s.session.SetControls(&controls{process: p, tty: s.request.Command.TTY, stdout: s.client.stdout})
+	s.session.SetControls(&controls{Process: p, tty: s.request.Command.TTY, stdout: s.client.stdout})
 }
 
 // operatedOutput is the client's stream as the output's copier sees it.
@@ -50,19 +49,9 @@ func (s *Session) operatedInput(from workload.Stream, shown *int) workload.Strea
 
 // controls implements session.Controls.
 type controls struct {
-	process Process
-	tty     bool
-	stdout  workload.Stream
-}
-
-// PID implements session.Controls.
-func (c *controls) PID() int {
-	return c.process.PID()
-}
-
-// Signal implements session.Controls.
-func (c *controls) Signal(signal syscall.Signal) error {
-	return c.process.Signal(signal)
+	Process
+	tty    bool
+	stdout workload.Stream
 }
 
 // Notice implements session.Controls.

@@ -38,7 +38,7 @@ func (s *Session) crash(p *rescue.Panic) session.Outcome {
 		}
 		s.stopInput()
 		if failure := s.failureStream(); failure != nil && !s.ending.said {
-			failure.Write(endedBy(outcome).Encode(s.client.protocol.jsonStatus)) //nolint:errcheck // best effort
+			failure.Write(endedBy(outcome).Encode(s.client.protocol.JSONStatus)) //nolint:errcheck // best effort
 			failure.CloseWrite()                                                 //nolint:errcheck // as above
 			s.cut.by(time.Now().Add(crashGrace))
 			s.part()

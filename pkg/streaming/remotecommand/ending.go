@@ -8,6 +8,7 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/streaming/event"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/status"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
@@ -51,8 +52,8 @@ func (s *Session) cutAfterStop(ctx context.Context) {
 	})
 }
 
-// awaitOutput waits for the output's end, or for that of the client: output that a background child holds,
-// or an upstream that does not end it, may be waited for without limit.
+// awaitOutput waits until the output or the client has ended: a background child that holds the output, or an upstream
+// that does not end it, may be waited for without limit.
 func (s *Session) awaitOutput(ctx context.Context) phase {
 	ended, process := make(chan struct{}), s.process
 	if !s.ending.stopped {
@@ -67,7 +68,7 @@ func (s *Session) awaitOutput(ctx context.Context) phase {
 	}
 	s.outputs.Wait()
 	close(ended)
-	if transport.Closed(s.freezer.frozen) && !s.drain.over() {
+	if transport.Closed(s.freezer.frozen) && !s.drain.Over() {
 		return draining
 	}
 	if s.ending.stopped {
@@ -109,6 +110,45 @@ func (s *Session) tell() phase {
 	return holding
 }
 
+// holdStatus waits until the client has read the output, or is believed to read it in time (see package holdback), or
+// has gone, or the session is to end. The process was reaped before and does not wait.
+func (s *Session) holdStatus(ctx context.Context) phase {
+	h, limit := s.client.holdback, s.config.StatusWait
+	if !s.ending.hold || h == nil || limit <= 0 {
+		return saying
+	}
+	if s.ending.holding.IsZero() {
+		s.ending.holding = time.Now()
+	}
+	begin := s.ending.holding
+	for over := false; !over; {
+		wait := time.Until(h.Until(s.session.Start, begin, limit))
+		if wait <= 0 {
+			break
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-h.Changed():
+		case <-timer.C:
+		case <-s.freezer.frozen:
+			timer.Stop()
+			return holding
+		case <-s.client.Done():
+			over = true
+		case <-s.client.statusRefused:
+			over = true
+		case <-ctx.Done():
+			over = true
+		}
+		timer.Stop()
+	}
+	s.session.Log().Debug("status goes out", "held", time.Since(begin).Round(time.Millisecond), "reader", h)
+	if time.Since(begin) >= minStatusHeld {
+		s.terms.Observe(event.StatusHeld)
+	}
+	return saying
+}
+
 // sayEnd ends the streams in the order the protocol wants.
 func (s *Session) sayEnd(ctx context.Context) phase {
 	failure := s.failureStream()
@@ -121,7 +161,7 @@ func (s *Session) sayEnd(ctx context.Context) phase {
 			}
 		}
 	}
-	if message := s.ending.status.Encode(s.client.protocol.jsonStatus); len(message) > 0 && !s.ending.said {
+	if message := s.ending.status.Encode(s.client.protocol.JSONStatus); len(message) > 0 && !s.ending.said {
 		if _, err := failure.Write(message); isFrozen(err) { // as above
 			return saying
 		}

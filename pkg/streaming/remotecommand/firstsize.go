@@ -8,7 +8,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
 )
 
-// sizeLook is how often it is looked for input and for the answer to a ping while a size is waited for.
+// sizeLook is how often is looked for input and for the answer to a ping while a size is awaited.
 const sizeLook = 5 * time.Millisecond
 
 // firstSize waits a moment for the terminal's size, which clients send at once, so that the command never sees
@@ -25,7 +25,7 @@ func (s *Session) firstSize(ctx context.Context) bool {
 	}
 	for ticks := looks.C; ; {
 		select {
-		case <-s.terminal.known:
+		case <-s.terminal.Known():
 		case <-timeout.C:
 		case <-s.client.Done():
 		case <-ctx.Done():
@@ -48,11 +48,11 @@ func (s *Session) firstSize(ctx context.Context) bool {
 // followSizes begins to take the sizes that the client of a terminal sends.
 func (s *Session) followSizes() {
 	if s.request.Command.TTY && s.client.resize != nil {
-		s.others.Go(func() { s.terminal.follow(s.client.resize) })
+		s.others.Go(func() { s.terminal.Follow(s.client.resize) })
 	}
 }
 
-// sendsOtherThanSize tells whether the client has sent input, or, since the ping, anything at all.
+// sendsOtherThanSize reports whether the client has sent input, or, since the ping, anything at all.
 func (c *client) sendsOtherThanSize(pinged time.Time) bool {
 	if c.sendsSize {
 		return false
@@ -63,9 +63,9 @@ func (c *client) sendsOtherThanSize(pinged time.Time) bool {
 	return c.answersItself && c.LastReceived().After(pinged)
 }
 
-// answersItself tells whether a ping over the request's connection is answered by the client itself, and not by
-// somebody who translates for it, whose client may be far away. Only SPDY is translated to: by the API server, whose
-// request the kubelet hands on, or by the kubelet. What was handed on by both has come from the client.
+// answersItself reports whether a ping over the request's connection is answered by the client itself, and not by a
+// translator, whose client may be far away. Translators speak SPDY to us: the API server, whose request the kubelet
+// passes on, or the kubelet. What both have passed on comes from the client.
 func answersItself(r *http.Request, overWebSocket bool) bool {
 	return overWebSocket || len(transport.CommaSeparated(r.Header, "X-Forwarded-For")) >= 2
 }

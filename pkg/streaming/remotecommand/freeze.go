@@ -11,6 +11,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/status"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/drain"
 )
 
 var (
@@ -20,7 +21,7 @@ var (
 	ErrEnded = errors.New("the session has ended")
 )
 
-// isFrozen tells whether a call ended because its session was frozen.
+// isFrozen reports whether a call ended because its session was frozen.
 func isFrozen(err error) bool { return errors.Is(err, handover.ErrFrozen) }
 
 // AwaitStarted waits until the session's command is not being started.
@@ -32,9 +33,7 @@ func (s *Session) Carriable() error {
 		return fmt.Errorf("its client's connection: %w", err)
 	}
 	if upstream := s.upstream.Load(); upstream != nil {
-		if err := upstream.wire.Portable(); err != nil && !transport.Closed(upstream.conn.Done()) {
-			return fmt.Errorf("its connection to the container runtime's streaming server: %w", err)
-		}
+		return upstream.Portable()
 	}
 	return nil
 }
@@ -56,11 +55,11 @@ func (s *Session) Freeze(ctx context.Context, files *handover.Files) ([]byte, er
 	}
 	s.client.Freeze()
 	if upstream := s.upstream.Load(); upstream != nil {
-		upstream.freeze()
+		upstream.Halt()
 	}
-	s.drain.freeze()
+	s.drain.Freeze()
 	if s.input != nil {
-		s.input.freeze()
+		s.input.Freeze()
 	}
 	select {
 	case <-s.freezer.still:
@@ -98,16 +97,16 @@ func (s *Session) collect(files *handover.Files) ([]byte, error) {
 		state.Request.Call, state.Request.Container.Process = nil, nil
 		state.Request.Command.Args, state.Request.Command.Env = nil, nil
 	}
-	state.Terminal = TerminalState{s.terminal.size, s.terminal.announced, s.terminal.sizes.pending}
-	state.Drain = s.drain.collect()
+	state.Terminal = s.terminal.State()
+	state.Drain = s.drain.State()
 	state.Bandwidth = s.bandwidth.State()
 	if s.limits != nil {
 		timeouts := s.limits.State()
 		state.Timeouts = &timeouts
 	}
 	err := s.collectEnding(&state, files)
-	if err == nil {
-		err = s.collectInput(&state, files)
+	if err == nil && s.input != nil {
+		state.Input, err = s.input.State(files)
 	}
 	if err == nil && s.process != nil {
 		err = s.collectProcess(&state, files)
@@ -139,22 +138,6 @@ func (s *Session) collectEnding(state *State, files *handover.Files) (err error)
 	return err
 }
 
-func (s *Session) collectInput(state *State, files *handover.Files) (err error) {
-	in := s.input
-	if in == nil {
-		return nil
-	}
-	state.Input = &InputState{
-		Ended: transport.Closed(in.ended), Cut: in.cut, Stopped: in.stopped, Left: in.left.Load(), Failed: in.failed.Load(),
-		Moved: in.moved.Load(), Shown: in.shown, Since: in.since, Last: in.last, EndSeen: in.endSeen,
-	}
-	if in.unread != nil {
-		state.Input.Unread, err = files.Keep(in.unread)
-	}
-	in.close()
-	return err
-}
-
 func (s *Session) collectProcess(state *State, files *handover.Files) error {
 	frozen, err := s.process.Freeze(files)
 	if err != nil {
@@ -179,7 +162,7 @@ func (s *Session) abandon() {
 // refuse makes a session say to its client why it is not carried, and no more.
 func (s *State) refuse(reason error) {
 	message := "the session was ended because streamshim is being upgraded and it cannot be carried over: " + reason.Error()
-	s.Phase, s.Process, s.Input, s.Drain = telling, nil, nil, DrainState{}
+	s.Phase, s.Process, s.Input, s.Drain = telling, nil, nil, drain.State{}
 	s.Ending = EndingState{
 		Reason: reasonNotCarried, ExitCode: -1, Error: message, Status: status.Ended(message), Line: reasonLine(message, s.Request.Command.TTY),
 	}
@@ -188,9 +171,9 @@ func (s *State) refuse(reason error) {
 func (s *Session) collectClient(state *State, files *handover.Files) error {
 	c := s.client
 	state.Client = ClientState{
-		Protocol: c.protocol.name, Resize: c.protocol.resize, JSONStatus: c.protocol.jsonStatus,
+		Protocol: c.protocol.Name, Resize: c.protocol.Resize, JSONStatus: c.protocol.JSONStatus,
 		Ready: transport.Closed(c.ready), Streams: map[string]StreamState{}, AnswersItself: c.answersItself, SendsSize: c.sendsSize,
-		Holdback: c.holdback.state(),
+		Holdback: c.holdback.State(),
 	}
 	for name, slot := range s.slots() {
 		if stream := *slot; stream != nil {
@@ -202,14 +185,6 @@ func (s *Session) collectClient(state *State, files *handover.Files) error {
 		return fmt.Errorf("its client's connection: %w", err)
 	}
 	return nil
-}
-
-func (d *drain) collect() DrainState {
-	state := DrainState{Until: d.until, Stopped: d.stopped}
-	for _, o := range d.outputs {
-		state.Outputs = append(state.Outputs, OutputState{o.name, o.ended, o.discarded, o.looks, o.looked, o.lookUntil, o.pending})
-	}
-	return state
 }
 
 // freezer brings Run to a halt, and takes from there what it returns.
@@ -230,7 +205,7 @@ func newFreezer() *freezer {
 	}
 }
 
-// proceed tells whether a phase may be entered.
+// proceed reports whether a phase may be entered.
 func (f *freezer) proceed(next phase) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()

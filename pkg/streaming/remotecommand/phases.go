@@ -5,21 +5,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
-	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/status"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/relay"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/stdin"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // phase is where a session is in its life. Each waits for something, until a deadline that stays the same over a
-// hand-over, and is left when the session is frozen: then it says itself for the next phase, and is entered again.
+// hand-over, and is left when the session is frozen: then it returns itself, and is entered again.
 // Only a start is not left: Freeze waits for it.
 type phase string
 
@@ -33,7 +31,7 @@ const (
 	explaining phase = "explaining" // for the reason why the process has ended
 	draining   phase = "draining"   // for all of its output to be sent
 	telling    phase = "telling"    // for what is said to the user's eyes to be sent
-	holding    phase = "holding"    // for a slow reader behind a translator, see holdback.go
+	holding    phase = "holding"    // for a slow reader behind a translator, see package holdback
 	saying     phase = "saying"     // for the ends of the streams and the status to be sent
 	parting    phase = "parting"    // for the client to close the connection
 	following  phase = "following"  // for the process to follow its client, or an order from outside
@@ -134,13 +132,13 @@ func (s *Session) awaitSize(ctx context.Context) phase {
 
 func (s *Session) startProcess(ctx context.Context) phase {
 	command := s.request.Command
-	command.Size = s.terminal.lastSize()
+	command.Size = s.terminal.Last()
 	process, err := s.start(ctx, command)
 	if err != nil {
 		return s.startFailed(ctx, err)
 	}
 	s.process = process
-	if upstream, ok := process.(*relay); ok {
+	if upstream, ok := process.(*relay.Relay); ok {
 		s.upstream.Store(upstream)
 	}
 	s.session.SetHelper(process.StandIn())
@@ -181,7 +179,7 @@ func (s *Session) startFailed(ctx context.Context, err error) phase {
 // operate lets the streams of a process flow that runs.
 func (s *Session) operate() {
 	s.beginOperating(s.process)
-	s.terminal.attach(s.announcingSizes(s.process))
+	s.terminal.Attach(s.process)
 	s.copyStreams()
 	if s.limits == nil {
 		s.limits = lifetime.NewTimeouts(s.terms.Limits, s.session)
@@ -189,42 +187,14 @@ func (s *Session) operate() {
 }
 
 func (s *Session) copyStreams() {
-	if stdin := s.process.Stdin(); s.client.stdin != nil && (s.input != nil || stdin != nil) {
+	if to := s.process.Stdin(); s.client.stdin != nil && (s.input != nil || to != nil) {
 		if s.input == nil {
-			s.input = newInput()
+			s.input = stdin.New()
 		}
-		s.input.stdin, s.input.from = stdin, s.operatedInput(s.client.stdin, &s.input.shown)
-		switch {
-		case transport.Closed(s.input.ended):
-		case stdin == nil || s.input.stopped: // it was, before a hand-over
-			s.client.stdin.CloseRead()
-			close(s.input.ended)
-		default:
-			s.input.copy(&s.others)
-		}
+		s.input.Copy(&s.others, s.operatedInput(s.client.stdin, &s.input.Shown), to)
 	}
-	if s.drain.outputs == nil {
-		s.drain.outputs = []*output{
-			{name: session.Stdout, fin: !s.request.Command.TTY, pending: unlimited},
-			{name: session.Stderr, pending: unlimited},
-		}
-	}
-	for _, o := range s.drain.outputs {
-		o.from = s.process.Stdout()
-		client := s.client.stdout
-		if o.name == session.Stderr {
-			o.from, client = s.process.Stderr(), s.client.stderr
-		}
-		o.to = s.operatedOutput(o.name, client)
-		if o.to == nil || o.from == nil {
-			o.ended = true
-		}
-		if o.ended {
-			continue
-		}
-		s.drain.prepare(o)
-		s.outputs.Go(func() { s.drain.copy(o) })
-	}
+	s.drain.Copy(&s.outputs, session.Stdout, s.process.Stdout(), s.operatedOutput(session.Stdout, s.client.stdout), !s.request.Command.TTY)
+	s.drain.Copy(&s.outputs, session.Stderr, s.process.Stderr(), s.operatedOutput(session.Stderr, s.client.stderr), false)
 }
 
 // await waits while the process runs. All that can end a session is in one place.
@@ -283,12 +253,12 @@ func (s *Session) exited(ctx context.Context) phase {
 	s.session.SetPhase(session.Lingering)
 	s.cutAfterStop(ctx)
 	s.stopInput()
-	s.drain.begin(s.config.DrainMax)
+	s.drain.Begin(s.config.DrainMax)
 	s.ending.outcome = session.Outcome{Reason: "exited", ExitCode: s.process.ExitCode()}
 	s.ending.status = status.Exit(s.ending.outcome.ExitCode, "")
 	s.ending.hold = true
 	if upstream := s.upstream.Load(); upstream != nil {
-		s.ending.status = upstream.result
+		s.ending.status = upstream.Result()
 		return draining
 	}
 	return explaining
@@ -360,6 +330,43 @@ func (s *Session) containerEnd(ctx context.Context) (reason string, ok bool) {
 	return reason, true
 }
 
+// inputLook is how often is looked at what a command takes after its client has left.
+const inputLook = 50 * time.Millisecond
+
+// finishInput gives the command the input of a client that has left in order, and the time to use it. It ends when the
+// command has ended, or is to be hung up: when it has taken nothing for too long, or has not ended although it has
+// everything. A terminal has no input to finish: a client that closes one leaves.
+func (s *Session) finishInput(ctx context.Context) phase {
+	ended := s.input.ClientLeft()
+	ticker := time.NewTicker(inputLook)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-s.process.Exited():
+			return s.disconnected()
+		case <-s.process.ContainerExited():
+			return s.disconnected()
+		case <-ctx.Done():
+			return s.disconnected()
+		case <-s.freezer.frozen:
+			return finishing
+		case <-ended:
+			ended = nil
+			s.input.EndSeen()
+		case <-ticker.C:
+		}
+		if s.input.Stalled(s.config.InputGrace, transport.Closed(s.served)) {
+			return s.disconnected()
+		}
+	}
+}
+
+// hasInputToFinish reports whether the client has left, or is leaving, in order, and has or may have sent input
+// that its command has not been given.
+func (s *Session) hasInputToFinish() bool {
+	return s.client.stdin != nil && !s.request.Command.TTY && s.config.InputGrace > 0 && transport.LeftInOrder(s.client.Err())
+}
+
 // disconnected begins the end of a session whose client has gone: its process follows (kubernetes#89031), unless it
 // has ended by itself.
 func (s *Session) disconnected() phase {
@@ -376,20 +383,13 @@ func (s *Session) disconnected() phase {
 // holdInput keeps the end of input from a process that is about to be hung up and has not been given all of
 // it, until the session ends: it may live for a while, and input that was cut must not look whole.
 func (s *Session) holdInput() {
-	if s.input == nil || transport.Closed(s.input.ended) && !s.input.cut {
-		return
-	}
-	if stdin, ok := s.input.stdin.(*os.File); ok {
-		socket.Control(stdin, func(fd int) {
-			if held, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err == nil { //nolint:gosec // a descriptor
-				s.heldInput = os.NewFile(uintptr(held), "held input")
-			}
-		})
+	if s.input != nil && s.heldInput == nil {
+		s.heldInput = s.input.Hold()
 	}
 }
 
-// outputUnwanted tells what to do with output that the client does not take any more: true is to throw it
-// away. A command that is still to take its client's input must not end because of its output.
+// outputUnwanted reports whether output that the client does not take any more is discarded. A command that is still to
+// take its client's input must not end because of its output.
 func (s *Session) outputUnwanted(err error) bool {
 	return !transport.IsReset(err) && s.hasInputToFinish()
 }
@@ -402,14 +402,14 @@ func (s *Session) stopped(outcome session.Outcome) phase {
 	s.holdInput()
 	s.process.Disconnect()
 	s.stopInput()
-	s.drain.begin(0)
+	s.drain.Begin(0)
 	return draining
 }
 
-// stopInput throws away what the client still sends.
+// stopInput discards what the client still sends.
 func (s *Session) stopInput() {
 	if s.input != nil {
-		s.input.stop()
+		s.input.Stop()
 	} else if s.client.stdin != nil {
 		s.client.stdin.CloseRead()
 	}
@@ -427,8 +427,8 @@ func (s *Session) warn(warning string) {
 	})
 }
 
-// eyes is where a line goes that the user is to see: clients that find an exit code in the status
-// show nothing else of it. Stdout is left alone, unless it is a terminal. It may be nil.
+// eyes is where a line for the user is written, nil for nowhere: clients that find an exit code in the status show nothing
+// else of it. Stdout is not used, unless it is a terminal.
 func (s *Session) eyes() workload.Stream {
 	if s.request.Command.TTY {
 		return s.client.stdout

@@ -8,22 +8,29 @@ import (
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/bandwidth"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/holdback"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/protocol"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/relay"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/stdin"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// CheckState says why Resume would refuse to go on with a session, nil when it would not as far as the state tells.
+// CheckState says why Resume would refuse a session, nil when the state gives no reason.
 func CheckState(encoded []byte) error {
 	var state State
 	if err := handover.Decode(encoded, &state); err != nil {
 		return err
 	}
+	if err := state.Client.Conn.Validate(); err != nil {
+		return err
+	}
 	return state.validate()
 }
 
-// Resume goes on with a session where Freeze has left it, for Session.Run. One whose state this program does not know, or
+// Resume continues a session where Freeze has left it, for Session.Run. One whose state this program does not know, or
 // whose process cannot be resumed, tells its client so and ends; an error means that there is no client to be told. What the
 // state refers to is taken out of the files.
 func Resume(ctx context.Context, encoded []byte, files *handover.Files, live *session.Session, config Config, terms lifetime.Terms) (*Session, error) {
@@ -77,24 +84,23 @@ func Resume(ctx context.Context, encoded []byte, files *handover.Files, live *se
 
 // requestOf is what is known of a request whose state cannot be read.
 func requestOf(live *session.Session, client ClientState) Request {
-	_, stdin := client.Streams[transport.StreamStdin]
+	_, input := client.Streams[transport.StreamStdin]
 	_, stdout := client.Streams[transport.StreamStdout]
 	_, stderr := client.Streams[transport.StreamStderr]
 	return Request{
 		Container: workload.Container{Target: live.Target},
-		Command:   workload.Command{TTY: live.TTY, Stdin: stdin, Stdout: stdout, Stderr: stderr},
+		Command:   workload.Command{TTY: live.TTY, Stdin: input, Stdout: stdout, Stderr: stderr},
 	}
 }
 
-// resumeClient goes on with the client's connection.
+// resumeClient continues the client's connection.
 func (s *Session) resumeClient(state *ClientState, files *handover.Files) error {
 	s.client = &client{
-		protocol: protocolVersion{state.Protocol, state.Resize, state.JSONStatus}, ready: make(chan struct{}),
+		protocol: protocol.Version{Name: state.Protocol, Resize: state.Resize, JSONStatus: state.JSONStatus}, ready: make(chan struct{}),
 		failureOpened: make(chan workload.Stream, 1), answersItself: state.AnswersItself, sendsSize: state.SendsSize,
 	}
 	if state.Holdback != nil {
-		s.client.holdback = newHoldback()
-		s.client.holdback.before = *state.Holdback
+		s.client.holdback = holdback.Resume(*state.Holdback)
 	}
 	opener := &opener{client: s.client}
 	resumed, err := transport.Resume(state.Conn, files, transport.ResumeConfig{SPDY: s.spdyConfig(opener), Channels: s.channelConfig()})
@@ -127,7 +133,7 @@ func (s *Session) resumeClient(state *ClientState, files *handover.Files) error 
 	if failure, ok := s.client.failure.(*spdy.Stream); ok {
 		s.client.statusRefused = failure.Done()
 		if !state.Ready && failure.Sent() == 0 {
-			s.client.protocol.promiseStatus(failure) // it was opened when the connection was frozen already
+			s.client.protocol.PromiseStatus(failure) // it was opened when the connection was frozen already
 		}
 	}
 	return nil
@@ -137,9 +143,9 @@ func (s *Session) resumeProcess(ctx context.Context, state *ProcessState, files 
 	if state.Relay == nil {
 		return s.config.Runtime.Resume(ctx, state.Local, files)
 	}
-	upstream, err := resumeRelay(state.Relay, files, s.terms.Buffers, s.panicked)
+	upstream, err := relay.Resume(state.Relay, files, s.terms.Buffers, s.panicked)
 	if err != nil {
-		return nil, err // not the nil *relay, which is no nil interface
+		return nil, err // not the nil *relay.Relay, which is no nil interface
 	}
 	s.upstream.Store(upstream)
 	return upstream, nil
@@ -158,30 +164,16 @@ func (s *Session) restore(state *State, files *handover.Files) {
 	}
 	s.heldInput, _ = files.Take(e.HeldInput, "held input") //nolint:errcheck // then there is none
 	s.cut.at = sooner(state.CutAt)
-	s.terminal.size, s.terminal.announced, s.terminal.sizes.pending = state.Terminal.Size, state.Terminal.Announced, state.Terminal.Pending
-	if s.terminal.size.Known() {
-		s.terminal.started = true
-		close(s.terminal.known)
-	}
+	s.terminal.Resume(state.Terminal)
 	if in := state.Input; in != nil {
-		s.input = newInput()
-		s.input.cut, s.input.stopped, s.input.shown = in.Cut, in.Stopped, in.Shown
-		s.input.since, s.input.last, s.input.endSeen = sooner(in.Since), in.Last, in.EndSeen
-		s.input.left.Store(in.Left)
-		s.input.failed.Store(in.Failed)
-		s.input.moved.Store(in.Moved)
-		s.input.unread, _ = files.Take(in.Unread, "unread input") //nolint:errcheck // as above
-		if in.Ended {
-			close(s.input.ended)
-		}
+		in.Since = sooner(in.Since)
+		s.input = stdin.Resume(in, files)
 	}
-	s.drain.until, s.drain.stopped = sooner(state.Drain.Until), state.Drain.Stopped
-	for _, o := range state.Drain.Outputs {
-		s.drain.outputs = append(s.drain.outputs, &output{
-			name: o.Name, fin: o.Name == session.Stdout && !s.request.Command.TTY,
-			ended: o.Ended, discarded: o.Discarded, looks: o.Looks, looked: o.Looked, lookUntil: sooner(o.LookUntil), pending: o.Pending,
-		})
+	state.Drain.Until = sooner(state.Drain.Until)
+	for i := range state.Drain.Outputs {
+		state.Drain.Outputs[i].LookUntil = sooner(state.Drain.Outputs[i].LookUntil)
 	}
+	s.drain.Resume(state.Drain)
 	if state.Timeouts != nil {
 		s.limits = lifetime.ResumeTimeouts(s.terms.Limits, s.session, *state.Timeouts)
 	}

@@ -11,8 +11,14 @@ import (
 	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/bandwidth"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/holdback"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/drain"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/protocol"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/relay"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/stdin"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/terminal"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -21,7 +27,7 @@ import (
 type client struct {
 	transport.Conn
 	network  net.Conn // below Conn
-	protocol protocolVersion
+	protocol protocol.Version
 	// ready is closed when all streams are there; they are valid from then on.
 	ready                          chan struct{}
 	stdin, stdout, stderr, failure workload.Stream // failure is the protocol's error stream
@@ -35,7 +41,7 @@ type client struct {
 	// kubectl sends the size of its terminal in any case.
 	answersItself, sendsSize bool
 	// holdback says how long the status is to wait for the client to read; nil where it need not.
-	holdback *holdback
+	holdback *holdback.Holdback
 	// farewell tells the client that the session is over, after everything was sent, and returns
 	// when the client has closed the connection, the context is done, or the connection is frozen.
 	farewell func(context.Context)
@@ -60,6 +66,7 @@ const (
 	reapTimeout      = 5 * time.Second        // for a killed process to be gone
 	endReasonTimeout = 5 * time.Second        // to learn why a container ended
 	containerEndWait = 200 * time.Millisecond // between a process killed with its container and the beginning of the container's end
+	minStatusHeld    = time.Second            // from when on a status counts as held back
 	exitCodeKilled   = 128 + 9
 )
 
@@ -77,15 +84,15 @@ type Session struct {
 	ending   ending
 	freezer  *freezer
 
-	process   Process               // nil before it runs and after it was closed
-	upstream  atomic.Pointer[relay] // the process, also when it was closed, where the upstream serves it
-	input     *input                // nil where the client sends none
+	process   Process                     // nil before it runs and after it was closed
+	upstream  atomic.Pointer[relay.Relay] // the process, also when it was closed, where the upstream serves it
+	input     *stdin.Input                // nil where the client sends none
 	heldInput *os.File
 	served    chan struct{} // closed when nothing more will come from the client
-	terminal  terminal
+	terminal  *terminal.Sizes
 	outputs   rescue.Group // the copiers of stdout and stderr
 	others    rescue.Group // connection reader, stdin, resize, warnings
-	drain     drain
+	drain     drain.Drain
 	limits    *lifetime.Timeouts
 	cut       cut
 	warnings  warnings
@@ -103,8 +110,8 @@ func newSession(request *Request, live *session.Session, config Config, terms li
 	}
 	s.start = config.start(live.Kind, request, terms.Buffers, s.panicked)
 	s.outputs.Report, s.others.Report = s.panicked, s.panicked
-	s.terminal.known = make(chan struct{})
-	s.drain.idle, s.drain.observe, s.drain.unwanted = config.DrainIdle, terms.Observe, s.outputUnwanted
+	s.terminal = terminal.New(live.Taps.Resize)
+	s.drain.Config = drain.Config{Idle: config.DrainIdle, Observe: terms.Observe, Unwanted: s.outputUnwanted}
 	s.cut.close = func() { s.client.Close() } //nolint:errcheck // seen through Done
 	s.cut.report = s.panicked
 	return s
@@ -156,7 +163,7 @@ func (s *Session) goOn(ctx context.Context) {
 		s.followSizes()
 	}
 	if s.process != nil {
-		if _, relayed := s.process.(*relay); relayed && (s.ending.stopped || s.at == following) {
+		if _, relayed := s.process.(*relay.Relay); relayed && (s.ending.stopped || s.at == following) {
 			s.process.Disconnect() // again: it closes a connection, which may have been frozen at the time
 		}
 		s.operate()
@@ -188,7 +195,7 @@ func (s *Session) release() {
 		s.heldInput.Close() //nolint:errcheck // a pipe's end
 	}
 	if s.input != nil {
-		s.input.close()
+		s.input.Close()
 	}
 	s.client.Close() //nolint:errcheck // the session is over
 	s.others.Wait()

@@ -8,6 +8,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/buffers"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/relay"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -52,10 +53,10 @@ func (c Config) start(kind session.Kind, request *Request, buffers *buffers.Shar
 		case c.AttachStays:
 			stdinGrace = -1
 		}
-		return c.relayed(kind, request, c.AttachBuffer, stdinGrace, buffers, report)
+		return c.relayed(kind, request, relay.Options{Buffer: c.AttachBuffer, StdinGrace: stdinGrace, Buffers: buffers, Report: report})
 	}
 	if request.Container.Runtime == "" {
-		return c.relayed(kind, request, 0, 0, buffers, report)
+		return c.relayed(kind, request, relay.Options{Buffers: buffers, Report: report})
 	}
 	return startWhenAllowed(c.Starts, request.Info(kind), func(ctx context.Context, command workload.Command) (Process, error) {
 		return c.Runtime.Start(ctx, request.Container, command)
@@ -66,12 +67,12 @@ const (
 	// detachGrace is how long a container must have been silent, after the client's input has ended, until the
 	// client is detached: the answer to the last line is to reach it (cri-tools#269).
 	detachGrace = time.Second
-	// detachMax is when it is detached in any case.
-	detachMax = 10 * time.Second
+	// relayTimeout is how long it may take to get a URL of the upstream, to connect to it and be upgraded.
+	relayTimeout = 30 * time.Second
 )
 
-// relayed has the upstream serve a request, see startRelay.
-func (c Config) relayed(kind session.Kind, request *Request, buffer int, stdinGrace time.Duration, buffers *buffers.Share, report rescue.Report) startFunc {
+// relayed has the upstream serve a request.
+func (c Config) relayed(kind session.Kind, request *Request, options relay.Options) startFunc {
 	return func(ctx context.Context, command workload.Command) (Process, error) {
 		ctx, cancel := context.WithTimeout(ctx, relayTimeout)
 		defer cancel()
@@ -79,6 +80,10 @@ func (c Config) relayed(kind session.Kind, request *Request, buffer int, stdinGr
 		if err != nil {
 			return nil, fmt.Errorf("ask the upstream for its streaming URL: %w", err)
 		}
-		return startRelay(ctx, target, command, buffer, stdinGrace, buffers, report)
+		upstream, err := relay.Start(ctx, target, command, options)
+		if err != nil {
+			return nil, err // not the nil *relay.Relay, which is no nil interface
+		}
+		return upstream, nil
 	}
 }

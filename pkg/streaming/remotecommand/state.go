@@ -7,12 +7,14 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/handover"
-	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/bandwidth"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/holdback"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/status"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
-	"github.com/streamshim/streamshim/pkg/workload"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/drain"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/stdin"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/terminal"
 )
 
 // stateVersion is State.Version. A reader of another version ends the session, with a status that says so.
@@ -29,9 +31,9 @@ type State struct {
 
 	Ending    EndingState
 	CutAt     time.Time // when the client's connection is closed, if the session has not ended before; zero is never
-	Terminal  TerminalState
-	Input     *InputState // nil where there is none, or the process does not run yet
-	Drain     DrainState
+	Terminal  terminal.State
+	Input     *stdin.State // nil where there is none, or the process does not run yet
+	Drain     drain.State
 	Timeouts  *lifetime.TimeoutsState // nil before the process runs
 	Bandwidth bandwidth.State
 	Withheld  bool     // output that could not be recorded was not sent
@@ -57,7 +59,7 @@ type ClientState struct {
 	Streams map[string]StreamState
 
 	AnswersItself, SendsSize bool
-	Holdback                 *HoldbackState // nil where nothing is held back
+	Holdback                 *holdback.State // nil where nothing is held back
 }
 
 // StreamState is one stream of the client's.
@@ -66,17 +68,10 @@ type StreamState struct {
 	Received, Sent int64 // for when the connection does not know the stream any more
 }
 
-// HoldbackState is what is known of a reader behind a translator. Questions that were asked before are not answered
-// any more.
-type HoldbackState struct {
-	At          time.Time // when Level was right
-	Level, Rate float64   // bytes unread, and bytes a second that are read; 0 where nothing is known
-}
-
 // ProcessState is the process. One of the two is set.
 type ProcessState struct {
 	Local []byte // Process.Freeze's of Config.Runtime
-	Relay []byte // a relayState as CBOR
+	Relay []byte // Relay.Freeze's of package relay
 }
 
 // EndingState is how the session ends, as far as that is decided.
@@ -92,44 +87,6 @@ type EndingState struct {
 	Stopped, Unopened, WatchesStop bool
 
 	HeldInput handover.Descriptor // see holdInput; none without
-}
-
-// TerminalState is what is known of the sizes of a terminal.
-type TerminalState struct {
-	Size      workload.Size // the last one asked for
-	Announced workload.Size // to taps
-	Pending   []byte        // of a message that is not complete
-}
-
-// InputState is the client's input.
-type InputState struct {
-	Ended, Cut bool // see input
-	Stopped    bool
-	Left       bool
-	Failed     bool
-	Moved      int64
-	Shown      int                 // bytes at its beginning that were recorded and not delivered
-	Unread     handover.Descriptor // another reader of the pipe; none without
-	Since      time.Time
-	Last       inputProgress
-	EndSeen    bool
-}
-
-// DrainState is the output.
-type DrainState struct {
-	Until   time.Time // zero while the process runs
-	Stopped bool
-	Outputs []OutputState // none before the process runs
-}
-
-// OutputState is where a stream of output is, see output.
-type OutputState struct {
-	Name             session.Output
-	Ended, Discarded bool
-	Looks            int
-	Looked           bool
-	LookUntil        time.Time
-	Pending          int64
 }
 
 var errState = errors.New("the state of the session cannot be read")
@@ -173,14 +130,13 @@ func (s *State) validate() error {
 	case failure.Received < 0 || failure.Sent < 0:
 		return stateError("its error stream has moved less than nothing")
 	}
-	for i, o := range s.Drain.Outputs {
-		// The last of the looks ends the output.
-		if o.Name != session.Output(i+1) || o.Pending < unlimited || o.Looks < 0 || o.Looks > drainLooks || o.Looks == drainLooks && !o.Ended {
-			return stateError("output %+v", o)
-		}
+	if err := s.Drain.Check(); err != nil {
+		return stateError("%v", err)
 	}
-	if in := s.Input; in != nil && (in.Shown < 0 || in.Moved < 0) {
-		return stateError("input %+v", *in)
+	if s.Input != nil {
+		if err := s.Input.Check(); err != nil {
+			return stateError("%v", err)
+		}
 	}
 	return nil
 }

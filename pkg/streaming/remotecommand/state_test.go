@@ -1,7 +1,6 @@
 package remotecommand
 
 import (
-	"bytes"
 	"context"
 	"io"
 	"log/slog"
@@ -16,15 +15,18 @@ import (
 
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/handover"
-	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/buffers"
 	"github.com/streamshim/streamshim/pkg/streaming/event"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/bandwidth"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/holdback"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/status"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/drain"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/stdin"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/terminal"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -114,7 +116,7 @@ func wholeState(t testing.TB, files *handover.Files) State {
 			Version: stateVersion,
 			Client: ClientState{
 				Conn: frozenConn(t, files, newServerConn), Protocol: "v4.channel.k8s.io", Resize: true, JSONStatus: true, Ready: true,
-				Streams: streams, AnswersItself: true, SendsSize: true, Holdback: &HoldbackState{at, 1, 2},
+				Streams: streams, AnswersItself: true, SendsSize: true, Holdback: &holdback.State{At: at, Level: 1, Rate: 2},
 			},
 			Process: &ProcessState{Local: []byte("process")},
 		},
@@ -128,13 +130,14 @@ func wholeState(t testing.TB, files *handover.Files) State {
 			Stopped: true, Unopened: true, WatchesStop: true, HeldInput: keptPipe(t, files),
 		},
 		CutAt:    at,
-		Terminal: TerminalState{workload.Size{Width: 1, Height: 2}, workload.Size{Width: 3, Height: 4}, []byte(`{"W`)},
-		Input: &InputState{
+		Terminal: terminal.State{Size: workload.Size{Width: 1, Height: 2}, Announced: workload.Size{Width: 3, Height: 4}, Pending: []byte(`{"W`)},
+		Input: &stdin.State{
 			Ended: true, Cut: true, Stopped: true, Left: true, Failed: true, Moved: 5, Shown: 6, Unread: keptPipe(t, files), Since: at,
-			Last: inputProgress{7, 8, 9}, EndSeen: true,
+			Last: stdin.Progress{Moved: 7, Received: 8, Pending: 9}, EndSeen: true,
 		},
-		Drain: DrainState{Until: at, Stopped: true, Outputs: []OutputState{
-			{session.Stdout, true, true, 1, true, at, 2}, {session.Stderr, true, true, 2, true, at, 3},
+		Drain: drain.State{Until: at, Stopped: true, Outputs: []drain.OutputState{
+			{Name: session.Stdout, Ended: true, Discarded: true, Looks: 1, Looked: true, LookUntil: at, Pending: 2},
+			{Name: session.Stderr, Ended: true, Discarded: true, Looks: 2, Looked: true, LookUntil: at, Pending: 3},
 		}},
 		Timeouts:  &lifetime.TimeoutsState{Last: at, Moved: 10, Warned: true, WarnedOfLife: true, Own: 11},
 		Bandwidth: bandwidth.State{Sent: at, Received: at},
@@ -249,8 +252,8 @@ func same(a, b reflect.Value) bool {
 	if at, ok := a.Interface().(time.Time); ok {
 		return b.Interface().(time.Time).Sub(at).Abs() < time.Millisecond
 	}
-	if outputs, ok := a.Interface().([]OutputState); ok {
-		others := b.Interface().([]OutputState)
+	if outputs, ok := a.Interface().([]drain.OutputState); ok {
+		others := b.Interface().([]drain.OutputState)
 		for i := range outputs {
 			if i >= len(others) || !same(reflect.ValueOf(outputs[i].LookUntil), reflect.ValueOf(others[i].LookUntil)) {
 				return false
@@ -272,8 +275,6 @@ func TestStatesThatAreRefused(t *testing.T) {
 		"an unreadable relay":  func(s *State) { s.Process = &ProcessState{Relay: []byte{1}} },
 		"one output":           func(s *State) { s.Drain.Outputs = s.Drain.Outputs[:1] },
 		"an impossible output": func(s *State) { s.Drain.Outputs[0].Pending = -2 },
-		"impossible looks":     func(s *State) { s.Drain.Outputs[0].Looks = drainLooks + 1 },
-		"no look left":         func(s *State) { s.Drain.Outputs[0].Ended, s.Drain.Outputs[0].Looks = false, drainLooks },
 		"impossible input":     func(s *State) { s.Input.Shown = -1 },
 		"no input to finish":   func(s *State) { s.Phase, s.Input = finishing, nil },
 	} {
@@ -324,57 +325,5 @@ func FuzzState(f *testing.F) {
 			s.client.Freeze()
 			s.client.Discard()
 		}
-		if relay, err := resumeRelay(encoded, files, buffers.New(1<<20).Share(), rescue.Die); err == nil {
-			relay.Close()
-		}
 	})
-}
-
-// What is in a relay's state is there again when it is frozen again.
-func TestEachFieldOfARelaysState(t *testing.T) {
-	leak.Check(t)
-	files := handover.NewFiles()
-	defer files.Close()
-	var ids [5]uint32
-	conn := frozenConn(t, files, func(network net.Conn) *spdy.Conn {
-		c := spdy.NewClient(network, nil, spdy.Config{})
-		for i := range ids {
-			stream, err := c.OpenStream(nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			ids[i] = stream.ID()
-		}
-		return c
-	})
-	state := relayState{
-		Version: relayStateVersion, Conn: conn, Stdin: ids[0], Resize: ids[1], Failure: ids[2], JSONStatus: true, Grace: time.Second,
-		Stdout:     &relayOutputState{ids[3], &skipState{100, "\r\n", []byte("output"), 3, true}},
-		Stderr:     &relayOutputState{ids[4], &skipState{200, "\n", []byte("more"), 4, true}},
-		LastOutput: 1, Detaching: 2, Detached: true, Message: []byte(" "), Result: status.InternalError("x"),
-	}
-	leaves("", reflect.ValueOf(state), func(path string, v reflect.Value) {
-		if v.IsZero() && !bytes.HasPrefix([]byte(path), []byte(".Conn")) && !bytes.HasPrefix([]byte(path), []byte(".Result")) {
-			t.Errorf("%s is empty in the state of the test", path)
-		}
-	})
-	encoded, err := handover.Encode(state)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r, err := resumeRelay(encoded, files, buffers.New(1<<20).Share(), rescue.Die)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if encoded, err = r.Freeze(files); err != nil {
-		t.Fatal(err)
-	}
-	var again relayState
-	if err := handover.Decode(encoded, &again); err != nil {
-		t.Fatal(err)
-	}
-	again.Conn = state.Conn
-	if !reflect.DeepEqual(state, again) {
-		t.Errorf("was %+v and is %+v", state, again)
-	}
 }

@@ -6,25 +6,6 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// announcingSizes is the process with taps that hear of its terminal's sizes.
-func (s *Session) announcingSizes(p Process) Process {
-	return sizeAnnouncer{Process: p, session: s}
-}
-
-type sizeAnnouncer struct {
-	Process
-	session *Session
-}
-
-// Resize announces a size once: it is asked for again after a hand-over, and by clients that say it again.
-func (a sizeAnnouncer) Resize(size workload.Size) error {
-	if t := &a.session.terminal; t.announced != size {
-		t.announced = size
-		a.session.session.Taps.Resize(size)
-	}
-	return a.Process.Resize(size)
-}
-
 // tappedStream shows what is moved to taps.
 type tappedStream struct {
 	workload.Stream

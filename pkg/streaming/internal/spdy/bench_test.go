@@ -132,6 +132,31 @@ func BenchmarkReceive(b *testing.B) {
 	})
 }
 
+// BenchmarkUpload measures from the socket to a pipe that somebody reads: a command's stdin.
+func BenchmarkUpload(b *testing.B) {
+	const size = 32 << 10 // of a frame, as kubectl's client sends them
+	a, peer := tcpPair(b)
+	streams := make(chan *Stream, 1)
+	serve(b, NewServer(a, nil, Config{OnStream: func(s *Stream) { streams <- s }}))
+	peer.Write(openRaw())
+	s := <-streams
+	r, w, err := os.Pipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	goDo(b, func() { io.Copy(struct{ io.Writer }{nowhere{}}, r) })
+	b.SetBytes(size)
+	b.ReportAllocs()
+	b.ResetTimer()
+	n := b.N
+	goDo(b, func() { flood(peer, n, size) })
+	if got, err := s.WriteTo(w); err != nil || got != int64(n)*size {
+		b.Fatal(got, err)
+	}
+}
+
 type nowhere struct{}
 
 func (nowhere) Write(p []byte) (int, error) { return len(p), nil }

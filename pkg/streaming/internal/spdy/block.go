@@ -1,14 +1,12 @@
 package spdy
 
 import (
-	"errors"
-	"os"
-	"sync"
-	"sync/atomic"
-	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 )
 
 // probeInterval is how often a connection that is not read tells the peer something. The end of a
@@ -27,20 +25,13 @@ const (
 	probeInterval = time.Second
 )
 
-// aLongTimeAgo as a deadline ends a wait at once.
-var aLongTimeAgo = time.Unix(1, 0)
-
 // blocker is the wait of the read loop for room in a stream: until a reader makes room, the
 // connection ends, or Config.Stall has passed.
 type blocker struct {
 	c *Conn
 
-	blocked atomic.Bool // whoever makes room calls kick
-
-	mu    sync.Mutex         // orders kick against the end of the wait
-	kicks chan struct{}      // where there is no socket to wait on
-	raw   syscall.RawConn    // of c.waitConn, nil without
-	ready func(uintptr) bool // (*blocker).check, made once
+	waiter socket.Waiter      // whoever makes room wakes it
+	ready  func(uintptr) bool // (*blocker).check, made once
 
 	// Owned by the read loop.
 	stream *Stream
@@ -48,31 +39,8 @@ type blocker struct {
 
 func (k *blocker) init(c *Conn) {
 	k.c = c
-	k.kicks = make(chan struct{}, 1)
 	k.ready = k.check
-	if c.waitConn != nil {
-		k.raw, _ = c.waitConn.SyscallConn()
-	}
-}
-
-// kick makes the waiting read loop look again.
-func (k *blocker) kick() {
-	if !k.blocked.Load() {
-		return
-	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if !k.blocked.Load() {
-		return
-	}
-	if k.raw != nil {
-		k.c.waitConn.SetReadDeadline(aLongTimeAgo) //nolint:errcheck // a connection without deadlines is closed already
-		return
-	}
-	select {
-	case k.kicks <- struct{}{}:
-	default:
-	}
+	k.waiter.Init(socket.Below(c.conn))
 }
 
 // wait returns when s has room or takes no more data, or with an error when this side has closed
@@ -84,13 +52,16 @@ func (k *blocker) wait(s *Stream) error {
 	began := time.Now()
 	nextProbe := began.Add(probePatience)
 	nextStall := began.Add(k.c.cfg.Stall)
-	defer k.stop()
+	defer func() {
+		k.waiter.End()
+		k.stream = nil
+	}()
 	for {
 		until := nextProbe
 		if k.c.cfg.Stall > 0 && nextStall.Before(until) {
 			until = nextStall
 		}
-		if err := k.waitUntil(until); err != nil {
+		if err := k.waiter.Until(until, k.ready); err != nil {
 			return err
 		}
 		if k.c.closing.Load() {
@@ -132,37 +103,6 @@ func (k *blocker) probe() {
 	}
 }
 
-// waitUntil waits for a kick, the end of the connection or the time; it may also return early.
-func (k *blocker) waitUntil(until time.Time) error {
-	if k.raw == nil {
-		k.blocked.Store(true)
-		if k.stream.hasRoom() || k.c.ending() {
-			return nil
-		}
-		timer := time.NewTimer(time.Until(until))
-		defer timer.Stop()
-		select {
-		case <-k.kicks:
-		case <-timer.C:
-		}
-		return nil
-	}
-	k.mu.Lock()
-	var err error
-	if !k.c.frozen.Load() { // else the deadline has passed
-		err = k.c.waitConn.SetReadDeadline(until)
-	}
-	k.blocked.Store(true)
-	k.mu.Unlock()
-	if err == nil {
-		err = k.raw.Read(k.ready)
-	}
-	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-		return err
-	}
-	return nil
-}
-
 // check runs when the wait begins and whenever something happens at the socket.
 func (k *blocker) check(fd uintptr) bool {
 	if end := peerEnd(fd); end != nil {
@@ -176,31 +116,32 @@ func (k *blocker) check(fd uintptr) bool {
 // ending says that the read loop is not to wait any more.
 func (c *Conn) ending() bool { return c.closing.Load() || c.frozen.Load() }
 
-func (k *blocker) stop() {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.blocked.Store(false)
-	if k.raw != nil && !k.c.frozen.Load() {
-		k.c.waitConn.SetReadDeadline(time.Time{}) //nolint:errcheck // as above
-	}
-	k.stream = nil
-}
-
 // stalledStream picks the stream to be reset when s stands in the way: of those nobody has read for
 // Config.Stall the one that holds most. It is s itself unless another has used up the common room.
 func (c *Conn) stalledStream(s *Stream, now time.Time) *Stream {
-	c.mu.Lock()
-	streams := make([]*Stream, 0, len(c.streams))
-	for _, other := range c.streams {
-		streams = append(streams, other)
-	}
-	c.mu.Unlock()
-
 	most := s.held()
-	for _, other := range streams {
+	for _, other := range c.openStreams() {
 		if held := other.held(); held > most && now.Sub(other.lastMoved()) >= c.cfg.Stall {
 			s, most = other, held
 		}
 	}
 	return s
+}
+
+// peerEnd says how the peer has ended the connection: ErrPeerClosed, ErrPeerReset, or nil while it has not.
+func peerEnd(fd uintptr) error {
+	if fd == socket.None {
+		return nil
+	}
+	switch socket.PeerEnd(int(fd)) {
+	case socket.Dead:
+		// A reset behind a FIN, which what is sent to a closed socket is answered with, is called EPIPE.
+		if socket.TakeError(int(fd)) == unix.ECONNRESET {
+			return ErrPeerReset
+		}
+		return ErrPeerClosed
+	case socket.Closed:
+		return ErrPeerClosed
+	}
+	return nil
 }

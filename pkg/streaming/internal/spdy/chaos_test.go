@@ -9,6 +9,8 @@ import (
 	"net"
 	"sync"
 	"testing"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // sessionServer serves one connection; it reads every stream to its end and then answers "done".
@@ -85,9 +87,9 @@ func TestSessionInPieces(t *testing.T) {
 					}
 					rest = rest[n:]
 				}
-				await(t, srv.Done(), "GOAWAY")
+				testutil.Receive(t, "GOAWAY", srv.Done())
 				client.Close()
-				await(t, ended, "the end of Serve")
+				testutil.Receive(t, "the end of Serve", ended)
 				srv.wg.Wait()
 				checkSession(t, srv)
 				srv.Close()
@@ -114,11 +116,11 @@ func TestSessionCutAnywhere(t *testing.T) {
 				goDo(t, func() { io.Copy(io.Discard, client) })
 				client.CloseWrite()
 			}
-			await(t, ended, "the end of Serve")
-			await(t, srv.Done(), "Done")
+			testutil.Receive(t, "the end of Serve", ended)
+			testutil.Receive(t, "Done", srv.Done())
 			finished := make(chan struct{})
 			go func() { srv.wg.Wait(); close(finished) }()
-			await(t, finished, "the streams")
+			testutil.Receive(t, "the streams", finished)
 			srv.Close()
 			if !hard && cut == len(session) {
 				checkStreams(t, srv) // an answer may have met the closed connection before its GOAWAY was read
@@ -142,9 +144,9 @@ func TestSessionBuffered(t *testing.T) {
 		go client.Write(session[n:])
 		ended := make(chan error, 1)
 		go func() { ended <- srv.Serve(context.Background()) }()
-		await(t, srv.Done(), "GOAWAY")
+		testutil.Receive(t, "GOAWAY", srv.Done())
 		client.Close()
-		await(t, ended, "the end of Serve")
+		testutil.Receive(t, "the end of Serve", ended)
 		srv.wg.Wait()
 		checkSession(t, srv)
 		srv.Close()

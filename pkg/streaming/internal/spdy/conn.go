@@ -1,6 +1,10 @@
 // Package spdy is a SPDY/3.1 connection as the streaming protocols of Kubernetes use it: both ends,
 // no priorities, no push, no flow control windows.
 //
+// The protocol without I/O stands in packages of its own: frames (the wire), control (the queue of control frames), buffer
+// (payload on its way) and state (a hand-over); direct writes received payload at once. What is here joins
+// them with sockets, goroutines and deadlines.
+//
 // Source: https://www.chromium.org/spdy/spdy-protocol/spdy-protocol-draft3-1/. The draft's flow
 // control (2.6.8) is left out on purpose: the clients of Kubernetes never send WINDOW_UPDATE and
 // ignore ours, so whoever waits for a window waits for ever. What bounds inbound data instead is
@@ -11,8 +15,10 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"maps"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -21,6 +27,9 @@ import (
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/memory"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/buffer"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/control"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
@@ -37,15 +46,6 @@ type Config struct {
 	// MaxStreams limits the streams that are open at once; further ones are refused. A stream
 	// counts until both directions have ended and its data was read or discarded. Default 1024.
 	MaxStreams int
-	// MaxControlFrame limits the payload of a control frame in bytes. Default and maximum 16 KiB;
-	// the draft wants 8 KiB at least.
-	MaxControlFrame int
-	// MaxHeaders limits the headers of a stream. Default 64.
-	MaxHeaders int
-	// MaxHeaderField limits the name and the value of a header in bytes. Default 8 KiB.
-	MaxHeaderField int
-	// MaxHeaderBytes limits a header block when inflated. Default 64 KiB.
-	MaxHeaderBytes int
 
 	// StreamBuffer is how many bytes of unread data each stream may hold in any case, and
 	// ConnBuffer how many more all streams of the connection together. Once both are used up, the
@@ -66,21 +66,15 @@ type Config struct {
 	// OnStall is called, from the read loop, when a stream is reset for that reason. It must not
 	// block. May be nil.
 	OnStall func()
-	// OnReceipt is called, from the read loop, each time it is known how far the peer's programs have
-	// come with what was sent, at least once for every MiB, and must not block. Then streams are written
-	// to only as fast as the peer's programs take it, but for a window of 256 KiB to 8 MiB.
-	// Nil, the default, means that the peer is not asked and no window is kept. See receipt.go.
-	OnReceipt func(Receipt)
+	// Receipts is called with a new connection, before it is served, and returns what slows its streams down. Nil, the
+	// default, slows nothing.
+	Receipts func(*Conn) Receipts
 	// OnPanic is told of a panic in a goroutine of the connection's own, or in AfterReset's. Nil ends the process.
 	OnPanic rescue.Report
 }
 
 func (c Config) withDefaults() Config {
 	c.MaxStreams = cmp.Or(c.MaxStreams, 1024)
-	c.MaxControlFrame = min(cmp.Or(c.MaxControlFrame, maxControlFrame), maxControlFrame)
-	c.MaxHeaders = cmp.Or(c.MaxHeaders, 64)
-	c.MaxHeaderField = cmp.Or(c.MaxHeaderField, 8<<10)
-	c.MaxHeaderBytes = cmp.Or(c.MaxHeaderBytes, 64<<10)
 	c.StreamBuffer = cmp.Or(c.StreamBuffer, 64<<10)
 	c.ConnBuffer = cmp.Or(c.ConnBuffer, 16<<20)
 	if c.Room == nil {
@@ -93,12 +87,19 @@ func (c Config) withDefaults() Config {
 }
 
 const (
-	// maxControlFrame fits the read buffer, so that a control frame is always parsed in place.
+	// maxControlFrame limits the payload of a control frame in bytes; the draft wants 8 KiB at least. It fits the read
+	// buffer, so that a control frame is always parsed in place.
 	maxControlFrame = 16 << 10
 	// closeTimeout bounds how long Close waits for a writer in a blocked socket and for its own
 	// GOAWAY.
 	closeTimeout = 250 * time.Millisecond
 )
+
+// headerLimits are those of a header block: headers, bytes of a name or a value, and of all when inflated.
+var headerLimits = frames.HeaderLimits{Count: 64, Field: 8 << 10, Total: 64 << 10}
+
+// aLongTimeAgo as a deadline ends a wait at once.
+var aLongTimeAgo = time.Unix(1, 0)
 
 // Conn is one SPDY connection. All methods may be called from any goroutine, Serve only once.
 type Conn struct {
@@ -106,7 +107,6 @@ type Conn struct {
 	cfg      Config
 	conn     net.Conn
 	socket   syscall.RawConn // of conn, for reading and writing without parking a buffer; may be nil
-	waitConn waitConn        // the TCP connection, below TLS too, for noticing its end; may be nil
 	peerOdd  bool            // the peer opens odd streams, as clients do
 	done     chan struct{}   // closed by markGone
 	freezing chan struct{}   // closed by Freeze
@@ -116,26 +116,23 @@ type Conn struct {
 	closing      atomic.Bool  // our Close has begun; set with mu held
 	frozen       atomic.Bool  // Freeze was called; set with mu held, and closing is not set after it
 	serving      atomic.Bool
-	refusing     atomic.Bool  // RefuseStreams was called
-	borrowed     atomic.Int64 // bytes of ConnBuffer in use
 
-	mu       sync.Mutex
-	goneErr  error // why done is closed
-	endErr   error // set when no frame will be read any more; new streams are born with it
-	streams  map[uint32]*Stream
-	ended    []*Stream // the last that have left streams, at most maxEnded
-	openNext uint32    // id of the next stream of ours; changed only with out.mu held too
+	mu      sync.Mutex
+	goneErr error // why done is closed
+	endErr  error // set when no frame will be read any more; new streams get it at once
+	streams map[uint32]*Stream
+	ended   []*Stream // the last that have left streams, at most maxEnded
 
 	read  reader  // owned by the goroutine of Serve
 	block blocker // the read loop waiting for room
 
-	// The inflater is used by the read loop and taken away by RefuseStreams.
-	headersMu sync.Mutex
-	headers   *frames.HeaderReader // nil until needed and after RefuseStreams
+	headers frames.PeerHeaders
 
 	out writer
 
-	receipts receipts
+	limits buffer.Limits // of what streams hold unread
+
+	receipts Receipts // nil: none
 
 	closeOnce sync.Once
 	closeErr  error
@@ -157,21 +154,25 @@ func newConn(conn net.Conn, buffered []byte, cfg Config, server bool) *Conn {
 	c := &Conn{
 		cfg:      cfg.withDefaults(),
 		conn:     conn,
-		socket:   rawSocket(conn),
-		waitConn: socketBelow(conn),
+		socket:   socket.Raw(conn),
 		peerOdd:  server,
 		done:     make(chan struct{}),
 		freezing: make(chan struct{}),
 		streams:  make(map[uint32]*Stream),
-		openNext: 1,
 	}
-	c.out.pingNext = 1
+	first := uint32(1)
 	if server {
-		c.openNext, c.out.pingNext = 2, 2
+		first = 2
 	}
+	c.out.control.Start(control.State{OpenNext: first, PingNext: first}, 0)
+	c.headers.Limits = headerLimits
+	c.limits.Stream, c.limits.Conn, c.limits.Room = c.cfg.StreamBuffer, c.cfg.ConnBuffer, c.cfg.Room
 	c.read.init(c, buffered)
 	c.block.init(c)
 	c.out.init(c)
+	if cfg.Receipts != nil {
+		c.receipts = cfg.Receipts(c)
+	}
 	now := time.Now().UnixNano()
 	c.lastActivity.Store(now)
 	c.lastReceived.Store(now)
@@ -211,7 +212,7 @@ func (c *Conn) Serve(ctx context.Context) error {
 	c.endStreams(c.Err(), false)
 	// Nobody is there to read what a writer may be stuck with.
 	c.out.fail(c.Err())
-	c.releaseHeaders()
+	c.headers.Refuse()
 	if !stop() {
 		<-closed
 	}
@@ -262,7 +263,7 @@ func (c *Conn) closeWith(reason error, status frames.GoAwayStatus) {
 		c.endStreams(reason, true)
 		c.out.goAway(status, c.read.lastPeerStream.Load())
 		c.closeErr = c.conn.Close()
-		c.block.kick()
+		c.block.waiter.Wake()
 		c.out.fail(reason)
 		c.out.flusher.Wait()
 	})
@@ -283,9 +284,10 @@ func (c *Conn) beginClosing() bool {
 // does not block; while an earlier PING has not left, it does nothing. An error means that the
 // connection has ended.
 func (c *Conn) Ping() error {
-	if err := c.out.ping(); err != nil {
+	if err := c.out.failure(); err != nil {
 		return err
 	}
+	c.out.control.Ping()
 	c.out.flush()
 	return nil
 }
@@ -297,21 +299,10 @@ func (c *Conn) LastActivity() time.Time { return time.Unix(0, c.lastActivity.Loa
 // LastReceived is when anything last came from the peer.
 func (c *Conn) LastReceived() time.Time { return time.Unix(0, c.lastReceived.Load()) }
 
-// RefuseStreams refuses all further streams of the peer and gives back the memory that
-// understanding their headers takes, 45 to 85 KiB. It cannot be undone.
+// RefuseStreams refuses all further streams of the peer and frees the memory that reading their headers takes, 45 to
+// 85 KiB. It cannot be undone.
 func (c *Conn) RefuseStreams() {
-	c.refusing.Store(true)
-	c.releaseHeaders()
-}
-
-func (c *Conn) releaseHeaders() {
-	c.headersMu.Lock()
-	defer c.headersMu.Unlock()
-	c.refusing.Store(true)
-	if c.headers != nil {
-		c.headers.Release()
-		c.headers = nil
-	}
+	c.headers.Refuse()
 }
 
 // markGone closes Done, the first time with its reason.
@@ -324,18 +315,14 @@ func (c *Conn) markGone(err error) {
 	}
 }
 
-// endStreams tells every stream, and those still to come, that nothing more will arrive.
+// endStreams tells every stream, and those that are opened later, that nothing more will arrive.
 func (c *Conn) endStreams(err error, discard bool) {
 	c.mu.Lock()
 	if c.endErr == nil {
 		c.endErr = err
 	}
-	streams := make([]*Stream, 0, len(c.streams))
-	for _, s := range c.streams {
-		streams = append(streams, s)
-	}
 	c.mu.Unlock()
-	for _, s := range streams {
+	for _, s := range c.openStreams() {
 		s.connEnded(err, discard)
 	}
 }
@@ -366,7 +353,14 @@ func (c *Conn) findStream(id uint32) *Stream {
 	return c.streams[id]
 }
 
-// forget is for a stream that is over and holds no data. Further calls do nothing.
+// openStreams returns the streams that are not forgotten.
+func (c *Conn) openStreams() []*Stream {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Collect(maps.Values(c.streams))
+}
+
+// forget removes a stream that is over and holds no data. Further calls do nothing.
 func (c *Conn) forget(s *Stream) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -378,12 +372,6 @@ func (c *Conn) forget(s *Stream) {
 		c.ended = append(c.ended[:0], c.ended[1:]...)
 	}
 	c.ended = append(c.ended, s)
-}
-
-func (c *Conn) removeStream(id uint32) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	delete(c.streams, id)
 }
 
 // peerOpens says whether streams with this id are the peer's to open.

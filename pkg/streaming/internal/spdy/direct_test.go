@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // TestWriteToPipe sends more than a pipe and all buffers hold to a pipe that is read in pieces: what
@@ -16,7 +18,7 @@ func TestWriteToPipe(t *testing.T) {
 	streams := make(chan *Stream, 1)
 	client, _ := mobyClient(t, Config{ConnBuffer: 256 << 10, OnStream: func(s *Stream) { streams <- s }})
 	theirs := mobyOpen(t, client, headers("streamtype", "data"))
-	s := await(t, streams, "the stream")
+	s := testutil.Receive(t, "the stream", streams)
 	read, write, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -47,7 +49,7 @@ func TestWriteToPipe(t *testing.T) {
 	if err != nil || !bytes.Equal(got, sent) {
 		t.Errorf("%d of %d bytes arrived, equal %v, error %v", len(got), len(sent), bytes.Equal(got, sent), err)
 	}
-	if r := await(t, done, "WriteTo"); r.err != nil || r.n != int64(len(sent)) {
+	if r := testutil.Receive(t, "WriteTo", done); r.err != nil || r.n != int64(len(sent)) {
 		t.Errorf("WriteTo returned %d, %v", r.n, r.err)
 	}
 }
@@ -58,7 +60,7 @@ func TestWriteToDirectly(t *testing.T) {
 	streams := make(chan *Stream, 1)
 	client, _ := mobyClient(t, Config{OnStream: func(s *Stream) { streams <- s }})
 	theirs := mobyOpen(t, client, headers("streamtype", "data"))
-	s := await(t, streams, "the stream")
+	s := testutil.Receive(t, "the stream", streams)
 	read, write, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -73,7 +75,7 @@ func TestWriteToDirectly(t *testing.T) {
 		n, err := s.WriteTo(write)
 		done <- result{n, err}
 	}()
-	eventually(t, "WriteTo waits", func() bool {
+	testutil.Eventually(t, "WriteTo waits", func() bool {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		return s.direct != nil
@@ -91,27 +93,7 @@ func TestWriteToDirectly(t *testing.T) {
 	}
 	read.Close()
 	theirs.Write([]byte("lost"))
-	if r := await(t, done, "WriteTo"); !errors.Is(r.err, unix.EPIPE) || r.n != 5 {
+	if r := testutil.Receive(t, "WriteTo", done); !errors.Is(r.err, unix.EPIPE) || r.n != 5 {
 		t.Errorf("WriteTo returned %d, %v; want 5 and a broken pipe", r.n, r.err)
-	}
-}
-
-// TestDirectTo refuses whatever is no plain non-blocking file.
-func TestDirectTo(t *testing.T) {
-	read, write, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer read.Close()
-	defer write.Close()
-	if directTo(write) == nil {
-		t.Error("a pipe is not written directly")
-	}
-	if directTo(struct{ *os.File }{write}) != nil {
-		t.Error("a type that embeds a file is written directly")
-	}
-	write.Fd() // makes it blocking
-	if directTo(write) != nil {
-		t.Error("a blocking pipe is written directly")
 	}
 }

@@ -2,13 +2,15 @@ package spdy
 
 import (
 	"errors"
-	"fmt"
 
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 // ConnectionError is a fault after which the connection cannot go on.
 type ConnectionError = frames.ConnectionError
+
+// ResetError is the end of one stream by RST_STREAM, from the peer or from this side.
+type ResetError = frames.ResetError
 
 // ResetStatus is the reason in a RST_STREAM frame.
 type ResetStatus = frames.ResetStatus
@@ -19,7 +21,6 @@ const (
 	ResetInvalidStream       = frames.ResetInvalidStream
 	ResetRefusedStream       = frames.ResetRefusedStream
 	ResetCancel              = frames.ResetCancel
-	ResetInternalError       = frames.ResetInternalError
 	ResetFlowControlError    = frames.ResetFlowControlError
 	ResetStreamAlreadyClosed = frames.ResetStreamAlreadyClosed
 )
@@ -41,20 +42,3 @@ var (
 	// the stream ids of the connection are used up.
 	ErrTooManyStreams = errors.New("spdy: too many streams")
 )
-
-// ResetError is the end of one stream by RST_STREAM, from the peer or from this side.
-type ResetError struct {
-	Status ResetStatus
-	Remote bool   // the peer sent it
-	Reason string // why this side sent it, when it was not asked to
-}
-
-func (e *ResetError) Error() string {
-	switch {
-	case e.Remote:
-		return fmt.Sprintf("spdy: stream reset by peer (%v)", e.Status)
-	case e.Reason != "":
-		return fmt.Sprintf("spdy: stream reset (%v): %s", e.Status, e.Reason)
-	}
-	return fmt.Sprintf("spdy: stream reset (%v)", e.Status)
-}

@@ -36,7 +36,7 @@ func TestUnreadStreamLeavesNeighboursAlone(t *testing.T) {
 		go echo(s)
 	}})
 	stuck := mobyOpen(t, client, headers("streamtype", "unread"))
-	s := await(t, unread, "the stream")
+	s := testutil.Receive(t, "the stream", unread)
 	sent := pattern(8 << 20)
 	for p := sent; len(p) > 0; p = p[64<<10:] {
 		if _, err := stuck.Write(p[:64<<10]); err != nil {
@@ -55,7 +55,7 @@ func TestUnreadStreamLeavesNeighboursAlone(t *testing.T) {
 	if got, err := io.ReadAll(s); err != nil || string(got) != string(sent) {
 		t.Errorf("then %d bytes were read, %v", len(got), err)
 	}
-	if b := ours.borrowed.Load(); b != 0 {
+	if b := ours.limits.Borrowed(); b != 0 {
 		t.Errorf("%d bytes still borrowed", b)
 	}
 }
@@ -73,7 +73,7 @@ func blockedPeer(t *testing.T, cfg Config) (peer *rawPeer, ours *Conn, s *Stream
 	}
 	peer, ours = newRawPeer(t, cfg)
 	peer.open(1)
-	s = await(t, streams, "the stream")
+	s = testutil.Receive(t, "the stream", streams)
 	return peer, ours, s
 }
 
@@ -106,7 +106,7 @@ func TestDoneWhileBlocked(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			peer, ours, s := blockedPeer(t, Config{})
 			end(peer)
-			await(t, ours.Done(), "the end to be noticed")
+			testutil.Receive(t, "the end to be noticed", ours.Done())
 			if name == "closed" {
 				// Seen at the socket, and not only by the probe a second later.
 				if err := ours.Err(); !errors.Is(err, ErrPeerClosed) {
@@ -150,7 +150,7 @@ func TestClientDoesNotProbe(t *testing.T) {
 	a.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
 	n, _ := a.Write(frame)
 	a.Close()
-	eventually(t, "the read loop to be blocked", client.block.blocked.Load)
+	testutil.Eventually(t, "the read loop to be blocked", client.block.waiter.Waiting)
 	time.Sleep(probeInterval + probeInterval/2) // when a probe would have gone out
 	got, err := io.Copy(io.Discard, s)
 	if got != int64(n-frames.HeaderLen) || !errors.Is(err, ErrPeerClosed) {
@@ -168,7 +168,7 @@ func TestStalledStreamIsReset(t *testing.T) {
 		frames.PutDataHeader(frame, 1, 0, 16<<20-1)
 		peer.Write(frame)
 	}()
-	await(t, s.Done(), "the reset")
+	testutil.Receive(t, "the reset", s.Done())
 	var reset *ResetError
 	if err := s.Err(); !errors.As(err, &reset) || reset.Remote || reset.Status != ResetFlowControlError {
 		t.Errorf("got %v", err)
@@ -176,7 +176,7 @@ func TestStalledStreamIsReset(t *testing.T) {
 	peer.expect(frames.TypeSynReply, 1)
 	peer.expect(frames.TypeRstStream, 1, uint32(ResetFlowControlError))
 	// The rest of its data is swallowed, and the connection lives.
-	await(t, flooded, "the flood to end")
+	testutil.Receive(t, "the flood to end", flooded)
 	peer.data(1, 0, nil)
 	peer.send(ping(1))
 	peer.expect(frames.TypePing, 1)
@@ -194,15 +194,15 @@ func TestStallHitsTheHog(t *testing.T) {
 	})
 	peer.open(1)
 	peer.open(3)
-	hog, other := await(t, streams, "the stream"), await(t, streams, "the stream")
+	hog, other := testutil.Receive(t, "the stream", streams), testutil.Receive(t, "the stream", streams)
 	peer.data(1, 0, make([]byte, 1<<20))
-	eventually(t, "the data", func() bool { return hog.Received() == 1<<20 })
+	testutil.Eventually(t, "the data", func() bool { return hog.Received() == 1<<20 })
 	peer.data(3, frames.FlagFin, make([]byte, 300<<10))
-	await(t, hog.Done(), "the reset")
+	testutil.Receive(t, "the reset", hog.Done())
 	if n, err := io.Copy(io.Discard, other); err != nil || n != 300<<10 {
 		t.Errorf("the other stream: %d bytes, %v", n, err)
 	}
-	eventually(t, "the room to be returned", func() bool { return ours.borrowed.Load() == 0 })
+	testutil.Eventually(t, "the room to be returned", func() bool { return ours.limits.Borrowed() == 0 })
 }
 
 // TestSlowStreamIsNotReset reads a little now and then, for longer than Stall in all.
@@ -213,7 +213,7 @@ func TestSlowStreamIsNotReset(t *testing.T) {
 	frame := make([]byte, frames.HeaderLen+2<<20)
 	frames.PutDataHeader(frame, 1, frames.FlagFin, 2<<20)
 	goDo(t, func() { peer.Write(frame) })
-	eventually(t, "the read loop to be blocked", ours.block.blocked.Load)
+	testutil.Eventually(t, "the read loop to be blocked", ours.block.waiter.Waiting)
 	buf := make([]byte, 1000)
 	for range 12 {
 		time.Sleep(stall / 8) // the slowness itself
@@ -236,15 +236,15 @@ func TestCloseUnblocksWriters(t *testing.T) {
 		}()
 	}
 	go func() { _, err := s.Read(make([]byte, 1)); ended <- err }()
-	eventually(t, "the writers to wait", func() bool { return ours.out.senders.Load() == 3 })
+	testutil.Eventually(t, "the writers to wait", func() bool { return ours.out.senders.Load() == 3 })
 	// A PING meanwhile must not make the read loop wait for them.
-	eventually(t, "a PING to wait for them", func() bool {
+	testutil.Eventually(t, "a PING to wait for them", func() bool {
 		peer.send(ping(1))
-		return ours.out.queued.Load() > 0
+		return ours.out.control.Waiting() > 0
 	})
 	ours.Close()
 	for range 4 {
-		if err := await(t, ended, "a reader or writer"); !errors.Is(err, ErrClosed) {
+		if err := testutil.Receive(t, "a reader or writer", ended); !errors.Is(err, ErrClosed) {
 			t.Errorf("got %v", err)
 		}
 	}
@@ -254,10 +254,10 @@ func TestPeerGoneUnblocksWriters(t *testing.T) {
 	peer, ours, s := blockedPeer(t, Config{})
 	ended := make(chan error, 1)
 	go func() { _, err := s.Write(make([]byte, 64<<20)); ended <- err }()
-	eventually(t, "the writer to wait", func() bool { return ours.out.senders.Load() == 1 })
+	testutil.Eventually(t, "the writer to wait", func() bool { return ours.out.senders.Load() == 1 })
 	peer.CloseWrite() // only the read loop can see this
-	await(t, ours.Done(), "the end")
-	if err := await(t, ended, "the writer"); !errors.Is(err, ErrPeerClosed) {
+	testutil.Receive(t, "the end", ours.Done())
+	if err := testutil.Receive(t, "the writer", ended); !errors.Is(err, ErrPeerClosed) {
 		t.Errorf("got %v", err)
 	}
 }
@@ -271,7 +271,7 @@ func TestPingOvertakesData(t *testing.T) {
 	}})
 	peer.open(1)
 	peer.open(3)
-	eventually(t, "both to write", func() bool { return ours.out.senders.Load() == 2 })
+	testutil.Eventually(t, "both to write", func() bool { return ours.out.senders.Load() == 2 })
 	peer.send(ping(1))
 	before := 0
 	sent := map[uint32]int{}
@@ -301,16 +301,16 @@ func TestCloseRead(t *testing.T) {
 	frame := make([]byte, frames.HeaderLen+4<<20)
 	frames.PutDataHeader(frame, 1, 0, 4<<20)
 	goDo(t, func() { peer.Write(frame) })
-	eventually(t, "the read loop to be blocked", ours.block.blocked.Load)
+	testutil.Eventually(t, "the read loop to be blocked", ours.block.waiter.Waiting)
 	s.CloseRead()
-	eventually(t, "the rest to be discarded", func() bool { return s.Received() == 4<<20 })
+	testutil.Eventually(t, "the rest to be discarded", func() bool { return s.Received() == 4<<20 })
 	if _, err := s.Read(make([]byte, 1)); !errors.Is(err, ErrReadClosed) {
 		t.Errorf("got %v", err)
 	}
 	if _, err := s.Write([]byte("still")); err != nil {
 		t.Error(err)
 	}
-	if b := ours.borrowed.Load(); b != 0 {
+	if b := ours.limits.Borrowed(); b != 0 {
 		t.Errorf("%d bytes still borrowed", b)
 	}
 }
@@ -376,7 +376,7 @@ func TestReadFromKinds(t *testing.T) {
 			if err != nil || string(got) != want {
 				t.Errorf("got %d bytes, %v", len(got), err)
 			}
-			if n := await(t, sent, "ReadFrom"); n != int64(len(want)) {
+			if n := testutil.Receive(t, "ReadFrom", sent); n != int64(len(want)) {
 				t.Errorf("ReadFrom said %d", n)
 			}
 		})
@@ -405,7 +405,7 @@ func TestReadFromTerminal(t *testing.T) {
 		t.Errorf("got %q, %v", got, err)
 	}
 	slave.Close()
-	if err := await(t, ended, "ReadFrom"); !errors.Is(err, syscall.EIO) {
+	if err := testutil.Receive(t, "ReadFrom", ended); !errors.Is(err, syscall.EIO) {
 		t.Errorf("got %v", err)
 	}
 }
@@ -426,7 +426,7 @@ func TestIdleConnectionsAreSmall(t *testing.T) {
 		peer, ours := newRawPeer(t, Config{OnStream: func(s *Stream) { ready <- s }})
 		for id := uint32(1); id < 9; id += 2 {
 			peer.open(id, "streamtype", "stdin")
-			await(t, ready, "the stream")
+			testutil.Receive(t, "the stream", ready)
 		}
 		peer.data(1, 0, make([]byte, 10_000))
 		s := ours.findStream(1)
@@ -455,7 +455,7 @@ func TestNoAllocationPerFrame(t *testing.T) {
 			goDo(t, func() { drain(b) })
 			serve(t, NewServer(a, nil, Config{OnStream: func(s *Stream) { streams <- s }}))
 			b.Write(openRaw())
-			s := await(t, streams, "the stream")
+			s := testutil.Receive(t, "the stream", streams)
 			frame := make([]byte, frames.HeaderLen+32<<10)
 			frames.PutDataHeader(frame, 1, 0, 32<<10)
 			step := func() {
@@ -516,10 +516,10 @@ func TestOverTLS(t *testing.T) {
 		t.Error(err)
 	}
 	stuck := mobyOpen(t, client, headers("streamtype", "unread"))
-	await(t, unread, "the stream")
+	testutil.Receive(t, "the stream", unread)
 	goDo(t, func() { stuck.Write(make([]byte, 8<<20)) })
-	eventually(t, "the read loop to be blocked", ours.block.blocked.Load)
+	testutil.Eventually(t, "the read loop to be blocked", ours.block.waiter.Waiting)
 	b.SetLinger(0)
 	b.Close()
-	await(t, ours.Done(), "the end to be noticed")
+	testutil.Receive(t, "the end to be noticed", ours.Done())
 }

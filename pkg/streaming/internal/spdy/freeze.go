@@ -2,10 +2,13 @@ package spdy
 
 import (
 	"errors"
+	"maps"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/buffer"
 )
 
 // maxEnded is how many streams a connection remembers that are over, for its state: who held one of them asks it how it
@@ -28,16 +31,17 @@ func (c *Conn) Freeze() {
 	c.frozen.Store(true)
 	close(c.freezing)
 	closing := c.closing.Load()
-	streams := make([]*Stream, 0, len(c.streams)+len(c.ended))
-	for _, s := range c.streams {
-		streams = append(streams, s)
-	}
-	streams = append(streams, c.ended...)
+	streams := append(slices.Collect(maps.Values(c.streams)), c.ended...)
 	c.mu.Unlock()
 
 	if !closing { // else its waits end with it
-		c.block.freeze()
-		c.read.room.interrupt()
+		if below, ok := c.conn.(interface{ Freeze() }); ok {
+			below.Freeze()
+		} else {
+			c.conn.SetDeadline(aLongTimeAgo) //nolint:errcheck // a connection without deadlines is closed already
+		}
+		c.block.waiter.Interrupt()
+		c.read.room.Interrupt()
 	}
 	for _, s := range streams {
 		s.mu.Lock()
@@ -67,20 +71,14 @@ func (c *Conn) Discard() {
 			c.conn.Close() //nolint:errcheck // of no use
 		}
 		c.out.flusher.Wait()
-		c.releaseHeaders()
+		c.headers.Refuse()
 		c.returnRoom()
 	}
 }
 
 // returnRoom gives back the room of a connection whose streams nobody reads any more.
 func (c *Conn) returnRoom() {
-	c.mu.Lock()
-	streams := make([]*Stream, 0, len(c.streams))
-	for _, s := range c.streams {
-		streams = append(streams, s)
-	}
-	c.mu.Unlock()
-	for _, s := range streams {
+	for _, s := range c.openStreams() {
 		s.mu.Lock()
 		s.readClosed = true
 		s.dropLocked()
@@ -88,37 +86,9 @@ func (c *Conn) returnRoom() {
 	}
 }
 
-// freeze ends the waits at the socket: the read loop's for more and for room, and a writer's.
-func (k *blocker) freeze() {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if below, ok := k.c.conn.(interface{ Freeze() }); ok {
-		below.Freeze()
-	} else {
-		k.c.conn.SetDeadline(aLongTimeAgo) //nolint:errcheck // a connection without deadlines is closed already
-	}
-	if k.raw != nil {
-		k.c.waitConn.SetReadDeadline(aLongTimeAgo) //nolint:errcheck // as above
-	}
-	select {
-	case k.kicks <- struct{}{}:
-	default:
-	}
-}
-
-// interrupt ends a wait for room, and all later ones. It may be called from another goroutine.
-func (r *room) interrupt() {
-	r.stopped.Store(true)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.epoll != nil {
-		r.epoll.SetReadDeadline(time.Unix(1, 0)) //nolint:errcheck // then it waits no longer than it would
-	}
-}
-
-// accepted takes a frame in that does not go out any more: it is in the state, behind all that was queued before it. Without
+// acceptedLocked takes a frame in that does not go out any more: it is in the state, behind all that was queued before it. Without
 // committed, when nobody relies on it yet, it is refused. The write lock is held.
-func (w *writer) acceptLocked(s *Stream, b *buffer, fin, committed bool) (int, error) {
+func (w *writer) acceptLocked(s *Stream, b *buffer.Buffer, fin, committed bool) (int, error) {
 	if err := w.failure(); err != nil {
 		return 0, err
 	}
@@ -128,36 +98,28 @@ func (w *writer) acceptLocked(s *Stream, b *buffer, fin, committed bool) (int, e
 	if err := s.startFrame(fin); err != nil {
 		return 0, err
 	}
-	n := b.end - b.start
+	n := b.Len()
 	w.deferLocked(s.frame(b, n, fin))
-	b.start += n
+	b.Advance(n)
 	w.sent(s, n)
 	return n, nil
 }
 
 // deferLocked puts bytes behind all that waits to be written.
 func (w *writer) deferLocked(p []byte) {
-	w.queueMu.Lock()
-	defer w.queueMu.Unlock()
-	w.unsent = append(append(w.unsent, w.queue...), p...)
-	w.queue, w.pingQueued = nil, false
-	w.queued.Add(int64(len(p)))
+	w.unsent = append(append(w.unsent, w.control.Take()...), p...)
+	w.control.Held(len(p))
 }
 
-// putBack makes a buffer that take has taken the oldest one again.
-func (s *Stream) putBack(b *buffer) {
+// putBack puts a buffer back that take has returned, as the oldest.
+func (s *Stream) putBack(b *buffer.Buffer) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if b.start == b.end || s.readClosed || (s.readErr != nil && s.dropped) {
-		b.free()
+	if b.Len() == 0 || s.readClosed || (s.readErr != nil && s.dropped) {
+		b.Free()
 		return
 	}
-	b.next = s.head
-	s.head = b
-	if s.tail == nil {
-		s.tail = b
-	}
-	s.takeRoomAnywayLocked(b.size())
+	s.unread.PutBack(b)
 	s.conn.remember(s)
 }
 
@@ -169,29 +131,11 @@ func (s *Stream) putAll(p []byte) {
 	if s.readErr != nil || s.readClosed {
 		return
 	}
-	s.storeLocked(p)
-}
-
-func (s *Stream) storeLocked(p []byte) {
-	for len(p) > 0 {
-		if s.tail == nil || len(s.tail.spare()) == 0 {
-			class := classFor(len(p), receiveClass)
-			s.takeRoomAnywayLocked(bufferSizes[class])
-			s.appendLocked(newBuffer(class))
-		}
-		n := copy(s.tail.spare(), p)
-		s.tail.end += n
-		p = p[n:]
+	if s.unread.Empty() {
+		s.moved.Store(time.Now().UnixNano())
 	}
+	s.unread.AppendAll(p)
 	s.arrived.Signal()
-}
-
-// takeRoomAnywayLocked is takeRoomLocked for what is there already.
-func (s *Stream) takeRoomAnywayLocked(n int) {
-	own := s.conn.cfg.StreamBuffer
-	s.conn.borrowed.Add(int64(max(0, s.buffered+n-own) - max(0, s.buffered-own)))
-	s.buffered += n
-	s.conn.cfg.Room.Take(n)
 }
 
 // remember makes a stream known again that has got back data.

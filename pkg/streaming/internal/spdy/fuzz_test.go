@@ -67,7 +67,7 @@ func FuzzFrames(f *testing.F) {
 			t.Errorf("%d streams", streams)
 		}
 		c.Close()
-		if b := c.borrowed.Load(); b != 0 {
+		if b := c.limits.Borrowed(); b != 0 {
 			t.Errorf("%d bytes still borrowed", b)
 		}
 	})

@@ -9,7 +9,7 @@ import "time"
 // At any time one goroutine owns the destination, under Stream.mu:
 //
 //	                 Stream.direct is set and nothing is buffered
-//	              ┌──────────────────────────────────────────────────► pipe or TCP (direct.go)
+//	              ┌──────────────────────────────────────────────────► pipe or TCP (direct/)
 //	read loop ────┤ WriteTo waits: the loop writes, for up to directWait if it is full
 //	              │
 //	              │ else: the loop appends            WriteTo takes, and clears Stream.direct
@@ -35,7 +35,7 @@ const (
 func (s *Stream) gathers() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.direct != nil && s.head == nil
+	return s.direct != nil && s.unread.Empty()
 }
 
 // flushGathered hands on what was gathered. It has to be done before anything else that came later is handled,
@@ -80,12 +80,12 @@ func (r *reader) flushGathered() error {
 func (s *Stream) writePieces(pieces [][]byte) (n int, full bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.direct == nil || s.head != nil || s.readErr != nil || s.readClosed {
+	if s.direct == nil || !s.unread.Empty() || s.readErr != nil || s.readClosed {
 		return 0, false
 	}
-	n = s.direct.writePieces(pieces)
+	n = s.direct.WritePieces(pieces)
 	s.noteDirectLocked(n)
-	return n, !s.direct.failed
+	return n, !s.direct.Failed()
 }
 
 // awaitDirect waits for room where the stream's WriteTo would write and says whether there is some.
@@ -94,16 +94,16 @@ func (r *reader) awaitDirect(s *Stream, limit time.Duration) bool {
 		return false
 	}
 	s.mu.Lock()
-	direct := s.direct
+	to := s.direct
 	s.mu.Unlock()
-	return direct != nil && r.room.await(direct.raw, limit)
+	return to != nil && r.room.Await(to, limit)
 }
 
 // awaitCaughtUp waits for WriteTo to have written what is buffered, so that what comes next can take the direct
 // way: a client that sends faster than the process reads would otherwise have all of it take the other.
 func (s *Stream) awaitCaughtUp() {
 	s.mu.Lock()
-	if s.writesTo == nil || s.hurried || s.head == nil || s.readErr != nil || s.readClosed || !s.conn.mayWait() {
+	if s.writesTo == nil || s.slow || s.unread.Empty() || s.readErr != nil || s.readClosed || !s.conn.mayWait() {
 		s.mu.Unlock()
 		return
 	}
@@ -117,7 +117,7 @@ func (s *Stream) awaitCaughtUp() {
 	case <-s.conn.freezing:
 	case <-timeout.C:
 		s.mu.Lock()
-		s.caughtUp, s.hurried = nil, true
+		s.caughtUp, s.slow = nil, true
 		s.mu.Unlock()
 	}
 }

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
@@ -47,26 +48,14 @@ func (c *carried) serve() {
 func (c *carried) freeze() State {
 	c.t.Helper()
 	c.Freeze()
-	if err := await(c.t, c.served, "Serve of a frozen connection"); err != handover.ErrFrozen {
+	if err := testutil.Receive(c.t, "Serve of a frozen connection", c.served); err != handover.ErrFrozen {
 		c.t.Fatalf("Serve: %v", err)
 	}
 	s, err := c.State()
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	return reread(c.t, s)
-}
-
-func reread(t testing.TB, s State) (read State) {
-	t.Helper()
-	encoded, err := handover.Encode(s)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := handover.Decode(encoded, &read); err != nil {
-		t.Fatal(err)
-	}
-	return read
+	return testutil.Reread(c.t, s)
 }
 
 func (c *carried) handOver() {
@@ -84,7 +73,7 @@ func (c *carried) handOver() {
 // end ends the connection from outside.
 func (c *carried) end() {
 	c.Close()
-	await(c.t, c.served, "the end of Serve")
+	testutil.Receive(c.t, "the end of Serve", c.served)
 }
 
 // blocks compresses header blocks as spdystream does.
@@ -172,7 +161,7 @@ func talk(t *testing.T, ours, peer net.Conn, cuts ...int) string {
 		}
 	}
 	c.handOver()
-	await(t, answered, "the last answer")
+	testutil.Receive(t, "the last answer", answered)
 	c.handOver()
 	story := fmt.Sprintln(opened)
 	for id := uint32(1); id <= 7; id += 2 {
@@ -185,7 +174,7 @@ func talk(t *testing.T, ours, peer net.Conn, cuts ...int) string {
 	}
 	c.handOver() // also when all of that was read
 	c.Freeze()
-	await(t, c.served, "Serve")
+	testutil.Receive(t, "Serve", c.served)
 	c.Discard()
 	reading.Wait()
 	peer.Close()
@@ -203,7 +192,7 @@ func taken(t *testing.T, conn net.Conn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the peer's bytes", func() (empty bool) {
+	testutil.Eventually(t, "the peer's bytes", func() (empty bool) {
 		raw.Control(func(fd uintptr) {
 			n, err := unix.IoctlGetInt(int(fd), unix.SIOCINQ)
 			empty = err == nil && n == 0
@@ -273,7 +262,7 @@ func TestHandOverOfOutputBehindEachByte(t *testing.T) {
 		c := carry(t, ours, Config{OnStream: func(s *Stream) { streams <- s }})
 		b := newBlocks()
 		peer.Write(slices.Concat(frames.AppendSynStream(nil, 1, 0, b.block("a", "b")), frames.AppendSynStream(nil, 3, 0, b.block("a", "c"))))
-		first, second := await(t, streams, "a stream"), await(t, streams, "a stream")
+		first, second := testutil.Receive(t, "a stream", streams), testutil.Receive(t, "a stream", streams)
 		var writers sync.WaitGroup
 		ids := map[uint32]string{first.ID(): "one", second.ID(): "two"}
 		refused := make(chan uint32, len(ids))
@@ -308,11 +297,11 @@ func TestHandOverOfOutputBehindEachByte(t *testing.T) {
 			write(c.Stream(id))
 		}
 		writers.Wait()
-		eventually(t, "the output", func() bool { return c.out.queued.Load() == 0 })
+		testutil.Eventually(t, "the output", func() bool { return c.out.control.Waiting() == 0 })
 		c.Freeze()
-		await(t, c.served, "Serve")
+		testutil.Receive(t, "Serve", c.served)
 		c.Discard()
-		await(t, ended, "the peer")
+		testutil.Receive(t, "the peer", ended)
 		peer.Close()
 		payload, others := contents(t, wire)
 		if payload[1] != "one<FIN>" || payload[3] != "two<FIN>" {
@@ -342,7 +331,7 @@ func TestHandOverOfHeaders(t *testing.T) {
 		if _, err := peer.Write(frames.AppendSynStream(nil, uint32(2*i+1), 0, block)); err != nil {
 			t.Fatal(err)
 		}
-		if got := await(t, opened, "a stream"); !reflect.DeepEqual(got, want) {
+		if got := testutil.Receive(t, "a stream", opened); !reflect.DeepEqual(got, want) {
 			t.Fatalf("stream %d has headers %v, want %v", 2*i+1, got, want)
 		}
 		if i%97 == 0 || i == 1 {
@@ -362,9 +351,9 @@ func TestHeadersWithoutFlush(t *testing.T) {
 	w.Write(frames.AppendHeaderPairs(nil, headers("a", "b")))
 	w.Close()
 	peer.Write(frames.AppendSynStream(nil, 1, 0, wire.Bytes()))
-	await(t, opened, "the stream")
+	testutil.Receive(t, "the stream", opened)
 	c.Freeze()
-	await(t, c.served, "Serve")
+	testutil.Receive(t, "Serve", c.served)
 	if _, err := c.State(); err == nil {
 		t.Error("there is a state")
 	}
@@ -378,7 +367,7 @@ func TestFreezeWithAPeerThatDoesNotRead(t *testing.T) {
 	c := carry(t, ours, Config{OnStream: func(s *Stream) { streams <- s }})
 	b := newBlocks()
 	peer.Write(frames.AppendSynStream(nil, 1, 0, b.block("a", "b")))
-	s := await(t, streams, "a stream")
+	s := testutil.Receive(t, "a stream", streams)
 	sent := pattern(32 << 20)
 	written := make(chan int, 1)
 	go func() {
@@ -388,7 +377,7 @@ func TestFreezeWithAPeerThatDoesNotRead(t *testing.T) {
 		}
 		written <- n
 	}()
-	eventually(t, "a full socket", func() bool {
+	testutil.Eventually(t, "a full socket", func() bool {
 		before := s.Sent()
 		time.Sleep(20 * time.Millisecond)
 		return before > 0 && s.Sent() == before
@@ -397,14 +386,14 @@ func TestFreezeWithAPeerThatDoesNotRead(t *testing.T) {
 	for range 3 {
 		began := time.Now()
 		c.Freeze()
-		err := await(t, c.served, "Serve")
+		err := testutil.Receive(t, "Serve", c.served)
 		if err != handover.ErrFrozen {
 			t.Errorf("frozen: %v", err)
 		}
 		t.Logf("frozen after %v", time.Since(began))
 		c.served <- err
 		if written != nil {
-			if n := await(t, written, "the writer"); n != len(sent) {
+			if n := testutil.Receive(t, "the writer", written); n != len(sent) {
 				t.Fatalf("written %d bytes of %d", n, len(sent))
 			}
 			written = nil
@@ -442,11 +431,11 @@ func TestFrozenStreams(t *testing.T) {
 	b := newBlocks()
 	for id := uint32(1); id <= 7; id += 2 {
 		peer.Write(frames.AppendSynStream(nil, id, 0, b.block("a", "b")))
-		await(t, streams, "a stream")
+		testutil.Receive(t, "a stream", streams)
 	}
 	peer.Write(slices.Concat(dataFrame(1, 0, "unread"), dataFrame(3, frames.FlagFin, ""), dataFrame(7, 0, "unwanted")))
 	one, three, five, seven := c.Stream(1), c.Stream(3), c.Stream(5), c.Stream(7)
-	eventually(t, "the data", func() bool { return seven.Received() == 8 })
+	testutil.Eventually(t, "the data", func() bool { return seven.Received() == 8 })
 	taken(t, ours)
 	// A short write leaves the rest, and a reader that waits is woken.
 	r, w := io.Pipe()
@@ -466,10 +455,10 @@ func TestFrozenStreams(t *testing.T) {
 	}()
 	c.Freeze()
 	r.CloseWithError(os.ErrDeadlineExceeded) // as a pipe's writer
-	if err := await(t, writing, "WriteTo"); err != handover.ErrFrozen {
+	if err := testutil.Receive(t, "WriteTo", writing); err != handover.ErrFrozen {
 		t.Errorf("WriteTo: %v", err)
 	}
-	if err := await(t, reading, "Read"); err != handover.ErrFrozen {
+	if err := testutil.Receive(t, "Read", reading); err != handover.ErrFrozen {
 		t.Errorf("Read: %v", err)
 	}
 	if n, err := one.Read(make([]byte, 1)); n != 0 || err != handover.ErrFrozen {
@@ -520,7 +509,7 @@ func TestFrozenStreams(t *testing.T) {
 	three.CloseWrite()
 	wire := make([]byte, 1<<10)
 	var sent []byte
-	eventually(t, "FIN and RST_STREAM", func() bool {
+	testutil.Eventually(t, "FIN and RST_STREAM", func() bool {
 		peer.SetReadDeadline(time.Now().Add(testTimeout))
 		n, _ := peer.Read(wire)
 		sent = append(sent, wire[:n]...)
@@ -547,17 +536,17 @@ func TestHandOverOfEnds(t *testing.T) {
 			streams := make(chan *Stream, 1)
 			c := carry(t, ours, Config{OnStream: func(s *Stream) { streams <- s }})
 			peer.Write(frames.AppendSynStream(nil, 1, 0, newBlocks().block("a", "b")))
-			s := await(t, streams, "a stream")
+			s := testutil.Receive(t, "a stream", streams)
 			peer.Write(dataFrame(1, 0, "unread"))
-			eventually(t, "the data", func() bool { return s.Received() == 6 })
+			testutil.Eventually(t, "the data", func() bool { return s.Received() == 6 })
 			test.end(c, peer)
-			await(t, c.Done(), "the end")
+			testutil.Receive(t, "the end", c.Done())
 			err := c.Err()
 			if test.is != nil && err != test.is {
 				t.Fatalf("ended with %v", err)
 			}
 			if test.is != ErrGoAway {
-				await(t, c.served, "Serve")
+				testutil.Receive(t, "Serve", c.served)
 				c.served <- handover.ErrFrozen
 			}
 			var violation, again *ConnectionError
@@ -565,12 +554,12 @@ func TestHandOverOfEnds(t *testing.T) {
 			for range 2 {
 				c.handOver()
 				if test.is != ErrGoAway {
-					if got := await(t, c.served, "Serve"); got == nil || got.Error() != err.Error() {
+					if got := testutil.Receive(t, "Serve", c.served); got == nil || got.Error() != err.Error() {
 						t.Errorf("Serve returns %v", got)
 					}
 					c.served <- handover.ErrFrozen
 				}
-				await(t, c.Done(), "the end, once more")
+				testutil.Receive(t, "the end, once more", c.Done())
 				if c.Err().Error() != err.Error() || test.is != nil && c.Err() != test.is || isViolation != errors.As(c.Err(), &again) {
 					t.Fatalf("%v has become %v", err, c.Err())
 				}
@@ -598,43 +587,24 @@ func TestHandOverOfEnds(t *testing.T) {
 	}
 }
 
-// counted is a room that counts.
-type counted struct {
-	mu   sync.Mutex
-	held int
-}
-
-func (*counted) Full() bool { return false }
-func (c *counted) Take(n int) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.held += n
-}
-func (c *counted) Return(n int) { c.Take(-n) }
-func (c *counted) now() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.held
-}
-
 // What lies in a resumed connection counts against the limits again, and against those of the old one no more.
 func TestHandOverTakesRoom(t *testing.T) {
 	ours, peer := tcpPair(t)
 	streams := make(chan *Stream, 1)
-	before, after := &counted{}, &counted{}
+	before, after := &testutil.Room{}, &testutil.Room{}
 	c := carry(t, ours, Config{Room: before, OnStream: func(s *Stream) { streams <- s }})
 	peer.Write(frames.AppendSynStream(nil, 1, 0, newBlocks().block("a", "b")))
-	s := await(t, streams, "a stream")
+	s := testutil.Receive(t, "a stream", streams)
 	peer.Write(dataFrame(1, 0, string(pattern(100<<10))))
-	eventually(t, "the data", func() bool { return s.Received() == 100<<10 })
+	testutil.Eventually(t, "the data", func() bool { return s.Received() == 100<<10 })
 	c.config.Room = after
 	c.handOver()
-	if before.now() != 0 || after.now() < 100<<10 || c.borrowed.Load() < 36<<10 {
-		t.Errorf("room of the old one %d, of the new one %d, borrowed %d", before.now(), after.now(), c.borrowed.Load())
+	if before.Held() != 0 || after.Held() < 100<<10 || c.limits.Borrowed() < 36<<10 {
+		t.Errorf("room of the old one %d, of the new one %d, borrowed %d", before.Held(), after.Held(), c.limits.Borrowed())
 	}
 	c.Stream(1).CloseRead()
-	if after.now() != 0 || c.borrowed.Load() != 0 {
-		t.Errorf("room after all is gone: %d, borrowed %d", after.now(), c.borrowed.Load())
+	if after.Held() != 0 || c.limits.Borrowed() != 0 {
+		t.Errorf("room after all is gone: %d, borrowed %d", after.Held(), c.limits.Borrowed())
 	}
 	c.end()
 }
@@ -644,7 +614,7 @@ func fields(t *testing.T, s State, f func(name string, without State)) {
 	t.Helper()
 	of := reflect.TypeFor[State]()
 	for i := range of.NumField() {
-		without := reread(t, s)
+		without := testutil.Reread(t, s)
 		if field := reflect.ValueOf(&without).Elem().Field(i); !field.IsZero() {
 			field.SetZero()
 			f(of.Field(i).Name, without)
@@ -653,7 +623,7 @@ func fields(t *testing.T, s State, f func(name string, without State)) {
 	of = reflect.TypeFor[StreamState]()
 	for i := range of.NumField() {
 		for j := range s.Streams {
-			without := reread(t, s)
+			without := testutil.Reread(t, s)
 			if field := reflect.ValueOf(&without.Streams[j]).Elem().Field(i); !field.IsZero() {
 				field.SetZero()
 				f("StreamState."+of.Field(i).Name, without)
@@ -851,7 +821,7 @@ func TestEachFieldOfAState(t *testing.T) {
 		run := func(s State) error {
 			ours, peer := tcpPair(t)
 			defer ours.Close()
-			c, err := Resume(ours, reread(t, s), Config{OnStream: func(*Stream) {}})
+			c, err := Resume(ours, testutil.Reread(t, s), Config{OnStream: func(*Stream) {}})
 			if err != nil {
 				peer.Close()
 				return err

@@ -11,6 +11,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
@@ -52,31 +53,9 @@ func serve(t testing.TB, c *Conn) *Conn {
 	}()
 	t.Cleanup(func() {
 		c.Close()
-		await(t, ended, "the end of Serve")
+		testutil.Receive(t, "the end of Serve", ended)
 	})
 	return c
-}
-
-// await fails the test when the channel does not get ready.
-func await[T any](t testing.TB, ch <-chan T, what string) T {
-	t.Helper()
-	select {
-	case v := <-ch:
-		return v
-	case <-time.After(testTimeout):
-		t.Fatalf("timed out waiting for %s", what)
-		panic("unreachable")
-	}
-}
-
-// eventually polls for a state that has no event of its own.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(testTimeout); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("timed out waiting for %s", what)
-		}
-	}
 }
 
 // goDo runs f in a goroutine that the test waits for.
@@ -87,7 +66,7 @@ func goDo(t testing.TB, f func()) {
 	t.Cleanup(func() {
 		done := make(chan struct{})
 		go func() { wg.Wait(); close(done) }()
-		await(t, done, "a goroutine of the test")
+		testutil.Receive(t, "a goroutine of the test", done)
 	})
 }
 

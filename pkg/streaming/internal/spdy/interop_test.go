@@ -47,7 +47,7 @@ func mobyConn(t testing.TB, conn net.Conn, server bool, handler spdystream.Strea
 	go func() { defer close(ended); c.Serve(handler) }()
 	t.Cleanup(func() {
 		conn.Close()
-		await(t, ended, "the end of spdystream")
+		testutil.Receive(t, "the end of spdystream", ended)
 	})
 	return c
 }
@@ -109,7 +109,7 @@ func TestInteropServerReadsHeaders(t *testing.T) {
 		{},
 	} {
 		mobyOpen(t, client, want)
-		h := await(t, got, "the stream")
+		h := testutil.Receive(t, "the stream", got)
 		if len(h) != len(want) {
 			t.Errorf("got %v, want %v", h, want)
 		}
@@ -125,7 +125,7 @@ func TestInteropServerHalfClose(t *testing.T) {
 	streams := make(chan *Stream, 1)
 	client, _ := mobyClient(t, Config{OnStream: func(s *Stream) { streams <- s }})
 	theirs := mobyOpen(t, client, headers("streamtype", "data"))
-	ours := await(t, streams, "the stream")
+	ours := testutil.Receive(t, "the stream", streams)
 
 	// The peer finishes first: what is answered afterwards still arrives.
 	theirs.Write([]byte("question"))
@@ -142,7 +142,7 @@ func TestInteropServerHalfClose(t *testing.T) {
 	if got, err := io.ReadAll(theirs); err != nil || string(got) != "late answer" {
 		t.Fatalf("got %q, %v", got, err)
 	}
-	await(t, ours.Done(), "the end of the stream")
+	testutil.Receive(t, "the end of the stream", ours.Done())
 	if _, err := ours.Write([]byte("x")); !errors.Is(err, ErrWriteClosed) {
 		t.Errorf("write after FIN: %v", err)
 	}
@@ -166,7 +166,7 @@ func TestInteropServerManyStreams(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	eventually(t, "all streams to be forgotten", func() bool { return streamCount(ours) == 0 })
+	testutil.Eventually(t, "all streams to be forgotten", func() bool { return streamCount(ours) == 0 })
 }
 
 func streamCount(c *Conn) int {
@@ -212,7 +212,7 @@ func TestInteropResets(t *testing.T) {
 	client, _ := mobyClient(t, Config{OnStream: func(s *Stream) { streams <- s }})
 
 	theirs := mobyOpen(t, client, http.Header{})
-	ours := await(t, streams, "the stream")
+	ours := testutil.Receive(t, "the stream", streams)
 	theirs.Write([]byte("before"))
 	theirs.Reset()
 	got, err := io.ReadAll(ours)
@@ -220,13 +220,13 @@ func TestInteropResets(t *testing.T) {
 	if string(got) != "before" || !errors.As(err, &reset) || !reset.Remote || reset.Status != ResetCancel {
 		t.Errorf("peer's reset: read %q, %v", got, err)
 	}
-	await(t, ours.Done(), "the end of the stream")
+	testutil.Receive(t, "the end of the stream", ours.Done())
 	if _, err := ours.Write([]byte("x")); !errors.As(err, &reset) {
 		t.Errorf("write after the peer's reset: %v", err)
 	}
 
 	theirs = mobyOpen(t, client, http.Header{})
-	ours = await(t, streams, "the stream")
+	ours = testutil.Receive(t, "the stream", streams)
 	ours.Reset()
 	if _, err := io.ReadAll(theirs); err != nil {
 		t.Error(err)
@@ -258,7 +258,7 @@ func TestInteropPings(t *testing.T) {
 	if err := ours.Ping(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the answer to our PING", func() bool { return ours.LastReceived().After(received) })
+	testutil.Eventually(t, "the answer to our PING", func() bool { return ours.LastReceived().After(received) })
 }
 
 // TestInteropProbeIsHarmless sends what a blocked connection sends, many times.
@@ -284,10 +284,10 @@ func TestInteropGoAwayIsTheEnd(t *testing.T) {
 	streams := make(chan *Stream, 1)
 	client, ours := mobyClient(t, Config{OnStream: func(s *Stream) { streams <- s }})
 	theirs := mobyOpen(t, client, http.Header{})
-	s := await(t, streams, "the stream")
+	s := testutil.Receive(t, "the stream", streams)
 	theirs.Write([]byte("last words"))
 	client.Close()
-	await(t, ours.Done(), "the end")
+	testutil.Receive(t, "the end", ours.Done())
 	if !errors.Is(ours.Err(), ErrGoAway) {
 		t.Errorf("got %v", ours.Err())
 	}
@@ -350,7 +350,7 @@ func TestInteropClientEcho(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	eventually(t, "all streams to be forgotten", func() bool { return streamCount(client) == 0 })
+	testutil.Eventually(t, "all streams to be forgotten", func() bool { return streamCount(client) == 0 })
 }
 
 func TestInteropClientHeaders(t *testing.T) {
@@ -367,7 +367,7 @@ func TestInteropClientHeaders(t *testing.T) {
 		if _, err := client.OpenStream(want); err != nil {
 			t.Fatal(err)
 		}
-		h := await(t, got, "the stream")
+		h := testutil.Receive(t, "the stream", got)
 		if len(h) != len(want) {
 			t.Errorf("got %v, want %v", h, want)
 		}
@@ -419,8 +419,8 @@ func TestInteropServerGoesAway(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { ended <- client.Serve(context.Background()) }()
 	server.Close()
-	await(t, client.Done(), "the end")
-	await(t, ended, "the end of Serve")
+	testutil.Receive(t, "the end", client.Done())
+	testutil.Receive(t, "the end of Serve", ended)
 	if err := client.Err(); !errors.Is(err, ErrGoAway) {
 		t.Errorf("got %v", err)
 	}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/internal/testutil"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/control"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
@@ -134,7 +135,7 @@ func TestProtocolViolations(t *testing.T) {
 				}
 				break
 			}
-			await(t, ours.Done(), "the end")
+			testutil.Receive(t, "the end", ours.Done())
 			var fault *ConnectionError
 			if !errors.As(ours.Err(), &fault) {
 				t.Errorf("got %v", ours.Err())
@@ -202,7 +203,7 @@ func TestUnidirectionalStream(t *testing.T) {
 	peer, ours := newRawPeer(t, Config{OnStream: func(s *Stream) { streams <- s }})
 	peer.send(frames.AppendSynStream(nil, 1, frames.FlagUnidirectional, frames.AppendHeaderBlock(nil, true, nil)))
 	peer.data(1, frames.FlagFin, []byte("one way"))
-	s := await(t, streams, "the stream")
+	s := testutil.Receive(t, "the stream", streams)
 	if _, err := s.Write([]byte("x")); !errors.Is(err, ErrWriteClosed) {
 		t.Errorf("write: %v", err)
 	}
@@ -213,8 +214,8 @@ func TestUnidirectionalStream(t *testing.T) {
 	peer.expect(frames.TypePing, 1) // and no SYN_REPLY before it
 
 	peer.send(frames.AppendSynStream(nil, 3, frames.FlagUnidirectional|frames.FlagFin, frames.EmptyHeaderBlock))
-	await(t, await(t, streams, "the stream").Done(), "the end of the stream")
-	eventually(t, "the streams to be forgotten", func() bool { return streamCount(ours) == 0 })
+	testutil.Receive(t, "the end of the stream", testutil.Receive(t, "the stream", streams).Done())
+	testutil.Eventually(t, "the streams to be forgotten", func() bool { return streamCount(ours) == 0 })
 }
 
 // TestReplyComesBeforeData has OnStream start a writer that may be faster than the read loop.
@@ -246,7 +247,7 @@ func TestOpenAndDrop(t *testing.T) {
 			b = frames.AppendRstStream(b, id, ResetCancel)
 		}
 		peer.send(b)
-		eventually(t, "the streams to go", func() bool {
+		testutil.Eventually(t, "the streams to go", func() bool {
 			return ours.read.lastPeerStream.Load() == from+2*n-2 && streamCount(ours) == 0
 		})
 	}
@@ -254,13 +255,13 @@ func TestOpenAndDrop(t *testing.T) {
 	goroutines := runtime.NumGoroutine()
 	collect(&before)
 	open(201, 10_000)
-	eventually(t, "the goroutines to go", func() bool { return runtime.NumGoroutine() <= goroutines })
+	testutil.Eventually(t, "the goroutines to go", func() bool { return runtime.NumGoroutine() <= goroutines })
 	collect(&after)
 	if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc); grown > 4<<20 { // ten thousand streams are more than 10 MB
 		t.Errorf("10000 streams left %d bytes", grown)
 	}
-	if ours.borrowed.Load() != 0 {
-		t.Errorf("%d bytes still borrowed", ours.borrowed.Load())
+	if ours.limits.Borrowed() != 0 {
+		t.Errorf("%d bytes still borrowed", ours.limits.Borrowed())
 	}
 }
 
@@ -272,12 +273,12 @@ func TestPingFlood(t *testing.T) {
 	for range 50 {
 		peer.send(flood)
 	}
-	if n := ours.out.queued.Load(); n > maxMustSend+100 {
+	if n := ours.out.control.Waiting(); n > control.MaxMustSend+100 {
 		t.Errorf("%d bytes queued", n)
 	}
 	peer.SetLinger(0)
 	peer.Close()
-	await(t, ours.Done(), "the end")
+	testutil.Receive(t, "the end", ours.Done())
 }
 
 // TestOpenFloodWithoutReading ends a connection whose peer provokes answers and does not read them,
@@ -310,12 +311,12 @@ func TestOpenFloodWithoutReading(t *testing.T) {
 					}
 				}
 			}()
-			await(t, ours.Done(), "the end")
+			testutil.Receive(t, "the end", ours.Done())
 			var fault *ConnectionError
 			if !errors.As(ours.Err(), &fault) || !strings.Contains(fault.Reason, "does not read") {
 				t.Errorf("got %v", ours.Err())
 			}
-			if n := ours.out.queued.Load(); n > 2*maxMustSend {
+			if n := ours.out.control.Waiting(); n > 2*control.MaxMustSend {
 				t.Errorf("%d bytes queued", n)
 			}
 			peer.Close()
@@ -330,7 +331,7 @@ func TestServeEndsWithContext(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { ended <- c.Serve(ctx) }()
 	cancel(os.ErrProcessDone)
-	if err := await(t, ended, "the end of Serve"); !errors.Is(err, os.ErrProcessDone) {
+	if err := testutil.Receive(t, "the end of Serve", ended); !errors.Is(err, os.ErrProcessDone) {
 		t.Errorf("got %v", err)
 	}
 	c.Close()
@@ -365,32 +366,32 @@ func TestAfterReset(t *testing.T) {
 	called := make(chan uint32, 8)
 	next := func(id uint32) *Stream {
 		peer.open(id, "a", "b")
-		s := await(t, streams, "the stream")
+		s := testutil.Receive(t, "the stream", streams)
 		s.AfterReset(func() { called <- id })
 		return s
 	}
 	finished := next(1)
 	peer.data(1, frames.FlagFin, nil)
 	finished.CloseWrite()
-	await(t, finished.Done(), "the end by FIN")
+	testutil.Receive(t, "the end by FIN", finished.Done())
 	next(3).Reset()
-	if id := await(t, called, "the call for our reset"); id != 3 {
+	if id := testutil.Receive(t, "the call for our reset", called); id != 3 {
 		t.Errorf("called for stream %d", id)
 	}
 	next(5)
 	peer.send(frames.AppendRstStream(nil, 5, ResetCancel))
-	if id := await(t, called, "the call for the peer's reset"); id != 5 {
+	if id := testutil.Receive(t, "the call for the peer's reset", called); id != 5 {
 		t.Errorf("called for stream %d", id)
 	}
 	next(7)
 	late := next(9)
 	peer.Close()
-	await(t, ours.Done(), "the end of the connection")
+	testutil.Receive(t, "the end of the connection", ours.Done())
 	for range 2 {
-		await(t, called, "the calls for the connection's end")
+		testutil.Receive(t, "the calls for the connection's end", called)
 	}
 	late.AfterReset(func() { called <- 11 })
-	if id := await(t, called, "the call for what has happened already"); id != 11 {
+	if id := testutil.Receive(t, "the call for what has happened already", called); id != 11 {
 		t.Errorf("called for stream %d", id)
 	}
 }

@@ -11,13 +11,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/buffer"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/control"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/direct"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
-
-// plainReadSize is the read buffer of a connection that is no plain socket, such as TLS, where a
-// buffer has to be held while nothing comes. TLS keeps a record of 16 KiB itself, so a small buffer
-// costs no system calls.
-const plainReadSize = 4 << 10
 
 // reader is the read loop's state. Except for lastPeerStream it is owned by the goroutine of Serve.
 type reader struct {
@@ -25,11 +23,8 @@ type reader struct {
 
 	lastPeerStream atomic.Uint32 // the highest stream id that the peer has used
 
-	partial []byte  // bytes of an incomplete frame, while no buffer is held
-	buf     *buffer // pooled; nil while there is nothing to read
-	end     int     // bytes in buf.data
-	plain   []byte  // instead of buf where the connection is no plain socket
-	now     int64   // Unix nanoseconds of the last read
+	in  buffer.Input
+	now int64 // Unix nanoseconds of the last read
 
 	// The data frame whose payload comes next.
 	stream    *Stream // nil: the payload is dropped
@@ -38,53 +33,41 @@ type reader struct {
 
 	gather   bool // payload goes to gathered, see gather.go
 	gathered *Stream
-	pieces   [][]byte // in buf, of gathered
-	room     room
-
-	tryRead func(fd uintptr) bool // (*reader).readSocket, made once
-	n       int                   // its result
-	err     error
+	pieces   [][]byte      // in buf, of gathered
+	room     direct.Waiter // for the pipe or connection that gathered goes to
 }
 
 func (r *reader) init(c *Conn, buffered []byte) {
 	r.c = c
-	r.partial = append(r.partial, buffered...)
-	r.tryRead = r.readSocket
+	r.in.Init(c.conn, c.socket, buffered)
 }
 
 // readFrames is the read loop.
 func (c *Conn) readFrames() error {
 	r := &c.read
-	defer r.drop()
-	defer r.room.close()
+	defer r.in.Release()
+	defer r.room.Close()
 	r.now = time.Now().UnixNano()
-	rest, err := r.parse(r.partial)
+	rest, err := r.parse(r.in.Rest())
 	if err == nil {
 		err = r.flushGathered()
 	}
-	r.partial = append([]byte(nil), rest...)
+	r.in.Park(rest)
 	for err == nil && !c.frozen.Load() {
 		c.out.flush()
 		err = r.fill()
 	}
 	if c.frozen.Load() && (err == nil || c.stopped(err)) {
-		r.park()
+		r.in.ParkKept()
 		return handover.ErrFrozen
 	}
 	return err
 }
 
-// park keeps what was read and not understood yet, for the state.
-func (r *reader) park() {
-	if r.buf != nil {
-		r.partial = append([]byte(nil), r.buf.data[:r.end]...)
-	}
-	r.drop()
-}
-
 // fill reads once and handles the frames that have become complete.
 func (r *reader) fill() error {
-	p, err := r.read()
+	// Not more than a little of control frames is to be read at once: their answers take room in a queue.
+	p, err := r.in.Read(r.gather)
 	if err == nil && len(p) == 0 {
 		err = io.EOF
 	}
@@ -110,94 +93,11 @@ func (r *reader) fill() error {
 		return err
 	}
 	if r.c.frozen.Load() {
-		r.partial = append([]byte(nil), rest...)
-		r.drop()
+		r.in.Park(rest)
 		return nil
 	}
-	r.keep(rest)
+	r.in.Keep(rest, r.gather)
 	return nil
-}
-
-// read returns what is there, behind what keep has kept. The bytes are valid until keep.
-func (r *reader) read() ([]byte, error) {
-	if r.c.socket == nil {
-		return r.readPlain()
-	}
-	if err := r.c.socket.Read(r.tryRead); err != nil {
-		return nil, err
-	}
-	if r.err != nil || r.n == 0 {
-		return nil, r.err
-	}
-	r.end += r.n
-	return r.buf.data[:r.end], nil
-}
-
-// readSocket is one attempt to read. A buffer is taken for the attempt and given back when there is
-// nothing: a connection that waits holds none.
-func (r *reader) readSocket(fd uintptr) bool {
-	if r.buf == nil {
-		r.buf = newBuffer(r.class())
-		r.end = copy(r.buf.data, r.partial)
-		r.partial = nil
-	}
-	r.n, r.err = readFD(fd, r.buf.data[r.end:])
-	if r.err == unix.EAGAIN {
-		if r.end > 0 {
-			r.partial = append([]byte(nil), r.buf.data[:r.end]...)
-		}
-		r.drop()
-		return false
-	}
-	return true
-}
-
-// class is that of the buffer to read into. Not more than a little of control frames is to be read at once:
-// their answers take room in a queue.
-func (r *reader) class() int {
-	if r.gather {
-		return largestClass
-	}
-	return receiveClass
-}
-
-func (r *reader) readPlain() ([]byte, error) {
-	if r.plain == nil {
-		r.plain = make([]byte, plainReadSize)
-	}
-	n, err := r.c.conn.Read(r.plain)
-	if n == 0 {
-		return nil, err // an error that comes with bytes comes again
-	}
-	if len(r.partial) == 0 {
-		return r.plain[:n], nil
-	}
-	r.partial = append(r.partial, r.plain[:n]...)
-	return r.partial, nil
-}
-
-// keep stores the incomplete frame at the end of what was read until more comes.
-func (r *reader) keep(rest []byte) {
-	if r.buf != nil {
-		if old := r.buf; old.class != r.class() {
-			r.buf = newBuffer(r.class())
-			defer old.free()
-		}
-		r.end = copy(r.buf.data, rest)
-		return
-	}
-	if len(rest) == 0 {
-		r.partial = nil
-		return
-	}
-	r.partial = append(r.partial[:0], rest...)
-}
-
-func (r *reader) drop() {
-	if r.buf != nil {
-		r.buf.free()
-		r.buf, r.end = nil, 0
-	}
 }
 
 // parse handles the frames in p and returns the incomplete one at its end. Payload of data frames
@@ -238,8 +138,8 @@ func (r *reader) parse(p []byte) ([]byte, error) {
 		if h.Version != frames.ProtocolVersion {
 			return nil, frames.ProtocolErrorf("control frame of SPDY version %d", h.Version)
 		}
-		if h.Length > r.c.cfg.MaxControlFrame {
-			return nil, frames.ProtocolErrorf("control frame of %d bytes, limit %d", h.Length, r.c.cfg.MaxControlFrame)
+		if h.Length > maxControlFrame {
+			return nil, frames.ProtocolErrorf("control frame of %d bytes, limit %d", h.Length, maxControlFrame)
 		}
 		if len(p) < frames.HeaderLen+h.Length {
 			return p, nil
@@ -249,7 +149,7 @@ func (r *reader) parse(p []byte) ([]byte, error) {
 		}
 		p = p[frames.HeaderLen+h.Length:]
 		// One buffer may hold more frames than their answers may take in the queue.
-		if r.c.out.answers() > maxBestEffort {
+		if r.c.out.control.Answers() > control.MaxBestEffort {
 			r.c.out.flush()
 		}
 	}
@@ -264,9 +164,7 @@ func (r *reader) startData(h frames.Header) error {
 	switch {
 	case s == nil && !r.wasOpened(h.StreamID):
 		// The draft wants a stream error and lets the connection live (2.2.2).
-		r.c.out.enqueue(bestEffort, func(b []byte) []byte { //nolint:errcheck // a connection that cannot be written to is noticed by its reader
-			return frames.AppendRstStream(b, h.StreamID, ResetInvalidStream)
-		})
+		r.c.out.control.Reset(control.BestEffort, h.StreamID, ResetInvalidStream) //nolint:errcheck // a connection that cannot be written to is noticed by its reader
 	case s != nil && h.Length > 0 && s.InputEnded():
 		s.reset(ResetStreamAlreadyClosed, "data after FIN") //nolint:errcheck // as above
 		s = nil
@@ -296,9 +194,7 @@ func (r *reader) wasOpened(id uint32) bool {
 	if r.c.peerOpens(id) {
 		return id <= r.lastPeerStream.Load()
 	}
-	r.c.mu.Lock()
-	defer r.c.mu.Unlock()
-	return id < r.c.openNext
+	return r.c.out.control.Opened(id)
 }
 
 // deliver hands payload to the stream of the frame, and waits if the stream has no room.
@@ -362,7 +258,7 @@ func (r *reader) handleControl(h frames.Header, payload []byte) error {
 		}
 		// Pings of the peer have the parity of its streams; the others answer ours (2.6.5).
 		if c.peerOpens(id) {
-			c.out.enqueue(bestEffort, func(b []byte) []byte { return frames.AppendPing(b, id) }) //nolint:errcheck // as above
+			c.out.control.Add(control.BestEffort, func(b []byte) []byte { return frames.AppendPing(b, id) }) //nolint:errcheck // as above
 		} else {
 			c.pingAnswered(id)
 		}
@@ -420,32 +316,22 @@ func (r *reader) handleSynStream(flags byte, payload []byte) error {
 	}
 	c.cfg.OnStream(s)
 	s.settle() // it may have come complete: one way, and without data
-	if err := c.out.overflow(); err != nil {
+	if err := c.out.control.Overflow(); err != nil {
 		return err // a stream that OnStream resets is forgotten at once: MaxStreams does not bound these answers
 	}
-	return s.accept()
+	return s.Accept()
 }
 
-// readHeaders reads a header block if streams are accepted at all. Once they are not, there will
-// never be a block to understand, and the inflater may fall behind.
+// readHeaders reads a header block if streams are accepted at all.
 func (r *reader) readHeaders(block []byte) (header http.Header, refused bool, err error) {
-	c := r.c
-	c.headersMu.Lock()
-	defer c.headersMu.Unlock()
-	if c.cfg.OnStream == nil || c.refusing.Load() {
+	if r.c.cfg.OnStream == nil {
 		return nil, true, nil
 	}
-	if c.headers == nil {
-		c.headers = frames.TakeHeaderReader()
-	}
-	header, err = c.headers.Read(block, frames.HeaderLimits{
-		Count: c.cfg.MaxHeaders, Field: c.cfg.MaxHeaderField, Total: c.cfg.MaxHeaderBytes,
-	})
-	return header, false, err
+	return r.c.headers.Read(block)
 }
 
 func (r *reader) refuse(id uint32, status ResetStatus) error {
-	return r.c.out.enqueue(mustSend, func(b []byte) []byte { return frames.AppendRstStream(b, id, status) })
+	return r.c.out.control.Reset(control.MustSend, id, status)
 }
 
 // handleReplyOrHeaders reads SYN_REPLY and HEADERS for the sake of the inflater and of FIN: the

@@ -9,14 +9,13 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/rescue"
-	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/buffer"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/control"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/direct"
 )
 
 // blockedPiece is how much WriteTo writes at once while the read loop waits for room, so that a slow
@@ -35,9 +34,8 @@ type Stream struct {
 	moved          atomic.Int64 // Unix nanoseconds: when data was last taken, or began to wait
 
 	mu         sync.Mutex
-	arrived    sync.Cond     // something to read, or the end
-	head, tail *buffer       // received and not read
-	buffered   int           // the sizes of these buffers
+	arrived    sync.Cond // something to read, or the end
+	unread     buffer.Queue
 	readErr    error         // what follows the data: io.EOF after FIN, a *ResetError, or the connection's end
 	readClosed bool          // CloseRead was called
 	dropped    bool          // a reset or our Close has thrown the data away
@@ -48,15 +46,15 @@ type Stream struct {
 	accepted   chan struct{} // closed with the peer's SYN_REPLY; nil where the peer opened the stream
 	afterReset func()        // see AfterReset; nil once called
 
-	direct   *direct       // where WriteTo, which waits for data, would write it
-	writesTo *direct       // the same, also while WriteTo is busy
-	caughtUp chan struct{} // closed when WriteTo waits for data again; nil unless the read loop waits for that
-	hurried  bool          // the read loop has waited for that in vain, and WriteTo has taken nothing since
-	directed int64         // bytes that put has written there
+	direct   *direct.Writer // where WriteTo, which waits for data, would write it
+	writesTo *direct.Writer // the same, also while WriteTo is busy
+	caughtUp chan struct{}  // closed when WriteTo waits for data again; nil unless the read loop waits for that
+	slow     bool           // the wait for that has timed out, and WriteTo has taken nothing since
+	directed int64          // bytes that the read loop has written there
 }
 
 func newStream(c *Conn, id uint32, header http.Header) *Stream {
-	s := &Stream{conn: c, id: id, header: header, done: make(chan struct{})}
+	s := &Stream{conn: c, id: id, header: header, done: make(chan struct{}), unread: buffer.NewQueue(&c.limits)}
 	s.arrived.L = &s.mu
 	s.moved.Store(time.Now().UnixNano())
 	return s
@@ -116,13 +114,8 @@ func (s *Stream) Read(p []byte) (int, error) {
 		s.mu.Unlock()
 		return 0, err
 	}
-	b := s.head
-	n := copy(p, b.payload())
-	b.start += n
-	if b.start == b.end {
-		s.detachLocked()
-		b.free()
-	}
+	n := s.unread.Read(p)
+	s.settleLocked()
 	s.mu.Unlock()
 	s.madeRoom()
 	return n, nil
@@ -136,10 +129,9 @@ func (s *Stream) Read(p []byte) (int, error) {
 // written by the goroutine of Conn.Serve, while
 // WriteTo itself has nothing to write; nobody else may write to it until WriteTo returns.
 func (s *Stream) WriteTo(w io.Writer) (written int64, err error) {
-	to, relay := w.(*Stream)
-	direct := directTo(w)
+	directly := direct.To(w)
 	s.mu.Lock()
-	s.writesTo = direct
+	s.writesTo = directly
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
@@ -149,12 +141,12 @@ func (s *Stream) WriteTo(w io.Writer) (written int64, err error) {
 		s.mu.Unlock()
 	}()
 	for {
-		b, err := s.take(direct)
-		if direct != nil && direct.err != nil && (err == nil || err == handover.ErrFrozen) {
+		b, err := s.take(directly)
+		if directly != nil && directly.Err() != nil && (err == nil || err == handover.ErrFrozen) {
 			if err == nil {
-				b.free()
+				b.Free()
 			}
-			err = direct.err
+			err = directly.Err()
 		}
 		if err == io.EOF {
 			return written, nil
@@ -162,18 +154,13 @@ func (s *Stream) WriteTo(w io.Writer) (written int64, err error) {
 		if err != nil {
 			return written, err
 		}
-		var n int
-		if relay {
-			n, err = to.send(b, false, false)
-		} else {
-			n, err = s.writeBuffer(w, b)
-		}
+		n, err := s.writeBuffer(w, b)
 		written += int64(n)
 		if err != nil && (s.conn.frozen.Load() || errors.Is(err, handover.ErrFrozen)) {
 			s.putBack(b)
 			return written, frozenError(err)
 		}
-		b.free()
+		b.Free()
 		if err != nil {
 			return written, err
 		}
@@ -188,14 +175,14 @@ func frozenError(err error) error {
 	return err
 }
 
-func (s *Stream) writeBuffer(w io.Writer, b *buffer) (written int, err error) {
-	for b.start < b.end {
-		p := b.payload()
-		if len(p) > blockedPiece && s.conn.block.blocked.Load() {
+func (s *Stream) writeBuffer(w io.Writer, b *buffer.Buffer) (written int, err error) {
+	for b.Len() > 0 {
+		p := b.Payload()
+		if len(p) > blockedPiece && s.conn.block.waiter.Waiting() {
 			p = p[:blockedPiece]
 		}
 		n, err := w.Write(p)
-		b.start += n
+		b.Advance(n)
 		written += n
 		if err == nil && n < len(p) {
 			err = io.ErrShortWrite
@@ -210,10 +197,10 @@ func (s *Stream) writeBuffer(w io.Writer, b *buffer) (written int, err error) {
 
 // take waits for data and takes the oldest buffer of it out of the stream. Data that comes while it
 // waits is written directly as far as possible.
-func (s *Stream) take(direct *direct) (*buffer, error) {
+func (s *Stream) take(directly *direct.Writer) (*buffer.Buffer, error) {
 	s.mu.Lock()
-	s.direct, s.hurried = direct, false
-	if s.head == nil && s.caughtUp != nil {
+	s.direct, s.slow = directly, false
+	if s.unread.Empty() && s.caughtUp != nil {
 		close(s.caughtUp)
 		s.caughtUp = nil
 	}
@@ -223,7 +210,8 @@ func (s *Stream) take(direct *direct) (*buffer, error) {
 		s.mu.Unlock()
 		return nil, err
 	}
-	b := s.detachLocked()
+	b := s.unread.Take()
+	s.settleLocked()
 	s.mu.Unlock()
 	s.madeRoom()
 	return b, nil
@@ -231,13 +219,13 @@ func (s *Stream) take(direct *direct) (*buffer, error) {
 
 // awaitLocked waits until there is data, and returns the stream's end if there will be none.
 func (s *Stream) awaitLocked() error {
-	for s.head == nil && s.readErr == nil && !s.readClosed && !s.conn.frozen.Load() {
+	for s.unread.Empty() && s.readErr == nil && !s.readClosed && !s.conn.frozen.Load() {
 		s.arrived.Wait()
 	}
 	switch {
 	case s.readClosed:
 		return ErrReadClosed
-	case s.head == nil && s.readErr != nil:
+	case s.unread.Empty() && s.readErr != nil:
 		return s.readErr
 	case s.conn.frozen.Load():
 		return handover.ErrFrozen
@@ -245,31 +233,20 @@ func (s *Stream) awaitLocked() error {
 	return nil
 }
 
-func (s *Stream) detachLocked() *buffer {
-	b := s.head
-	s.head = b.next
-	b.next = nil
-	if s.head == nil {
-		s.tail = nil
-	}
-	s.returnRoomLocked(b.size())
-	s.settleLocked()
-	return b
-}
-
 func (s *Stream) dropLocked() {
 	s.dropped = true
-	for s.head != nil {
-		s.detachLocked().free()
+	if !s.unread.Empty() {
+		s.unread.Drop()
+		s.settleLocked()
 	}
 }
 
 func (s *Stream) madeRoom() {
 	s.moved.Store(time.Now().UnixNano())
-	s.conn.block.kick()
+	s.conn.block.waiter.Wake()
 }
 
-// put stores as much of p as there is room for. A stream that wants no more data swallows it.
+// put stores as much of p as there is room for, and returns how much. A stream that wants no more data discards it.
 func (s *Stream) put(p []byte) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -278,37 +255,23 @@ func (s *Stream) put(p []byte) int {
 		return len(p)
 	}
 	stored := 0
-	if s.direct != nil && s.head == nil {
-		stored = s.direct.write(p)
-		s.directed += int64(stored)
-		s.moved.Store(time.Now().UnixNano())
+	if s.direct != nil && s.unread.Empty() {
+		stored = s.direct.Write(p)
+		s.noteDirectLocked(stored)
 		if stored == len(p) {
-			s.received.Add(int64(stored))
 			return stored
 		}
 	}
-	for stored < len(p) {
-		if s.tail == nil || len(s.tail.spare()) == 0 {
-			class := classFor(len(p)-stored, receiveClass)
-			if s.tail != nil {
-				// Nobody is keeping up: fewer, larger buffers.
-				class = max(class, min(s.tail.class+1, receiveClass))
-			}
-			if !s.takeRoomLocked(bufferSizes[class]) {
-				break
-			}
-			s.appendLocked(newBuffer(class))
-		}
-		n := copy(s.tail.spare(), p[stored:])
-		s.tail.end += n
-		stored += n
+	if s.unread.Empty() {
+		s.moved.Store(time.Now().UnixNano())
 	}
-	s.received.Add(int64(stored))
+	n := s.unread.Append(p[stored:])
+	s.received.Add(int64(n))
 	s.arrived.Signal()
-	return stored
+	return stored + n
 }
 
-// noteDirectLocked counts what was written or moved directly.
+// noteDirectLocked counts what the read loop has written itself.
 func (s *Stream) noteDirectLocked(n int) {
 	if n > 0 {
 		s.directed += int64(n)
@@ -317,61 +280,17 @@ func (s *Stream) noteDirectLocked(n int) {
 	}
 }
 
-func (s *Stream) appendLocked(b *buffer) {
-	if s.tail == nil {
-		s.head = b
-		s.moved.Store(time.Now().UnixNano())
-	} else {
-		s.tail.next = b
-	}
-	s.tail = b
-}
-
-// takeRoomLocked counts n more bytes against the stream's own room and, past that, against the
-// connection's. A stream that holds nothing always gets its first buffer.
-func (s *Stream) takeRoomLocked(n int) bool {
-	if s.buffered > 0 && s.conn.cfg.Room.Full() {
-		return false
-	}
-	own := s.conn.cfg.StreamBuffer
-	borrow := int64(max(0, s.buffered+n-own) - max(0, s.buffered-own))
-	if borrow > 0 && s.conn.borrowed.Add(borrow) > int64(s.conn.cfg.ConnBuffer) && s.buffered > 0 {
-		s.conn.borrowed.Add(-borrow)
-		return false
-	}
-	s.buffered += n
-	s.conn.cfg.Room.Take(n)
-	return true
-}
-
-func (s *Stream) returnRoomLocked(n int) {
-	own := s.conn.cfg.StreamBuffer
-	if lent := max(0, s.buffered-own) - max(0, s.buffered-n-own); lent > 0 {
-		s.conn.borrowed.Add(-int64(lent))
-	}
-	s.buffered -= n
-	s.conn.cfg.Room.Return(n)
-}
-
 // hasRoom says whether put would store something.
 func (s *Stream) hasRoom() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.readErr != nil || s.readClosed || s.buffered == 0 {
-		return true
-	}
-	n := bufferSizes[receiveClass]
-	if !s.takeRoomLocked(n) {
-		return false
-	}
-	s.returnRoomLocked(n)
-	return true
+	return s.readErr != nil || s.readClosed || s.unread.HasRoom()
 }
 
 func (s *Stream) held() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.buffered
+	return s.unread.Held()
 }
 
 func (s *Stream) lastMoved() time.Time { return time.Unix(0, s.moved.Load()) }
@@ -384,10 +303,10 @@ func (s *Stream) Write(p []byte) (int, error) {
 	defer s.conn.out.senders.Add(-1)
 	written := 0
 	for written < len(p) {
-		b := newBuffer(classFor(len(p)-written, largestClass))
-		b.end += copy(b.spare(), p[written:])
+		b := buffer.New(len(p) - written)
+		b.Append(p[written:])
 		n, err := s.conn.out.send(s, b, false, written > 0)
-		b.free()
+		b.Free()
 		written += n
 		if err != nil {
 			return written, err
@@ -396,7 +315,7 @@ func (s *Stream) Write(p []byte) (int, error) {
 	return written, nil
 }
 
-func (s *Stream) send(b *buffer, fin, committed bool) (int, error) {
+func (s *Stream) send(b *buffer.Buffer, fin, committed bool) (int, error) {
 	s.conn.out.senders.Add(1)
 	defer s.conn.out.senders.Add(-1)
 	return s.conn.out.send(s, b, fin, committed)
@@ -408,19 +327,16 @@ func (s *Stream) send(b *buffer, fin, committed bool) (int, error) {
 // own. ReadFrom ends with r or when a write fails: to end it earlier, close r. When the connection is frozen it ends with
 // handover.ErrFrozen, but not before a read of r has returned: r's deadline ends it.
 func (s *Stream) ReadFrom(r io.Reader) (int64, error) {
-	if from, ok := r.(*Stream); ok {
-		return from.WriteTo(s)
-	}
-	source := newSource(r)
+	source := buffer.NewSource(r)
 	var sent int64
 	for {
 		if s.conn.frozen.Load() {
 			return sent, handover.ErrFrozen
 		}
-		b, readErr := source.read()
+		b, readErr := source.Read()
 		if b != nil {
 			n, err := s.send(b, false, true)
-			b.free()
+			b.Free()
 			sent += int64(n)
 			if err != nil {
 				return sent, err
@@ -443,8 +359,8 @@ func (s *Stream) ReadFrom(r io.Reader) (int64, error) {
 // CloseWrite sends FIN: nothing more will be sent. Like Write it waits for the connection to take
 // it. Further calls do nothing.
 func (s *Stream) CloseWrite() error {
-	b := newBuffer(smallestClass)
-	defer b.free()
+	b := buffer.New(0)
+	defer b.Free()
 	_, err := s.send(b, true, true)
 	if errors.Is(err, ErrWriteClosed) {
 		return nil
@@ -478,27 +394,20 @@ func (s *Stream) reset(status ResetStatus, reason string) error {
 func (s *Stream) resetLocally(reset *ResetError) (err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.readErr == nil || s.head != nil {
+	if s.readErr == nil || !s.unread.Empty() {
 		s.dropLocked()
 		s.readErr = reset
 	}
 	if !s.over {
 		s.writeErr = reset
 		s.replied = true
-		err = s.conn.out.enqueue(unlimited, func(b []byte) []byte {
-			return frames.AppendRstStream(b, s.id, reset.Status)
-		})
+		err = s.conn.out.control.Reset(control.Unlimited, s.id, reset.Status)
 	}
 	s.notifyResetLocked()
 	s.settleLocked()
 	s.arrived.Broadcast()
 	return err
 }
-
-// Accept queues the SYN_REPLY, if it is still due, so that a Reset from now on ends an accepted stream
-// instead of refusing it. To the stock client-go the two are not the same: for a data stream that was
-// refused it keeps a goroutine for ever. It does not block.
-func (s *Stream) Accept() error { return s.accept() }
 
 // WaitAccepted waits for the peer's SYN_REPLY to a stream that was opened here. The error is the
 // context's, the stream's or the connection's, or handover.ErrFrozen.
@@ -538,14 +447,17 @@ func (s *Stream) peerAccepted() {
 	}
 }
 
-func (s *Stream) accept() error {
+// Accept queues the SYN_REPLY, if it is still due, so that a Reset from now on ends an accepted stream
+// instead of refusing it. To the stock client-go the two are not the same: for a data stream that was
+// refused it keeps a goroutine for ever. It does not block.
+func (s *Stream) Accept() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.replied {
 		return nil
 	}
 	s.replied = true
-	return s.conn.out.reply(s.id)
+	return s.conn.out.control.Reply(s.id)
 }
 
 // startFrame says whether a data frame may be sent, and notes FIN.
@@ -583,7 +495,7 @@ func (s *Stream) peerReset(status ResetStatus) {
 func (s *Stream) connEnded(err error, discard bool) {
 	if discard {
 		s.mu.Lock()
-		if s.head != nil {
+		if !s.unread.Empty() {
 			s.dropLocked()
 			s.readErr = err
 		}
@@ -624,92 +536,7 @@ func (s *Stream) settleLocked() {
 		s.over = true
 		close(s.done)
 	}
-	if s.head == nil {
+	if s.unread.Empty() {
 		s.conn.forget(s)
 	}
-}
-
-// source reads what is to be sent, into buffers that grow and shrink with what there is: a terminal
-// never gets more than 4 KiB at once, a pipe may have a megabyte.
-type source struct {
-	r     io.Reader
-	raw   syscall.RawConn // nil: only r can be read
-	class int
-	limit int
-
-	tryRead func(fd uintptr) bool // (*source).readSocket, made once
-	b       *buffer
-	n       int
-	err     error
-}
-
-func newSource(r io.Reader) *source {
-	src := &source{r: r, limit: receiveClass}
-	if conn, ok := r.(syscall.Conn); ok {
-		if raw, err := conn.SyscallConn(); err == nil {
-			src.raw, src.limit = raw, largestClass
-			src.tryRead = src.readSocket
-		}
-	}
-	return src
-}
-
-// read waits for bytes and returns them in a buffer that is the caller's; or none with an error, or
-// both.
-func (src *source) read() (*buffer, error) {
-	var err error
-	if src.raw != nil {
-		err = src.raw.Read(src.tryRead)
-		if err == nil {
-			err = src.err
-		}
-		if err == nil && src.n == 0 {
-			err = io.EOF
-		}
-	}
-	// A terminal whose other side is closed fails with EIO. What that means is for the reader to
-	// say, which may wait for somebody to open it again.
-	if src.raw == nil || errors.Is(err, unix.EIO) {
-		src.takeBuffer()
-		src.n, err = src.r.Read(src.b.spare())
-	}
-	b := src.b
-	src.b = nil
-	if b == nil {
-		return nil, err
-	}
-	n := src.n
-	src.n = 0
-	if n <= 0 {
-		b.free()
-		return nil, err
-	}
-	b.end += n
-	switch {
-	case n == b.size() && src.class < src.limit:
-		src.class++
-	case src.class > smallestClass && n < bufferSizes[src.class-1]:
-		src.class--
-	}
-	return b, err
-}
-
-func (src *source) takeBuffer() {
-	if src.b == nil {
-		src.b = newBuffer(src.class)
-	}
-}
-
-func (src *source) readSocket(fd uintptr) bool {
-	src.takeBuffer()
-	src.n, src.err = readFD(fd, src.b.spare())
-	if src.err == unix.EAGAIN {
-		src.b.free()
-		src.b = nil
-		return false
-	}
-	if src.err != nil {
-		src.err = os.NewSyscallError("read", src.err)
-	}
-	return true
 }

@@ -54,7 +54,7 @@ func upload(t *testing.T, cfg Config, to io.WriteCloser) *uploaded {
 	cfg.OnStream = func(s *Stream) { streams <- s }
 	peer, _ := newRawPeer(t, cfg)
 	peer.open(1, "streamtype", "data")
-	u := &uploaded{peer: peer, stream: await(t, streams, "the stream"), done: make(chan error, 1)}
+	u := &uploaded{peer: peer, stream: testutil.Receive(t, "the stream", streams), done: make(chan error, 1)}
 	goDo(t, func() {
 		n, err := u.stream.WriteTo(to)
 		u.n = n
@@ -117,7 +117,7 @@ func TestUpload(t *testing.T) {
 				if err != nil || !bytes.Equal(got, sent) {
 					t.Errorf("%d of %d bytes arrived, equal %v, error %v", len(got), len(sent), bytes.Equal(got, sent), err)
 				}
-				if err := await(t, u.done, "WriteTo"); err != nil || u.n != int64(len(sent)) {
+				if err := testutil.Receive(t, "WriteTo", u.done); err != nil || u.n != int64(len(sent)) {
 					t.Errorf("WriteTo returned %d, %v", u.n, err)
 				}
 				if u.stream.Received() != int64(len(sent)) {
@@ -135,7 +135,7 @@ func TestUploadIsGathered(t *testing.T) {
 			d := open()
 			u := upload(t, Config{}, d.to)
 			goDo(t, func() { io.Copy(io.Discard, d.from) })
-			eventually(t, "WriteTo waits", func() bool {
+			testutil.Eventually(t, "WriteTo waits", func() bool {
 				u.stream.mu.Lock()
 				defer u.stream.mu.Unlock()
 				return u.stream.direct != nil
@@ -145,7 +145,7 @@ func TestUploadIsGathered(t *testing.T) {
 				u.peer.data(1, 0, frame)
 			}
 			u.peer.data(1, frames.FlagFin, nil)
-			if err := await(t, u.done, "WriteTo"); err != nil {
+			if err := testutil.Receive(t, "WriteTo", u.done); err != nil {
 				t.Fatal(err)
 			}
 			if cap(u.stream.conn.read.pieces) < 2 {
@@ -165,7 +165,7 @@ func TestUploadToFullDestination(t *testing.T) {
 			streams := make(chan *Stream, 8)
 			peer, _ := newRawPeer(t, Config{OnStream: func(s *Stream) { streams <- s }})
 			peer.open(1, "streamtype", "data")
-			stuck := await(t, streams, "the stream")
+			stuck := testutil.Receive(t, "the stream", streams)
 			goDo(t, func() {
 				stuck.WriteTo(d.to)
 				d.to.Close()
@@ -186,7 +186,7 @@ func TestUploadToFullDestination(t *testing.T) {
 			send(sent)
 			peer.open(3, "streamtype", "data")
 			peer.data(3, frames.FlagFin, []byte("neighbour"))
-			got, err := io.ReadAll(await(t, streams, "the neighbour"))
+			got, err := io.ReadAll(testutil.Receive(t, "the neighbour", streams))
 			if err != nil || string(got) != "neighbour" {
 				t.Fatalf("%q, %v", got, err)
 			}
@@ -224,7 +224,7 @@ func TestUploadToClosedDestination(t *testing.T) {
 				t.Fatal(err)
 			}
 			d.from.Close()
-			err := await(t, u.done, "WriteTo")
+			err := testutil.Receive(t, "WriteTo", u.done)
 			if !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
 				t.Errorf("WriteTo returned %v", err)
 			}
@@ -232,4 +232,56 @@ func TestUploadToClosedDestination(t *testing.T) {
 			close(ended)
 		})
 	}
+}
+
+// Pings are answered while a command takes its input in drops.
+func TestPingsBehindSlowUpload(t *testing.T) {
+	read, write, err := os.Pipe() // of 64 KiB
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer read.Close()
+	u := upload(t, Config{ConnBuffer: 1 << 20, Stall: -1}, write)
+	u.peer.data(1, 0, make([]byte, 60<<10)) // WriteTo waits for more, so that the read loop writes itself
+	if _, err := io.ReadFull(read, make([]byte, 60<<10)); err != nil {
+		t.Fatal(err)
+	}
+	var batch []byte
+	const number, size = 6, 32 << 10
+	for range number {
+		header := make([]byte, frames.HeaderLen)
+		frames.PutDataHeader(header, 1, 0, size)
+		batch = append(append(batch, header...), make([]byte, size)...)
+	}
+	u.peer.send(append(batch, ping(7)...))
+	taken := 0
+	answered := make(chan struct{})
+	goDo(t, func() {
+		defer close(answered)
+		for {
+			if h, _ := u.peer.next(); h.Control && h.Kind == frames.TypePing {
+				return
+			}
+		}
+	})
+	for drop := make([]byte, 4<<10); taken < number*size; {
+		time.Sleep(directWait * 3 / 4)
+		n, err := read.Read(drop)
+		if err != nil {
+			t.Fatal(err)
+		}
+		taken += n
+		select {
+		case <-answered:
+			if taken > number*size/3 {
+				t.Errorf("the ping was answered when %d of %d bytes had been taken", taken, number*size)
+			}
+			goDo(t, func() { io.Copy(io.Discard, read) })
+			u.peer.data(1, frames.FlagFin, nil)
+			testutil.Receive(t, "WriteTo", u.done)
+			return
+		default:
+		}
+	}
+	t.Error("the ping was not answered before everything had been taken")
 }

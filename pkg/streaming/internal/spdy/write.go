@@ -12,54 +12,33 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/rescue"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/buffer"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/control"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
-const (
-	// sharedFrame is the largest payload of a data frame while several streams send.
-	sharedFrame = 64 << 10
-
-	// Control frames wait in a queue while somebody else writes. Past maxBestEffort bytes PING is
-	// not answered any more; a peer that provokes maxMustSend bytes of answers without reading them
-	// loses the connection. A thousand streams take some 26 KiB.
-	maxBestEffort = 16 << 10
-	maxMustSend   = 64 << 10
-)
-
-// priority says what becomes of a control frame when the queue is full.
-type priority int
-
-const (
-	bestEffort priority = iota // dropped
-	mustSend                   // the connection is closed
-	unlimited                  // queued all the same: no more of them than open streams, or bounded by overflow
-)
+// sharedFrame is the largest payload of a data frame while several streams send.
+const sharedFrame = 64 << 10
 
 // writer owns the sending half of the connection.
 //
-// Control frames go into a queue, without waiting for anybody, and the queue is written by whoever
-// has or gets the write lock, ahead of data. So the read loop never waits for a peer that does not
-// read.
+// Whoever has or gets the write lock writes the queue of control frames, ahead of data. So the read loop never waits for
+// a peer that does not read.
 type writer struct {
 	c *Conn
 
 	senders atomic.Int32          // calls that write data now, on any stream
 	failed  atomic.Pointer[error] // nothing can be written any more
-	queued  atomic.Int64          // bytes in queue and unsent
-	carried atomic.Int64          // of these, what was there when the connection was resumed: payload too
+	control control.Queue
 
 	mu     sync.Mutex // the write lock: held for one frame
-	unsent []byte     // taken off the queue, partly written perhaps; on a frozen connection whatever is to be written
+	unsent []byte     // taken out of control, partly written perhaps; on a frozen connection whatever is to be written
 	last   uint32     // the stream of the last data frame
 
-	queueMu    sync.Mutex
-	queue      []byte
-	zlibOpen   bool   // the first header block of our direction is in the queue or behind it
-	pingQueued bool   // a PING of ours is in the queue
-	pingNext   uint32 // its next id
-	flushing   bool   // the flusher runs
-	closed     bool   // no flusher is to be started any more
-
+	flushMu  sync.Mutex
+	flushing bool // the flusher runs
+	closed   bool // no flusher is to be started any more
 	// flusher is the one goroutine a connection may have of its own, while the socket is full or is
 	// no plain socket. It ends when the queue is empty; Close ends it by closing the connection, and
 	// waits.
@@ -89,116 +68,31 @@ func (w *writer) failure() error {
 	return nil
 }
 
-// enqueue appends control frames to the queue. It does not write; see flush.
-func (w *writer) enqueue(p priority, build func([]byte) []byte) error {
-	w.queueMu.Lock()
-	defer w.queueMu.Unlock()
-	return w.enqueueLocked(p, build)
-}
-
-func (w *writer) enqueueLocked(p priority, build func([]byte) []byte) error {
-	if p == bestEffort && w.answers() > maxBestEffort {
-		return nil
-	}
-	if p == mustSend {
-		if err := w.overflow(); err != nil {
-			return err
-		}
-	}
-	before := len(w.queue)
-	w.queue = build(w.queue)
-	w.queued.Add(int64(len(w.queue) - before))
-	return nil
-}
-
-// overflow is the end of a peer that provokes answers and does not read them.
-func (w *writer) overflow() error {
-	if queued := w.answers(); queued > maxMustSend {
-		return frames.ProtocolErrorf("does not read the answers to its frames, %d bytes wait", queued)
-	}
-	return nil
-}
-
-// answers is how many bytes of control frames wait.
-func (w *writer) answers() int64 { return w.queued.Load() - w.carried.Load() }
-
-// reply queues the SYN_REPLY for a stream.
-func (w *writer) reply(id uint32) error {
-	w.queueMu.Lock()
-	defer w.queueMu.Unlock()
-	return w.enqueueLocked(mustSend, func(b []byte) []byte {
-		if w.zlibOpen {
-			return frames.AppendSynReply(b, id, 0, frames.EmptyHeaderBlock)
-		}
-		w.zlibOpen = true
-		return frames.AppendSynReply(b, id, 0, frames.AppendHeaderBlock(nil, true, nil))
-	})
-}
-
-// openStream takes the next stream id and queues the SYN_STREAM, both at once, as ids have to leave
-// in order.
-func (w *writer) openStream(header http.Header) (*Stream, error) {
-	w.queueMu.Lock()
-	defer w.queueMu.Unlock()
+// openStream takes the next stream id and queues the SYN_STREAM.
+func (w *writer) openStream(header http.Header) (s *Stream, err error) {
 	c := w.c
-	if c.frozen.Load() {
-		return nil, handover.ErrFrozen
+	err = w.control.Open(header, maxControlFrame, func(id uint32) error {
+		if c.frozen.Load() {
+			return handover.ErrFrozen
+		}
+		s = newStream(c, id, header)
+		s.replied = true // nothing to reply to
+		s.accepted = make(chan struct{})
+		return c.addStream(s)
+	})
+	if err == control.ErrNoStreamID {
+		err = ErrTooManyStreams
 	}
-	c.mu.Lock()
-	id := c.openNext
-	c.mu.Unlock()
-	if id > frames.MaxStreamID {
-		return nil, ErrTooManyStreams
-	}
-	block := frames.AppendHeaderBlock(nil, !w.zlibOpen, header)
-	if len(block)+10 > maxControlFrame {
-		return nil, fmt.Errorf("spdy: opening a stream: its headers take %d bytes, limit %d", len(block), maxControlFrame-10)
-	}
-	s := newStream(c, id, header)
-	s.replied = true // nothing to reply to
-	s.accepted = make(chan struct{})
-	if err := c.addStream(s); err != nil {
+	if err != nil {
 		return nil, err
 	}
-	if err := w.enqueueLocked(mustSend, func(b []byte) []byte { return frames.AppendSynStream(b, id, 0, block) }); err != nil {
-		c.removeStream(id)
-		return nil, err
-	}
-	w.zlibOpen = true
-	c.mu.Lock()
-	c.openNext = id + 2
-	c.mu.Unlock()
 	return s, nil
-}
-
-func (w *writer) ping() error {
-	if err := w.failure(); err != nil {
-		return err
-	}
-	w.queueMu.Lock()
-	defer w.queueMu.Unlock()
-	if w.pingQueued {
-		return nil
-	}
-	w.pingQueued = true
-	id := w.nextPingLocked(1)
-	return w.enqueueLocked(unlimited, func(b []byte) []byte { return frames.AppendPing(b, id) })
-}
-
-// nextPingLocked takes the next n ids for PINGs, in steps of two, and returns the first.
-func (w *writer) nextPingLocked(n int) uint32 {
-	first, step := w.pingNext, 2*uint32(n)
-	if first+step > frames.MaxStreamID {
-		first = 2 - first%2
-	}
-	w.pingNext = first + step
-	return first
 }
 
 // probe sends something that nobody answers, if nothing else waits to be sent.
 func (w *writer) probe() {
-	if w.queued.Load() == 0 {
-		w.enqueue(bestEffort, frames.AppendEmptySettings) //nolint:errcheck // best effort
+	if w.control.Waiting() == 0 {
+		w.control.Add(control.BestEffort, frames.AppendEmptySettings) //nolint:errcheck // best effort
 	}
 	w.flush()
 }
@@ -206,7 +100,7 @@ func (w *writer) probe() {
 // flush gets the queue on its way without waiting: here if the socket takes it at once, by the
 // holder of the write lock when it is done, or by the flusher.
 func (w *writer) flush() {
-	for w.queued.Load() > 0 && w.failed.Load() == nil && !w.c.held() {
+	for w.control.Waiting() > 0 && w.failed.Load() == nil && !w.c.held() {
 		if w.c.socket == nil {
 			w.startFlusher()
 			return
@@ -229,8 +123,8 @@ func (w *writer) unlock() {
 }
 
 func (w *writer) startFlusher() {
-	w.queueMu.Lock()
-	defer w.queueMu.Unlock()
+	w.flushMu.Lock()
+	defer w.flushMu.Unlock()
 	if w.flushing || w.closed || w.c.held() {
 		return
 	}
@@ -249,13 +143,13 @@ func (w *writer) runFlusher() {
 	for {
 		w.writeQueue()
 
-		w.queueMu.Lock()
-		if w.queued.Load() == 0 || w.failed.Load() != nil || w.c.held() {
+		w.flushMu.Lock()
+		if w.control.Waiting() == 0 || w.failed.Load() != nil || w.c.held() {
 			w.flushing = false
-			w.queueMu.Unlock()
+			w.flushMu.Unlock()
 			return
 		}
-		w.queueMu.Unlock()
+		w.flushMu.Unlock()
 	}
 }
 
@@ -270,7 +164,7 @@ func (w *writer) writeQueueLocked(block bool) bool {
 			return false
 		}
 		if len(w.unsent) == 0 {
-			w.takeQueueLocked()
+			w.unsent = w.control.Take()
 			if len(w.unsent) == 0 {
 				return true
 			}
@@ -283,10 +177,7 @@ func (w *writer) writeQueueLocked(block bool) bool {
 			n, err = w.writeNow()
 		}
 		w.unsent = w.unsent[n:]
-		w.queued.Add(-int64(n))
-		if carried := w.carried.Load(); carried > 0 {
-			w.carried.Store(max(0, carried-int64(n)))
-		}
+		w.control.Wrote(n)
 		if err != nil && w.c.stopped(err) {
 			return false
 		}
@@ -298,13 +189,6 @@ func (w *writer) writeQueueLocked(block bool) bool {
 			return false
 		}
 	}
-}
-
-func (w *writer) takeQueueLocked() {
-	w.queueMu.Lock()
-	defer w.queueMu.Unlock()
-	w.unsent, w.queue = w.queue, nil
-	w.pingQueued = false
 }
 
 // writeNow writes as much of unsent as the socket takes at once.
@@ -319,7 +203,7 @@ func (w *writer) writeNow() (int, error) {
 }
 
 func (w *writer) writeSocket(fd uintptr) bool {
-	w.n, w.err = writeFD(fd, w.unsent)
+	w.n, w.err = socket.Write(fd, w.unsent)
 	return true
 }
 
@@ -339,27 +223,27 @@ func (w *writer) failLocked(err error) {
 // send writes the payload of b as one frame or, when others want to write too, as several. It
 // advances b past what was written. With fin the last frame carries FIN. The caller is counted in
 // senders. On a frozen connection nothing is sent: with committed, or when a part was sent, b is taken in for the state.
-func (w *writer) send(s *Stream, b *buffer, fin, committed bool) (sent int, err error) {
-	if err := s.accept(); err != nil {
+func (w *writer) send(s *Stream, b *buffer.Buffer, fin, committed bool) (sent int, err error) {
+	if err := s.Accept(); err != nil {
 		return 0, err
 	}
 	for {
 		room := 0
-		if b.end > b.start {
+		if b.Len() > 0 {
 			room = w.c.awaitReceipts(s)
 		}
 		w.mu.Lock()
 		n, err := w.sendFrameLocked(s, b, room, fin, committed || sent > 0)
 		w.unlock()
 		sent += n
-		if err != nil || b.start == b.end {
+		if err != nil || b.Len() == 0 {
 			return sent, err
 		}
 	}
 }
 
 // sendFrameLocked sends one frame, of no more than room bytes.
-func (w *writer) sendFrameLocked(s *Stream, b *buffer, room int, fin, committed bool) (int, error) {
+func (w *writer) sendFrameLocked(s *Stream, b *buffer.Buffer, room int, fin, committed bool) (int, error) {
 	if w.c.closing.Load() {
 		return 0, w.c.Err()
 	}
@@ -373,7 +257,7 @@ func (w *writer) sendFrameLocked(s *Stream, b *buffer, room int, fin, committed 
 	if err := s.startFrame(fin); err != nil {
 		return 0, err
 	}
-	n := min(b.end-b.start, room)
+	n := min(b.Len(), room)
 	// A stream that sends what it reads is no sender while it reads. That it was there shows in the
 	// frame before.
 	if w.senders.Load() > 1 || w.last != s.id {
@@ -384,23 +268,23 @@ func (w *writer) sendFrameLocked(s *Stream, b *buffer, room int, fin, committed 
 	if written, err := w.c.conn.Write(frame); err != nil && w.c.stopped(err) {
 		// Before the queue, which has grown since: the frame's beginning may be on the wire.
 		w.unsent = append(w.unsent, frame[written:]...)
-		w.queued.Add(int64(len(frame) - written))
+		w.control.Held(len(frame) - written)
 	} else if err != nil {
 		w.failLocked(err)
 		return 0, w.failure()
 	}
-	b.start += n
+	b.Advance(n)
 	w.sent(s, n)
 	return n, nil
 }
 
 // frame puts a header in front of the first n bytes of b's payload, over the end of what was sent before.
-func (s *Stream) frame(b *buffer, n int, fin bool) []byte {
+func (s *Stream) frame(b *buffer.Buffer, n int, fin bool) []byte {
 	var flags byte
-	if fin && n == b.end-b.start {
+	if fin && n == b.Len() {
 		flags = frames.FlagFin
 	}
-	frame := b.data[b.start-frames.HeaderLen : b.start+n]
+	frame := b.Frame(n)
 	frames.PutDataHeader(frame, s.id, flags, n)
 	return frame
 }
@@ -416,15 +300,15 @@ func (w *writer) sent(s *Stream, n int) {
 
 // goAway writes GOAWAY as the last frame, if that can be done within closeTimeout.
 func (w *writer) goAway(status frames.GoAwayStatus, lastGood uint32) {
-	w.queueMu.Lock()
+	w.flushMu.Lock()
 	w.closed = true
-	w.queueMu.Unlock()
+	w.flushMu.Unlock()
 	// The deadline ends the write of a stuck holder of the lock; those in line see c.closing.
 	if err := w.c.conn.SetWriteDeadline(time.Now().Add(closeTimeout)); err != nil {
 		return
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.enqueue(unlimited, func(b []byte) []byte { return frames.AppendGoAway(b, lastGood, status) }) //nolint:errcheck // best effort: the connection is about to be closed
+	w.control.Add(control.Unlimited, func(b []byte) []byte { return frames.AppendGoAway(b, lastGood, status) }) //nolint:errcheck // best effort: the connection is about to be closed
 	w.writeQueueLocked(true)
 }

@@ -146,10 +146,18 @@ func StreamID(s workload.Stream) uint32 {
 	return s.(interface{ ID() uint32 }).ID()
 }
 
+// Validate says why Resume would not know a state, nil when it does as far as can be told without touching anything.
+func (s State) Validate() error {
+	if s.Version != version {
+		return fmt.Errorf("the state of a connection has version %d, known is %d", s.Version, version)
+	}
+	return nil
+}
+
 // Resume goes on with a connection. Its network connection is taken out of files, and closed again after an error.
 func Resume(s State, files *handover.Files, config ResumeConfig) (*Resumed, error) {
-	if s.Version != version {
-		return nil, fmt.Errorf("the state of a connection has version %d, known is %d", s.Version, version)
+	if err := s.Validate(); err != nil {
+		return nil, err
 	}
 	var network net.Conn
 	if s.Descriptor != 0 {

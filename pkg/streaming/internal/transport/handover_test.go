@@ -23,6 +23,7 @@ import (
 
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/holdback"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
 	"github.com/streamshim/streamshim/pkg/workload"
@@ -452,7 +453,11 @@ func TestHandOverSPDY(t *testing.T) {
 func TestHandOverSPDYWithReceipts(t *testing.T) {
 	leaks(t)
 	client, network := tcpPair(t)
-	servedSPDY(t, network, spdy.Config{OnReceipt: func(spdy.Receipt) {}}, client)
+	servedSPDY(t, network, spdy.Config{Receipts: func(c *spdy.Conn) spdy.Receipts {
+		h := holdback.New()
+		h.Attach(c)
+		return h
+	}}, client)
 }
 
 // A session with little room, where the connection is not read for much of the time.

@@ -505,15 +505,10 @@ func (c *conn) sendCloseWithin(timeout time.Duration, code int, reason string) {
 // room; a FIN behind unread data shows, and what is before it can still be read.
 func (c *conn) peerEnd() (end error) {
 	socket.Control(c.network, func(fd int) {
-		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}} //nolint:gosec // a descriptor
-		n, err := unix.Poll(fds, 0)
-		if err != nil || n == 0 {
-			return
-		}
-		switch events := fds[0].Revents; {
-		case events&(unix.POLLHUP|unix.POLLERR) != 0:
+		switch socket.PeerEnd(fd) {
+		case socket.Dead:
 			end = c.streamEnd()
-		case events&unix.POLLRDHUP != 0:
+		case socket.Closed:
 			end = ErrClientVanished
 		}
 	})
@@ -537,10 +532,6 @@ func allAcknowledged(c net.Conn) bool {
 
 // socketError takes the error that the kernel has not told anybody yet.
 func (c *conn) socketError() (reset error) {
-	socket.Control(c.network, func(fd int) {
-		if code, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
-			reset = unix.Errno(code)
-		}
-	})
+	socket.Control(c.network, func(fd int) { reset = socket.TakeError(fd) })
 	return reset
 }

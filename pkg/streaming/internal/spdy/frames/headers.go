@@ -138,7 +138,7 @@ func (r *HeaderReader) History() ([]byte, error) {
 	if !r.flushed || n > 0 || err != io.ErrUnexpectedEOF {
 		return nil, errors.New("header blocks that do not end with a sync flush")
 	}
-	return r.past[max(0, len(r.past)-HistorySize):], nil
+	return slices.Clone(r.past[max(0, len(r.past)-HistorySize):]), nil // past serves the next connection
 }
 
 // ResumeHeaderReader goes on behind that.

@@ -8,6 +8,7 @@ import (
 	"hash/adler32"
 	"net/http"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -211,5 +212,39 @@ func TestHeaderReaderBomb(t *testing.T) {
 	}
 	if _, err := r.Read(plainBlock(false, 0), limits); !errors.Is(err, errInflaterBroken) {
 		t.Errorf("after a broken block: %v", err)
+	}
+}
+
+// What History has returned stays as it is when the reader's memory serves the next connection.
+func TestHistoryStays(t *testing.T) {
+	limits := HeaderLimits{Count: 10, Field: 1 << 10, Total: 1 << 12}
+	var peer PeerHeaders
+	peer.Limits = limits
+	if _, _, err := peer.Read(AppendHeaderBlock(nil, true, http.Header{"Name": {"first"}})); err != nil {
+		t.Fatal(err)
+	}
+	history, err := peer.History()
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept := slices.Clone(history)
+	reader := peer.reader
+	peer.Refuse()
+	if _, err := reader.Read(AppendHeaderBlock(nil, true, http.Header{"Name": {"other"}}), limits); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(history, kept) {
+		t.Error("the next connection has changed the history")
+	}
+	var resumed PeerHeaders
+	resumed.Limits = limits
+	resumed.Resume(history)
+	header, refused, err := resumed.Read(AppendHeaderBlock(nil, false, http.Header{"Name": {"second"}}))
+	if err != nil || refused || header.Get("name") != "second" {
+		t.Errorf("after the hand-over: %v, refused %v, %v", header, refused, err)
+	}
+	resumed.Refuse()
+	if _, refused, err := resumed.Read([]byte("anything")); err != nil || !refused || !resumed.Refuses() {
+		t.Errorf("after Refuse: refused %v, %v", refused, err)
 	}
 }

@@ -1,4 +1,4 @@
-package remotecommand
+package terminal
 
 import (
 	"slices"
@@ -8,7 +8,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-func TestTerminalSizes(t *testing.T) {
+func TestParser(t *testing.T) {
 	tests := []struct {
 		name   string
 		chunks []string
@@ -22,12 +22,12 @@ func TestTerminalSizes(t *testing.T) {
 		{"too large a number", []string{`{"Width":70000,"Height":24}`}, nil, true},
 		{"negative", []string{`{"Width":-1,"Height":24}`}, nil, true},
 		{"something else", []string{`80x24`}, nil, true},
-		{"endless", []string{"{" + strings.Repeat(" ", maxTerminalSizeMessage)}, nil, true},
+		{"endless", []string{"{" + strings.Repeat(" ", maxMessage)}, nil, true},
 		{"good, then bad", []string{`{"Width":80,"Height":24}x`}, []workload.Size{{Width: 80, Height: 24}}, true},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			var sizes terminalSizes
+			var sizes parser
 			var got []workload.Size
 			var err error
 			for _, chunk := range tt.chunks {
@@ -42,12 +42,12 @@ func TestTerminalSizes(t *testing.T) {
 	}
 }
 
-func FuzzTerminalSizes(f *testing.F) {
+func FuzzParser(f *testing.F) {
 	f.Add([]byte(`{"Width":80,"Height":24}`), 3)
 	f.Add([]byte("{{}}"), 1)
 	f.Fuzz(func(t *testing.T, b []byte, split int) {
 		split = max(0, min(split, len(b)))
-		var whole, parts terminalSizes
+		var whole, parts parser
 		want, wantErr := whole.feed(b)
 		got, err := parts.feed(b[:split])
 		if err == nil {
@@ -58,7 +58,7 @@ func FuzzTerminalSizes(f *testing.F) {
 		if !slices.Equal(got, want) || (err == nil) != (wantErr == nil) {
 			t.Errorf("split at %d: %v, %v; whole: %v, %v", split, got, err, want, wantErr)
 		}
-		if cap(parts.pending) > 2*maxTerminalSizeMessage {
+		if cap(parts.pending) > 2*maxMessage {
 			t.Errorf("holds %d bytes", cap(parts.pending))
 		}
 	})

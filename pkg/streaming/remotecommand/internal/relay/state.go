@@ -1,4 +1,4 @@
-package remotecommand
+package relay
 
 import (
 	"errors"
@@ -13,8 +13,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
 )
 
-// relayStateVersion is relayState.Version.
-const relayStateVersion = 1
+// stateVersion is relayState.Version.
+const stateVersion = 1
 
 // relayState is a relay that was frozen. Streams are 0 where there is none.
 type relayState struct {
@@ -24,7 +24,7 @@ type relayState struct {
 	Failure        uint32
 	JSONStatus     bool // of the protocol
 	Grace          time.Duration
-	Stdout, Stderr *relayOutputState
+	Stdout, Stderr *outputState
 	LastOutput     int64 // ns since 1970
 	Detaching      int64 // as above
 	Detached       bool
@@ -32,18 +32,19 @@ type relayState struct {
 	Result         *status.Status // nil before the end
 }
 
-// relayOutputState is a stream of output; Skip is nil where the client's pace is the command's.
-type relayOutputState struct {
+// outputState is a stream of output; Skip is nil where the client's pace is the command's.
+type outputState struct {
 	Stream uint32
 	Skip   *skipState
 }
 
-// freeze ends all waiting for the upstream.
-func (r *relay) freeze() {
+// Halt ends all waiting for the upstream; what is read from the streams then ends with handover.ErrFrozen. May be called
+// more than once. Freeze follows.
+func (r *Relay) Halt() {
 	r.freezeOnce.Do(func() {
 		close(r.frozen)
 		r.wire.Freeze()
-		for _, o := range []*relayOutput{r.stdout, r.stderr} {
+		for _, o := range []*output{r.stdout, r.stderr} {
 			if o != nil && o.skip != nil {
 				o.skip.freeze()
 			}
@@ -51,9 +52,9 @@ func (r *relay) freeze() {
 	})
 }
 
-// Freeze implements Process.
-func (r *relay) Freeze(files *handover.Files) ([]byte, error) {
-	r.freeze()
+// Freeze implements remotecommand.Process.
+func (r *Relay) Freeze(files *handover.Files) ([]byte, error) {
+	r.Halt()
 	r.upstream.Wait()
 	id := func(s *spdy.Stream) uint32 {
 		if s == nil {
@@ -61,19 +62,19 @@ func (r *relay) Freeze(files *handover.Files) ([]byte, error) {
 		}
 		return s.ID()
 	}
-	output := func(o *relayOutput) *relayOutputState {
+	collect := func(o *output) *outputState {
 		if o == nil {
 			return nil
 		}
-		state := &relayOutputState{Stream: id(o.stream)}
+		state := &outputState{Stream: id(o.stream)}
 		if o.skip != nil {
 			state.Skip = o.skip.state()
 		}
 		return state
 	}
 	state := relayState{
-		Version: relayStateVersion, Stdin: id(r.stdin), Resize: id(r.resize), Failure: id(r.failure), JSONStatus: r.jsonStatus,
-		Grace: r.stdinGrace, Stdout: output(r.stdout), Stderr: output(r.stderr), LastOutput: r.lastOutput.Load(),
+		Version: stateVersion, Stdin: id(r.stdin), Resize: id(r.resize), Failure: id(r.failure), JSONStatus: r.jsonStatus,
+		Grace: r.stdinGrace, Stdout: collect(r.stdout), Stderr: collect(r.stderr), LastOutput: r.lastOutput.Load(),
 		Detaching: r.detaching.Load(), Detached: r.detached.Load(), Message: r.message,
 	}
 	if transport.Closed(r.exited) {
@@ -86,19 +87,20 @@ func (r *relay) Freeze(files *handover.Files) ([]byte, error) {
 	return handover.Encode(state)
 }
 
-// Discard implements Process: the connection was closed when its state was taken.
-func (r *relay) Discard() {}
+// Discard implements remotecommand.Process: the connection was closed when its state was taken.
+func (r *Relay) Discard() {}
 
-// resumeRelay goes on with a relay, whose connection is served at once.
-func resumeRelay(encoded []byte, files *handover.Files, buffers *buffers.Share, report rescue.Report) (*relay, error) {
+// Resume goes on with a relay that was frozen, whose connection is served at once. The error is that of a state that
+// cannot be read.
+func Resume(encoded []byte, files *handover.Files, buffers *buffers.Share, report rescue.Report) (*Relay, error) {
 	var state relayState
 	if err := handover.Decode(encoded, &state); err != nil {
 		return nil, err
 	}
-	if state.Version != relayStateVersion {
-		return nil, fmt.Errorf("the state of a relay has version %d, only %d is known", state.Version, relayStateVersion)
+	if state.Version != stateVersion {
+		return nil, fmt.Errorf("the state of a relay has version %d, only %d is known", state.Version, stateVersion)
 	}
-	for _, o := range []*relayOutputState{state.Stdout, state.Stderr} {
+	for _, o := range []*outputState{state.Stdout, state.Stderr} {
 		if o != nil && o.Skip != nil && (o.Skip.Max <= 0 || o.Skip.Skipped < 0) {
 			return nil, errors.New("the state of a relay has an impossible buffer")
 		}
@@ -139,11 +141,11 @@ func resumeRelay(encoded []byte, files *handover.Files, buffers *buffers.Share, 
 	return r, nil
 }
 
-func (r *relay) resumeOutput(state *relayOutputState, stream func(uint32) *spdy.Stream) *relayOutput {
+func (r *Relay) resumeOutput(state *outputState, stream func(uint32) *spdy.Stream) *output {
 	if state == nil {
 		return nil
 	}
-	o := &relayOutput{stream: stream(state.Stream)}
+	o := &output{stream: stream(state.Stream)}
 	if state.Skip == nil {
 		return o
 	}

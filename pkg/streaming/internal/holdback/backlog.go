@@ -1,15 +1,11 @@
-package remotecommand
+package holdback
 
-import (
-	"time"
-
-	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
-)
+import "time"
 
 // backlog estimates how much of what a client was sent is still on its way to whoever reads it, in
 // buffers that cannot be seen from here, and how fast it is read.
 //
-// It is told how far the peer next to us has come, and when (spdy.Receipt). What the peer has taken it
+// It is told how far the peer next to us has come, and when (receipt). What the peer has taken it
 // has written to its own socket, which goes fast while there is room in the buffers behind it, and stops
 // when they are full, until the reader has made room again. So when the peer stops although there is
 // more for it to take, the buffers are full: what they hold is what went in too fast to have been read.
@@ -63,23 +59,23 @@ const (
 )
 
 // took notes a receipt, which come in order.
-func (b *backlog) took(r spdy.Receipt) {
+func (b *backlog) took(r receipt) {
 	if len(b.points) == 0 {
-		b.points = append(b.points, mark{at: r.First})
+		b.points = append(b.points, mark{at: r.first})
 	}
-	last, now := b.points[len(b.points)-1], mark{r.Came, float64(r.Bytes)}
+	last, now := b.points[len(b.points)-1], mark{r.came, float64(r.bytes)}
 	b.points = append(b.points, now)
 	for now.bytes-b.points[1].bytes > backlogWindow {
 		b.points = b.points[1:]
 	}
 	stopped := last // if it stopped then
-	if idle := r.Asked.Sub(last.at); idle > 0 {
-		stopped.at = r.Asked
+	if idle := r.asked.Sub(last.at); idle > 0 {
+		stopped.at = r.asked
 		if idle >= minIdle {
 			b.stops, b.begin = b.stops[:0], stopped
 		}
 	}
-	if pause := r.Came.Sub(stopped.at); pause >= minStop {
+	if pause := r.came.Sub(stopped.at); pause >= minStop {
 		b.stops = append(b.stops, stop{stopped, pause})
 	}
 	for len(b.stops) > 0 && now.bytes-b.stops[0].bytes > rateWindow {
@@ -100,8 +96,8 @@ func (b *backlog) took(r spdy.Receipt) {
 		return
 	}
 	// First what was there is read, then also what has come.
-	b.level = max(0, b.level-b.rate*max(0, r.First.Sub(last.at).Seconds()))
-	b.level = max(0, b.level-b.rate*now.at.Sub(maxTime(last.at, r.First)).Seconds()+now.bytes-last.bytes)
+	b.level = max(0, b.level-b.rate*max(0, r.first.Sub(last.at).Seconds()))
+	b.level = max(0, b.level-b.rate*now.at.Sub(maxTime(last.at, r.first)).Seconds()+now.bytes-last.bytes)
 	if b.level > b.full+rateWindow {
 		b.rate = 0 // it went through, so the reader has become faster
 	}

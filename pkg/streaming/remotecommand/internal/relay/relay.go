@@ -1,4 +1,7 @@
-package remotecommand
+// Package relay has a command served by the container runtime's own streaming server, which is the only one that has the
+// streams of a container's main process, and the only one that can run commands in containers whose runtime is not
+// runc-compatible (Kata, gVisor). It is a client of that server over SPDY, which every runtime speaks.
+package relay
 
 import (
 	"bufio"
@@ -6,6 +9,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -16,6 +20,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/buffers"
@@ -23,21 +28,21 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/status"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
+	"github.com/streamshim/streamshim/pkg/streaming/remotecommand/internal/protocol"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 const (
-	relayTimeout         = 30 * time.Second // to get a URL of the upstream, to connect to it and be upgraded
 	upstreamReplyTimeout = 10 * time.Second // for the upstream to accept the streams
 	maxUpstreamStatus    = 64 << 10         // bytes read of the upstream's error stream
 	maxUpstreamMessage   = 1 << 10          // bytes shown of an upstream's refusal
 	upstreamDetachWait   = time.Second      // for the upstream to end an attach whose client has detached
+	detachMax            = 10 * time.Second // for the container to be silent, until a client whose input has ended is detached in any case
 )
 
-// relay is a process that the upstream's own streaming server serves: the main process of a
-// container one attaches to, or a command in a container whose runtime is not run by us. To the
-// session it is a Process like any other.
-type relay struct {
+// Relay is a process that the upstream's own streaming server serves: the main process of a container that a client
+// attaches to, or a command. To a session it is a process like any other. Its methods may be called from several goroutines.
+type Relay struct {
 	conn           *spdy.Conn
 	wire           transport.Conn // conn
 	buffers        *buffers.Share
@@ -45,8 +50,8 @@ type relay struct {
 	stdin, resize  *spdy.Stream
 	failure        *spdy.Stream
 	jsonStatus     bool
-	stdinGrace     time.Duration // see startRelay
-	stdout, stderr *relayOutput  // nil those that the command did not ask for
+	stdinGrace     time.Duration // see Options.StdinGrace
+	stdout, stderr *output       // nil where the command did not ask for it
 	lastOutput     atomic.Int64  // when the upstream sent output last, in ns since 1970; only with a buffer limit
 	upstream       rescue.Group
 	exited         chan struct{}
@@ -59,45 +64,56 @@ type relay struct {
 	freezeOnce     sync.Once
 }
 
-// startRelay redeems a streaming URL of the upstream. With a buffer limit the upstream is always
-// read and a client that is too slow misses output, instead of stopping the container (moby#41827);
-// with none the client's pace is the command's, as it is for an exec.
-//
-// The client's end of input is passed on after stdinGrace without output, never when that is negative. When it is
-// positive it is a detach, after which the session ends whether the upstream ends it or not.
-func startRelay(ctx context.Context, target string, c workload.Command, buffer int, stdinGrace time.Duration, buffers *buffers.Share, report rescue.Report) (Process, error) {
-	conn, network, protocol, err := dialUpstream(ctx, target, spdy.Config{Room: buffers, OnPanic: report})
+// Options are how a relay treats the client.
+type Options struct {
+	// Buffer is how many bytes of output wait for a client that reads too slowly. The upstream is always read, and such a
+	// client misses output, instead of stopping the container (moby#41827). With 0 the client's pace is the command's, as it
+	// is for an exec.
+	Buffer int
+	// StdinGrace is how long there must have been no output until the client's end of input is passed on; it never is
+	// when that is negative. When it is positive the end of input is a detach, after which the session ends whether the
+	// upstream ends it or not.
+	StdinGrace time.Duration
+	// Buffers bound unread data, also that of others.
+	Buffers *buffers.Share
+	// Report is told of panics.
+	Report rescue.Report
+}
+
+// Start redeems a streaming URL of the upstream. The context bounds the start alone.
+func Start(ctx context.Context, target string, c workload.Command, options Options) (*Relay, error) {
+	conn, network, version, err := dialUpstream(ctx, target, spdy.Config{Room: options.Buffers, OnPanic: options.Report})
 	if err != nil {
 		return nil, fmt.Errorf("connect to the upstream's streaming server: %w", err)
 	}
-	r := newRelay(conn, network, buffers, report)
-	r.stdinGrace, r.jsonStatus = stdinGrace, protocol.jsonStatus
+	r := newRelay(conn, network, options.Buffers, options.Report)
+	r.stdinGrace, r.jsonStatus = options.StdinGrace, version.JSONStatus
 	r.serve()
-	if err := r.open(c, protocol, buffer); err != nil {
+	if err := r.open(c, version, options.Buffer); err != nil {
 		r.Close() //nolint:errcheck // of no use
 		return nil, fmt.Errorf("open the upstream's streams: %w", err)
 	}
 	return r, nil
 }
 
-func newRelay(conn *spdy.Conn, network net.Conn, buffers *buffers.Share, report rescue.Report) *relay {
-	return &relay{
+func newRelay(conn *spdy.Conn, network net.Conn, buffers *buffers.Share, report rescue.Report) *Relay {
+	return &Relay{
 		upstream: rescue.Group{Report: report},
 		conn:     conn, wire: transport.Streams{Conn: conn}, network: network, buffers: buffers, exited: make(chan struct{}), frozen: make(chan struct{}),
 	}
 }
 
 // serve reads from the upstream until the relay is closed or frozen.
-func (r *relay) serve() {
+func (r *Relay) serve() {
 	r.upstream.Go(func() { r.conn.Serve(context.Background()) }) //nolint:errcheck // seen through Done
 }
 
 // dialUpstream connects to a runtime's streaming server and upgrades the connection to SPDY, the
 // protocol that every runtime speaks.
-func dialUpstream(ctx context.Context, target string, config spdy.Config) (*spdy.Conn, net.Conn, protocolVersion, error) {
+func dialUpstream(ctx context.Context, target string, config spdy.Config) (*spdy.Conn, net.Conn, protocol.Version, error) {
 	u, err := url.Parse(target)
 	if err != nil {
-		return nil, nil, protocolVersion{}, err
+		return nil, nil, protocol.Version{}, err
 	}
 	var dialer interface {
 		DialContext(ctx context.Context, network, address string) (net.Conn, error)
@@ -112,55 +128,54 @@ func dialUpstream(ctx context.Context, target string, config spdy.Config) (*spdy
 	}
 	network, err := dialer.DialContext(ctx, "tcp", address)
 	if err != nil {
-		return nil, nil, protocolVersion{}, err
+		return nil, nil, protocol.Version{}, err
 	}
-	conn, protocol, err := upgradeUpstream(ctx, network, target, config)
+	conn, version, err := upgradeUpstream(ctx, network, target, config)
 	if err != nil {
 		network.Close() //nolint:errcheck // of no use
-		return nil, nil, protocolVersion{}, err
+		return nil, nil, protocol.Version{}, err
 	}
-	return conn, network, protocol, nil
+	return conn, network, version, nil
 }
 
-func upgradeUpstream(ctx context.Context, network net.Conn, target string, config spdy.Config) (*spdy.Conn, protocolVersion, error) {
+func upgradeUpstream(ctx context.Context, network net.Conn, target string, config spdy.Config) (*spdy.Conn, protocol.Version, error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodPost, target, http.NoBody)
 	if err != nil {
-		return nil, protocolVersion{}, err
+		return nil, protocol.Version{}, err
 	}
 	request.Header.Set("Connection", "Upgrade")
 	request.Header.Set("Upgrade", transport.SPDY)
-	for _, p := range protocols {
-		request.Header.Add(transport.HeaderProtocolVersion, p.name)
+	for _, v := range protocol.SPDY {
+		request.Header.Add(transport.HeaderProtocolVersion, v.Name)
 	}
 	stop := context.AfterFunc(ctx, func() { network.SetDeadline(time.Unix(1, 0)) }) //nolint:errcheck // only to wake us
 	defer stop()
 	if err := request.Write(network); err != nil {
-		return nil, protocolVersion{}, err
+		return nil, protocol.Version{}, err
 	}
 	reader := bufio.NewReader(network)
 	response, err := http.ReadResponse(reader, request)
 	if err != nil {
-		return nil, protocolVersion{}, err
+		return nil, protocol.Version{}, err
 	}
 	if response.StatusCode != http.StatusSwitchingProtocols {
 		text, _ := io.ReadAll(io.LimitReader(response.Body, maxUpstreamMessage)) //nolint:errcheck // what could be read
 		response.Body.Close()                                                    //nolint:errcheck // nothing is left in it
-		return nil, protocolVersion{}, fmt.Errorf("the upgrade was refused: %s: %s", response.Status, bytes.TrimSpace(text))
+		return nil, protocol.Version{}, fmt.Errorf("the upgrade was refused: %s: %s", response.Status, bytes.TrimSpace(text))
 	}
 	if !stop() {
-		return nil, protocolVersion{}, ctx.Err()
+		return nil, protocol.Version{}, ctx.Err()
 	}
 	var buffered []byte
 	if n := reader.Buffered(); n > 0 {
 		peeked, _ := reader.Peek(n) //nolint:errcheck // n bytes are there
 		buffered = append(buffered, peeked...)
 	}
-	protocol := protocolByName(response.Header.Get(transport.HeaderProtocolVersion))
-	return spdy.NewClient(network, buffered, config), protocol, nil
+	return spdy.NewClient(network, buffered, config), protocol.ByName(response.Header.Get(transport.HeaderProtocolVersion)), nil
 }
 
 // open opens the streams that the command wants and starts to follow them.
-func (r *relay) open(c workload.Command, protocol protocolVersion, buffer int) error {
+func (r *Relay) open(c workload.Command, version protocol.Version, buffer int) error {
 	var stdout, stderr *spdy.Stream
 	var opened []*spdy.Stream
 	for _, s := range []struct {
@@ -172,7 +187,7 @@ func (r *relay) open(c workload.Command, protocol protocolVersion, buffer int) e
 		{transport.StreamStdin, c.Stdin, &r.stdin},
 		{transport.StreamStdout, c.Stdout, &stdout},
 		{transport.StreamStderr, c.Stderr && !c.TTY, &stderr},
-		{transport.StreamResize, c.TTY && protocol.resize, &r.resize},
+		{transport.StreamResize, c.TTY && version.Resize, &r.resize},
 	} {
 		if !s.wanted {
 			continue
@@ -185,10 +200,10 @@ func (r *relay) open(c workload.Command, protocol protocolVersion, buffer int) e
 		opened = append(opened, stream)
 	}
 	if stdout != nil {
-		r.stdout = r.output(stdout, c.TTY, buffer)
+		r.stdout = r.newOutput(stdout, c.TTY, buffer)
 	}
 	if stderr != nil {
-		r.stderr = r.output(stderr, c.TTY, buffer)
+		r.stderr = r.newOutput(stderr, c.TTY, buffer)
 	}
 	r.failure.CloseWrite() //nolint:errcheck // we have nothing to say on it
 	r.followStatus()
@@ -214,11 +229,11 @@ func waitAccepted(streams []*spdy.Stream) error {
 }
 
 // followStatus waits for what the upstream says of the end.
-func (r *relay) followStatus() {
+func (r *Relay) followStatus() {
 	r.upstream.Go(func() {
 		message, err := io.ReadAll(io.LimitReader(r.failure, maxUpstreamStatus-int64(len(r.message))))
 		r.message = append(r.message, message...)
-		if isFrozen(err) {
+		if errors.Is(err, handover.ErrFrozen) {
 			return
 		}
 		r.result = r.readResult(err)
@@ -226,9 +241,9 @@ func (r *relay) followStatus() {
 	})
 }
 
-// readResult is what the upstream has said on its error stream, which ended with the error.
-func (r *relay) readResult(err error) *status.Status {
-	message := bytes.TrimSpace(r.message) // a space alone is a status that never came, see promiseStatus
+// readResult is what the upstream has said on its error stream, whose end was the error.
+func (r *Relay) readResult(err error) *status.Status {
+	message := bytes.TrimSpace(r.message) // a space alone is a status that never came, see protocol.Version.PromiseStatus
 	switch {
 	case len(message) > 0 || err == nil:
 		return status.Parse(message, r.jsonStatus)
@@ -239,32 +254,32 @@ func (r *relay) readResult(err error) *status.Status {
 	}
 }
 
-// relayOutput is a stream of the upstream as the session reads it.
-type relayOutput struct {
+// output is a stream of the upstream as the session reads it.
+type output struct {
 	stream *spdy.Stream // nil when it has ended before a hand-over
 	skip   *skipBuffer  // nil where the client's pace is the command's
 }
 
-func (r *relay) output(stream *spdy.Stream, tty bool, buffer int) *relayOutput {
+func (r *Relay) newOutput(stream *spdy.Stream, tty bool, buffer int) *output {
 	if buffer == 0 {
-		return &relayOutput{stream: stream}
+		return &output{stream: stream}
 	}
-	o := &relayOutput{stream, newSkipBuffer(buffer, tty, r.buffers)}
+	o := &output{stream, newSkipBuffer(buffer, tty, r.buffers)}
 	r.fill(o)
 	return o
 }
 
 // fill keeps reading what the upstream sends.
-func (r *relay) fill(o *relayOutput) {
+func (r *Relay) fill(o *output) {
 	r.upstream.Go(func() {
-		if _, err := o.stream.WriteTo(notedOutput{o.skip, &r.lastOutput}); !isFrozen(err) {
+		if _, err := o.stream.WriteTo(notedOutput{o.skip, &r.lastOutput}); !errors.Is(err, handover.ErrFrozen) {
 			o.skip.end() // its end is the end of output
 		}
 	})
 }
 
 // Read implements io.Reader.
-func (o *relayOutput) Read(p []byte) (int, error) {
+func (o *output) Read(p []byte) (int, error) {
 	switch {
 	case o.skip != nil:
 		return o.skip.Read(p)
@@ -276,7 +291,7 @@ func (o *relayOutput) Read(p []byte) (int, error) {
 }
 
 // Close implements io.Closer.
-func (o *relayOutput) Close() error {
+func (o *output) Close() error {
 	if o.skip != nil {
 		return o.skip.Close()
 	}
@@ -297,13 +312,13 @@ func (o notedOutput) Write(p []byte) (int, error) {
 	return o.Writer.Write(p)
 }
 
-type relayInput struct {
+type input struct {
 	*spdy.Stream
-	relay *relay
-	grace time.Duration // see startRelay
+	relay *Relay
+	grace time.Duration // see Options.StdinGrace
 }
 
-func (i relayInput) Close() error {
+func (i input) Close() error {
 	switch {
 	case i.grace < 0:
 		return nil
@@ -316,12 +331,12 @@ func (i relayInput) Close() error {
 }
 
 // startDetaching detaches once there was no output for a while, or after detachMax.
-func (r *relay) startDetaching() {
+func (r *Relay) startDetaching() {
 	rescue.Go(r.upstream.Report, r.detachWhenSilent)
 }
 
 // detachWhenSilent ends with the relay, or when it is frozen.
-func (r *relay) detachWhenSilent() {
+func (r *Relay) detachWhenSilent() {
 	began := time.Unix(0, r.detaching.Load())
 	for {
 		last := time.Unix(0, r.lastOutput.Load())
@@ -340,7 +355,7 @@ func (r *relay) detachWhenSilent() {
 }
 
 // endsWithin reports whether the relay ended, or was frozen, within the time.
-func (r *relay) endsWithin(wait time.Duration) bool {
+func (r *Relay) endsWithin(wait time.Duration) bool {
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
 	select {
@@ -355,7 +370,7 @@ func (r *relay) endsWithin(wait time.Duration) bool {
 
 // detach passes the end of a client's input on. containerd ends the session for it; CRI-O goes on until the
 // container ends.
-func (r *relay) detach() {
+func (r *Relay) detach() {
 	r.stdin.CloseWrite() //nolint:errcheck // fails when the session has ended before
 	if !r.endsWithin(upstreamDetachWait) {
 		r.detached.Store(true)
@@ -364,43 +379,43 @@ func (r *relay) detach() {
 }
 
 // Pending is how much the upstream's kernel has not acknowledged.
-func (i relayInput) Pending() int {
+func (i input) Pending() int {
 	n, _ := socket.Unacknowledged(i.relay.network) // 0 is a good guess
 	return n
 }
 
-// ClientLeft passes the end of the client's input on although the session was to go on after it: there is
-// nobody left whose output could be cut. Only where it is also the end of the container's, it must have come.
-func (i relayInput) ClientLeft(complete bool) {
+// ClientLeft passes the end of the client's input on although the session was to continue after it: nobody is left whose
+// output could be cut. Where it is also the end of the container's input, it must have been complete.
+func (i input) ClientLeft(complete bool) {
 	if complete || i.grace < 0 {
 		i.CloseWrite() //nolint:errcheck // fails when the upstream has gone, which shows in Exited
 	}
 }
 
-// Stdin implements Process.
-func (r *relay) Stdin() io.WriteCloser {
+// Stdin implements remotecommand.Process.
+func (r *Relay) Stdin() io.WriteCloser {
 	if r.stdin == nil {
 		return nil
 	}
-	return relayInput{r.stdin, r, r.stdinGrace}
+	return input{r.stdin, r, r.stdinGrace}
 }
 
-// Stdout implements Process.
-func (r *relay) Stdout() io.ReadCloser { return r.stdout.reader() }
+// Stdout implements remotecommand.Process.
+func (r *Relay) Stdout() io.ReadCloser { return r.stdout.reader() }
 
-// Stderr implements Process.
-func (r *relay) Stderr() io.ReadCloser { return r.stderr.reader() }
+// Stderr implements remotecommand.Process.
+func (r *Relay) Stderr() io.ReadCloser { return r.stderr.reader() }
 
-// reader is no nil pointer.
-func (o *relayOutput) reader() io.ReadCloser {
+// reader returns a nil interface for a nil pointer.
+func (o *output) reader() io.ReadCloser {
 	if o == nil {
 		return nil
 	}
 	return o
 }
 
-// Resize implements Process.
-func (r *relay) Resize(size workload.Size) error {
+// Resize implements remotecommand.Process.
+func (r *Relay) Resize(size workload.Size) error {
 	if r.resize == nil || !size.Known() {
 		return nil
 	}
@@ -412,36 +427,47 @@ func (r *relay) Resize(size workload.Size) error {
 	return err
 }
 
-// Exited implements Process: it is closed when the upstream has said how the command ended, or can
+// Result is what the upstream has said of the end. Valid once Exited is closed.
+func (r *Relay) Result() *status.Status { return r.result }
+
+// Portable says why the connection to the upstream could not be handed over, nil when it could be, or has ended.
+func (r *Relay) Portable() error {
+	if err := r.wire.Portable(); err != nil && !transport.Closed(r.conn.Done()) {
+		return fmt.Errorf("its connection to the container runtime's streaming server: %w", err)
+	}
+	return nil
+}
+
+// Exited implements remotecommand.Process: it is closed when the upstream has said how the command ended, or can
 // say no more.
-func (r *relay) Exited() <-chan struct{} { return r.exited }
+func (r *Relay) Exited() <-chan struct{} { return r.exited }
 
-// ExitCode implements Process.
-func (r *relay) ExitCode() int { return r.result.ExitCode() }
+// ExitCode implements remotecommand.Process.
+func (r *Relay) ExitCode() int { return r.result.ExitCode() }
 
-// ContainerExited implements Process: the upstream watches its containers itself.
-func (r *relay) ContainerExited() <-chan struct{} { return nil }
+// ContainerExited implements remotecommand.Process: the upstream watches its containers itself.
+func (r *Relay) ContainerExited() <-chan struct{} { return nil }
 
-// ContainerEnding implements Process.
-func (r *relay) ContainerEnding() bool { return false }
+// ContainerEnding implements remotecommand.Process.
+func (r *Relay) ContainerEnding() bool { return false }
 
-// PID implements Process.
-func (r *relay) PID() int { return 0 }
+// PID implements remotecommand.Process.
+func (r *Relay) PID() int { return 0 }
 
-// StandIn implements Process.
-func (r *relay) StandIn() string { return "" }
+// StandIn implements remotecommand.Process.
+func (r *Relay) StandIn() string { return "" }
 
-// Signal implements Process.
-func (r *relay) Signal(syscall.Signal) error { return session.ErrNotSupported }
+// Signal implements remotecommand.Process.
+func (r *Relay) Signal(syscall.Signal) error { return session.ErrNotSupported }
 
-// Disconnect implements Process: what becomes of the process is the upstream's affair.
-func (r *relay) Disconnect() { r.conn.Close() } //nolint:errcheck // seen through Exited
+// Disconnect implements remotecommand.Process: what becomes of the process is the upstream's affair.
+func (r *Relay) Disconnect() { r.conn.Close() } //nolint:errcheck // seen through Exited
 
-// Kill implements Process.
-func (r *relay) Kill() { r.Disconnect() }
+// Kill implements remotecommand.Process.
+func (r *Relay) Kill() { r.Disconnect() }
 
-// Close implements Process.
-func (r *relay) Close() error {
+// Close implements remotecommand.Process.
+func (r *Relay) Close() error {
 	r.closeOnce.Do(func() {
 		r.conn.Close() //nolint:errcheck // nothing is left to say to the upstream
 		r.upstream.Wait()

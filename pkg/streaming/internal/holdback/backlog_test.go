@@ -1,11 +1,9 @@
-package remotecommand
+package holdback
 
 import (
 	"math"
 	"testing"
 	"time"
-
-	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 )
 
 // river is a command's output on its way: a window of our own, a peer that has it in its memory, the
@@ -35,7 +33,7 @@ func (r river) run() (needed, estimated time.Duration) {
 	)
 	for ; ; at += tick {
 		produced := r.output(min(at, r.duration))
-		// As spdy's window does it.
+		// As the window does it.
 		window := min(256<<10+max(0, taken-16<<20)/16, 8<<20)
 		before := sent
 		if sent = max(sent, min(produced, taken+window)); before == asking && sent > before {
@@ -54,8 +52,8 @@ func (r river) run() (needed, estimated time.Duration) {
 			full = taken < sent && taken-read >= r.tank-1
 		}
 		for len(questions) > 0 && questions[0].bytes <= taken {
-			model.took(spdy.Receipt{
-				Bytes: int64(questions[0].bytes), First: moment(questions[0].first), Asked: moment(questions[0].at), Came: moment(at),
+			model.took(receipt{
+				bytes: int64(questions[0].bytes), first: moment(questions[0].first), asked: moment(questions[0].at), came: moment(at),
 			})
 			last = at
 			questions = questions[1:]

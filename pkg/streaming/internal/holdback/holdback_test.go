@@ -1,11 +1,8 @@
-package remotecommand
+package holdback
 
 import (
-	"net/http"
 	"testing"
 	"time"
-
-	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 func TestHoldbackUntil(t *testing.T) {
@@ -21,7 +18,7 @@ func TestHoldbackUntil(t *testing.T) {
 	}{
 		{"nothing was asked", false, false, 0, 0, 0},
 		{"nothing was seen", false, true, -time.Second, 0, 0},
-		{"first receipt is due", true, false, 0, 0, firstReceiptWait},
+		{"first receipt is due", true, false, 0, 0, firstReceipt},
 		{"receipt is due, none since the end", true, true, -time.Second, 0, limit},
 		{"receipt is due, one since the end", true, true, 5 * time.Second, 0, 5*time.Second + limit},
 		{"read long before the ping at 15 s", false, true, -time.Second, 2 * time.Second, -time.Second},
@@ -32,13 +29,17 @@ func TestHoldbackUntil(t *testing.T) {
 		{"reader is a little behind", false, true, 2900 * time.Millisecond, 80 * time.Millisecond, 3040 * time.Millisecond},
 		{"reader is hardly behind", false, true, 2999 * time.Millisecond, minHoldback / 2, 0},
 	} {
-		h := newHoldback()
-		h.ask = func() (bool, bool) { return test.coming, test.ever }
+		h := New()
+		h.Attach(&stubConn{})
+		h.any = test.ever
+		if test.coming {
+			h.questions = []question{{}}
+		}
 		if test.last != 0 || test.rest != 0 {
 			h.last = begin.Add(test.last)
 			h.backlog.rate, h.backlog.level = 1000, 1000*test.rest.Seconds()
 		}
-		got := h.until(start, begin, limit).Sub(begin)
+		got := h.Until(start, begin, limit).Sub(begin)
 		if got != test.want && (got > 0 || test.want > 0) {
 			t.Errorf("%s: until %v, want %v", test.name, got, test.want)
 		}
@@ -50,25 +51,5 @@ func TestHoldbackOfShortSessions(t *testing.T) {
 	start := time.Unix(1000, 0)
 	if got := beforeNoPing(start, start.Add(time.Second), 2*time.Second); got.After(start.Add(time.Second)) {
 		t.Errorf("wait until %v", got.Sub(start))
-	}
-}
-
-// kubectl's own SPDY needs no receipts, and who sends input could not answer.
-func TestKubectlIsNotAsked(t *testing.T) {
-	for _, test := range []struct {
-		name   string
-		config Config
-		stdin  bool
-		header http.Header
-		asked  bool
-	}{
-		{"kubectl", Config{StatusWait: time.Minute}, false, http.Header{"Kubectl-Command": {"kubectl exec"}}, false},
-		{"a translator", Config{StatusWait: time.Minute}, false, http.Header{"User-Agent": {"Go-http-client/1.1"}}, true},
-		{"a translator of input", Config{StatusWait: time.Minute}, true, nil, false},
-		{"off", Config{}, false, nil, false},
-	} {
-		if asked := test.config.holdsStatusBack(&http.Request{Header: test.header}, workload.Command{Stdin: test.stdin}); asked != test.asked {
-			t.Errorf("%s: asked %v", test.name, asked)
-		}
 	}
 }

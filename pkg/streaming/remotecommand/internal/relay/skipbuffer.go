@@ -1,4 +1,4 @@
-package remotecommand
+package relay
 
 import (
 	"bytes"

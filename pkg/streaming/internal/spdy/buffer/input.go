@@ -1,0 +1,138 @@
+package buffer
+
+import (
+	"net"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
+)
+
+// plainRead is how much is read at once from a connection that is no plain socket, such as TLS, where a
+// buffer has to be held while nothing comes. TLS keeps a record of 16 KiB itself, so a small buffer
+// costs no system calls.
+const plainRead = 4 << 10
+
+// Input is what was read from a connection and not understood yet. One goroutine uses it.
+type Input struct {
+	conn net.Conn
+	raw  syscall.RawConn // of conn; nil where it is no plain socket
+
+	partial []byte  // bytes of an incomplete frame, while no buffer is held
+	buf     *Buffer // nil while there is nothing to read
+	end     int     // bytes in buf.data
+	plain   []byte  // instead of buf where the connection is no plain socket
+
+	large   bool
+	tryRead func(fd uintptr) bool // (*Input).readSocket, made once
+	n       int                   // its result
+	err     error
+}
+
+// Init makes it the input of a connection from which buffered was read before. raw is the connection's socket, and nil
+// when the connection may only be read with its own Read.
+func (in *Input) Init(conn net.Conn, raw syscall.RawConn, buffered []byte) {
+	in.conn, in.raw = conn, raw
+	in.partial = append(in.partial, buffered...)
+	in.tryRead = in.readSocket
+}
+
+// Rest returns what Park has kept.
+func (in *Input) Rest() []byte { return in.partial }
+
+// Read waits for bytes and returns what is there, behind what was kept: up to 64 KiB, or 1 MiB when large. The bytes are
+// valid until the next call. No bytes without an error are the end.
+func (in *Input) Read(large bool) ([]byte, error) {
+	if in.raw == nil {
+		return in.readPlain()
+	}
+	in.large = large
+	if err := in.raw.Read(in.tryRead); err != nil {
+		return nil, err
+	}
+	if in.err != nil || in.n == 0 {
+		return nil, in.err
+	}
+	in.end += in.n
+	return in.buf.data[:in.end], nil
+}
+
+// readSocket is one attempt to read. A buffer is taken for the attempt and given back when there is
+// nothing: a connection that waits holds none.
+func (in *Input) readSocket(fd uintptr) bool {
+	if in.buf == nil {
+		in.buf = take(readClass(in.large))
+		in.end = copy(in.buf.data, in.partial)
+		in.partial = nil
+	}
+	in.n, in.err = socket.Read(fd, in.buf.data[in.end:])
+	if in.err == unix.EAGAIN {
+		if in.end > 0 {
+			in.partial = append([]byte(nil), in.buf.data[:in.end]...)
+		}
+		in.Release()
+		return false
+	}
+	return true
+}
+
+func readClass(large bool) int {
+	if large {
+		return largest
+	}
+	return received
+}
+
+func (in *Input) readPlain() ([]byte, error) {
+	if in.plain == nil {
+		in.plain = make([]byte, plainRead)
+	}
+	n, err := in.conn.Read(in.plain)
+	if n == 0 {
+		return nil, err // an error that comes with bytes comes again
+	}
+	if len(in.partial) == 0 {
+		return in.plain[:n], nil
+	}
+	in.partial = append(in.partial, in.plain[:n]...)
+	return in.partial, nil
+}
+
+// Keep stores the incomplete frame at the end of what was read for the next Read, which is to be large or not.
+func (in *Input) Keep(rest []byte, large bool) {
+	if in.buf != nil {
+		if old := in.buf; old.class != readClass(large) {
+			in.buf = take(readClass(large))
+			defer old.Free()
+		}
+		in.end = copy(in.buf.data, rest)
+		return
+	}
+	if len(rest) == 0 {
+		in.partial = nil
+		return
+	}
+	in.partial = append(in.partial[:0], rest...)
+}
+
+// Park stores rest in memory of its own: no buffer is held.
+func (in *Input) Park(rest []byte) {
+	in.partial = append([]byte(nil), rest...)
+	in.Release()
+}
+
+// ParkKept does so with what Keep has stored.
+func (in *Input) ParkKept() {
+	if in.buf != nil {
+		in.Park(in.buf.data[:in.end])
+	}
+}
+
+// Release gives the buffer back.
+func (in *Input) Release() {
+	if in.buf != nil {
+		in.buf.Free()
+		in.buf, in.end = nil, 0
+	}
+}

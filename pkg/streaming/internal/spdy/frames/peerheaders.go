@@ -1,0 +1,67 @@
+package frames
+
+import (
+	"net/http"
+	"sync"
+)
+
+// PeerHeaders understands the header blocks of a connection's peer, until it is told to refuse them. The memory that
+// takes is there from the first block on. Its methods may be called from any goroutine.
+type PeerHeaders struct {
+	Limits HeaderLimits // set before the first block
+
+	mu      sync.Mutex
+	refuses bool
+	reader  *HeaderReader // nil before the first block and after Refuse
+}
+
+// Read reads a block. Once blocks are refused it does nothing: there will never be one to understand, and the
+// inflater may fall behind. A HeaderFault costs the stream, any other error the connection.
+func (p *PeerHeaders) Read(block []byte) (header http.Header, refused bool, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.refuses {
+		return nil, true, nil
+	}
+	if p.reader == nil {
+		p.reader = TakeHeaderReader()
+	}
+	header, err = p.reader.Read(block, p.Limits)
+	return header, false, err
+}
+
+// Refuse refuses all further blocks, and gives the memory back.
+func (p *PeerHeaders) Refuse() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.refuses = true
+	if p.reader != nil {
+		p.reader.Release()
+		p.reader = nil
+	}
+}
+
+// Refuses says whether Refuse was called.
+func (p *PeerHeaders) Refuses() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.refuses
+}
+
+// History returns what Resume needs in another process, nil when there was no block or they are refused. No block can be read
+// after it.
+func (p *PeerHeaders) History() ([]byte, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.reader == nil {
+		return nil, nil
+	}
+	return p.reader.History()
+}
+
+// Resume goes on after the last block that a History is of.
+func (p *PeerHeaders) Resume(history []byte) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.reader = ResumeHeaderReader(history)
+}

@@ -1,0 +1,129 @@
+package stdin
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/streamshim/streamshim/pkg/rescue"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
+)
+
+// stream is a stream over a real connection: our end, and the client's.
+func stream(t *testing.T) (ours, client *spdy.Stream) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	dialled, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	opened := make(chan *spdy.Stream, 1)
+	server := spdy.NewServer(accepted, nil, spdy.Config{OnStream: func(s *spdy.Stream) { opened <- s }})
+	peer := spdy.NewClient(dialled, nil, spdy.Config{})
+	var served sync.WaitGroup
+	served.Go(func() { server.Serve(context.Background()) })
+	served.Go(func() { peer.Serve(context.Background()) })
+	t.Cleanup(func() {
+		peer.Close()
+		server.Close()
+		served.Wait()
+	})
+	if client, err = peer.OpenStream(http.Header{}); err != nil {
+		t.Fatal(err)
+	}
+	return <-opened, client
+}
+
+func pipe(t *testing.T) (r, w *os.File) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close(); w.Close() })
+	return r, w
+}
+
+func say(t *testing.T, w io.Writer, text string) {
+	t.Helper()
+	if _, err := io.WriteString(w, text); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The end of the client's input is the command's; then nothing is held, and all that is pending is what the command has
+// not read.
+func TestInputThatEnds(t *testing.T) {
+	ours, client := stream(t)
+	r, w := pipe(t)
+	in, group := New(), rescue.Group{Report: rescue.Die}
+	defer in.Close()
+	in.Copy(&group, ours, w)
+	say(t, client, "all of it")
+	client.CloseWrite()
+	<-in.ClientLeft()
+	in.EndSeen()
+	if held := in.Hold(); held != nil || in.cut {
+		t.Errorf("held: %v, cut: %v", held, in.cut)
+	}
+	if pending := in.progress().Pending; pending != 9 {
+		t.Errorf("%d bytes are pending", pending)
+	}
+	in.last, in.since = in.progress(), time.Now().Add(-time.Minute)
+	if !in.Stalled(time.Second, true) {
+		t.Error("a command that does not read does not stall")
+	}
+	got, err := io.ReadAll(r)
+	if string(got) != "all of it" || err != nil {
+		t.Errorf("the command has %q, %v", got, err)
+	}
+	if in.Stalled(time.Hour, true) {
+		t.Error("a command that has just read everything stalls")
+	}
+	group.Wait()
+}
+
+// Input that was cut does not end for the command, as long as its end is held.
+func TestInputThatIsCut(t *testing.T) {
+	ours, client := stream(t)
+	r, w := pipe(t)
+	in, group := New(), rescue.Group{Report: rescue.Die}
+	defer in.Close()
+	in.Copy(&group, ours, w)
+	say(t, client, "half")
+	got := make([]byte, 4)
+	if _, err := io.ReadFull(r, got); err != nil {
+		t.Fatal(err)
+	}
+	client.Reset()
+	<-in.ClientLeft()
+	in.EndSeen()
+	group.Wait()
+	held := in.Hold()
+	if held == nil || !in.cut {
+		t.Fatalf("held: %v, cut: %v", held, in.cut)
+	}
+	w.Close()
+	r.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+	if n, err := r.Read(got); err == io.EOF {
+		t.Errorf("the command reads %d bytes, %v", n, err)
+	}
+	held.Close()
+	r.SetReadDeadline(time.Time{})
+	if n, err := r.Read(got); n != 0 || err != io.EOF {
+		t.Errorf("then the command reads %d bytes, %v", n, err)
+	}
+}
