@@ -1,55 +1,53 @@
-// Package execproc runs one process in one existing container and owns it until its end.
+// Package execproc starts one process in an existing container and owns it until it ends.
 //
-// A process is started by the container's own OCI runtime, as
+// The container's own OCI runtime starts the process, as
 //
 //	runc --root R --log L --log-format json exec --process P --detach --pid-file F [--console-socket S] ID
 //
-// and from then on no runtime process stands in between: its streams are pipes whose other ends are
-// ours, or a terminal whose master was handed to us, and it is a child of this process, which is a
-// child subreaper. So bytes take one hop, the exit status comes from the kernel, and the process
-// outlives a restart of the container runtime's daemon.
+// The runtime then exits and nothing stands between us and the process. Its streams are pipes whose other ends we
+// hold, or a terminal whose master the runtime has sent us. It is our child, because this process is a child
+// subreaper. So bytes take one hop, the exit status comes from the kernel, and the process survives a restart of
+// the container runtime's daemon.
 //
-// # Who waits for whom
+// # Waiting
 //
-// One reaper in the process waits on pidfds, independent of all I/O; see the comment on internal/reaper.Reaper
-// for how it leaves other children of this process alone. Code that shares a process with a Runner
-// must not wait for any child (wait4 with -1), ignore SIGCHLD, or start children of its own with
-// Setsid.
+// One reaper waits on pidfds, independently of all I/O. The comment on internal/reaper.Reaper explains how it
+// leaves this process's other children alone. Code that shares a process with a Runner must not wait for arbitrary
+// children (wait4 with -1), ignore SIGCHLD, or start children of its own with Setsid.
 //
-// # The tree of a process
+// # The process tree
 //
-// A client that goes away, a timeout and Kill end not just the process but all that it has started.
-// Linux keeps no list of that, so it is found in /proc: children by their parent, members of the
-// sessions that were begun below the process (the runtime gives the process a session of its own),
-// and processes of the same cgroup that hold the process's end of one of our pipes or of our
-// terminal. The search goes on until nothing new appears, with all members stopped before they are
-// killed, and signals go through pidfds to processes whose start time was checked, so that a reused
-// pid hurts no stranger. The container's main process is never signalled.
+// A lost client, a timeout and Kill end the process together with everything that it has started. Linux keeps no
+// list of these processes, so they are found in /proc: children by their parent, members of sessions that began
+// below the process (the runtime gives the process a session of its own), and processes in the same cgroup that
+// hold the far end of one of our pipes or of our terminal. All members are stopped before they are killed, and the
+// search is repeated until nothing new appears. Signals go through pidfds to processes whose start time was
+// checked, so a reused pid cannot hit a stranger. The container's main process is never signalled.
 //
-// What it cannot find is a process that did all of: have its parents end (a double fork), begin a
-// session of its own whose leader has ended or that nobody else of the tree is in, and close or
-// redirect all its streams; in short, a proper daemon. Such a process stays, as does one that a
-// command which ended by itself has left behind on purpose: a normal end kills nobody. Orphans inside
-// a container's own pid namespace become children of the container's main process, and to reap them
-// is its task.
+// The search misses a proper daemon: a process whose parents have ended (a double fork), which lives in a session
+// whose leader has ended or that no other member is in, and which has closed or redirected all its streams. Such a
+// process stays. So does whatever a command left behind when it ended by itself: a normal end kills nothing.
+// Orphans inside a container's own pid namespace become children of the container's main process, which must reap
+// them.
 //
-// A process in a paused (frozen) container takes its SIGKILL when the container is resumed.
+// A process in a paused (frozen) container receives its SIGKILL when the container is resumed.
 //
 // # After a crash
 //
-// For each process there is a record in Config.StateDir, begun before the runtime is run and completed when
-// the process is known. Should this process be killed, the next Runner with the same directory ends what still
-// runs, recognized by pid, start time and boot, and what the starts have come to that were under way, unless
-// the policy was to keep it.
+// Each process has a recovery record in Config.StateDir. It is begun before the runtime is run and completed when
+// the process is known. If this process is killed, the next Runner with the same directory ends what still runs,
+// including whatever came of interrupted starts, unless the policy was to keep it. It recognizes processes by pid,
+// start time and boot.
 //
-// # Hand-overs
+// # Hand-over
 //
-// A program that executes its successor in the same process (docs/decisions/0006-handover.md) calls Quiesce, freezes
-// each Process that a session has, and then the Runner; the successor, whose Config says so, calls Resume, ResumeProcess
-// and EndUnclaimed. All commands stay children of the process. What ends in between is a zombie until it is resumed,
-// and so loses no exit code; records on disk stay what they are.
+// A program that executes its successor in the same process (docs/decisions/0006-handover.md) calls Quiesce, then
+// freezes each session's Process, then the Runner. The successor sets Config.Successor and calls Resume,
+// ResumeProcess and EndUnclaimed. Commands stay children of the process throughout. One that ends in between
+// remains a zombie until it is resumed, so no exit code is lost. Recovery records are not touched.
 //
-// execve must be called by the main thread. It ends all others, and a command that has asked for a signal at its parent's
-// death (PR_SET_PDEATHSIG) gets it when the thread dies whose child it is; commands that a runtime leaves are the main
-// thread's. Nothing of streamshim's own that is to live may have been started with one.
+// The main thread must call execve, which ends all other threads. A command that asked for a signal at its
+// parent's death (PR_SET_PDEATHSIG) gets it when the thread dies whose child it is. Commands that a runtime has
+// left to us are the main thread's children. A process of streamshim's own that must survive must not have been
+// started with PR_SET_PDEATHSIG.
 package execproc

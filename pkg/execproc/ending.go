@@ -11,28 +11,28 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc/internal/tree"
 )
 
-// stage is how far the end of a process has come.
+// stage is how far the ending of a process has come.
 type stage int
 
 const (
-	stageLook   stage = iota // for the tree, before anything is closed or signalled
+	stageLook   stage = iota // looking for the tree; nothing is closed or signalled yet
 	stageHangup              // SIGHUP was sent
 	stageTerm                // SIGTERM was sent
 	stageKill                // SIGKILL is sent
 )
 
-// ending is the end of a process and of everything that descends from it.
+// ending ends a process and everything that descends from it.
 type ending struct {
 	process *Process
 	tree    *tree.Tree
 	stage   stage
-	// When the next stage begins, and when what survives SIGKILL is given up.
+	// When the next stage begins, and when to give up on what survives SIGKILL.
 	termAt, killAt, giveUpAt time.Time
 
 	stopped chan struct{} // closed when run has returned
 }
 
-// beginEnd begins the end of the tree, once.
+// beginEnd starts the ending, once.
 func (p *Process) beginEnd() {
 	p.mu.Lock()
 	if p.ending != nil {
@@ -71,7 +71,7 @@ func (e *ending) begin() {
 	}
 }
 
-// removeRecord removes the record, unless the process itself has survived; then it goes with that.
+// removeRecord removes the recovery record, unless the process itself survived: then the reaper removes it.
 func (e *ending) removeRecord() {
 	p := e.process
 	p.mu.Lock()
@@ -94,7 +94,7 @@ func (e *ending) over() {
 	close(p.ended)
 }
 
-// run returns true when the end is over, and false when it was frozen.
+// run reports whether the ending is over. It returns false when it was frozen.
 func (e *ending) run() bool {
 	p, t, config := e.process, e.tree, e.process.runner.config
 	var living []proc.Stat
@@ -103,8 +103,7 @@ func (e *ending) run() bool {
 		if p.pipes != nil {
 			t.Pipes = tree.WatchPipes(p.pipes.Stdin, p.pipes.Stdout, p.pipes.Stderr)
 		}
-		// Before anything is closed or signalled: later the leader may be gone, and with it the trace to
-		// its children.
+		// Look before anything is closed or signalled: later the leader may be gone, and its children untraceable.
 		var looked bool
 		if living, looked = p.firstLook(t); !looked {
 			return false
@@ -119,8 +118,8 @@ func (e *ending) run() bool {
 		t.Killing = e.stage == stageKill || p.killed()
 		living = t.Living()
 	}
-	// Hand-overs one after the other hold nothing up: a stage that is over is followed by the next one's signal, and
-	// when nothing lives the end is over.
+	// Repeated hand-overs must not delay an ending: when a stage's time is up, the next signal is sent before
+	// freezing, and when nothing lives the ending is over.
 	frozenBefore := func(end time.Time) bool {
 		return isClosed(p.freezing) && (t.Blind && len(living) == 0 || len(living) > 0 && time.Now().Before(end))
 	}
@@ -163,25 +162,25 @@ func (e *ending) run() bool {
 		return true
 	}
 	select {
-	case <-p.watch.Exited: // it is a zombie now, and the reaper knows
+	case <-p.watch.Exited: // a zombie by now, and the reaper knows
 		return true
 	case <-p.freezing:
 		return false
 	}
 }
 
-// firstLook finds the tree while the terminal is certain to be still the process's own. Once its
-// master is closed the kernel may give the same number to the next terminal, whose users are
-// strangers, so that later looks do without it.
+// firstLook finds the tree while the terminal certainly belongs to the process. Once its master is closed, the
+// kernel may give the same number to another terminal, so later looks ignore terminals.
 //
-// A Close that follows Disconnect or Kill at once takes effect after this look: closing a terminal
-// ends its leader, and with it the trace to children in sessions of their own.
+// A Close right after Disconnect or Kill takes effect only after this look: closing a terminal ends its leader,
+// and then children in sessions of their own can no longer be traced.
 //
+// It returns false when it was frozen, and must then be repeated.
 // It returns false when it was frozen, and is to be done again.
 func (p *Process) firstLook(t *tree.Tree) (living []proc.Stat, looked bool) {
 	if t.Ends.Terminal {
 		master, err := stdio.Duplicate(p.tty)
-		if err != nil { // closed already
+		if err != nil { // already closed
 			t.Ends.Terminal = false
 		} else {
 			defer master.Close()

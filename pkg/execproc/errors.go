@@ -8,14 +8,14 @@ import (
 )
 
 var (
-	// ErrStartTimeout is in the error of a start that the runtime did not finish in time.
+	// ErrStartTimeout is wrapped by the error of a start that the runtime did not finish in time.
 	ErrStartTimeout = errors.New("the OCI runtime did not start the command in time")
-	// ErrTimeout is in the error of a RunSync whose time is up, or whose context is done.
-	// context.DeadlineExceeded is in it too.
+	// ErrTimeout is wrapped by the error of a RunSync that timed out or whose context is done. It also matches
+	// context.DeadlineExceeded.
 	ErrTimeout error = timeoutError{}
-	// ErrNoRoom is in the error of a RunSync whose command wrote more than there was room for, see Config.OutputRoom.
+	// ErrNoRoom is wrapped by the error of a RunSync whose output did not fit in Config.OutputRoom.
 	ErrNoRoom = errors.New("no room for the command's output")
-	// ErrClosed is in the error of a start after Shutdown or Close.
+	// ErrClosed is wrapped by the error of a start after Shutdown or Close.
 	ErrClosed = errors.New("shutting down: no new processes are started")
 )
 
@@ -23,11 +23,12 @@ type timeoutError struct{}
 
 func (timeoutError) Error() string { return "command timed out" }
 
-// Is implements what errors.Is looks for.
+// Is supports errors.Is.
 func (timeoutError) Is(target error) bool { return target == context.DeadlineExceeded }
 
-// ErrNotRunning is in the error of a start in a container that has ended, is paused, or is unknown to its runtime.
+// ErrNotRunning is wrapped by the error of a start in a container that has ended, is paused, or is unknown to its
+// runtime.
 var ErrNotRunning = ociruntime.ErrNotRunning
 
-// StartError says that the container is fine but the command could not be executed in it.
+// StartError reports a command that could not be executed although its container is fine.
 type StartError = ociruntime.StartError

@@ -15,11 +15,11 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Freeze ends all that is done for the process here and returns its state, from which Runner.ResumeProcess goes on, in
-// this program or in one that this one executes. Nobody may work on its streams. The files get duplicates of them. A
-// process that ends from now on is a zombie until it is resumed, so that its exit code is not lost.
+// Freeze stops all work on the process and returns its state, for Runner.ResumeProcess in this program or in one
+// that it executes. The caller must no longer use the process's streams; files gets duplicates of them. If the
+// process ends from now on, it stays a zombie until it is resumed, so its exit code is not lost.
 //
-// Afterwards Discard is to be called; Disconnect and Kill do nothing. After an error the process goes on as before.
+// Call Discard afterwards. Disconnect and Kill then do nothing. After an error the process carries on as before.
 func (p *Process) Freeze(files *handover.Files) ([]byte, error) {
 	s, err := p.freeze(files)
 	if err != nil {
@@ -27,14 +27,14 @@ func (p *Process) Freeze(files *handover.Files) ([]byte, error) {
 	}
 	encoded, err := handover.Encode(s)
 	if err != nil {
-		return nil, err // of plain structures never
+		return nil, err // cannot happen with plain structs
 	}
 	p.runner.noteFrozen(p, encoded)
 	return encoded, nil
 }
 
-// Discard closes what a frozen process still has in this program. Its streams stay open in the files that it was
-// frozen with.
+// Discard closes what this program still holds of a frozen process. Its streams stay open in the files passed to
+// Freeze.
 func (p *Process) Discard() { p.Close() } //nolint:errcheck // always nil
 
 func (p *Process) freeze(files *handover.Files) (processState, error) {
@@ -43,7 +43,7 @@ func (p *Process) freeze(files *handover.Files) (processState, error) {
 	if p.frozen {
 		return processState{}, errors.New("freeze process: it is frozen already")
 	}
-	// First of all what can fail.
+	// Do first what can fail.
 	kept := stdio.NewDuplicates(files)
 	if err := p.keepStreams(kept); err != nil {
 		kept.Close()
@@ -54,7 +54,7 @@ func (p *Process) freeze(files *handover.Files) (processState, error) {
 	p.mu.Lock()
 	p.cutLocked()
 	p.mu.Unlock()
-	// No lock is needed from here on: who could change something is kept out by life, or has ended.
+	// No lock is needed from here on: life keeps other writers out, and the background work has ended.
 	if p.ending != nil {
 		<-p.ending.stopped
 	}
@@ -82,13 +82,13 @@ func (p *Process) freeze(files *handover.Files) (processState, error) {
 	return s, nil
 }
 
-// freezeInit notes how to know the container's main process again.
+// freezeInit records how to recognize the container's main process again.
 func (p *Process) freezeInit(s *processState) {
 	if p.init == nil || p.closed {
 		return
 	}
 	s.Watched = true
-	// The descriptor of the watch keeps the pid from being another's until it is known not to have ended.
+	// The watch's pidfd keeps the pid from being reused until we know whether the process has ended.
 	stat, err := proc.ReadStat(p.container.InitPid)
 	s.InitEnded = p.runner.reaper.HasEnded(p.init)
 	if !s.InitEnded && err == nil && s.InitStart == 0 {
@@ -97,7 +97,7 @@ func (p *Process) freezeInit(s *processState) {
 	p.runner.reaper.DropContainer(p.init)
 }
 
-// freezeStreams notes the streams that are open.
+// freezeStreams records which streams are open.
 func (p *Process) freezeStreams(s *processState, kept *stdio.Duplicates) {
 	if p.pipes != nil {
 		stream := func(file *os.File, wanted bool) streamState {
@@ -118,7 +118,7 @@ func (p *Process) freezeStreams(s *processState, kept *stdio.Duplicates) {
 			s.Terminal.Input = input.Freeze()
 		}
 		if s.Terminal.Descriptor == 0 {
-			s.Ends.Terminal = false // hung up: its number may be another's by now
+			s.Ends.Terminal = false // hung up: its number may belong to another terminal by now
 		}
 	}
 	for _, k := range p.kept {
@@ -128,12 +128,12 @@ func (p *Process) freezeStreams(s *processState, kept *stdio.Duplicates) {
 		file, terminal := k.File()
 		if d := kept.Descriptor(k.Stream, file); d != 0 {
 			s.Kept = append(s.Kept, keptState{Descriptor: d, Terminal: terminal, Input: k.Input})
-			file.Close() // has its duplicate
+			file.Close() // kept holds a duplicate
 		}
 	}
 }
 
-// keepStreams keeps all streams that are open.
+// keepStreams duplicates all open streams into d.
 func (p *Process) keepStreams(d *stdio.Duplicates) error {
 	var errs []error
 	if p.pipes != nil {
@@ -158,22 +158,22 @@ func (p *Process) keepStreams(d *stdio.Duplicates) error {
 	return errors.Join(errs...)
 }
 
-// state is an ending's that has stopped.
+// state returns the state of a stopped ending.
 func (e *ending) state(over bool, files *handover.Files) *endingState {
 	if over {
 		return &endingState{Over: true}
 	}
 	defer e.tree.ClosePipes()
 	s := &endingState{Stage: e.stage, TermAt: handover.InstantOf(e.termAt), KillAt: handover.InstantOf(e.killAt), GiveUpAt: handover.InstantOf(e.giveUpAt)}
-	if e.stage != stageLook { // otherwise nothing is known
+	if e.stage != stageLook { // before that nothing is known
 		s.Tree = e.tree.State(files)
 	}
 	return s
 }
 
-// ResumeProcess goes on with a process from the state that its Freeze has returned. It takes its streams out of the
-// files. The error is that of a state which this program cannot read or that is not true any more; the process is then
-// left to EndUnclaimed.
+// ResumeProcess resumes a process from the state that Freeze returned, and takes its streams out of files. It
+// fails when this program cannot read the state or when the state is no longer true; the process is then left to
+// EndUnclaimed.
 func (r *Runner) ResumeProcess(_ context.Context, state []byte, files *handover.Files) (*Process, error) {
 	s, err := decodeProcess(state)
 	if err != nil {
@@ -223,7 +223,7 @@ func (r *Runner) resume(s processState, files *handover.Files) (_ *Process, err 
 			return nil, err
 		}
 	}
-	p.resumeEnding(s.Ending, watched) // before a reaper can say that the process has ended
+	p.resumeEnding(s.Ending, watched) // before the reaper can report the process's exit
 	if err := r.watchResumed(p, s); err != nil {
 		if p.init != nil {
 			r.reaper.DropContainer(p.init)
@@ -233,7 +233,7 @@ func (r *Runner) resume(s processState, files *handover.Files) (_ *Process, err 
 		}
 		return nil, err
 	}
-	// Nothing fails from here on.
+	// Nothing can fail from here on.
 	p.closed = s.Closed
 	p.resumeStreams(s, streams)
 	for i, k := range s.Kept {
@@ -250,7 +250,7 @@ func (r *Runner) resume(s processState, files *handover.Files) (_ *Process, err 
 	return p, nil
 }
 
-// resumedStreams are a process's that are open.
+// resumedStreams are the streams that are still open.
 type resumedStreams struct{ stdin, stdout, stderr, master *os.File }
 
 func takeStreams(t *stdio.Taken, s processState) resumedStreams {
@@ -270,7 +270,7 @@ func takeStreams(t *stdio.Taken, s processState) resumedStreams {
 	return r
 }
 
-// watchResumed waits for the process's end from now on. It may have ended long ago.
+// watchResumed watches for the process's end, which may have come long ago.
 func (r *Runner) watchResumed(p *Process, s processState) (err error) {
 	switch {
 	case s.Exited:
@@ -280,7 +280,7 @@ func (r *Runner) watchResumed(p *Process, s processState) (err error) {
 			return err
 		}
 	default:
-		// Unless somebody else has waited for it, it is our child, be it a zombie.
+		// It is still our child, if only as a zombie, unless somebody else has waited for it.
 		if stat, err := proc.ReadStat(s.Pid); err != nil || stat.Identity != p.leader || stat.Parent != os.Getpid() {
 			r.log.Warn("a process was lost in a hand-over: its exit code is not known", "container", s.Container, "pid", s.Pid)
 			p.watch = reaper.EndedWatch(s.Pid, reaper.LostStatus)
@@ -302,7 +302,7 @@ func (r *Runner) watchResumed(p *Process, s processState) (err error) {
 	return nil
 }
 
-// resumeStreams gives the process its streams again, those that were closed as closed ones.
+// resumeStreams gives the process its streams back. Those that were closed are closed again.
 func (p *Process) resumeStreams(s processState, open resumedStreams) {
 	orClosed := func(file *os.File) *os.File {
 		if file == nil {
@@ -323,7 +323,7 @@ func (p *Process) resumeStreams(s processState, open resumedStreams) {
 		}
 	}
 	if open.master == nil {
-		p.ends.Terminal = false // hung up: its number may be another's by now
+		p.ends.Terminal = false // hung up: its number may belong to another terminal by now
 	}
 	if s.Terminal == nil {
 		return
@@ -342,7 +342,7 @@ func (p *Process) resumeStreams(s processState, open resumedStreams) {
 	}
 }
 
-// resumeEnding prepares the end of the tree to go on.
+// resumeEnding restores an ending, ready to continue.
 func (p *Process) resumeEnding(s *endingState, watched []*os.File) {
 	if s == nil {
 		return

@@ -18,35 +18,36 @@ import (
 	"github.com/streamshim/streamshim/pkg/handover"
 )
 
-// program tells this program from the one that it executes.
+// program distinguishes this program from the one that it executes.
 var program = rand.Text()
 
-// handOver is what a Runner knows of a hand-over. Its fields are guarded by the Runner's mu.
+// handOver is a Runner's part in hand-overs. The Runner's mu guards its fields.
 type handOver struct {
-	quiet  chan struct{} // not nil while no start may begin; closed when they may
-	calls  int           // starts and RunSyncs under way
-	frozen bool          // Resume is due
-	// carried are the states of processes that a session has frozen, until they are resumed.
+	quiet  chan struct{} // non-nil while starts are held back; closed to release them
+	calls  int           // starts and RunSyncs in progress
+	frozen bool          // waiting for Resume
+	// carried holds the states of processes that sessions have frozen, until they are resumed.
 	carried  map[proc.Identity][]byte
 	adopting bool // the reaper waits for Resume
-	// recovery is the work on starts that a killed predecessor was interrupted in. Freeze leaves it to who resumes.
+	// recovery covers starts that were interrupted when a predecessor was killed. Freeze leaves the rest of it to
+	// the successor.
 	recovery       context.Context
 	endRecovery    context.CancelFunc
 	recoveries     *sync.WaitGroup
-	recoveredNames uint64 // the highest in a file's name that this process has made before this program
+	recoveredNames uint64 // the highest file name number used in this process before this program
 }
 
-// runnerState is what a hand-over carries of a Runner. As processState it is a contract.
+// runnerState is a Runner's state in a hand-over. Like processState it is a contract between versions.
 type runnerState struct {
 	Version  int
-	Program  string   // who has written it
-	Sessions [][]byte // states of processes that their sessions resume
-	Own      [][]byte // of those without a session
+	Program  string   // the program that wrote it
+	Sessions [][]byte // processes that sessions resume
+	Own      [][]byte // processes without a session
 	Children []childState
-	Unheard  []int // signals that are caught and thrown away
+	Unheard  []int // signals caught and discarded
 }
 
-// childState is a process in this process's own session, which was started by os/exec.
+// childState identifies a child that os/exec started, in this process's own session.
 type childState struct {
 	Pid   int
 	Start uint64
@@ -63,7 +64,7 @@ func decodeRunner(encoded []byte) (runnerState, error) {
 	return s, nil
 }
 
-// CheckState tells whether this program can read what Runner.Freeze has returned.
+// CheckState returns an error if this program cannot read a state that Runner.Freeze returned.
 func CheckState(state []byte) error {
 	s, err := decodeRunner(state)
 	if err != nil {
@@ -77,8 +78,8 @@ func CheckState(state []byte) error {
 	return nil
 }
 
-// Quiesce waits until no start and no RunSync is under way; those that come from now on wait until Continue or Resume.
-// When the context is done first, they go on, and its error is returned.
+// Quiesce waits until no start and no RunSync is in progress, and holds back new ones until Continue or Resume. If
+// the context ends first, it releases them and returns the context's error.
 func (r *Runner) Quiesce(ctx context.Context) error {
 	defer context.AfterFunc(ctx, func() {
 		r.mu.Lock()
@@ -103,7 +104,7 @@ func (r *Runner) Quiesce(ctx context.Context) error {
 	return nil
 }
 
-// Continue lets starts go on after Quiesce.
+// Continue releases the starts that Quiesce holds back.
 func (r *Runner) Continue() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -117,9 +118,9 @@ func (r *Runner) continueLocked() {
 	}
 }
 
-// Freeze ends all work on processes and returns the state from which Resume goes on, in this program or in one that
-// this one executes. It comes after Quiesce, and after the sessions have frozen their processes; a process that is left
-// and was not closed is disconnected when it is resumed. After an error all goes on as before.
+// Freeze stops all work on processes and returns the state for Resume, in this program or in one that it executes.
+// Call it after Quiesce, and after the sessions have frozen their processes. A process without a session that was
+// not closed is disconnected when it is resumed. After an error everything carries on as before.
 func (r *Runner) Freeze(files *handover.Files) ([]byte, error) {
 	r.mu.Lock()
 	switch {
@@ -158,7 +159,7 @@ func (r *Runner) Freeze(files *handover.Files) ([]byte, error) {
 	return encoded, nil
 }
 
-// complete adds what is not a process's.
+// complete adds everything that does not belong to a single process.
 func (s *runnerState) complete(r *Runner, own []processState) error {
 	for _, state := range own {
 		encoded, err := handover.Encode(state)
@@ -185,7 +186,7 @@ func (s *runnerState) complete(r *Runner, own []processState) error {
 	return nil
 }
 
-// watched are the processes that this program does something for and no session has frozen.
+// watched returns the processes that this program still works for, without those that sessions have frozen.
 func (r *Runner) watched() []*Process {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -197,14 +198,13 @@ func (r *Runner) watched() []*Process {
 	return slices.Collect(maps.Keys(all))
 }
 
-// noteFrozen remembers the state of a process until it is resumed.
 func (r *Runner) noteFrozen(p *Process, state []byte) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.carried[p.leader] = state
 }
 
-// forgetFrozen takes a process out of those that something is done for.
+// forgetFrozen removes a process from those that this program works for.
 func (r *Runner) forgetFrozen(p *Process) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -213,8 +213,9 @@ func (r *Runner) forgetFrozen(p *Process) {
 	delete(r.keeping, p)
 }
 
-// Resume goes on from the state that Freeze has returned. The processes of sessions are left to ResumeProcess. An error
-// says that the state cannot be read, and that everything in it is left to EndUnclaimed, as far as it is known.
+// Resume continues from the state that Freeze returned. It leaves the sessions' processes to ResumeProcess. It
+// fails when the state cannot be read; the processes in it, as far as they are known, are then left to
+// EndUnclaimed.
 func (r *Runner) Resume(state []byte, files *handover.Files) error {
 	r.mu.Lock()
 	due := r.frozen
@@ -222,7 +223,7 @@ func (r *Runner) Resume(state []byte, files *handover.Files) error {
 	if !due {
 		return errors.New("resume processes: they are not frozen")
 	}
-	s, err := decodeRunner(state) // nothing is in it after an error
+	s, err := decodeRunner(state) // empty after an error
 	for _, encoded := range s.Sessions {
 		process, stateErr := decodeProcess(encoded)
 		if stateErr != nil {
@@ -264,7 +265,7 @@ func (r *Runner) Resume(state []byte, files *handover.Files) error {
 
 const maxSignal = 64
 
-// adoptChild reaps, when it ends, a child of ours for which the program that has started it waits no more.
+// adoptChild arranges for a child to be reaped whose starter, the previous program, no longer waits for it.
 func (r *Runner) adoptChild(child proc.Identity) {
 	stat, err := proc.ReadStat(child.Pid)
 	if err != nil || stat.Identity != child || stat.Parent != os.Getpid() {
@@ -275,7 +276,6 @@ func (r *Runner) adoptChild(child proc.Identity) {
 	}
 }
 
-// resumeOwn resumes processes without a session.
 func (r *Runner) resumeOwn(states []processState, files *handover.Files) {
 	for _, s := range states {
 		p := r.resumeSomehow(s, files)
@@ -286,7 +286,7 @@ func (r *Runner) resumeOwn(states []processState, files *handover.Files) {
 	}
 }
 
-// resumeSomehow resumes a process without its streams where it must be.
+// resumeSomehow resumes a process, without its streams if there is no other way.
 func (r *Runner) resumeSomehow(s processState, files *handover.Files) *Process {
 	p, err := r.resume(s, files)
 	if err == nil {
@@ -297,7 +297,7 @@ func (r *Runner) resumeSomehow(s processState, files *handover.Files) *Process {
 	if s.Ending != nil {
 		s.Ending.Tree.PipesAreWatched, s.Ending.Tree.Watched = false, nil
 	}
-	if p, err = r.resume(s, files); err != nil { // there is no descriptor free
+	if p, err = r.resume(s, files); err != nil { // out of descriptors
 		r.log.Error("a process was given up in a hand-over", "container", s.Container, "pid", s.Pid, "error", err)
 		r.reaper.Unreserve(s.Pid)
 		return nil
@@ -305,7 +305,7 @@ func (r *Runner) resumeSomehow(s processState, files *handover.Files) *Process {
 	return p
 }
 
-// resumed lets everything go on.
+// resumed lets all work continue.
 func (r *Runner) resumed() {
 	r.mu.Lock()
 	r.frozen = false
@@ -322,15 +322,15 @@ func (r *Runner) resumed() {
 	r.recover()
 }
 
-// noteResumed takes a process for one that has been resumed.
+// noteResumed records that a process was resumed.
 func (r *Runner) noteResumed(p *Process) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.carried, p.leader)
 }
 
-// EndUnclaimed disconnects the processes that were frozen by a session and are resumed by none. It comes after Resume
-// and all ResumeProcess, and before the files are closed.
+// EndUnclaimed disconnects the processes that a session froze and none resumed. Call it after Resume and every
+// ResumeProcess, and before closing files.
 func (r *Runner) EndUnclaimed(files *handover.Files) {
 	r.mu.Lock()
 	states := slices.Collect(maps.Values(r.carried))
@@ -338,7 +338,7 @@ func (r *Runner) EndUnclaimed(files *handover.Files) {
 	for _, encoded := range states {
 		s, err := decodeProcess(encoded)
 		if err != nil {
-			continue // it was read before
+			continue // readable: checked before
 		}
 		r.log.Info("ending a process whose session was not resumed", "container", s.Container, "pid", s.Pid)
 		if p := r.resumeSomehow(s, files); p != nil {
@@ -352,11 +352,11 @@ func (r *Runner) EndUnclaimed(files *handover.Files) {
 	r.recoverOwn()
 }
 
-// takeNames keeps away from the names of files that this same process has made before.
+// takeNames skips file names that this process used before the hand-over.
 func (r *Runner) takeNames() {
 	entries, err := os.ReadDir(r.config.StateDir)
 	if err != nil {
-		return // recover tells
+		return // recover reports it
 	}
 	for _, entry := range entries {
 		if owner, ok := record.OwnerOf(entry.Name()); ok && owner == r.owner {

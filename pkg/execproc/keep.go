@@ -6,9 +6,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc/internal/stdio"
 )
 
-// keepOn keeps what the process writes being read, so that it neither blocks nor meets a closed
-// pipe, until it ends or the Runner does. It works on descriptors of its own, as the caller is going
-// to Close the others.
+// keepOn keeps reading the process's output, until the process or the Runner ends, so that the process neither
+// blocks nor meets a closed pipe. It uses duplicate descriptors because the caller will close its own.
 func (p *Process) keepOn() {
 	p.mu.Lock()
 	was := p.isKept
@@ -27,7 +26,7 @@ func (p *Process) keepOn() {
 	if p.pipes == nil {
 		return
 	}
-	// Input that was cut must not look whole: only who has given it all closes stdin.
+	// Truncated input must not look complete: only a caller who has sent all of it closes stdin.
 	if p.pipes.Stdin != nil {
 		if file, err := stdio.Duplicate(p.pipes.Stdin); err == nil {
 			p.keepStream(stdio.NewKept(file, true, false))
@@ -46,8 +45,8 @@ func (p *Process) keepOn() {
 	}
 }
 
-// keepStream works on a stream in the background until it ends or the Runner does, and closes it; or until the process
-// is frozen, and leaves it open.
+// keepStream serves a stream in the background until the stream or the Runner ends, then closes it. If the process
+// is frozen first, the stream stays open.
 func (p *Process) keepStream(k *stdio.Kept) {
 	p.mu.Lock()
 	p.kept = append(p.kept, k)

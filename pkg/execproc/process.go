@@ -13,25 +13,25 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Process is a process that was started in a container. Its methods may be called from several
-// goroutines. Close it when done with it, whether it has ended or not.
+// Process is a process started in a container. Its methods are safe for concurrent use. Close it when done with
+// it, whether or not it has ended.
 type Process struct {
 	runner    *Runner
 	container workload.Container
 	leader    proc.Identity
-	record    string // path of its recovery record
+	record    string // path of the recovery record
 	watch     *reaper.Watch
-	init      *reaper.Watch // nil when the container's main process is not known
+	init      *reaper.Watch // nil if the container's main process is not known
 
 	stdin  io.WriteCloser
 	stdout io.ReadCloser
 	stderr io.ReadCloser
 	pipes  *stdio.Pipes    // nil with a terminal
-	tty    *stdio.Terminal // nil without
+	tty    *stdio.Terminal // nil with pipes
 	ends   tree.StreamEnds
 
 	standIn string // see StandIn
-	// stranger is set for what a predecessor has left that was killed: it is no child of this process.
+	// stranger marks a process left by a predecessor that was killed. It is not our child.
 	stranger bool
 
 	policy   Policy
@@ -41,21 +41,21 @@ type Process struct {
 	cut      chan struct{} // closed by either
 	ended    chan struct{} // closed when the ending is over
 
-	// life is held for reading by what changes the life of a process, and for writing by Freeze, which ends it here.
+	// life is read-locked by whatever changes the process's life, and write-locked by Freeze, which ends it here.
 	life   sync.RWMutex
 	frozen bool
 
 	mu       sync.Mutex
 	closed   bool
-	looking  bool // the ending looks for the tree; Close leaves the streams open until it has
+	looking  bool // the ending is searching for the tree; Close leaves the streams open until it is done
 	isKilled bool
 	isKept   bool
-	ending   *ending // nil before it has begun
+	ending   *ending // nil until it begins
 	endOver  bool
 	kept     []*stdio.Kept
 }
 
-// newProcess returns a process that nobody watches yet.
+// newProcess returns a process that is not watched yet.
 func newProcess(r *Runner, container workload.Container, record string, policy Policy) *Process {
 	return &Process{
 		runner: r, container: container, record: record, policy: policy,
@@ -63,22 +63,21 @@ func newProcess(r *Runner, container workload.Container, record string, policy P
 	}
 }
 
-// Stdin is the process's standard input, nil when the command did not ask for it. Without a terminal
-// it is the *os.File of a pipe, and Close is the end of input. With a terminal Close types the
-// terminal's end-of-file character and leaves the terminal open.
+// Stdin returns the process's standard input, or nil if the command did not ask for it. Without a terminal it is
+// the *os.File of a pipe, and Close ends the input. With a terminal, Close types the terminal's end-of-file
+// character and leaves the terminal open.
 func (p *Process) Stdin() io.WriteCloser { return p.stdin }
 
-// Stdout is the process's standard output, nil when the command did not ask for it. Without a
-// terminal it is the *os.File of a pipe. With a terminal it is the terminal, and closing it hangs up.
-// Reading ends with io.EOF when nobody holds the other end any more.
+// Stdout returns the process's standard output, or nil if the command did not ask for it. Without a terminal it is
+// the *os.File of a pipe. With a terminal it is the terminal, and closing it hangs up. Reads return io.EOF once
+// nobody holds the other end.
 func (p *Process) Stdout() io.ReadCloser { return p.stdout }
 
-// Stderr is the process's standard error, an *os.File; nil when the command did not ask for it and
-// always with a terminal.
+// Stderr returns the process's standard error, an *os.File. It is nil with a terminal, or if the command did not
+// ask for it.
 func (p *Process) Stderr() io.ReadCloser { return p.stderr }
 
-// Resize sets the terminal's size. One that is not known is ignored, and so is everything for a process
-// without a terminal.
+// Resize sets the terminal's size. It ignores an unknown size and does nothing without a terminal.
 func (p *Process) Resize(size workload.Size) error {
 	if p.tty == nil || !size.Known() {
 		return nil
@@ -86,11 +85,10 @@ func (p *Process) Resize(size workload.Size) error {
 	return p.tty.Resize(size)
 }
 
-// Exited is closed as soon as the process has ended and was reaped, independent of all I/O.
+// Exited is closed as soon as the process has ended and been reaped, independently of all I/O.
 func (p *Process) Exited() <-chan struct{} { return p.watch.Exited }
 
-// ExitCode is the exit status, 0-255, 128+n after signal n. It is valid once Exited is closed, and
-// -1 before.
+// ExitCode returns the exit status: 0-255, or 128+n after signal n. It returns -1 until Exited is closed.
 func (p *Process) ExitCode() int {
 	select {
 	case <-p.watch.Exited:
@@ -100,8 +98,8 @@ func (p *Process) ExitCode() int {
 	}
 }
 
-// ContainerExited is closed when the main process of the container has ended, unless the process
-// was closed before. It is nil, and so never ready, when Container.InitPid was 0.
+// ContainerExited is closed when the container's main process has ended, unless the process was closed first. It
+// is nil, and so never ready, if Container.InitPid was 0.
 func (p *Process) ContainerExited() <-chan struct{} {
 	if p.init == nil {
 		return nil
@@ -109,10 +107,10 @@ func (p *Process) ContainerExited() <-chan struct{} {
 	return p.init.Exited
 }
 
-// ContainerEnding reports whether the main process of the container has been killed, has begun to end or has
-// ended. In between the kernel kills all others in its pid namespace and waits for them, so that it is the last
-// to be gone. Without a namespace of its own all get the signal at once, and it may be the last to be given a
-// CPU.
+// ContainerEnding reports whether the container's main process has been killed, is exiting or has ended. When it
+// exits, the kernel kills all others in its pid namespace and waits for them, so the main process is the last to
+// go. Without a pid namespace of its own all get the signal at once, and the main process may be the last to be
+// scheduled.
 func (p *Process) ContainerEnding() bool {
 	if p.init == nil {
 		return false
@@ -124,11 +122,10 @@ func (p *Process) ContainerEnding() bool {
 	return init.Killed || init.Exiting || init.Zombie() || (p.container.InitStartTime != 0 && init.Start != p.container.InitStartTime)
 }
 
-// Disconnect begins the end of a process whose client has gone, as Config.OnDisconnect says: with
-// PolicyHangup its streams are closed and the whole tree gets SIGHUP, then SIGTERM, then SIGKILL;
-// with PolicyKill it gets SIGKILL at once; with PolicyKeep it lives on, its output read and thrown
-// away, its stdin at its end only if the caller has closed it before. It returns at once; may be called more than
-// once, and after Close.
+// Disconnect begins the end of a process whose client has gone, as Config.OnDisconnect says. With PolicyHangup its
+// streams are closed and the whole tree gets SIGHUP, then SIGTERM, then SIGKILL. With PolicyKill the tree gets
+// SIGKILL at once. With PolicyKeep the process lives on, its output is read and discarded, and its stdin ends only
+// if the caller closed it before. Disconnect returns at once. It may be called more than once, and after Close.
 func (p *Process) Disconnect() {
 	p.life.RLock()
 	defer p.life.RUnlock()
@@ -148,8 +145,8 @@ func (p *Process) Disconnect() {
 	}
 }
 
-// Kill sends SIGKILL to the whole tree now, also when a gentler end is under way or the policy is to
-// keep the process. It returns at once; may be called more than once.
+// Kill sends SIGKILL to the whole tree now, even during a gentler ending or if the policy is to keep the process.
+// It returns at once and may be called more than once.
 func (p *Process) Kill() {
 	p.life.RLock()
 	defer p.life.RUnlock()
@@ -169,17 +166,16 @@ func (p *Process) killTree() {
 	p.beginEnd()
 }
 
-// cutLocked ends the waits of the ending.
+// cutLocked interrupts the ending's waits.
 func (p *Process) cutLocked() {
 	if !isClosed(p.cut) {
 		close(p.cut)
 	}
 }
 
-// Close releases the streams and everything kept for the process. It does not end the process and
-// does not wait for it; a process that still runs goes on being watched and reaped. But what it
-// writes from then on meets a closed pipe, and a terminal hangs up, unless Disconnect with
-// PolicyKeep came first.
+// Close releases the streams and all other resources of the process. It neither ends the process nor waits for it;
+// a process that still runs continues to be watched and is reaped. But what it writes from then on meets a closed
+// pipe, and a terminal hangs up, unless Disconnect with PolicyKeep came first.
 func (p *Process) Close() error {
 	p.life.RLock()
 	defer p.life.RUnlock()
@@ -209,7 +205,7 @@ func (p *Process) closeStreams() {
 	}
 }
 
-// hasExited reports whether the process itself has ended.
+// hasExited reports whether the process itself has ended, whatever its tree does.
 func (p *Process) hasExited() bool { return isClosed(p.watch.Exited) }
 
 // killed reports whether Kill was called.
@@ -224,12 +220,12 @@ func isClosed(c <-chan struct{}) bool {
 	}
 }
 
-// StandIn is the name of the helper that runs instead of the command, which the container does not have; otherwise empty.
+// StandIn returns the name of the helper that runs in place of a command that the container lacks, or "" if the
+// command itself runs.
 func (p *Process) StandIn() string { return p.standIn }
 
-// PID is the process in our pid namespace. After the process has ended it may be another's.
+// PID returns the process's pid in our pid namespace. After the process has ended, the pid may be reused.
 func (p *Process) PID() int { return p.leader.Pid }
 
-// Signal sends a signal to the process itself, not to its tree. The error is unix.ESRCH when it has
-// ended.
+// Signal sends a signal to the process itself, not to its tree. It returns unix.ESRCH if the process has ended.
 func (p *Process) Signal(signal syscall.Signal) error { return p.leader.Signal(signal) }

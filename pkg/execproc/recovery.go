@@ -15,7 +15,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// writeIntent writes down that a command is about to be started.
+// writeIntent records that a command is about to be started.
 func (p *Process) writeIntent() (*os.File, error) {
 	since, err := proc.TicksSinceBoot()
 	if err != nil {
@@ -26,12 +26,12 @@ func (p *Process) writeIntent() (*os.File, error) {
 	return intent.Begin(p.record)
 }
 
-// writeRecord writes down which process the command is, in place of the intent.
+// writeRecord replaces the intent with the process that the command has become.
 func (p *Process) writeRecord(intent *os.File) error {
 	return p.newRecord().Complete(intent)
 }
 
-// recordEnd writes down that the process's tree is to be ended. From now on the record goes with the tree.
+// recordEnd records that the process's tree is being ended. From now on the record lives as long as the tree.
 func (p *Process) recordEnd() {
 	r := p.newRecord()
 	r.Ending = true
@@ -50,8 +50,8 @@ func (p *Process) newRecord() record.Record {
 	}
 }
 
-// recover ends the processes of predecessors that were killed, and removes their files. Files of a
-// streamshim that still lives, such as one that finishes its sessions during an upgrade, are left.
+// recover ends the processes of predecessors that were killed, and removes their files. It leaves the files of a
+// streamshim that is still alive, such as one that finishes its sessions during an upgrade.
 func (r *Runner) recover() {
 	entries, err := os.ReadDir(r.config.StateDir)
 	if err != nil {
@@ -61,7 +61,7 @@ func (r *Runner) recover() {
 	owned := r.ownedRecords()
 	var rest []string
 	var starts []interruptedStart
-	interrupted := map[string]bool{} // by the name of their files
+	interrupted := map[string]bool{} // by file name without its ending
 	for _, entry := range entries {
 		owner, ok := record.OwnerOf(entry.Name())
 		if !ok || owner.Alive() {
@@ -69,7 +69,7 @@ func (r *Runner) recover() {
 		}
 		if base, isRecord := strings.CutSuffix(entry.Name(), ociruntime.RecordEnding); isRecord && base[0] != '.' {
 			if owned[filepath.Join(r.config.StateDir, entry.Name())] {
-				continue // it was begun before a hand-over
+				continue // begun before a hand-over
 			}
 			if left, ok := r.recoverRecord(filepath.Join(r.config.StateDir, base)); ok {
 				interrupted[base] = true
@@ -90,7 +90,7 @@ func (r *Runner) recover() {
 	}
 }
 
-// recoverInBackground runs a goroutine that is to return soon when the channel is closed.
+// recoverInBackground runs f, which must return soon after cut is closed.
 func (r *Runner) recoverInBackground(f func(cut <-chan struct{})) {
 	r.mu.Lock()
 	cut, recoveries := r.recovery.Done(), r.recoveries
@@ -101,7 +101,7 @@ func (r *Runner) recoverInBackground(f func(cut <-chan struct{})) {
 	}
 }
 
-// ownedRecords are the paths of the records of the processes that something is done for.
+// ownedRecords returns the record paths of the processes that this program works for.
 func (r *Runner) ownedRecords() map[string]bool {
 	owned := map[string]bool{}
 	for _, p := range r.watched() {
@@ -110,12 +110,12 @@ func (r *Runner) ownedRecords() map[string]bool {
 	return owned
 }
 
-// recoverOwn is recover for what this same process has left before a hand-over, in which the state of it was not carried
-// or could not be read.
+// recoverOwn is recover for what this same process left before a hand-over whose state was not carried over or
+// could not be read.
 func (r *Runner) recoverOwn() {
 	entries, err := os.ReadDir(r.config.StateDir)
 	if err != nil {
-		return // recover has told
+		return // recover has reported it
 	}
 	owned := r.ownedRecords()
 	for _, entry := range entries {
@@ -130,14 +130,14 @@ func (r *Runner) recoverOwn() {
 	}
 }
 
-// interruptedStart is a start during which the predecessor was killed.
+// interruptedStart is a start that was in progress when the predecessor was killed.
 type interruptedStart struct {
 	record record.Record
 	files  ociruntime.Files
 }
 
-// recoverRecord deals with one command of a predecessor. Of a start that was interrupted, whose files are still
-// needed, it only tells.
+// recoverRecord handles one command of a predecessor. It only returns an interrupted start, whose files are still
+// needed.
 func (r *Runner) recoverRecord(base string) (start interruptedStart, interrupted bool) {
 	path := ociruntime.FilesOf(base).Record
 	data, err := os.ReadFile(path)
@@ -161,12 +161,12 @@ func (r *Runner) recoverRecord(base string) (start interruptedStart, interrupted
 	return interruptedStart{}, false
 }
 
-// interruptedTimeout is how long a runtime that lost its streamshim may go on starting a command.
+// interruptedTimeout is how long a runtime that lost its streamshim may take to finish starting a command.
 const interruptedTimeout = 5 * time.Second
 
-// endInterrupted kills the commands of starts during which the predecessor was killed: nobody ever had their
-// streams. The runtimes may still be at it, and are left to finish, so that they undo or name what they began. They
-// are looked for once for all starts.
+// endInterrupted kills the commands of interrupted starts, whose streams nobody ever had. Runtimes that are still
+// at work are left to finish first, so that they undo or name what they began. It searches for them once for all
+// starts.
 func (r *Runner) endInterrupted(starts []interruptedStart, cut <-chan struct{}) {
 	deadline := time.Now().Add(interruptedTimeout)
 	paths := make(map[string]bool, len(starts))
@@ -180,10 +180,10 @@ func (r *Runner) endInterrupted(starts []interruptedStart, cut <-chan struct{}) 
 	}
 }
 
-// endOne ends one interrupted start, of which these runtimes run.
+// endOne ends one interrupted start. The runtimes are those still working on it.
 func (r *Runner) endOne(left record.Record, f ociruntime.Files, runtimes []proc.Stat, cut <-chan struct{}) {
 	if tree.AwaitEnds(runtimes, time.Now().Add(interruptedTimeout), cut) == tree.WasCut {
-		return // for the next one to do
+		return // the next recovery will do it
 	}
 	kill := func(t *tree.Tree) bool {
 		t.Stranger = true
@@ -204,7 +204,7 @@ func (r *Runner) endOne(left record.Record, f ociruntime.Files, runtimes []proc.
 			leader = stat.Identity
 		}
 	}
-	// When the container has ended nothing of it is left, and its main process's pid may be another's.
+	// If the container has ended, nothing of it is left, and the pid of its main process may be another's.
 	if left.InitStart == 0 || (proc.Identity{Pid: left.InitPid, Start: left.InitStart}).Alive() {
 		if !kill(tree.New(leader, left.InitPid, ends)) {
 			return
@@ -216,8 +216,8 @@ func (r *Runner) endOne(left record.Record, f ociruntime.Files, runtimes []proc.
 	os.Remove(f.Record)
 }
 
-// endLeftover ends a process as its policy says, in the background. It is no child of ours, so that
-// its status is somebody else's affair.
+// endLeftover ends a process as its policy says, in the background. It is not our child, so we have no exit status
+// to collect.
 func (r *Runner) endLeftover(left record.Record, path string) {
 	container := workload.Container{Target: workload.Target{ContainerID: left.Container}, InitPid: left.InitPid}
 	container.InitStartTime = left.InitStart
@@ -232,7 +232,7 @@ func (r *Runner) endLeftover(left record.Record, path string) {
 	var err error
 	if p.watch, err = r.reaper.WatchKnown(p.leader, false); err != nil {
 		r.log.Warn("a process left by a predecessor cannot be watched", "pid", left.Pid, "error", err)
-		return // and its record
+		return // and leave its record
 	}
 	if p.hasExited() && !left.Ending {
 		os.Remove(path)
@@ -241,7 +241,8 @@ func (r *Runner) endLeftover(left record.Record, path string) {
 	p.Disconnect()
 }
 
-// mayLive reports whether something of a command may live whose own process has ended: as long as its container does.
+// mayLive reports whether other processes of a command may outlive its own, which is possible as long as the
+// container lives.
 func (r *Runner) mayLive(left record.Record) bool {
 	if left.InitStart == 0 {
 		return left.InitPid > 0

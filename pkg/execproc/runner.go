@@ -25,58 +25,56 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Policy says what becomes of a process whose client has gone.
+// Policy says what becomes of a process when its client has gone.
 type Policy = record.Policy
 
-// The policies.
+// The policies for a process whose client has gone.
 const (
-	PolicyHangup Policy = "hangup" // hang-up, then TERM, then KILL, each for the whole tree
-	PolicyKill   Policy = "kill"   // KILL for the whole tree at once
-	PolicyKeep   Policy = "keep"   // it lives on
+	PolicyHangup Policy = "hangup" // SIGHUP, then SIGTERM, then SIGKILL, each to the whole tree
+	PolicyKill   Policy = "kill"   // SIGKILL to the whole tree at once
+	PolicyKeep   Policy = "keep"   // the process lives on
 )
 
-// Config is how a Runner works. StateDir, the policy and all times are required: the defaults
-// of what users may set stand in pkg/config alone.
+// Config configures a Runner. StateDir, OnDisconnect, OutputLimit and all times are required: pkg/config alone
+// owns the defaults of user settings.
 type Config struct {
-	// StateDir holds the files of starts and the recovery records; made with mode 0700. It belongs
-	// on a tmpfs, such as /run/streamshim/exec.
+	// StateDir holds the files of starts and the recovery records. It is created with mode 0700 and belongs on a
+	// tmpfs, such as /run/streamshim/exec.
 	StateDir string
-	// Runtime and Root, where they are set, are taken instead of each container's own.
+	// Runtime and Root, if set, override each container's own.
 	Runtime, Root string
-	// StartTimeout bounds one start, as far as the caller's context does not.
+	// StartTimeout bounds one start, in addition to the caller's context.
 	StartTimeout time.Duration
 	// OnDisconnect is what Disconnect, Shutdown and recovery do.
 	OnDisconnect Policy
-	// TermAfter and KillAfter say when, counted from Disconnect and its SIGHUP, the tree gets SIGTERM and
-	// SIGKILL with PolicyHangup.
+	// TermAfter and KillAfter say when PolicyHangup sends SIGTERM and SIGKILL to the tree, counted from Disconnect
+	// and its SIGHUP.
 	TermAfter, KillAfter time.Duration
-	// DrainIdle is for how long the output must be silent until RunSync, its command having ended,
-	// no longer waits for whoever else holds the pipe. Zero waits for DrainMax.
+	// DrainIdle is how long the output must be silent, after its command has ended, until RunSync stops waiting
+	// for others that hold the pipe. Zero waits for DrainMax.
 	DrainIdle time.Duration
-	// DrainMax ends that wait also while data flows.
+	// DrainMax ends that wait even while data flows.
 	DrainMax time.Duration
-	// OutputLimit is how many bytes of stdout and stderr together RunSync keeps. The rest is read and
-	// dropped, and the command goes on (CVE-2022-1708, CVE-2022-31030).
+	// OutputLimit is how many bytes of stdout and stderr together RunSync keeps. The rest is read and dropped, and
+	// the command goes on (CVE-2022-1708, CVE-2022-31030).
 	OutputLimit int
-	// OutputRoom is what all RunSyncs may keep of output together, beside 64 KiB of each. Nil is no bound.
+	// OutputRoom bounds the output that all RunSyncs together keep, apart from 64 KiB each. Nil means no bound.
 	OutputRoom Room
-	// SyncTurn is called before a RunSync's command is started, and end once it has been. Its error is
-	// RunSync's. Nil is no wait.
+	// SyncTurn is called before RunSync starts a command, and its end function once the start is done. RunSync
+	// returns its error. Nil means no wait.
 	SyncTurn func(context.Context, workload.Container) (end func(), err error)
-	// Logger gets what an operator should know; default slog.Default.
+	// Logger gets messages for operators. The default is slog.Default.
 	Logger *slog.Logger
-	// Successor is set in a program that its predecessor has executed in a hand-over. Resume must be called; until
-	// then no zombie is reaped that may be one of the predecessor's processes.
+	// Successor is set in a program that was executed in a hand-over. Resume must then be called; until it is, no
+	// zombie is reaped that may be one of the predecessor's processes.
 	Successor bool
-	// StandIn tells whether this program, started with the arguments that it returns, can do in a container what
-	// the command line says, and the name of what does it. It is asked when the container does not have the
-	// command. Nil is never.
+	// StandIn reports whether this program can stand in for a command that the container lacks. It returns the
+	// helper's name and the arguments to run this program with in the container. Nil disables stand-ins.
 	StandIn func(args []string) (name string, standIn []string, ok bool)
-	// OnStart is called when a command was started. It must not block. May be nil.
+	// OnStart is called after each started command. It must not block. May be nil.
 	OnStart func()
-	// OnKill is called when something of a process's tree still lived when its time after
-	// Disconnect was over and so had to be killed, or at once with PolicyKill. It must not block.
-	// May be nil.
+	// OnKill is called when something of a process's tree outlived its time after Disconnect and must be killed,
+	// or at once with PolicyKill. It must not block. May be nil.
 	OnKill func()
 }
 
@@ -84,7 +82,7 @@ func (c Config) complete() (Config, error) {
 	if c.StateDir == "" {
 		return c, errors.New("execproc: Config.StateDir is required")
 	}
-	dir, err := filepath.Abs(c.StateDir) // the runtime does not share our working directory
+	dir, err := filepath.Abs(c.StateDir) // the runtime's working directory is not ours
 	if err != nil {
 		return c, fmt.Errorf("execproc: Config.StateDir: %w", err)
 	}
@@ -103,36 +101,35 @@ func (c Config) complete() (Config, error) {
 	return c, nil
 }
 
-// Room bounds what several RunSyncs keep of their commands' output.
+// Room bounds the output that several RunSyncs keep.
 type Room = stdio.Room
 
-// Runner starts processes in containers and keeps an eye on them.
+// Runner starts processes in containers and ends, reaps and recovers them.
 type Runner struct {
 	config Config
 	log    *slog.Logger
 	reaper *reaper.Reaper
-	owner  proc.Identity // this process, part of the names of its files
-	boot   string        // bootID
+	owner  proc.Identity // this process; part of its file names
+	boot   string        // boot id
 
-	ctx  context.Context // done when the Runner gives up waiting: starts and drains end
+	ctx  context.Context // done when the Runner stops waiting: starts and drains end
 	stop context.CancelFunc
 	done chan struct{} // closed last
 
 	mu      sync.Mutex
-	idle    *sync.Cond // tasks has become 0
-	tasks   int        // starts, RunSyncs and goroutines under way
+	idle    *sync.Cond // signals changes of tasks and calls
+	tasks   int        // starts, RunSyncs and goroutines in progress
 	closing bool       // no new starts
 	closed  bool       // no new tasks at all
 	running map[*Process]struct{}
-	ending  map[*Process]struct{} // their trees; a process may have ended already
-	keeping map[*Process]int      // streams kept for them; a process may have ended already
+	ending  map[*Process]struct{} // trees being ended; the process itself may have ended already
+	keeping map[*Process]int      // number of streams kept; the process itself may have ended already
 
 	handOver
 }
 
-// NewRunner makes this process a child subreaper, starts the reaper, and ends what a predecessor
-// that was killed has left running (unless the policy was to keep it), in the background. Close or
-// Shutdown releases it.
+// NewRunner makes this process a child subreaper and starts the reaper. In the background it ends what a killed
+// predecessor left running, unless the policy was to keep it. Close or Shutdown releases the Runner.
 func NewRunner(config Config) (*Runner, error) {
 	config, err := config.complete()
 	if err != nil {
@@ -175,13 +172,12 @@ func NewRunner(config Config) (*Runner, error) {
 	return r, nil
 }
 
-// Start runs a command in a container and returns when it runs. The context bounds the start alone,
-// not the process; so does Config.StartTimeout. When either is over, the runtime is killed with
-// whatever it has started.
+// Start runs a command in a container and returns once it runs. The context and Config.StartTimeout bound only the
+// start, not the process. If either ends first, the runtime is killed together with whatever it has started.
 //
-// The error is a *StartError when the command could not be executed in a container that is fine. It
-// wraps ErrNotRunning when the container is not running, ErrStartTimeout when the runtime took too
-// long, ErrClosed when the Runner is shutting down.
+// The error is a *StartError if the command could not be executed although the container is fine. It wraps
+// ErrNotRunning if the container is not running, ErrStartTimeout if the runtime took too long, and ErrClosed if
+// the Runner is shutting down.
 func (r *Runner) Start(ctx context.Context, container workload.Container, command workload.Command) (*Process, error) {
 	if err := r.enter(ctx); err != nil {
 		return nil, err
@@ -202,7 +198,7 @@ func (r *Runner) startCommand(ctx context.Context, c workload.Container, command
 	return p, err
 }
 
-// launcher is execInContainer, or in tests something that does more.
+// launcher is ociruntime.Exec or a variant of it.
 type launcher func(ctx context.Context, c workload.Container, spec *specs.Process, f ociruntime.Files, streams [3]*os.File, stderr *os.File) (pid int, err error)
 
 func (r *Runner) start(ctx context.Context, c workload.Container, command workload.Command, policy Policy, launch launcher) (_ *Process, err error) {
@@ -238,7 +234,7 @@ func (r *Runner) start(ctx context.Context, c workload.Container, command worklo
 			p.Close()
 		}
 	}()
-	// Looked at only now: from here on the pidfd keeps the process from being mistaken.
+	// Check only now: from here on the pidfd keeps the pid from being reused.
 	if p.init != nil && c.InitStartTime != 0 && !(proc.Identity{Pid: c.InitPid, Start: c.InitStartTime}).Alive() {
 		return nil, fmt.Errorf("start command: %w: its main process %d has ended", ociruntime.ErrNotRunning, c.InitPid)
 	}
@@ -250,27 +246,27 @@ func (r *Runner) start(ctx context.Context, c workload.Container, command worklo
 	if err != nil {
 		var startError *ociruntime.StartError
 		if errors.As(err, &startError) {
-			return nil, err // in its own words, for the client
+			return nil, err // unwrapped: the client sees it
 		}
 		if p.init != nil && !errors.Is(err, ociruntime.ErrNotRunning) {
 			select {
-			case <-p.init.Exited: // whatever the runtime stumbled over
+			case <-p.init.Exited: // which explains whatever the runtime reported
 				err = fmt.Errorf("%w: its main process has ended (%w)", ociruntime.ErrNotRunning, err)
 			default:
 			}
 		}
 		return nil, fmt.Errorf("start command: %w", err)
 	}
-	// Complete only now, and so ready for what Shutdown may do to it.
+	// Register only now that p is complete: Shutdown may act on it at once.
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !p.hasExited() { // if it has, nobody would remove it
+	if !p.hasExited() { // otherwise nobody would remove it
 		r.running[p] = struct{}{}
 	}
 	return p, nil
 }
 
-// base is the path of a start's files without their endings.
+// base returns the path of a start's files without their endings.
 func (r *Runner) base() string {
 	name := strconv.Itoa(r.owner.Pid) + "-" + strconv.FormatUint(r.owner.Start, 10) + "-" + strconv.FormatUint(r.reaper.Name(), 10)
 	return filepath.Join(r.config.StateDir, name)
@@ -296,7 +292,7 @@ func (r *Runner) startWithPipes(ctx context.Context, p *Process, spec *specs.Pro
 		}
 		return err
 	}
-	// Not the nil pointers themselves, which would make interfaces that are not nil.
+	// Assign only non-nil files: a nil *os.File in an interface is not a nil interface.
 	if pipes.Stdin != nil {
 		p.stdin = pipes.Stdin
 	}
@@ -310,7 +306,7 @@ func (r *Runner) startWithPipes(ctx context.Context, p *Process, spec *specs.Pro
 }
 
 func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.Process, command workload.Command, f ociruntime.Files, launch launcher) error {
-	// The runtime's own streams: what it says on stderr is wanted if it fails.
+	// The runtime gets streams of its own. Its stderr explains a failure.
 	own, err := stdio.NewPipes(workload.Command{Stderr: true}, stdio.Owner{})
 	if err != nil {
 		return err
@@ -324,13 +320,13 @@ func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.
 	defer socket.Close()
 	f.Socket = socket.Path
 	if err := r.launchAndWatch(ctx, p, launch, spec, f, own.Process, own.Stderr); err != nil {
-		const queued = 10 * time.Millisecond // what came lies in the queue
+		const queued = 10 * time.Millisecond // a terminal that was sent is queued already
 		if file, receiveErr := socket.Receive(queued); receiveErr == nil {
 			terminal := stdio.NewTerminal(file, nil)
 			if ends, endsErr := terminal.Slave(); endsErr == nil && terminal.Held() {
 				r.killHolders(p, ends)
 			}
-			terminal.Close() //nolint:errcheck // of no use
+			terminal.Close() //nolint:errcheck // nothing to do about an error
 		}
 		return err
 	}
@@ -342,7 +338,7 @@ func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.
 	if err != nil {
 		p.Kill() // nobody could talk to it
 		if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
-			<-ctx.Done() // at any moment
+			<-ctx.Done() // due at any moment
 			return context.Cause(ctx)
 		}
 		return err
@@ -357,30 +353,30 @@ func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.
 	if command.Stdout {
 		p.stdout = p.tty
 	} else {
-		p.keepStream(stdio.NewKept(p.tty, false, true)) // or the process would block once the terminal's buffer is full
+		p.keepStream(stdio.NewKept(p.tty, false, true)) // otherwise the process would block once the terminal's buffer is full
 	}
 	return nil
 }
 
-// killHolders ends what a start has left that failed: a runtime may have failed or been killed when the command had
-// begun, and had children already. Whatever runs has the streams, which nobody else has.
+// killHolders kills what a failed start has left. A runtime may fail or be killed after the command has begun and
+// has children. They are found by the streams, which nobody else holds.
 func (r *Runner) killHolders(p *Process, ends tree.StreamEnds) {
 	nobody := proc.Identity{Pid: -1, Start: r.owner.Start} // no process has this pid
 	tree.New(nobody, p.container.InitPid, ends).Kill()
 }
 
-// consoleTimeout bounds the wait for a terminal that should have been sent already.
+// consoleTimeout bounds the wait for a terminal that should already have been sent.
 const consoleTimeout = 5 * time.Second
 
 // launchAndWatch starts the process and registers it with the reaper.
 func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher, spec *specs.Process, f ociruntime.Files, streams [3]*os.File, stderr *os.File) error {
 	intent, err := p.writeIntent()
 	if err != nil {
-		return fmt.Errorf("write recovery record: %w", err) // without it nobody would end the command, were streamshim killed
+		return fmt.Errorf("write recovery record: %w", err) // without it, nobody would end the command if streamshim were killed
 	}
 	started := false
 	defer func() {
-		intent.Close() //nolint:errcheck // nobody waits for what is written to reach the disk
+		intent.Close() //nolint:errcheck // not synced to disk, so nothing is lost
 		if !started {
 			os.Remove(p.record)
 		}
@@ -399,15 +395,15 @@ func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher
 		return fmt.Errorf("%w as process %d, which is no child of streamshim (its parent is %d); does the runtime support exec --detach?", ociruntime.ErrProcessUnknown, pid, stat.Parent)
 	}
 	p.leader = stat.Identity
-	// The runtime was given an id and looks for the main process by its pid. If that process lives now, it
-	// has lived all the time, and neither was another's. If it does not, there is no telling where the
-	// command is. In a pid namespace of the container's own this refuses no good start: there the main
-	// process does not end before the command is reaped, which is our task.
+	// The runtime was given a container id and looks up the main process by its pid. If that process is alive now,
+	// it was alive all along, so its pid was never another's. If it is not, there is no telling where the command
+	// is. With a pid namespace of the container's own this rejects no good start: there the main process cannot
+	// end before the command is reaped, and reaping is our job.
 	if p.init != nil && r.reaper.HasEnded(p.init) {
 		tree.New(p.leader, p.container.InitPid, p.ends).Kill()
 		return fmt.Errorf("%w: its main process has ended while the command was being started", ociruntime.ErrNotRunning)
 	}
-	// Before the reaper knows of it, which removes the record when the process ends.
+	// Write it before the reaper knows the process, because the reaper removes the record at its end.
 	if err := p.writeRecord(intent); err != nil {
 		r.log.Warn("cannot write the recovery record of an exec; were streamshim killed now, the process would stay", "error", err)
 	}
@@ -432,7 +428,7 @@ func (r *Runner) exited(p *Process) {
 	r.mu.Unlock()
 }
 
-// countKept counts the streams that are kept for a process.
+// countKept adds change to the number of streams kept for a process.
 func (r *Runner) countKept(p *Process, change int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -441,7 +437,7 @@ func (r *Runner) countKept(p *Process, change int) {
 	}
 }
 
-// enter counts a start or RunSync, unless there are to be no more. While the Runner is quiet it waits.
+// enter counts a start or RunSync. It waits while the Runner is quiescent and fails once the Runner is closing.
 func (r *Runner) enter(ctx context.Context) error {
 	for {
 		r.mu.Lock()
@@ -467,12 +463,12 @@ func (r *Runner) enter(ctx context.Context) error {
 	}
 }
 
-// leaveCall is leave for what enter has counted.
+// leaveCall undoes enter.
 func (r *Runner) leaveCall() {
 	r.mu.Lock()
 	r.calls--
 	r.mu.Unlock()
-	r.idle.Broadcast() // Quiesce
+	r.idle.Broadcast() // wakes Quiesce
 	r.leave()
 }
 
@@ -484,7 +480,7 @@ func (r *Runner) leave() {
 	}
 }
 
-// background runs a goroutine that Shutdown waits for, unless the Runner is closed.
+// background runs f in a goroutine that Shutdown waits for. It returns false if the Runner is closed.
 func (r *Runner) background(f func()) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -499,10 +495,9 @@ func (r *Runner) background(f func()) bool {
 	return true
 }
 
-// Shutdown refuses new starts, does with the running processes what the policy says, and waits for
-// their end; when the context is done it kills those that are left. Processes to be kept live on, but
-// their output meets a closed pipe from now on. No goroutine and, once every Process is closed, no
-// descriptor stays.
+// Shutdown refuses new starts, applies the policy to running processes, and waits for them to end. When the
+// context is done, it kills those that are left. Processes with PolicyKeep live on, but their output meets a
+// closed pipe from now on. No goroutine remains, and no descriptor once every Process is closed.
 func (r *Runner) Shutdown(ctx context.Context) error {
 	r.mu.Lock()
 	if r.closing {
@@ -538,8 +533,8 @@ func (r *Runner) Shutdown(ctx context.Context) error {
 	return nil
 }
 
-// killRest kills what is not to be kept and waits for all tasks, each of which is bounded. It
-// reports whether a start that had been under way has brought something new.
+// killRest kills everything without PolicyKeep and waits for all tasks, each of which is bounded. It reports
+// whether a start in progress has meanwhile brought a new process, so that it must be called again.
 func (r *Runner) killRest() bool {
 	r.each(func(p *Process) {
 		if p.policy != PolicyKeep {
@@ -562,11 +557,11 @@ func (r *Runner) killRest() bool {
 	return more
 }
 
-// Close is Shutdown without patience.
+// Close is Shutdown without a grace period.
 func (r *Runner) Close() error {
 	now, cancel := context.WithCancel(context.Background())
 	cancel()
-	_ = r.Shutdown(now) // that it was not graceful is what the caller asked for
+	_ = r.Shutdown(now) // the caller asked for an end that is not graceful
 	return nil
 }
 
@@ -581,7 +576,7 @@ func (r *Runner) each(f func(*Process)) {
 	}
 }
 
-// waitForEnds waits for the processes that are being ended, and reports whether they did in time.
+// waitForEnds waits for the processes that are being ended, and reports whether all of them ended in time.
 func (r *Runner) waitForEnds(ctx context.Context) bool {
 	graceful := true
 	r.each(func(p *Process) {
@@ -597,10 +592,10 @@ func (r *Runner) waitForEnds(ctx context.Context) bool {
 	return graceful
 }
 
-// SetConcurrentEnds bounds the commands being ended that are looked for at the same time, which also bounds how old
-// what one look has read of /proc may become; 0 is no limit. The others wait, those that RunSync has started less than
-// those of sessions. It is one bound for all Runners of this process, as /proc is one.
+// SetConcurrentEnds bounds how many endings search /proc at the same time, and so how old a reading of /proc may
+// become. 0 means no limit. Of those that wait, endings from RunSync wait less than those of sessions. The bound
+// is shared by all Runners of this process, as /proc is.
 func SetConcurrentEnds(limit int) { tree.SetConcurrentEnds(limit) }
 
-// Ends is how many commands being ended are looked for now, and how many wait for that.
+// Ends returns how many endings are searching now, and how many wait to.
 func Ends() (looking, waiting int) { return tree.Ends() }

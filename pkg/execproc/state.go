@@ -11,26 +11,27 @@ import (
 	"github.com/streamshim/streamshim/pkg/handover"
 )
 
-// stateVersion is that of processState and runnerState. A reader takes no other; fields may be added.
+// stateVersion is the version of processState and runnerState. Readers accept no other. Adding fields does not
+// change it.
 const stateVersion = 1
 
-// processState is what a hand-over carries of a process. The names of its fields are a contract with other versions of
-// this program.
+// processState is a process's state in a hand-over. Its field names are a contract with other versions of this
+// program.
 type processState struct {
 	Version   int
 	Pid       int
 	Start     uint64
 	Exited    bool
-	Status    int    // exit code, with Exited
-	Container string // its id
+	Status    int    // exit code, if Exited
+	Container string // container id
 	InitPid   int
-	InitStart uint64 // 0 is not known
+	InitStart uint64 // 0 if unknown
 	Watched   bool   // InitPid is watched
 	InitEnded bool
 	Record    string // path of the recovery record
 	Policy    Policy
 	StandIn   string
-	Stranger  bool // no child of this process
+	Stranger  bool // not our child
 	Probe     bool
 	Closed    bool
 	Killed    bool
@@ -42,16 +43,16 @@ type processState struct {
 	Ending    *endingState
 }
 
-// streamState is one of a process's streams.
+// streamState describes one of a process's streams.
 type streamState struct {
 	Wanted     bool
-	Descriptor handover.Descriptor // none when it was closed
+	Descriptor handover.Descriptor // 0 if closed
 }
 
 type pipesState struct{ Stdin, Stdout, Stderr streamState }
 
 type terminalState struct {
-	Descriptor handover.Descriptor // none when it was closed
+	Descriptor handover.Descriptor // 0 if closed
 	Output     bool                // the command asked for stdout
 	Input      *stdio.InputState   // nil when it did not ask for stdin
 }

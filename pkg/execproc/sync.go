@@ -10,22 +10,21 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// afterTimeout is how long RunSync goes on after the timeout to see the killed command's end.
+// afterTimeout is how long RunSync waits, after the timeout, for the killed command to end.
 const afterTimeout = 500 * time.Millisecond
 
 // RunSync runs a command with empty stdin and no terminal, and returns when it has ended.
 //
-// Once the command itself has ended, whoever else holds its output (a background child) is waited
-// for only as long as output comes, Config.DrainIdle and Config.DrainMax; the exit code is the
-// command's own (containerd#9568, kubernetes#44371). What such a child writes later meets a closed
-// pipe.
+// Once the command itself has ended, RunSync waits for others that hold its output, such as a background child,
+// only while output arrives, within Config.DrainIdle and Config.DrainMax. The exit code is the command's own
+// (containerd#9568, kubernetes#44371). What such a child writes later meets a closed pipe.
 //
-// When there is no Config.OutputRoom for its output, the command is ended as at its timeout, and the error wraps
+// If Config.OutputRoom has no room for its output, the command is ended as at a timeout, and the error wraps
 // ErrNoRoom.
 //
-// When the timeout is over or the context is done the whole tree is killed and the error wraps
-// ErrTimeout, within a second; the result then holds the output so far. Otherwise errors are as for
-// Start, among them *StartError.
+// When the command times out or the context is done, the whole tree is killed and the error wraps ErrTimeout,
+// within a second. The result then holds the output so far. All other errors are those of Start, including
+// *StartError.
 func (r *Runner) RunSync(ctx context.Context, c workload.Container, command workload.SyncCommand) (workload.Result, error) {
 	var timedOut error
 	if command.Timeout > 0 {
@@ -50,7 +49,7 @@ func (r *Runner) RunSync(ctx context.Context, c workload.Container, command work
 	output := stdio.Collect(p.Stdout(), p.Stderr(), r.config.OutputLimit, r.config.OutputRoom)
 	defer output.Leave()
 	exitCode, err := r.waitSync(ctx, p, output)
-	p.Close() // ends what is left of the collecting
+	p.Close() // ends the remaining collection of output
 	<-output.Done
 	result := workload.Result{Stdout: output.Stdout, Stderr: output.Stderr, ExitCode: exitCode}
 	if err != nil {
@@ -74,7 +73,7 @@ func (r *Runner) startInTurn(ctx context.Context, c workload.Container, command 
 	return p, err
 }
 
-// waitSync waits for the command's end and then, within limits, for the end of its output.
+// waitSync waits for the command to end and then, within limits, for its output to end.
 func (r *Runner) waitSync(ctx context.Context, p *Process, output *stdio.Collector) (int, error) {
 	select {
 	case <-p.Exited():
@@ -87,7 +86,7 @@ func (r *Runner) waitSync(ctx context.Context, p *Process, output *stdio.Collect
 		return 0, fmt.Errorf("run command: %w", ErrClosed)
 	}
 	select {
-	case <-p.killNow: // by Shutdown; its 137 is not the command's doing
+	case <-p.killNow: // by Shutdown; the resulting 137 is not the command's own
 		return 0, fmt.Errorf("run command: %w", ErrClosed)
 	default:
 	}
@@ -107,27 +106,26 @@ func (r *Runner) waitSync(ctx context.Context, p *Process, output *stdio.Collect
 			return p.ExitCode(), nil
 		case <-ctx.Done():
 			timer.Stop()
-			// The command is done and its status known. The children are its own affair, the caller's
-			// time is not.
+			// The command is done and its status is known. Do not spend the caller's time on its children.
 			return p.ExitCode(), nil
 		case <-timer.C:
 		}
 	}
 }
 
-// abandon kills a command that may not go on, and returns the reason.
+// abandon kills a command that must not go on, and returns the reason.
 func (r *Runner) abandon(p *Process, reason error) error {
 	p.Kill()
 	timer := time.NewTimer(afterTimeout)
 	defer timer.Stop()
 	select {
 	case <-p.ended:
-	case <-timer.C: // the killing goes on without us
+	case <-timer.C: // the kill continues without us
 	}
 	return reason
 }
 
-// timeoutOf is the error of a command whose context is done.
+// timeoutOf returns the error of a command whose context is done.
 func timeoutOf(ctx context.Context) error {
 	cause := context.Cause(ctx)
 	if errors.Is(cause, ErrTimeout) {

@@ -8,10 +8,10 @@ import (
 	"strings"
 )
 
-// maxReason limits what is shown of a runtime's own words.
+// maxReason bounds how many bytes of a runtime's message are shown.
 const maxReason = 1 << 10
 
-// lastError returns the last error of a runtime's --log file in JSON lines, or "".
+// lastError returns the last error in a runtime's --log file of JSON lines, or "".
 func lastError(log []byte) string {
 	last := ""
 	for line := range strings.Lines(string(log)) {
@@ -29,7 +29,7 @@ func lastError(log []byte) string {
 	return last
 }
 
-// oneLine makes a runtime's words fit for a line: no control characters, not endless.
+// oneLine makes a runtime's message fit one line: without control characters and of bounded length.
 func oneLine(text string) string {
 	text = strings.Join(strings.FieldsFunc(text, func(r rune) bool { return r < ' ' || r == 0x7f }), " ")
 	text = strings.ToValidUTF8(strings.TrimSpace(text), "?")
@@ -39,14 +39,14 @@ func oneLine(text string) string {
 	return text
 }
 
-// aboutCommand recognizes the part of a reason that speaks of executing the command: runc's
-// `exec: "nope": executable file not found in $PATH` and `exec /bin/x: exec format error`, crun's
-// "executable file `nope` not found in $PATH: No such file or directory" and
-// "exec container process `/bin/x`: Exec format error", youki's `executable 'nope' for the ...`.
+// aboutCommand matches the part of a reason that concerns the command's execution: runc's `exec: "nope":
+// executable file not found in $PATH` and `exec /bin/x: exec format error`, crun's "executable file `nope` not
+// found in $PATH: No such file or directory" and "exec container process `/bin/x`: Exec format error", youki's
+// `executable 'nope' for the ...`.
 var aboutCommand = regexp.MustCompile("(?i)(exec: \"|exec /|executable (file )?[`'\"]|exec container process ).*$")
 
-// classify turns a runtime's reason for not starting a command into an error. Anything that is not
-// plainly about the command itself is an internal error: an exit code would blame the wrong one.
+// classify turns a runtime's reason for not starting a command into an error. Anything that is not clearly about
+// the command itself is an internal error: an exit code would blame the command.
 func classify(reason string) error {
 	reason = oneLine(reason)
 	lower := strings.ToLower(reason)
@@ -79,27 +79,26 @@ func classify(reason string) error {
 	return fmt.Errorf("the OCI runtime could not start the command: %s", reason)
 }
 
-// Exit codes of commands that could not be executed, as shells use them (POSIX, Shell Command
-// Language, 2.8.2).
+// Exit codes of commands that could not be executed, as in shells (POSIX, Shell Command Language, 2.8.2).
 const (
 	exitNotExecutable = 126
 	exitNotFound      = 127
 )
 
-// StartError says that the container is fine but the command could not be executed in it.
+// StartError reports a command that could not be executed although its container is fine.
 type StartError struct {
-	Code    int // 127 when the command was not found, 126 when it is not executable
+	Code    int // 127 if the command was not found, 126 if it is not executable
 	Message string
 
-	Missing bool // no folder of the container's $PATH has the command
+	Missing bool // no directory in the container's $PATH has the command
 }
 
-// Error is one line for the person who gave the command, such as
-// `exec: "foo": executable file not found in $PATH`.
+// Error returns one line for the user, such as `exec: "foo": executable file not found in $PATH`.
 func (e *StartError) Error() string { return e.Message }
 
-// ExitCode is the exit code to show for a command that did not start.
+// ExitCode returns the exit code to report for a command that did not start.
 func (e *StartError) ExitCode() int { return e.Code }
 
-// ErrNotRunning is in the error of a start in a container that has ended, is paused, or is unknown to its runtime.
+// ErrNotRunning is wrapped by the error of a start in a container that has ended, is paused, or is unknown to its
+// runtime.
 var ErrNotRunning = errors.New("container is not running")

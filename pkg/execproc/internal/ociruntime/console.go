@@ -10,18 +10,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxSocketPath is the size of sun_path less the final NUL, unix(7).
+// maxSocketPath is the size of sun_path without its final NUL, unix(7).
 const maxSocketPath = 107
 
-// ConsoleSocket is where the runtime hands over the master of the terminal it made in the
-// container's /dev/pts (runc, docs/terminals.md: "detached, new terminal").
+// ConsoleSocket receives from the runtime the master of the terminal that it made in the container's /dev/pts
+// (runc, docs/terminals.md: "detached, new terminal").
 type ConsoleSocket struct {
 	listener *net.UnixListener
 	Path     string
-	tempDir  string // to be removed, when the state directory's path was too long
+	tempDir  string // to be removed; set if the state directory's path was too long
 }
 
-// NewConsoleSocket listens at the path, or at a shorter one where that is too long for a socket; see Path.
+// NewConsoleSocket listens at path, or at a shorter one if path is too long for a socket. Path holds the one used.
 func NewConsoleSocket(path string) (*ConsoleSocket, error) {
 	s := &ConsoleSocket{Path: path}
 	if len(path) > maxSocketPath {
@@ -42,8 +42,8 @@ func NewConsoleSocket(path string) (*ConsoleSocket, error) {
 	return s, nil
 }
 
-// Receive takes the terminal. The runtime has returned by now, so what it sent lies in the socket's
-// queue; the timeout is for a runtime that sent nothing.
+// Receive returns the terminal. The runtime has returned by now, so what it sent is in the socket's queue. The
+// timeout is for a runtime that sent nothing.
 func (s *ConsoleSocket) Receive(timeout time.Duration) (*os.File, error) {
 	deadline := time.Now().Add(timeout)
 	if err := s.listener.SetDeadline(deadline); err != nil {
@@ -57,7 +57,7 @@ func (s *ConsoleSocket) Receive(timeout time.Duration) (*os.File, error) {
 	if err := conn.SetDeadline(deadline); err != nil {
 		return nil, err
 	}
-	const maxDescriptors = 8 // one is expected; room to receive, and close, a few too many
+	const maxDescriptors = 8 // one is expected; leave room to receive, and close, a few extra
 	name, control := make([]byte, 4096), make([]byte, unix.CmsgSpace(4*maxDescriptors))
 	_, n, _, _, err := conn.ReadMsgUnix(name, control) // sets MSG_CMSG_CLOEXEC
 	if err != nil {
@@ -73,8 +73,8 @@ func (s *ConsoleSocket) Receive(timeout time.Duration) (*os.File, error) {
 		}
 		return nil, err
 	}
-	// Before os.NewFile, which puts only non-blocking descriptors into Go's poller: a blocking one
-	// pins a thread and cannot be interrupted by Close.
+	// Do it before os.NewFile, which puts only non-blocking descriptors into Go's poller. A blocking one pins a
+	// thread, and Close cannot interrupt it.
 	if err := unix.SetNonblock(fds[0], true); err != nil {
 		unix.Close(fds[0])
 		return nil, fmt.Errorf("make terminal non-blocking: %w", err)
@@ -98,7 +98,7 @@ func parseDescriptors(control []byte) ([]int, error) {
 
 // Close stops listening and removes the socket.
 func (s *ConsoleSocket) Close() {
-	s.listener.Close() // which unlinks the path
+	s.listener.Close() // also unlinks the path
 	if s.tempDir != "" {
 		os.Remove(s.tempDir)
 	}

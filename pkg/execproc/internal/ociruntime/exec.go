@@ -1,4 +1,5 @@
-// Package ociruntime starts a process in a container by running its OCI runtime, and understands why that fails.
+// Package ociruntime starts a process in a container by running the container's OCI runtime, and interprets its
+// failures.
 package ociruntime
 
 import (
@@ -23,19 +24,19 @@ import (
 )
 
 const (
-	// maxRuntimeLog is how much of the end of a runtime's log is read for its reason.
+	// maxRuntimeLog is how many bytes from the end of a runtime's log are searched for its reason.
 	maxRuntimeLog = 64 << 10
-	// maxRuntimeStderr is how much of a runtime's stderr is read when its log says nothing.
+	// maxRuntimeStderr is how many bytes of a runtime's stderr are read if its log says nothing.
 	maxRuntimeStderr = 8 << 10
 )
 
-// RecordEnding is that of recovery records.
+// RecordEnding is the file name ending of recovery records.
 const RecordEnding = ".record"
 
-// Files are the files of one start, all in the state directory.
+// Files holds the paths of one start's files, all in the state directory.
 type Files struct{ Process, Pid, log, Socket, Record string }
 
-// FilesOf are the files of a start whose names have this base.
+// FilesOf returns the paths of a start's files. base is their common beginning.
 func FilesOf(base string) Files {
 	return Files{
 		Process: base + ".process", Pid: base + ".pid", log: base + ".log",
@@ -43,27 +44,27 @@ func FilesOf(base string) Files {
 	}
 }
 
-// RemoveStart removes what only the start needs.
+// RemoveStart removes the files that only the start needs.
 func (f Files) RemoveStart() {
 	os.Remove(f.Process)
 	os.Remove(f.Pid)
-	os.Remove(UnfinishedFile(f.Pid)) // from a runc killed while it wrote it
+	os.Remove(UnfinishedFile(f.Pid)) // from a runc killed while writing it
 	os.Remove(f.log)
 }
 
-// UnfinishedFile is the path of a file until it is whole, for runc's pid file as for our records.
+// UnfinishedFile returns the path of a file while it is being written. runc's pid file and our records follow it.
 func UnfinishedFile(path string) string {
 	return filepath.Join(filepath.Dir(path), "."+filepath.Base(path))
 }
 
-// passedEnvironment is all that the runtime sees of our environment. LISTEN_FDS in particular must
-// not be among it: runc would hand those descriptors on to the container.
+// passedEnvironment lists the only variables that the runtime gets from our environment. LISTEN_FDS in particular
+// must stay out: runc would pass those descriptors on to the container.
 var passedEnvironment = []string{"PATH", "HOME", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "TMPDIR"}
 
-// RuntimeEnvironment is the environment of the OCI runtime.
+// RuntimeEnvironment returns the OCI runtime's environment.
 func RuntimeEnvironment() []string {
-	// One thread is enough for runc: with as many as there are CPUs an exec takes a twentieth more
-	// CPU time, and is no faster. It does not reach the command, whose environment runc makes anew.
+	// One thread is enough for runc. With one per CPU an exec takes a twentieth more CPU time and is no faster.
+	// This does not reach the command, whose environment runc builds anew.
 	env := []string{"GOMAXPROCS=1"}
 	for _, name := range passedEnvironment {
 		if value, set := os.LookupEnv(name); set {
@@ -75,21 +76,20 @@ func RuntimeEnvironment() []string {
 	return env
 }
 
-// ErrProcessUnknown is in the error of a start after which something may run that we cannot name.
+// ErrProcessUnknown is wrapped by the error of a start after which something may run that we cannot identify.
 var ErrProcessUnknown = errors.New("the OCI runtime said it started the command")
 
-// Exec runs `RUNTIME exec --detach` and returns the process's pid. The process is then a
-// child of ours, as the runtime has ended and this process is a subreaper. The streams are the
-// process's, or, with a terminal, the runtime's own; stderr, if not nil, is the other side of the
-// third, where the reason of a failure may stand.
+// Exec runs `RUNTIME exec --detach` and returns the process's pid. The process is then our child, because the
+// runtime has ended and this process is a subreaper. The streams are the process's, or with a terminal the
+// runtime's own. stderr, if not nil, is the other side of the third stream, and may hold the reason for a failure.
 //
-// When the context is done, or a process in the container stops what enters it, the runtime is killed with
-// all that it has started.
+// If ctx is done, or a process in the container stops one that is entering it, the runtime is killed with
+// everything that it has started.
 func Exec(ctx context.Context, c workload.Container, spec *specs.Process, f Files, streams [3]*os.File, stderr *os.File) (int, error) {
 	return ExecPassing(ctx, c, spec, f, streams, stderr, nil)
 }
 
-// ExecPassing is execInContainer; the process inherits the file, if it is not nil, as descriptor 3.
+// ExecPassing is Exec, but the process inherits the passed file, if not nil, as descriptor 3.
 func ExecPassing(ctx context.Context, c workload.Container, spec *specs.Process, f Files, streams [3]*os.File, stderr, passed *os.File) (int, error) {
 	encoded, err := json.Marshal(spec)
 	if err != nil {
@@ -121,12 +121,12 @@ func ExecPassing(ctx context.Context, c workload.Container, spec *specs.Process,
 	command := exec.CommandContext(ctx, binary, args...)
 	command.Env = RuntimeEnvironment()
 	command.Dir = "/"
-	// Files, so that os/exec starts no copying goroutines and Wait waits for the runtime alone.
+	// Pass files, so that os/exec starts no copying goroutines and Wait waits only for the runtime.
 	command.Stdin, command.Stdout, command.Stderr = streams[0], streams[1], streams[2]
 	if passed != nil {
 		command.ExtraFiles = []*os.File{passed}
 	}
-	// A session of its own is how the reaper tells the runtime's orphans from os/exec's children.
+	// The session tells the reaper the runtime's orphans from os/exec's children.
 	command.SysProcAttr = &unix.SysProcAttr{Setsid: true}
 	var runtime proc.Identity
 	known := make(chan struct{})
@@ -141,7 +141,7 @@ func ExecPassing(ctx context.Context, c workload.Container, spec *specs.Process,
 		}
 		return 0, fmt.Errorf("run the OCI runtime: %w", err)
 	}
-	// The pid is the runtime's until Wait below.
+	// The pid belongs to the runtime until Wait below.
 	giveOOMScoreAdj(command.Process.Pid, spec, c.InitPid)
 	if stat, err := proc.ReadStat(command.Process.Pid); err == nil {
 		runtime = stat.Identity
@@ -165,7 +165,7 @@ func ExecPassing(ctx context.Context, c workload.Container, spec *specs.Process,
 		}
 		return pid, nil
 	}
-	// It may have come as far as starting the process.
+	// It may have got as far as starting the process.
 	if pidErr == nil {
 		if stat, err := proc.ReadStat(pid); err == nil && stat.Parent == os.Getpid() && stat.Start >= runtime.Start {
 			tree.New(stat.Identity, c.InitPid, tree.StreamEnds{}).Kill()
@@ -188,7 +188,7 @@ func ExecPassing(ctx context.Context, c workload.Container, spec *specs.Process,
 	return 0, classify(reason)
 }
 
-// ReadPidFile reads what the runtime has written.
+// ReadPidFile reads a pid file that the runtime wrote.
 func ReadPidFile(path string) (int, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -205,7 +205,7 @@ func parsePid(data []byte) (int, error) {
 	return pid, nil
 }
 
-// readTail returns the last bytes of a file, nothing when it cannot be read.
+// readTail returns the last limit bytes of a file, or nothing if it cannot be read.
 func readTail(path string, limit int64) []byte {
 	file, err := os.Open(path)
 	if err != nil {

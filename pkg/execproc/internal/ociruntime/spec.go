@@ -15,10 +15,10 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// ProcessSpec is the spec of a process that joins the container: the container's own process, copied
-// as it is, so that user, groups, capabilities, no-new-privileges, AppArmor, SELinux, rlimits (see completeLimits),
-// scheduler and CPU affinity are the container's (kubernetes#73275: exec paths that built the spec
-// anew forgot some of them). Only what makes it another command is set.
+// ProcessSpec returns the spec of a process that joins the container. It is a copy of the spec of the container's
+// own process, so user, groups, capabilities, no-new-privileges, AppArmor, SELinux, rlimits (see CompleteLimits),
+// scheduler and CPU affinity are the container's; exec paths that built the spec anew forgot some of them
+// (kubernetes#73275). Only what makes it another command is changed.
 func ProcessSpec(container *specs.Process, command workload.Command) (*specs.Process, error) {
 	if container == nil {
 		return nil, errors.New("the container's OCI spec has no process")
@@ -45,7 +45,7 @@ func ProcessSpec(container *specs.Process, command workload.Command) (*specs.Pro
 		if !hasEnv(env, "TERM") {
 			spec.Env = append(spec.Env, "TERM=xterm")
 		}
-		// Without it a program that asks for the size at once gets 0x0 (kubernetes#47990).
+		// Without it, a program that asks for the size at once gets 0x0 (kubernetes#47990).
 		if size := command.Size; size.Known() {
 			spec.ConsoleSize = &specs.Box{Width: uint(size.Width), Height: uint(size.Height)}
 		}
@@ -53,7 +53,7 @@ func ProcessSpec(container *specs.Process, command workload.Command) (*specs.Pro
 	return &spec, nil
 }
 
-// limitNumbers are the resources of setrlimit(2) by the OCI spec's names.
+// limitNumbers maps the OCI spec's names to the resources of setrlimit(2).
 var limitNumbers = map[string]int{
 	"RLIMIT_CPU": unix.RLIMIT_CPU, "RLIMIT_FSIZE": unix.RLIMIT_FSIZE, "RLIMIT_DATA": unix.RLIMIT_DATA,
 	"RLIMIT_STACK": unix.RLIMIT_STACK, "RLIMIT_CORE": unix.RLIMIT_CORE, "RLIMIT_RSS": unix.RLIMIT_RSS,
@@ -70,10 +70,10 @@ var mayRaiseLimits = sync.OnceValue(func() bool {
 	return unix.Capget(&header, &sets[0]) == nil && sets[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0
 })
 
-// CompleteLimits adds to the limits of a spec those of the container's main process that it does not name.
-// They are what that process has inherited from its runtime; a command would inherit streamshim's, which
-// systemd may have been told to set otherwise. One that cannot be read is left out, as is one that this
-// process may not set: above its own hard limit, without CAP_SYS_RESOURCE.
+// CompleteLimits adds to a spec's limits those of the container's main process that the spec does not name. That
+// process inherited them from its runtime; a command would inherit streamshim's, which systemd may set
+// differently. It skips limits that cannot be read, and those above this process's own hard limit if it lacks
+// CAP_SYS_RESOURCE.
 func CompleteLimits(limits []specs.POSIXRlimit, initPid int) []specs.POSIXRlimit {
 	complete := slices.Clone(limits)
 	for name, resource := range limitNumbers {
@@ -91,9 +91,10 @@ func CompleteLimits(limits []specs.POSIXRlimit, initPid int) []specs.POSIXRlimit
 	return complete
 }
 
-// giveOOMScoreAdj gives the OCI runtime the oom_score_adj of the container: that of the spec, or of the main process. crun
-// does not set it for a command, which would inherit streamshim's, -999 by its unit, and be the last in the container that
-// the kernel kills. It is best effort: lowering the value needs CAP_SYS_RESOURCE, and runc sets it itself.
+// giveOOMScoreAdj gives the OCI runtime the container's oom_score_adj: that of the spec, or else of the main
+// process. crun does not set it for a command, which would inherit streamshim's (-999 in its unit) and be the last
+// in the container that the kernel kills. It is best effort: lowering the value needs CAP_SYS_RESOURCE. runc sets
+// it itself.
 func giveOOMScoreAdj(runtimePid int, spec *specs.Process, initPid int) {
 	var value []byte
 	if spec.OOMScoreAdj != nil {
@@ -108,14 +109,14 @@ func giveOOMScoreAdj(runtimePid int, spec *specs.Process, initPid int) {
 
 func oomScoreAdj(pid int) string { return fmt.Sprintf("/proc/%d/oom_score_adj", pid) }
 
-// mergeEnv returns base with extra laid over it in a slice of its own. A name that extra sets keeps
-// its place in base; names that only base repeats are left as they are.
+// mergeEnv overlays extra on base in a new slice. A name that extra sets keeps its place in base. Names repeated
+// only in base stay as they are.
 func mergeEnv(base, extra []string) ([]string, error) {
 	merged := append(make([]string, 0, len(base)+len(extra)+1), base...)
 	for i, variable := range extra {
 		name, _, found := strings.Cut(variable, "=")
 		if !found || name == "" || strings.ContainsRune(variable, 0) {
-			// Not the variable itself: its value may be a secret.
+			// Do not show the variable itself: its value may be a secret.
 			return nil, fmt.Errorf("environment variable %d of the command is not NAME=value", i)
 		}
 		kept := merged[:0]

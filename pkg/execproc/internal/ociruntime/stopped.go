@@ -8,22 +8,21 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
 )
 
-// ErrStopped is in the error of a start that was ended because a process of it was stopped.
+// ErrStopped is wrapped by the error of a start that was aborted because one of its processes was stopped.
 var ErrStopped = errors.New("a process in the container has stopped the command before it began (SIGSTOP or ptrace)")
 
 const (
-	// stoppedAfter is when a start begins to be looked at. Most have ended by then.
+	// stoppedAfter is when checks of a start begin. Most starts are done by then.
 	stoppedAfter = 200 * time.Millisecond
-	// stoppedInterval is the time between two looks.
+	// stoppedInterval is the time between checks.
 	stoppedInterval = 50 * time.Millisecond
-	// maxStarting limits the processes of a start that are looked at; runc has four.
+	// maxStarting bounds how many processes of a start are checked. runc has four.
 	maxStarting = 64
 )
 
-// endIfStopped calls end once a process that descends from the runtime, and so is entering the
-// container, is stopped at two looks in a row. A process in the container can do that to it
-// and would hold the start up until its timeout, and with it the turn of another start. It returns when
-// the context is done.
+// endIfStopped calls end once a descendant of the runtime, and so a process that is entering the container, is
+// found stopped in two consecutive checks. A process in the container can stop it, which would delay the start
+// until its timeout, and block another start's turn. endIfStopped returns when the context is done.
 func endIfStopped(ctx context.Context, runtime int, end func()) {
 	timer := time.NewTimer(stoppedAfter)
 	defer timer.Stop()
@@ -50,7 +49,7 @@ func endIfStopped(ctx context.Context, runtime int, end func()) {
 	}
 }
 
-// descendants returns the children of a process and their children, as far as the kernel lists them
+// descendants returns a process's descendants, about maxStarting at most, as far as the kernel lists them
 // (CONFIG_PROC_CHILDREN).
 func descendants(pid int) []proc.Stat {
 	var found []proc.Stat

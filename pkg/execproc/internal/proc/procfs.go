@@ -1,5 +1,4 @@
-// Package proc reads what /proc says of processes. Nothing in it is believed for longer than a pid stands for the same process,
-// which its start time tells.
+// Package proc reads /proc. A pid is trusted only while it names the same process, which its start time tells.
 package proc
 
 import (
@@ -16,14 +15,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Identity names one process for good: the kernel reuses pids, but not together with the time at
-// which the process began (field 22 of /proc/PID/stat, in clock ticks since boot).
+// Identity names one process for good: the kernel reuses pids, but not with the same start time (field 22 of
+// /proc/PID/stat, in clock ticks since boot).
 type Identity struct {
 	Pid   int
 	Start uint64
 }
 
-// Stat is what this package needs of /proc/PID/stat.
+// Stat is the part of /proc/PID/stat that is needed here.
 type Stat struct {
 	Identity
 	Name    string
@@ -31,15 +30,15 @@ type Stat struct {
 	Parent  int
 	Session int
 	Threads int  // that have not ended
-	Exiting bool // it has begun to end
-	Killed  bool // SIGKILL is on its way: all that it does any more is to end
+	Exiting bool // has begun to exit
+	Killed  bool // SIGKILL is pending; it will do nothing but exit
 }
 
-// Zombie reports whether the process has ended. One whose first thread alone has ended looks the same but
-// for its other threads.
+// Zombie reports whether the process has ended. A process of which only the first thread has ended looks the same,
+// except that it has other threads.
 func (p Stat) Zombie() bool { return p.State == 'X' || p.State == 'Z' && p.Threads <= 1 }
 
-// ReadStat reads /proc/PID/stat, which also works for a zombie.
+// ReadStat reads /proc/PID/stat. It works for zombies too.
 func ReadStat(pid int) (Stat, error) {
 	buffer := Buffers.Get().(*[]byte)
 	defer Buffers.Put(buffer)
@@ -50,11 +49,11 @@ func ReadStat(pid int) (Stat, error) {
 	return ParseStat(data)
 }
 
-// Buffers are for ReadFile.
+// Buffers holds buffers for ReadFile.
 var Buffers = sync.Pool{New: func() any { buffer := make([]byte, 4<<10); return &buffer }}
 
-// ReadFile reads a file of /proc into the buffer, which grows if it must. It asks for half of what
-// os.ReadFile does, and thousands of these are read when many sessions end at once.
+// ReadFile reads a file of /proc into the buffer, growing it if necessary. It makes half the system calls of
+// os.ReadFile, and thousands of files are read when many sessions end at once.
 func ReadFile(path string, buffer *[]byte) ([]byte, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -78,8 +77,8 @@ func ReadFile(path string, buffer *[]byte) ([]byte, error) {
 	}
 }
 
-// ParseStat parses a line of proc_pid_stat(5). The name of the program stands in parentheses and
-// may itself hold blanks and parentheses, so that the last ')' is the one that counts.
+// ParseStat parses a line of proc_pid_stat(5). The program's name is in parentheses and may itself contain blanks
+// and parentheses, so the last ')' counts.
 func ParseStat(line []byte) (Stat, error) {
 	open, end := bytes.IndexByte(line, '('), bytes.LastIndexByte(line, ')')
 	if open < 1 || end < open {
@@ -122,7 +121,7 @@ func ParseStat(line []byte) (Stat, error) {
 	return stat, nil
 }
 
-// All reads the stat of every process. Those that end meanwhile are left out.
+// All reads the stat of every process. It skips those that end meanwhile.
 func All() ([]Stat, error) {
 	proc, err := os.Open("/proc")
 	if err != nil {
@@ -141,7 +140,7 @@ func All() ([]Stat, error) {
 		}
 		stat, err := ReadStat(pid)
 		if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) {
-			return nil, err // some would look as if they had ended
+			return nil, err // otherwise some would seem to have ended
 		}
 		if err == nil {
 			processes = append(processes, stat)
@@ -150,8 +149,8 @@ func All() ([]Stat, error) {
 	return processes, nil
 }
 
-// OwnChildren lists the children of this process, whichever thread they belong to, but for those that are known
-// already, of which nothing is read; known may be nil.
+// OwnChildren returns the children of this process, of all its threads. It neither reads nor returns those for
+// which known, if not nil, returns true.
 func OwnChildren(known func(pid int) bool) ([]Stat, error) {
 	if known == nil {
 		known = func(int) bool { return false }
@@ -176,14 +175,14 @@ func OwnChildren(known func(pid int) bool) ([]Stat, error) {
 	return children, nil
 }
 
-// errNoChildrenFile is what childrenOf answers on a kernel without CONFIG_PROC_CHILDREN.
+// errNoChildrenFile is returned by ChildrenOf on a kernel without CONFIG_PROC_CHILDREN.
 var errNoChildrenFile = errors.New("this kernel does not list the children of processes (CONFIG_PROC_CHILDREN)")
 
-// Many is a number of threads that may be any but one.
+// Many is a number of threads for a process that may have more than one.
 const Many = 2
 
-// ChildrenOf lists the pids of a process's children, each of which belongs to one of its threads. While
-// children end the kernel may leave others out (proc_pid_children(5)). A process that has ended has none.
+// ChildrenOf returns the pids of a process's children, each of which belongs to one of its threads. While children
+// end, the kernel may omit others (proc_pid_children(5)). A process that has ended has none.
 func ChildrenOf(pid, threads int) ([]int, error) {
 	dir := "/proc/" + strconv.Itoa(pid) + "/task/"
 	tasks := []string{strconv.Itoa(pid)}
@@ -247,8 +246,8 @@ func childrenByScan() ([]Stat, error) {
 	return children, nil
 }
 
-// Signal sends the signals to exactly this process. The descriptor is opened first and the identity
-// checked afterwards: from then on the pid may be reused without a signal going astray.
+// Signal sends the signals to exactly this process. It opens a pidfd first and checks the identity afterwards:
+// from then on the pid may be reused without a signal going astray.
 func (id Identity) Signal(signals ...unix.Signal) error {
 	pidfd, err := unix.PidfdOpen(id.Pid, 0)
 	if err != nil {
@@ -270,18 +269,18 @@ func (id Identity) Signal(signals ...unix.Signal) error {
 	return nil
 }
 
-// Alive reports whether this very process still runs; a zombie does not. When that cannot be known,
-// because there is no descriptor free for instance, it is taken to run: what ends here is ended by its
-// identity, and what is needed next will fail with the true reason.
+// Alive reports whether this very process still runs. A zombie does not. If it cannot tell, such as when there is
+// no free descriptor, it returns true: signals check the identity anyway, and the next step fails with the true
+// reason.
 func (id Identity) Alive() bool {
 	now, err := ReadStat(id.Pid)
 	return !Gone(err) && (err != nil || now.Identity == id && !now.Zombie())
 }
 
-// Gone reports whether an error of readStat means that there is no such process.
+// Gone reports whether an error of ReadStat means that there is no such process.
 func Gone(err error) bool { return errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) }
 
-// BootID tells one boot of the machine from another; start times are only comparable within one.
+// BootID identifies the current boot of the machine. Start times are comparable only within one boot.
 func BootID() string {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -290,7 +289,7 @@ func BootID() string {
 	return strings.TrimSpace(string(id))
 }
 
-// TicksSinceBoot is the time in the unit of /proc/PID/stat.
+// TicksSinceBoot returns the time since boot in the unit of /proc/PID/stat.
 func TicksSinceBoot() (uint64, error) {
 	const tick = 10 * time.Millisecond // USER_HZ is 100 on every architecture that Go runs on
 	var now unix.Timespec
@@ -300,8 +299,8 @@ func TicksSinceBoot() (uint64, error) {
 	return uint64(time.Duration(now.Nano()) / tick), nil
 }
 
-// SameMountNamespace reports whether two processes have the same mount namespace. A container shares its own
-// with no other.
+// SameMountNamespace reports whether two processes have the same mount namespace. A container shares its own with
+// no other.
 func SameMountNamespace(a, b int) bool {
 	first, err := os.Readlink("/proc/" + strconv.Itoa(a) + "/ns/mnt")
 	if err != nil {
@@ -311,8 +310,8 @@ func SameMountNamespace(a, b int) bool {
 	return err == nil && first == second
 }
 
-// FirstOfNamespace returns the first process of the pid namespace that a process is in, 0 when it is not
-// known, or says that the namespace is this process's own.
+// FirstOfNamespace returns the first process of pid's pid namespace, or 0 if it is unknown. It reports whether the
+// namespace is this process's own, and then returns no process.
 func FirstOfNamespace(pid int) (first int, same bool) {
 	path := "/proc/" + strconv.Itoa(pid) + "/ns/pid"
 	own, err := os.Readlink("/proc/self/ns/pid")
@@ -329,7 +328,7 @@ func FirstOfNamespace(pid int) (first int, same bool) {
 			return int(first), false
 		}
 	}
-	// A kernel before 6.11. The container's main process usually is the one.
+	// The kernel is older than 6.11. The first process is usually the container's main process.
 	status, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
 	if err != nil {
 		return 0, false
@@ -342,9 +341,9 @@ func FirstOfNamespace(pid int) (first int, same bool) {
 	return 0, false
 }
 
-// WithArgument finds the processes that have one of the paths among their arguments, by path: OCI runtimes
-// that were told to start what it describes. They have not left our mount namespace. The memory of a container's
-// process is not read, which could be backed by a file system of its own that never answers.
+// WithArgument returns the processes that have one of the paths among their arguments, by path. They are OCI
+// runtimes that were told to start what the path describes, and are still in our mount namespace. Processes of
+// containers are not read: their memory may be backed by a file system of their own that never answers.
 func WithArgument(paths map[string]bool) map[string][]Stat {
 	all, err := All()
 	if err != nil {

@@ -1,4 +1,4 @@
-// Package reaper waits for processes: those that this process has started, and others whose end it must know.
+// Package reaper waits for processes to end: children of this process, and others whose end must be known.
 package reaper
 
 import (
@@ -18,65 +18,65 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
 )
 
-// A Reaper waits for processes: for those that were started here, to collect their status the
-// moment they end, and for the main processes of containers, to know that they have ended. It also
-// collects the zombies that fall to this process because it is a child subreaper.
+// Reaper waits for processes: for those started here, to collect their status the moment they end, and for
+// containers' main processes, to know when they have ended. It also collects the zombies that this process gets as
+// a child subreaper.
 //
-// Being slow is not an option: a process that joined a container's pid namespace and is dead but not
-// yet waited for keeps the container's init in the kernel (zap_pid_ns_processes), and with it the
-// pod. So a goroutine of its own waits on pidfds, independent of all I/O.
+// It must not be slow. A process that joined a container's pid namespace and is dead but not yet waited for keeps
+// the container's init in the kernel (zap_pid_ns_processes), and with it the pod. So a goroutine of its own waits
+// on pidfds, independently of all I/O.
 //
-// Nobody here calls wait4(-1): it would take the statuses that os/exec, in this same process, is
-// waiting for. Whose zombie is it, then?
+// Nothing here calls wait4(-1): that would take the statuses that os/exec, in this same process, is waiting for.
+// Whose zombie is it, then?
 //
 //   - A pid that a Start has registered is reaped when its pidfd says so, and by nobody else.
-//   - A child in our own session was started by os/exec in this process and is left to it. Runtimes
-//     are started in a session of their own (setsid), and a process can join no session it was not
-//     born into, so nothing that descends from a runtime is ever in ours. The other way round, code
-//     in this process that starts children with Setsid would lose their status; there is none.
-//   - Any other zombie is an orphan: of the runtime, or of a process in a container that shares the
-//     host's pid namespace. But it may also be a process that died before the Start that wanted it
-//     had read its pid. So it is reaped only when every Start that was under way when the zombie was
-//     first seen has ended, by registering a pid or by failing. Until then the zombie keeps its pid.
+//   - A child in our own session was started by os/exec in this process and is left to it. Runtimes are started in
+//     a session of their own (setsid), and a process can only be born into a session, so no descendant of a
+//     runtime is ever in ours. Conversely, code in this process that starts children with Setsid would lose their
+//     status; there is none.
+//   - Any other zombie is an orphan: of the runtime, or of a process in a container that shares the host's pid
+//     namespace. But it may also have died before the Start that wants it has read its pid. So it is reaped only
+//     when every Start that was in progress when the zombie was first seen has ended, by registering a pid or by
+//     failing. Until then the zombie keeps its pid.
 type Reaper struct {
-	Session int // ours
+	Session int // our own session
 	epoll   *os.File
 	signals chan os.Signal
 	stop    chan struct{}
-	// startEnded asks for a look at what had to wait. While starts are under way SIGCHLD alone does not
-	// bring one: most come from the runtime, and a look costs more than the rest of a start's work here.
+	// startEnded asks for a deferred look for orphans. During starts SIGCHLD alone does not trigger one: most come
+	// from the runtime, and a look costs more than the rest of a start's work here.
 	startEnded chan struct{}
 	loops      sync.WaitGroup
 
 	mu         sync.Mutex
 	watches    map[int32]*Watch // by token
 	nextToken  int32
-	processes  map[int]*Watch      // by pid, those to be reaped
-	containers map[int]*Watch      // by pid, shared by all processes in a container
-	starts     map[uint64]struct{} // under way
+	processes  map[int]*Watch      // by pid; to be reaped
+	containers map[int]*Watch      // by pid; shared by all processes in a container
+	starts     map[uint64]struct{} // in progress
 	lastStart  uint64
-	orphans    map[int]uint64      // zombies seen, with the last Start begun by then
-	held       map[*Watch]struct{} // zombies that cannot be reaped yet: a tracer has them
-	unseen     bool                // SIGCHLD came while a Start was under way; nobody has looked yet
+	orphans    map[int]uint64      // zombies seen, with the last Start begun before that
+	held       map[*Watch]struct{} // zombies that a tracer keeps us from reaping
+	unseen     bool                // SIGCHLD came during a Start and nobody has looked since
 	looked     time.Time
 	names      uint64
-	reserved   map[int]bool // frozen processes, whose zombies wait for whoever resumes them
-	adopting   int          // Runners that have yet to learn what their predecessor has frozen: no zombie is an orphan
+	reserved   map[int]bool // frozen processes; they stay zombies until they are resumed
+	adopting   int          // Runners that have yet to learn what their predecessor froze; until then no zombie is an orphan
 }
 
-// Watch is one process being waited for.
+// Watch is a process being waited for.
 type Watch struct {
 	pid    int
 	pidfd  int
 	token  int32
-	refs   int           // containers only
-	Exited chan struct{} // closed once the process has ended, and was reaped if it is ours
-	onExit func()        // called by the reaper after exited was closed; must not block
-	Status int           // exit code, valid after exited
+	refs   int           // only used for containers
+	Exited chan struct{} // closed once the process has ended, and has been reaped if it is ours
+	onExit func()        // called by the reaper after Exited is closed; must not block
+	Status int           // exit code, valid once Exited is closed
 }
 
-// The children of this process belong to the process, not to a Runner, so that all Runners of a
-// process share one reaper. It lives as long as one of them does.
+// Children belong to this process, not to a Runner, so all Runners share one reaper. It lives while any of them
+// does.
 var shared struct {
 	mu     sync.Mutex
 	Reaper *Reaper
@@ -86,7 +86,7 @@ var shared struct {
 // Acquire makes this process a child subreaper (prctl(2)) and returns its reaper.
 func Acquire() (*Reaper, error) { return AcquireFor(false) }
 
-// AcquireFor is acquireReaper; a successor calls adopted once it knows its processes.
+// AcquireFor is Acquire. A successor must call Adopted once it knows its processes.
 func AcquireFor(successor bool) (*Reaper, error) {
 	shared.mu.Lock()
 	defer shared.mu.Unlock()
@@ -105,8 +105,8 @@ func AcquireFor(successor bool) (*Reaper, error) {
 	return shared.Reaper, nil
 }
 
-// Adopted says that all processes of a predecessor are watched or reserved. What has ended in the hand-over is looked
-// for: its SIGCHLD may have come to a program that was not yet listening.
+// Adopted says that all processes of the predecessor are now watched or reserved. It triggers a look for those
+// that ended in the hand-over: their SIGCHLD may have come before this program listened.
 func (r *Reaper) Adopted() {
 	r.mu.Lock()
 	r.adopting--
@@ -114,15 +114,15 @@ func (r *Reaper) Adopted() {
 	r.Look()
 }
 
-// Look has orphans looked for soon.
+// Look triggers a look for orphans.
 func (r *Reaper) Look() {
 	select {
 	case r.startEnded <- struct{}{}:
-	default: // it is about to look
+	default: // one is already due
 	}
 }
 
-// Release gives up what acquireReaper returned. The process stays a subreaper.
+// Release gives back what Acquire returned. This process stays a subreaper.
 func (r *Reaper) Release() {
 	shared.mu.Lock()
 	defer shared.mu.Unlock()
@@ -156,8 +156,7 @@ func newReaper(successor bool) (*Reaper, error) {
 	if err != nil {
 		return nil, fmt.Errorf("epoll_create: %w", err)
 	}
-	// An epoll descriptor can itself be waited for, by Go's own poller. So no thread is held, and
-	// closing the file ends the loop.
+	// Go's own poller can wait for an epoll descriptor. That blocks no thread, and closing the file ends the loop.
 	if err := unix.SetNonblock(epfd, true); err != nil {
 		unix.Close(epfd)
 		return nil, fmt.Errorf("epoll non-blocking: %w", err)
@@ -165,7 +164,7 @@ func newReaper(successor bool) (*Reaper, error) {
 	r := &Reaper{
 		Session:    self.Session,
 		epoll:      os.NewFile(uintptr(epfd), "epoll"),
-		signals:    make(chan os.Signal, 1), // one is enough: it says "look", not who
+		signals:    make(chan os.Signal, 1), // a signal says only that there is something to see
 		stop:       make(chan struct{}),
 		startEnded: make(chan struct{}, 1),
 		watches:    map[int32]*Watch{},
@@ -193,14 +192,13 @@ func newReaper(successor bool) (*Reaper, error) {
 
 var unheard = make(chan os.Signal, 1) // nobody reads it
 
-// catchIgnored makes signals that this process was started to ignore be caught and thrown away. To this
-// process that is the same, but what is ignored stays ignored in all that it executes, through the runtime
-// and into the container: there no hang-up would end a command, and a shell could not even trap it
-// (sh(1) of POSIX, "trap"). Go catches the other signals from the start. These it leaves alone, the first
-// two to please nohup and shells that put a process in the background.
+// catchIgnored catches and discards the signals that this process was started to ignore. Ignored signals stay
+// ignored across execve, through the runtime and into the container: there a hang-up would end no command, and a
+// shell could not even trap it (sh(1) of POSIX, "trap"). Go catches the other signals from the start. It leaves
+// these alone, the first two for nohup and for shells that run jobs in the background.
 //
-// It is for good, as being a subreaper is: signal.Stop would make them ignored again. And it looks at what
-// the kernel says, as signal.Ignored does not know of all.
+// Like being a subreaper this is permanent: signal.Stop would make them ignored again. It reads the kernel's mask
+// because signal.Ignored does not know all of them.
 func catchIgnored() error {
 	status, err := os.ReadFile("/proc/self/status")
 	if err != nil {
@@ -220,21 +218,21 @@ func catchIgnored() error {
 	return nil
 }
 
-// thrownAway are the signals of catchIgnored. After execve they are neither ignored nor caught, so that the next
+// thrownAway holds the signals of catchIgnored. After execve they are neither ignored nor caught, so the next
 // program must be told.
 var thrownAway struct {
 	mu      sync.Mutex
 	signals []unix.Signal
 }
 
-// UnheardSignals are the signals that are thrown away.
+// UnheardSignals returns the signals that are caught and discarded.
 func UnheardSignals() []unix.Signal {
 	thrownAway.mu.Lock()
 	defer thrownAway.mu.Unlock()
 	return slices.Clone(thrownAway.signals)
 }
 
-// ThrowAway catches a signal and throws it away, for good.
+// ThrowAway catches and discards a signal from now on.
 func ThrowAway(s unix.Signal) {
 	thrownAway.mu.Lock()
 	defer thrownAway.mu.Unlock()
@@ -255,7 +253,7 @@ func (r *Reaper) waitForExits(raw syscall.RawConn) {
 			return n > 0 || (err != nil && err != unix.EINTR)
 		})
 		if err != nil {
-			return // closed by release
+			return // closed by Release
 		}
 		for _, event := range events[:max(n, 0)] {
 			r.exited(event.Fd)
@@ -284,11 +282,11 @@ func (r *Reaper) waitForOrphans() {
 	}
 }
 
-// neverExecuted is how runc and youki name the process that is about to become the command. The
+// neverExecuted ends the name that runc and youki give to the process that is about to become the command. The
 // kernel replaces the name when execve succeeds, and a zombie keeps the last one.
 const neverExecuted = ":[2:INIT]"
 
-// exited handles a pidfd that has become readable: the process has ended.
+// exited handles a readable pidfd: its process has ended.
 func (r *Reaper) exited(token int32) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -297,7 +295,7 @@ func (r *Reaper) exited(token int32) {
 	}
 }
 
-// reapHeld tries again to reap what a tracer had.
+// reapHeld retries the zombies that tracers held.
 func (r *Reaper) reapHeld() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -306,7 +304,7 @@ func (r *Reaper) reapHeld() {
 	}
 }
 
-// endedLocked reaps a process that has ended, if it is ours, and tells those who wait.
+// endedLocked reaps a process that has ended, if it is ours, and notifies those who wait.
 func (r *Reaper) endedLocked(w *Watch) {
 	if r.processes[w.pid] == w {
 		stat, statErr := proc.ReadStat(w.pid)
@@ -317,7 +315,7 @@ func (r *Reaper) endedLocked(w *Watch) {
 		}
 		switch {
 		case err != nil:
-			w.Status = LostStatus // not our child any more: nobody knows
+			w.Status = LostStatus // no longer our child: its status is unknown
 		case pid == 0:
 			r.holdLocked(w)
 			return
@@ -325,10 +323,10 @@ func (r *Reaper) endedLocked(w *Watch) {
 			w.Status = 128 + int(status.Signal())
 		default:
 			w.Status = status.ExitStatus()
-			// runc reports what it finds before execve. What execve itself finds (a binary for another
-			// machine, a script whose interpreter is missing) comes as exit 255 of a process that never
-			// became the command; a shell calls that 126.
-			const notExecutable = 126 // as shells say it
+			// runc reports errors that it finds before execve. An error of execve itself (a binary for another
+			// machine, a script whose interpreter is missing) shows only as exit code 255 of a process that never
+			// became the command. Shells call that 126.
+			const notExecutable = 126 // as in shells
 			if w.Status == 255 && statErr == nil && strings.HasSuffix(stat.Name, neverExecuted) {
 				w.Status = notExecutable
 			}
@@ -344,34 +342,34 @@ func (r *Reaper) endedLocked(w *Watch) {
 	}
 }
 
-// holdLocked is for a process that has ended and cannot be reaped: a debugger that traces it is to see its end
-// first (ptrace(2)). Its pidfd stays readable all the time, so that it is no longer waited for. When the
-// tracer lets go of it, the kernel sends SIGCHLD once more.
+// holdLocked sets aside a process that has ended but cannot be reaped, because a debugger that traces it must see
+// its end first (ptrace(2)). Its pidfd stays readable, so it is taken out of the epoll set. When the tracer lets
+// go, the kernel sends another SIGCHLD.
 func (r *Reaper) holdLocked(w *Watch) {
 	if _, known := r.held[w]; known {
 		return
 	}
 	raw, err := r.epoll.SyscallConn()
 	if err != nil {
-		return // closed by release
+		return // closed by Release
 	}
 	r.held[w] = struct{}{}
 	_ = raw.Control(func(epfd uintptr) { _ = unix.EpollCtl(int(epfd), unix.EPOLL_CTL_DEL, w.pidfd, nil) })
-	// It may have let go between the wait and now.
+	// The tracer may have let go between the wait and now.
 	select {
 	case r.signals <- unix.SIGCHLD:
-	default: // a look is due anyway
+	default: // a look is due already
 	}
 }
 
-// forget stops watching. The caller holds the lock.
+// forget stops watching. The caller holds mu.
 func (r *Reaper) forget(w *Watch) {
 	delete(r.watches, w.token)
 	delete(r.held, w)
-	unix.Close(w.pidfd) // which also takes it out of the epoll set
+	unix.Close(w.pidfd) // also removes it from the epoll set
 }
 
-// add begins to watch. The caller holds the lock.
+// add starts watching a process. The caller holds mu.
 func (r *Reaper) add(pid int) (*Watch, error) {
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
@@ -397,8 +395,8 @@ func (r *Reaper) add(pid int) (*Watch, error) {
 	return w, nil
 }
 
-// BeginStart notes that a process is about to be started. What it returns must be given to endStart
-// once the process is registered, or will not be.
+// BeginStart records that a process is about to be started. Pass the result to EndStart once the process is
+// registered, or the start has failed.
 func (r *Reaper) BeginStart() uint64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -407,10 +405,10 @@ func (r *Reaper) BeginStart() uint64 {
 	return r.lastStart
 }
 
-// lookInterval is the least time between looks for orphans while starts go on and on.
+// lookInterval is the minimum time between looks for orphans while starts never cease.
 const lookInterval = 100 * time.Millisecond
 
-// EndStart ends what BeginStart has begun.
+// EndStart ends a start that BeginStart began.
 func (r *Reaper) EndStart(start uint64) {
 	r.mu.Lock()
 	delete(r.starts, start)
@@ -421,7 +419,7 @@ func (r *Reaper) EndStart(start uint64) {
 	}
 }
 
-// WatchProcess registers a process for reaping. It must be a child of this process.
+// WatchProcess registers a child of this process for reaping.
 func (r *Reaper) WatchProcess(pid int, onExit func()) (*Watch, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -436,8 +434,8 @@ func (r *Reaper) WatchProcess(pid int, onExit func()) (*Watch, error) {
 	return w, nil
 }
 
-// Reserve stops waiting for a process, which is left a zombie when it ends until it is watched again or unreserved. It
-// reports false when the process has ended before and was reaped.
+// Reserve stops waiting for a process. When it ends it stays a zombie, until it is watched again or unreserved.
+// Reserve returns false if the process has already ended and been reaped.
 func (r *Reaper) Reserve(w *Watch) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -450,7 +448,7 @@ func (r *Reaper) Reserve(w *Watch) bool {
 	return true
 }
 
-// ReservePid reserves what a predecessor has reserved.
+// ReservePid reserves a process that a predecessor reserved.
 func (r *Reaper) ReservePid(pid int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -459,7 +457,7 @@ func (r *Reaper) ReservePid(pid int) {
 	}
 }
 
-// Unreserve takes Reserve back: the process is nobody's.
+// Unreserve undoes Reserve: the process belongs to nobody.
 func (r *Reaper) Unreserve(pid int) {
 	r.mu.Lock()
 	delete(r.reserved, pid)
@@ -467,35 +465,35 @@ func (r *Reaper) Unreserve(pid int) {
 	r.Look()
 }
 
-// Others returns the children that nobody watches here.
+// Others returns the children that nobody here watches.
 func (r *Reaper) Others() ([]proc.Stat, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return proc.OwnChildren(r.waitsForLocked)
 }
 
-// Unregistered returns which of the children are not to be reaped by somebody who watches them.
+// Unregistered returns the children that are neither watched nor reserved for reaping. It modifies its argument.
 func (r *Reaper) Unregistered(children []int) []int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return slices.DeleteFunc(children, r.waitsForLocked)
 }
 
-// waitsForLocked reports whether a child is a Process's, or will be again.
+// waitsForLocked reports whether a child belongs to a Process, or will again.
 func (r *Reaper) waitsForLocked(pid int) bool { return r.processes[pid] != nil || r.reserved[pid] }
 
-// LostStatus is the exit code of a process for which somebody else has waited.
+// LostStatus is the exit code of a process that somebody else has waited for.
 const LostStatus = 255
 
-// EndedWatch is the watch of a process that has ended before.
+// EndedWatch returns the watch of a process that has already ended.
 func EndedWatch(pid, status int) *Watch {
 	w := &Watch{pid: pid, pidfd: -1, Exited: make(chan struct{}), Status: status}
 	close(w.Exited)
 	return w
 }
 
-// WatchKnown is watchContainer of a process that was watched before, and may have ended since. A start time of 0 is not
-// known.
+// WatchKnown is WatchContainer for a process that was watched before and may have ended since. A start time of 0
+// means unknown.
 func (r *Reaper) WatchKnown(id proc.Identity, ended bool) (*Watch, error) {
 	if ended || id.Pid <= 0 {
 		return EndedWatch(id.Pid, 0), nil
@@ -507,7 +505,7 @@ func (r *Reaper) WatchKnown(id proc.Identity, ended bool) (*Watch, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Looked at only now: from here on the descriptor keeps the process from being mistaken.
+	// Check only now: from here on the pidfd keeps the pid from being reused.
 	if id.Start != 0 && !id.Alive() {
 		r.DropContainer(w)
 		return EndedWatch(id.Pid, 0), nil
@@ -515,7 +513,7 @@ func (r *Reaper) WatchKnown(id proc.Identity, ended bool) (*Watch, error) {
 	return w, nil
 }
 
-// DropProcess stops waiting for a process that is to outlive this one. It is not reaped any more.
+// DropProcess stops waiting for a process that is to outlive this one. It is no longer reaped.
 func (r *Reaper) DropProcess(w *Watch) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -525,8 +523,8 @@ func (r *Reaper) DropProcess(w *Watch) {
 	}
 }
 
-// WatchContainer watches a container's main process, together with everybody else who does. It
-// answers unix.ESRCH when there is no such process.
+// WatchContainer watches a container's main process. All callers for the same pid share one Watch. It returns
+// unix.ESRCH if there is no such process.
 func (r *Reaper) WatchContainer(pid int) (*Watch, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -543,7 +541,7 @@ func (r *Reaper) WatchContainer(pid int) (*Watch, error) {
 	return w, nil
 }
 
-// DropContainer takes one WatchContainer back.
+// DropContainer undoes one WatchContainer.
 func (r *Reaper) DropContainer(w *Watch) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -553,9 +551,8 @@ func (r *Reaper) DropContainer(w *Watch) {
 	}
 }
 
-// HasEnded reports what the kernel says of a process now, not what the reaper has got round to: whether it
-// has ended. The lock keeps the descriptor from being closed meanwhile, and its number from becoming
-// another's.
+// HasEnded asks the kernel whether a process has ended, whether or not the reaper has noticed. The lock keeps the
+// pidfd from being closed and its number from being reused meanwhile.
 func (r *Reaper) HasEnded(w *Watch) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -570,14 +567,14 @@ func (r *Reaper) HasEnded(w *Watch) bool {
 	return n > 0 || err != nil
 }
 
-// TakeName says that a name is in use, and so are those before it.
+// TakeName marks a name, and all before it, as used.
 func (r *Reaper) TakeName(name uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.names = max(r.names, name)
 }
 
-// Name returns a name for files that no other Runner of this process uses.
+// Name returns a name for files that is unique in this process.
 func (r *Reaper) Name() uint64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -585,24 +582,24 @@ func (r *Reaper) Name() uint64 {
 	return r.names
 }
 
-// ReapOrphans reaps what nobody waits for; the comment on Reaper says how that is known. It holds
-// the lock throughout, so that no pid changes its meaning in between.
+// ReapOrphans reaps the zombies that nobody waits for; the comment on Reaper says how they are known. It holds the
+// lock throughout, so no pid can change its meaning in between.
 func (r *Reaper) ReapOrphans() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.adopting > 0 {
-		return // adopted looks
+		return // Adopted will look
 	}
 	r.unseen, r.looked = false, time.Now()
 	var info unix.Siginfo
 	err := unix.Waitid(unix.P_ALL, 0, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
 	if err == unix.ECHILD || (err == nil && info.Signo == 0) {
 		clear(r.orphans)
-		return // no zombie at all: the usual case, as the process was reaped through its pidfd
+		return // no zombies, as usual: processes are reaped through their pidfds
 	}
 	children, err := proc.OwnChildren(r.waitsForLocked)
 	if err != nil {
-		return // no descriptor free; the next SIGCHLD looks again
+		return // no free descriptor; the next SIGCHLD looks again
 	}
 	seen := make(map[int]uint64)
 	for _, child := range children {
@@ -617,13 +614,13 @@ func (r *Reaper) ReapOrphans() {
 			seen[child.Pid] = last
 			continue
 		}
-		// 0 means that other threads of it still run; it signals again when they have ended.
+		// 0 means that other threads still run. The kernel signals again when they have ended.
 		_, _ = unix.Wait4(child.Pid, nil, unix.WNOHANG, nil)
 	}
 	r.orphans = seen
 }
 
-// underWay reports whether a Start up to and including last has not ended yet.
+// underWay reports whether a Start up to and including last is still in progress.
 func (r *Reaper) underWay(last uint64) bool {
 	for start := range r.starts {
 		if start <= last {

@@ -1,4 +1,5 @@
-// Package record is the recovery records: what a program must know of the commands of one that was killed.
+// Package record stores recovery records: what a program must know about the commands of a predecessor that was
+// killed.
 package record
 
 import (
@@ -16,31 +17,30 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
 )
 
-// Record is what a successor must know of a command, should this process be killed. It is one small file in
-// the state directory, removed when the command ends. It is written twice: before the start, when there is no
-// pid yet, and once the command is known, then into the room of the first, so that a full disk cannot prevent it.
-// Between the two, what was started is found by what the runtime left and by the command's pipes. When the command's
-// tree is to be ended, the record says so and stays until that is done, whether the command itself lives or not.
+// Record is what a successor must know about a command if this process is killed. It is one small file in the
+// state directory, removed when the command ends. It is written twice: before the start, when there is no pid yet,
+// and once the command is known, then in place, so that a full disk cannot prevent it. In between, what was
+// started is found by what the runtime left and by the command's pipes. When the command's tree is being ended,
+// the record says so and stays until that is done, whether or not the command itself still lives.
 type Record struct {
 	Container string   `json:"container"`
 	InitPid   int      `json:"initPid"`
-	InitStart uint64   `json:"initStart,omitempty"` // as Start
+	InitStart uint64   `json:"initStart,omitempty"` // in the unit of Start
 	Pid       int      `json:"pid,omitempty"`
 	Start     uint64   `json:"start,omitempty"` // clock ticks since boot, /proc/PID/stat
-	Since     uint64   `json:"since,omitempty"` // without a pid: what was started is not older
-	Pipes     []string `json:"pipes,omitempty"` // as in tree.StreamEnds
+	Since     uint64   `json:"since,omitempty"` // without a pid: earliest start of what was started
+	Pipes     []string `json:"pipes,omitempty"` // see tree.StreamEnds
 	Ending    bool     `json:"ending,omitempty"`
 	Boot      string   `json:"boot"`
 	Policy    Policy   `json:"policy"`
 }
 
-// recordSize is the least size of a record's file, in bytes, the rest being blanks: a record with a pid fits in.
+// recordSize is the minimum size of a record's file in bytes, padded with blanks. A record with a pid fits in it.
 const recordSize = 4 << 10
 
-// Begin writes the record of a command that is about to be started. It returns the file, locked, to be closed
-// when the runtime has ended: as each descriptor it is copied into the process that is forked to become
-// the runtime, and closed there by execve, so that the lock tells a successor of a process that does not look like
-// a runtime yet.
+// Begin writes the record of a command that is about to be started. It returns the locked file, to be closed when
+// the runtime has ended. The process that is forked to become the runtime inherits the descriptor, and execve
+// closes it there. So the lock tells a successor of a process that does not look like a runtime yet.
 func (r Record) Begin(path string) (*os.File, error) {
 	if err := r.Write(path); err != nil {
 		return nil, err
@@ -56,8 +56,8 @@ func (r Record) Begin(path string) (*os.File, error) {
 	return file, nil
 }
 
-// Complete writes the record in place of what begin has written. It is one write within a page: whoever is killed
-// meanwhile leaves the one or the other.
+// Complete overwrites the record that Begin wrote. It is a single write within a page: a process killed meanwhile
+// leaves one or the other.
 func (r Record) Complete(intent *os.File) error {
 	data, err := r.encode()
 	if err != nil {
@@ -67,8 +67,8 @@ func (r Record) Complete(intent *os.File) error {
 	return err
 }
 
-// AwaitExecve waits until no process is left that was forked to become the start's runtime and has not
-// executed it, at most until the deadline or until the channel is closed.
+// AwaitExecve waits until every process that was forked to become the start's runtime has executed it, but no
+// longer than the deadline or until cut is closed.
 func AwaitExecve(recordFile string, deadline time.Time, cut <-chan struct{}) {
 	file, err := os.Open(recordFile)
 	if err != nil {
@@ -79,7 +79,7 @@ func AwaitExecve(recordFile string, deadline time.Time, cut <-chan struct{}) {
 		select {
 		case <-cut:
 			return
-		case <-time.After(5 * time.Millisecond): // flock(2) itself waits without a deadline
+		case <-time.After(5 * time.Millisecond): // flock(2) itself has no deadline
 		}
 	}
 }
@@ -95,7 +95,7 @@ func (r Record) encode() ([]byte, error) {
 	return data, nil
 }
 
-// Write replaces the file as a whole: whoever is killed meanwhile leaves the old one.
+// Write replaces the file as a whole: a process killed meanwhile leaves the old one.
 func (r Record) Write(path string) error {
 	data, err := r.encode()
 	if err != nil {
@@ -112,7 +112,7 @@ func (r Record) Write(path string) error {
 	return err
 }
 
-// Parse reads a record's file.
+// Parse parses the contents of a record's file.
 func Parse(data []byte) (Record, error) {
 	var found Record
 	if err := json.Unmarshal(data, &found); err != nil {
@@ -124,8 +124,8 @@ func Parse(data []byte) (Record, error) {
 	return found, nil
 }
 
-// OwnerOf reads which process a file of the state directory belongs to: PID-START-NUMBER.ending, with a
-// dot in front where runc was writing it.
+// OwnerOf returns the process that owns a file of the state directory, from its name: PID-START-NUMBER.ending,
+// with a leading dot while runc was writing it.
 func OwnerOf(name string) (proc.Identity, bool) {
 	base, _, hasEnding := strings.Cut(strings.TrimPrefix(name, "."), ".")
 	parts := strings.Split(base, "-")
@@ -140,7 +140,7 @@ func OwnerOf(name string) (proc.Identity, bool) {
 	return proc.Identity{Pid: pid, Start: start}, err == nil
 }
 
-// NumberOf is the NUMBER in a name that ownerOf has read, 0 if it is none.
+// NumberOf returns the NUMBER in a file name as in OwnerOf, or 0.
 func NumberOf(name string) uint64 {
 	base, _, _ := strings.Cut(strings.TrimPrefix(name, "."), ".")
 	number, err := strconv.ParseUint(base[strings.LastIndexByte(base, '-')+1:], 10, 64)
@@ -150,5 +150,5 @@ func NumberOf(name string) uint64 {
 	return number
 }
 
-// Policy says what becomes of a process whose client has gone.
+// Policy says what becomes of a process when its client has gone.
 type Policy string

@@ -10,24 +10,24 @@ import (
 	"github.com/streamshim/streamshim/pkg/handover"
 )
 
-// Duplicates are those of a process's streams.
+// Duplicates holds duplicates of a process's streams.
 type Duplicates struct {
 	files *handover.Files
 	of    map[Pollable]handover.Descriptor
 }
 
-// Pollable is a stream that has a descriptor.
+// Pollable is a stream with a descriptor.
 type Pollable interface {
 	io.ReadCloser
 	syscall.Conn
 }
 
-// NewDuplicates returns a set without any.
+// NewDuplicates returns an empty set whose duplicates go to files.
 func NewDuplicates(files *handover.Files) *Duplicates {
 	return &Duplicates{files: files, of: map[Pollable]handover.Descriptor{}}
 }
 
-// Add keeps a stream, by its file; one that was closed is left out.
+// Add duplicates a stream, given its file. It skips one that was closed.
 func (d *Duplicates) Add(stream Pollable, file *os.File) error {
 	if hasClosed(file) {
 		return nil
@@ -42,7 +42,8 @@ func (d *Duplicates) Add(stream Pollable, file *os.File) error {
 	return err
 }
 
-// Descriptor is a stream's duplicate, which is given back when the stream was closed after it was made.
+// Descriptor returns a stream's duplicate. If the stream was closed after duplication, it closes the duplicate and
+// returns 0.
 func (d *Duplicates) Descriptor(stream Pollable, file *os.File) handover.Descriptor {
 	kept := d.of[stream]
 	if kept != 0 && hasClosed(file) {
@@ -65,23 +66,23 @@ func closeKept(files *handover.Files, d handover.Descriptor) {
 	}
 }
 
-// hasClosed reports whether a file was closed here.
+// hasClosed reports whether this program closed a file.
 func hasClosed(file *os.File) bool {
 	raw, err := file.SyscallConn()
-	return err != nil || raw.Control(func(uintptr) {}) != nil // nothing else fails
+	return err != nil || raw.Control(func(uintptr) {}) != nil // nothing else can fail
 }
 
-// Taken are taken out of those that were handed over, until there is an error.
+// Taken holds files taken from those handed over. It stops at the first error.
 type Taken struct {
 	files *handover.Files
 	taken []*os.File
 	Err   error
 }
 
-// TakeFrom takes files out of those that were handed over.
+// TakeFrom returns a Taken that takes from files.
 func TakeFrom(files *handover.Files) *Taken { return &Taken{files: files} }
 
-// Take takes a file, or nil after an error, which stays in Err.
+// Take takes a file. After an error, which stays in Err, it returns nil.
 func (t *Taken) Take(d handover.Descriptor) *os.File {
 	if t.Err != nil {
 		return nil
@@ -95,16 +96,16 @@ func (t *Taken) Take(d handover.Descriptor) *os.File {
 	return file
 }
 
-// Close closes what was taken.
+// Close closes the files taken.
 func (t *Taken) Close() {
 	for _, file := range t.taken {
 		file.Close()
 	}
 }
 
-// ClosedFile stands for a stream that was closed.
+// ClosedFile returns a closed file, to stand for a stream that was closed.
 func ClosedFile() *os.File {
-	const never = math.MaxInt32 // no process can have so many descriptors
+	const never = math.MaxInt32 // more descriptors than a process can have
 	file := os.NewFile(never, "closed")
 	file.Close()
 	return file

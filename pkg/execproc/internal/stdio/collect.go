@@ -6,22 +6,22 @@ import (
 	"time"
 )
 
-// Room bounds what several RunSyncs keep of their commands' output.
+// Room bounds the output that several RunSyncs keep.
 type Room interface {
-	// Take takes n bytes, all or none, and reports whether there was room.
+	// Take reserves n bytes, all or none, and reports whether there was room.
 	Take(n int) bool
-	// Return gives n bytes back.
+	// Return releases n bytes.
 	Return(n int)
 }
 
-// ownOutput is how many bytes of output each RunSync keeps whether there is room or not. It is more than a
-// probe's output, of which the kubelet reads 10 KiB.
+// ownOutput is how many bytes of output each RunSync keeps without needing room. It exceeds a probe's output, of
+// which the kubelet reads 10 KiB.
 const ownOutput = 64 << 10
 
-// Collector gathers a process's output up to a limit and drops the rest.
+// Collector collects a process's output up to a limit and drops the rest.
 type Collector struct {
 	Done chan struct{} // closed when both streams have ended
-	Full chan struct{} // closed when there was no room with the others
+	Full chan struct{} // closed when the shared room was exhausted
 
 	mu             sync.Mutex
 	left           int // of the limit
@@ -29,11 +29,12 @@ type Collector struct {
 	shared         Room
 	taken          int // of shared
 	refused        bool
-	Stdout, Stderr []byte // to be read once done is closed
+	Stdout, Stderr []byte // valid once Done is closed
 	last           time.Time
 }
 
-// Collect reads both streams to their ends and keeps up to limit bytes of them together, of which ownOutput need no room.
+// Collect reads both streams to their ends. It keeps up to limit bytes of both together; all but the first
+// ownOutput need shared room.
 func Collect(stdout, stderr io.Reader, limit int, shared Room) *Collector {
 	c := &Collector{Done: make(chan struct{}), Full: make(chan struct{}), left: limit, own: ownOutput, shared: shared}
 	var streams sync.WaitGroup
@@ -70,7 +71,7 @@ func (c *Collector) add(to *[]byte, data []byte) {
 	*to = append(*to, data...)
 }
 
-// takeLocked takes room for n bytes. Once there was none, nothing more is kept, so that what is kept has no gap.
+// takeLocked reserves room for n bytes. After a refusal nothing more is kept, so that the output has no gap.
 func (c *Collector) takeLocked(n int) bool {
 	own := min(n, c.own)
 	if n > own && c.shared != nil && !c.refused {
@@ -84,7 +85,7 @@ func (c *Collector) takeLocked(n int) bool {
 	return !c.refused
 }
 
-// Leave returns what was taken. The output is the caller's from now on.
+// Leave releases the shared room. The output now belongs to the caller.
 func (c *Collector) Leave() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -94,7 +95,7 @@ func (c *Collector) Leave() {
 	}
 }
 
-// LastData is when output came last, but not before the given time.
+// LastData returns when output last came, but no earlier than notBefore.
 func (c *Collector) LastData(notBefore time.Time) time.Time {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -7,26 +7,26 @@ import (
 	"time"
 )
 
-// Kept is a stream that stays open for a process whose client has gone, or did not want it.
+// Kept is a stream held open for a process whose client has gone, or did not ask for it.
 type Kept struct {
 	Stream Keepable
-	Input  bool          // held open, not read
-	Shared bool          // it is the process's own terminal and no duplicate
-	Done   chan struct{} // closed when nobody works on it any more
+	Input  bool          // hold it open without reading
+	Shared bool          // the process's own terminal, not a duplicate
+	Done   chan struct{} // closed when work on the stream has ended
 }
 
-// Keepable is an *os.File or a terminal.
+// Keepable is an *os.File or a *Terminal.
 type Keepable interface {
 	Pollable
 	SetReadDeadline(time.Time) error
 }
 
-// NewKept keeps a stream from now on: input open until the process ends, output read to its end.
+// NewKept returns a Kept for a stream: input is held open until the process ends, output is read to its end.
 func NewKept(stream Keepable, input, shared bool) *Kept {
 	return &Kept{Stream: stream, Input: input, Shared: shared, Done: make(chan struct{})}
 }
 
-// Keep works on a stream until it ends or the context is done, and closes it; or until it is frozen, and leaves it open.
+// Keep serves the stream until it ends, or ctx is done, and closes it. If it is frozen first, Keep leaves it open.
 // It reports whether it was frozen.
 func (k *Kept) Keep(ctx context.Context, exited, frozen <-chan struct{}) bool {
 	if k.Input {
@@ -47,13 +47,13 @@ func (k *Kept) Keep(ctx context.Context, exited, frozen <-chan struct{}) bool {
 	return false
 }
 
-// Freeze ends the work on the stream, and leaves it open if it was open.
+// Freeze stops Keep, which then leaves the stream open.
 func (k *Kept) Freeze() {
-	_ = k.Stream.SetReadDeadline(time.Unix(1, 0)) // one that is closed needs none
+	_ = k.Stream.SetReadDeadline(time.Unix(1, 0)) // fails only if it is closed
 	<-k.Done
 }
 
-// File is the stream's, and whether it is a terminal.
+// File returns the stream's file, and whether it is a terminal.
 func (k *Kept) File() (*os.File, bool) {
 	switch stream := k.Stream.(type) {
 	case *Terminal:

@@ -1,5 +1,5 @@
-// Package stdio is the standard streams of a process: pipes or a terminal, their collected output, and how they are carried
-// over a hand-over.
+// Package stdio provides a process's standard streams: pipes or a terminal, the collection of their output, and
+// their hand-over.
 package stdio
 
 import (
@@ -17,21 +17,21 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// pipeSize is what our pipes are enlarged to, from the kernel's 64 KiB, so that one read can move
-// much. The kernel may refuse (fs.pipe-max-size, fs.pipe-user-pages-soft); then they stay small.
+// pipeSize replaces the kernel's default of 64 KiB, so that one read can move more. The kernel may refuse it
+// (fs.pipe-max-size, fs.pipe-user-pages-soft); the pipes then stay small.
 const pipeSize = 1 << 20
 
-// Pipes is the two sides of a process's standard streams without a terminal.
+// Pipes holds both sides of a process's standard streams without a terminal.
 type Pipes struct {
-	Stdin, Stdout, Stderr *os.File    // ours, non-blocking and in Go's poller; nil when not wanted
-	Process               [3]*os.File // the process's, blocking as programs expect them
+	Stdin, Stdout, Stderr *os.File    // our ends, non-blocking and in Go's poller; nil if not wanted
+	Process               [3]*os.File // the process's ends, blocking as programs expect
 	Ends                  tree.StreamEnds
 }
 
-// Owner is the host's uid and gid of a process's user.
+// Owner is the uid and gid on the host of a process's user.
 type Owner struct{ uid, gid int }
 
-// ProcessOwner translates a process's user to the host's.
+// ProcessOwner maps a process's user to the host's ids.
 func ProcessOwner(c workload.Container, user specs.User) (Owner, error) {
 	uid, err := hostID(user.UID, c.UIDMappings)
 	if err != nil {
@@ -44,7 +44,7 @@ func ProcessOwner(c workload.Container, user specs.User) (Owner, error) {
 	return Owner{uid, gid}, nil
 }
 
-// NewPipes makes a pipe for each stream that is wanted; the others are /dev/null.
+// NewPipes makes a pipe for each wanted stream. The others are /dev/null.
 func NewPipes(command workload.Command, owner Owner) (_ *Pipes, err error) {
 	s := &Pipes{Ends: tree.StreamEnds{Pipes: map[string]bool{}}}
 	defer func() {
@@ -87,9 +87,9 @@ func NewPipes(command workload.Command, owner Owner) (_ *Pipes, err error) {
 	return s, nil
 }
 
-// prepare gives a pipe its size and its owner. Reopening /dev/stdin asks for permission on the pipe's
-// inode, which both ends share, so it must belong to the container's user (containerd#10598,
-// cri-o#5391); the runtime cannot do that across a user namespace.
+// prepare sets a pipe's size and owner. Reopening /dev/stdin checks permissions on the pipe's inode, which both
+// ends share, so it must belong to the container's user (containerd#10598, cri-o#5391). The runtime cannot do that
+// across a user namespace.
 func (s *Pipes) prepare(fd int, owner Owner) error {
 	_, _ = unix.FcntlInt(uintptr(fd), unix.F_SETPIPE_SZ, pipeSize)
 	if owner.uid != 0 || owner.gid != 0 {
@@ -113,8 +113,8 @@ func pipe() (read, write int, err error) {
 	return fds[0], fds[1], nil
 }
 
-// CloseProcessEnds must be called once the process has inherited them: our reads end only when
-// nobody holds the other side.
+// CloseProcessEnds must be called once the process has inherited its ends: our reads end only when nobody holds
+// the other side.
 func (s *Pipes) CloseProcessEnds() {
 	for _, file := range s.Process {
 		if file != nil {
@@ -132,7 +132,7 @@ func (s *Pipes) CloseOurs() {
 	}
 }
 
-// ReadPending returns what lies in a non-blocking pipe, without waiting and at most limit bytes.
+// ReadPending returns what a non-blocking pipe holds, at most limit bytes. It does not wait.
 func ReadPending(file *os.File, limit int) string {
 	raw, err := file.SyscallConn()
 	if err != nil {
@@ -150,7 +150,7 @@ func ReadPending(file *os.File, limit int) string {
 	return string(buffer[:max(n, 0)])
 }
 
-// hostID translates an ID inside the container's user namespace to one of the host's.
+// hostID maps an id inside the container's user namespace to the host's.
 func hostID(id uint32, mappings []specs.LinuxIDMapping) (int, error) {
 	if len(mappings) == 0 {
 		return int(id), nil
@@ -167,7 +167,7 @@ func hostID(id uint32, mappings []specs.LinuxIDMapping) (int, error) {
 	return 0, fmt.Errorf("ID %d is not mapped into the container's user namespace", id)
 }
 
-// Duplicate returns a file of its own for what from uses.
+// Duplicate returns a file with a duplicate of from's descriptor.
 func Duplicate(from syscall.Conn) (*os.File, error) {
 	raw, err := from.SyscallConn()
 	if err != nil {

@@ -21,30 +21,30 @@ import (
 // Terminal is the master side of a pseudo-terminal.
 type Terminal struct {
 	File   *os.File
-	exited <-chan struct{} // the process has ended
+	exited <-chan struct{} // closed when the process has ended
 	closed chan struct{}
 	once   sync.Once
-	// newDeadline wakes a Read that waits for somebody to open the terminal.
+	// newDeadline wakes a Read that waits for someone to open the terminal.
 	newDeadline chan struct{}
 }
 
-// NewTerminal takes a master that is non-blocking; exited is closed when the process has ended.
+// NewTerminal returns a Terminal on a non-blocking master. exited is closed when the process has ended.
 func NewTerminal(file *os.File, exited <-chan struct{}) *Terminal {
 	return &Terminal{File: file, exited: exited, closed: make(chan struct{}), newDeadline: make(chan struct{}, 1)}
 }
 
-// reopenPoll is how often a terminal that nobody holds open is looked at again. The kernel answers
-// EIO, not "wait", so there is nothing to wait for.
+// reopenPoll is how often to check a terminal that nobody holds open. The kernel returns EIO rather than EAGAIN,
+// so there is nothing to wait for.
 const reopenPoll = 50 * time.Millisecond
 
-// Read returns io.EOF when the process has ended and all its output was read. EIO alone says only
-// that nobody has the terminal open at this moment; a living process can open /dev/tty again.
+// Read returns io.EOF when the process has ended and all its output was read. EIO alone only says that nobody has
+// the terminal open right now; a living process can open /dev/tty again.
 func (t *Terminal) Read(p []byte) (int, error) {
 	for {
 		ended := false
 		select {
 		case <-t.exited:
-			ended = true // seen before the read, so that nothing can come after its EIO
+			ended = true // checked before the read, so that nothing can follow its EIO
 		default:
 		}
 		n, err := t.File.Read(p)
@@ -65,14 +65,14 @@ func (t *Terminal) Read(p []byte) (int, error) {
 	}
 }
 
-// Close hangs up: the kernel sends SIGHUP to whoever has this as controlling terminal.
+// Close hangs up: the kernel sends SIGHUP to the session that has it as its controlling terminal.
 func (t *Terminal) Close() error {
 	t.once.Do(func() { close(t.closed) })
 	return t.File.Close()
 }
 
-// SetReadDeadline makes reads fail with os.ErrDeadlineExceeded from then on, as of an *os.File: a
-// terminal that a background child holds open never ends by itself (kubernetes#44371).
+// SetReadDeadline makes reads fail with os.ErrDeadlineExceeded after the deadline, as on an *os.File. It is needed
+// because a terminal that a background child holds open never ends by itself (kubernetes#44371).
 func (t *Terminal) SetReadDeadline(deadline time.Time) error {
 	err := t.File.SetReadDeadline(deadline)
 	select {
@@ -97,7 +97,7 @@ func (t *Terminal) control(f func(fd int) error) error {
 	return inner
 }
 
-// Resize sets the size, of which SIGWINCH tells the process.
+// Resize sets the terminal's size. The kernel tells the process with SIGWINCH.
 func (t *Terminal) Resize(size workload.Size) error {
 	err := t.control(func(fd int) error {
 		return unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Row: size.Height, Col: size.Width})
@@ -108,7 +108,7 @@ func (t *Terminal) Resize(size workload.Size) error {
 	return nil
 }
 
-// Held reports whether anybody may have the terminal open.
+// Held reports whether anyone may have the terminal open.
 func (t *Terminal) Held() bool {
 	hungUp := false
 	err := t.control(func(fd int) error {
@@ -120,11 +120,11 @@ func (t *Terminal) Held() bool {
 	return err != nil || !hungUp
 }
 
-// Slave identifies the process's side, as TIOCGPTPEER finds it whatever the mount namespace.
+// Slave identifies the process's side. TIOCGPTPEER finds it in any mount namespace.
 func (t *Terminal) Slave() (tree.StreamEnds, error) {
 	var stat unix.Stat_t
 	err := t.control(func(fd int) error {
-		// O_NOCTTY: this process may be a session leader and must not take the terminal for its own.
+		// O_NOCTTY: this process may be a session leader and must not take the terminal as its own.
 		peer, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.TIOCGPTPEER, unix.O_RDONLY|unix.O_NOCTTY|unix.O_CLOEXEC)
 		if errno != 0 {
 			return errno
@@ -147,7 +147,7 @@ type TerminalInput struct {
 	typing   *endOfFile // once Close has typed the end of file
 }
 
-// Write passes what was typed. It blocks while the terminal's buffer is full.
+// Write types p. It blocks while the terminal's buffer is full.
 func (t *TerminalInput) Write(p []byte) (int, error) {
 	n, err := t.File.Write(p)
 	if n > 0 {
@@ -158,27 +158,27 @@ func (t *TerminalInput) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// SetWriteDeadline makes writes fail with os.ErrDeadlineExceeded from then on, as of an *os.File.
+// SetWriteDeadline makes writes fail with os.ErrDeadlineExceeded after the deadline, as on an *os.File.
 func (t *TerminalInput) SetWriteDeadline(deadline time.Time) error {
 	return t.File.SetWriteDeadline(deadline)
 }
 
-// InputState is what a hand-over carries of a terminal's input. The names of its fields are a contract with other
-// versions of this program.
+// InputState is the state of a terminal's input in a hand-over. Its field names are a contract with other versions
+// of this program.
 type InputState struct {
 	MidLine bool
 	Ended   bool
-	Typing  *TypingState // the end of file is typed again
+	Typing  *TypingState // nil unless the end of file is still being typed again
 }
 
-// TypingState is that of an end of file that is typed again.
+// TypingState is the state of repeated typing of the end of file.
 type TypingState struct {
 	Told  []int
 	Pause time.Duration
 	Next  handover.Instant
 }
 
-// Freeze ends what is typed, and returns the state from which resumeInput goes on. Nobody may be writing.
+// Freeze stops typing and returns the state for ResumeInput. Nobody may be writing.
 func (t *TerminalInput) Freeze() *InputState {
 	s := &InputState{MidLine: t.midLine, Ended: t.finished}
 	if e := t.typing; e != nil {
@@ -190,7 +190,7 @@ func (t *TerminalInput) Freeze() *InputState {
 	return s
 }
 
-// ResumeInput is the input of a terminal that was frozen.
+// ResumeInput restores the input of a terminal that was frozen.
 func ResumeInput(t *Terminal, s *InputState) *TerminalInput {
 	input := &TerminalInput{Terminal: t, midLine: s.MidLine, finished: s.Ended}
 	if s.Typing != nil {
@@ -217,20 +217,20 @@ func closed(c <-chan struct{}) bool {
 const (
 	// endOfFileTimeout bounds the wait for room in the terminal's buffer when its input ends.
 	endOfFileTimeout = time.Second
-	// The end of file is typed again after these times, for as long as there is somebody to read it.
+	// The end of file is typed again at intervals between these, doubling, while anyone may read it.
 	firstEndOfFileRepeat = 100 * time.Millisecond
 	lastEndOfFileRepeat  = 25 * time.Second
 )
 
-// Close says "end of file" the way a user does, by typing the terminal's EOF character (^D), and
-// leaves the terminal open for output (cri-tools#269: clients that send their input and close it
-// lost the answer). After an unfinished line it takes two: the first only hands over the line.
+// Close signals the end of file as a user does, by typing the terminal's EOF character (^D). It leaves the
+// terminal open for output: clients that closed their input after sending it lost the answer (cri-tools#269).
+// After an unfinished line it types two: the first only hands over the line.
 //
-// It is typed more than once, because a terminal forgets it: a shell that takes over line editing
-// between the typing and its next read finds a NUL in its place. As with a pipe, the end then stays the end
-// for whoever reads next. But only in canonical mode does the character mean the end of input, and does not reach
-// who reads. Otherwise it is a key like any other, which to a shell's line editor means the same and to an editor
-// of texts does not, so that each foreground process group gets it only once.
+// It types repeatedly, because a terminal can forget it: a shell that turns on line editing between the typing and
+// its next read finds a NUL instead. As with a pipe, the end of input then holds for whoever reads next. But only
+// in canonical mode does the character mean end of input, without reaching the reader. In other modes it is an
+// ordinary key. A shell's line editor takes it for end of input too, but a text editor does not, so each
+// foreground process group gets it only once.
 func (t *TerminalInput) Close() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -241,7 +241,7 @@ func (t *TerminalInput) Close() error {
 	typing := newEndOfFile(t.Terminal)
 	err := typing.typeOnce(t.midLine)
 	if errors.Is(err, os.ErrClosed) || errors.Is(err, unix.EIO) {
-		return nil // a process without a terminal needs no end of file
+		return nil // without the terminal no end of file is needed
 	}
 	if err != nil {
 		return fmt.Errorf("send end of file to the terminal: %w", err)
@@ -252,16 +252,16 @@ func (t *TerminalInput) Close() error {
 	return nil
 }
 
-// endOfFile types the end of file.
+// endOfFile types the end of file, repeatedly.
 type endOfFile struct {
 	*Terminal
-	told  map[int]bool  // process groups that were in the foreground outside canonical mode
-	pause time.Duration // before the next time; more than lastEndOfFileRepeat when there is none
+	told  map[int]bool  // process groups that got it as a key, outside canonical mode
+	pause time.Duration // until the next time; above lastEndOfFileRepeat there is none
 	next  time.Time
 
 	frozen  chan struct{}
 	stopped chan struct{} // closed when repeat has returned
-	mu      sync.Mutex    // of the deadline for writes
+	mu      sync.Mutex    // guards the write deadline
 }
 
 func newEndOfFile(t *Terminal) *endOfFile {
@@ -271,16 +271,16 @@ func newEndOfFile(t *Terminal) *endOfFile {
 	}
 }
 
-// freeze ends repeat, so that another one can go on.
+// freeze stops repeat, which another endOfFile can continue.
 func (e *endOfFile) freeze() {
 	e.mu.Lock()
 	close(e.frozen)
-	_ = e.File.SetWriteDeadline(time.Unix(1, 0)) // closed: nothing is written
+	_ = e.File.SetWriteDeadline(time.Unix(1, 0)) // fails only if closed, and then nothing is written
 	e.mu.Unlock()
 	<-e.stopped
 }
 
-// repeat types the end of file for as long as there may be somebody to read it.
+// repeat types the end of file again while anyone may read it.
 func (e *endOfFile) repeat() {
 	defer close(e.stopped)
 	for e.pause <= lastEndOfFileRepeat {
@@ -305,7 +305,7 @@ func (e *endOfFile) repeat() {
 	}
 }
 
-// typeOnce types the end of file, unless it would be a key that the one who reads has had already.
+// typeOnce types the end of file, unless the reader would get it a second time as a key.
 func (e *endOfFile) typeOnce(midLine bool) error {
 	typed := []byte{4}
 	skip, key, group := false, false, 0
@@ -317,7 +317,7 @@ func (e *endOfFile) typeOnce(midLine bool) error {
 		typed[0] = settings.Cc[unix.VEOF]
 		if settings.Lflag&unix.ICANON == 0 {
 			if group, err = unix.IoctlGetInt(fd, unix.TIOCGPGRP); err != nil {
-				group = 0 // nobody's: all are taken for one
+				group = 0 // unknown: count all such groups as one
 			}
 			key, skip = true, e.told[group]
 		} else if midLine {

@@ -8,24 +8,24 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc/internal/reaper"
 )
 
-// processView is some or all of the machine's processes.
+// processView is a view of some or all of the machine's processes.
 type processView interface {
 	self() int // this process's pid
-	// process fails as readStat does.
+	// process fails as proc.ReadStat does.
 	process(pid int) (proc.Stat, error)
 	children(parent proc.Stat) []proc.Stat
-	// inSession returns who is in a session and did not begin earlier than since, as far as it is in the view.
+	// inSession returns the session's processes in this view that did not begin before since.
 	inSession(session int, since uint64) []proc.Stat
 }
 
-// census is what one round of the finder knows about processes. It reads no more than it is asked for, and
-// nothing twice.
+// census is what one round of the finder knows about processes. It reads only what is asked for, and nothing
+// twice.
 type census struct {
 	own       int
 	all       *processTable // nil until needed
 	allRead   bool
-	strays    *processTable         // children of ours that nobody waits for, and what descends from them
-	orphans   map[int]*processTable // by container's main process: what descends from those it is the parent of
+	strays    *processTable         // our children that nobody waits for, and their descendants
+	orphans   map[int]*processTable // by container main process: descendants of the orphans it adopted
 	cgroupsOf map[string]cgroups    // by the text of /proc/PID/cgroup
 	textOf    map[int]string        // by pid: that text
 	unlisted  bool                  // the kernel does not list children
@@ -38,15 +38,14 @@ func newCensus() *census {
 	}
 }
 
-// grow looks for the members of a tree among those that can descend from its leader, and reports whether
-// there are any that have lost their parents since the leader began.
+// grow finds the members of a tree among the processes that can descend from its leader. It reports whether some
+// of them have lost their parents since the leader began.
 //
-// Whoever loses its parent gets the nearest subreaper above it in its pid namespace or else the first
-// process there. Nothing between the leader and this process is in the leader's namespace, and above the
-// leader there is only this process, which is a subreaper. So what descends from the leader is below the
-// members that live, or below the first process of the namespace, or, where the namespace is ours as well,
-// below this process; and below this one also if it was made with CLONE_PARENT. All of these began after
-// the leader. When this is not the whole truth, all processes are looked at.
+// An orphan goes to the nearest subreaper above it in its pid namespace, or else to the first process there.
+// Between the leader and this process nothing is in the leader's namespace, and above the leader only this process
+// is a subreaper. So a descendant of the leader is below a living member, or below the first process of the
+// namespace, or below this process if the namespace is ours or if it was made with CLONE_PARENT. All of them began
+// after the leader. Where these assumptions do not hold, grow looks at all processes.
 func (c *census) grow(l *look) (orphans bool) {
 	t := l.Tree
 	if t.leader.Pid > 0 && t.hasEnds() && t.cgroups.text == "" {
@@ -69,14 +68,15 @@ func (c *census) grow(l *look) (orphans bool) {
 	return false
 }
 
-// Cost says what a look for the tree has to read: all processes of the machine, and the descriptors of others.
+// Cost reports what a search for the tree has to read: all of the machine's processes, and the descriptors of
+// processes outside the tree.
 func (t *Tree) Cost() (living []proc.Stat, all, descriptors bool) {
 	c, l := newCensus(), &look{Tree: t}
 	orphans := c.grow(l)
 	return l.living, c.allRead, t.mayBeHeld(l.living, orphans)
 }
 
-// table is all processes; nil when they cannot be read.
+// table returns all processes, or nil if they cannot be read.
 func (c *census) table() *processTable {
 	if !c.allRead {
 		c.allRead = true
@@ -87,9 +87,9 @@ func (c *census) table() *processTable {
 	return c.all
 }
 
-// strayChildren are the children of this process that no Start has registered, with all that descends from
-// them: the OCI runtime, the orphans of a container in this pid namespace, and what a command has made with
-// CLONE_PARENT. nil when they cannot be read.
+// strayChildren returns the children of this process that no Start has registered, with their descendants: the OCI
+// runtime, orphans of a container in this pid namespace, and what a command made with CLONE_PARENT. It returns nil
+// if they cannot be read.
 func (c *census) strayChildren() *processTable {
 	if c.strays != nil {
 		return c.strays
@@ -101,7 +101,7 @@ func (c *census) strayChildren() *processTable {
 	}
 	r, err := reaper.Acquire()
 	if err != nil {
-		return nil // there is always one already
+		return nil // cannot fail: a reaper exists already
 	}
 	defer r.Release()
 	var roots []proc.Stat
@@ -114,7 +114,7 @@ func (c *census) strayChildren() *processTable {
 	return c.strays
 }
 
-// orphansIn is what may have been orphaned in a container's pid namespace. nil when it is not known.
+// orphansIn returns what may have been orphaned in a container's pid namespace, or nil if that is unknown.
 func (c *census) orphansIn(init int) *processTable {
 	if known, ok := c.orphans[init]; ok {
 		return known
@@ -126,14 +126,14 @@ func (c *census) orphansIn(init int) *processTable {
 		c.orphans[init] = c.strayChildren()
 	case first > 0:
 		if p, err := proc.ReadStat(first); err == nil && p.State != 'Z' && p.State != 'X' {
-			// Orphans go to its first thread, as long as that lives, but the others' cost little.
+			// Orphans go to the first thread while it lives, but reading the others' children costs little.
 			c.orphans[init] = c.below(c.childStats(p))
 		}
 	}
 	return c.orphans[init]
 }
 
-// below is a table of the processes and all that descends from them.
+// below returns a table of roots and all their descendants.
 func (c *census) below(roots []proc.Stat) *processTable {
 	all := roots
 	seen := map[int]bool{}
@@ -166,8 +166,8 @@ func (c *census) childStats(parent proc.Stat) []proc.Stat {
 	return children
 }
 
-// relatives is a view of what can descend from a tree's leader: of members by asking the kernel for their
-// children, of others by tables.
+// relatives is a view of the processes that can descend from a tree's leader. It asks the kernel for the children
+// of members and looks up other processes in its tables.
 type relatives struct {
 	*census
 	tables []*processTable
@@ -198,7 +198,7 @@ type processTable struct {
 	byPid     map[int]proc.Stat
 	byParent  map[int][]proc.Stat
 	bySession map[int][]proc.Stat
-	starts    []uint64 // of those that live, sorted
+	starts    []uint64 // of living processes, sorted
 }
 
 func newProcessTable(own int, processes []proc.Stat) *processTable {
@@ -232,7 +232,7 @@ func (t *processTable) inSession(session int, since uint64) []proc.Stat {
 	return slices.DeleteFunc(slices.Clone(t.bySession[session]), func(p proc.Stat) bool { return p.Start < since })
 }
 
-// others reports whether somebody in the table lives who began after the tree's leader and is no member.
+// others reports whether the table has a living process that began after the tree's leader and is not a member.
 func (t *processTable) others(tree *Tree) bool {
 	first, _ := slices.BinarySearch(t.starts, tree.leader.Start)
 	younger := len(t.starts) - first

@@ -8,51 +8,50 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
 )
 
-// finder looks for the trees of all processes that are being ended. It does so in rounds: all that wait
-// for a look share what one round has read of /proc, so that a thousand sessions that end at once cost
-// hardly more than one. Between rounds it rests, so that it takes no more than a part of one CPU whatever
-// there is to read.
+// finder searches for the trees of all processes that are being ended. It works in rounds: everyone who waits
+// shares what one round has read of /proc, so a thousand sessions that end at once cost hardly more than one. It
+// rests between rounds, so that it uses only part of one CPU however much there is to read.
 //
-// It belongs to the process, as /proc does. Its goroutine lives while somebody waits.
+// There is one finder per process, as there is one /proc. Its goroutine lives while anyone waits.
 type finder struct {
 	mu      sync.Mutex
-	limit   int     // looks in one round; 0 is no limit
-	urgent  []*look // of commands whose caller waits; before the others
+	limit   int     // looks in one round; 0 means no limit
+	urgent  []*look // for commands whose caller waits; served first
 	waiting []*look
 	looking int
 	running bool
-	held    int // no look begins
+	held    int // while positive, no look begins
 }
 
 var trees finder
 
-// look is the wish to know who lives of a tree.
+// look is a request for the living members of a tree.
 type look struct {
 	Tree   *Tree
 	living []proc.Stat
 	done   chan struct{}
 }
 
-// restAfterRound is for how many times as long as a round took the finder rests afterwards.
+// restAfterRound is how long the finder rests after a round, as a multiple of the round's duration.
 const restAfterRound = 1
 
-// SetConcurrentEnds bounds the commands being ended that are looked for at the same time, which also bounds how old
-// what one look has read of /proc may become; 0 is no limit. The others wait, those that RunSync has started less than
-// those of sessions. It is one bound for all Runners of this process, as /proc is one.
+// SetConcurrentEnds bounds how many endings search /proc at the same time, and so how old a reading of /proc may
+// become. 0 means no limit. Of those that wait, endings from RunSync wait less than those of sessions. The bound
+// is shared by all Runners of this process, as /proc is.
 func SetConcurrentEnds(limit int) {
 	trees.mu.Lock()
 	defer trees.mu.Unlock()
 	trees.limit = limit
 }
 
-// Ends is how many commands being ended are looked for now, and how many wait for that.
+// Ends returns how many endings are searching now, and how many wait to.
 func Ends() (looking, waiting int) {
 	trees.mu.Lock()
 	defer trees.mu.Unlock()
 	return trees.looking, len(trees.urgent) + len(trees.waiting)
 }
 
-// HoldLooks lets no look begin until release is called.
+// HoldLooks holds back new looks until release is called.
 func HoldLooks() (release func()) {
 	trees.mu.Lock()
 	defer trees.mu.Unlock()
@@ -65,7 +64,7 @@ func HoldLooks() (release func()) {
 	}
 }
 
-// beginLocked runs the finder if anybody waits for it.
+// beginLocked runs the finder if anyone waits for it.
 func (f *finder) beginLocked() {
 	if !f.running && f.held == 0 && len(f.urgent)+len(f.waiting) > 0 {
 		f.running = true
@@ -73,7 +72,8 @@ func (f *finder) beginLocked() {
 	}
 }
 
-// find returns all members of the tree that live, after looking for new ones. For one that is frozen it does not wait.
+// find searches for new members of the tree and returns all that are alive. For a tree that is frozen it does not
+// wait.
 func (f *finder) find(t *Tree) []proc.Stat {
 	l := &look{Tree: t, done: make(chan struct{})}
 	f.mu.Lock()
@@ -91,12 +91,12 @@ func (f *finder) find(t *Tree) []proc.Stat {
 			t.Blind = true
 			return t.known()
 		}
-		<-l.done // it is being looked for
+		<-l.done // its search has begun
 	}
 	return l.living
 }
 
-// withdraw takes back the wish for a look that has not begun.
+// withdraw cancels a look that has not begun, and reports whether it could.
 func (f *finder) withdraw(l *look) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -106,7 +106,7 @@ func (f *finder) withdraw(l *look) bool {
 	return len(f.urgent)+len(f.waiting) < waiting
 }
 
-// run serves those that wait until there are none.
+// run serves looks until none is waiting.
 func (f *finder) run() {
 	for {
 		looks := f.next()
@@ -115,11 +115,11 @@ func (f *finder) run() {
 		}
 		begin := time.Now()
 		round(looks)
-		time.Sleep(restAfterRound * time.Since(begin)) // a limit, not a wait for anything
+		time.Sleep(restAfterRound * time.Since(begin)) // limits CPU use; it waits for nothing
 	}
 }
 
-// next takes those that are served in one round. Without any the finder stops running.
+// next returns the looks for one round. If there are none, the finder stops running.
 func (f *finder) next() []*look {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -141,7 +141,7 @@ func (f *finder) next() []*look {
 	return looks
 }
 
-// round serves some looks with one view of the processes, read after all of them were asked for.
+// round serves looks from one view of the processes, which is read after all of them were requested.
 func round(looks []*look) {
 	v := newCensus()
 	var wide []*look

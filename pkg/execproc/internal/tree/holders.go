@@ -10,24 +10,23 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
 )
 
-// What a round reads of the descriptors of others is bounded, because a container makes as many as it likes
-// and reading them is at the node's cost. The streams of a command have low numbers in all that inherit
-// them.
+// These bound what a round reads of other processes' descriptors: a container can open as many as it likes, and
+// reading them costs the node. A command's streams have low numbers in every process that inherits them.
 const (
 	descriptorsOfProcess   = 1 << 10
 	descriptorsOfContainer = 1 << 15
 )
 
-// wanted is the trees in one container for whose streams holders are looked for.
+// wanted holds the trees of one container whose stream holders are searched for.
 type wanted struct {
 	cgroups  cgroups
 	pipes    map[string][]*Tree
 	terminal map[string][]*Tree
 	budget   int
-	since    uint64 // nobody who began earlier can be in any of the trees
+	since    uint64 // processes that began earlier cannot belong to any of the trees
 }
 
-// addHolders makes those members that hold an end of a tree's streams and are in its leader's cgroup.
+// addHolders adds to each tree the processes that hold an end of its streams and are in its leader's cgroup.
 func (c *census) addHolders(looks []*look) {
 	table := c.table()
 	if table == nil {
@@ -37,7 +36,7 @@ func (c *census) addHolders(looks []*look) {
 	for _, l := range looks {
 		t := l.Tree
 		if t.cgroups.text == "" {
-			t.cgroups = c.cgroups(t.init) // near enough, when the leader has ended
+			t.cgroups = c.cgroups(t.init) // close enough if the leader has ended
 		}
 		if len(t.cgroups.paths) == 0 {
 			continue
@@ -69,8 +68,8 @@ func (c *census) addHolders(looks []*look) {
 			if len(holds) == 0 {
 				continue
 			}
-			// A child of ours between fork and exec still holds copies of all our descriptors, but also
-			// still runs our own binary.
+			// A child of ours between fork and exec still holds copies of all our descriptors. It also still runs
+			// our own binary.
 			if exe, err := os.Readlink("/proc/" + strconv.Itoa(p.Pid) + "/exe"); err == nil && exe == own {
 				continue
 			}
@@ -87,7 +86,7 @@ func terminalKey(dev, ino uint64) string {
 	return strconv.FormatUint(dev, 10) + ":" + strconv.FormatUint(ino, 10)
 }
 
-// heldBy returns the trees of which a process holds a stream.
+// heldBy returns the trees whose streams a process holds.
 func (w *wanted) heldBy(p proc.Stat) []*Tree {
 	dir := "/proc/" + strconv.Itoa(p.Pid) + "/fd"
 	fds, err := os.Open(dir)
@@ -96,7 +95,7 @@ func (w *wanted) heldBy(p proc.Stat) []*Tree {
 	}
 	defer fds.Close()
 	var found []*Tree
-	target := make([]byte, 128) // ends are shorter
+	target := make([]byte, 128) // longer than any name of a pipe or terminal
 	for left := min(descriptorsOfProcess, w.budget); left > 0; {
 		names, err := fds.Readdirnames(min(left, 256))
 		w.budget -= len(names)
@@ -108,7 +107,7 @@ func (w *wanted) heldBy(p proc.Stat) []*Tree {
 				continue
 			}
 			found = append(found, w.pipes[string(target[:n])]...)
-			// The path means nothing outside the container, but it saves the stat of everything else.
+			// The path means nothing outside the container, but it saves a stat of everything else.
 			if len(w.terminal) > 0 && strings.Contains(string(target[:n]), "/pts/") {
 				var stat unix.Stat_t
 				if unix.Stat(path, &stat) == nil {
@@ -123,13 +122,13 @@ func (w *wanted) heldBy(p proc.Stat) []*Tree {
 	return found
 }
 
-// cgroups is where a process is: /proc/PID/cgroup, lines of "hierarchy:controllers:path", cgroups(7).
+// cgroups is where a process is, from /proc/PID/cgroup: lines of "hierarchy:controllers:path", cgroups(7).
 type cgroups struct {
 	text  string
 	paths map[string]string // by hierarchy
 }
 
-// cgroups reads where a process is; empty when it cannot be read.
+// cgroups reads where a process is. The result is empty if it cannot be read.
 func (c *census) cgroups(pid int) cgroups {
 	text, known := c.textOf[pid]
 	if !known {
@@ -159,11 +158,11 @@ func parseCgroups(text string) cgroups {
 	return found
 }
 
-// inside reports whether a process is in the leader's cgroup or below it, in any hierarchy in
-// which the leader is not in the root.
+// inside reports whether a process is in the leader's cgroup or below it, in any hierarchy whose root is not the
+// leader's cgroup.
 func (c *census) inside(pid int, leader cgroups) bool {
 	its := c.cgroups(pid)
-	if its.text == leader.text { // the usual case in a container
+	if its.text == leader.text { // usual in a container
 		for _, path := range leader.paths {
 			if path != "/" {
 				return true

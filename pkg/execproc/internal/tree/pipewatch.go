@@ -7,18 +7,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// PipeWatch tells whether anybody holds a process's ends of its pipes, also after ours were closed. It
-// holds no end itself, only references to the pipes (O_PATH, open(2)), so that who writes to a pipe that
-// nobody reads gets SIGPIPE as ever.
+// PipeWatch tells whether anyone holds the process's ends of its pipes, even after ours were closed. It holds no
+// end itself, only references to the pipes (O_PATH, open(2)), so a writer to a pipe without readers still gets
+// SIGPIPE.
 type PipeWatch struct{ pipes []watchedPipe }
 
 type watchedPipe struct {
 	fd    int
-	input bool // the process's end is for reading
+	input bool // the process reads from it
 }
 
-// WatchPipes returns a watch of pipes by our ends of them, nil for none; or nil when one was closed. The caller
-// closes it.
+// WatchPipes watches pipes through our ends of them; a nil end is skipped. It returns nil if one was closed
+// already. The caller must close the watch.
 func WatchPipes(stdin, stdout, stderr *os.File) *PipeWatch {
 	w := &PipeWatch{}
 	for _, file := range []*os.File{stdin, stdout, stderr} {
@@ -35,7 +35,7 @@ func WatchPipes(stdin, stdout, stderr *os.File) *PipeWatch {
 				err = ctlErr
 			}
 		}
-		if err != nil { // closed already
+		if err != nil { // already closed
 			w.Close()
 			return nil
 		}
@@ -44,7 +44,7 @@ func WatchPipes(stdin, stdout, stderr *os.File) *PipeWatch {
 	return w
 }
 
-// Close ends the watch, also one that is nil.
+// Close ends the watch. It is safe on nil.
 func (w *PipeWatch) Close() {
 	if w != nil {
 		for _, pipe := range w.pipes {
@@ -53,8 +53,7 @@ func (w *PipeWatch) Close() {
 	}
 }
 
-// Held reports whether anybody may hold an end of the process's. Of pipes that are not watched it is not
-// known.
+// Held reports whether anyone may hold one of the process's ends. A nil watch does not know and reports true.
 func (w *PipeWatch) Held() bool {
 	if w == nil {
 		return true
@@ -67,8 +66,8 @@ func (w *PipeWatch) Held() bool {
 	return false
 }
 
-// held opens an end like ours for a moment, to ask it: a pipe that nobody writes to has hung up, one that
-// nobody reads is broken, poll(2). Opening an anonymous pipe by its path never waits.
+// held briefly opens an end like ours and polls it: a pipe without writers reports POLLHUP, one without readers
+// POLLERR (poll(2)). Opening an anonymous pipe by its path never blocks.
 func (p watchedPipe) held() bool {
 	flags, alone := unix.O_RDONLY, int16(unix.POLLHUP)
 	if p.input {
@@ -79,7 +78,7 @@ func (p watchedPipe) held() bool {
 		return true
 	}
 	defer unix.Close(fd)
-	ask := []unix.PollFd{{Fd: int32(fd)}} // both are told without being asked for
+	ask := []unix.PollFd{{Fd: int32(fd)}} // both are reported without being requested
 	_, err = unix.Poll(ask, 0)
 	return err != nil || ask[0].Revents&alone == 0
 }

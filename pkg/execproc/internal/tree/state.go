@@ -11,38 +11,37 @@ import (
 	"github.com/streamshim/streamshim/pkg/handover"
 )
 
-// State is what a hand-over carries of a tree. The names of its fields are a contract with other versions of this
-// program.
+// State is a tree's state in a hand-over. Its field names are a contract with other versions of this program.
 type State struct {
 	Members         []MemberState
 	Sessions        []int
-	Cgroups         string // text of /proc/PID/cgroup of the leader
-	Mounts          int    // see Tree
+	Cgroups         string // the leader's /proc/PID/cgroup
+	Mounts          int    // see Tree.Mounts
 	PipesAreWatched bool
 	Watched         []WatchedPipeState
 }
 
-// MemberState is what State has of a process.
+// MemberState is the state of one member.
 type MemberState struct {
 	Pid             int
 	Start           uint64
 	Descends, Asked bool
 }
 
-// WatchedPipeState is what State has of a pipe.
+// WatchedPipeState is the state of one watched pipe.
 type WatchedPipeState struct {
 	Descriptor handover.Descriptor
 	Input      bool
 }
 
-// EndsState is what a hand-over carries of streamEnds.
+// EndsState is the state of StreamEnds in a hand-over.
 type EndsState struct {
 	Pipes    []string
 	Terminal bool
 	Dev, Ino uint64
 }
 
-// State is that of a tree that nobody uses any more.
+// State returns the state of a tree that is no longer in use. Its watched pipes are kept in files.
 func (t *Tree) State(files *handover.Files) State {
 	s := State{Sessions: slices.Sorted(maps.Keys(t.sessions)), Cgroups: t.cgroups.text, Mounts: t.Mounts}
 	for id, m := range t.members {
@@ -54,7 +53,7 @@ func (t *Tree) State(files *handover.Files) State {
 	s.PipesAreWatched = true
 	for _, pipe := range t.Pipes.pipes {
 		d, err := files.KeepFD(pipe.fd)
-		if err != nil { // without it the pipes are taken to be held, which costs more looks
+		if err != nil { // unwatched pipes count as held, which only costs more searching
 			s.PipesAreWatched, s.Watched = false, nil
 			break
 		}
@@ -63,11 +62,11 @@ func (t *Tree) State(files *handover.Files) State {
 	return s
 }
 
-// Resume gives a new tree what its state has; the files are those of Watched, and are closed.
+// Resume restores a new tree from its state. It closes the files in watched, which are those of s.Watched.
 func (t *Tree) Resume(s State, watched []*os.File) {
 	t.Mounts, t.Ends.Terminal = s.Mounts, false
 	for _, m := range s.Members {
-		t.members[proc.Identity{Pid: m.Pid, Start: m.Start}] = &member{descends: m.Descends, asked: m.Asked} // the next look sees who is gone
+		t.members[proc.Identity{Pid: m.Pid, Start: m.Start}] = &member{descends: m.Descends, asked: m.Asked} // the next look finds out who is gone
 	}
 	for _, session := range s.Sessions {
 		t.sessions[session] = true
@@ -78,7 +77,7 @@ func (t *Tree) Resume(s State, watched []*os.File) {
 	}
 	for i, file := range watched {
 		if t.Pipes != nil {
-			// Not pollable, and so the descriptor itself.
+			// Not pollable, so pass on the descriptor itself.
 			if fd, err := unix.FcntlInt(file.Fd(), unix.F_DUPFD_CLOEXEC, 0); err == nil {
 				t.Pipes.pipes = append(t.Pipes.pipes, watchedPipe{fd, s.Watched[i].Input})
 			} else {
@@ -89,18 +88,18 @@ func (t *Tree) Resume(s State, watched []*os.File) {
 	}
 }
 
-// ClosePipes ends the watch of the tree's pipes.
+// ClosePipes stops watching the tree's pipes.
 func (t *Tree) ClosePipes() {
 	t.Pipes.Close()
 	t.Pipes = nil
 }
 
-// State is what a hand-over carries.
+// State returns the state for a hand-over.
 func (e StreamEnds) State() EndsState {
 	return EndsState{Pipes: slices.Sorted(maps.Keys(e.Pipes)), Terminal: e.Terminal, Dev: e.Dev, Ino: e.Ino}
 }
 
-// Resume is what the state was made of.
+// Resume restores the StreamEnds of a state.
 func (s EndsState) Resume() StreamEnds {
 	ends := StreamEnds{Terminal: s.Terminal, Dev: s.Dev, Ino: s.Ino}
 	for _, pipe := range s.Pipes {

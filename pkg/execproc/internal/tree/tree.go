@@ -1,4 +1,4 @@
-// Package tree finds a process and all that descends from it, and ends them.
+// Package tree finds a process with all its descendants, and ends them.
 package tree
 
 import (
@@ -11,34 +11,35 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc/internal/reaper"
 )
 
-// Tree finds a process and all that descends from it. Nothing in the kernel keeps such a list for
-// us, so it is put together from what /proc shows, again and again until nothing new appears:
+// Tree finds a process with all its descendants. The kernel keeps no such list, so it is assembled from /proc,
+// repeatedly, until nothing new appears. The members are
 //
 //   - children of a member, by parent pid;
-//   - everybody in a member's session: the runtime gives every process it starts a session of its
-//     own, and a session can only be joined by being born into it;
+//   - everyone in a member's session: the runtime gives each process it starts a session of its own, and a process
+//     can only be born into a session;
 //   - whoever holds the process's end of our pipes or of our terminal and is in the same cgroup.
 //
-// What was once found stays known, so that the children of a parent that has ended in between are
-// not lost. A terminal's number in /proc/PID/stat is of no use: each container counts its own.
+// Members stay known after they have ended, so that their children are not lost. The terminal number in
+// /proc/PID/stat does not help: each container counts its own.
 //
-// A tree is used by one goroutine at a time; finder looks for it.
+// A Tree is not safe for concurrent use.
 type Tree struct {
 	leader proc.Identity
-	init   int // the container's main process, never touched
-	// Stranger is set for a leader that is no child of this process, whose orphans therefore may be anybody's.
+	init   int // the container's main process, never signalled
+	// Stranger marks a leader that is not our child, so its orphans may have gone anywhere.
 	Stranger bool
-	// Mounts, if it is not 0, is a process: whoever is not in its mount namespace is no member. It is for a leader that
-	// has ended, whose number may be another's by now.
+	// Mounts, if not 0, is a pid: processes outside its mount namespace are not members. It is set for a leader
+	// that has ended, whose pid may have been reused.
 	Mounts int
-	// Urgent trees are looked for first: somebody waits for the answer to a probe.
+	// Urgent trees are searched for first: somebody is waiting for a probe's answer.
 	Urgent bool
-	// Frozen, once it is closed, lets nobody wait for a look that has not begun, and notes that in blind. Nil is never.
+	// Frozen, once closed, ends waits for looks that have not begun, and sets Blind. Nil never does.
 	Frozen <-chan struct{}
 	Blind  bool
 	Ends   StreamEnds
-	Pipes  *PipeWatch // nil when it is not known who holds the pipes
-	// Killing is set once the tree is only to be killed: who else holds its pipes is looked for afterwards.
+	Pipes  *PipeWatch // nil if it is unknown who holds the pipes
+	// Killing is set once the tree is only to be killed. Other holders of its pipes are then searched for only
+	// after its members are dead.
 	Killing bool
 
 	members  map[proc.Identity]*member
@@ -48,28 +49,28 @@ type Tree struct {
 
 // member is a process that was found to belong to a tree.
 type member struct {
-	// descends is false for those that are here because they hold one of the leader's streams, and for
+	// descends is false for processes that are members because they hold one of the leader's streams, and for
 	// their children.
 	descends bool
-	gone     bool // it has ended; kept so that it is not taken for new
-	asked    bool // it was sent the signal of this stage
+	gone     bool // has ended; kept so that it is not taken for a new one
+	asked    bool // has been sent this stage's signal
 }
 
-// NextStage lets another signal be sent to all members.
+// NextStage allows another signal to be sent to all members.
 func (t *Tree) NextStage() {
 	for _, m := range t.members {
 		m.asked = false
 	}
 }
 
-// StreamEnds recognizes the process's ends of its streams among the descriptors of others.
+// StreamEnds identifies the process's ends of its streams among other processes' descriptors.
 type StreamEnds struct {
-	Pipes    map[string]bool // as /proc/PID/fd shows them: "pipe:[inode]"
+	Pipes    map[string]bool // as in /proc/PID/fd: "pipe:[inode]"
 	Terminal bool
 	Dev, Ino uint64 // of the terminal's slave
 }
 
-// New returns a tree of which only the leader is known. The container's main process, init, is never touched.
+// New returns a tree of which only the leader is known. It never signals init, the container's main process.
 func New(leader proc.Identity, init int, ends StreamEnds) *Tree {
 	return &Tree{
 		leader:   leader,
@@ -82,16 +83,17 @@ func New(leader proc.Identity, init int, ends StreamEnds) *Tree {
 
 func (t *Tree) has(id proc.Identity) bool { return t.members[id] != nil }
 
-// admissible reports whether a process that is no member yet may become one.
+// admissible reports whether a process is not a member yet but may become one.
 func (t *Tree) admissible(p proc.Stat, self int) bool {
 	return !t.has(p.Identity) && p.Pid != self && p.Pid != t.init && p.Start >= t.leader.Start &&
 		(t.Mounts == 0 || proc.SameMountNamespace(p.Pid, t.Mounts))
 }
 
-// Living looks for new members and returns all that are alive, or, when it is blind, the known ones.
+// Living searches for new members and returns all that are alive. If it ends up Blind, it returns only the known
+// ones.
 func (t *Tree) Living() []proc.Stat { return trees.find(t) }
 
-// grow adds what descends from the members and what is in their sessions, and returns all that are alive.
+// grow adds the members' descendants and the processes in their sessions, and returns all members that are alive.
 func (t *Tree) grow(v processView) []proc.Stat {
 	var living []proc.Stat
 	byPid := map[int]proc.Stat{}
@@ -102,7 +104,7 @@ func (t *Tree) grow(v processView) []proc.Stat {
 		}
 		p, err := v.process(id.Pid)
 		if err != nil && !proc.Gone(err) {
-			p, err = proc.Stat{Identity: id}, nil // there is no descriptor free, for instance
+			p, err = proc.Stat{Identity: id}, nil // such as when there are no free descriptors
 		}
 		if m.gone = err != nil || p.Identity != id || p.Zombie(); !m.gone {
 			queue = append(queue, p)
@@ -116,7 +118,8 @@ func (t *Tree) grow(v processView) []proc.Stat {
 	}
 	inSession := func(session int) {
 		for _, p := range v.inSession(session, t.leader.Start) {
-			// A session keeps its number as long as it has a member; afterwards a stranger may get it as pid.
+			// A session keeps its number while it has members. After that, a stranger may get the number as its
+			// pid.
 			if first, err := v.process(session); err == nil && !t.has(first.Identity) {
 				delete(t.sessions, session)
 				return
@@ -160,9 +163,9 @@ func (t *Tree) known() []proc.Stat {
 	return living
 }
 
-// ownsSession reports whether a member's session belongs to the tree. It does for a descendant: the
-// leader began a session of its own, so any other one was begun on the way down. A mere holder of a
-// stream may live in the session of a stranger, unless a member is seen to lead it.
+// ownsSession reports whether a member's session belongs to the tree. A descendant's session does: the leader
+// began a session of its own, so any other was begun on the way down. Someone who merely holds a stream may be in
+// a stranger's session, unless a member is seen to lead it.
 func (t *Tree) ownsSession(m *member, session int, byPid map[int]proc.Stat) bool {
 	if m.descends {
 		return session != 0
@@ -171,13 +174,16 @@ func (t *Tree) ownsSession(m *member, session int, byPid map[int]proc.Stat) bool
 	return seen && t.has(first.Identity)
 }
 
-// hasEnds reports whether there is anything by which a holder could be known.
+// hasEnds reports whether there are streams by which to recognize holders.
 func (t *Tree) hasEnds() bool { return len(t.Ends.Pipes) > 0 || t.Ends.Terminal }
 
-// mayBeHeld reports whether the descriptors of others have to be looked at. That is dear, and while members
-// hold the pipes nothing says whether others do, too. Afterwards the pipes themselves say it.
-//   - Of a terminal nothing ever says it.
-//   - Where processes have lost their parents since the leader began, some may be the leader's. They are
+// mayBeHeld reports whether other processes' descriptors must be searched, which is expensive. Once no member
+// lives, the pipes themselves tell whether anyone holds them; while members live, they do not. There are two
+// special cases:
+//
+//   - A terminal never tells.
+//   - If processes have lost their parents since the leader began, some may be the leader's. They should be asked
+//     to end together with the others.
 //     to be asked to end together with the others.
 func (t *Tree) mayBeHeld(living []proc.Stat, orphans bool) bool {
 	switch {
@@ -192,16 +198,16 @@ func (t *Tree) mayBeHeld(living []proc.Stat, orphans bool) bool {
 	}
 }
 
-// Ask sends a signal to the whole tree but for those that were asked before, also to those that appear later, and
-// returns when nothing of it lives or the deadline is over, with those that live then. When cut is closed it
-// returns at once.
+// Ask sends a signal, once, to every member that has not been asked yet, including those that appear later. It
+// returns when nothing of the tree lives or at the deadline, with those still alive. If cut is closed, it returns
+// at once.
 func (t *Tree) Ask(living []proc.Stat, signal unix.Signal, deadline time.Time, cut <-chan struct{}) []proc.Stat {
 	for len(living) > 0 {
 		for _, p := range living {
 			if m := t.members[p.Identity]; m != nil && !m.asked {
 				m.asked = true
-				// A stopped process gets no signal but KILL before it is continued. One that has ended
-				// meanwhile is no error.
+				// A stopped process receives only SIGKILL until it is continued. It is not an error if it has
+				// ended meanwhile.
 				_ = p.Signal(signal, unix.SIGCONT)
 			}
 		}
@@ -218,16 +224,16 @@ func (t *Tree) Ask(living []proc.Stat, signal unix.Signal, deadline time.Time, c
 }
 
 const (
-	stopRounds = 20 // looks until a tree that goes on forking is killed as it is
-	// KillTimeout is for killed processes to be gone; a frozen cgroup keeps them longer.
+	stopRounds = 20 // after so many looks a tree that keeps forking is killed as it is
+	// KillTimeout is how long killed processes may take to disappear. In a frozen cgroup they take longer.
 	KillTimeout = 5 * time.Second
 )
 
-// Kill ends the whole tree and returns when nothing of it lives, or false after KillTimeout.
+// Kill ends the whole tree. It returns true when nothing of it lives, and false after KillTimeout.
 func (t *Tree) Kill() bool { return t.KillUntil(time.Now().Add(KillTimeout), nil) == AllEnded }
 
-// KillUntil ends the whole tree and returns when nothing of it lives, after the deadline, or when cut is closed. The
-// members are stopped first, until no new ones appear: a process that cannot run cannot fork away.
+// KillUntil ends the whole tree. It returns when nothing of it lives, at the deadline, or when cut is closed. It
+// first stops the members until no new ones appear: a stopped process cannot fork.
 func (t *Tree) KillUntil(deadline time.Time, cut <-chan struct{}) Result {
 	t.Killing = true
 	for {
@@ -250,7 +256,7 @@ func (t *Tree) KillUntil(deadline time.Time, cut <-chan struct{}) Result {
 	}
 }
 
-// unlessBlind is the result of a look.
+// unlessBlind returns result, or WasCut if the last look was cut short.
 func (t *Tree) unlessBlind(result Result) Result {
 	if t.Blind {
 		return WasCut
@@ -258,7 +264,7 @@ func (t *Tree) unlessBlind(result Result) Result {
 	return result
 }
 
-// stop stops the members and returns them.
+// stop stops the members with SIGSTOP and returns them.
 func (t *Tree) stop(cut <-chan struct{}) []proc.Stat {
 	stopped := map[proc.Identity]bool{}
 	for range stopRounds {
@@ -275,30 +281,30 @@ func (t *Tree) stop(cut <-chan struct{}) []proc.Stat {
 	return t.Living()
 }
 
-// Result is how a wait ended.
+// Result says how a wait ended.
 type Result int
 
-// The results.
+// The results of a wait.
 const (
 	AllEnded Result = iota
 	TimeOver
 	WasCut
 )
 
-// AwaitEnds waits until all of the processes have ended, one after the other, as all of them must; or until
-// the deadline, or until cut is closed, which may be nil.
+// AwaitEnds waits until all of the processes have ended, until the deadline, or until cut is closed. cut may be
+// nil.
 func AwaitEnds(processes []proc.Stat, deadline time.Time, cut <-chan struct{}) Result {
 	r, err := reaper.Acquire()
 	if err != nil {
-		return TimeOver // there is always one already
+		return TimeOver // cannot fail: a reaper exists already
 	}
 	defer r.Release()
 	timer := time.NewTimer(time.Until(deadline))
 	defer timer.Stop()
 	select {
-	case <-cut: // also when nobody is waited for
+	case <-cut: // even if there is nothing to wait for
 		if !time.Now().Before(deadline) {
-			return TimeOver // however often it is cut
+			return TimeOver // so that repeated cuts cannot extend the deadline
 		}
 		return WasCut
 	default:
@@ -318,7 +324,7 @@ func awaitEnd(r *reaper.Reaper, id proc.Identity, over <-chan time.Time, cut <-c
 	}
 	w, err := r.WatchContainer(id.Pid)
 	if err != nil {
-		// Usually it has just ended. But there may be no descriptor free, and then time has to do.
+		// It has usually just ended. If instead there is no free descriptor, poll.
 		for id.Alive() {
 			pause := time.NewTimer(blindPoll)
 			select {
@@ -334,7 +340,7 @@ func awaitEnd(r *reaper.Reaper, id proc.Identity, over <-chan time.Time, cut <-c
 		return AllEnded
 	}
 	defer r.DropContainer(w)
-	if !id.Alive() { // looked at again, now that the descriptor keeps the pid from being mistaken
+	if !id.Alive() { // check again: the pidfd now keeps the pid from being reused
 		return AllEnded
 	}
 	select {
@@ -347,7 +353,7 @@ func awaitEnd(r *reaper.Reaper, id proc.Identity, over <-chan time.Time, cut <-c
 	}
 }
 
-// blindPoll is how often a process is looked at that cannot be waited for.
+// blindPoll is how often to check a process that cannot be watched.
 const blindPoll = 100 * time.Millisecond
 
 func closed(c <-chan struct{}) bool {
