@@ -13,18 +13,18 @@ import (
 )
 
 const (
-	// maxCachedContainers bounds the cache; a kubelet runs at most some hundred containers on a node.
+	// maxCachedContainers bounds the cache. A kubelet runs at most a few hundred containers on a node.
 	maxCachedContainers = 4096
-	// cacheSweepSize is from how many entries on the cache looks for containers that have ended.
+	// cacheSweepSize is the number of entries from which the cache is searched for containers that have ended.
 	cacheSweepSize = 128
 )
 
-// containerCache keeps the facts of running containers, so that neither a probe nor an exec needs
-// the upstream, not even while it restarts. A container never starts again under the same ID: its
-// facts hold as long as its init process lives, and that is looked at on every use.
+// containerCache keeps the facts of running containers, so that neither a probe nor an exec needs the upstream,
+// even while it restarts. A container never starts again under the same id, so its facts hold while its init
+// process lives, which is checked on every use.
 type containerCache struct {
 	mu      sync.Mutex
-	byID    map[string]workload.Container // by full ID
+	byID    map[string]workload.Container // by full id
 	sweepAt int
 }
 
@@ -47,7 +47,7 @@ func (c *containerCache) get(id string) (workload.Container, bool) {
 	return container, true
 }
 
-// peek returns facts that hold for a container's whole life, whether it still runs or not.
+// peek returns facts that hold for a container's whole life, whether or not it still runs.
 func (c *containerCache) peek(id string) (workload.Container, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -72,7 +72,7 @@ func (c *containerCache) put(container workload.Container) {
 	c.byID[container.ContainerID] = container
 }
 
-// initAlive says whether the container's init process runs and is the one that was seen first.
+// initAlive reports whether the container's init process runs and is the one first seen.
 func initAlive(container workload.Container) bool {
 	if container.InitStartTime == 0 {
 		return false
@@ -81,9 +81,9 @@ func initAlive(container workload.Container) bool {
 	return err == nil && started == container.InitStartTime
 }
 
-// initStartTime is the start time of a container's init process. The pid comes from the upstream
-// and may have been taken by another process by now, or belong to another pid namespace than ours;
-// the cgroup, which every runtime names after the container, tells.
+// initStartTime returns the start time of a container's init process. The pid comes from the upstream. It may have
+// been reused by now, or belong to a pid namespace other than ours; the cgroup, which every runtime names after
+// the container, tells.
 func initStartTime(pid int, containerID string) (uint64, error) {
 	if pid <= 0 {
 		return 0, errors.New("the runtime gives no pid")
@@ -102,8 +102,8 @@ func initStartTime(pid int, containerID string) (uint64, error) {
 	return started, nil
 }
 
-// processStartTime reads field 22 of /proc/pid/stat (proc_pid_stat(5)), in clock ticks since boot. A
-// process that has ended and waits to be reaped is an error.
+// processStartTime returns field 22 of /proc/pid/stat (proc_pid_stat(5)), in clock ticks since boot. It fails for
+// a zombie.
 func processStartTime(pid int) (uint64, error) {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -113,7 +113,7 @@ func processStartTime(pid int) (uint64, error) {
 }
 
 func parseProcessStartTime(stat string) (uint64, error) {
-	// Field 2 is the command in parentheses and may contain anything, also parentheses.
+	// Field 2 is the command in parentheses and may contain anything, even parentheses.
 	end := strings.LastIndexByte(stat, ')')
 	if end < 0 {
 		return 0, errors.New("malformed /proc/pid/stat")

@@ -9,8 +9,7 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// frame is one gRPC message as it came off the wire. It holds a reference to its buffers from
-// Unmarshal until free.
+// frame is one gRPC message as it was on the wire. It holds a reference to its buffers from Unmarshal until free.
 type frame struct {
 	data mem.BufferSlice
 }
@@ -20,16 +19,15 @@ func (f *frame) free() {
 	f.data = nil
 }
 
-// rawCodec passes frames through without looking at them and leaves everything else to the proto
-// codec. The server and the upstream connection use it, so that a forwarded message is neither
-// decoded nor copied.
+// rawCodec passes frames through unseen and leaves everything else to the proto codec. The server and the upstream
+// connection use it, so a forwarded message is neither decoded nor copied.
 type rawCodec struct {
 	proto encoding.CodecV2
 }
 
 var codec = rawCodec{proto: encoding.GetCodecV2(proto.Name)}
 
-// Marshal hands out the frame's buffers with a reference of their own, which gRPC frees.
+// Marshal returns the frame's buffers with a reference of their own, which gRPC frees.
 func (c rawCodec) Marshal(v any) (mem.BufferSlice, error) {
 	if f, ok := v.(*frame); ok {
 		f.data.Ref()
@@ -42,7 +40,7 @@ func (c rawCodec) Marshal(v any) (mem.BufferSlice, error) {
 	return data, nil
 }
 
-// Unmarshal takes a reference of its own, because gRPC frees data when it returns.
+// Unmarshal takes a reference of its own, because gRPC frees data when Unmarshal returns.
 func (c rawCodec) Unmarshal(data mem.BufferSlice, v any) error {
 	if f, ok := v.(*frame); ok {
 		data.Ref()
@@ -55,7 +53,7 @@ func (c rawCodec) Unmarshal(data mem.BufferSlice, v any) error {
 	return nil
 }
 
-// Name is the content-subtype of calls to the upstream: none, as every stock client has it. CRI-O shares its
-// socket between gRPC and HTTP and takes a connection for gRPC only when the content type of its first
-// request is exactly "application/grpc".
+// Name returns the content-subtype of calls to the upstream: none, as with every stock client. CRI-O serves gRPC
+// and HTTP on one socket and takes a connection for gRPC only if the content type of its first request is exactly
+// "application/grpc".
 func (rawCodec) Name() string { return "" }

@@ -17,14 +17,13 @@ import (
 const (
 	containerdName = "containerd" // VersionResponse.runtime_name
 
-	// containerdNamespace is the containerd namespace of everything made through the CRI. The shim
-	// appends it to the OCI runtime's root.
+	// containerdNamespace is the containerd namespace of everything created through the CRI. The shim appends it
+	// to the OCI runtime's root.
 	containerdNamespace = "k8s.io"
 )
 
-// newContainerdClient makes a client of containerd's own API, which is served on the same socket as
-// its CRI. It uses the upstream's connection: what is said there about restarts holds here, too. It
-// owns nothing and is not closed.
+// newContainerdClient returns a client of containerd's own API, which is served on the same socket as its CRI. It
+// shares the upstream's connection, and so its behaviour at restarts. It owns nothing and need not be closed.
 func newContainerdClient(upstream *Upstream) (*containerd.Client, error) {
 	client, err := containerd.NewWithConn(upstream.conn, containerd.WithDefaultNamespace(containerdNamespace))
 	if err != nil {
@@ -33,10 +32,9 @@ func newContainerdClient(upstream *Upstream) (*containerd.Client, error) {
 	return client, nil
 }
 
-// addContainerdFacts replaces what info has from the verbose status by what containerd's own API
-// says about the runtime, its options, the OCI spec and the main process. That API is stable, while
-// the verbose status is made for people who debug. After an error info is what it was: the API may
-// be disabled or closed to us, with the CRI working.
+// addContainerdFacts replaces the facts from the verbose status by what containerd's own API says about the
+// runtime, its options, the OCI spec and the main process. That API is stable, while the verbose status is meant
+// for debugging. On an error info is unchanged: the API may be disabled or closed to us while the CRI works.
 func addContainerdFacts(ctx context.Context, client *containerd.Client, id string, info *containerInfo) error {
 	ctx = namespaces.WithNamespace(ctx, containerdNamespace)
 	record, err := client.ContainerService().Get(ctx, id)
@@ -65,7 +63,7 @@ func addContainerdFacts(ctx context.Context, client *containerd.Client, id strin
 	return nil
 }
 
-// containerdRuncOptions are the options of runc's shim; for any other shim they are empty.
+// containerdRuncOptions returns the options of runc's shim. For other shims they are empty.
 func containerdRuncOptions(record containers.Container) (*runcOptions, error) {
 	if !runcShim(record.Runtime.Name) || record.Runtime.Options == nil {
 		return &runcOptions{}, nil

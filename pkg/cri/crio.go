@@ -19,19 +19,19 @@ import (
 const (
 	crioRuntimeName = "cri-o" // VersionResponse.runtime_name
 
-	// crioRuntimeTypeVM is the runtime_type of handlers that run containers in virtual machines. The
-	// others, "oci" (also written as ""), and "pod" (conmon-rs), use an OCI runtime's command line.
+	// crioRuntimeTypeVM is the runtime_type of handlers that run containers in virtual machines. The others, "oci"
+	// (also written "") and "pod" (conmon-rs), use an OCI runtime's command line.
 	crioRuntimeTypeVM = "vm"
 
-	// crioConfigLimit bounds CRI-O's answer to a request for its configuration, in bytes.
+	// crioConfigLimit bounds CRI-O's response to a request for its configuration, in bytes.
 	crioConfigLimit = 4 << 20
 )
 
-// crioHandlerAnnotation of a sandbox's spec names its runtime handler, "" for the default one.
-// PodSandboxStatus.runtime_handler is not filled in by CRI-O.
+// crioHandlerAnnotation, in a sandbox's spec, names its runtime handler, "" being the default. CRI-O does not fill
+// in PodSandboxStatus.runtime_handler.
 const crioHandlerAnnotation = "io.kubernetes.cri-o.RuntimeHandler"
 
-// crioBinaryAnnotations of a container's spec name the binary that CRI-O chose for a handler with
+// crioBinaryAnnotations, in a container's spec, name the binary that CRI-O chose for a handler with
 // platform_runtime_paths. The first is the newer name.
 var crioBinaryAnnotations = []string{"platform-runtime-path.crio.io", "io.kubernetes.cri-o.PlatformRuntimePath"}
 
@@ -47,9 +47,9 @@ type crioHandler struct {
 	RuntimeRoot string `toml:"runtime_root"`
 }
 
-// crioRuntime finds the OCI runtime behind a CRI-O container. Nothing in a container's status says
-// so: the sandbox knows the handler, CRI-O's configuration what the handler is, and the directory
-// that the OCI runtime keeps for the container proves it.
+// crioRuntime finds the OCI runtime behind a CRI-O container. A container's status does not say: the sandbox knows
+// the handler, CRI-O's configuration describes the handler, and the OCI runtime's directory for the container
+// proves it.
 func (r *resolver) crioRuntime(ctx context.Context, id string, info containerInfo) (ociRuntime, error) {
 	runtimes, err := r.crioRuntimes(ctx)
 	if err != nil {
@@ -72,7 +72,7 @@ func (r *resolver) crioRuntime(ctx context.Context, id string, info containerInf
 	return r.crioOCIRuntime(id, info, handler, settings)
 }
 
-// crioHandler asks for the handler of a sandbox; known is false when the answer does not say.
+// crioHandler asks for a sandbox's handler. known is false if the answer does not name it.
 func (r *resolver) crioHandler(ctx context.Context, sandboxID string) (handler string, known bool, err error) {
 	response, err := r.upstream.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: sandboxID, Verbose: true})
 	if err != nil {
@@ -92,7 +92,7 @@ func (r *resolver) crioHandler(ctx context.Context, sandboxID string) (handler s
 	return handler, known, nil
 }
 
-// crioRuntimeByState chooses the one handler whose OCI runtime keeps state for the container.
+// crioRuntimeByState chooses the only handler whose OCI runtime keeps state for the container.
 func (r *resolver) crioRuntimeByState(id string, info containerInfo, runtimes crioRuntimes) (ociRuntime, error) {
 	var found ociRuntime
 	for name, settings := range runtimes.handlers {
@@ -129,7 +129,7 @@ func (r *resolver) crioOCIRuntime(id string, info containerInfo, name string, se
 		}
 	}
 	if binary == "" {
-		binary = name // CRI-O looks a handler without a path up by its name
+		binary = name // CRI-O looks up a handler without a path by its name
 	}
 	if !runcCompatible(binary) {
 		return runtime, nil
@@ -156,8 +156,8 @@ func (r *resolver) crioOCIRuntime(id string, info containerInfo, name string, se
 	return runtime, fmt.Errorf("CRI-O's handler %q has no state for the container in %v", name, roots)
 }
 
-// crioRuntimes asks CRI-O for its configuration: in a verbose Status of newer versions
-// (cri-o#9122), else over HTTP on the same socket, where "crio status config" asks.
+// crioRuntimes asks CRI-O for its configuration. Newer versions return it in a verbose Status (cri-o#9122). For
+// others it uses HTTP on the same socket, as "crio status config" does.
 func (r *resolver) crioRuntimes(ctx context.Context) (crioRuntimes, error) {
 	response, err := r.upstream.runtime.Status(ctx, &runtimeapi.StatusRequest{Verbose: true})
 	if err != nil {
@@ -174,8 +174,8 @@ func (r *resolver) crioRuntimes(ctx context.Context) (crioRuntimes, error) {
 	return parseCrioTOMLConfig(text)
 }
 
-// parseCrioStatusConfig reads info["config"] of a verbose Status. Before cri-o#9122 it holds
-// nothing but the name of the pause image; then the table is empty.
+// parseCrioStatusConfig parses info["config"] of a verbose Status. Before cri-o#9122 it only held the name of the
+// pause image; the table is then empty.
 func parseCrioStatusConfig(text string) (crioRuntimes, error) {
 	var config struct {
 		Crio struct {
@@ -192,7 +192,7 @@ func parseCrioStatusConfig(text string) (crioRuntimes, error) {
 	return crioRuntimes{defaultHandler: config.Crio.DefaultRuntime, handlers: config.Crio.Runtimes}, nil
 }
 
-// parseCrioTOMLConfig reads the configuration in the form of crio.conf(5).
+// parseCrioTOMLConfig parses configuration in the format of crio.conf(5).
 func parseCrioTOMLConfig(text []byte) (crioRuntimes, error) {
 	var config struct {
 		Crio struct {

@@ -13,22 +13,22 @@ import (
 )
 
 const (
-	// endReasonRetry is the pause before the upstream is asked again: it learns of a container's end
-	// a little later than we do.
+	// endReasonRetry is the pause before asking the upstream again, which learns of a container's end a little
+	// later than we do.
 	endReasonRetry = 50 * time.Millisecond
-	// endReasonSilence is how long an upstream that does not answer, as it may be restarting, is waited for:
-	// the session is to end within a second.
+	// endReasonSilence is how long to wait for an upstream that does not answer, as when it restarts: the session
+	// should end within a second.
 	endReasonSilence = 700 * time.Millisecond
-	// containerGone is the reason when there is none to be had.
+	// containerGone is the reason if none is known.
 	containerGone = "container is no longer running"
-	// oomKilledReason is the reason both containerd and CRI-O give.
+	// oomKilledReason is the reason that both containerd and CRI-O give.
 	oomKilledReason = "OOMKilled"
-	// Exit codes of a process that was ended by SIGKILL or SIGTERM.
+	// Exit codes of a process killed by SIGKILL and SIGTERM.
 	exitCodeKilled, exitCodeTerminated = 128 + 9, 128 + 15
 )
 
-// EndReason says in a few words why a container is no longer there, such as "container was OOM-killed". It
-// asks until the upstream has noticed the end, does not answer, or ctx is done.
+// EndReason says in a few words why a container is gone, such as "container was OOM-killed". It asks repeatedly
+// until the upstream has noticed the end, stops answering, or ctx is done.
 func (u *Upstream) EndReason(ctx context.Context, target workload.Target) string {
 	retry := time.NewTicker(endReasonRetry)
 	defer retry.Stop()

@@ -7,8 +7,8 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// Field numbers of "repeated KeyValue envs" (KEP-6035, "CRI Primitive: ExecRequest.envs"). The
-// vendored cri-api may be older than the field, so it is read from the request's bytes.
+// Field numbers of "repeated KeyValue envs" (KEP-6035, "CRI Primitive: ExecRequest.envs"). They are read from the
+// request's bytes because the vendored cri-api may be older than the field.
 const (
 	execRequestEnvs     protowire.Number = 7
 	execSyncRequestEnvs protowire.Number = 4
@@ -19,9 +19,8 @@ const (
 
 var errWireFormat = errors.New("malformed protobuf")
 
-// parseEnvs reads the environment variables a request carries in the given field, as "NAME=value"
-// in their order. Values are literal: nothing is expanded. An empty name, or one with "=" or NUL in
-// it, cannot be an environment variable and is an error.
+// parseEnvs returns the environment variables that a request carries in the given field, as "NAME=value" in order.
+// Values are literal: nothing is expanded. A name that is empty or contains "=" or NUL is an error.
 func parseEnvs(request []byte, field protowire.Number) ([]string, error) {
 	var envs []string
 	err := eachBytesField(request, func(number protowire.Number, value []byte) error {

@@ -8,26 +8,27 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Quiesce brings the server to a point where no call is under way and whoever connects waits in the listener's
-// queue: for Resume, or for another program that has the same socket. Until then calls are served as ever, but for short
-// moments. Calls that outlast the context end as Unavailable, as watches do at once. The error is that the listener
+// Quiesce brings the server to a point where no call is in progress and new connections wait in the listener's
+// queue: for Resume, or for another program that has the same socket. Until then it serves calls with only brief
+// pauses. Calls that outlast ctx end as Unavailable, as watches do at once. It fails if the listener cannot be
+// paused; the server then keeps serving.
 // cannot be paused; then the server serves on.
 func (s *Server) Quiesce(ctx context.Context) error { return s.server.Quiesce(ctx) }
 
 // Resume serves again after Quiesce.
 func (s *Server) Resume() { s.server.Resume() }
 
-// isWatch tells of a method that it never ends by itself.
+// isWatch reports whether a method's calls never end by themselves.
 func isWatch(method string) bool {
 	return method == runtimeapi.RuntimeService_GetContainerEvents_FullMethodName
 }
 
 // State is what the next program need not find out again.
 type State struct {
-	Containers []workload.Container // what is known of running ones; each is looked at again when it is used
+	Containers []workload.Container // facts of running containers, each checked again on use
 }
 
-// State returns what is known of containers.
+// State returns the facts known about containers.
 func (s *Server) State() State {
 	c := s.resolver.containers
 	c.mu.Lock()
@@ -39,7 +40,7 @@ func (s *Server) State() State {
 	return state
 }
 
-// Adopt takes over what another server has known.
+// Adopt takes over the facts of another server.
 func (s *Server) Adopt(state State) {
 	for _, container := range state.Containers {
 		s.resolver.containers.put(container)

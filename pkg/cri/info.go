@@ -8,12 +8,12 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
 
-// infoKey is the key of a verbose status answer under which both containerd and CRI-O put one JSON
-// object. The CRI leaves its content to the runtime.
+// infoKey is the key in a verbose status response under which both containerd and CRI-O put one JSON object. The
+// CRI leaves its content to the runtime.
 const infoKey = "info"
 
-// containerInfo is what we need of the verbose status of a container. containerd gives all of it;
-// CRI-O gives neither runtimeType nor runtimeOptions.
+// containerInfo is the part of a container's verbose status that is needed here. containerd provides all of it;
+// CRI-O provides neither runtimeType nor runtimeOptions.
 type containerInfo struct {
 	SandboxID      string          `json:"sandboxID"`
 	Pid            int             `json:"pid"`
@@ -25,14 +25,14 @@ type containerInfo struct {
 		StdinOnce bool `json:"stdin_once"`
 	} `json:"config"`
 
-	// runc holds the options of runc's shim when they are known from containerd's API.
+	// runc holds the options of runc's shim if containerd's API has provided them.
 	runc *runcOptions
 }
 
-// runcOptions are those options of containerd's runc shim (containerd.runc.v1.Options) that say
-// which OCI runtime it starts. Empty ones mean the shim's defaults.
+// runcOptions are the options of containerd's runc shim (containerd.runc.v1.Options) that select the OCI runtime.
+// Empty options mean the shim's defaults.
 type runcOptions struct {
-	// The verbose status has the Go struct, with the proto field names.
+	// The verbose status encodes the Go struct, with the proto field names.
 	BinaryName string `json:"binary_name"`
 	Root       string `json:"root"`
 }
@@ -51,10 +51,10 @@ func (i containerInfo) runcOptions() (runcOptions, error) {
 	return options, nil
 }
 
-// crioStdinOnceAnnotation of a container's spec is the stdin_once of its ContainerConfig.
+// crioStdinOnceAnnotation, in a container's spec, is the stdin_once of its ContainerConfig.
 const crioStdinOnceAnnotation = "io.kubernetes.cri-o.StdinOnce"
 
-// stdinOnce is stdin_once of the ContainerConfig, false when it is not known.
+// stdinOnce returns stdin_once of the ContainerConfig, or false if unknown.
 func (i containerInfo) stdinOnce() bool {
 	if i.Config != nil {
 		return i.Config.StdinOnce
@@ -62,7 +62,7 @@ func (i containerInfo) stdinOnce() bool {
 	return i.RuntimeSpec != nil && i.RuntimeSpec.Annotations[crioStdinOnceAnnotation] == "true"
 }
 
-// sandboxInfo is what we need of the verbose status of a pod sandbox.
+// sandboxInfo is the part of a pod sandbox's verbose status that is needed here.
 type sandboxInfo struct {
 	Pid         int       `json:"pid"`
 	RuntimeSpec *specInfo `json:"runtimeSpec"`
@@ -74,7 +74,7 @@ type sandboxInfo struct {
 	} `json:"sandboxMetadata"`
 }
 
-// specInfo is the part of an OCI runtime spec that matters here.
+// specInfo is the part of an OCI runtime spec that is needed here.
 type specInfo struct {
 	Process     *specs.Process    `json:"process"`
 	Annotations map[string]string `json:"annotations"`
@@ -87,7 +87,7 @@ type linuxInfo struct {
 	Namespaces  []specs.LinuxNamespace `json:"namespaces"`
 }
 
-// networkNamespace is the path of the network namespace the spec joins, "" when it joins none.
+// networkNamespace returns the path of the network namespace that the spec joins, or "" if it joins none.
 func (s *specInfo) networkNamespace() string {
 	if s == nil || s.Linux == nil {
 		return ""

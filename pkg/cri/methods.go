@@ -5,8 +5,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// Methods are the full names of all methods that the vendored CRI knows, such as
-// "/runtime.v1.RuntimeService/Exec". Methods of a newer CRI are forwarded all the same.
+// Methods returns the full names of all methods of the vendored CRI, such as "/runtime.v1.RuntimeService/Exec".
+// Methods of a newer CRI are forwarded too.
 func Methods() []string {
 	var names []string
 	for _, service := range []grpc.ServiceDesc{runtimeapi.RuntimeService_ServiceDesc, runtimeapi.ImageService_ServiceDesc} {
@@ -20,7 +20,7 @@ func Methods() []string {
 	return names
 }
 
-// unaryMethods are those of Methods with one request and one response.
+// unaryMethods are the Methods with one request and one response.
 var unaryMethods = func() map[string]bool {
 	names := map[string]bool{}
 	for _, service := range []grpc.ServiceDesc{runtimeapi.RuntimeService_ServiceDesc, runtimeapi.ImageService_ServiceDesc} {
@@ -31,7 +31,7 @@ var unaryMethods = func() map[string]bool {
 	return names
 }()
 
-// streamDescs are those of Methods that are streams.
+// streamDescs describes the Methods that are streams.
 var streamDescs = func() map[string]*grpc.StreamDesc {
 	descs := map[string]*grpc.StreamDesc{}
 	for _, service := range []grpc.ServiceDesc{runtimeapi.RuntimeService_ServiceDesc, runtimeapi.ImageService_ServiceDesc} {

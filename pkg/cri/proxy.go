@@ -12,13 +12,13 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// forwardDesc makes a forwarded call of a kind that is not known a bidirectional stream, of which all others
-// are special cases on the wire.
+// forwardDesc describes a forwarded call of unknown kind as a bidirectional stream, of which all other kinds are
+// special cases on the wire.
 var forwardDesc = &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}
 
-// forward carries one call of any kind to the upstream and back without decoding it. Deadline and
-// cancellation travel with the context, a client's half-close with CloseSend, and the upstream's
-// status is returned as it is. An upstream that goes away in the middle has none, and is named.
+// forward relays one call of any kind to the upstream and back without decoding it. Deadline and cancellation
+// travel with the context, a client's half-close with CloseSend. The upstream's status is returned unchanged. If
+// the upstream goes away in the middle there is no status, and the error names the upstream.
 func (s *Server) forward(_ any, client grpc.ServerStream) error {
 	method, ok := grpc.MethodFromServerStream(client)
 	if !ok {
@@ -38,9 +38,8 @@ func (s *Server) forward(_ any, client grpc.ServerStream) error {
 		return err
 	}
 
-	// The upstream may answer, or end the call, before the client has said everything. This
-	// goroutine is not waited for: when forward returns, gRPC ends the client's stream and with it
-	// RecvMsg, and cancel ends SendMsg.
+	// The upstream may answer, or end the call, before the client has finished sending. Do not wait for this
+	// goroutine: when forward returns, gRPC ends the client's stream and thus RecvMsg, and cancel ends SendMsg.
 	go func() {
 		if err := copyRequests(upstream, client); err != nil {
 			cancel()
@@ -49,8 +48,8 @@ func (s *Server) forward(_ any, client grpc.ServerStream) error {
 	return s.upstream.nameEndpoint(copyResponses(client, upstream))
 }
 
-// forwardUnary carries a call that is known to be unary, as nearly all are: on either side what
-// belongs together leaves with one write, and no goroutine is needed.
+// forwardUnary relays a call that is known to be unary, as nearly all are. Each side sends its part in one write,
+// and no goroutine is needed.
 func (s *Server) forwardUnary(client grpc.ServerStream, method string) error {
 	var request, response frame
 	if err := client.RecvMsg(&request); err != nil {
@@ -68,8 +67,8 @@ func (s *Server) forwardUnary(client grpc.ServerStream, method string) error {
 	return client.SendMsg(&response)
 }
 
-// invokeUpstream makes a unary call as the client has made it and prepares the metadata of our own
-// answer. The context is that of the client's call; both frames stay the caller's.
+// invokeUpstream makes a unary call as the client made it and prepares the metadata of our own response. The
+// context is that of the client's call. Both frames remain the caller's.
 func (s *Server) invokeUpstream(ctx context.Context, method string, request, response *frame) error {
 	var header, trailer metadata.MD
 	err := s.upstream.conn.Invoke(outgoing(ctx), method, request, response,
@@ -83,8 +82,8 @@ func (s *Server) invokeUpstream(ctx context.Context, method string, request, res
 	return err
 }
 
-// copyRequests returns nil after the client's half-close, or when the upstream has ended the call
-// and copyResponses is about to learn why.
+// copyRequests returns nil after the client's half-close, or when the upstream has ended the call: copyResponses
+// then gets the reason.
 func copyRequests(upstream grpc.ClientStream, client grpc.ServerStream) error {
 	for {
 		var message frame
@@ -107,8 +106,8 @@ func copyRequests(upstream grpc.ClientStream, client grpc.ServerStream) error {
 }
 
 func copyResponses(client grpc.ServerStream, upstream grpc.ClientStream) error {
-	// Sent at once and not with the first message: a watch may have its first message hours later.
-	// nil means that the answer has trailers only, and so shall ours.
+	// Send headers at once rather than with the first message: a watch may have its first message hours later. nil
+	// means that the response has only trailers, and so must ours.
 	header, err := upstream.Header()
 	if err != nil {
 		return err
@@ -136,7 +135,7 @@ func copyResponses(client grpc.ServerStream, upstream grpc.ClientStream) error {
 	}
 }
 
-// outgoing turns the metadata a client sent into metadata for the upstream.
+// outgoing turns the metadata that a client sent into metadata for the upstream.
 func outgoing(ctx context.Context) context.Context {
 	received, ok := metadata.FromIncomingContext(ctx)
 	if !ok {
@@ -145,9 +144,9 @@ func outgoing(ctx context.Context) context.Context {
 	return metadata.NewOutgoingContext(ctx, withoutReserved(received))
 }
 
-// forwardOptions are those of a call to the upstream that shall look as the client's own call does. The context
-// is the client's. What gRPC gives no way to pass on is the user agent, which is that of a Go client, and that a client
-// takes no compressed answers: gzip is offered, as kubelet and crictl offer it.
+// forwardOptions makes a call to the upstream look like the client's own. The context is the client's. gRPC offers
+// no way to pass on two things: the user agent, which is that of a Go client, and that a client accepts no
+// compressed responses: gzip is offered, as kubelet and crictl do.
 func forwardOptions(ctx context.Context) []grpc.CallOption {
 	options := []grpc.CallOption{grpc.ForceCodecV2(codec)}
 	// gRPC keeps grpc-encoding out of the metadata; its own streams know it.
@@ -158,9 +157,9 @@ func forwardOptions(ctx context.Context) []grpc.CallOption {
 	return options
 }
 
-// withoutReserved drops what belongs to one connection and not to the call: HTTP/2 pseudo headers
-// and what gRPC itself writes (gRPC over HTTP2, "Requests": names with the prefix grpc- are
-// reserved). The binary ones, such as grpc-trace-bin, belong to the call.
+// withoutReserved drops metadata that belongs to one connection rather than to the call: HTTP/2 pseudo headers and
+// what gRPC itself writes (gRPC over HTTP2, "Requests": names with the prefix grpc- are reserved). The binary
+// ones, such as grpc-trace-bin, belong to the call.
 func withoutReserved(md metadata.MD) metadata.MD {
 	out := make(metadata.MD, len(md))
 	for key, values := range md {

@@ -20,14 +20,14 @@ import (
 // resolver finds out about containers and sandboxes by asking the upstream.
 type resolver struct {
 	upstream   *Upstream
-	containerd *containerd.Client // used when the upstream is containerd
+	containerd *containerd.Client // used if the upstream is containerd
 	log        *slog.Logger
 	containers *containerCache
 	lookPath   func(string) (string, error) // absolute path of a binary
 
 	mu          sync.Mutex
-	runtimeName string              // of Version, "" until it is known
-	warned      map[string]struct{} // container IDs warnRelayed has written about
+	runtimeName string              // from Version; "" until known
+	warned      map[string]struct{} // ids of containers that warnRelayed has reported
 }
 
 // maxWarned bounds resolver.warned.
@@ -56,9 +56,8 @@ func lookPath(binary string) (string, error) {
 	return filepath.Abs(path)
 }
 
-// running resolves a container, by its full ID or as much of it as is unique, and makes sure that it
-// runs. The error is a gRPC status: the upstream's own for an ID it does not know, FailedPrecondition
-// for a container that does not run.
+// running resolves a container by its full id or a unique prefix, and checks that it runs. The error is a gRPC
+// status: the upstream's own for an unknown id, FailedPrecondition for a container that does not run.
 func (r *resolver) running(ctx context.Context, id string) (workload.Container, error) {
 	if container, ok := r.containers.get(id); ok {
 		return container, nil
@@ -90,7 +89,7 @@ func (r *resolver) running(ctx context.Context, id string) (workload.Container, 
 	if labelsErr != nil {
 		r.log.Debug("the labels of the container's pod are not known", "container", container.ContainerID, "error", labelsErr)
 	}
-	// What cannot be found out may be known at the next call: not cached.
+	// Do not cache what is incomplete: the next call may find out more.
 	if factsErr != nil {
 		r.warnRelayed(container, factsErr)
 		return container, nil
@@ -102,7 +101,7 @@ func (r *resolver) running(ctx context.Context, id string) (workload.Container, 
 	return container, nil
 }
 
-// isTransient tells whether a question may have an answer when asked again.
+// isTransient reports whether asking again may help.
 func isTransient(err error) bool {
 	switch status.Code(err) {
 	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
@@ -111,16 +110,16 @@ func isTransient(err error) bool {
 	return false
 }
 
-// errNoSandbox is what addPodLabels answers where the runtime tells of no sandbox.
+// errNoSandbox is returned by addPodLabels if the runtime does not name the sandbox.
 var errNoSandbox = errors.New("the runtime does not say which sandbox is the container's")
 
-// neverTold tells whether a runtime that was asked for labels does not have them, however often it is asked.
+// neverTold reports whether a runtime will not return labels however often it is asked.
 func neverTold(err error) bool {
 	return errors.Is(err, errNoSandbox) || status.Code(err) == codes.Unimplemented
 }
 
-// addPodLabels adds the labels of the container's sandbox, which do not change in its life. A
-// runtime whose verbose status does not name the sandbox is asked for it.
+// addPodLabels adds the labels of the container's sandbox, which never change. If the verbose status did not name
+// the sandbox, it asks the runtime for it.
 func (r *resolver) addPodLabels(ctx context.Context, container *workload.Container) error {
 	if container.SandboxID == "" {
 		list, err := r.upstream.runtime.ListContainers(ctx, &runtimeapi.ListContainersRequest{
@@ -146,7 +145,7 @@ func (r *resolver) addPodLabels(ctx context.Context, container *workload.Contain
 	return nil
 }
 
-// knownLabels is never nil, which would mean that the labels are not known.
+// knownLabels never returns nil, which would mean unknown labels.
 func knownLabels(labels map[string]string) map[string]string {
 	if labels == nil {
 		return map[string]string{}
@@ -154,8 +153,8 @@ func knownLabels(labels map[string]string) map[string]string {
 	return labels
 }
 
-// warnRelayed writes once about a container that should have been served here and is not. Such a
-// container may have a probe a second.
+// warnRelayed logs once about a container that should be served here but is not. Such a container may have a probe
+// every second.
 func (r *resolver) warnRelayed(container workload.Container, reason error) {
 	r.mu.Lock()
 	_, done := r.warned[container.ContainerID]
@@ -170,7 +169,8 @@ func (r *resolver) warnRelayed(container workload.Container, reason error) {
 	}
 }
 
-// addFacts adds what the upstream says about the runtime and the process. After an error the container has no Runtime.
+// addFacts adds what the upstream says about the runtime and the process. On an error the container has no
+// Runtime.
 func (r *resolver) addFacts(ctx context.Context, container *workload.Container, verbose map[string]string) error {
 	info, err := r.containerInfo(ctx, container.ContainerID, verbose)
 	if err != nil {
@@ -200,14 +200,13 @@ func (r *resolver) addFacts(ctx context.Context, container *workload.Container, 
 	}
 	container.InitStartTime, err = initStartTime(container.InitPid, container.ContainerID)
 	if err != nil {
-		// Not seen in our /proc: usable, but to be asked for again at every call.
+		// Not visible in our /proc: usable, but to be asked for again at every call.
 		r.log.Debug("the container's init process cannot be watched", "container", container.ContainerID, "error", err)
 	}
 	return nil
 }
 
-// containerInfo is what the verbose status says, and with containerd its own API, which has the last
-// word.
+// containerInfo returns what the verbose status says. With containerd, its own API takes precedence.
 func (r *resolver) containerInfo(ctx context.Context, id string, verbose map[string]string) (containerInfo, error) {
 	info, err := parseContainerInfo(verbose)
 	name, nameErr := r.upstreamName(ctx)
@@ -242,7 +241,7 @@ func (r *resolver) ociRuntime(ctx context.Context, id string, info containerInfo
 	return ociRuntime{kind: name}, nil
 }
 
-// upstreamName is the name the upstream gives itself, asked for once.
+// upstreamName returns the name that the upstream gives itself, which is asked for once.
 func (r *resolver) upstreamName(ctx context.Context) (string, error) {
 	r.mu.Lock()
 	name := r.runtimeName
@@ -260,9 +259,9 @@ func (r *resolver) upstreamName(ctx context.Context) (string, error) {
 	return r.runtimeName, nil
 }
 
-// readySandbox resolves a pod sandbox and makes sure that it is ready. The error is a gRPC status:
-// the upstream's own for an ID it does not know, FailedPrecondition for a sandbox that is not ready
-// or whose network namespace cannot be found.
+// readySandbox resolves a pod sandbox and checks that it is ready. The error is a gRPC status: the upstream's own
+// for an unknown id, FailedPrecondition for a sandbox that is not ready or whose network namespace cannot be
+// found.
 func (r *resolver) readySandbox(ctx context.Context, id string) (workload.Sandbox, error) {
 	response, err := r.upstream.runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: id, Verbose: true})
 	if err != nil {
@@ -291,8 +290,8 @@ func (r *resolver) readySandbox(ctx context.Context, id string) (workload.Sandbo
 		sandbox.NetworkNamespace = info.RuntimeSpec.networkNamespace()
 	}
 	if sandbox.NetworkNamespace == "" {
-		// A sandbox that is no container of its own, as with containerd's external sandbox
-		// controllers: its containers join the same namespace.
+		// The sandbox is not a container itself, as with containerd's external sandbox controllers. Its containers
+		// join the same namespace.
 		sandbox.NetworkNamespace, err = r.containerNetworkNamespace(ctx, sandbox.SandboxID)
 		if err != nil {
 			return workload.Sandbox{}, status.Errorf(codes.FailedPrecondition, "the network namespace of pod sandbox %q cannot be found: %v", id, errors.Join(infoErr, err))
@@ -301,8 +300,7 @@ func (r *resolver) readySandbox(ctx context.Context, id string) (workload.Sandbo
 	return sandbox, nil
 }
 
-// containerNetworkNamespace is the network namespace that the first running container of a sandbox
-// joined.
+// containerNetworkNamespace returns the network namespace that a sandbox's first running container joined.
 func (r *resolver) containerNetworkNamespace(ctx context.Context, sandboxID string) (string, error) {
 	list, err := r.upstream.runtime.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
 		PodSandboxId: sandboxID,

@@ -6,20 +6,19 @@ import (
 	"strings"
 )
 
-// containerdRuncRoot is the shim's root for runc when its options name none. It does not move with
-// containerd's own state directory.
+// containerdRuncRoot is the shim's root for runc if its options name none. It does not follow containerd's own
+// state directory.
 const containerdRuncRoot = "/run/containerd/runc"
 
-// ociRuntime is the OCI runtime of one container. Without a binary, processes cannot be started with
-// it from here.
+// ociRuntime is the OCI runtime of one container. Without a binary, it cannot start processes from here.
 type ociRuntime struct {
-	kind   string // Container.RuntimeType
+	kind   string // see workload.Container.RuntimeType
 	binary string // absolute path
 	root   string
 }
 
-// containerdRuntime finds the OCI runtime behind a containerd container. A runtime type other than
-// runc's shim is no error, it has no binary.
+// containerdRuntime finds the OCI runtime behind a containerd container. A runtime type other than runc's shim is
+// not an error, but has no binary.
 func (r *resolver) containerdRuntime(info containerInfo) (ociRuntime, error) {
 	runtime := ociRuntime{kind: info.RuntimeType}
 	if !runcShim(info.RuntimeType) {
@@ -47,14 +46,13 @@ func (r *resolver) containerdRuntime(info containerInfo) (ociRuntime, error) {
 	return runtime, nil
 }
 
-// runcShim says whether containerd's runtime type is the shim for runc and what is like it.
+// runcShim reports whether containerd's runtime type is the shim for runc and compatible runtimes.
 func runcShim(runtimeType string) bool {
 	return runtimeType == "io.containerd.runc.v2" || runtimeType == "io.containerd.runc.v1"
 }
 
-// runcCompatible sorts out binaries that understand runc's command line and still do something
-// else: gVisor's and Kata's processes live in a kernel of their own, where a pid of theirs means
-// nothing to us and no pipe of ours can be inherited.
+// runcCompatible excludes binaries that understand runc's command line but behave differently: processes of gVisor
+// and Kata live in a kernel of their own, where their pids mean nothing to us and our pipes cannot be inherited.
 func runcCompatible(binary string) bool {
 	name := filepath.Base(binary)
 	return !strings.HasPrefix(name, "runsc") && !strings.HasPrefix(name, "kata-")

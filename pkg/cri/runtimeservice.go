@@ -20,9 +20,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// runtimeServiceDesc names the methods that are answered here and no others: a method that is
-// missing from it reaches the UnknownServiceHandler, while one that is registered and not written
-// would be answered with Unimplemented.
+// runtimeServiceDesc lists only the methods that are answered here: a missing method reaches the
+// UnknownServiceHandler, while one that is registered but not implemented would be answered with Unimplemented.
 var runtimeServiceDesc = grpc.ServiceDesc{
 	ServiceName: runtimeapi.RuntimeService_ServiceDesc.ServiceName,
 	HandlerType: (*any)(nil),
@@ -34,8 +33,8 @@ var runtimeServiceDesc = grpc.ServiceDesc{
 	},
 }
 
-// unaryMethod describes a method whose handler gets the request as bytes: it may have to pass them
-// on, and fields newer than our cri-api are read from them.
+// unaryMethod describes a method whose handler gets the request as bytes: it may have to pass them on, and reads
+// fields from them that are newer than our cri-api.
 func unaryMethod(fullName, name string, handle func(*Server, context.Context, []byte) (any, error)) grpc.MethodDesc {
 	return grpc.MethodDesc{
 		MethodName: name,
@@ -127,14 +126,14 @@ func (s *Server) attach(ctx context.Context, raw []byte) (any, error) {
 	return &runtimeapi.AttachResponse{Url: url}, nil
 }
 
-// streamingMethods are the calls that are answered with a URL for the streams of a command.
+// streamingMethods are the calls that are answered with a streaming URL.
 var streamingMethods = map[session.Kind]string{
 	session.Exec:   runtimeapi.RuntimeService_Exec_FullMethodName,
 	session.Attach: runtimeapi.RuntimeService_Attach_FullMethodName,
 }
 
-// StreamingURL asks the upstream for its own streaming URL of an exec or attach, with the client's call as it
-// came and in its trace.
+// StreamingURL asks the upstream for its own streaming URL of an exec or attach, with the client's unchanged call
+// and within its trace.
 func (u *Upstream) StreamingURL(ctx context.Context, kind session.Kind, call []byte, trace map[string]string) (string, error) {
 	response := &runtimeapi.ExecResponse{} // an AttachResponse has the same field
 	err := u.conn.Invoke(withTrace(ctx, trace), streamingMethods[kind], newFrame(call), response, grpc.ForceCodecV2(codec))
@@ -218,10 +217,10 @@ func (s *Server) execSync(ctx context.Context, raw []byte) (any, error) {
 
 // execSyncError says why a command has no exit code.
 //
-// A command that could not be started is an error and not an exit code of 127: the kubelet throws a
-// probe's result away after an error and counts an exit code as a failed probe (prober.runProbe), so
-// that the exit code would restart containers that have run for years with a mistyped liveness
-// probe. containerd and CRI-O answer Unknown, too.
+// A command that could not be started is reported as an error, not as exit code 127. The kubelet discards a
+// probe's result after an error but counts an exit code as a failed probe (prober.runProbe). So the exit code
+// would restart containers that have run for years with a mistyped liveness probe. containerd and CRI-O return
+// Unknown, too.
 func execSyncError(ctx context.Context, timeout time.Duration, err error) error {
 	if ctx.Err() != nil {
 		return status.FromContextError(ctx.Err()).Err()
@@ -248,7 +247,7 @@ func (s *Server) streamError(err error) error {
 	return status.Error(code, err.Error())
 }
 
-// decode decodes a request and the environment variables in it.
+// decode decodes a request together with its environment variables.
 func decode(raw []byte, request proto.Message, envsField protowire.Number) ([]string, error) {
 	name := request.ProtoReflect().Descriptor().Name()
 	if err := proto.Unmarshal(raw, request); err != nil {
@@ -261,7 +260,7 @@ func decode(raw []byte, request proto.Message, envsField protowire.Number) ([]st
 	return envs, nil
 }
 
-// streamsRequest is what Exec and Attach requests have in common.
+// streamsRequest is the common part of Exec and Attach requests.
 type streamsRequest interface {
 	GetStdin() bool
 	GetStdout() bool
@@ -269,7 +268,7 @@ type streamsRequest interface {
 	GetTty() bool
 }
 
-// validateStreams keeps to the CRI's comments on ExecRequest and AttachRequest.
+// validateStreams checks a request as the CRI's comments on ExecRequest and AttachRequest demand.
 func validateStreams(request streamsRequest) error {
 	if request.GetTty() && request.GetStderr() {
 		return status.Error(codes.InvalidArgument, "tty and stderr cannot both be true")

@@ -16,45 +16,43 @@ import (
 	"github.com/streamshim/streamshim/pkg/cri/internal/quiet"
 )
 
-// keepaliveMinTime is how often a client may ping. gRPC's own default, five minutes, ends
-// connections that the upstream itself might allow.
+// keepaliveMinTime is how often a client may ping. gRPC's default of five minutes ends connections that the
+// upstream itself might allow.
 const keepaliveMinTime = time.Second
 
-// callWorkers is how many goroutines wait for calls, with stacks that have grown to what a call takes;
-// calls beyond them get one of their own. Together with forwardUnary it saves a ninth of the time that
-// forwarding a small call takes.
+// callWorkers is the number of goroutines that wait for calls, with stacks already grown to what a call needs.
+// Further calls get goroutines of their own. Together with forwardUnary this saves a ninth of the time for
+// forwarding a small call.
 const callWorkers = 4
 
-// Config is what a Server needs. Upstream, Streams and Runner are required.
+// Config configures a Server. Upstream, Streams and Runner are required.
 type Config struct {
 	Upstream *Upstream
 	Streams  StreamServer
 	Runner   Runner
 
-	// StreamErrorCode says which code an error of Streams is for a client: ResourceExhausted when
-	// too many URLs wait to be redeemed, Unavailable when the server is shutting down. Nil, and
-	// codes.OK, mean that the error is an internal one.
+	// StreamErrorCode maps an error of Streams to a code for the client: ResourceExhausted if too many URLs wait
+	// to be redeemed, Unavailable if the server is shutting down. If it is nil or returns codes.OK, the error is
+	// internal.
 	StreamErrorCode func(error) codes.Code
 
-	// MaxMessageSize bounds one message from a client, in bytes; 0 means DefaultMaxMessageSize.
+	// MaxMessageSize bounds one message from a client, in bytes. 0 means DefaultMaxMessageSize.
 	MaxMessageSize int
 
-	// Logger gets one debug record for each call. Nil means none.
+	// Logger gets one debug record per call. Nil disables it.
 	Logger *slog.Logger
-	// BeginSync is asked before each ExecSync, whoever serves it. An error refuses it and is treated
-	// like one of Streams; end is called once with how it went and how many bytes of output it gave.
-	// Nil means that nobody asks.
+	// BeginSync is called before each ExecSync, whoever serves it. An error refuses the call and is treated like
+	// one of Streams. end is called once with the outcome and the number of bytes of output. Nil admits all.
 	BeginSync BeginSyncFunc
-	// Observe is called at the end of each call with its full method ("/runtime.v1.RuntimeService/Exec"),
-	// also of methods that nobody knows: bound the names before they become labels. It must not
-	// block. Nil means none.
+	// Observe is called at the end of each call with its full method ("/runtime.v1.RuntimeService/Exec"). That
+	// includes unknown methods: bound the names before using them as labels. It must not block. Nil disables it.
 	Observe func(method string, code codes.Code, duration time.Duration)
-	// Trace is asked for a span for each call that is answered here. Nil means none; the client's
-	// own trace context then goes on to the session.
+	// Trace creates a span for each call that is answered here. Nil disables it; the client's own trace context
+	// then passes to the session.
 	Trace TraceFunc
 }
 
-// Server serves the CRI. Its methods may be called from several goroutines.
+// Server serves the CRI. Its methods are safe for concurrent use.
 type Server struct {
 	upstream        *Upstream
 	streams         StreamServer
@@ -70,8 +68,8 @@ type Server struct {
 	server   *quiet.Server
 }
 
-// NewServer makes a server that does not listen yet. The caller ends it with Shutdown, whether it has
-// served or not, and closes what is in the config, which the server does not own, after that.
+// NewServer returns a server that does not listen yet. The caller must call Shutdown, whether or not the server
+// has served, and only then close what is in config, which the server does not own.
 func NewServer(config Config) (*Server, error) {
 	if config.Upstream == nil || config.Streams == nil || config.Runner == nil {
 		return nil, errors.New("cri: a server needs an upstream, a stream server and a runner")
@@ -102,7 +100,7 @@ func NewServer(config Config) (*Server, error) {
 		grpc.UnknownServiceHandler(s.forward),
 		grpc.NumStreamWorkers(callWorkers),
 		grpc.MaxRecvMsgSize(maxMessageSize),
-		// What the upstream connection let in may go out.
+		// Whatever the upstream connection let in may go out.
 		grpc.MaxSendMsgSize(max(maxMessageSize, DefaultMaxMessageSize)),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveMinTime, PermitWithoutStream: true}),
 		grpc.UnaryInterceptor(s.observeUnary),
@@ -126,8 +124,8 @@ func (s *Server) Serve(listener net.Listener) error {
 	return nil
 }
 
-// Shutdown stops accepting calls and waits for those that run until ctx is done, then breaks them
-// off. Watches such as GetContainerEvents never end by themselves.
+// Shutdown stops accepting calls and waits for those in progress until ctx is done, then breaks them off. Watches
+// such as GetContainerEvents never end by themselves.
 func (s *Server) Shutdown(ctx context.Context) { s.server.Shutdown(ctx) }
 
 func (s *Server) observeUnary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {

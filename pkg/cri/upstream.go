@@ -21,23 +21,22 @@ import (
 )
 
 const (
-	// DefaultMaxMessageSize bounds one gRPC message in either direction, in bytes. The kubelet takes
-	// at most 16 MiB; the room above is for other clients.
+	// DefaultMaxMessageSize bounds one gRPC message in either direction, in bytes. The kubelet accepts at most 16
+	// MiB; the rest is for other clients.
 	DefaultMaxMessageSize = 64 << 20
 
 	// A restarted runtime must be found again within about a second.
 	reconnectBaseDelay = 100 * time.Millisecond
 	reconnectMaxDelay  = time.Second
-	// connectTimeout bounds one attempt to connect, including the HTTP/2 preface.
+	// connectTimeout bounds one connection attempt, including the HTTP/2 preface.
 	connectTimeout = 3 * time.Second
 	// readyTimeout is how long a call waits for a connection to an upstream that accepts again.
 	readyTimeout = time.Second
 )
 
-// Upstream is the connection to the container runtime's own CRI socket. It is made at the first
-// call and survives restarts of the runtime: while the runtime is away calls fail at once with
-// codes.Unavailable, and the first call after its return works. Its methods may be called from
-// several goroutines.
+// Upstream is the connection to the container runtime's own CRI socket. It connects at the first call and survives
+// restarts of the runtime: while the runtime is away, calls fail at once with codes.Unavailable, and the first
+// call after its return works. Its methods are safe for concurrent use.
 type Upstream struct {
 	endpoint string
 	path     string
@@ -45,9 +44,9 @@ type Upstream struct {
 	runtime  runtimeapi.RuntimeServiceClient
 }
 
-// NewUpstream prepares the connection to a runtime endpoint, "unix:///run/containerd/containerd.sock"
-// or a plain absolute path. It does not connect. maxMessageSize is in bytes; 0 means
-// DefaultMaxMessageSize. The caller closes the Upstream.
+// NewUpstream prepares the connection to a runtime endpoint, "unix:///run/containerd/containerd.sock" or a plain
+// absolute path. It does not connect. maxMessageSize is in bytes; 0 means DefaultMaxMessageSize. The caller must
+// close the Upstream.
 func NewUpstream(address string, maxMessageSize int) (*Upstream, error) {
 	path, err := endpoint.Path(address)
 	if err != nil {
@@ -59,8 +58,8 @@ func NewUpstream(address string, maxMessageSize int) (*Upstream, error) {
 	u := &Upstream{endpoint: "unix://" + path, path: path}
 	u.conn, err = grpc.NewClient(u.endpoint,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		// What the kubelet sends; the default, the escaped path of the socket, is refused by servers
-		// that check it.
+		// This is what the kubelet sends. Servers that check it refuse the default, the escaped path of the
+		// socket.
 		grpc.WithAuthority("localhost"),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff: backoff.Config{
@@ -72,8 +71,8 @@ func NewUpstream(address string, maxMessageSize int) (*Upstream, error) {
 			MinConnectTimeout: connectTimeout,
 		}),
 		grpc.WithIdleTimeout(0),
-		// A call may change the node's state: whether to repeat it is the caller's decision. What gRPC
-		// knows the upstream has not seen is still sent again.
+		// A call may change the node's state, so only the caller may decide to repeat it. gRPC still resends calls
+		// that the upstream certainly has not seen.
 		grpc.WithDisableRetry(),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithDefaultCallOptions(
@@ -101,22 +100,22 @@ func NewUpstream(address string, maxMessageSize int) (*Upstream, error) {
 	return u, nil
 }
 
-// Endpoint is the upstream's address, always in the form unix:///path.
+// Endpoint returns the upstream's address, always in the form unix:///path.
 func (u *Upstream) Endpoint() string { return u.endpoint }
 
-// Version asks for the upstream's version by the way of forwarded calls: when it fails, so does all else.
+// Version returns the upstream's version. It takes the path of forwarded calls, so it fails if those do.
 func (u *Upstream) Version(ctx context.Context) (*runtimeapi.VersionResponse, error) {
 	response := &runtimeapi.VersionResponse{}
 	return response, u.callForwarded(ctx, runtimeapi.RuntimeService_Version_FullMethodName, &runtimeapi.VersionRequest{}, response)
 }
 
-// Status asks for the upstream's conditions, by the same way.
+// Status returns the upstream's conditions, by the same path.
 func (u *Upstream) Status(ctx context.Context) (*runtimeapi.StatusResponse, error) {
 	response := &runtimeapi.StatusResponse{}
 	return response, u.callForwarded(ctx, runtimeapi.RuntimeService_Status_FullMethodName, &runtimeapi.StatusRequest{}, response)
 }
 
-// callForwarded makes a call of our own as if a client had made it and it were forwarded.
+// callForwarded makes a call of our own as if it were a client's that is forwarded.
 func (u *Upstream) callForwarded(ctx context.Context, method string, request, response proto.Message) error {
 	encoded, err := proto.Marshal(request)
 	if err != nil {
@@ -134,16 +133,16 @@ func (u *Upstream) callForwarded(ctx context.Context, method string, request, re
 	return nil
 }
 
-// Close ends the connection and every call on it.
+// Close closes the connection and ends every call on it.
 func (u *Upstream) Close() error { return u.conn.Close() }
 
-// ready waits for the connection, so that a call is made only on one that works: gRPC would let it fail with
-// an earlier attempt's error, also while the connection's state does not tell yet that the attempt has failed.
+// ready waits for a working connection before a call is made. Otherwise gRPC could fail the call with an earlier
+// attempt's error, even while the connection's state does not yet show that the attempt has failed.
 func (u *Upstream) ready(ctx context.Context) error {
 	for {
 		state := u.conn.GetState()
 		switch state {
-		case connectivity.Ready, connectivity.Shutdown: // of which the call's own error tells
+		case connectivity.Ready, connectivity.Shutdown: // the call's own error will tell
 			return nil
 		case connectivity.TransientFailure:
 			return u.reconnect(ctx)
@@ -156,9 +155,9 @@ func (u *Upstream) ready(ctx context.Context) error {
 	}
 }
 
-// reconnect makes a call not suffer from a pause between connection attempts, which lasts for up to a
-// second after the runtime is back. A refused connection to a Unix socket costs some microseconds, so the
-// calls themselves find out.
+// reconnect keeps calls from suffering the pause between connection attempts, which lasts up to a second after the
+// runtime is back. A refused connection to a Unix socket costs only microseconds, so the calls themselves probe
+// for it.
 func (u *Upstream) reconnect(ctx context.Context) error {
 	dialer := net.Dialer{Timeout: readyTimeout}
 	probe, err := dialer.DialContext(ctx, "unix", u.path)
@@ -184,8 +183,8 @@ func (u *Upstream) reconnect(ctx context.Context) error {
 	}
 }
 
-// nameEndpoint says in a failure to reach the upstream whom it was that could not be reached. What an upstream
-// that can be reached answers is left as it is.
+// nameEndpoint adds the upstream's name to a failure to reach it. It leaves responses of a reachable upstream
+// unchanged.
 func (u *Upstream) nameEndpoint(err error) error {
 	s, ok := status.FromError(err)
 	if !ok || s.Code() != codes.Unavailable || strings.Contains(s.Message(), u.endpoint) {

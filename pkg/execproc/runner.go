@@ -376,7 +376,7 @@ func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher
 	}
 	started := false
 	defer func() {
-		intent.Close() //nolint:errcheck // not synced to disk, so nothing is lost
+		intent.Close() //nolint:errcheck // nothing waits for it to reach the disk
 		if !started {
 			os.Remove(p.record)
 		}

@@ -10,19 +10,20 @@ import (
 	"google.golang.org/grpc"
 )
 
-// generation is a gRPC server between two quiet moments. gRPC tells its clients that it goes (GOAWAY) only when
-// it ends for good, so that who serves on after a hand-over that failed, or the calls of which take too long, has a new one.
+// generation is a gRPC server between two quiet moments. gRPC tells its clients to leave (GOAWAY) only when it
+// shuts down for good. So serving again, after a failed hand-over or when calls take too long to end, needs a new
+// one.
 type generation struct {
 	grpc    *grpc.Server
 	conns   chan net.Conn
-	closed  chan struct{} // gRPC accepts nothing any more
+	closed  chan struct{} // closed when gRPC must accept nothing more
 	close   sync.Once
-	served  chan struct{} // grpc.Serve has returned
-	drained chan struct{} // the last connection has ended, once drain was called
+	served  chan struct{} // closed when grpc.Serve has returned
+	drained chan struct{} // closed when the last connection has ended after drain
 
 	mu      sync.Mutex
-	waiting int           // connections that gRPC has been given and has not begun with
-	begun   chan struct{} // closed when there are none; nil unless somebody waits for that
+	waiting int           // connections that gRPC has not begun to handle
+	begun   chan struct{} // closed when waiting is 0; nil unless someone waits
 }
 
 func (s *Server) newGeneration() *generation {
@@ -32,7 +33,7 @@ func (s *Server) newGeneration() *generation {
 	}
 	go func() {
 		defer close(g.served)
-		g.grpc.Serve(g) //nolint:errcheck // ends with the generation, and its Accept does not fail before
+		g.grpc.Serve(g) //nolint:errcheck // ends with the generation; its Accept does not fail before
 	}()
 	return g
 }
@@ -53,11 +54,10 @@ func (g *generation) Close() error {
 	return nil
 }
 
-// Addr implements net.Listener.
 func (g *generation) Addr() net.Addr { return &net.UnixAddr{Name: "cri", Net: "unix"} }
 
-// generationConn tells its generation when gRPC begins with it, which is by a deadline for the handshake. One that it has
-// accepted and not begun with would be closed by GracefulStop, and its client's call fail.
+// generationConn tells its generation when gRPC begins to handle it, which sets a deadline for the handshake.
+// GracefulStop would close a connection that was accepted but not begun, and its client's call would fail.
 type generationConn struct {
 	net.Conn
 	generation *generation
@@ -90,7 +90,7 @@ func (g *generation) begin() {
 	}
 }
 
-// awaitBegun waits until gRPC has begun with all connections.
+// awaitBegun waits until gRPC has begun to handle all connections.
 func (g *generation) awaitBegun(ctx context.Context) {
 	g.mu.Lock()
 	if g.waiting == 0 {
@@ -108,7 +108,7 @@ func (g *generation) awaitBegun(ctx context.Context) {
 	}
 }
 
-// drain tells clients to go elsewhere with their next call and lets those under way come to their end.
+// drain tells clients to make new calls elsewhere, and lets calls in progress finish.
 func (g *generation) drain() {
 	go func() {
 		defer close(g.drained)
@@ -117,7 +117,7 @@ func (g *generation) drain() {
 	}()
 }
 
-// stop breaks off what is under way. drain was called before.
+// stop breaks off the calls in progress. drain must have been called before.
 func (g *generation) stop() {
 	g.grpc.Stop()
 	<-g.drained
@@ -140,7 +140,7 @@ func (s *Server) Serve(listener net.Listener) error {
 			s.give(conn)
 		case s.stopping.Err() != nil:
 			return nil
-		case errors.As(err, &temporary) && temporary.Temporary(): // no descriptor is free
+		case errors.As(err, &temporary) && temporary.Temporary(): // no free descriptor
 			timer := time.NewTimer(pause)
 			select {
 			case <-timer.C:
@@ -168,7 +168,7 @@ func (s *Server) begin(listener net.Listener) bool {
 	return true
 }
 
-// give hands a connection to the generation that serves. Without one, which is after Shutdown, it is closed.
+// give passes a connection to the current generation. After Shutdown there is none, and it closes the connection.
 func (s *Server) give(conn net.Conn) {
 	s.mu.Lock()
 	g := s.current
@@ -184,8 +184,8 @@ func (s *Server) give(conn net.Conn) {
 	conn.Close()
 }
 
-// Shutdown stops accepting calls and waits for those that run until ctx is done, then breaks them
-// off. Watches such as GetContainerEvents never end by themselves.
+// Shutdown stops accepting calls and waits for those in progress until ctx is done, then breaks them off. Watches
+// such as GetContainerEvents never end by themselves.
 func (s *Server) Shutdown(ctx context.Context) {
 	s.stop()
 	s.mu.Lock()

@@ -1,4 +1,5 @@
-// Package quiet is a gRPC server that comes to points at which no call is under way, and serves again from there.
+// Package quiet provides a gRPC server that can reach points at which no call is in progress, and serve again from
+// there.
 package quiet
 
 import (
@@ -13,38 +14,39 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// What Quiesce holds calls to.
+// Limits of Quiesce.
 const (
-	// quietPatience is how long a moment without any call is waited for. A node with many probes has none.
+	// quietPatience is how long to wait for a moment without any call. A node with many probes has none.
 	quietPatience = time.Second
-	// shortCall is how old the calls under way may be, because most calls are short, and one that is young is likely
-	// to be over soon. On a machine where all take longer it grows to half of the time that Quiesce has waited.
+	// shortCall is the age up to which calls in progress are expected to end soon, because most calls are short.
+	// On a machine where all take longer, it grows to half of the time that Quiesce has waited.
 	shortCall = 100 * time.Millisecond
-	// drainPatience is how long new calls may have to wait for those under way. It grows by a quarter of the time that
-	// Quiesce has waited, to maxDrainPatience: a call that waits is better than one that is broken off.
+	// drainPatience is how long new calls may have to wait for those in progress. It grows by a quarter of the
+	// time that Quiesce has waited, up to maxDrainPatience: a call that waits is better than one that is broken
+	// off.
 	drainPatience    = 300 * time.Millisecond
 	maxDrainPatience = 5 * time.Second
-	// beginPatience is for gRPC to take notice of connections.
+	// beginPatience is how long gRPC may take to notice new connections.
 	beginPatience = time.Second
-	// watchPause is before a watch is ended that comes while the others are: the client has not read yet
-	// that it is to go elsewhere.
+	// watchPause delays the end of a watch that arrives while the others are being ended: its client has not read
+	// the GOAWAY yet.
 	watchPause = 50 * time.Millisecond
 )
 
-// ErrReplaced ends watches and, after the limit, calls.
+// ErrReplaced ends watches and, after the limit, other calls.
 var ErrReplaced = status.Error(codes.Unavailable, "streamshim is being replaced by another version: call again")
 
-// calls are those under way.
+// calls tracks the calls in progress.
 type calls struct {
 	mu      sync.Mutex
 	under   map[*call]struct{}
-	ending  bool          // watches are to end
-	changed chan struct{} // closed when a call ends; nil unless somebody waits for that
+	ending  bool          // watches are being ended
+	changed chan struct{} // closed when a call ends; nil unless someone waits
 }
 
 type call struct {
 	began time.Time
-	watch context.CancelCauseFunc // of a watch, which never ends by itself; nil for others
+	watch context.CancelCauseFunc // set for watches, which never end by themselves
 }
 
 func (c *calls) add(added *call) {
@@ -63,7 +65,8 @@ func (c *calls) remove(removed *call) {
 	}
 }
 
-// look is how many calls are under way besides watches, how old the oldest is, and what is closed when one has ended.
+// look returns the number of calls in progress apart from watches, the age of the oldest, and a channel that is
+// closed when one ends.
 func (c *calls) look(now time.Time) (n int, oldest time.Duration, changed <-chan struct{}) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -79,7 +82,7 @@ func (c *calls) look(now time.Time) (n int, oldest time.Duration, changed <-chan
 	return n, oldest, c.changed
 }
 
-// setEnding ends all watches, and those that come, or lets them be again.
+// setEnding(true) ends all watches, including new ones. setEnding(false) allows watches again.
 func (c *calls) setEnding(ending bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -100,8 +103,8 @@ func (c *calls) areEnding() bool {
 	return c.ending
 }
 
-// awaitShort waits until no call is under way or, after a while, none that is not short. It gives up when the
-// context is done.
+// awaitShort waits until no call is in progress or, after a while, only short ones. It gives up when the context
+// is done.
 func (c *calls) awaitShort(ctx context.Context, start time.Time) {
 	for {
 		now := time.Now()
@@ -122,13 +125,13 @@ func (c *calls) awaitShort(ctx context.Context, start time.Time) {
 	}
 }
 
-// pausable is a listener that Quiesce needs, such as a handover.Listener.
+// pausable is a listener as Quiesce needs it, such as a handover.Listener.
 type pausable interface {
 	Pause()
 	Resume()
 }
 
-// Server serves what its gRPC servers are made for, one after the other. Its methods may be called from several goroutines.
+// Server serves with one gRPC server after another. Its methods are safe for concurrent use.
 type Server struct {
 	new      func() *grpc.Server
 	calls    calls
@@ -137,11 +140,12 @@ type Server struct {
 
 	mu       sync.Mutex
 	listener net.Listener
-	current  *generation   // nil before Serve, while quiet, and after Shutdown
-	draining []*generation // whose calls have not ended
+	current  *generation   // nil before Serve, while quiescent, and after Shutdown
+	draining []*generation // generations with calls still in progress
 }
 
-// NewServer returns a server whose gRPC servers are made by a function. Each call is to go through Counted or Watched.
+// NewServer returns a server that creates its gRPC servers with makeServer. Each call must go through Counted or
+// Watched.
 func NewServer(makeServer func() *grpc.Server) *Server {
 	s := &Server{new: makeServer}
 	s.calls.under = map[*call]struct{}{}
@@ -149,11 +153,11 @@ func NewServer(makeServer func() *grpc.Server) *Server {
 	return s
 }
 
-// Quiesce brings the server to a point where no call is under way and whoever connects waits in the listener's
-// queue: for Resume, or for another program that has the same socket. Until then calls are served as ever, but for short
-// moments. It waits for a point at which no call is under way that is not short; when the context is done it takes the next
-// one, and breaks off calls that outlast it: they end as Unavailable, as watches do at once. The error is that
-// the listener cannot be paused; then the server serves on.
+// Quiesce brings the server to a point where no call is in progress and new connections wait in the listener's
+// queue: for Resume, or for another program that has the same socket. Until then it serves calls with only brief
+// pauses. It waits for a moment when only short calls are in progress and then drains them. When ctx is done, it
+// drains at once and breaks off calls that outlast the limit: they end as Unavailable, as watches do at once. It
+// fails if the listener cannot be paused; the server then keeps serving.
 func (s *Server) Quiesce(ctx context.Context) error {
 	s.mu.Lock()
 	listener, ok := s.listener.(pausable)
@@ -176,7 +180,7 @@ func (s *Server) Quiesce(ctx context.Context) error {
 	}
 }
 
-// pause stops accepting and tells the clients to go elsewhere.
+// pause stops accepting and tells clients to make new calls elsewhere.
 func (s *Server) pause(listener pausable) error {
 	ctx, cancel := context.WithTimeout(context.Background(), beginPatience)
 	defer cancel()
@@ -197,8 +201,8 @@ func (s *Server) pause(listener pausable) error {
 	return nil
 }
 
-// awaitDrained waits for the calls of all generations; with cut it breaks off those that are left. Without, it tells
-// whether there are none.
+// awaitDrained waits until the calls of all draining generations have ended. After patience it breaks off what is
+// left if cut is set, and otherwise returns false if there are calls in progress.
 func (s *Server) awaitDrained(patience time.Duration, cut bool) bool {
 	timer := time.NewTimer(patience)
 	defer timer.Stop()
@@ -213,7 +217,7 @@ func (s *Server) awaitDrained(patience time.Duration, cut bool) bool {
 		select {
 		case <-g.drained:
 		case <-timer.C:
-			// A client that does not answer, and waits for nothing, holds nobody up.
+			// A client that does not answer, and waits for nothing, must not hold up others.
 			if n, _, _ := s.calls.look(time.Now()); n > 0 && !cut {
 				return false
 			}
@@ -242,13 +246,13 @@ func (s *Server) Resume() {
 	}
 }
 
-// Calls is how many calls are under way, besides watches.
+// Calls returns the number of calls in progress, apart from watches.
 func (s *Server) Calls() int {
 	n, _, _ := s.calls.look(time.Now())
 	return n
 }
 
-// Counted runs a unary call, or a stream that ends by itself, as one of the calls under way.
+// Counted runs a unary call, or a stream that ends by itself, and counts it as in progress.
 func (s *Server) Counted(f func() error) error {
 	c := &call{began: time.Now()}
 	s.calls.add(c)
@@ -281,7 +285,7 @@ func (s *Server) Watched(stream grpc.ServerStream, f func(grpc.ServerStream) err
 
 type streamWithContext struct {
 	grpc.ServerStream
-	ctx context.Context //nolint:containedctx // what the interface asks for
+	ctx context.Context //nolint:containedctx // required by the interface
 }
 
 func (s *streamWithContext) Context() context.Context { return s.ctx }
