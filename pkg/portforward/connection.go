@@ -31,24 +31,24 @@ type connection struct {
 	stream workload.Stream
 
 	freezing atomic.Bool
-	received int64 // to the client; valid when download has returned
-	// uploaded says that the copy towards the pod has come to an end of its own; valid once uploadEnded. What has ended of the
-	// other direction is podFinished.
+	received int64 // bytes to the client; valid when download has returned
+	// uploaded is set when the copy towards the pod ended by itself; valid after uploadEnded. podFinished is its
+	// counterpart for the other direction.
 	uploaded bool
-	// uploadFrozen and downloadFrozen say that a direction stands still and is to go on.
+	// uploadFrozen and downloadFrozen say that a direction was stopped and is to continue.
 	uploadFrozen, downloadFrozen bool
 
-	clientFinished atomic.Bool // the pod was sent the client's FIN
-	podFinished    atomic.Bool // the client was sent the pod's FIN
+	clientFinished atomic.Bool // the client's FIN was sent to the pod
+	podFinished    atomic.Bool // the pod's FIN was sent to the client
 
-	// The result of the copy towards the pod, valid once copied is closed.
+	// copyErr is the result of the copy towards the pod, valid once copied is closed.
 	copied  chan struct{}
 	sent    int64
 	copyErr error
 
 	idle halfClosedTimer
-	late halfClosedTimer // after the client's reset
-	left halfClosedTimer // after the client has left
+	late halfClosedTimer // runs after the client's reset
+	left halfClosedTimer // runs after the client has left
 
 	endOnce sync.Once
 	err     error // why both directions were ended; valid after endOnce
@@ -62,16 +62,16 @@ func newConnection(pod *net.TCPConn, stream workload.Stream, halfClosedIdle time
 	return c
 }
 
-// leftGrace is how long a connection may move nothing whose client has left behind the end of its input: the
-// pod may be slow to take it, and has nobody to answer.
+// leftGrace is how long a connection may make no progress after its client has left behind its FIN. The pod may be
+// slow to read, and has nobody to answer.
 const leftGrace = 30 * time.Second
 
-// resetGrace is how long the pod may take nothing of what a client has sent before its reset. Without
-// it a client that gives up a connection whose pod does not read would leave it behind for ever: the
-// upload waits for the pod, and the download too.
+// resetGrace is how long the pod may take nothing of what a client sent before its reset. Without it, a client
+// that gives up on a pod that does not read would leave the connection behind for ever: both upload and download
+// wait for the pod.
 const resetGrace = 2 * time.Second
 
-// clientReset ends both directions because the client has.
+// clientReset ends both directions because the client reset the stream.
 func (c *connection) clientReset() {
 	if c.podFinished.Load() {
 		c.abort(nil) // see upload
@@ -104,7 +104,7 @@ func (c *connection) forward(ctx context.Context) (sent, received int64, err err
 	c.idle.stop()
 	c.late.stop()
 	c.left.stop()
-	// After an abort this only waits for it to be through; after this an abort does nothing.
+	// After an abort this waits until the abort is done. An abort after this does nothing.
 	frozen := false
 	c.endOnce.Do(func() {
 		if frozen = c.uploadFrozen || c.downloadFrozen; !frozen {
@@ -117,10 +117,10 @@ func (c *connection) forward(ctx context.Context) (sent, received int64, err err
 	return c.sent, c.received, c.err
 }
 
-// panicked ends a connection one of whose goroutines has panicked.
+// panicked aborts a connection whose goroutine has panicked.
 func (c *connection) panicked(p *rescue.Panic) { c.abort(p) }
 
-// isFrozen tells whether a copy has ended for no other reason than that the connection was frozen.
+// isFrozen reports whether a copy ended only because the connection was frozen.
 func (c *connection) isFrozen(err error) bool {
 	return errors.Is(err, handover.ErrFrozen) || c.freezing.Load() && errors.Is(err, os.ErrDeadlineExceeded)
 }
@@ -138,15 +138,15 @@ func (c *connection) upload() {
 	case c.copyErr == nil:
 		c.clientFinished.Store(true)
 		c.idle.start()
-		// It fails only when the pod has reset the connection meanwhile, which download meets too.
+		// It fails only if the pod has reset the connection meanwhile, which download notices too.
 		c.pod.CloseWrite()
 	case c.podEnded():
-		// The pod takes no more. What it has sent before may still be on its way to the client, so
-		// it is for download to end the stream.
+		// The pod takes no more. What it sent before may still be on its way to the client, so leave it to
+		// download to end the stream.
 		c.stream.CloseRead()
 	case c.podFinished.Load():
-		// client-go resets every stream whose end it has seen. To the pod it is a reset still: a
-		// FIN would make an upload that was cut off look complete.
+		// client-go resets every stream whose end it has seen. Pass it on as a reset all the same: a FIN would
+		// make a truncated upload look complete.
 		c.abort(nil)
 	default:
 		c.abort(fmt.Errorf("%w: %w", ErrResetByClient, c.copyErr))
@@ -161,7 +161,7 @@ func (c *connection) download() {
 	case c.isFrozen(err):
 		c.downloadFrozen = true
 	case err == nil && c.finReceived():
-		c.podFinished.Store(true) // before the FIN, whose receipt may make the client reset
+		c.podFinished.Store(true) // before the FIN: on receiving it the client may reset
 		c.idle.start()
 		if err := c.stream.CloseWrite(); err != nil {
 			c.abort(fmt.Errorf("%w: %w", ErrResetByClient, err))
@@ -175,7 +175,7 @@ func (c *connection) download() {
 	}
 }
 
-// abort ends both directions at once, the pod first, because that never blocks.
+// abort ends both directions at once. The pod goes first, because that never blocks.
 func (c *connection) abort(reason error) {
 	c.endOnce.Do(func() {
 		c.err = reason
@@ -185,32 +185,32 @@ func (c *connection) abort(reason error) {
 	})
 }
 
-// podEnded reports whether the connection to the pod is dead. Asked after a copy has failed it says
-// on which side, without depending on how the stream passes errors on.
+// podEnded reports whether the connection to the pod is dead. After a failed copy it tells which side failed,
+// without depending on how the stream passes errors on.
 func (c *connection) podEnded() bool {
 	info, err := c.tcpInfo()
 	return err == nil && info.State == unix.BPF_TCP_CLOSE
 }
 
-// finReceived reports whether the end of the pod's bytes was a FIN. It may have been a reset: the
-// kernel tells a reset just once, and when it was told to the upload's write, a read finds the same
-// end that a FIN makes. To take that for a FIN would make an answer that was cut off look complete.
+// finReceived reports whether the pod's bytes ended with a FIN rather than a reset. The kernel reports a reset
+// only once. If the upload's write got it, a read sees the same end as after a FIN, and taking that for a FIN
+// would make a truncated download look complete.
 func (c *connection) finReceived() bool {
-	// The order matters: having sent the client's FIN is a reason for the connection to be over.
+	// The order matters: a connection may also be closed because the client's FIN was sent.
 	if !c.podEnded() || c.clientFinished.Load() {
 		return true
 	}
-	// A reset, then. The kernel calls it EPIPE when it came after a FIN, else ECONNRESET.
+	// It was a reset. The kernel reports EPIPE if it came after a FIN, else ECONNRESET.
 	reset := c.socketError()
-	if reset == nil { // told to the upload's write, so that the upload is at its end
+	if reset == nil { // the upload's write got it, so the upload is ending
 		<-c.copied
 		reset = c.copyErr
 	}
 	return errors.Is(reset, unix.EPIPE)
 }
 
-// progress is a value that changes whenever bytes have moved. The kernel's counters serve, because
-// a copy under way has none to look at.
+// progress returns a value that changes whenever bytes have moved. It uses the kernel's counters, because a copy
+// in progress has none to read.
 func (c *connection) progress() (progress, bool) {
 	info, err := c.tcpInfo()
 	if err != nil {
@@ -221,7 +221,7 @@ func (c *connection) progress() (progress, bool) {
 
 type progress struct {
 	acknowledged uint64 // by the pod
-	taken        uint64 // from the kernel, having come from the pod
+	taken        uint64 // from the kernel, by us
 }
 
 func (c *connection) tcpInfo() (info *unix.TCPInfo, err error) {
@@ -238,10 +238,10 @@ func (c *connection) tcpInfo() (info *unix.TCPInfo, err error) {
 	return info, infoErr
 }
 
-// socketError takes the error that the kernel has not told anybody yet.
+// socketError returns and clears the kernel's pending error.
 func (c *connection) socketError() (reset error) {
 	if raw, err := c.pod.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) { //nolint:errcheck // fails on a closed connection, of which nothing is to be learnt
+		raw.Control(func(fd uintptr) { //nolint:errcheck // fails only on a closed connection, which has no error
 			if code, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
 				reset = unix.Errno(code)
 			}
@@ -250,23 +250,23 @@ func (c *connection) socketError() (reset error) {
 	return reset
 }
 
-// unread is how many of the pod's bytes wait in the kernel.
+// unread returns how many of the pod's bytes wait in the kernel.
 func (c *connection) unread() (bytes int) {
 	if raw, err := c.pod.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) { bytes, _ = unix.IoctlGetInt(int(fd), unix.SIOCINQ) }) //nolint:errcheck // as above
+		raw.Control(func(fd uintptr) { bytes, _ = unix.IoctlGetInt(int(fd), unix.SIOCINQ) }) //nolint:errcheck // fails only on a closed connection
 	}
 	return bytes
 }
 
-// halfClosedTimer calls expired when a connection has made no progress for limit, to a quarter of
-// that exact, counted from the first call of start.
+// halfClosedTimer calls expired once a connection has made no progress for limit, counted from the first start. It
+// may be late by a quarter of limit.
 type halfClosedTimer struct {
 	limit    time.Duration
-	progress func() (progress, bool) // false when the connection is closed
+	progress func() (progress, bool) // false if the connection is closed
 	expired  func()
 
 	mu      sync.Mutex
-	timer   *time.Timer // nil before start
+	timer   *time.Timer // nil until start
 	stopped bool
 	last    progress
 	since   time.Time // when last was first seen
@@ -283,7 +283,7 @@ func (t *halfClosedTimer) start() {
 	t.timer = time.AfterFunc(t.limit/4, t.look)
 }
 
-// state is where it stands, after stop.
+// state returns the timer's state, after stop.
 func (t *halfClosedTimer) state() TimerState {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -293,7 +293,7 @@ func (t *halfClosedTimer) state() TimerState {
 	return TimerState{Started: true, Still: time.Since(t.since), Acknowledged: t.last.acknowledged, Taken: t.last.taken}
 }
 
-// resume starts it where another one stood.
+// resume continues from another timer's state.
 func (t *halfClosedTimer) resume(state TimerState) {
 	if !state.Started {
 		return

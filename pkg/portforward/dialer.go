@@ -14,39 +14,37 @@ import (
 	"github.com/streamshim/streamshim/pkg/handover"
 )
 
-// Limits of one dial. A connection to a listener on the same machine takes microseconds; what takes
-// seconds is a listener whose queue of connections is full.
+// Limits of one dial. Connecting to a listener on the same machine takes microseconds; only a listener with a full
+// backlog takes seconds.
 const (
 	DefaultTryTimeout   = 5 * time.Second
 	DefaultTotalTimeout = 10 * time.Second
-	// maxPodAddresses bounds the tries after both loopback addresses have refused.
+	// maxPodAddresses bounds the attempts after both loopback addresses have refused.
 	maxPodAddresses = 8
 )
 
-// A peer that vanished without a word is noticed within four minutes. Probing at Go's own pace of
-// 15 s would be most of the cost of an idle connection.
+// keepAlive detects a vanished peer within four minutes. Probing every 15 s, Go's default, would be most of the
+// cost of an idle connection.
 var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 2 * time.Minute, Interval: 30 * time.Second, Count: 4}
 
-// The loopback addresses in the order they are tried, by number: the name localhost would be looked
-// up in the host's files, or even in DNS (kubernetes#99850, k3s#5767).
+// loopback lists the loopback addresses in the order of attempts. They are numeric because localhost would be
+// looked up in the host's files, or even in DNS (kubernetes#99850, k3s#5767).
 var loopback = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6Loopback()}
 
-// Dialer connects to ports inside pods. The zero value is ready for use; a Dialer may be used by
-// several goroutines.
+// Dialer connects to ports inside pods. The zero value is ready for use. Its methods are safe for concurrent use.
 type Dialer struct {
-	TryTimeout   time.Duration // for one address; DefaultTryTimeout when zero
-	TotalTimeout time.Duration // for all addresses; DefaultTotalTimeout when zero
+	TryTimeout   time.Duration // per address; DefaultTryTimeout if zero
+	TotalTimeout time.Duration // for all addresses; DefaultTotalTimeout if zero
 }
 
-// Dial connects to a port in the network namespace mounted at netnsPath, or in this process's own
-// when netnsPath is empty (a host-network pod). It tries 127.0.0.1, then ::1, then the pod's own
-// addresses, since programs that listen on the pod's address alone are otherwise out of reach
-// (kubernetes#72488). In the host's namespace only the loopback addresses are tried.
+// Dial connects to a port in the network namespace mounted at netnsPath, or in this process's own if netnsPath is
+// empty (a host-network pod). It tries 127.0.0.1, then ::1, then the pod's own addresses, for programs that listen
+// only on the pod's address (kubernetes#72488). In the host's namespace it tries only the loopback addresses.
 //
-// The error is a *RefusedError when nobody listens, ErrSandboxGone when there is no such namespace
-// any more, the context's cause when the context ended first, else whatever hindered the first
-// try that was not refused, which matches os.ErrDeadlineExceeded when it was a timeout. The connection has Nagle's
-// algorithm off and keepalive on; the caller closes it. It keeps the namespace alive.
+// The error is a *RefusedError if nobody listens, ErrSandboxGone if the namespace no longer exists, or the
+// context's cause if the context ended first. Otherwise it is the error of the first attempt that was not refused,
+// which matches os.ErrDeadlineExceeded on a timeout. The connection has Nagle's algorithm off and keepalive on. It
+// keeps the namespace alive; the caller must close it.
 func (d Dialer) Dial(ctx context.Context, netnsPath string, port uint16) (*net.TCPConn, error) {
 	pod, err := openNamespace(netnsPath)
 	if err != nil {
@@ -96,7 +94,7 @@ func (d Dialer) dial(ctx context.Context, pod *namespace, port uint16) (*net.TCP
 	return nil, refused
 }
 
-// connect makes one connection, the socket in the pod's namespace and everything else outside.
+// connect makes one connection: the socket inside the pod's namespace, everything else outside.
 func connect(ctx context.Context, pod *namespace, to netip.AddrPort, deadline time.Time) (*net.TCPConn, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
@@ -121,9 +119,9 @@ func connect(ctx context.Context, pod *namespace, to netip.AddrPort, deadline ti
 		file.SetWriteDeadline(time.Unix(1, 0))
 	})
 
-	// Linux lets connect be asked again for the state of a connection under way: EALREADY while it
-	// is, 0 or EISCONN once it is there, else what it failed with. So a wakeup of the poller that
-	// means nothing does no harm (golang/go#14548, golang/go#19289).
+	// On Linux, connect can be called again to get the state of a connection attempt: EALREADY while it lasts, 0
+	// or EISCONN once connected, else its error. So spurious wakeups of the poller are harmless (golang/go#14548,
+	// golang/go#19289).
 	var connectErr error
 	waitErr := raw.Write(func(fd uintptr) (done bool) {
 		connectErr = unix.Connect(int(fd), address)
@@ -133,9 +131,9 @@ func connect(ctx context.Context, pod *namespace, to netip.AddrPort, deadline ti
 		<-interrupted
 	}
 	if waitErr != nil && errors.Is(context.Cause(ctx), handover.ErrFrozen) {
-		// The pod may have the connection, though nobody has been told yet. One that takes a single connection must not see it
-		// reset for another dial.
-		raw.Control(func(fd uintptr) { //nolint:errcheck // as below
+		// The pod may already have the connection although we do not know yet. If it accepts only one, it must not
+		// see that reset for another dial.
+		raw.Control(func(fd uintptr) { //nolint:errcheck // fails on a closed socket only
 			if connectErr = unix.Connect(int(fd), address); connectErr == nil || connectErr == unix.EISCONN {
 				waitErr = nil
 			}
@@ -143,23 +141,22 @@ func connect(ctx context.Context, pod *namespace, to netip.AddrPort, deadline ti
 	}
 	switch {
 	case waitErr != nil:
-		// The pod may have the connection all the same, and a FIN would tell it that an upload which was cut
-		// off is complete.
+		// The pod may have the connection all the same, and a FIN would tell it that a truncated upload is
+		// complete.
 		raw.Control(func(fd uintptr) { //nolint:errcheck // fails on a closed socket only
-			_ = unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}) // an option that every socket has
+			_ = unix.SetsockoptLinger(int(fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}) // every socket has this option
 		})
 		return nil, waitErr
 	case connectErr != nil && connectErr != unix.EISCONN:
 		return nil, os.NewSyscallError("connect", connectErr)
 	}
 
-	general, err := net.FileConn(file) // on a duplicate of the descriptor
+	general, err := net.FileConn(file) // duplicates the descriptor
 	if err != nil {
 		return nil, err
 	}
-	conn := general.(*net.TCPConn) // has TCP_NODELAY, as all of Go's
-	// A port without a listener may be the very one that the kernel picks for our end; then the
-	// socket is connected to itself.
+	conn := general.(*net.TCPConn) // has TCP_NODELAY, like all of Go's
+	// The kernel may pick as our port the very port that has no listener. The socket is then connected to itself.
 	if conn.LocalAddr().(*net.TCPAddr).AddrPort() == conn.RemoteAddr().(*net.TCPAddr).AddrPort() {
 		conn.SetLinger(0)
 		conn.Close()
@@ -173,8 +170,8 @@ func connect(ctx context.Context, pod *namespace, to netip.AddrPort, deadline ti
 	return conn, nil
 }
 
-// nobodyListens reports whether the error says that there is no listener at an address: refused, or
-// no such address or address family in the namespace (IPv6 switched off, loopback not up).
+// nobodyListens reports whether the error says that an address has no listener: refused, or no such address or
+// address family in the namespace (IPv6 off, loopback down).
 func nobodyListens(err error) bool {
 	for _, each := range []error{
 		unix.ECONNREFUSED, unix.EADDRNOTAVAIL, unix.EAFNOSUPPORT, unix.ENETUNREACH, unix.EHOSTUNREACH,

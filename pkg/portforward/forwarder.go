@@ -1,5 +1,5 @@
-// Package portforward connects to ports inside one pod and moves bytes between such a connection and
-// a client's stream, both directions on their own.
+// Package portforward connects to ports inside a pod and moves bytes between such a connection and a client's
+// stream, each direction independently.
 package portforward
 
 import (
@@ -18,53 +18,51 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// DefaultHalfClosedIdle is Config.HalfClosedIdle when that is zero.
+// DefaultHalfClosedIdle replaces a zero Config.HalfClosedIdle.
 const DefaultHalfClosedIdle = time.Hour
 
-// leaver is a Stream that goes on when its client leaves after the end of its input: WriteTo moves the rest, and
-// what is sent to the client goes nowhere. It has do called when that has happened, in a goroutine of its own,
+// leaver is a Stream that continues when its client leaves after the end of its input: WriteTo moves the rest, and
+// what is sent to the client is discarded. AfterLeaving calls do when that happens, in a goroutine of its own,
 // unless stop was called before.
 type leaver interface {
 	AfterLeaving(do func()) (stop func() bool)
 }
 
-// Config is what a Forwarder needs to know beside the namespace. The zero value is usable, but
-// notices the end of the sandbox only at the next Forward.
+// Config configures a Forwarder, apart from its namespace. The zero value is usable, but then only the next
+// Forward notices the end of the sandbox.
 type Config struct {
 	Dialer Dialer
 
-	// HalfClosedIdle bounds how long a connection of which one side has ended may go without moving
-	// a byte in the other direction. DefaultHalfClosedIdle when zero. Connections open on both
-	// sides have no such limit.
+	// HalfClosedIdle bounds how long a connection with one side ended may go without moving a byte in the other
+	// direction. Zero means DefaultHalfClosedIdle. Connections open on both sides have no such limit.
 	HalfClosedIdle time.Duration
 
-	// Watcher notices that the network namespace is gone. Of no use for a host-network sandbox.
+	// Watcher notices that the network namespace is gone. It has no effect for a host-network sandbox.
 	Watcher *Watcher
 
-	// SandboxPID is the sandbox's own process (the pause process), whose end is the end of the
-	// sandbox; for a host-network sandbox it is the only sign. Zero when there is none.
+	// SandboxPID is the sandbox's own process (the pause process), whose end is the end of the sandbox. For a
+	// host-network sandbox it is the only sign. Zero if there is none.
 	SandboxPID int
 }
 
-// Forwarder forwards connections to the ports of one pod sandbox. Its methods may be called from
-// several goroutines.
+// Forwarder forwards connections to the ports of one pod sandbox. Its methods are safe for concurrent use.
 type Forwarder struct {
 	pod            *namespace
 	dialer         Dialer
 	halfClosedIdle time.Duration
 	stopWatching   func()
-	process        *os.File      // pidfd of the sandbox's process; nil when there is none
-	processWatched chan struct{} // closed when its goroutine has ended
+	process        *os.File      // pidfd of the sandbox's process; nil if there is none
+	processWatched chan struct{} // closed when watchProcess has returned
 
-	// life ends with the sandbox or with Close, ErrSandboxGone or ErrClosed being its cause. It is no
-	// child of any caller's context: forwards with contexts of their own come and go in it.
+	// life ends with the sandbox or with Close; its cause is ErrSandboxGone or ErrClosed. It has no parent,
+	// because forwards come and go with contexts of their own.
 	life context.Context
 	end  context.CancelCauseFunc
 
 	goneOnce sync.Once
 	gone     chan struct{}
 
-	// dialing ends when the dials under way are to be given up by Freeze.
+	// dialing ends when Freeze gives up the dials in progress.
 	dialing  context.Context
 	endDials context.CancelCauseFunc
 
@@ -74,10 +72,10 @@ type Forwarder struct {
 	dialsEnd *time.Timer // calls endDials
 }
 
-// NewForwarder opens the network namespace at netnsPath (empty for a host-network sandbox) and
-// starts to watch over the sandbox. The error is ErrSandboxGone when it does not exist any more. The
-// open namespace is kept, to save opening it for each connection, until the sandbox is gone or the
-// caller calls Close. It uses at most two descriptors and, with a SandboxPID, one goroutine.
+// NewForwarder opens the network namespace at netnsPath (empty for a host-network sandbox) and starts to watch the
+// sandbox. The error is ErrSandboxGone if it no longer exists. The namespace stays open, which saves opening it
+// for each connection, until the sandbox is gone or the caller calls Close. A Forwarder uses at most two
+// descriptors and, with a SandboxPID, one goroutine.
 func NewForwarder(netnsPath string, config Config) (*Forwarder, error) {
 	pod, err := openNamespace(netnsPath)
 	if err != nil {
@@ -93,7 +91,7 @@ func NewForwarder(netnsPath string, config Config) (*Forwarder, error) {
 	f := makeForwarder(pod, config)
 	f.process = process
 	f.watch(config.Watcher)
-	if err := pod.check(); err != nil { // gone between the opening and the watch
+	if err := pod.check(); err != nil { // gone between opening and watching
 		f.Close()
 		return nil, err
 	}
@@ -115,20 +113,20 @@ func makeForwarder(pod *namespace, config Config) *Forwarder {
 	return f
 }
 
-// watch begins to watch over the sandbox.
+// watch begins to watch the sandbox.
 func (f *Forwarder) watch(watcher *Watcher) {
 	if f.pod.file != nil && watcher != nil {
 		f.stopWatching = watcher.watch(f.pod, f.sandboxGone)
 	}
 	if f.process != nil {
-		rescue.Go(rescue.Die, f.watchProcess) // a wait, and no more
+		rescue.Go(rescue.Die, f.watchProcess) // it only waits
 	} else {
 		close(f.processWatched)
 	}
 }
 
-// openProcess returns a pidfd, which becomes readable when the process ends. Unlike the number it
-// never comes to mean another process.
+// openProcess returns a pidfd, which becomes readable when the process ends. Unlike a pid it never refers to
+// another process.
 func openProcess(pid int) (*os.File, error) {
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
 	if errors.Is(err, unix.ESRCH) {
@@ -140,7 +138,7 @@ func openProcess(pid int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), "pidfd"), nil
 }
 
-// watchProcess waits in Go's poller for the end of the sandbox's process or for Close.
+// watchProcess waits in Go's poller until the sandbox's process ends or Close is called.
 func (f *Forwarder) watchProcess() {
 	defer close(f.processWatched)
 	raw, err := f.process.SyscallConn()
@@ -156,20 +154,20 @@ func (f *Forwarder) watchProcess() {
 	}
 }
 
-// Gone is closed when the sandbox no longer exists; all forwards end right after that, so that one
-// which returns finds it closed. It stays open when the Forwarder is closed first.
+// Gone is closed when the sandbox no longer exists. All forwards end right after that, so one that returns because
+// of it finds Gone closed. It stays open if the Forwarder is closed first.
 func (f *Forwarder) Gone() <-chan struct{} { return f.gone }
 
 func (f *Forwarder) sandboxGone() {
 	f.goneOnce.Do(func() {
 		close(f.gone)
 		f.end(ErrSandboxGone)
-		f.pod.close() // else the namespace, and what is in it, would live on
+		f.pod.close() // otherwise the namespace and its contents would live on
 	})
 }
 
-// Close ends all forwards, which return ErrClosed, without waiting for them, and releases the namespace
-// and the watch over the sandbox. It may be called more than once.
+// Close ends all forwards, without waiting for them; they return ErrClosed. It releases the namespace and the
+// watch on the sandbox. It may be called more than once.
 func (f *Forwarder) Close() error {
 	f.end(ErrClosed)
 	f.mu.Lock()
@@ -187,9 +185,8 @@ func (f *Forwarder) Close() error {
 	return nil
 }
 
-// Dial connects to a port of the pod, as Dialer.Dial does, with the errors it has, and ErrSandboxGone
-// or ErrClosed once the Forwarder has come to its end. The caller closes the connection; the end of
-// the sandbox does not.
+// Dial connects to a port of the pod like Dialer.Dial, with its errors, and ErrSandboxGone or ErrClosed once the
+// Forwarder has ended. The caller must close the connection; the end of the sandbox does not.
 func (f *Forwarder) Dial(ctx context.Context, port uint16) (*net.TCPConn, error) {
 	ctx, done := f.bind(ctx)
 	defer done()
@@ -197,13 +194,12 @@ func (f *Forwarder) Dial(ctx context.Context, port uint16) (*net.TCPConn, error)
 }
 
 func (f *Forwarder) dial(ctx context.Context, dialer Dialer, port uint16) (*net.TCPConn, error) {
-	// One stat, so that it is certain, without waiting for the watch, that nothing is dialled in a
-	// sandbox that has been stopped.
+	// One stat makes sure, without waiting for the watch, that nothing is dialled in a stopped sandbox.
 	if err := f.pod.check(); errors.Is(err, ErrSandboxGone) {
 		f.sandboxGone()
 	}
 	var conn *net.TCPConn
-	err := f.life.Err() // asked for here, because the bound context hears of it a little later
+	err := f.life.Err() // check here: the bound context learns of it slightly later
 	if err == nil {
 		conn, err = dialer.dial(ctx, f.pod, port)
 	}
@@ -238,7 +234,7 @@ func (f *Forwarder) Forward(ctx context.Context, port uint16, stream workload.St
 	return f.forward(ctx, port, stream, 0)
 }
 
-// forward is Forward after so much time was spent with dialling.
+// forward is Forward when dialled has already been spent on dialling.
 func (f *Forwarder) forward(ctx context.Context, port uint16, stream workload.Stream, dialled time.Duration) (sent, received int64, err error) {
 	ctx, done := f.bind(ctx)
 	defer done()
@@ -254,15 +250,15 @@ func (f *Forwarder) forward(ctx context.Context, port uint16, stream workload.St
 	return f.run(ctx, newConnection(conn, stream, f.halfClosedIdle))
 }
 
-// run forwards a connection that is open.
+// run forwards an open connection.
 func (f *Forwarder) run(ctx context.Context, c *connection) (sent, received int64, err error) {
 	f.add(c)
 	defer f.remove(c)
 	return c.forward(ctx)
 }
 
-// dialFor gives the dial up when the client resets its stream. A client that tries again and again while
-// the pod accepts nothing would else have all its streams wait for dials that nobody wants any more.
+// dialFor gives up the dial when the client resets its stream. Otherwise all streams of a client that retries,
+// while the pod accepts nothing, would wait for dials that nobody wants any more.
 func (f *Forwarder) dialFor(ctx context.Context, port uint16, stream workload.Stream, dialled time.Duration) (*net.TCPConn, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -273,7 +269,7 @@ func (f *Forwarder) dialFor(ctx context.Context, port uint16, stream workload.St
 	return f.dial(ctx, dialer, port)
 }
 
-// bind returns a context that ends with the Forwarder's life too.
+// bind returns a context that also ends with the Forwarder's life.
 func (f *Forwarder) bind(ctx context.Context) (bound context.Context, done func()) {
 	bound, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(f.life, func() { cancel(context.Cause(f.life)) })

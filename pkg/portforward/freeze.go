@@ -13,54 +13,55 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// connectionVersion and forwarderVersion are those of the states. A reader of another version refuses them.
+// connectionVersion and forwarderVersion are the versions of the states. A reader with another version refuses
+// them.
 const (
 	connectionVersion = 1
 	forwarderVersion  = 1
 )
 
-// dialGrace is how long a dial goes on when the Forwarder is frozen: one to a port on which somebody takes connections is
-// there long before. What takes longer is begun again by Continue, with the rest of its time: no byte has moved, and a
-// program whose queue is full has not seen it.
+// dialGrace is how long a dial continues after Freeze. A dial to a port with an accepting listener takes far less.
+// Continue restarts a longer one with the rest of its time: no byte has moved, and a program with a full backlog
+// has not seen it.
 const dialGrace = 50 * time.Millisecond
 
-// ConnectionState is one connection that was frozen.
+// ConnectionState is the state of one frozen connection.
 type ConnectionState struct {
 	Version int
-	Pod     handover.Descriptor // none when the pod has not answered the dial
-	Dialled time.Duration       // spent with dialling, without Pod
+	Pod     handover.Descriptor // 0 if the pod has not answered the dial
+	Dialled time.Duration       // time spent dialling, if there is no Pod
 
 	Sent, Received int64
-	// Uploaded says that nothing more is moved to the pod: the client's FIN was (ClientFinished), or the pod takes no more,
-	// for the reason Fault.
+	// Uploaded says that nothing more is moved to the pod: either the client's FIN was passed on (ClientFinished),
+	// or the pod takes no more, because of Fault.
 	Uploaded, ClientFinished bool
-	Fault                    int  // an error number of the kernel's, 0 for none
-	PodFinished              bool // the client was sent the pod's FIN
+	Fault                    int  // errno, 0 for none
+	PodFinished              bool // the pod's FIN was sent to the client
 
 	Idle, Late, Left TimerState
 }
 
-// TimerState is a limit of half a connection.
+// TimerState is the state of a half-closed connection's limit.
 type TimerState struct {
 	Started             bool
-	Still               time.Duration // without progress
+	Still               time.Duration // time without progress
 	Acknowledged, Taken uint64        // the progress
 }
 
-// FrozenError is how a Forward ends whose Forwarder was frozen. It is handover.ErrFrozen. Who gets it calls State or
-// Discard.
+// FrozenError is returned by a Forward whose Forwarder was frozen. It matches handover.ErrFrozen. The caller must
+// call State or Discard.
 type FrozenError struct {
-	connection *connection // nil before the pod has answered the dial
+	connection *connection // nil if the pod has not answered the dial
 	dialled    time.Duration
 }
 
 func (e *FrozenError) Error() string { return "forwarded connection: " + handover.ErrFrozen.Error() }
 
-// Is says that it is handover.ErrFrozen.
+// Is reports whether target is handover.ErrFrozen.
 func (e *FrozenError) Is(target error) bool { return target == handover.ErrFrozen }
 
-// State is what Continue needs, as CBOR. The connection is duplicated into files and closed here; after an error it has
-// been reset.
+// State returns the state for Continue, as CBOR. It duplicates the connection into files and closes it here. On an
+// error it resets the connection.
 func (e *FrozenError) State(files *handover.Files) ([]byte, error) {
 	state := ConnectionState{Version: connectionVersion, Dialled: e.dialled}
 	if c := e.connection; c != nil {
@@ -97,7 +98,7 @@ func (c *connection) state(files *handover.Files) (ConnectionState, error) {
 	return state, err
 }
 
-// resume takes over what a connection was.
+// resume restores a connection from its state.
 func (c *connection) resume(state ConnectionState) {
 	c.sent, c.received, c.uploaded = state.Sent, state.Received, state.Uploaded
 	c.clientFinished.Store(state.ClientFinished)
@@ -113,14 +114,14 @@ func (c *connection) resume(state ConnectionState) {
 	c.left.resume(state.Left)
 }
 
-// freeze has both directions end whose stream is frozen.
+// freeze ends both directions of a connection whose stream is frozen.
 func (c *connection) freeze() {
 	c.freezing.Store(true)
 	c.pod.SetDeadline(time.Unix(1, 0)) //nolint:errcheck // one that is closed has ended
 }
 
-// Freeze has all Forwards return with a *FrozenError, those that have ended apart. Their streams must have been frozen before.
-// Dials under way are given a moment. It does not wait.
+// Freeze makes all Forwards return a *FrozenError, except those that have ended. Their streams must have been
+// frozen before. Dials in progress get a moment to finish. Freeze does not wait.
 func (f *Forwarder) Freeze() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -134,7 +135,7 @@ func (f *Forwarder) Freeze() {
 	f.dialsEnd = time.AfterFunc(dialGrace, func() { f.endDials(handover.ErrFrozen) })
 }
 
-// add counts a connection as open, one that is to be frozen at once too.
+// add registers an open connection, and freezes it at once if the Forwarder is frozen.
 func (f *Forwarder) add(c *connection) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -150,18 +151,19 @@ func (f *Forwarder) remove(c *connection) {
 	delete(f.open, c)
 }
 
-// ForwarderState is what a Forwarder holds of its sandbox. The handles are carried, and not opened again: neither a path
-// nor a number may have come to mean another sandbox.
+// ForwarderState is a Forwarder's hold on its sandbox. The handles are carried rather than opened again: the path
+// or the pid may refer to another sandbox by then.
 type ForwarderState struct {
 	Version       int
-	Path          string // of the network namespace, empty for the host's
+	Path          string // path of the network namespace, empty for the host's
 	Namespace     handover.Descriptor
 	Device, Inode uint64
 	Process       handover.Descriptor // pidfd of the sandbox's process
-	Gone          bool                // the sandbox is, and nothing is held of it
+	Gone          bool                // the sandbox is gone, and there are no handles
 }
 
-// State is what ResumeForwarder needs, as CBOR, once all Forwards have returned. The Forwarder is closed as ever.
+// State returns the state for ResumeForwarder, as CBOR, once all Forwards have returned. Close the Forwarder
+// afterwards as usual.
 func (f *Forwarder) State(files *handover.Files) ([]byte, error) {
 	state := ForwarderState{Version: forwarderVersion, Path: f.pod.path, Device: f.pod.dev, Inode: f.pod.ino}
 	select {
@@ -184,8 +186,8 @@ func (f *Forwarder) State(files *handover.Files) ([]byte, error) {
 	return handover.Encode(state)
 }
 
-// ResumeForwarder goes on with a Forwarder of a frozen one's state. Of the configuration the SandboxPID is not used. A sandbox that
-// has gone meanwhile shows in Gone.
+// ResumeForwarder restores a Forwarder from a frozen one's state. It ignores config.SandboxPID. If the sandbox has
+// gone meanwhile, Gone is closed.
 func ResumeForwarder(encoded []byte, files *handover.Files, config Config) (*Forwarder, error) {
 	var state ForwarderState
 	if err := handover.Decode(encoded, &state); err != nil {
@@ -208,7 +210,7 @@ func ResumeForwarder(encoded []byte, files *handover.Files, config Config) (*For
 	return f, nil
 }
 
-// take takes the handles of a sandbox that is there.
+// take takes the handles, unless the sandbox is gone.
 func (f *Forwarder) take(state ForwarderState, files *handover.Files) (err error) {
 	if state.Gone {
 		return nil
@@ -229,7 +231,7 @@ func (f *Forwarder) take(state ForwarderState, files *handover.Files) (err error
 	return err
 }
 
-// verify says whether the open file is the namespace that it is said to be.
+// verify checks that the open file is the expected namespace.
 func (n *namespace) verify() error {
 	raw, err := n.file.SyscallConn()
 	if err != nil {
@@ -252,8 +254,8 @@ func (n *namespace) verify() error {
 	return nil
 }
 
-// Continue takes what a FrozenError has put into the files and returns the Forward that goes on with it. An error in the state is
-// that Forward's.
+// Continue takes what a FrozenError put into files and returns a function that continues its Forward. An error in
+// the state is returned by that function.
 func (f *Forwarder) Continue(encoded []byte, files *handover.Files, port uint16, stream workload.Stream) (forward func(context.Context) (sent, received int64, err error)) {
 	state, pod, err := takeConnection(encoded, files)
 	return func(ctx context.Context) (sent, received int64, _ error) {
@@ -272,7 +274,7 @@ func (f *Forwarder) Continue(encoded []byte, files *handover.Files, port uint16,
 	}
 }
 
-// takeConnection returns a connection as it was; pod is nil when it was still being dialled.
+// takeConnection restores a connection. pod is nil if it was still being dialled.
 func takeConnection(encoded []byte, files *handover.Files) (state ConnectionState, pod *net.TCPConn, err error) {
 	if err := handover.Decode(encoded, &state); err != nil {
 		return state, nil, fmt.Errorf("forwarded connection: %w", err)

@@ -14,9 +14,9 @@ import (
 	"github.com/streamshim/streamshim/pkg/rescue"
 )
 
-// namespace is a handle on a pod's network namespace, or, with a nil file, on the one this process
-// lives in (a host-network pod). An open handle keeps the namespace alive in the kernel even after
-// its mount is gone, so it has to be closed when the sandbox goes.
+// namespace is a handle on a pod's network namespace, or, if file is nil, on this process's own (a host-network
+// pod). An open handle keeps the namespace alive in the kernel even after its mount is gone, so it must be closed
+// when the sandbox goes.
 type namespace struct {
 	path string
 	file *os.File // counts its users, so Close is safe while a socket is being made
@@ -24,8 +24,8 @@ type namespace struct {
 	ino  uint64
 }
 
-// openNamespace opens the namespace mounted at path ("" for the host's). The error is
-// ErrSandboxGone when there is nothing at the path, or the file that it was once mounted on.
+// openNamespace opens the namespace mounted at path ("" for the host's). The error is ErrSandboxGone if there is
+// nothing at path, or only the file that it was mounted on.
 func openNamespace(path string) (*namespace, error) {
 	if path == "" {
 		return &namespace{}, nil
@@ -41,8 +41,8 @@ func openNamespace(path string) (*namespace, error) {
 		file.Close()
 		return nil, fmt.Errorf("stat network namespace %s: %w", path, err)
 	}
-	// Runtimes unmount the namespace first and unlink the file under it second. Whoever comes in
-	// between opens a plain, empty file.
+	// Runtimes first unmount the namespace and then unlink the file under it. In between, path is a plain, empty
+	// file.
 	if where.Type != unix.NSFS_MAGIC {
 		file.Close()
 		return nil, fmt.Errorf("%w: no network namespace is mounted at %s any more", ErrSandboxGone, path)
@@ -50,7 +50,7 @@ func openNamespace(path string) (*namespace, error) {
 	return &namespace{path: path, file: file, dev: uint64(what.Dev), ino: what.Ino}, nil
 }
 
-// check says, at the price of one stat, whether the namespace is still the one at its path.
+// check reports, at the cost of one stat, whether the namespace is still the one at its path.
 func (n *namespace) check() error {
 	if n.file == nil {
 		return nil
@@ -65,8 +65,8 @@ func (n *namespace) check() error {
 	return nil
 }
 
-// namespacePathError makes the errors of a path that leads nowhere ErrSandboxGone. ESRCH is what
-// /proc/PID/ns/net answers when the process ends meanwhile.
+// namespacePathError turns the errors of a path that leads nowhere into ErrSandboxGone. /proc/PID/ns/net returns
+// ESRCH if the process ends meanwhile.
 func namespacePathError(path string, err error) error {
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("%w: there is no network namespace at %s", ErrSandboxGone, path)
@@ -74,8 +74,8 @@ func namespacePathError(path string, err error) error {
 	return fmt.Errorf("open network namespace %s: %w", path, err)
 }
 
-// socket makes a non-blocking TCP socket in the namespace. A socket keeps its namespace for life,
-// so everything else may happen on any thread.
+// socket creates a non-blocking TCP socket in the namespace. A socket keeps its namespace for life, so everything
+// else may happen on any thread.
 func (n *namespace) socket(domain int) (fd int, err error) {
 	err = n.do(func() (err error) {
 		fd, err = unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
@@ -84,11 +84,10 @@ func (n *namespace) socket(domain int) (fd int, err error) {
 	return fd, err
 }
 
-// addresses returns the pod's own addresses, those that are neither loopback nor link-local, at
-// most limit of them.
+// addresses returns the pod's own addresses, neither loopback nor link-local, at most limit of them.
 func (n *namespace) addresses(limit int) (found []netip.Addr, err error) {
 	var all []net.Addr
-	// The kernel answers this at once and on this thread: no goroutine and no poller is involved.
+	// The kernel answers at once and on this thread; no goroutine or poller is involved.
 	if err := n.do(func() (err error) { all, err = net.InterfaceAddrs(); return err }); err != nil {
 		return nil, fmt.Errorf("list the pod's addresses: %w", err)
 	}
@@ -106,7 +105,7 @@ func (n *namespace) addresses(limit int) (found []netip.Addr, err error) {
 	return found, nil
 }
 
-// do runs work, which must not block, in the namespace.
+// do runs work, which must not block, inside the namespace.
 func (n *namespace) do(work func() error) error {
 	if n.file == nil {
 		return work()
@@ -122,17 +121,16 @@ func (n *namespace) do(work func() error) error {
 	return workErr
 }
 
-// inNamespace runs work on a thread that is in the target namespace for just as long. restore puts
-// a thread back into its own namespace; it is netns.Set but in tests.
+// inNamespace runs work on a thread that is in the target namespace only for that time. restore puts a thread back
+// into its own namespace; outside tests it is netns.Set.
 //
-// The work has a goroutine of its own, which lives for a few microseconds: when the thread cannot be
-// put back, this goroutine ends without unlocking it, and the runtime destroys the thread with the
-// goroutine. (The process's first thread cannot be destroyed; the runtime parks it for good, so that
-// nothing runs on it either.) Threads that the runtime starts meanwhile are not born in the pod's
-// namespace: it never clones a thread from a locked one.
+// The work gets a goroutine of its own, which lives for a few microseconds. If the thread cannot be put back, this
+// goroutine ends without unlocking it, and the runtime destroys the thread with the goroutine. (The process's
+// first thread cannot be destroyed; the runtime parks it for good, so nothing runs on it either.) Threads that the
+// runtime starts meanwhile do not inherit the pod's namespace: it never clones a thread from a locked one.
 //
-// A worker locked to a thread for each sandbox would make a socket in 9 us instead of 8, or, asked by
-// 64 goroutines at a time, in 3 instead of 6, at the price of a thread that lives in the pod's namespace.
+// A worker locked to a thread per sandbox would make a socket in 9 us instead of 8, or, for 64 goroutines at a
+// time, in 3 instead of 6, at the cost of a thread that lives in the pod's namespace.
 func inNamespace(target netns.NsHandle, restore func(netns.NsHandle) error, work func() error) error {
 	result := make(chan error, 1)
 	rescue.Go(func(p *rescue.Panic) { result <- p }, func() {
@@ -145,7 +143,7 @@ func inNamespace(target netns.NsHandle, restore func(netns.NsHandle) error, work
 		}
 		defer home.Close()
 		if err := netns.Set(target); err != nil {
-			runtime.UnlockOSThread() // a setns that failed has changed nothing
+			runtime.UnlockOSThread() // a failed setns changes nothing
 			result <- fmt.Errorf("enter the pod's network namespace: %w", err)
 			return
 		}
@@ -160,7 +158,7 @@ func inNamespace(target netns.NsHandle, restore func(netns.NsHandle) error, work
 	return <-result
 }
 
-// close lets go of the namespace. It may be called more than once.
+// close releases the namespace. It may be called more than once.
 func (n *namespace) close() {
 	if n.file != nil {
 		n.file.Close()

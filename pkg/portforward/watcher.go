@@ -15,17 +15,16 @@ import (
 )
 
 const (
-	// pollInterval is how often a namespace is looked at whose folder inotify cannot watch: one
-	// below /proc, or any when the node is out of inotify instances or watches.
+	// pollInterval is how often to check a namespace whose directory inotify cannot watch: any below /proc, or any
+	// at all when the node is out of inotify instances or watches.
 	pollInterval = time.Second
-	// lookInterval is how often the others are looked at all the same: an unmount that is not
-	// followed by the removal of the file is no event in the folder.
+	// lookInterval is how often to check the others nevertheless: an unmount without removal of the file is not an
+	// event in the directory.
 	lookInterval = 15 * time.Second
 )
 
-// Watcher notices that network namespaces are gone from their paths, for all the Forwarders of a
-// process with one inotify instance (a node has but 128 of them by default) and one goroutine. Its
-// methods may be called from several goroutines.
+// Watcher notices when network namespaces are gone from their paths, for all Forwarders of a process, with one
+// inotify instance (a node has only 128 by default) and one goroutine. Its methods are safe for concurrent use.
 type Watcher struct {
 	file *os.File // inotify
 	done chan struct{}
@@ -33,12 +32,12 @@ type Watcher struct {
 	mu      sync.Mutex
 	watched map[*watchedNamespace]struct{}
 	folders map[string]*watchedFolder
-	polled  int // how many of watched inotify knows nothing of
+	polled  int // how many of watched have no inotify watch
 }
 
 type watchedNamespace struct {
 	namespace *namespace
-	folder    *watchedFolder // nil when inotify knows nothing of it
+	folder    *watchedFolder // nil without an inotify watch
 	gone      func()
 }
 
@@ -48,14 +47,14 @@ type watchedFolder struct {
 	users      int
 }
 
-// NewWatcher starts a Watcher. When inotify is not to be had it logs that and polls. The caller
-// closes it, after the Forwarders that use it.
+// NewWatcher starts a Watcher. If inotify is not available, it logs that and polls. The caller must close it,
+// after the Forwarders that use it.
 func NewWatcher(log *slog.Logger) (*Watcher, error) {
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
 	if err != nil {
 		log.Warn("inotify is not available: the end of a pod is noticed by polling, up to a second late; "+
 			"raising fs.inotify.max_user_instances helps", "error", err)
-		// A file that never has anything to read, so that only the deadlines wake the goroutine.
+		// A file that is never readable, so that only deadlines wake the goroutine.
 		if fd, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 			return nil, fmt.Errorf("watch network namespaces: %w", os.NewSyscallError("eventfd", err))
 		}
@@ -70,20 +69,20 @@ func startWatcher(fd int) *Watcher {
 		watched: map[*watchedNamespace]struct{}{},
 		folders: map[string]*watchedFolder{},
 	}
-	rescue.Go(rescue.Die, w.run) // of no session
+	rescue.Go(rescue.Die, w.run) // belongs to no session
 	return w
 }
 
-// Close ends the watching and waits for its goroutine. No namespace is reported gone afterwards.
+// Close stops watching and waits for the goroutine. No namespace is reported gone afterwards.
 func (w *Watcher) Close() error {
 	err := w.file.Close()
 	<-w.done
 	return err
 }
 
-// watch calls gone, once and from the Watcher's goroutine, when the namespace is no longer at its
-// path. What happened before the watch stands may go unnoticed for lookInterval; callers check once
-// themselves. stop ends the watching; a call of gone may be under way when it returns.
+// watch calls gone, once and from the Watcher's goroutine, when the namespace is no longer at its path. It may
+// miss for lookInterval what happened before it was set up, so callers check once themselves. stop ends the watch;
+// gone may still be running when it returns.
 func (w *Watcher) watch(n *namespace, gone func()) (stop func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -93,7 +92,7 @@ func (w *Watcher) watch(n *namespace, gone func()) (stop func()) {
 	if entry.folder == nil {
 		w.polled++
 	}
-	// Wakes the goroutine, so that it sets its deadline anew.
+	// Wake the goroutine, so that it sets its deadline anew.
 	w.file.SetReadDeadline(time.Unix(1, 0))
 	return func() {
 		w.mu.Lock()
@@ -102,9 +101,8 @@ func (w *Watcher) watch(n *namespace, gone func()) (stop func()) {
 	}
 }
 
-// run looks at all the namespaces whenever something was removed from one of their folders. What
-// the events say is of no interest: they only say when to look, which also copes with events that
-// were dropped, and with folders removed as a whole.
+// run checks all namespaces whenever something was removed from one of their directories. It ignores the events'
+// contents: they only say when to check. So dropped events, and directories removed as a whole, do no harm.
 func (w *Watcher) run() {
 	defer close(w.done)
 	events := make([]byte, 16<<10)
@@ -133,7 +131,7 @@ func (w *Watcher) rest() {
 	w.file.SetReadDeadline(deadline)
 }
 
-// takeGone removes the entries whose namespace is gone and returns them.
+// takeGone removes and returns the entries whose namespace is gone.
 func (w *Watcher) takeGone() (gone []*watchedNamespace) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -158,19 +156,19 @@ func (w *Watcher) forget(entry *watchedNamespace) {
 	entry.folder.users--
 	if entry.folder.users == 0 {
 		delete(w.folders, entry.folder.path)
-		w.control(func(fd int) error { //nolint:errcheck // a watch that is gone already is as good as removed
-			_, err := unix.InotifyRmWatch(fd, uint32(entry.folder.descriptor)) // fails when the folder is gone
+		w.control(func(fd int) error { //nolint:errcheck // a watch that is gone already needs no removal
+			_, err := unix.InotifyRmWatch(fd, uint32(entry.folder.descriptor)) // fails if the directory is gone
 			return err
 		})
 	}
 }
 
-// useFolder watches the folder that holds the namespace's file. A watch on the file itself would
-// be one on the namespace's inode: that hears nothing of an unmount, and keeps the namespace alive.
+// useFolder watches the directory of the namespace's file. A watch on the file itself would be on the namespace's
+// inode: it misses the unmount and keeps the namespace alive.
 func (w *Watcher) useFolder(path string) *watchedFolder {
 	path, err := filepath.EvalSymlinks(path)
 	if err != nil {
-		return nil // such as the links in /proc/PID/ns, which lead to no path
+		return nil // such as links in /proc/PID/ns, which lead to no path
 	}
 	path = filepath.Dir(path)
 	folder := w.folders[path]
