@@ -17,15 +17,14 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// connection joins one TCP connection into a pod with one stream. Two goroutines run it, one for
-// each direction:
+// connection joins one TCP connection into a pod with one stream. Two goroutines run it, one per direction:
 //
-//	client's FIN              -> CloseWrite towards the pod, the answer goes on
-//	pod's FIN                 -> CloseWrite on the stream at once, the upload goes on
-//	client leaves behind FIN  -> the rest of the upload and the FIN are delivered, the answer is thrown away
-//	client's reset            -> both ended, reset towards the pod
-//	pod's reset               -> what it sent before is delivered, then the stream is reset
-//	pod's reset after its FIN -> the answer is complete and stays so; the rest of the upload is discarded
+//	client's FIN               -> CloseWrite towards the pod, the download continues
+//	pod's FIN                  -> CloseWrite on the stream at once, the upload continues
+//	client leaves after FIN    -> the rest of the upload and the FIN are delivered, the download is discarded
+//	client's reset             -> both directions end, reset towards the pod
+//	pod's reset                -> what it sent before is delivered, then the stream is reset
+//	pod's reset after its FIN  -> the download is complete and stays so, the rest of the upload is discarded
 type connection struct {
 	pod    *net.TCPConn
 	stream workload.Stream

@@ -209,27 +209,26 @@ func (f *Forwarder) dial(ctx context.Context, dialer Dialer, port uint16) (*net.
 	return conn, err
 }
 
-// Forward connects to a port of the pod and moves bytes between the connection and the stream: the
-// client's FIN becomes a FIN to the pod and the other way round, each direction going on without
-// the other for as long as it moves bytes (see Config.HalfClosedIdle). It returns when both directions have
-// ended; the one besides the caller's goroutine that it uses has ended then too.
+// Forward connects to a port of the pod and moves bytes between the connection and the stream. The client's FIN
+// becomes a FIN to the pod and vice versa, and each direction continues without the other as long as it moves
+// bytes (see Config.HalfClosedIdle). Forward returns when both directions have ended. It uses one goroutine
+// besides the caller's, which has then ended too.
 //
-// sent is what went from the client to the pod, received what went from the pod to the client;
-// both are right also with an error.
+// sent counts bytes from the client to the pod, received those from the pod to the client. Both are valid even
+// with an error.
 //
-// Forward owns the stream from the call on. When it returns nil, the stream is closed: the client
-// has the pod's FIN, and its own FIN has been passed on, or what it sends is being discarded because
-// the pod has closed for good, or it has itself reset the stream after the pod's FIN, as client-go does
-// each time. When it returns an error, the stream has been reset, also when there was no connection in
-// the first place, and the pod has got a reset. So the caller resets nothing; what it may do is say
-// more by other means, such as port-forward's error stream. The errors are those of Dial, then
-// ErrResetByPod, ErrResetByClient, ErrHalfClosedIdle, ErrSandboxGone, ErrClosed, and the context's cause.
+// Forward owns the stream from the call on. When it returns nil, the stream is closed: the client has the pod's
+// FIN, and either its own FIN has been passed on, or the pod has closed for good and the client's bytes are being
+// discarded, or the client has reset the stream after the pod's FIN, as client-go always does. When Forward
+// returns an error, both the stream and the connection to the pod, if there was one, have been reset. So the
+// caller need not reset anything, but may report the error by other means, such as port-forward's error stream.
+// The errors are those of Dial, ErrResetByPod, ErrResetByClient, ErrHalfClosedIdle, ErrSandboxGone, ErrClosed, and
+// the context's cause.
 //
-// When the context ends, the connection to the pod is reset at once. A ReadFrom that hangs
-// because the client reads nothing ends when the stream's Reset, or the owner of the client's
-// connection, can make it.
+// When the context ends, the connection to the pod is reset at once. A ReadFrom that blocks because the client
+// does not read ends when the stream's Reset, or the owner of the client's connection, unblocks it.
 //
-// When the Forwarder is frozen, the error is a *FrozenError: nothing has ended then.
+// When the Forwarder is frozen, the error is a *FrozenError and nothing has ended.
 func (f *Forwarder) Forward(ctx context.Context, port uint16, stream workload.Stream) (sent, received int64, err error) {
 	return f.forward(ctx, port, stream, 0)
 }

@@ -2,22 +2,20 @@ package session
 
 import "strings"
 
-// CommandLevel says how much of a command line operators see: arguments often hold secrets
-// (kubernetes#97795).
+// CommandLevel says how much of a command line operators see. Arguments often contain secrets (kubernetes#97795).
 type CommandLevel string
 
-// The levels: nothing, the program's name alone, everything.
+// The levels: nothing, only the program's name, everything.
 const (
 	CommandNone CommandLevel = "none"
 	CommandArg0 CommandLevel = "argv0"
 	CommandFull CommandLevel = "full"
 )
 
-// maxVisibleCommand bounds what CommandFull shows, in bytes: a command line may have 2 MiB.
+// maxVisibleCommand bounds what CommandFull shows, in bytes. A command line may have 2 MiB.
 const maxVisibleCommand = 16 << 10
 
-// Visible is the part of a command line that may be shown; cut tells that CommandFull did not show
-// all of it.
+// Visible returns the part of a command line that may be shown. cut says that CommandFull had to omit some of it.
 func (l CommandLevel) Visible(args []string) (visible []string, cut bool) {
 	if len(args) == 0 {
 		return nil, false

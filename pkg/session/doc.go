@@ -1,3 +1,3 @@
-// Package session keeps account of what is live now: every exec, attach and port-forward session
-// with what it belongs to, who asked, and why it ended.
+// Package session keeps track of all live exec, attach and port-forward sessions: what each belongs to, who asked
+// for it, and why it ended.
 package session

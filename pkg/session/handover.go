@@ -12,10 +12,10 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// StateVersion is that of State. A reader of another version refuses it.
+// StateVersion is the version of State. A reader with another version refuses it.
 const StateVersion = 1
 
-// State is what the registry and its guards know of one session that is handed over. It is encoded as CBOR.
+// State is what the registry and its guards know about one session in a hand-over. It is encoded as CBOR.
 type State struct {
 	Version int
 	ID      string
@@ -23,38 +23,39 @@ type State struct {
 	Info    Info
 	Phase   Phase
 	Helper  string
-	Stopped *EndError // nil while nobody has told it to end
+	Stopped *EndError // nil unless the session was told to end
 	Tapped  bool      // Taps.Open was called
 	Size    workload.Size
 	Guards  map[string][]byte // by Carrier.Carried
 }
 
-// Carrier is a Guard that keeps something of each session, which has to go with a session that is handed over.
+// Carrier is a Guard with per-session state that must travel with a session that is handed over.
 type Carrier interface {
 	Guard
-	// Carried names what it keeps. The name is part of the state, and so the same in all versions.
+	// Carried names the guard's state. The name is part of the encoded state, so all versions must use the same.
 	Carried() string
-	// Freeze lets go of what it keeps of a session and returns it. Nothing moves in the session any more. An error
-	// means that the session must not go on.
+	// Freeze releases the guard's state of a session and returns it. Nothing moves in the session any more. An
+	// error means that the session must not continue.
 	Freeze(*Session, *handover.Files) ([]byte, error)
-	// Resume takes it back, in the same program or in another one; then Ended will come. The state is nil where the
-	// program that froze the session had nothing by this name. An error means that the session must not go on.
+	// Resume takes the state back, in the same program or in another. Ended will follow. The state is nil if the
+	// program that froze the session had none of this name. An error means that the session must not continue.
 	Resume(*Session, []byte, *handover.Files) error
 }
 
-// Frozen is the outcome of a session that has not ended: it was frozen, to go on from its state.
+// Frozen is the outcome of a session that has not ended but was frozen, to continue from its state.
 var Frozen = Outcome{Reason: "frozen", ExitCode: -1, Err: handover.ErrFrozen}
 
-// Frozen tells whether it is the outcome Frozen.
+// Frozen reports whether the outcome is the package's Frozen.
 func (o Outcome) Frozen() bool {
 	return o.Reason == Frozen.Reason && errors.Is(o.Err, handover.ErrFrozen)
 }
 
-// reasonGuard ends a session of which a guard could not be carried, and gave no reason of its own.
+// reasonGuard ends a session if a guard's state could not be carried and the guard gave no reason.
 const reasonGuard = "not-carried"
 
-// Freeze returns what the registry and its guards know of a session in which nothing moves any more. It stays in the
-// registry, for Resume. When a guard fails, the session is told to end, and does when it is resumed.
+// Freeze returns what the registry and its guards know about a session in which nothing moves any more. The
+// session stays in the registry, for Resume. If a guard fails, the session is told to end, and does so when it is
+// resumed.
 func (s *Session) Freeze(files *handover.Files) State {
 	state := State{Version: StateVersion, ID: s.ID, Start: s.Start.UnixNano(), Info: s.Info, Guards: make(map[string][]byte)}
 	for _, g := range slices.Backward(s.registry.guards) {
@@ -78,7 +79,7 @@ func (s *Session) Freeze(files *handover.Files) State {
 	return state
 }
 
-// endError is why the session was told to end.
+// endError returns why the session was told to end.
 func (s *Session) endError() *EndError {
 	var end *EndError
 	if !errors.As(context.Cause(s.ctx), &end) {
@@ -94,7 +95,7 @@ func (s *Session) stopUncarried(what string, err error) {
 
 var errBadState = errors.New("state of a session that cannot be read")
 
-// Validate says why the session of the state could not be resumed, as far as the registry knows.
+// Validate returns why a session in this state could not be resumed, as far as the registry can tell.
 func (state *State) Validate() error {
 	id, err := hex.DecodeString(state.ID)
 	switch {
@@ -108,10 +109,10 @@ func (state *State) Validate() error {
 	return nil
 }
 
-// Resume has a session go on from its state: with its id, start and phase, without another start for guards and
-// observers, and without asking whether it may. In the registry that has frozen it, it is the same *Session. When a
-// guard fails, the session is told to end. The caller gives it a connection with Connect, and ends it with End, as
-// after Begin.
+// Resume continues a session from its state, with its id, start and phase. Guards are not asked whether it may
+// begin, and neither guards nor observers see another start. In the registry that froze it, it is the same
+// *Session. If a guard fails, the session is told to end. As after Begin, the caller gives it a connection with
+// Connect and ends it with End.
 func (r *Registry) Resume(ctx context.Context, state State, files *handover.Files) (*Session, error) {
 	if err := state.Validate(); err != nil {
 		return nil, err
@@ -141,7 +142,7 @@ func (r *Registry) Resume(ctx context.Context, state State, files *handover.File
 	return s, nil
 }
 
-// restore puts the session of a state into the registry, unless it is still there.
+// restore adds the session of a state to the registry, unless it is still there.
 func (r *Registry) restore(ctx context.Context, state State) (s *Session, known bool, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -11,10 +11,9 @@ import (
 	"unicode/utf8"
 )
 
-// PrintableJSON is json.Marshal, or with an indent json.MarshalIndent, for text that people look at in
-// a terminal: it has no character that a terminal obeys or that turns text around, such as U+009B and
-// U+202E, which encoding/json leaves as they are. It leaves <, > and & alone, so that commands can be
-// searched for.
+// PrintableJSON is json.Marshal, or json.MarshalIndent if there is an indent, for text shown in a terminal. It
+// escapes characters that control a terminal or reverse text, such as U+009B and U+202E, which encoding/json
+// leaves as they are. It leaves <, > and & alone, so that commands can be searched for.
 func PrintableJSON(v any, indent string) ([]byte, error) {
 	var text bytes.Buffer
 	encoder := json.NewEncoder(&text)
@@ -40,7 +39,7 @@ func PrintableJSON(v any, indent string) ([]byte, error) {
 	return []byte(safe.String()), nil
 }
 
-// WriteJSON writes a value as a PrintableJSON of several lines.
+// WriteJSON writes a value as indented PrintableJSON.
 func WriteJSON(to io.Writer, v any) error {
 	text, err := PrintableJSON(v, "  ")
 	if err != nil {
@@ -50,8 +49,8 @@ func WriteJSON(to io.Writer, v any) error {
 	return err
 }
 
-// Printable is one line of text that a terminal does not obey: what is not printable, newlines too, is replaced. The names
-// and arguments of sessions are chosen by users.
+// Printable returns s as one line that is safe for a terminal. It replaces everything unprintable, including
+// newlines. Users choose the names and arguments of sessions.
 func Printable(s string) string {
 	return strings.Map(func(r rune) rune {
 		if strconv.IsPrint(r) {

@@ -16,7 +16,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Kind is the verb a session serves.
+// Kind is the operation that a session serves.
 type Kind string
 
 // The kinds of session.
@@ -24,42 +24,40 @@ const (
 	Exec        Kind = "exec"
 	Attach      Kind = "attach"
 	PortForward Kind = "portforward"
-	// ExecSync is a command without streams, such as a probe. It is no session of the registry, but
-	// it is audited and may be denied like one.
+	// ExecSync is a command without streams, such as a probe. It is not a session in the registry, but it is
+	// audited and may be denied like one.
 	ExecSync Kind = "execsync"
 )
 
 // Phase says how far a session has come.
 type Phase string
 
-// A session starts, runs, and lingers: its process and its container are no longer held, only what
-// the client has not read yet is still being sent.
+// A session starts, runs, and lingers: its process and container have been released, and only data that the client
+// has not read yet is still being sent.
 const (
 	Starting  Phase = "starting"
 	Running   Phase = "running"
 	Lingering Phase = "lingering"
 )
 
-// Info is what is known of a session when it begins. It does not change.
+// Info is what is known about a session when it begins. It does not change.
 type Info struct {
 	Kind   Kind
 	Target workload.Target
-	// PodLabels are the labels of the pod's sandbox, nil when they are not known. They are shared:
-	// nobody writes to the map.
+	// PodLabels are the labels of the pod's sandbox, nil if unknown. The map is shared and must not be modified.
 	PodLabels map[string]string
 	Protocol  string   // such as "SPDY/3.1 v4.channel.k8s.io"
 	Peer      string   // the client's network address
 	Command   []string // of an exec; never logged
 	TTY       bool
-	// User is whom the process runs as, inside the container; nil when that is not known.
+	// User is the process's user inside the container, nil if unknown.
 	User *User
-	// AuditID is the API server's id of the request, as KEP-6035 hands it down; empty when the
-	// client did not come through an API server that does, or not through an API server at all
-	// (kubernetes#119640). Nothing proves it: it is a variable of the CRI call, which a client of the kubelet
-	// or of our socket may set, and a client of the API server chooses it with the header Audit-ID.
+	// AuditID is the API server's id of the request, passed on as KEP-6035 defines. It is empty if the client did
+	// not come through an API server, or through one that does not pass it on (kubernetes#119640). It is not
+	// trustworthy: it is a variable of the CRI call, which a client of the kubelet or of our socket may set, and a
+	// client of the API server chooses it with the header Audit-ID.
 	AuditID string
-	// Trace is the W3C trace context of the CRI call ("traceparent", "tracestate"), nil when it has
-	// none.
+	// Trace is the W3C trace context of the CRI call ("traceparent", "tracestate"), nil if it has none.
 	Trace map[string]string
 }
 
@@ -69,7 +67,7 @@ type User struct {
 	GID uint32 `json:"gid"`
 }
 
-// UserOf is whom a process runs as in the container, nil when that is not known.
+// UserOf returns the user of the container's processes as the container sees it, nil if unknown.
 func UserOf(c workload.Container) *User {
 	if c.Process == nil {
 		return nil
@@ -77,11 +75,11 @@ func UserOf(c workload.Container) *User {
 	return &User{UID: c.Process.User.UID, GID: c.Process.User.GID}
 }
 
-// AuditIDVariable is the environment variable with which a request carries its audit ID (KEP-6035).
+// AuditIDVariable is the environment variable that carries a request's audit id (KEP-6035).
 const AuditIDVariable = "KUBERNETES_EXEC_AUDIT_ID"
 
-// AuditID finds the audit ID among a request's environment variables, each "NAME=value"; the last
-// one counts, as it does for the process.
+// AuditID returns the audit id from a request's environment variables, each "NAME=value". The last one counts, as
+// it does for the process.
 func AuditID(env []string) string {
 	for _, variable := range slices.Backward(env) {
 		if value, ok := strings.CutPrefix(variable, AuditIDVariable+"="); ok {
@@ -91,16 +89,16 @@ func AuditID(env []string) string {
 	return ""
 }
 
-// Connection is what the registry asks of a session's connection.
+// Connection is what the registry needs of a session's connection.
 type Connection interface {
-	// LastActivity is when payload last moved in either direction.
+	// LastActivity returns when payload last moved in either direction.
 	LastActivity() time.Time
-	// Transferred is the payload received from and sent to the client, in bytes.
+	// Transferred returns the payload received from and sent to the client, in bytes.
 	Transferred() (received, sent int64)
 }
 
-// EndError is the cause with which a session is told to end from outside: an idle timeout, a
-// shutdown, an operator. Its text is for the client.
+// EndError is the cause with which a session is told to end from outside: an idle timeout, a shutdown, an
+// operator. Its text is for the client.
 type EndError struct {
 	Reason  string // one word for logs and metrics, such as "idle-timeout"
 	Message string // a sentence for the client
@@ -108,13 +106,13 @@ type EndError struct {
 
 func (e *EndError) Error() string { return e.Message }
 
-// Session is one live session. Its context ends with an EndError cause when the session has to end.
+// Session is one live session. When it must end, its context ends with an EndError as cause.
 type Session struct {
 	Info
 	ID    string // 16 hexadecimal digits
 	Start time.Time
 
-	// Taps is where recorders and watchers listen.
+	// Taps is where recorders and watchers attach.
 	Taps Taps
 
 	registry *Registry
@@ -128,30 +126,29 @@ type Session struct {
 	controls Controls // nil until the process runs
 }
 
-// Outcome is how a session ended.
+// Outcome says how a session ended.
 type Outcome struct {
 	Reason   string // one word: exited, client-gone, container-exited, idle-timeout, shutdown, …
-	ExitCode int    // of an exec whose process ran; -1 where there is none
-	Err      error  // what went wrong, nil when nothing did
-	Helper   string // what End fills in from SetHelper
+	ExitCode int    // of an exec whose process ran; -1 if there is none
+	Err      error  // what went wrong, or nil
+	Helper   string // set by End from SetHelper
 }
 
-// Guard decides whether sessions may begin, and sees each that did to its end: limits, the audit
-// log, the recorder. Its methods are called from many goroutines.
+// Guard decides whether sessions may begin, and follows each admitted one to its end: limits, the audit log, the
+// recorder. Its methods are called from many goroutines.
 type Guard interface {
-	// Check refuses at the CRI call what is certain to be refused later, without holding anything.
+	// Check refuses at the CRI call what is certain to be refused later. It reserves nothing.
 	Check(Info) error
-	// Admit is called before the client's connection is upgraded. A *RefusedError, or any other
-	// error, refuses the session.
+	// Admit is called before the client's connection is upgraded. A *RefusedError, or any other error, refuses the
+	// session.
 	Admit(context.Context, *Session) error
 	// Ended is called once for each session that this guard has admitted.
 	Ended(*Session, Outcome)
-	// Refused is told of a session that another guard has refused before this one was asked to
-	// admit it.
+	// Refused reports a session that another guard refused before this one was asked to admit it.
 	Refused(Info, error)
 }
 
-// Refusal says why a session is refused, for the choice of a status code.
+// Refusal says why a session is refused. It determines the status code.
 type Refusal string
 
 // The kinds of refusal.
@@ -161,7 +158,7 @@ const (
 	Unavailable Refusal = "unavailable" // it cannot be audited or recorded as the configuration demands
 )
 
-// RefusedError is why a guard refuses a session. Its text is for the client.
+// RefusedError says why a guard refuses a session. Its text is for the client.
 type RefusedError struct {
 	Refusal Refusal
 	Message string
@@ -169,29 +166,29 @@ type RefusedError struct {
 
 func (e *RefusedError) Error() string { return e.Message }
 
-// Registry holds the live sessions. The zero value is not usable; see NewRegistry.
+// Registry holds the live sessions. Create it with NewRegistry.
 type Registry struct {
 	log    *slog.Logger
 	guards []Guard
-	// observers are complete before the first session begins.
+	// observers is complete before the first session begins.
 	observers []Observer
 
 	mu       sync.Mutex
 	sessions map[string]*Session
 	closed   bool
-	emptied  chan struct{} // closed when the last session has ended; nil unless somebody waits, see Empty
+	emptied  chan struct{} // closed when the last session has ended; nil unless someone waits, see Empty
 }
 
 // ErrClosed is returned by Begin once the registry takes no more sessions.
 var ErrClosed = errors.New("streamshim is shutting down and takes no new sessions")
 
-// NewRegistry returns an empty registry that logs one line at the start and one at the end of each
-// session. The guards are asked in this order; when one refuses, those before it see the session end.
+// NewRegistry returns an empty registry that logs one line at the start and one at the end of each session. Guards
+// are asked in order. If one refuses, those before it see the session end.
 func NewRegistry(log *slog.Logger, guards ...Guard) *Registry {
 	return &Registry{log: log, guards: guards, sessions: make(map[string]*Session)}
 }
 
-// Check says whether a session would be refused as things are now.
+// Check returns an error if a session would be refused as things are now.
 func (r *Registry) Check(info Info) error {
 	for i, g := range r.guards {
 		if err := g.Check(info); err != nil {
@@ -206,9 +203,8 @@ func (r *Registry) Check(info Info) error {
 
 const idBytes = 8
 
-// Begin registers a session, before its client's connection is upgraded. The error is ErrClosed or a
-// guard's. The caller gives the session its connection with Connect, and ends it with End, exactly
-// once.
+// Begin registers a session, before its client's connection is upgraded. The error is ErrClosed or a guard's. The
+// caller gives the session its connection with Connect, and must end it with End, exactly once.
 func (r *Registry) Begin(ctx context.Context, info Info) (*Session, error) {
 	var id [idBytes]byte
 	rand.Read(id[:]) //nolint:errcheck // never fails, see crypto/rand
@@ -247,7 +243,7 @@ func (r *Registry) Begin(ctx context.Context, info Info) (*Session, error) {
 	return s, nil
 }
 
-// refused tells the guards that one of them has refused a session.
+// refused tells the other guards that one of them refused a session.
 func (r *Registry) refused(info Info, reason error, by int) {
 	for i, g := range r.guards {
 		if i != by {
@@ -280,7 +276,7 @@ func (r *Registry) List() []*Session {
 	return list
 }
 
-// Empty returns a channel that is closed as soon as no session lives; the next one may begin at any time.
+// Empty returns a channel that is closed as soon as no session lives. A new one may begin at any time.
 func (r *Registry) Empty() <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -302,10 +298,10 @@ func (r *Registry) Close() {
 	r.closed = true
 }
 
-// Context ends when the session is told to end; context.Cause then tells why.
+// Context returns a context that ends when the session is told to end. context.Cause then says why.
 func (s *Session) Context() context.Context { return s.ctx }
 
-// Stop tells the session to end. The first cause counts.
+// Stop tells the session to end. The first cause wins.
 func (s *Session) Stop(cause *EndError) { s.cancel(cause) }
 
 // Connect gives the session its connection.
@@ -315,14 +311,14 @@ func (s *Session) Connect(c Connection) {
 	s.conn = c
 }
 
-// Connection is the session's connection, nil before Connect.
+// Connection returns the session's connection, or nil before Connect.
 func (s *Session) Connection() Connection {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.conn
 }
 
-// Transferred is the payload received from and sent to the client so far, in bytes.
+// Transferred returns the payload received from and sent to the client so far, in bytes.
 func (s *Session) Transferred() (received, sent int64) {
 	if c := s.Connection(); c != nil {
 		return c.Transferred()
@@ -330,7 +326,7 @@ func (s *Session) Transferred() (received, sent int64) {
 	return 0, 0
 }
 
-// Idle is how long no payload has moved.
+// Idle returns for how long no payload has moved.
 func (s *Session) Idle(now time.Time) time.Duration {
 	last := s.Start
 	if c := s.Connection(); c != nil {
@@ -341,49 +337,49 @@ func (s *Session) Idle(now time.Time) time.Duration {
 	return max(now.Sub(last), 0)
 }
 
-// Controls is what an operator can do to a session that runs.
+// Controls is what an operator can do to a running session.
 type Controls interface {
-	// PID is the process's in our pid namespace, 0 when it is not known.
+	// PID returns the process's pid in our pid namespace, or 0 if unknown.
 	PID() int
-	// Signal signals the session's process. The error is ErrNotSupported when there is none of ours.
+	// Signal signals the session's process. It returns ErrNotSupported if the process is not ours.
 	Signal(syscall.Signal) error
-	// Notice shows a line of text to the user of a terminal. It may wait for the client to read, at
-	// most until the session ends.
+	// Notice shows a line of text to a terminal's user. It may wait for the client to read, until the session ends
+	// at the latest.
 	Notice(text string) error
 }
 
-// ErrNotSupported is a control that this session does not have.
+// ErrNotSupported is returned for a control that this session does not have.
 var ErrNotSupported = errors.New("the process of this session is not ours: it is served by the runtime, or there is none")
 
-// SetControls says that the session's process runs.
+// SetControls sets the controls once the session's process runs.
 func (s *Session) SetControls(c Controls) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.controls = c
 }
 
-// Controls is nil as long as no process runs.
+// Controls returns the session's controls, or nil while no process runs.
 func (s *Session) Controls() Controls {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.controls
 }
 
-// SetHelper notes that a helper of ours runs instead of the command, which the container does not have.
+// SetHelper records that a helper of ours runs in place of a command that the container lacks.
 func (s *Session) SetHelper(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.helper = name
 }
 
-// Phase is how far the session has come.
+// Phase returns how far the session has come.
 func (s *Session) Phase() Phase {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.phase
 }
 
-// SetPhase notes how far the session has come.
+// SetPhase records how far the session has come.
 func (s *Session) SetPhase(p Phase) {
 	s.mu.Lock()
 	changed := s.phase != p
@@ -400,7 +396,7 @@ func (s *Session) SetPhase(p Phase) {
 // Log returns a logger that names the session in each line.
 func (s *Session) Log() *slog.Logger { return s.registry.log.With("session", s.ID) }
 
-// End takes the session out of the registry and logs how it ended.
+// End removes the session from the registry and logs how it ended.
 func (s *Session) End(o Outcome) {
 	s.cancel(nil)
 	s.mu.Lock()
@@ -432,7 +428,7 @@ func (s *Session) End(o Outcome) {
 
 func (s *Session) attributes() []any { return append([]any{"session", s.ID}, s.Info.attributes()...) }
 
-// attributes are those that are known; at the CRI call there is no client yet.
+// attributes returns the known log attributes. At the CRI call there is no client yet.
 func (i Info) attributes() []any {
 	a := []any{"kind", i.Kind}
 	for _, f := range []struct{ name, value string }{

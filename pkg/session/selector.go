@@ -5,17 +5,17 @@ import (
 	"slices"
 )
 
-// Selector chooses sessions by what they belong to. A field that is empty chooses all, except that
-// ExecSync must be named: a rule for users must not stop a container's probes.
+// Selector matches sessions by what they belong to. An empty field matches all, except that ExecSync must be
+// named: a rule for users must not stop a container's probes.
 type Selector struct {
-	Namespaces []string          // of the pod; * and ? stand for anything, as in path.Match
-	PodLabels  map[string]string // all of these; the values may have * and ?
+	Namespaces []string          // of the pod; may contain * and ?, as in path.Match
+	PodLabels  map[string]string // all must match; values may contain * and ?
 	Kinds      []Kind
 	TTY        *bool
 }
 
-// Matches tells whether the session is chosen. A selector that asks for labels and meets a pod whose
-// labels are not known gives unknown: what that means is for the caller to say.
+// Matches reports whether the selector matches a session. unknown says that it requires labels and the pod's
+// labels are not known; the caller decides what that means.
 func (s Selector) Matches(info Info) (matches, unknown bool) {
 	if len(s.Kinds) == 0 && info.Kind == ExecSync {
 		return false, false
@@ -43,8 +43,7 @@ func (s Selector) Matches(info Info) (matches, unknown bool) {
 	return true, false
 }
 
-// matchesPattern treats a malformed pattern as one that matches nothing but itself; the
-// configuration refuses such patterns.
+// matchesPattern treats a malformed pattern as literal text. The configuration refuses such patterns.
 func matchesPattern(pattern, value string) bool {
 	matches, err := path.Match(pattern, value)
 	return (err == nil && matches) || pattern == value

@@ -22,32 +22,31 @@ const (
 type TapEvent struct {
 	Kind TapKind
 	At   time.Time
-	From Output        // of TapOutput
-	Data []byte        // of TapOutput and TapInput
-	Size workload.Size // of TapResize
-	Lost int64         // bytes, of TapGap
+	From Output        // TapOutput only
+	Data []byte        // TapOutput and TapInput only
+	Size workload.Size // TapResize only
+	Lost int64         // TapGap only: bytes
 }
 
-// eventCost is what an event counts beside its data, so that many small ones are bounded, too.
+// eventCost is what an event counts in addition to its data, so that many small ones are bounded too.
 const eventCost = 64
 
 // TapRoom bounds what several TapQueues hold together.
 type TapRoom interface {
-	// Take takes n bytes, all or none, and reports whether there was room.
+	// Take reserves n bytes, all or none, and reports whether there was room.
 	Take(n int) bool
-	// Return gives n bytes back.
+	// Return releases n bytes.
 	Return(n int)
 }
 
-// ownTapBytes is what each queue may hold whether there is room with the others or not.
+// ownTapBytes is how much each queue may hold without needing shared room.
 const ownTapBytes = 16 << 10
 
-// TapQueue is a Tap that keeps what it sees for somebody who takes it in his own time. It never
-// blocks: what does not fit is lost, and a TapGap event stands in its place. It is taken from by one
-// goroutine.
+// TapQueue is a Tap that keeps what it sees until it is taken. It never blocks: what does not fit is lost, and a
+// TapGap event marks the place. Only one goroutine may take from it.
 type TapQueue struct {
 	limit    int
-	room     TapRoom // nil is no bound
+	room     TapRoom // nil means no bound
 	input    bool
 	overflow func()
 
@@ -57,19 +56,19 @@ type TapQueue struct {
 	closed  bool
 	ready   chan struct{} // holds one token while there is something to take
 
-	taken tapBatch // belongs to the taker
+	taken tapBatch // owned by the taker
 }
 
 type tapBatch struct {
 	events  []TapEvent
-	offsets []int // where each event's data begins
+	offsets []int // start of each event's data
 	data    []byte
-	shared  int // bytes taken of the room
+	shared  int // bytes of shared room
 }
 
-// NewTapQueue returns a queue of limit bytes; as much again may be in the hands of the taker. What it holds beyond
-// 16 KiB is taken of the room, which may be nil. Input is only kept when wanted. Overflow, if not nil,
-// is called each time the queue begins to lose something; it must not block.
+// NewTapQueue returns a queue of limit bytes; the taker may hold as much again. What it holds beyond 16 KiB is
+// taken from room, which may be nil. Input is kept only if input is set. overflow, if not nil, is called each time
+// the queue begins to lose something. It must not block.
 func NewTapQueue(limit int, room TapRoom, input bool, overflow func()) *TapQueue {
 	return &TapQueue{limit: limit, room: room, input: input, overflow: overflow, ready: make(chan struct{}, 1)}
 }
@@ -119,7 +118,7 @@ func (q *TapQueue) put(event TapEvent, p []byte) {
 	q.signal()
 }
 
-// takeLocked takes room so that the batch being filled may have a size.
+// takeLocked reserves room for the batch being filled to have the given size.
 func (q *TapQueue) takeLocked(size int) bool {
 	more := size - ownTapBytes - q.filling.shared
 	if q.room == nil || more <= 0 {
@@ -132,7 +131,7 @@ func (q *TapQueue) takeLocked(size int) bool {
 	return true
 }
 
-// returnRoom gives back what a batch has taken, and its memory with it.
+// returnRoom releases a batch's shared room, and the batch's memory with it.
 func (q *TapQueue) returnRoom(b *tapBatch) {
 	if b.shared > 0 {
 		q.room.Return(b.shared)
@@ -155,7 +154,7 @@ func (q *TapQueue) signal() {
 	}
 }
 
-// Close makes the queue forget what comes from now on. What is there can still be taken.
+// Close makes the queue ignore further events. What is in it can still be taken.
 func (q *TapQueue) Close() {
 	q.mu.Lock()
 	if !q.closed {
@@ -166,11 +165,11 @@ func (q *TapQueue) Close() {
 	q.signal()
 }
 
-// Ready gets a value when there may be something to Take.
+// Ready returns a channel that receives a value when there may be something to Take.
 func (q *TapQueue) Ready() <-chan struct{} { return q.ready }
 
-// Release forgets what is in the queue and gives back its room. It is called by the taker, after Close and instead of
-// the next Take.
+// Release discards the queue's contents and releases its room. The taker calls it after Close, instead of the next
+// Take.
 func (q *TapQueue) Release() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -178,8 +177,8 @@ func (q *TapQueue) Release() {
 	q.returnRoom(&q.filling)
 }
 
-// Take returns all events that are there, valid until the next call; more is false once the queue is
-// closed and empty.
+// Take returns all events in the queue, valid until the next call. more is false once the queue is closed and
+// empty.
 func (q *TapQueue) Take() (events []TapEvent, more bool) {
 	q.returnRoom(&q.taken)
 	q.mu.Lock()

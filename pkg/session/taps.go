@@ -18,21 +18,19 @@ const (
 	Stderr Output = 2
 )
 
-// Tap gets a copy of what a session moves, before it is delivered. Its methods are called on the session's way, between
-// two system calls, and must not keep p. They must not block, unless nothing may be delivered that the tap has not; then
-// they are bounded, and an error keeps p from being delivered. Those of one stream are called one after
-// another, those of different streams at the same time. A call may still come shortly after the tap
-// was removed.
+// Tap gets a copy of what a session moves, before it is delivered. Its methods are called by the session between
+// two system calls, and must not keep p. They must not block, unless nothing may be delivered that the tap has not
+// got; then they must be bounded, and an error keeps p from being delivered. Calls for one stream are sequential,
+// those for different streams concurrent. A call may still come shortly after the tap was removed.
 type Tap interface {
 	Output(from Output, p []byte) error
 	Input(p []byte) error
 	Resize(workload.Size)
 }
 
-// Taps are the taps of one session. The zero value has none, and costs its session one atomic load
-// for each read.
+// Taps are the taps of one session. The zero value has none, and costs its session one atomic load per read.
 type Taps struct {
-	list atomic.Pointer[[]Tap] // replaced, never changed
+	list atomic.Pointer[[]Tap] // replaced, never modified
 
 	mu   sync.Mutex
 	open bool
@@ -60,25 +58,25 @@ func (t *Taps) current() []Tap {
 	return nil
 }
 
-// Count is how many taps there are now.
+// Count returns the number of taps.
 func (t *Taps) Count() int { return len(t.current()) }
 
-// Open notes that the session's bytes pass here; taps that are added to a session that was never
-// opened see nothing.
+// Open records that the session's bytes pass through these taps. Taps of a session that was never opened see
+// nothing.
 func (t *Taps) Open() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.open = true
 }
 
-// Opened tells whether taps see anything.
+// Opened reports whether taps see anything.
 func (t *Taps) Opened() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.open
 }
 
-// Output hands a copy of what the process wrote to all taps. After an error it must not be delivered.
+// Output passes what the process wrote to all taps. After an error it must not be delivered.
 func (t *Taps) Output(from Output, p []byte) error {
 	var err error
 	for _, tap := range t.current() {
@@ -87,7 +85,7 @@ func (t *Taps) Output(from Output, p []byte) error {
 	return err
 }
 
-// Input hands a copy of what the client sent to all taps. After an error it must not be delivered.
+// Input passes what the client sent to all taps. After an error it must not be delivered.
 func (t *Taps) Input(p []byte) error {
 	var err error
 	for _, tap := range t.current() {
@@ -106,7 +104,7 @@ func (t *Taps) Resize(size workload.Size) {
 	}
 }
 
-// Size is the terminal's size in characters, 0 when it is not known.
+// Size returns the terminal's size in characters, 0 if unknown.
 func (t *Taps) Size() workload.Size {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -1,4 +1,4 @@
-// Package audit writes down who did what: one JSON line at the start and one at the end of each
+// Package audit writes the audit log of who did what: one JSON line at the start and one at the end of each
 // session.
 package audit
 
@@ -17,10 +17,10 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// Destination is where records go.
+// Destination says where records go.
 type Destination string
 
-// The destinations.
+// The destinations of records.
 const (
 	Off      Destination = "off"
 	File     Destination = "file"
@@ -28,44 +28,44 @@ const (
 	Journald Destination = "journald"
 )
 
-// Fsync says when records in a file are forced to the disk.
+// Fsync says when records in a file are synced to disk.
 type Fsync string
 
-// The policies: when the kernel likes, about every second, before anybody goes on.
+// The policies: whenever the kernel does, about every second, or before anyone continues.
 const (
 	FsyncNever    Fsync = "never"
 	FsyncInterval Fsync = "interval"
 	FsyncAlways   Fsync = "always"
 )
 
-// Config is how the log is kept.
+// Config configures a Log.
 type Config struct {
 	Destination Destination
 	File        string // path, for Destination File
-	MaxSize     int64  // bytes after which the file is rotated, 0 is never
-	MaxFiles    int    // rotated files that are kept
+	MaxSize     int64  // size in bytes at which the file is rotated; 0 means never
+	MaxFiles    int    // number of rotated files to keep
 	Command     session.CommandLevel
-	ExecSync    bool // write records of ExecSync calls, too
+	ExecSync    bool // also write records of ExecSync calls
 	Fsync       Fsync
 	// Deny refuses a session whose start cannot be written.
 	Deny bool
-	// OpenDir is where sessions are noted while they are open, so that after a kill the next New writes their
-	// ends, with the reason "interrupted". Only one process may use it. Empty means that nobody does.
+	// OpenDir holds a note of each open session, so that after a kill the next New writes its end, with the reason
+	// "interrupted". Only one process may use it. If empty, no notes are kept.
 	OpenDir string
-	// HandedOver says that another program has handed its sessions over to this one: New leaves those that are noted there
-	// until Settle.
+	// HandedOver says that another program has handed its sessions over. New then leaves the sessions noted in
+	// OpenDir alone until Settle.
 	HandedOver bool
 }
 
 const (
-	// queueSize is how many records may wait for a slow disk.
+	// queueSize is the number of records that may wait for a slow disk.
 	queueSize = 1024
-	// updatesSize is how many changes of the configuration may wait behind them.
+	// updatesSize is the number of configuration changes that may wait behind them.
 	updatesSize = 8
-	// writeTimeout is how long the start of a session waits for its record when Config.Deny is set.
+	// writeTimeout bounds how long the start of a session waits for its record if Config.Deny is set.
 	writeTimeout = 5 * time.Second
 	syncInterval = time.Second
-	// complainInterval is how often a log that cannot be written is complained about.
+	// complainInterval is the minimum time between complaints about a log that cannot be written.
 	complainInterval = time.Minute
 )
 
@@ -76,55 +76,55 @@ var (
 	errStuck     = errors.New("the disk of the audit log does not answer, and earlier changes still wait for it")
 )
 
-// Log is the audit log, a session.Guard. Records are written by a goroutine of its own; sessions
-// wait for it only where Config.Deny says so.
+// Log is the audit log, a session.Guard. A goroutine of its own writes the records. Sessions wait for it only if
+// Config.Deny is set.
 type Log struct {
 	log   *slog.Logger
 	open  openSessions
 	queue chan entry
 	done  chan struct{} // closed when the goroutine has ended
-	gone  atomic.Int64  // records that were lost, ever
+	gone  atomic.Int64  // records lost since the log was opened
 
-	interrupted []*Record // of sessions that a predecessor has left open
+	interrupted []*Record // records of sessions that a killed predecessor left open
 
-	mu        sync.Mutex // guards what follows, and sending to a queue that may be closed
-	unclaimed []*Record  // of sessions that are open in another program's hand-over, and not resumed yet
+	mu        sync.Mutex // guards what follows, and sends to a queue that may be closed
+	unclaimed []*Record  // records of sessions open in another program's hand-over and not resumed yet
 	config    Config
 	closed    bool
 	lost      int64 // records that found the queue full
 }
 
-// entry is a record on its way to the goroutine, or an order to it.
+// entry is a record for the goroutine to write, or an instruction to it.
 type entry struct {
 	line    []byte
 	replace *destination // to be used from now on
-	written chan<- error // nil when nobody waits; has room for one, as settled has
-	ends    string       // the session that is over with this line, if any
+	written chan<- error // nil if nobody waits; buffered, like settled
+	ends    string       // the session that ends with this line, if any
 	settled chan<- settlement
 }
 
-// settlement answers an entry that waits for all before it.
+// settlement answers an entry that waits for everything before it.
 type settlement struct {
 	lost int64 // not yet noted in the log itself
 	err  error // of the disk
 }
 
-// destination is a sink and how it is used.
+// destination is a sink with its settings.
 type destination struct {
 	sink  sink
 	fsync Fsync
 }
 
-// sink is a place for lines. All methods are called by one goroutine.
+// sink takes lines. A single goroutine calls its methods.
 type sink interface {
-	// write writes one whole line, or nothing of it and returns why.
+	// write writes one whole line, or else nothing of it and returns an error.
 	write(line []byte) error
 	sync() error
 	close() error
 }
 
-// New opens the destination and starts the log. Close ends it. Complaints about a destination that
-// fails go to the logger, at most one a minute.
+// New opens the destination and starts the log. It complains about a failing destination to log, at most once a
+// minute. The caller must Close the Log.
 func New(config Config, log *slog.Logger) (*Log, error) {
 	s, err := open(config)
 	if err != nil {
@@ -142,7 +142,7 @@ func New(config Config, log *slog.Logger) (*Log, error) {
 	return l, nil
 }
 
-// Try tells why a log could not be kept as the configuration says. It writes nothing to it.
+// Try reports why a log with this configuration could not be kept. It writes nothing to it.
 func Try(config Config) error {
 	var err error
 	switch config.Destination {
@@ -176,8 +176,8 @@ func open(config Config) (sink, error) {
 	}
 }
 
-// Update changes how the log is kept from the next record on, without waiting for those that are not
-// written yet. After an error it is kept as before.
+// Update changes how the log is kept from the next record on, without waiting for earlier ones to be written.
+// After an error the old configuration stays.
 func (l *Log) Update(config Config) error {
 	s, err := open(config)
 	if err != nil {
@@ -192,12 +192,12 @@ func (l *Log) Update(config Config) error {
 	case l.queue <- entry{replace: &destination{s, config.Fsync}}:
 		l.config = config
 		return nil
-	default: // waiting for room would hold up every session: the lock is held
+	default: // waiting for room would block every session, because the lock is held
 		return fmt.Errorf("audit log: %w", errors.Join(errStuck, s.close()))
 	}
 }
 
-// Close writes what waits and closes the destination.
+// Close writes what is queued and closes the destination.
 func (l *Log) Close() {
 	l.mu.Lock()
 	if !l.closed {
@@ -235,11 +235,11 @@ func (l *Log) Refused(info session.Info, reason error) {
 		record.Reason = string(refused.Refusal)
 	}
 	record.Error = reason.Error()
-	l.put(entry{line: record.line()}) //nolint:errcheck // what is lost is counted
+	l.put(entry{line: record.line()}) //nolint:errcheck // losses are counted
 }
 
-// BeginSync writes the start of an ExecSync. End, which is never nil without an error, writes how it
-// ended and how many bytes of output it gave. The error is a *session.RefusedError.
+// BeginSync writes the start of an ExecSync. end writes how it ended and how many bytes of output it produced; it
+// is not nil unless there is an error. The error is a *session.RefusedError.
 func (l *Log) BeginSync(ctx context.Context, info session.Info) (end func(o session.Outcome, output int64), err error) {
 	if config := l.current(); config.Destination == Off || !config.ExecSync {
 		return func(session.Outcome, int64) {}, nil
@@ -270,7 +270,7 @@ func (l *Log) start(ctx context.Context, id string, info session.Info) error {
 	}
 	line := record.line()
 	if !config.Deny {
-		l.put(entry{line: line}) //nolint:errcheck // as in Refused
+		l.put(entry{line: line}) //nolint:errcheck // losses are counted
 		return nil
 	}
 	written := make(chan error, 1)
@@ -288,7 +288,7 @@ func (l *Log) start(ctx context.Context, id string, info session.Info) error {
 			err, givenUp = context.Cause(ctx), true
 		}
 		if givenUp {
-			// The record of the start still waits: behind it must stand that nothing followed.
+			// The start's record is still queued: follow it with one that says that nothing came of it.
 			l.end(id, info, began, 0, 0, session.Outcome{Reason: "refused", ExitCode: -1, Err: err})
 		}
 	}
@@ -296,7 +296,7 @@ func (l *Log) start(ctx context.Context, id string, info session.Info) error {
 		return nil
 	}
 	if !errors.Is(err, errTimeout) && ctx.Err() == nil {
-		l.open.end(id) // no start was written; else the record of the end does it
+		l.open.end(id) // no start was written; otherwise the end record does it
 	}
 	l.log.Error("a session is denied because its start cannot be audited", "session", id, "error", err)
 	return &session.RefusedError{
@@ -313,19 +313,19 @@ func (l *Log) end(id string, info session.Info, began time.Time, in, out int64, 
 	}
 	record := describe(End, id, info, config.Command)
 	record.finish(began, in, out, o)
-	if l.put(entry{line: record.line(), ends: id}) != nil { // what is lost is counted
+	if l.put(entry{line: record.line(), ends: id}) != nil { // losses are counted
 		l.open.end(id)
 	}
 }
 
-// put queues a line and never waits. Without room the line is lost, which is counted.
+// put queues a line. It never waits: if there is no room, it counts the line as lost.
 func (l *Log) put(e entry) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
 		return errClosed
 	}
-	if len(l.queue) >= queueSize { // the rest is room for Update; only the lock's holder adds to it
+	if len(l.queue) >= queueSize { // the rest is room for Update; only holders of the lock add to it
 		l.lost++
 		l.gone.Add(1)
 		return errQueueFull
@@ -334,7 +334,7 @@ func (l *Log) put(e entry) error {
 	return nil
 }
 
-// Lost is how many records could not be written since the log was opened.
+// Lost returns how many records could not be written since the log was opened.
 func (l *Log) Lost() int64 { return l.gone.Load() }
 
 func (l *Log) takeLost() int64 {
@@ -345,15 +345,15 @@ func (l *Log) takeLost() int64 {
 	return n
 }
 
-// writer is the state of the goroutine that writes.
+// writer is the state of the writing goroutine.
 type writer struct {
 	destination
 	log        *slog.Logger
 	open       openSessions
 	lost       int64         // not yet noted in the log itself
-	gone       *atomic.Int64 // the Log's
+	gone       *atomic.Int64 // shared with the Log
 	complained time.Time
-	dirty      bool // written and not synced
+	dirty      bool // written but not synced
 }
 
 func (l *Log) run(d destination) {
@@ -380,7 +380,7 @@ func (l *Log) run(d destination) {
 	}
 }
 
-// batch writes an entry and all that wait behind it, so that they share one fsync.
+// batch writes an entry and everything queued behind it, so that they share one fsync.
 func (w *writer) batch(e entry, l *Log) {
 	var waiting []chan<- error
 	var settling []chan<- settlement
@@ -425,16 +425,15 @@ func (w *writer) batch(e entry, l *Log) {
 	}
 }
 
-// endInterrupted writes the ends that a predecessor could not write.
+// endInterrupted writes the end records that a predecessor could not write.
 func (w *writer) endInterrupted(records []*Record) {
 	for _, record := range records {
-		w.line(record.line()) //nolint:errcheck // what is lost is counted
+		w.line(record.line()) //nolint:errcheck // losses are counted
 		w.open.end(record.Session)
 	}
 }
 
-// line writes a line, and before it how many could not be written: what was lost while a batch was
-// written is noted behind it.
+// line writes a line, preceded by the number of records lost so far. Losses during a batch are noted after it.
 func (w *writer) line(line []byte) error {
 	w.noteLost()
 	err := w.sink.write(line)
@@ -448,7 +447,7 @@ func (w *writer) line(line []byte) error {
 	return nil
 }
 
-// noteLost writes how many records could not be written, if that can.
+// noteLost tries to write how many records were lost.
 func (w *writer) noteLost() {
 	if w.lost == 0 {
 		return

@@ -11,17 +11,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fileSink appends to a file that may be renamed or removed under it at any time.
+// fileSink appends to a file that others may rename or remove at any time.
 type fileSink struct {
 	path     string
 	maxSize  int64
 	maxFiles int
 	file     *os.File
-	info     fs.FileInfo // which file it is
+	info     fs.FileInfo // identifies the open file
 }
 
-// openFile opens or makes the file, for root alone (0600), and its directory when there is none
-// (0700).
+// openFile opens or creates the file for root only (0600), and if necessary its directory (0700).
 func openFile(path string, maxSize int64, maxFiles int) (*fileSink, error) {
 	s := &fileSink{path: path, maxSize: maxSize, maxFiles: maxFiles}
 	if err := s.open(); err != nil {
@@ -40,26 +39,26 @@ func (s *fileSink) open() error {
 		err = endLine(file, info.Size())
 	}
 	if err != nil {
-		file.Close() //nolint:errcheck // of no use
+		file.Close() //nolint:errcheck // the first error matters
 		return err
 	}
 	s.file, s.info = file, info
 	return nil
 }
 
-// openAppending opens or makes a file for root alone.
+// openAppending opens or creates a file for root only.
 func openAppending(path string) (_ *os.File, err error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, err
 	}
-	// Readable, for the look at its last byte.
+	// Readable, so that its last byte can be checked.
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			file.Close() //nolint:errcheck // of no use
+			file.Close() //nolint:errcheck // the first error matters
 		}
 	}()
 	info, err := file.Stat()
@@ -72,7 +71,7 @@ func openAppending(path string) (_ *os.File, err error) {
 	return file, file.Chmod(0o600)
 }
 
-// endLine ends a line that a crash has left unfinished.
+// endLine terminates a line that a crash left incomplete.
 func endLine(file *os.File, size int64) error {
 	if size == 0 {
 		return nil
@@ -101,7 +100,7 @@ func (s *fileSink) write(line []byte) error {
 	}
 	n, err := s.file.Write(line)
 	if err != nil && n > 0 {
-		// Half a line would spoil the next one. A full disk allows to truncate.
+		// Half a line would spoil the next one. Truncating works even on a full disk.
 		err = errors.Join(err, s.file.Truncate(size))
 	}
 	return err
@@ -126,7 +125,7 @@ func (s *fileSink) follow() (int64, error) {
 }
 
 func (s *fileSink) drop() {
-	s.file.Close() //nolint:errcheck // what was written is the kernel's
+	s.file.Close() //nolint:errcheck // what was written is with the kernel
 	s.file = nil
 }
 

@@ -10,16 +10,16 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// State is what a Log hands over.
+// State is a Log's state in a hand-over.
 type State struct {
-	Lost int64 // records that are missing in the log, which does not say so yet
+	Lost int64 // records lost and not yet noted in the log
 }
 
 // Carried implements session.Carrier.
 func (l *Log) Carried() string { return "audit" }
 
-// Freeze implements session.Carrier. All that is kept of a session is its file in Config.OpenDir: a program that is killed
-// after a hand-over has left it open as any other.
+// Freeze implements session.Carrier. All that is kept of a session is its file in Config.OpenDir, so a program
+// that is killed after a hand-over leaves an open session like any other.
 func (l *Log) Freeze(*session.Session, *handover.Files) ([]byte, error) { return nil, nil }
 
 // Resume implements session.Carrier: Settle will not end the session.
@@ -30,8 +30,8 @@ func (l *Log) Resume(s *session.Session, _ []byte, _ *handover.Files) error {
 	return nil
 }
 
-// FreezeLog waits until all records are written, and forced to the disk where Config.Fsync says so, and returns the
-// state for Settle. It comes after all sessions were frozen; what is logged afterwards is logged as ever.
+// FreezeLog waits until all records are written, and synced if Config.Fsync says so, and returns the state for
+// Settle. Call it after all sessions were frozen. What is logged afterwards is logged as usual.
 func (l *Log) FreezeLog(ctx context.Context) ([]byte, error) {
 	settled := make(chan settlement, 1)
 	if err := l.put(entry{settled: settled}); err != nil {
@@ -48,8 +48,8 @@ func (l *Log) FreezeLog(ctx context.Context) ([]byte, error) {
 	}
 }
 
-// Settle goes on from the state of another program's log, nil where there is none, after all sessions were resumed. Those that it
-// has left open and that were not resumed have come to their end.
+// Settle continues from the state of another program's log, nil if there was none. Call it after all sessions were
+// resumed: it ends the sessions that were left open and not resumed.
 func (l *Log) Settle(state []byte) error {
 	var before State
 	if state != nil {
@@ -64,15 +64,15 @@ func (l *Log) Settle(state []byte) error {
 	l.mu.Unlock()
 	for _, record := range unclaimed {
 		record.Error = "the session could not be taken over by an upgraded streamshim"
-		if l.put(entry{line: record.line(), ends: record.Session}) != nil { // what is lost is counted
+		if l.put(entry{line: record.line(), ends: record.Session}) != nil { // losses are counted
 			l.open.end(record.Session)
 		}
 	}
 	return nil
 }
 
-// HandedOver writes that this program has taken over from another one: how many sessions go on, how many have ended by it,
-// and for how long they stood still.
+// HandedOver records that this program has taken over from another one: how many sessions continue, how many it
+// ended, and how long they were paused.
 func (l *Log) HandedOver(carried, ended int, pause time.Duration) {
 	if l.current().Destination == Off {
 		return
@@ -82,5 +82,5 @@ func (l *Log) HandedOver(carried, ended int, pause time.Duration) {
 		Version: SchemaVersion, Time: time.Now().UTC(), Event: Handover,
 		Carried: &carried, NotCarried: &ended, Pause: &seconds,
 	}
-	l.put(entry{line: record.line()}) //nolint:errcheck // what is lost is counted
+	l.put(entry{line: record.line()}) //nolint:errcheck // losses are counted
 }

@@ -11,22 +11,23 @@ import (
 	"time"
 )
 
-// interrupted is the reason in the end record of a session that was cut because its streamshim was killed.
+// interrupted is the reason in the end record of a session that ended because its streamshim was killed.
 const interrupted = "interrupted"
 
-// openSuffix is that of the files of open sessions.
+// openSuffix ends the names of open sessions' files.
 const openSuffix = ".open"
 
-// maxOpenFile bounds what is read of one file, in bytes. A record has a command of up to 16 KiB.
+// maxOpenFile bounds how many bytes of a file are read. A record has a command of up to 16 KiB.
 const maxOpenFile = 256 << 10
 
-// openSessions keeps one file for each session whose start was audited and whose end was not, so that the next
-// streamshim can write the ends that this one could not. It is in the state directory, which ends with the boot.
+// openSessions keeps one file per session whose start was audited but whose end was not, so that the next
+// streamshim can write the ends that this one could not. It lives in the state directory, which does not survive a
+// reboot.
 type openSessions struct {
-	dir string // "" keeps nothing
+	dir string // "" disables it
 }
 
-// begin notes a session before the record of its start is written.
+// begin notes a session before its start record is written.
 func (o openSessions) begin(record *Record) error {
 	if o.dir == "" {
 		return nil
@@ -37,7 +38,7 @@ func (o openSessions) begin(record *Record) error {
 	return os.WriteFile(o.path(record.Session), record.line(), 0o600)
 }
 
-// end forgets a session.
+// end removes a session's note.
 func (o openSessions) end(id string) {
 	if o.dir != "" {
 		os.Remove(o.path(id)) //nolint:errcheck // it may not have been noted
@@ -46,7 +47,7 @@ func (o openSessions) end(id string) {
 
 func (o openSessions) path(id string) string { return filepath.Join(o.dir, id+openSuffix) }
 
-// left are the end records of sessions that a predecessor has left open, as far as their files can be read.
+// left returns the end records of sessions that a predecessor left open, as far as their files can be read.
 func (o openSessions) left() ([]*Record, error) {
 	if o.dir == "" {
 		return nil, nil
@@ -65,7 +66,7 @@ func (o openSessions) left() ([]*Record, error) {
 		record, err := readRecord(o.path(id))
 		if err != nil || record.Session != id {
 			failures = append(failures, err)
-			o.end(id) // cut short by the kill: its start was not written either
+			o.end(id) // truncated by the kill: its start record was not written either
 			continue
 		}
 		record.Time, record.Event, record.Reason = time.Now().UTC(), End, interrupted

@@ -8,11 +8,11 @@ import (
 	"time"
 )
 
-// journalSocket is where systemd-journald takes records (systemd.io/JOURNAL_NATIVE_PROTOCOL).
+// journalSocket is systemd-journald's socket for records (systemd.io/JOURNAL_NATIVE_PROTOCOL).
 const journalSocket = "/run/systemd/journal/socket"
 
-// journalSink sends each record as one datagram, the JSON line being its MESSAGE. journald tells
-// records from other messages by SYSLOG_IDENTIFIER:
+// journalSink sends each record as one datagram with the JSON line as its MESSAGE. SYSLOG_IDENTIFIER tells records
+// from other messages:
 //
 //	journalctl --identifier streamshim-audit --output cat
 type journalSink struct {
@@ -34,17 +34,17 @@ func (s *journalSink) dial() error {
 	return nil
 }
 
-// write sends the line. A journald that was restarted has a new socket behind the old path.
+// write sends the line. A restarted journald has a new socket at the same path, so write reconnects.
 func (s *journalSink) write(line []byte) error {
 	var datagram bytes.Buffer
 	datagram.WriteString("SYSLOG_IDENTIFIER=streamshim-audit\nPRIORITY=6\nMESSAGE=")
-	datagram.Write(bytes.TrimSuffix(line, []byte{'\n'})) // JSON has no newline inside
+	datagram.Write(bytes.TrimSuffix(line, []byte{'\n'})) // the JSON contains no newline
 	datagram.WriteByte('\n')
 	if s.conn != nil {
 		if err := s.send(datagram.Bytes()); err == nil {
 			return nil
 		}
-		s.conn.Close() //nolint:errcheck // of no use
+		s.conn.Close() //nolint:errcheck // the connection is replaced anyway
 		s.conn = nil
 	}
 	if err := s.dial(); err != nil {
@@ -53,7 +53,7 @@ func (s *journalSink) write(line []byte) error {
 	return s.send(datagram.Bytes())
 }
 
-// send does not wait for ever for a journald that is stuck.
+// send does not wait indefinitely for a stuck journald.
 func (s *journalSink) send(datagram []byte) error {
 	if err := s.conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
 		return err
@@ -71,7 +71,7 @@ func (s *journalSink) close() error {
 	return s.conn.Close()
 }
 
-// stdoutSink writes to our standard output, which systemd hands to journald.
+// stdoutSink writes to standard output, which systemd passes to journald.
 type stdoutSink struct{}
 
 func (stdoutSink) write(line []byte) error {
@@ -82,7 +82,7 @@ func (stdoutSink) write(line []byte) error {
 func (stdoutSink) sync() error  { return nil }
 func (stdoutSink) close() error { return nil }
 
-// discard is no destination.
+// discard drops all lines.
 type discard struct{}
 
 func (discard) write([]byte) error { return nil }

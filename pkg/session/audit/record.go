@@ -12,12 +12,12 @@ const SchemaVersion = 1
 // Event says what a record is about.
 type Event string
 
-// The events.
+// The events that records describe.
 const (
 	Start   Event = "start"   // a session, or an ExecSync, begins
 	End     Event = "end"     // it has ended
-	Refused Event = "refused" // it was not allowed to begin
-	Lost    Event = "lost"    // records before this one could not be written
+	Refused Event = "refused" // it was refused
+	Lost    Event = "lost"    // earlier records could not be written
 	// Handover is written by a program that has taken over from another one, in the same process.
 	Handover Event = "handover"
 )
@@ -28,7 +28,7 @@ type Record struct {
 	Time    time.Time `json:"time"` // UTC
 	Event   Event     `json:"event"`
 
-	// Session is the same in the records of one session; empty for one that was refused.
+	// Session is the same in all records of one session. It is empty for a refused session.
 	Session      string       `json:"session,omitempty"`
 	Kind         session.Kind `json:"kind,omitempty"`
 	PodNamespace string       `json:"pod_namespace,omitempty"`
@@ -40,26 +40,26 @@ type Record struct {
 	Command      []string     `json:"command,omitempty"`
 	CommandCut   bool         `json:"command_cut,omitempty"`
 	AuditID      string       `json:"kubernetes_audit_id,omitempty"`
-	// AuditIDVerified is false wherever there is an AuditID: a client can bring one of its own.
+	// AuditIDVerified is false wherever there is an AuditID, because clients can choose their own.
 	AuditIDVerified *bool         `json:"kubernetes_audit_id_verified,omitempty"`
 	TTY             bool          `json:"tty"`
 	User            *session.User `json:"user,omitempty"`
 	Protocol        string        `json:"protocol,omitempty"`
 	Peer            string        `json:"peer,omitempty"`
-	BytesIn         *int64        `json:"bytes_in,omitempty"`         // of End: from the client
-	BytesOut        *int64        `json:"bytes_out,omitempty"`        // of End: to the client
-	Duration        *float64      `json:"duration_seconds,omitempty"` // of End
-	ExitCode        *int          `json:"exit_code,omitempty"`        // of End, when a process ran and its status is known
-	Helper          string        `json:"helper,omitempty"`           // of End, when a helper of streamshim's ran instead of the command
-	Reason          string        `json:"reason,omitempty"`           // of End and Refused, one word
-	Error           string        `json:"error,omitempty"`            // of End and Refused
-	LostRecords     int64         `json:"lost_records,omitempty"`     // of Lost
-	Carried         *int          `json:"carried,omitempty"`          // of Handover: sessions that go on
-	NotCarried      *int          `json:"not_carried,omitempty"`      // of Handover: sessions that ended by it
-	Pause           *float64      `json:"pause_seconds,omitempty"`    // of Handover: how long they stood still
+	BytesIn         *int64        `json:"bytes_in,omitempty"`         // End: from the client
+	BytesOut        *int64        `json:"bytes_out,omitempty"`        // End: to the client
+	Duration        *float64      `json:"duration_seconds,omitempty"` // End
+	ExitCode        *int          `json:"exit_code,omitempty"`        // End: if a process ran and its status is known
+	Helper          string        `json:"helper,omitempty"`           // End: the helper of streamshim's that ran instead of the command
+	Reason          string        `json:"reason,omitempty"`           // End and Refused: one word
+	Error           string        `json:"error,omitempty"`            // End and Refused
+	LostRecords     int64         `json:"lost_records,omitempty"`     // Lost
+	Carried         *int          `json:"carried,omitempty"`          // Handover: sessions that continue
+	NotCarried      *int          `json:"not_carried,omitempty"`      // Handover: sessions that it ended
+	Pause           *float64      `json:"pause_seconds,omitempty"`    // Handover: how long sessions were paused
 }
 
-// describe fills in what does not change in a session's life.
+// describe fills in what is constant in a session's life.
 func describe(event Event, id string, info session.Info, level session.CommandLevel) *Record {
 	r := &Record{
 		Version: SchemaVersion, Time: time.Now().UTC(), Event: event, Session: id, Kind: info.Kind,
@@ -74,7 +74,7 @@ func describe(event Event, id string, info session.Info, level session.CommandLe
 	return r
 }
 
-// finish adds how it ended.
+// finish adds how the session ended.
 func (r *Record) finish(began time.Time, in, out int64, o session.Outcome) {
 	duration := time.Since(began).Seconds()
 	r.BytesIn, r.BytesOut, r.Duration, r.Reason = &in, &out, &duration, o.Reason
@@ -87,11 +87,11 @@ func (r *Record) finish(began time.Time, in, out int64, o session.Outcome) {
 	}
 }
 
-// line is the record with its newline.
+// line returns the record with a newline.
 func (r *Record) line() []byte {
 	text, err := session.PrintableJSON(r, "")
 	if err != nil {
-		return nil // cannot happen: the struct is made of plain types
+		return nil // cannot happen: the struct has plain types only
 	}
 	return append(text, '\n')
 }

@@ -11,26 +11,26 @@ import (
 )
 
 const (
-	// countAfter is how long a count of the open files is good. In between, sessions are taken to have opened what
-	// a session opens at most.
+	// countAfter is how long a count of the open files is valid. Until the next count, each session is assumed to
+	// have opened as many as a session opens at most.
 	countAfter    = time.Second
 	perSession    = 10
-	perConnection = 3 // forwarded
-	spareFraction = 8 // one part of those that may be open, for SpareDescriptors = -1
+	perConnection = 3 // a forwarded one
+	spareFraction = 8 // the reciprocal of the share kept for SpareDescriptors = -1
 )
 
-// descriptors refuses sessions before no file can be opened any more, by which probes would fail too, and sessions
-// that live already. The Limiter's lock protects it.
+// descriptors refuses sessions before the process runs out of descriptors, at which point probes and live sessions
+// would fail too. The Limiter's lock protects it.
 type descriptors struct {
 	counted time.Time
 	open    int
-	since   int // opened since the count, as what was admitted is taken to need
-	// count and limit are countDescriptors and descriptorLimit, replaced by tests.
+	since   int // assumed to be opened since the count, for what was admitted
+	// count and limit are countDescriptors and descriptorLimit; tests replace them.
 	count func() (int, error)
 	limit func() uint64
 }
 
-// check refuses when no more than so many are left.
+// check refuses if only spare descriptors or fewer are left.
 func (d *descriptors) check(spare int) error {
 	if spare == 0 {
 		return nil
@@ -38,12 +38,12 @@ func (d *descriptors) check(spare int) error {
 	if now := time.Now(); d.counted.IsZero() || now.Sub(d.counted) >= countAfter {
 		open, err := d.count()
 		if err != nil {
-			// Nothing can be opened any more, or /proc is not there: then other errors say so.
+			// Either nothing can be opened any more, or /proc is missing. Other errors will say so.
 			open = 0
 		}
 		d.open, d.since, d.counted = open, 0, now
 	}
-	most := int(min(d.limit(), 1<<30)) //nolint:gosec // bounded just here
+	most := int(min(d.limit(), 1<<30)) //nolint:gosec // bounded by min
 	if spare < 0 {
 		spare = most / spareFraction
 	}
@@ -55,10 +55,11 @@ func (d *descriptors) check(spare int) error {
 	return nil
 }
 
-// admitted says that so many files will be opened.
+// admitted counts files that will be opened.
 func (d *descriptors) admitted(files int) { d.since += files }
 
-// descriptorLimit is how many files this process may have open, now: it can be changed from outside.
+// descriptorLimit returns how many files this process may have open. It is read anew because it can be changed
+// from outside.
 func descriptorLimit() uint64 {
 	var allowed unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &allowed); err != nil {
@@ -69,7 +70,7 @@ func descriptorLimit() uint64 {
 
 // countDescriptors counts the files that this process has open.
 func countDescriptors() (int, error) {
-	// Linux 6.2 and later say the number as the folder's size.
+	// Since Linux 6.2 the directory's size is the number.
 	if info, err := os.Stat("/proc/self/fd"); err == nil && info.Size() > 0 {
 		return int(info.Size()), nil
 	}

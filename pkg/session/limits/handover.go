@@ -8,7 +8,7 @@ import (
 // Carried implements session.Carrier.
 func (l *Limiter) Carried() string { return "limits" }
 
-// Freeze implements session.Carrier: the session does not count any more.
+// Freeze implements session.Carrier: the session no longer counts.
 func (l *Limiter) Freeze(s *session.Session, _ *handover.Files) ([]byte, error) {
 	l.Ended(s, session.Frozen)
 	return nil, nil

@@ -1,4 +1,4 @@
-// Package limits refuses sessions: by rules, and when there are too many.
+// Package limits refuses sessions, by rules and above limits.
 package limits
 
 import (
@@ -10,36 +10,35 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// Config is what is refused. A limit of 0 is none.
+// Config holds rules and limits. A limit of 0 means no limit.
 type Config struct {
 	Sessions             int // on the node
 	SessionsPerPod       int
 	SessionsPerContainer int
 	ConcurrentStarts     int // commands of sessions that start at the same time
-	ConcurrentProbes     int // commands of ExecSync that start at the same time
-	WaitingStarts        int // commands of either kind that wait for their turn to start
-	SpareDescriptors     int // that no new session may use; -1 is an eighth of those that there are
+	ConcurrentProbes     int // ExecSync commands that start at the same time
+	WaitingStarts        int // commands of each of the two kinds that wait to start
+	SpareDescriptors     int // descriptors that new sessions must leave free; -1 means an eighth of all
 	Deny                 []Rule
 }
 
-// Rule refuses the sessions that it chooses.
+// Rule refuses the sessions that its selector matches.
 type Rule struct {
 	session.Selector
-	Message string // for the client; a plain one when empty
+	Message string // for the client; a default if empty
 }
 
-// Limiter is a session.Guard, and a gate for the start of commands. Its methods may be called from
-// several goroutines.
+// Limiter is a session.Guard that also limits the start of commands. Its methods are safe for concurrent use.
 type Limiter struct {
 	mu         sync.Mutex
 	config     Config
 	sessions   int
-	pods       map[string]int // sessions by pod
-	containers map[string]int // sessions by container
+	pods       map[string]int // number of sessions by pod
+	containers map[string]int // number of sessions by container
 
 	descriptors descriptors
 
-	probes, commands starts // of ExecSync, and of sessions
+	probes, commands starts // of ExecSync and of sessions
 }
 
 // New returns a limiter.
@@ -50,7 +49,7 @@ func New(config Config) *Limiter {
 	}
 }
 
-// Update takes over new limits. Sessions that live are counted, and not ended.
+// Update replaces the limits. Live sessions are counted but not ended.
 func (l *Limiter) Update(config Config) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -58,8 +57,7 @@ func (l *Limiter) Update(config Config) {
 	l.wakeLocked()
 }
 
-// Check implements session.Guard. ExecSync calls are not counted, only denied by rules that name
-// them.
+// Check implements session.Guard. ExecSync calls are not counted; only rules that name them refuse them.
 func (l *Limiter) Check(info session.Info) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -102,9 +100,9 @@ func decrement(counts map[string]int, key string) {
 	}
 }
 
-// podOf is the same for all sessions of a pod. A client that is no kubelet gives no UID, and a runtime
-// that is no runc may not tell the sandbox: then the container stands for its pod, so that all pods
-// that are not known are not taken for one.
+// podOf returns the same key for all sessions of a pod. A client other than the kubelet gives no UID, and a
+// runtime other than runc may not name the sandbox. Then the container stands for its pod, so that all unknown
+// pods do not count as one.
 func podOf(info session.Info) string {
 	return cmp.Or(info.Target.PodUID, info.Target.SandboxID, info.Target.ContainerID)
 }
@@ -149,7 +147,7 @@ func (l *Limiter) checkLocked(info session.Info) error {
 	return nil
 }
 
-// MayConnect refuses a forwarded connection when no more files are left than are kept for others.
+// MayConnect refuses a forwarded connection if it would use descriptors kept for others.
 func (l *Limiter) MayConnect() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -8,24 +8,24 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// starts are the commands of one kind that start, and those that wait for their turn.
+// starts counts the commands of one kind that are starting, and queues those that wait for a turn.
 type starts struct {
 	running int
-	inPod   map[string]int // those that run, by pod
-	waiting []turn         // first come, first served, but for pods that have their share
+	inPod   map[string]int // of those starting, by pod
+	waiting []turn         // first come, first served, except for pods that have used up their share
 }
 
-// turn is one command that waits for its turn to start.
+// turn is one command waiting for its turn to start.
 type turn struct {
 	pod   string
-	comes chan struct{} // closed when it does
+	comes chan struct{} // closed when the turn comes
 }
 
-// shares is how many pods it takes to use up all starts or all places to wait: a pod that holds up what
-// enters it holds up at most one part in this of the node's starts, for the time that each may take.
+// shares is how many pods it takes to use up all starts, or all places in the queue. A pod that delays whatever
+// enters it can thus block at most one of so many shares of the node's starts, for as long as each start may take.
 const shares = 4
 
-// share is a pod's part, at least one.
+// share returns a pod's share of all, at least 1.
 func share(all int) int { return (all + shares - 1) / shares }
 
 func (s *starts) begin(pod string) {
@@ -41,12 +41,11 @@ func (s *starts) end(pod string) {
 	decrement(s.inPod, pod)
 }
 
-// Acquire waits for a turn to start a command; release ends it. The error is the context's, or a
-// *session.RefusedError when too many wait already, on the node or in the pod. A pod has a quarter of
-// either.
+// Acquire waits for a turn to start a command; release ends it. The error is the context's cause, or a
+// *session.RefusedError if too many wait already, on the node or in the pod. A pod may have a quarter of either.
 //
-// ExecSync goes first: a probe that waits costs its pod a restart, a session that waits costs a moment. It has turns of
-// its own, and the sessions have what it leaves of theirs, but always one, so that they go on.
+// ExecSync goes first: a late probe costs its pod a restart, a late session costs a moment. ExecSync has turns of
+// its own. Sessions get what ExecSync leaves of theirs, but always at least one, so that they make progress.
 func (l *Limiter) Acquire(ctx context.Context, info session.Info) (release func(), err error) {
 	pod, kind := podOf(info), &l.commands
 	if info.Kind == session.ExecSync {
@@ -54,7 +53,7 @@ func (l *Limiter) Acquire(ctx context.Context, info session.Info) (release func(
 	}
 	release = func() { l.release(kind, pod) }
 	l.mu.Lock()
-	if l.mayStartLocked(kind, pod) { // nobody waits who might as well: he would have been woken
+	if l.mayStartLocked(kind, pod) { // anyone in the queue who might start would have been woken
 		kind.begin(pod)
 		l.mu.Unlock()
 		return release, nil
@@ -75,7 +74,7 @@ func (l *Limiter) Acquire(ctx context.Context, info session.Info) (release func(
 	}
 }
 
-// Starts is how many commands start now, and how many wait for their turn.
+// Starts returns how many commands of a kind are starting, and how many wait for their turn.
 func (l *Limiter) Starts(kind session.Kind) (running, waiting int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -138,7 +137,7 @@ func (l *Limiter) giveUp(kind *starts, mine turn) {
 	l.wakeLocked()
 }
 
-// wakeLocked gives turns to those that wait, to ExecSync first.
+// wakeLocked gives turns to waiting commands, ExecSync first.
 func (l *Limiter) wakeLocked() {
 	for _, kind := range []*starts{&l.probes, &l.commands} {
 		kind.waiting = slices.DeleteFunc(kind.waiting, func(t turn) bool {

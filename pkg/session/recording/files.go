@@ -10,25 +10,25 @@ import (
 	"time"
 )
 
-// File is a recording in a directory, as its name tells.
+// File is a recording in a directory, as described by its name.
 type File struct {
-	Name      string // in the directory
+	Name      string // without the directory
 	Namespace string
 	Pod       string
 	Container string
 	SessionID string
 	Started   time.Time
-	Size      int64 // bytes; it grows while the session lives
+	Size      int64 // bytes; grows while the session lives
 }
 
-// maxListed bounds a list; what is older is left out.
+// maxListed bounds a list. Older recordings are omitted.
 const maxListed = 10000
 
-// nameTime is the time in a recording's name.
+// nameTime is the time format in a recording's name.
 const nameTime = "20060102T150405.000Z"
 
-// parseName reads what fileName has written. Names with less than five parts are of sessions without a
-// pod's labels.
+// parseName parses a name made by fileName. Names with fewer than five parts belong to sessions whose pod has no
+// labels.
 func parseName(name string) (File, bool) {
 	parts := strings.Split(strings.TrimSuffix(name, Suffix), "_")
 	if len(parts) != 5 || !strings.HasSuffix(name, Suffix) {
@@ -51,7 +51,7 @@ func Files(directory string) ([]File, error) {
 		return nil, fmt.Errorf("list recordings: %w", err)
 	}
 	var files []File
-	for _, entry := range slices.Backward(entries) { // by name, thus by time
+	for _, entry := range slices.Backward(entries) { // by name and thus by time
 		if len(files) == maxListed {
 			break
 		}
@@ -69,15 +69,15 @@ func Files(directory string) ([]File, error) {
 	return files, nil
 }
 
-// ErrNoRecording is the error of Open for a name that is none in the directory.
+// ErrNoRecording is returned by Open if no recording in the directory has this name.
 var ErrNoRecording = errors.New("no such recording")
 
-// Open opens a recording by its name in the directory. The caller closes it.
+// Open opens a recording by its name in the directory. The caller must close it.
 func Open(directory, name string) (*os.File, error) {
 	if _, ok := parseName(name); !ok {
 		return nil, fmt.Errorf("%w: %q", ErrNoRecording, name)
 	}
-	file, err := os.OpenInRoot(directory, name) // nothing leads out of the directory
+	file, err := os.OpenInRoot(directory, name) // cannot leave the directory
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w: %q; it may have been removed to make room", ErrNoRecording, name)
 	}

@@ -9,7 +9,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// diskPatience is how long a session waits for one write of its recording before it is ended.
+// diskPatience is how long a session waits for one write to its recording before it is ended.
 const diskPatience = 10 * time.Second
 
 var (
@@ -17,20 +17,19 @@ var (
 	errSlowDisk    = errors.New("the recording's disk takes too long")
 )
 
-// firmTap is the tap of a session of which nothing may be shown that is not recorded: its methods return when
-// what they were given is written to the file, or with an error. Sizes of the terminal are written with the next
-// output.
+// firmTap is the tap of a session that must not show anything unrecorded. Its methods return once their data is
+// written to the file, or with an error. Terminal sizes are written with the next output.
 type firmTap struct {
 	rec      *recording
-	room     session.TapRoom // nil is no bound
+	room     session.TapRoom // nil means no bound
 	patience time.Duration
-	events   chan firmEvent // taken by the writer
-	ended    chan struct{}  // closed when the writer takes no more
+	events   chan firmEvent // received by the writer
+	ended    chan struct{}  // closed when the writer receives no more
 }
 
 type firmEvent struct {
 	session.TapEvent
-	written chan<- struct{} // has room
+	written chan<- struct{} // buffered
 }
 
 func newFirmTap(rec *recording, room session.TapRoom) *firmTap {
@@ -53,10 +52,10 @@ func (t *firmTap) Input(p []byte) error {
 // Resize implements session.Tap.
 func (t *firmTap) Resize(size workload.Size) { t.rec.queue.Resize(size) }
 
-// firmPiece is how much may be copied for the writer when there is no room with the other sessions.
+// firmPiece is how much may be copied for the writer when the shared room is used up.
 const firmPiece = 16 << 10
 
-// write has as much written at a time as Config.Buffer and the room allow.
+// write passes p to the writer in pieces as large as Config.Buffer and the room allow.
 func (t *firmTap) write(event session.TapEvent, p []byte) error {
 	timer := time.NewTimer(t.patience)
 	defer timer.Stop()
@@ -67,7 +66,7 @@ func (t *firmTap) write(event session.TapEvent, p []byte) error {
 			size, taken = firmPiece, false
 		}
 		event.At = time.Now()
-		event.Data = bytes.Clone(p[:size]) // which the writer still has if this gives up
+		event.Data = bytes.Clone(p[:size]) // a copy, because the writer keeps it if await gives up
 		p = p[size:]
 		err := t.await(event, timer.C)
 		if taken {

@@ -15,34 +15,33 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// stateVersion is that of State. A reader of another version refuses it.
+// stateVersion is the version of State. A reader with another version refuses it.
 const stateVersion = 1
 
-// State is a recording whose session is handed over.
+// State is the state of a recording whose session is handed over.
 type State struct {
 	Version int
 	Path    string
 	File    handover.Descriptor
-	// Input, MaxSize, Buffer, Command and Deny are Config's when it began.
+	// Input, MaxSize, Buffer, Command and Deny are those of the Config that it began with.
 	Input    bool
 	MaxSize  int64
 	Buffer   int
 	Command  session.CommandLevel
 	Deny     bool
-	Flawed   bool // it is counted as incomplete
-	Over     bool // nothing more is written, though the session goes on; nothing below counts
+	Flawed   bool // already counted as incomplete
+	Over     bool // nothing more is written although the session continues; the fields below are not used
 	Size     int64
-	Last     time.Duration // of the last event, since the beginning
+	Last     time.Duration // time of the last event since the beginning
 	Cut      transcript.State
-	Events   int // other than sizes; without one the header may still change
+	Events   int // events other than sizes; while 0 the header may still change
 	LastSize workload.Size
 }
 
 // Carried implements session.Carrier.
 func (r *Recorder) Carried() string { return "recording" }
 
-// Freeze implements session.Carrier: all that was shown is in the file. In its directory the recording still counts as one
-// that is being written.
+// Freeze implements session.Carrier. Everything shown so far is in the file, which still counts as being written.
 func (r *Recorder) Freeze(s *session.Session, files *handover.Files) ([]byte, error) {
 	r.mu.Lock()
 	rec := r.recordings[s]
@@ -58,7 +57,7 @@ func (r *Recorder) Freeze(s *session.Session, files *handover.Files) ([]byte, er
 	return handover.Encode(state)
 }
 
-// unless is the error, unless the session may go on without its recording.
+// unless returns err if the session must not continue without its recording, and otherwise logs it.
 func (rec *recording) unless(err error) error {
 	if rec.config.Deny {
 		return err
@@ -80,7 +79,7 @@ func (rec *recording) freeze(files *handover.Files) (State, error) {
 	if rec.over {
 		return state, nil
 	}
-	defer rec.file.Close() //nolint:errcheck // all is written
+	defer rec.file.Close() //nolint:errcheck // everything is written
 	var err error
 	if state.File, err = files.Keep(rec.file); err != nil {
 		rec.flawed()
@@ -88,13 +87,13 @@ func (rec *recording) freeze(files *handover.Files) (State, error) {
 		rec.place.end(filepath.Base(rec.path), rec.size)
 		return State{}, err
 	}
-	rec.place.grew(-rec.size) // until Resume says so again
+	rec.place.grew(-rec.size) // until Resume counts it again
 	state.Size, state.Last, state.Cut = rec.size, rec.cast.Last(), rec.encoder.State()
 	state.Events, state.LastSize = rec.events, rec.lastSize
 	return state, nil
 }
 
-// Resume implements session.Carrier: the recording goes on in the same file.
+// Resume implements session.Carrier: the recording continues in the same file.
 func (r *Recorder) Resume(s *session.Session, encoded []byte, files *handover.Files) error {
 	if encoded == nil {
 		return nil // it was not recorded
@@ -135,7 +134,8 @@ func decode(encoded []byte) (state State, err error) {
 	return state, nil
 }
 
-// unlessAllowed is the error, unless sessions may go on unrecorded. What the recording of this one was to be is not known.
+// unlessAllowed returns err unless sessions may continue unrecorded. The configuration of this recording is
+// unknown.
 func (r *Recorder) unlessAllowed(s *session.Session, err error) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -147,7 +147,7 @@ func (r *Recorder) unlessAllowed(s *session.Session, err error) error {
 	return nil
 }
 
-// stayOver has nothing more delivered in a session whose recording has ended and must not, see run.
+// stayOver keeps blocking delivery in a session whose recording has ended but must not have; see run.
 func (r *Recorder) stayOver(rec *recording) {
 	if !rec.config.Deny {
 		return
@@ -163,7 +163,7 @@ func (r *Recorder) stayOver(rec *recording) {
 
 var errBadState = errors.New("state of a recording that cannot be read")
 
-// resume opens the file where it was.
+// resume reopens the recording's file at its old position.
 func (rec *recording) resume(state State, files *handover.Files) (err error) {
 	if state.Size < 0 || state.Last < 0 || state.Events < 0 || state.Buffer <= 0 || filepath.Ext(state.Path) != Suffix {
 		return errBadState
@@ -189,7 +189,7 @@ func (rec *recording) resume(state State, files *handover.Files) (err error) {
 	return nil
 }
 
-// Settle waits until the recordings of sessions that have ended are complete. It comes after all sessions were frozen.
+// Settle waits until the recordings of ended sessions are complete. Call it after all sessions were frozen.
 func (r *Recorder) Settle(ctx context.Context) error {
 	written := make(chan struct{})
 	go func() {

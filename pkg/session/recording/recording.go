@@ -1,4 +1,4 @@
-// Package recording writes what sessions show into asciicast v2 files.
+// Package recording records what sessions show as asciicast v2 files.
 package recording
 
 import (
@@ -23,28 +23,28 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Config is what is recorded, and where. A limit of 0 is none, except where noted.
+// Config says what is recorded, and where. A limit of 0 means no limit, except where noted.
 type Config struct {
 	Directory string
-	Rules     []session.Selector // a session is recorded that any of them chooses
-	Input     bool               // also what the client sends
-	NonTTY    bool               // also sessions without a terminal
-	MaxSize   int64              // bytes of one recording
-	MaxFiles  int                // recordings that are kept
-	MaxTotal  int64              // bytes of all recordings that are kept
-	MinAge    time.Duration      // for which a recording is kept whatever the limits; new ones are refused instead
-	Buffer    int                // bytes of one session that may wait to be written; must be set
+	Rules     []session.Selector // a session is recorded if any of them matches
+	Input     bool               // also record what the client sends
+	NonTTY    bool               // also record sessions without a terminal
+	MaxSize   int64              // bytes per recording
+	MaxFiles  int                // number of recordings to keep
+	MaxTotal  int64              // bytes of all recordings to keep
+	MinAge    time.Duration      // recordings are kept this long whatever the limits; new ones are refused instead
+	Buffer    int                // bytes per session that may wait to be written; required
 	Command   session.CommandLevel
-	// Deny refuses or ends a session that cannot be recorded completely, and shows nothing before it is
-	// written. Otherwise a session goes on with a gap in its recording, or without one.
+	// Deny refuses or ends a session that cannot be recorded completely, and shows nothing before it is written.
+	// Otherwise the session continues with a gap in its recording, or without one.
 	Deny bool
 }
 
-// Suffix is that of recordings' names.
+// Suffix is the file name suffix of recordings.
 const Suffix = ".cast"
 
-// Recorder is a session.Guard that records those sessions that its rules choose. Sessions never wait
-// for their recording, unless Deny is set: a buffer stands in between, and a goroutine for each recording writes.
+// Recorder is a session.Guard that records the sessions that its rules match. Unless Deny is set, sessions never
+// wait for their recording: each has a buffer, from which a goroutine writes.
 type Recorder struct {
 	log        *slog.Logger
 	room       session.TapRoom
@@ -53,13 +53,13 @@ type Recorder struct {
 	mu         sync.Mutex
 	config     Config
 	recordings map[*session.Session]*recording
-	places     map[string]*directory // by path; as many as configurations have named
+	places     map[string]*directory // by path; one for each directory ever configured
 	closed     bool
 	writers    sync.WaitGroup
 }
 
-// New returns a recorder. The room, which may be nil, bounds what waits to be written of all recordings together.
-// Close it when all sessions have ended.
+// New returns a recorder. room, if not nil, bounds what waits to be written for all recordings together. Close the
+// recorder when all sessions have ended.
 func New(config Config, room session.TapRoom, log *slog.Logger) *Recorder {
 	return &Recorder{
 		log: log, room: room, config: config,
@@ -67,7 +67,7 @@ func New(config Config, room session.TapRoom, log *slog.Logger) *Recorder {
 	}
 }
 
-// Update takes over a new configuration. Recordings that are being written go on as they began.
+// Update replaces the configuration. Recordings in progress keep the one they began with.
 func (r *Recorder) Update(config Config) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -82,7 +82,7 @@ func (r *Recorder) Close() {
 	r.writers.Wait()
 }
 
-// Incomplete is how many recordings could not be begun, have gaps, or ended before their session.
+// Incomplete returns how many recordings could not be begun, have gaps, or ended before their session.
 func (r *Recorder) Incomplete() int64 { return r.incomplete.Load() }
 
 // Check implements session.Guard.
@@ -91,8 +91,8 @@ func (r *Recorder) Check(session.Info) error { return nil }
 // Refused implements session.Guard.
 func (r *Recorder) Refused(session.Info, error) {}
 
-// wanted tells whether a session is to be recorded. A pod whose labels are not known may be one that
-// must be.
+// wanted reports whether a session is to be recorded. A pod whose labels are unknown is, because it might have to
+// be.
 func (c Config) wanted(info session.Info) bool {
 	if info.Kind == session.PortForward || (!info.TTY && !c.NonTTY) {
 		return false
@@ -105,7 +105,7 @@ func (c Config) wanted(info session.Info) bool {
 	return false
 }
 
-// Admit implements session.Guard: it opens the recording and begins to listen.
+// Admit implements session.Guard: it opens the recording and adds its tap.
 func (r *Recorder) Admit(_ context.Context, s *session.Session) error {
 	r.mu.Lock()
 	config, closed := r.config, r.closed
@@ -132,7 +132,7 @@ func (r *Recorder) Admit(_ context.Context, s *session.Session) error {
 	}
 }
 
-// Ended implements session.Guard. What is left to be written is written in the background.
+// Ended implements session.Guard. The rest is written in the background.
 func (r *Recorder) Ended(s *session.Session, o session.Outcome) {
 	r.mu.Lock()
 	rec := r.recordings[s]
@@ -143,7 +143,7 @@ func (r *Recorder) Ended(s *session.Session, o session.Outcome) {
 	}
 }
 
-// place is what is known of a directory.
+// place returns the record of a directory's contents.
 func (r *Recorder) place(path string) *directory {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -160,7 +160,7 @@ func (r *Recorder) begin(config Config, s *session.Session) (*recording, error) 
 	name := fileName(s)
 	path := filepath.Join(config.Directory, name)
 	place := r.place(config.Directory)
-	place.begin(name) // before it is there, or a clean-up could find it first
+	place.begin(name) // before the file exists, or a clean-up could find it first
 	if config.MinAge > 0 {
 		place.retain(config)
 		if place.full(config) {
@@ -175,15 +175,14 @@ func (r *Recorder) begin(config Config, s *session.Session) (*recording, error) 
 		return nil, err
 	}
 	rec := r.newRecording(config, s, path, file)
-	// The first bytes of the disk are asked for now, so that a full one is noticed while the session
-	// can still be denied.
+	// Write the first bytes now, so that a full disk is noticed while the session can still be denied.
 	if err := rec.writeHeader(defaultWidth, defaultHeight); err != nil {
 		err = errors.Join(err, file.Close(), os.Remove(path))
 		place.abandon(name, rec.size)
 		return nil, err
 	}
 	r.listen(rec)
-	r.writers.Go(func() { place.retain(config) }) // apart: the session's buffer must not fill up meanwhile
+	r.writers.Go(func() { place.retain(config) }) // in the background, so that the session's buffer does not fill up meanwhile
 	r.write(rec)
 	return rec, nil
 }
@@ -212,7 +211,7 @@ func (r *Recorder) listen(rec *recording) {
 	rec.remove = rec.session.Taps.Add(tap)
 }
 
-// write begins the recording's goroutine.
+// write starts the recording's goroutine.
 func (r *Recorder) write(rec *recording) {
 	r.writers.Go(func() {
 		defer close(rec.ended)
@@ -222,7 +221,7 @@ func (r *Recorder) write(rec *recording) {
 	})
 }
 
-// fileName sorts by time and says what is in the file.
+// fileName returns a name that sorts by time and describes the session.
 func fileName(s *session.Session) string {
 	t := s.Target
 	parts := []string{s.Start.UTC().Format("20060102T150405.000Z")}
@@ -234,11 +233,12 @@ func fileName(s *session.Session) string {
 	return strings.Join(append(parts, s.ID), "_") + Suffix
 }
 
-// maxNamePart bounds what a name of Kubernetes, which may have 253 characters, contributes to a file
-// name, which may have 255.
+// maxNamePart bounds how much of a Kubernetes name, which may have 253 characters, goes into a file name, which
+// may have 255.
 const maxNamePart = 63
 
-// plain replaces what is not good in a file name; the names come from labels, which nobody checks.
+// plain replaces characters that are unsuitable in a file name. The names come from labels, which are not
+// validated.
 func plain(name string) string {
 	name = strings.Map(func(c rune) rune {
 		switch {
@@ -258,33 +258,33 @@ type recording struct {
 	path    string
 	file    *os.File
 	queue   *session.TapQueue
-	firm    *firmTap // with Deny; the queue has sizes alone then
+	firm    *firmTap // only with Deny; the queue then has only sizes
 	remove  func()
-	flawed  func()               // counts it as incomplete, once
+	flawed  func()               // counts the recording as incomplete, once
 	outcome chan session.Outcome // filled at the end of the session
 
 	isFlawed atomic.Bool
-	frozen   atomic.Bool   // the writer is to end, and the recording is not over with it
+	frozen   atomic.Bool   // the writer is to end without finishing the recording
 	ended    chan struct{} // closed when the writer has ended
-	over     bool          // valid then: nothing more is written
+	over     bool          // nothing more is written; valid once ended
 
 	cast     *asciicast.Writer
 	encoder  *transcript.Encoder
-	buffer   []byte        // lines that are not written yet
-	size     int64         // bytes that are
-	events   int           // other than sizes
+	buffer   []byte        // lines not written yet
+	size     int64         // bytes written
+	events   int           // events other than sizes
 	ending   bool          // the last event may use endReserve
 	lastSize workload.Size // of the terminal
 }
 
-// defaultWidth and defaultHeight are for a session whose size is not known, or not yet.
+// defaultWidth and defaultHeight are used while a session's terminal size is unknown.
 const (
 	defaultWidth  = 80
 	defaultHeight = 24
 )
 
-// resize notes a new size of the terminal. The first one, which comes before any output, belongs
-// into the header: not all players know of later ones.
+// resize records a new terminal size. The first one, before any output, goes into the header, because not all
+// players support later ones.
 func (rec *recording) resize(e *session.TapEvent) error {
 	if e.Size == rec.lastSize {
 		return nil
@@ -308,7 +308,7 @@ func (rec *recording) writeHeader(width, height int) error {
 	s := rec.session
 	env := make(map[string]string)
 	if s.TTY {
-		env["TERM"] = "xterm" // what the command finds, unless its image says otherwise
+		env["TERM"] = "xterm" // what the command sees, unless its image sets another
 	}
 	if len(s.Command) > 0 && strings.HasSuffix(s.Command[0], "sh") && rec.config.Command != session.CommandNone {
 		env["SHELL"] = s.Command[0]
@@ -330,13 +330,13 @@ func (rec *recording) writeHeader(width, height int) error {
 
 var errFull = errors.New("the recording has reached its size limit")
 
-// endReserve is room for the last event beyond the limit.
+// endReserve is room for the last event beyond the limit, in bytes.
 const endReserve = 512
 
-// flushSize is how much is written at once, in bytes.
+// flushSize is how much to write at once, in bytes.
 const flushSize = 256 << 10
 
-// Write takes one line for the file, and keeps to the size limit.
+// Write takes one line for the file, within the size limit.
 func (rec *recording) Write(line []byte) (int, error) {
 	size := rec.size + int64(len(rec.buffer)+len(line))
 	if rec.config.MaxSize > 0 && !rec.ending && size > rec.config.MaxSize-endReserve {
@@ -349,7 +349,7 @@ func (rec *recording) Write(line []byte) (int, error) {
 	return len(line), rec.flush()
 }
 
-// flush writes the lines that wait. When that fails, only whole lines stay in the file.
+// flush writes the buffered lines. If that fails, only whole lines remain in the file.
 func (rec *recording) flush() error {
 	n, err := rec.file.Write(rec.buffer)
 	whole := n
@@ -366,8 +366,8 @@ func (rec *recording) flush() error {
 	return err
 }
 
-// overflow is called on the session's way when the disk is too slow for it, or with Deny for more sizes of its
-// terminal than anybody has.
+// overflow is called from the session when the disk is too slow for it, or with Deny if its terminal is resized
+// absurdly often.
 func (rec *recording) overflow() {
 	rec.flawed()
 	if rec.config.Deny {
@@ -375,7 +375,7 @@ func (rec *recording) overflow() {
 	}
 }
 
-// failed ends a session that must be recorded completely, and is not.
+// failed ends a session that must be recorded completely but is not.
 func (rec *recording) failed() {
 	rec.session.Stop(&session.EndError{
 		Reason:  "recording-failed",
@@ -383,8 +383,8 @@ func (rec *recording) failed() {
 	})
 }
 
-// run writes what the queue gets until the session has ended or writing fails. It returns false when the recording was
-// frozen instead; then its file is still open.
+// run writes the queue's events until the session has ended or writing fails. It returns false if the recording
+// was frozen instead; the file is then still open.
 func (rec *recording) run() (over bool) {
 	err := rec.copy()
 	if errors.Is(err, handover.ErrFrozen) {
@@ -393,10 +393,10 @@ func (rec *recording) run() (over bool) {
 	}
 	defer rec.file.Close() //nolint:errcheck // see finish
 	if err != nil && rec.config.Deny {
-		rec.failed() // before whoever waits for the write goes on
+		rec.failed() // before whoever waits for the write continues
 	}
 	if rec.firm != nil {
-		close(rec.firm.ended) // and it stays where it is, until the session has ended: nothing more is delivered
+		close(rec.firm.ended) // the tap stays until the session has ended, so nothing more is delivered
 	} else {
 		rec.remove()
 	}
@@ -418,7 +418,7 @@ func (rec *recording) copy() error {
 	for {
 		var now firmEvent
 		select {
-		case <-rec.queue.Ready(): // end closes the queue at the latest
+		case <-rec.queue.Ready(): // ready at the latest when end closes the queue
 		case now = <-awaited:
 		}
 		events, more := rec.queue.Take()

@@ -12,52 +12,52 @@ import (
 	"time"
 )
 
-// relistAfter is how long what is known of a directory counts before it is listed again, to see what others
-// have put there or removed. Listing at each recording would cost as much as there are recordings.
+// relistAfter is how long knowledge of a directory is valid before it is listed again, to see what others have
+// added or removed. Listing it for each recording would cost as much as there are recordings.
 const relistAfter = time.Minute
 
-// directory knows the recordings that are in a directory. Its methods may be called from several goroutines.
+// directory tracks the recordings in a directory. Its methods are safe for concurrent use.
 type directory struct {
 	path string
 	log  *slog.Logger
 
 	mu        sync.Mutex
-	live      map[string]bool      // names of files that are being written
-	liveBytes int64                // as far as they are written
-	pods      map[string]*podFiles // of recordings that are finished
+	live      map[string]bool      // names of files being written
+	liveBytes int64                // bytes written to them so far
+	pods      map[string]*podFiles // finished recordings
 	known     map[string]*finishedFile
-	bytes     int64 // of those that are finished
+	bytes     int64 // size of finished recordings
 	listed    time.Time
 
 	cleaning bool // one clean-up at a time
-	again    bool // and another one after it
+	again    bool // another one is to follow
 	settings Config
 }
 
-// finishedFile is a recording that nobody writes to any more.
+// finishedFile is a recording that is complete.
 type finishedFile struct {
 	name     string
 	size     int64
 	modified time.Time
 }
 
-// podFiles are one pod's finished recordings. When there are too many, the pod that has most gives one up: a pod with
-// a thousand short sessions does not push out what was recorded of others.
+// podFiles are one pod's finished recordings. Above the limits, the pod that has most loses one, so that a pod
+// with a thousand short sessions does not displace the recordings of others.
 type podFiles struct {
-	finished byName // the oldest first
+	finished byName // oldest first
 	bytes    int64
 }
 
-// podOf is what a recording's name says of its pod; "" for all names that say nothing.
+// podOf returns the pod that a recording's name tells, or "" if it tells none.
 func podOf(name string) string {
-	parts := strings.Split(name, "_") // no part of a name has one, see plain
+	parts := strings.Split(name, "_") // plain keeps it out of the parts
 	if len(parts) < 4 {
 		return ""
 	}
 	return parts[1] + "_" + parts[2]
 }
 
-// byName is a heap; names begin with the time at which the session began.
+// byName is a heap. Names begin with the time at which the session began.
 type byName []*finishedFile
 
 func (h byName) Len() int           { return len(h) }
@@ -75,21 +75,21 @@ func newDirectory(path string, log *slog.Logger) *directory {
 	return &directory{path: path, log: log, live: make(map[string]bool), pods: make(map[string]*podFiles), known: make(map[string]*finishedFile)}
 }
 
-// begin says that a file is being written, which keeps it from being removed.
+// begin marks a file as being written, which keeps it from being removed.
 func (d *directory) begin(name string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.live[name] = true
 }
 
-// grew says that a file that is being written has become longer, or shorter.
+// grew adjusts the size of the files being written.
 func (d *directory) grew(bytes int64) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.liveBytes += bytes
 }
 
-// end says that a file is complete.
+// end marks a file as complete.
 func (d *directory) end(name string, size int64) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -100,7 +100,7 @@ func (d *directory) end(name string, size int64) {
 	}
 }
 
-// abandon says that a file that was begun is not there.
+// abandon unmarks a file that does not exist after all.
 func (d *directory) abandon(name string, size int64) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -124,7 +124,7 @@ func (d *directory) pushLocked(file *finishedFile) {
 	pod.bytes += file.size
 }
 
-// popLocked takes the oldest recording of a pod.
+// popLocked removes and returns a pod's oldest recording.
 func (d *directory) popLocked(name string) *finishedFile {
 	pod := d.pods[name]
 	file := heap.Pop(&pod.finished).(*finishedFile)
@@ -142,9 +142,9 @@ func (d *directory) forgetLocked(file *finishedFile) {
 	}
 }
 
-// retain removes the oldest recordings until the rest keeps to the limits. Those that are being written stay,
-// and so does everything that is no recording. It returns at once while another call does so: that one
-// then looks once more.
+// retain removes the oldest recordings until the rest is within the limits. It keeps those being written, and
+// everything that is not a recording. If another call is already at work, retain returns at once and that call
+// looks once more.
 func (d *directory) retain(config Config) {
 	if config.MaxFiles == 0 && config.MaxTotal == 0 {
 		return
@@ -168,7 +168,7 @@ func (d *directory) retain(config Config) {
 	d.mu.Unlock()
 }
 
-// clean is one clean-up. Files are listed and removed without the lock, for which recordings would wait.
+// clean does one clean-up. It lists and removes files without the lock, which recordings would wait for.
 func (d *directory) clean(config Config) {
 	if time.Since(d.listed) >= relistAfter {
 		if err := d.list(); err != nil {
@@ -199,8 +199,8 @@ func (d *directory) clean(config Config) {
 	}
 }
 
-// next takes the file that is to be removed next, if there are too many: the oldest one of the pod that has most of
-// what there is too much of, among those that are old enough.
+// next returns the file to remove next if there are too many: the oldest one of the pod that has most of what
+// exceeds its limit, if it is old enough.
 func (d *directory) next(config Config) *finishedFile {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -224,7 +224,7 @@ func (d *directory) next(config Config) *finishedFile {
 	return d.popLocked(most)
 }
 
-// lessThan compares what two pods have, and how old it is where they have the same.
+// lessThan compares what two pods have, and its age if they have the same.
 func (p *podFiles) lessThan(other *podFiles, inBytes bool) bool {
 	mine, others := int64(len(p.finished)), int64(len(other.finished))
 	if inBytes {
@@ -236,7 +236,7 @@ func (p *podFiles) lessThan(other *podFiles, inBytes bool) bool {
 	return p.finished[0].name > other.finished[0].name
 }
 
-// full tells whether there is no room for another recording and nothing that may be removed for it.
+// full reports whether there is neither room for another recording nor anything that may be removed for it.
 func (d *directory) full(config Config) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -244,8 +244,8 @@ func (d *directory) full(config Config) bool {
 		config.MaxTotal > 0 && d.liveBytes+d.bytes > config.MaxTotal
 }
 
-// list takes account of what is in the directory. A file that ends meanwhile may be in the list or not; what
-// end says of it counts.
+// list updates the record from the directory. A file that ends meanwhile may be listed or not; what end says about
+// it takes precedence.
 func (d *directory) list() error {
 	start := time.Now()
 	entries, err := os.ReadDir(d.path)

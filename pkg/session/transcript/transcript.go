@@ -1,4 +1,4 @@
-// Package transcript writes what a tap of a session has seen as an asciicast.
+// Package transcript writes what a session's tap has seen as an asciicast.
 package transcript
 
 import (
@@ -19,23 +19,23 @@ type Encoder struct {
 	stdout, stderr, input asciicast.Text
 }
 
-// NewEncoder returns an encoder that counts time from start. Without a terminal nobody has turned
-// the ends of lines into what players want; then the encoder does.
+// NewEncoder returns an encoder that counts time from start. Without a terminal nothing has translated line ends
+// into what players need, so the encoder does it.
 func NewEncoder(cast *asciicast.Writer, start time.Time, tty bool) *Encoder {
 	return &Encoder{cast: cast, start: start, tty: tty}
 }
 
-// State are the characters that are not complete yet.
+// State holds incomplete characters.
 type State struct {
 	Stdout, Stderr, Input []byte
 }
 
-// State is what it takes to go on with Continue, beside the writer's own.
+// State returns what Continue needs, apart from the writer's own state.
 func (e *Encoder) State() State {
 	return State{Stdout: e.stdout.Pending(), Stderr: e.stderr.Pending(), Input: e.input.Pending()}
 }
 
-// Continue returns an encoder that goes on from the state of another.
+// Continue returns an encoder that continues from another's state.
 func Continue(cast *asciicast.Writer, start time.Time, tty bool, state State) *Encoder {
 	return &Encoder{
 		cast: cast, start: start, tty: tty,
@@ -58,7 +58,7 @@ func (e *Encoder) Encode(event *session.TapEvent) error {
 	case session.TapResize:
 		return e.cast.Write(at, asciicast.Resize, []byte(asciicast.Size(int(event.Size.Width), int(event.Size.Height))))
 	default:
-		// What comes next does not continue a character from before the gap.
+		// What follows does not complete a character from before the gap.
 		if err := e.Close(event.At); err != nil {
 			return err
 		}
