@@ -393,6 +393,16 @@ func TestEachPhaseIsHandedOver(t *testing.T) {
 		}
 		executor.last().Kill()
 	})
+	// The receipt that is due comes to another program, which has to ask again.
+	t.Run("holding", func(t *testing.T) {
+		s := startServer(t, Config{Commands: commandConfig{StatusWait: 10 * testTimeout}})
+		reader, _, ended := beginHeldBack(t, s)
+		s.inPhase("holding")
+		close(reader.goOn)
+		if err := receive(t, ended, "the end"); exitCode(t, err) != 3 || reader.taken != 240_000 {
+			t.Errorf("%d bytes, %v", reader.taken, err)
+		}
+	})
 	// These last only as long as the client does not take what is said, which fits into every socket: the state says that they
 	// have just begun.
 	for _, phase := range []string{"telling", "holding", "saying"} {

@@ -127,6 +127,8 @@ func (s *State) validate() error {
 		return stateError("there is no error stream")
 	case hasProcess && (len(s.Drain.Outputs) != 2 || s.Timeouts == nil):
 		return stateError("its process has %d outputs", len(s.Drain.Outputs))
+	case s.Client.Holdback != nil && s.Client.Holdback.Unanswered < 0:
+		return stateError("the client has taken more than was sent")
 	case failure.Received < 0 || failure.Sent < 0:
 		return stateError("its error stream has moved less than nothing")
 	}

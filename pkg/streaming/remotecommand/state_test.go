@@ -116,7 +116,7 @@ func wholeState(t testing.TB, files *handover.Files) State {
 			Version: stateVersion,
 			Client: ClientState{
 				Conn: frozenConn(t, files, newServerConn), Protocol: "v4.channel.k8s.io", Resize: true, JSONStatus: true, Ready: true,
-				Streams: streams, AnswersItself: true, SendsSize: true, Holdback: &holdback.State{At: at, Level: 1, Rate: 2},
+				Streams: streams, AnswersItself: true, SendsSize: true, Holdback: &holdback.State{At: at, Level: 1, Rate: 2, Unanswered: 3, Asked: true, Ever: true},
 			},
 			Process: &ProcessState{Local: []byte("process")},
 		},

@@ -40,12 +40,20 @@ type Holdback struct {
 func New() *Holdback { return Resume(State{}) }
 
 // Resume continues from a state. Attach follows.
-func Resume(state State) *Holdback { return &Holdback{changed: make(chan struct{}, 1), before: state} }
+func Resume(state State) *Holdback {
+	h := &Holdback{changed: make(chan struct{}, 1), before: state}
+	h.sent, h.unasked, h.any, h.first = state.Unanswered, state.Asked, state.Ever, time.Now()
+	return h
+}
 
-// State is what is known of a reader behind a translator. Questions that were asked before are not answered any more.
+// State is what is known of a reader behind a translator. The answers to questions that were asked before are not
+// understood any more: they are asked again.
 type State struct {
 	At          time.Time // when Level was right
 	Level, Rate float64   // bytes unread, and bytes a second that are read; 0 where nothing is known
+	Unanswered  int64     // bytes that were sent and of which no receipt has come
+	Asked       bool      // one was to come
+	Ever        bool      // one has come
 }
 
 // Attach gives it the connection to the client, before that is served.
@@ -121,12 +129,13 @@ func (h *Holdback) State() *State {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	state := h.before
+	state.Level += float64(h.bytes)
 	if h.backlog.rate > 0 {
-		return &State{At: h.last, Level: h.backlog.level, Rate: h.backlog.rate}
+		state.At, state.Level, state.Rate = h.last, h.backlog.level, h.backlog.rate
 	}
-	before := h.before
-	before.Level += float64(h.bytes)
-	return &before
+	state.Unanswered, state.Asked, state.Ever = h.unanswered()
+	return &state
 }
 
 // beforeNoPing is from when on there will be no ping of the client until it has read everything, which it

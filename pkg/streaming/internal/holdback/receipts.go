@@ -65,6 +65,7 @@ type receipts struct {
 	trip      time.Duration // the shortest from question to receipt; 0 before the first
 	any       bool          // a receipt has come
 	none      bool          // none is expected
+	unasked   bool          // a question of before a hand-over is to be asked again
 	first     time.Time     // when the first byte was written that has not been asked about
 	questions []question    // without a complete answer, oldest first
 	came      chan struct{} // closed with the next receipt; nil while nobody waits
@@ -155,7 +156,7 @@ func (r *receipts) Sent(bytes int) {
 // its way and whether there has ever been one. It does not block. A peer that does not answer PINGs never sends any.
 func (r *receipts) ask() (coming, ever bool) {
 	r.mu.Lock()
-	if rest := r.sent - r.asked; rest >= minQuestionBytes || (rest > 0 && len(r.questions) > 0) {
+	if rest := r.sent - r.asked; rest >= minQuestionBytes || (rest > 0 && (len(r.questions) > 0 || r.unasked)) {
 		r.askLocked()
 	}
 	coming, ever = len(r.questions) > 0, r.any
@@ -175,7 +176,7 @@ func (r *receipts) askLocked() {
 	r.questions = append(r.questions, question{
 		id: id, missing: questionPings, receipt: receipt{bytes: r.sent, first: r.first, asked: time.Now()},
 	})
-	r.asked = r.sent
+	r.asked, r.unasked = r.sent, false
 }
 
 // answered notes the answer to one PING and returns the receipt if it is complete with that.
@@ -191,7 +192,7 @@ func (r *receipts) answered(id uint32) (got receipt, ok bool) {
 	}
 	got = r.questions[i].receipt
 	got.came = time.Now()
-	if trip := got.came.Sub(got.asked); !r.any || trip < r.trip {
+	if trip := got.came.Sub(got.asked); r.trip == 0 || trip < r.trip {
 		r.trip = trip
 	}
 	// Each worker of the peer answers in order, so the questions before are complete too.
@@ -202,4 +203,11 @@ func (r *receipts) answered(id uint32) (got receipt, ok bool) {
 		r.came = nil
 	}
 	return got, true
+}
+
+// unanswered says how many bytes were sent of which no receipt has come, whether one is to come, and whether one ever has.
+func (r *receipts) unanswered() (bytes int64, asked, ever bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.sent - r.taken, len(r.questions) > 0 || r.unasked, r.any
 }
