@@ -20,7 +20,14 @@ type container struct {
 // run starts a pod with one container, by crictl at the endpoint, and returns both ids. It ends with the test.
 func (c container) run(t *testing.T, endpoint string) (pod, id string) {
 	t.Helper()
-	name := strings.TrimSuffix(strings.ToLower(strings.NewReplacer("/", "-", "_", "-", " ", "-").Replace(t.Name()))+"-"+c.handler, "-") // a test has one pod for each runtime
+	// A test has one pod for each runtime and image.
+	image, _, _ := strings.Cut(c.image, ":")
+	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-", " ", "-").Replace(t.Name()))
+	for _, part := range []string{c.handler, image} {
+		if part != "" {
+			name += "-" + part
+		}
+	}
 	dir := t.TempDir()
 	file := func(name, text string) string {
 		path := filepath.Join(dir, name)
@@ -33,9 +40,9 @@ func (c container) run(t *testing.T, endpoint string) (pod, id string) {
   "metadata": {"name": %q, "namespace": "vm", "uid": %q, "attempt": 0}, "log_directory": %q,
   "linux": {"cgroup_parent": "kubepods-vm.slice"}
 }`, name, name, dir))
-	image, command := c.image, `[]`
-	if image == "" {
-		image, command = "busybox:latest", `["sleep", "2147483647"]`
+	reference, command := c.image, `[]`
+	if reference == "" {
+		reference, command = "busybox:latest", `["sleep", "2147483647"]`
 	}
 	security := ""
 	if c.apparmor != "" {
@@ -44,7 +51,7 @@ func (c container) run(t *testing.T, endpoint string) (pod, id string) {
 	config := file("container.json", fmt.Sprintf(`{
   "metadata": {"name": "main"}, "image": {"image": "%s/%s"}, "command": %s, "log_path": "main.log", "stdin": %t,
   "linux": {"resources": {"memory_limit_in_bytes": %d}, "security_context": {"seccomp": {"profile_type": 0}%s}}
-}`, imageHost, image, command, c.stdin, c.memory, security))
+}`, imageHost, reference, command, c.stdin, c.memory, security))
 	pod = must(t, "crictl -r %s runp --runtime '%s' %s", endpoint, c.handler, sandbox)
 	t.Cleanup(func() { must(t, "crictl -r %s rmp -f %s", containerd, pod) })
 	id = must(t, "crictl -r %s create %s %s %s", endpoint, pod, config, sandbox)
