@@ -137,7 +137,7 @@ func writeScripts(n *node.Node, binary string) error {
 	for name, script := range map[string]string{
 		"crictl": fmt.Sprintf("exec '%s' --config '%s' \"$@\"\n", n.Program("crictl"), filepath.Join(n.Dir(), "crictl.yaml")),
 		"streamshim": fmt.Sprintf(`case "$1" in
-sessions) shift; exec '%[1]s' sessions --admin 'unix://%[2]s' "$@" ;;
+sessions | upgrade | support-bundle) command=$1; shift; exec '%[1]s' "$command" --admin 'unix://%[2]s' "$@" ;;
 check) shift; exec '%[1]s' check --admin 'unix://%[2]s' --listen '%[3]s' --upstream '%[4]s' "$@" ;;
 esac
 exec '%[1]s' "$@"
