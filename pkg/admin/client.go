@@ -22,7 +22,7 @@ type Client struct {
 	path string
 }
 
-// NewClient returns a client of the socket at path. Close it.
+// NewClient returns a client of the socket at path. The caller closes it.
 func NewClient(path string) *Client {
 	dialer := net.Dialer{Timeout: dialTimeout}
 	return &Client{path: path, http: &http.Client{Transport: &http.Transport{
@@ -42,8 +42,8 @@ func (c *Client) List(ctx context.Context) ([]Session, error) {
 	return list.Sessions, err
 }
 
-// Show returns one session. As with the methods below, the id may be shortened as long as it is
-// unique, and the error is an *Error when the server has answered.
+// Show returns one session. In this and the methods below, the id may be shortened as long as it is unique, and the error
+// is an *Error if the server has answered.
 func (c *Client) Show(ctx context.Context, id string) (Session, error) {
 	var s Session
 	err := c.get(ctx, "/v1/sessions/"+url.PathEscape(id), &s)
@@ -73,7 +73,7 @@ func (c *Client) Watch(ctx context.Context, id string) (io.ReadCloser, error) {
 	return response.Body, nil
 }
 
-// Recordings returns the recordings that are kept, newest first.
+// Recordings returns the recordings on the node, newest first.
 func (c *Client) Recordings(ctx context.Context) ([]Recording, error) {
 	var list RecordingList
 	err := c.get(ctx, "/v1/recordings", &list)
@@ -89,7 +89,7 @@ func (c *Client) Recording(ctx context.Context, name string) (io.ReadCloser, err
 	return response.Body, nil
 }
 
-// HandOver asks that the installed program takes over, and returns at once: LastHandover tells how it goes.
+// HandOver starts a hand-over to the installed program and returns at once. LastHandover returns its progress.
 func (c *Client) HandOver(ctx context.Context, request HandoverRequest) (Handover, error) {
 	body, err := json.Marshal(request)
 	if err != nil {
@@ -107,7 +107,7 @@ func (c *Client) HandOver(ctx context.Context, request HandoverRequest) (Handove
 	return begun, nil
 }
 
-// LastHandover is the last hand-over that was asked for.
+// LastHandover returns the progress or result of the last hand-over.
 func (c *Client) LastHandover(ctx context.Context) (Handover, error) {
 	var last Handover
 	err := c.get(ctx, "/v1/handover", &last)
@@ -135,7 +135,7 @@ func (c *Client) do(ctx context.Context, method, path string, body io.Reader) (*
 	if err != nil {
 		var call *url.Error
 		if errors.As(err, &call) {
-			err = call.Err // the URL says nothing: its host stands for the socket
+			err = call.Err // without the URL, whose host is only a placeholder
 		}
 		if errors.Is(err, fs.ErrPermission) {
 			return nil, fmt.Errorf("%w: only root may open streamshim's admin socket", err)
