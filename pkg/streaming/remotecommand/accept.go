@@ -115,7 +115,7 @@ func (s *Session) newOpener() *opener {
 func (o *opener) serve(conn *spdy.Conn) {
 	o.conn = conn
 	o.client.Conn = transport.Streams{Conn: conn}
-	o.client.farewell = func(ctx context.Context) { transport.AwaitClose(ctx, o.client.Conn) }
+	o.client.closeAndWait = func(ctx context.Context) { transport.AwaitClose(ctx, o.client.Conn) }
 }
 
 func (o *opener) opened(stream *spdy.Stream) {
@@ -163,7 +163,7 @@ func (s *Session) acceptWebSocket(w http.ResponseWriter, r *http.Request, versio
 	s.client = &client{
 		Conn: transport.Channels{ChannelConn: conn}, network: conn.NetConn(), ready: make(chan struct{}),
 		protocol:      protocol.Version{Name: string(version), Resize: true, JSONStatus: version.StatusVersion() >= 4},
-		answersItself: answersItself(r, true), sendsSize: isKubectl(r), farewell: sayClose(conn),
+		answersItself: answersItself(r, true), sendsSize: isKubectl(r), closeAndWait: closeHandshake(conn),
 	}
 	for name, slot := range s.slots() {
 		*slot = conn.Channel(channels[name])
@@ -183,7 +183,7 @@ var channels = map[string]byte{
 	transport.StreamError: websocket.Error, transport.StreamResize: websocket.Resize,
 }
 
-// sayClose does the close handshake, which is the protocol's end of output: there is no FIN of a channel.
-func sayClose(conn *websocket.ChannelConn) func(context.Context) {
+// closeHandshake does the close handshake, which is the protocol's end of output: there is no FIN of a channel.
+func closeHandshake(conn *websocket.ChannelConn) func(context.Context) {
 	return func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
 }

@@ -102,7 +102,7 @@ func reasonLine(reason string, tty bool) string {
 // tell sends the line for the user's eyes.
 func (s *Session) tell() phase {
 	if to := s.eyes(); to != nil && s.ending.line != "" {
-		if _, err := io.WriteString(to, s.ending.line); isFrozen(err) { // a client that has gone is noticed in sayEnd
+		if _, err := io.WriteString(to, s.ending.line); isFrozen(err) { // a client that has gone is noticed in endStreams
 			return telling
 		}
 	}
@@ -149,8 +149,8 @@ func (s *Session) holdStatus(ctx context.Context) phase {
 	return saying
 }
 
-// sayEnd ends the streams in the order the protocol wants.
-func (s *Session) sayEnd(ctx context.Context) phase {
+// endStreams ends the streams in the order the protocol wants.
+func (s *Session) endStreams(ctx context.Context) phase {
 	failure := s.failureStream()
 	if !s.ending.unopened {
 		s.session.SetPhase(session.Lingering)
@@ -187,7 +187,7 @@ func (s *Session) failureStream() workload.Stream {
 
 // part lets the client close the connection.
 func (s *Session) part() phase {
-	s.client.farewell(context.Background()) // what bounds it is cut
+	s.client.closeAndWait(context.Background()) // what bounds it is cut
 	if transport.Closed(s.freezer.frozen) && !transport.Closed(s.client.Done()) {
 		return parting
 	}

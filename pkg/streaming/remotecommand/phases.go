@@ -62,7 +62,7 @@ func (s *Session) step(ctx context.Context) phase {
 	case holding:
 		return s.holdStatus(ctx)
 	case saying:
-		return s.sayEnd(ctx)
+		return s.endStreams(ctx)
 	case parting:
 		return s.part()
 	case following:

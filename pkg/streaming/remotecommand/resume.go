@@ -125,7 +125,7 @@ func (s *Session) resumeClient(state *ClientState, files *handover.Files) error 
 	}
 	if resumed.SPDY == nil {
 		s.client.Conn = resumed.Conn
-		s.client.farewell = sayClose(resumed.Channels)
+		s.client.closeAndWait = closeHandshake(resumed.Channels)
 		return nil
 	}
 	opener.expected = s.newOpener().expected
@@ -178,7 +178,7 @@ func (s *Session) restore(state *State, files *handover.Files) {
 		s.limits = lifetime.ResumeTimeouts(s.terms.Limits, s.session, *state.Timeouts)
 	}
 	if s.bandwidth = bandwidth.New(s.terms.Bandwidth, s.client.Done(), s.freezer.frozen); s.bandwidth != nil {
-		s.bandwidth.GoOn(bandwidth.State{Sent: sooner(state.Bandwidth.Sent), Received: sooner(state.Bandwidth.Received)})
+		s.bandwidth.Resume(bandwidth.State{Sent: sooner(state.Bandwidth.Sent), Received: sooner(state.Bandwidth.Received)})
 	}
 	s.withheld.Store(state.Withheld)
 	s.warnings.lines = state.Warnings

@@ -42,9 +42,9 @@ type client struct {
 	answersItself, sendsSize bool
 	// holdback says how long the status is to wait for the client to read; nil where it need not.
 	holdback *holdback.Holdback
-	// farewell tells the client that the session is over, after everything was sent, and returns
+	// closeAndWait tells the client that the session is over, after everything was sent, and returns
 	// when the client has closed the connection, the context is done, or the connection is frozen.
-	farewell func(context.Context)
+	closeAndWait func(context.Context)
 }
 
 // refusesStatus tells whether the client has reset the error stream: it does not want to know how the
