@@ -6,13 +6,12 @@ import (
 	"net/http"
 )
 
-// MaxPorts is how many ports one legacy port-forward connection can name.
+// MaxPorts bounds the ports of one legacy port-forward connection.
 const MaxPorts = maxChannels / 2
 
-// PortForwardConn is a legacy port-forward over channels (v4, base64 or unnamed): the ports are
-// known from the request, and port number i has the channels 2i for data and 2i+1 for errors. There
-// is one connection per port. Half-close there is only for all ports together: see ChannelConn.CloseWrite for our
-// side, and ChannelConn.Serve for the client's.
+// PortForwardConn is a legacy port-forward over channels (v4, base64 or unnamed). The request names the ports. Port
+// number i has the channels 2i for data and 2i+1 for errors. There is one connection per port. Only all ports together
+// can be half-closed: see ChannelConn.CloseWrite for our side, and ChannelConn.Serve for the client's.
 type PortForwardConn struct {
 	*ChannelConn
 	ports []PortChannels
@@ -25,9 +24,9 @@ type PortChannels struct {
 	Error *Channel // for us to write to
 }
 
-// AcceptPortForward is Accept for a legacy port-forward to these ports, at most MaxPorts. It sends
-// the first message of each channel, the port as 16 bits little-endian. config.Channels and
-// config.Greeting are not used. After an error the request has been answered.
+// AcceptPortForward is like Accept, for a legacy port-forward to these ports, at most MaxPorts. It sends the first
+// message of each channel, which is the port as 16 bits little-endian. config.Channels and config.Greeting are not used.
+// If it returns an error, it has answered the request.
 func AcceptPortForward(w http.ResponseWriter, r *http.Request, protocol Protocol, ports []uint16, config Config) (*PortForwardConn, error) {
 	if len(ports) == 0 || len(ports) > MaxPorts {
 		reason := fmt.Sprintf("a port-forward without SPDY needs 1 to %d ports in its request, not %d", MaxPorts, len(ports))
@@ -58,5 +57,5 @@ func AcceptPortForward(w http.ResponseWriter, r *http.Request, protocol Protocol
 	return c, nil
 }
 
-// Ports are the ports' channels, in the order of the request.
+// Ports returns the ports' channels, in the order of the request.
 func (c *PortForwardConn) Ports() []PortChannels { return c.ports }
