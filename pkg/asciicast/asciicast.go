@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io"
 	"strconv"
-	"strings"
 	"time"
 	"unicode/utf8"
 )
@@ -237,18 +236,3 @@ func (a *Reader) next() ([]byte, error) {
 
 // Size returns the data of a Resize event.
 func Size(width, height int) string { return strconv.Itoa(width) + "x" + strconv.Itoa(height) }
-
-// ParseSize parses the data of a Resize event.
-func ParseSize(data string) (width, height int, err error) {
-	columns, rows, ok := strings.Cut(data, "x")
-	if !ok {
-		return 0, 0, fmt.Errorf("%q is not COLUMNSxROWS", data)
-	}
-	if width, err = strconv.Atoi(columns); err == nil {
-		height, err = strconv.Atoi(rows)
-	}
-	if err != nil {
-		return 0, 0, fmt.Errorf("%q is not COLUMNSxROWS", data)
-	}
-	return width, height, nil
-}

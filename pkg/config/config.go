@@ -351,17 +351,6 @@ func (c *Config) Read(file string, override func(*Config)) error {
 	return problem
 }
 
-// parse is like Read for a text. Its errors begin with the line.
-func (c *Config) parse(text []byte) error {
-	if err := c.decode(text); err != nil {
-		return err
-	}
-	if problem := c.validate(); problem != nil {
-		return fmt.Errorf("%d: %w", lineOf(text, problem.key), problem)
-	}
-	return nil
-}
-
 const (
 	maxFile  = 1 << 20          // bytes
 	readTime = 10 * time.Second // for a FIFO whose writer writes nothing

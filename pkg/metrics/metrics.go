@@ -150,12 +150,16 @@ func New(c Config) *Metrics {
 	m.gaugeFunc("execsync_buffered_bytes", "Output that running ExecSync calls keep, not counting 64 KiB of each.", c.SyncOutput)
 	m.gaugeFunc("recording_buffered_bytes", "Data that waits to be written to recordings, not counting 16 KiB of each.", c.RecordingBuffered)
 	if c.Commands != nil {
-		m.registry.MustRegister(commandsCollector(c.Commands))
+		m.registry.MustRegister(collector{[]*prometheus.Desc{commandsDesc}, func(found chan<- prometheus.Metric) {
+			collectCommands(found, c.Commands())
+		}})
 	}
 	if c.Handovers != nil {
-		m.registry.MustRegister(handoversCollector(c.Handovers))
+		m.registry.MustRegister(collector{[]*prometheus.Desc{handoversDesc, handedSessionsDesc, handoverPauseDesc}, func(found chan<- prometheus.Metric) {
+			collectHandovers(found, c.Handovers())
+		}})
 	}
-	m.registry.MustRegister(build, (*liveCollector)(m),
+	m.registry.MustRegister(build, collector{[]*prometheus.Desc{liveDesc, receivedDesc, sentDesc}, m.collectLive},
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "streamshim_tokens_waiting", Help: "One-time URLs that wait for their client.",
 		}, func() float64 { return float64(c.WaitingTokens()) }),
@@ -170,18 +174,26 @@ func (m *Metrics) gaugeFunc(name, help string, value func() int64) {
 	}
 }
 
-// commandsCollector is called once for each scrape.
-type commandsCollector func() Commands
+// collector calls collect once for each scrape.
+type collector struct {
+	descriptions []*prometheus.Desc
+	collect      func(chan<- prometheus.Metric)
+}
+
+// Describe implements prometheus.Collector.
+func (c collector) Describe(to chan<- *prometheus.Desc) {
+	for _, d := range c.descriptions {
+		to <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c collector) Collect(to chan<- prometheus.Metric) { c.collect(to) }
 
 var commandsDesc = prometheus.NewDesc("streamshim_commands",
 	"Commands that are being started, or ended, and those that wait for their turn.", []string{"what", "state"}, nil)
 
-// Describe implements prometheus.Collector.
-func (commandsCollector) Describe(descriptions chan<- *prometheus.Desc) { descriptions <- commandsDesc }
-
-// Collect implements prometheus.Collector.
-func (ask commandsCollector) Collect(found chan<- prometheus.Metric) {
-	c := ask()
+func collectCommands(found chan<- prometheus.Metric, c Commands) {
 	for _, one := range []struct {
 		what             string
 		running, waiting int
@@ -195,26 +207,13 @@ func (ask commandsCollector) Collect(found chan<- prometheus.Metric) {
 	}
 }
 
-// handoversCollector is called once for each scrape.
-type handoversCollector func() Handovers
-
 var (
-	handoversDesc       = prometheus.NewDesc("streamshim_handovers_total", "Hand-overs to the installed program, by result.", []string{"result"}, nil)
-	handedSessionsDesc  = prometheus.NewDesc("streamshim_handover_sessions_total", "Sessions that hand-overs have carried, and those that have ended because they could not be.", []string{"result"}, nil)
-	handoverPauseDesc   = prometheus.NewDesc("streamshim_handover_pause_seconds", "How long sessions were frozen in the last hand-over.", nil, nil)
-	handoverDescription = []*prometheus.Desc{handoversDesc, handedSessionsDesc, handoverPauseDesc}
+	handoversDesc      = prometheus.NewDesc("streamshim_handovers_total", "Hand-overs to the installed program, by result.", []string{"result"}, nil)
+	handedSessionsDesc = prometheus.NewDesc("streamshim_handover_sessions_total", "Sessions that hand-overs have carried, and those that have ended because they could not be.", []string{"result"}, nil)
+	handoverPauseDesc  = prometheus.NewDesc("streamshim_handover_pause_seconds", "How long sessions were frozen in the last hand-over.", nil, nil)
 )
 
-// Describe implements prometheus.Collector.
-func (handoversCollector) Describe(descriptions chan<- *prometheus.Desc) {
-	for _, d := range handoverDescription {
-		descriptions <- d
-	}
-}
-
-// Collect implements prometheus.Collector.
-func (ask handoversCollector) Collect(found chan<- prometheus.Metric) {
-	h := ask()
+func collectHandovers(found chan<- prometheus.Metric, h Handovers) {
 	found <- prometheus.MustNewConstMetric(handoversDesc, prometheus.CounterValue, float64(h.Done), "done")
 	found <- prometheus.MustNewConstMetric(handoversDesc, prometheus.CounterValue, float64(h.Failed), "failed")
 	found <- prometheus.MustNewConstMetric(handedSessionsDesc, prometheus.CounterValue, float64(h.Carried), "carried")
@@ -322,37 +321,26 @@ func (m *Metrics) ExecSync(o session.Outcome, output int64, duration time.Durati
 	m.execSyncOutput.Add(float64(output))
 }
 
-// liveCollector collects the metrics that are computed at each scrape.
-type liveCollector Metrics
-
 var (
 	liveDesc     = prometheus.NewDesc("streamshim_sessions_live", "Live sessions.", []string{"kind"}, nil)
 	receivedDesc = prometheus.NewDesc("streamshim_received_bytes_total", "Payload received from clients, of live and of ended sessions.", []string{"kind"}, nil)
 	sentDesc     = prometheus.NewDesc("streamshim_sent_bytes_total", "Payload sent to clients, of live and of ended sessions.", []string{"kind"}, nil)
 )
 
-// Describe implements prometheus.Collector.
-func (c *liveCollector) Describe(to chan<- *prometheus.Desc) {
-	to <- liveDesc
-	to <- receivedDesc
-	to <- sentDesc
-}
-
-// Collect implements prometheus.Collector.
-func (c *liveCollector) Collect(to chan<- prometheus.Metric) {
+func (m *Metrics) collectLive(to chan<- prometheus.Metric) {
 	live := make(map[session.Kind]int)
 	moved := make(map[session.Kind]transferred)
-	c.mu.Lock() // so that a session that ends now is counted once, either as live or as ended
+	m.mu.Lock() // so that a session that ends now is counted once, either as live or as ended
 	for _, kind := range kinds {
-		moved[kind] = c.moved[kind]
+		moved[kind] = m.moved[kind]
 	}
-	for s := range c.live {
+	for s := range m.live {
 		live[s.Kind]++
 		received, sent := s.Transferred()
 		total := moved[s.Kind]
 		moved[s.Kind] = transferred{total.received + received, total.sent + sent}
 	}
-	c.mu.Unlock()
+	m.mu.Unlock()
 	for _, kind := range kinds {
 		to <- prometheus.MustNewConstMetric(liveDesc, prometheus.GaugeValue, float64(live[kind]), string(kind))
 		to <- prometheus.MustNewConstMetric(receivedDesc, prometheus.CounterValue, float64(moved[kind].received), string(kind))

@@ -43,11 +43,7 @@ type Group struct {
 
 // Go calls f in a new goroutine of the group.
 func (g *Group) Go(f func()) {
-	g.wait.Add(1)
-	go func() {
-		defer g.wait.Done()
-		Call(g.Report, f)
-	}()
+	g.wait.Go(func() { Call(g.Report, f) })
 }
 
 // Wait returns when all goroutines of the group have ended.

@@ -58,12 +58,6 @@ func (p *plainConnections) remove(c net.Conn) {
 	}
 }
 
-func (p *plainConnections) count() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.elements)
-}
-
 // quiet returns a channel that is closed when no request is being read or answered. There is at most one waiter.
 func (p *plainConnections) quiet() <-chan struct{} {
 	p.mu.Lock()

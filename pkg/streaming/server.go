@@ -411,7 +411,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, up transport.Upgr
 	info.Peer = r.RemoteAddr
 	live, err := s.config.Sessions.Begin(s.ctx, info)
 	if err != nil {
-		status.WriteRefused(w, err)
+		status.Write(w, status.Refused(err))
 		return
 	}
 	terms := s.terms(kind)

@@ -14,10 +14,9 @@ import (
 )
 
 const (
-	tokenBytes = 32                     // 256 bits: a token cannot be guessed
-	tokenTTL   = time.Minute            // from insert to consume
-	maxTokens  = 1000                   // waiting at one time
-	tokenChars = (tokenBytes*8 + 5) / 6 // base64url without padding
+	tokenBytes = 32          // 256 bits: a token cannot be guessed
+	tokenTTL   = time.Minute // from insert to consume
+	maxTokens  = 1000        // waiting at one time
 )
 
 // tokenCache holds requests between the CRI call and the client's connection. A token is valid for

@@ -91,14 +91,14 @@ func (s *Session) accept(w http.ResponseWriter, r *http.Request, up transport.Up
 		}
 		named = append(named, uint16(port))
 	}
-	conn, err := websocket.AcceptPortForward(w, r, protocol, named, s.channelsConfig())
+	conn, channels, err := websocket.AcceptPortForward(w, r, protocol, named, s.channelsConfig())
 	if err != nil {
 		return nil, err
 	}
-	s.client = transport.Channels{ChannelConn: conn.ChannelConn}
-	s.useChannels(conn.ChannelConn)
+	s.client = transport.Channels{ChannelConn: conn}
+	s.useChannels(conn)
 	s.isLegacy = true
-	for _, c := range conn.Ports() {
+	for _, c := range channels {
 		s.legacy = append(s.legacy, &connection{port: c.Port, data: c.Data, failure: c.Error})
 	}
 	return conn.NetConn(), nil

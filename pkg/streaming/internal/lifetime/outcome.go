@@ -28,14 +28,3 @@ func Stopped(ctx context.Context) session.Outcome {
 	}
 	return session.Outcome{Reason: "stopped", ExitCode: -1, Err: context.Cause(ctx)}
 }
-
-// WithGrace returns a context that outlasts ctx by ShutdownGrace, so that a session that is told to end can still
-// deliver the rest of its output to a client that reads.
-func WithGrace(ctx context.Context) (context.Context, context.CancelFunc) {
-	patience, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	stop := context.AfterFunc(ctx, func() { time.AfterFunc(ShutdownGrace, cancel) })
-	return patience, func() {
-		stop()
-		cancel()
-	}
-}

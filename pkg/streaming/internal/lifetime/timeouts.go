@@ -25,7 +25,7 @@ type Timeouts struct {
 
 // NewTimeouts starts the timeouts of a new session.
 func NewTimeouts(l Limits, s *session.Session) *Timeouts {
-	return newTimeouts(l, s, TimeoutsState{Last: time.Now()})
+	return ResumeTimeouts(l, s, TimeoutsState{Last: time.Now()})
 }
 
 // TimeoutsState is the state of Timeouts for a hand-over.
@@ -44,10 +44,6 @@ func (t *Timeouts) State() TimeoutsState {
 
 // ResumeTimeouts continues from the state of another program's Timeouts.
 func ResumeTimeouts(l Limits, s *session.Session, from TimeoutsState) *Timeouts {
-	return newTimeouts(l, s, from)
-}
-
-func newTimeouts(l Limits, s *session.Session, from TimeoutsState) *Timeouts {
 	t := &Timeouts{idle: l.Idle, session: s, last: from.Last, moved: from.Moved, warned: from.Warned, own: from.Own}
 	// A limit of a few minutes needs no warning, see Limits.Warning.
 	if s.TTY && t.idle > 2*l.Warning {

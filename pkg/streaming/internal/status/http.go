@@ -8,9 +8,6 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// WriteRefused answers a request whose session was refused.
-func WriteRefused(w http.ResponseWriter, err error) { Write(w, Refused(err)) }
-
 // WriteError answers a request that cannot be served.
 func WriteError(w http.ResponseWriter, code int, message string) {
 	Write(w, &Status{Status: statusFailure, Reason: statusReasons[code], Code: code, Message: message})

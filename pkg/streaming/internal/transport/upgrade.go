@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"strings"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
 )
 
 // Upgrade is what a request asks its connection to become.
@@ -69,16 +71,7 @@ const (
 
 // IsSPDYUpgrade reports whether the request asks for SPDY/3.1.
 func IsSPDYUpgrade(r *http.Request) bool {
-	return headerHasToken(r.Header, "Connection", "upgrade") && headerHasToken(r.Header, "Upgrade", SPDY)
-}
-
-func headerHasToken(h http.Header, name, token string) bool {
-	for _, v := range CommaSeparated(h, name) {
-		if strings.EqualFold(v, token) {
-			return true
-		}
-	}
-	return false
+	return websocket.HasToken(r.Header, "Connection", "upgrade") && websocket.HasToken(r.Header, "Upgrade", SPDY)
 }
 
 // CommaSeparated returns a header's values, whether sent in one line or several.

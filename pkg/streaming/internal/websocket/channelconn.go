@@ -194,15 +194,6 @@ func (c *ChannelConn) greet() error {
 	return nil
 }
 
-// Protocol returns the protocol that was passed to Accept.
-func (c *ChannelConn) Protocol() Protocol { return c.protocol }
-
-// LocalAddr returns our address of the connection.
-func (c *ChannelConn) LocalAddr() net.Addr { return c.network.LocalAddr() }
-
-// RemoteAddr returns the client's address.
-func (c *ChannelConn) RemoteAddr() net.Addr { return c.network.RemoteAddr() }
-
 // NetConn returns the underlying connection, to query its state. The caller must not read from it or write to it.
 func (c *ChannelConn) NetConn() net.Conn { return c.network }
 

@@ -123,7 +123,7 @@ func Offers(header http.Header) ([]string, error) {
 
 // IsUpgrade reports whether the request asks for WebSocket. Negotiate checks whether it can be served.
 func IsUpgrade(r *http.Request) bool {
-	return hasToken(r.Header, "Connection", "upgrade") && hasToken(r.Header, "Upgrade", "websocket")
+	return HasToken(r.Header, "Connection", "upgrade") && HasToken(r.Header, "Upgrade", "websocket")
 }
 
 // Negotiate checks everything that Accept needs of a request, and selects the protocol. It does not touch the
@@ -135,13 +135,13 @@ func Negotiate(r *http.Request, kind Kind) (Protocol, error) {
 		return "", &HandshakeError{StatusCode: status, Reason: reason}
 	}
 	switch {
-	case !hasToken(r.Header, "Connection", "upgrade"):
+	case !HasToken(r.Header, "Connection", "upgrade"):
 		return refuse(http.StatusBadRequest, "no Connection: Upgrade header")
-	case !hasToken(r.Header, "Upgrade", "websocket"):
+	case !HasToken(r.Header, "Upgrade", "websocket"):
 		return refuse(http.StatusUpgradeRequired, "no Upgrade: websocket header")
 	case r.Method != http.MethodGet:
 		return refuse(http.StatusMethodNotAllowed, "the method is not GET")
-	case !hasToken(r.Header, "Sec-WebSocket-Version", "13"):
+	case !HasToken(r.Header, "Sec-WebSocket-Version", "13"):
 		return refuse(http.StatusBadRequest, "Sec-WebSocket-Version is not 13")
 	case !validKey(r.Header.Get("Sec-WebSocket-Key")):
 		return refuse(http.StatusBadRequest, "Sec-WebSocket-Key is not the base64 of 16 bytes")
@@ -155,8 +155,8 @@ func Negotiate(r *http.Request, kind Kind) (Protocol, error) {
 	return Select(kind, offers)
 }
 
-// hasToken looks for a token in a comma-separated header, case-insensitively.
-func hasToken(header http.Header, name, token string) bool {
+// HasToken reports whether a comma-separated header has a token, whatever its case.
+func HasToken(header http.Header, name, token string) bool {
 	for _, line := range header.Values(name) {
 		for element := range strings.SplitSeq(line, ",") {
 			if strings.EqualFold(strings.Trim(element, " \t"), token) {
