@@ -40,7 +40,7 @@ const (
 	maxQuestions = 128
 	// A peer that has sent no receipt within firstReceipt does not answer PINGs and is not a translator. Then no
 	// receipt is expected, and the sender does not wait. After the first receipt the sender waits at most laterReceipt,
-	// and then continues one window at a time.
+	// and then continues a frame at a time.
 	firstReceipt, laterReceipt = time.Second, 10 * time.Second
 )
 
