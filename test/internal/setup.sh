@@ -28,6 +28,10 @@ if [ "${1:-}" = clients ]; then
   need nodejs has node
   need npm has npm
 fi
+if [ "${1:-}" = ui ]; then
+  need chromium has chromium
+  need fonts-dejavu-core test -e /usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf
+fi
 if [ "${1:-}" = vm ]; then
   need mmdebstrap has mmdebstrap
   need qemu-utils has qemu-img
