@@ -706,8 +706,9 @@ func endingForwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	port := pod(t, func(c *net.TCPConn) { io.Copy(c, c) })
 	u := s.portForwardURL(make(chan struct{}))
 	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
-	_, failure := c.openPair(fmt.Sprint(port), "1")
-	eventually(t, "a connection", func() bool { return s.forwarded() == 1 })
+	data, failure := c.openPair(fmt.Sprint(port), "1")
+	c.send(data, "abc", false)
+	c.until("the echo", func() bool { return string(c.streams[data].data) == "abc" }) // only a whole pair is told
 	change := func(to func(*portforward.State)) {
 		s.upgrade(func(state *State) {
 			if len(state.Sessions) == 0 {

@@ -51,7 +51,7 @@ func TestAttacksHaveTeeth(t *testing.T) {
 func attackUntil(t testing.TB, attack string, c *container, e *entrance, commands int, gains string) (tries int, gained bool) {
 	t.Helper()
 	for tries = 1; tries <= commands; tries++ {
-		r := makeAttack(t, attack, c, c, e, 1)
+		r := attackOnce(t, attack, c, c, e, 1)
 		for what := range r.gained {
 			if strings.HasPrefix(what, gains) {
 				return tries, true
