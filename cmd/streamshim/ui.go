@@ -18,7 +18,7 @@ func newUICommand() *cobra.Command {
 		Short: "A page to see, watch and end live sessions and to play recordings, on a loopback address",
 		Long: `ui serves a page with the live sessions of this node until it is interrupted, and prints its address. It talks
 to a running "streamshim serve" through its admin socket, which only root may open. The address has a token in
-it that works once: the browser that opens it first can see terminals and end sessions, until ui ends.
+it that works once: the browser tab that opens it first can see terminals and end sessions, until ui ends.
 From another machine, forward the port with ssh -L.`,
 		Args: cobra.NoArgs,
 	}
@@ -32,6 +32,7 @@ From another machine, forward the port with ssh -L.`,
 			return err
 		}
 		if !cmd.Flags().Changed("metrics-address") {
+			// Without it there are fewer figures: no reason not to begin.
 			if c, err := (&settings{file: *file}).read(nil); err == nil {
 				*metrics = c.MetricsAddress
 			}

@@ -1,9 +1,11 @@
 // Package ui serves a page for operators of one node: live sessions, what their terminals show, recordings,
 // and some figures. It is a client of the admin API and can do no more than that.
 //
-// Who may use it: the browser that first opens the page's address, which has a one-time token in it. The token
-// is exchanged for a cookie that scripts cannot read and other sites cannot send. Requests with a foreign Host
-// (DNS rebinding), Origin or site are refused, and the page may load nothing that does not come from here
+// Who may use it: the browser tab that first opens the page's address. A one-time token stands in the address's
+// fragment, which browsers do not send; the page exchanges it for a secret that stays in the tab and goes with each
+// of its requests. A cookie would not do: a browser sends it to every port of the host, so that any user of the
+// machine could read it with a server of their own (RFC 6265, section 8.5). Requests with a foreign Host (DNS
+// rebinding), Origin or site are refused, and the page may load nothing that does not come from here
 // (Content-Security-Policy).
 package ui
 
@@ -12,7 +14,6 @@ import (
 	"crypto/rand"
 	"crypto/subtle"
 	"embed"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -67,14 +68,13 @@ type Server struct {
 	config   Config
 	listener net.Listener
 	http     *http.Server
+	metrics  *http.Client
 	streams  chan struct{} // one for each stream that is being sent
-
-	cookieName string // its own, because cookies of all ports of a host lie together
-	secret     string // the cookie's value
+	url      string
+	secret   string // what the token is exchanged for
 
 	mu    sync.Mutex
 	token string // empty once it was used
-	url   string
 }
 
 // Listen opens the address, HOST:PORT of this machine alone; port 0 takes any. Serve closes it.
@@ -95,30 +95,26 @@ func Listen(config Config, address string) (*Server, error) {
 		return nil, err // cannot happen: it is embedded
 	}
 	s := &Server{
-		config: config, listener: listener, streams: make(chan struct{}, maxStreams),
-		cookieName: "streamshim-" + rand.Text()[:8], secret: rand.Text(), token: rand.Text(),
+		config: config, listener: listener, streams: make(chan struct{}, maxStreams), secret: rand.Text(), token: rand.Text(),
+		// What listens there is trusted with nothing: it cannot send this program elsewhere.
+		metrics: &http.Client{
+			Transport:     &http.Transport{},
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
 	}
-	s.url = "http://" + listener.Addr().String() + "/?token=" + s.token
+	s.url = "http://" + listener.Addr().String() + "/#token=" + s.token
 	mux := http.NewServeMux()
-	mux.Handle("GET /", http.FileServerFS(pages))
-	mux.HandleFunc("GET /{$}", s.page)
-	for pattern, handle := range map[string]func(http.ResponseWriter, *http.Request) error{
-		"GET /api/sessions":            s.sessions,
-		"POST /api/sessions/{id}/end":  s.end,
-		"GET /api/sessions/{id}/watch": s.watch,
-		"GET /api/recordings":          s.recordings,
-		"GET /api/recordings/{name}":   s.recording,
-		"GET /api/metrics":             s.metrics,
+	mux.Handle("GET /", http.FileServerFS(pages)) // no secret: the page has nothing before it has signed in
+	mux.HandleFunc("POST /api/sign-in", answer(s.signIn))
+	for pattern, handle := range map[string]handler{
+		"GET /api/sessions":            s.listSessions,
+		"POST /api/sessions/{id}/end":  s.endSession,
+		"GET /api/sessions/{id}/watch": s.watchSession,
+		"GET /api/recordings":          s.listRecordings,
+		"GET /api/recordings/{name}":   s.sendRecording,
+		"GET /api/metrics":             s.sendMetrics,
 	} {
-		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			if !s.known(r) {
-				writeError(w, &admin.Error{Code: http.StatusUnauthorized, Message: "The page's address works once: run \"streamshim ui\" again for a new one."})
-				return
-			}
-			if err := handle(w, r); err != nil {
-				writeError(w, err)
-			}
-		})
+		mux.HandleFunc(pattern, answer(s.signedIn(handle)))
 	}
 	s.http = &http.Server{
 		Handler: guard(mux), ReadHeaderTimeout: readHeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
@@ -144,6 +140,7 @@ func (s *Server) Serve(ctx context.Context) error {
 	}
 	shutdown, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer cancel()
+	defer s.metrics.CloseIdleConnections()
 	if err := s.http.Shutdown(shutdown); err != nil {
 		s.http.Close() //nolint:errcheck // the process ends
 	}
@@ -171,7 +168,7 @@ func guard(next http.Handler) http.Handler {
 			http.Error(w, "the request comes from another page", http.StatusForbidden)
 			return
 		}
-		// A link on another page may open this one, and can do nothing else.
+		// A link on another page, such as a terminal in a browser, may open this one, and can do nothing else.
 		opened := r.URL.Path == "/" && r.Header.Get("Sec-Fetch-Mode") == "navigate"
 		if site := r.Header.Get("Sec-Fetch-Site"); site != "" && site != "same-origin" && site != "none" && !opened {
 			http.Error(w, "the request comes from another site", http.StatusForbidden)
@@ -192,50 +189,72 @@ func local(hostPort string) bool {
 	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
-// page serves the page. With the token in the address, the first time, it signs the browser in, and takes the token
-// out of the address. The page itself is no secret: it has nothing without the cookie.
-func (s *Server) page(w http.ResponseWriter, r *http.Request) {
-	if r.URL.RawQuery == "" {
-		http.ServeFileFS(w, r, static, "static/index.html")
-		return
+type handler func(http.ResponseWriter, *http.Request) error
+
+// answer says what a handler returns: the admin API's errors as they are, others as those of a bad gateway.
+func answer(handle handler) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		err := handle(w, r)
+		if err == nil {
+			return
+		}
+		if known := (*admin.Error)(nil); !errors.As(err, &known) {
+			err = &admin.Error{Code: http.StatusBadGateway, Message: err.Error()}
+		}
+		admin.WriteError(w, err)
 	}
-	if s.redeem(r.URL.Query().Get("token")) {
-		http.SetCookie(w, &http.Cookie{ //nolint:gosec // Secure would need TLS; it never leaves the machine
-			Name: s.cookieName, Value: s.secret, Path: "/", HttpOnly: true, SameSite: http.SameSiteStrictMode,
-		})
-		s.config.Log.Info("a browser has signed in")
+}
+
+var errNotSignedIn = &admin.Error{Code: http.StatusUnauthorized, Message: "The page's address works once: run \"streamshim ui\" again for a new one."}
+
+// signIn exchanges the token, which is the body, for the secret.
+func (s *Server) signIn(w http.ResponseWriter, r *http.Request) error {
+	token, err := io.ReadAll(r.Body)
+	if err != nil {
+		return &admin.Error{Code: http.StatusBadRequest, Message: "read the token: " + err.Error()}
 	}
-	http.Redirect(w, r, "/", http.StatusSeeOther)
+	if !s.redeem(token) {
+		return errNotSignedIn
+	}
+	s.config.Log.Info("a browser has signed in", "client", r.RemoteAddr)
+	return admin.WriteJSON(w, struct {
+		Secret string `json:"secret"`
+	}{s.secret})
 }
 
 // redeem tells whether the token is the one that nobody has used yet.
-func (s *Server) redeem(token string) bool {
+func (s *Server) redeem(token []byte) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.token == "" || subtle.ConstantTimeCompare([]byte(token), []byte(s.token)) != 1 {
+	if s.token == "" || subtle.ConstantTimeCompare(token, []byte(s.token)) != 1 {
 		return false
 	}
 	s.token = ""
 	return true
 }
 
-// known tells whether the browser has signed in.
-func (s *Server) known(r *http.Request) bool {
-	cookie, err := r.Cookie(s.cookieName)
-	return err == nil && subtle.ConstantTimeCompare([]byte(cookie.Value), []byte(s.secret)) == 1
+// signedIn serves only requests that have the secret.
+func (s *Server) signedIn(handle handler) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		secret, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+		if !ok || subtle.ConstantTimeCompare([]byte(secret), []byte(s.secret)) != 1 {
+			return errNotSignedIn
+		}
+		return handle(w, r)
+	}
 }
 
-func (s *Server) sessions(w http.ResponseWriter, r *http.Request) error {
+func (s *Server) listSessions(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
 	defer cancel()
 	sessions, err := s.config.Admin.List(ctx)
 	if err != nil {
 		return err
 	}
-	return writeJSON(w, admin.SessionList{Sessions: sessions})
+	return admin.WriteJSON(w, admin.SessionList{Sessions: sessions})
 }
 
-func (s *Server) end(w http.ResponseWriter, r *http.Request) error {
+func (s *Server) endSession(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
 	defer cancel()
 	if err := s.config.Admin.Kill(ctx, r.PathValue("id"), admin.KillRequest{}); err != nil {
@@ -245,21 +264,21 @@ func (s *Server) end(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
+func (s *Server) watchSession(w http.ResponseWriter, r *http.Request) error {
 	return s.stream(w, func() (io.ReadCloser, error) { return s.config.Admin.Watch(r.Context(), r.PathValue("id")) })
 }
 
-func (s *Server) recordings(w http.ResponseWriter, r *http.Request) error {
+func (s *Server) listRecordings(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
 	defer cancel()
 	recordings, err := s.config.Admin.Recordings(ctx)
 	if err != nil {
 		return err
 	}
-	return writeJSON(w, admin.RecordingList{Recordings: recordings})
+	return admin.WriteJSON(w, admin.RecordingList{Recordings: recordings})
 }
 
-func (s *Server) recording(w http.ResponseWriter, r *http.Request) error {
+func (s *Server) sendRecording(w http.ResponseWriter, r *http.Request) error {
 	return s.stream(w, func() (io.ReadCloser, error) {
 		cast, err := s.config.Admin.Recording(r.Context(), r.PathValue("name"))
 		if err != nil {
@@ -304,7 +323,7 @@ func (s *Server) stream(w http.ResponseWriter, open func() (io.ReadCloser, error
 }
 
 // metrics hands on what streamshim serves. 204 is that it serves none.
-func (s *Server) metrics(w http.ResponseWriter, r *http.Request) error {
+func (s *Server) sendMetrics(w http.ResponseWriter, r *http.Request) error {
 	if s.config.Metrics == "" {
 		w.WriteHeader(http.StatusNoContent)
 		return nil
@@ -315,7 +334,7 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	response, err := http.DefaultClient.Do(request)
+	response, err := s.metrics.Do(request)
 	if err != nil {
 		return fmt.Errorf("metrics of streamshim: %w", err)
 	}
@@ -326,24 +345,4 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) error {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	io.Copy(w, io.LimitReader(response.Body, maxMetrics)) //nolint:errcheck // the page has gone
 	return nil
-}
-
-func writeJSON(w http.ResponseWriter, v any) error {
-	text, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	w.Header().Set("Content-Type", "application/json")
-	w.Write(text) //nolint:errcheck // the page has gone
-	return nil
-}
-
-func writeError(w http.ResponseWriter, err error) {
-	var known *admin.Error
-	if !errors.As(err, &known) {
-		known = &admin.Error{Code: http.StatusBadGateway, Message: err.Error()}
-	}
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(known.Code)
-	json.NewEncoder(w).Encode(known) //nolint:errcheck // as above
 }

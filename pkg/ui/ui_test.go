@@ -27,10 +27,15 @@ type fixture struct {
 	*Server
 	t      *testing.T
 	admin  *http.ServeMux
-	cookie *http.Cookie
+	secret string // what the token was exchanged for
 }
 
 func newFixture(t *testing.T, metrics string) *fixture {
+	t.Helper()
+	return newFixtureWith(t, metrics, func(*Server) {})
+}
+
+func newFixtureWith(t *testing.T, metrics string, change func(*Server)) *fixture {
 	t.Helper()
 	leak.Check(t)
 	path := filepath.Join(t.TempDir(), "admin.sock")
@@ -46,6 +51,7 @@ func newFixture(t *testing.T, metrics string) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
+	change(f.Server)
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
 	go func() { served <- f.Serve(ctx) }()
@@ -56,7 +62,6 @@ func newFixture(t *testing.T, metrics string) *fixture {
 		}
 		client.Close()
 		upstream.Close()
-		http.DefaultClient.CloseIdleConnections()
 	})
 	return f
 }
@@ -69,8 +74,8 @@ func (f *fixture) do(method, path string, body io.Reader, change func(*http.Requ
 		f.t.Fatal(err)
 	}
 	request.Close = true
-	if f.cookie != nil {
-		request.AddCookie(f.cookie)
+	if f.secret != "" {
+		request.Header.Set("Authorization", "Bearer "+f.secret)
 	}
 	if change != nil {
 		change(request)
@@ -83,13 +88,22 @@ func (f *fixture) do(method, path string, body io.Reader, change func(*http.Requ
 	return response
 }
 
+// exchange sends a token as the page does.
+func (f *fixture) exchange(token string) (status int, secret string) {
+	f.t.Helper()
+	response := f.do(http.MethodPost, "/api/sign-in", strings.NewReader(token), nil)
+	var answer struct{ Secret string }
+	if err := json.NewDecoder(response.Body).Decode(&answer); err != nil {
+		f.t.Fatal(err)
+	}
+	return response.StatusCode, answer.Secret
+}
+
 func (f *fixture) signIn() {
 	f.t.Helper()
-	response := f.do(http.MethodGet, strings.TrimPrefix(f.URL(), "http://"+f.listener.Addr().String()), nil, nil)
-	if len(response.Cookies()) != 1 {
-		f.t.Fatalf("%s, %d cookies; want one", response.Status, len(response.Cookies()))
+	if _, f.secret = f.exchange(f.token); f.secret == "" {
+		f.t.Fatal("the token signs nobody in")
 	}
-	f.cookie = response.Cookies()[0]
 }
 
 func (f *fixture) serveSessions() {
@@ -107,47 +121,50 @@ func TestOnlyLoopback(t *testing.T) {
 }
 
 func TestTokenSignsOneBrowserIn(t *testing.T) {
-	f := newFixture(t, "")
+	var log testutil.Buffer
+	f := newFixtureWith(t, "", func(s *Server) { s.config.Log = slog.New(slog.NewTextHandler(&log, nil)) })
 	f.serveSessions()
-	if response := f.do(http.MethodGet, "/?token=wrong", nil, nil); len(response.Cookies()) != 0 || response.Header.Get("Location") != "/" {
-		t.Errorf("a wrong token: %d cookies, to %q", len(response.Cookies()), response.Header.Get("Location"))
+	token := f.token
+	// What follows # stays in the browser.
+	if want := "http://" + f.listener.Addr().String() + "/#token=" + token; f.URL() != want || len(token) < 26 {
+		t.Errorf("the address is %s; want %s", f.URL(), want)
 	}
-	address := strings.TrimPrefix(f.URL(), "http://"+f.listener.Addr().String())
-	response := f.do(http.MethodGet, address, nil, nil)
-	if response.StatusCode != http.StatusSeeOther || response.Header.Get("Location") != "/" {
-		t.Errorf("%s to %q; want a redirect to the address without the token", response.Status, response.Header.Get("Location"))
+	for _, wrong := range []string{"", "wrong", token[1:], token + "A", strings.Repeat("A", len(token))} {
+		if status, secret := f.exchange(wrong); status != http.StatusUnauthorized || secret != "" {
+			t.Errorf("the token %q: %d with %d characters", wrong, status, len(secret))
+		}
 	}
-	cookies := response.Cookies()
-	if len(cookies) != 1 {
-		t.Fatalf("%d cookies", len(cookies))
+	status, secret := f.exchange(token)
+	if status != http.StatusOK || len(secret) < 26 || secret == token {
+		t.Errorf("%d; a secret of %d characters", status, len(secret))
 	}
-	if c := cookies[0]; !c.HttpOnly || c.SameSite != http.SameSiteStrictMode || c.Path != "/" || c.Domain != "" || len(c.Value) < 26 || strings.Contains(address, c.Value) {
-		t.Errorf("cookie %+v", c)
+	f.secret = secret
+	if response := f.do(http.MethodGet, "/api/sessions", nil, nil); response.StatusCode != http.StatusOK || len(response.Cookies()) != 0 {
+		t.Errorf("with the secret: %s, %d cookies", response.Status, len(response.Cookies()))
 	}
-	f.cookie = cookies[0]
-	if response := f.do(http.MethodGet, "/api/sessions", nil, nil); response.StatusCode != http.StatusOK {
-		t.Errorf("with the cookie: %s", response.Status)
+	if status, secret := f.exchange(token); status != http.StatusUnauthorized || secret != "" {
+		t.Errorf("a second time: %d", status)
 	}
-	f.cookie = nil
-	if response := f.do(http.MethodGet, address, nil, nil); len(response.Cookies()) != 0 {
-		t.Error("the token signed a second browser in")
+	if said := log.String(); strings.Count(said, "signed in") != 1 || strings.Contains(said, token) || strings.Contains(said, secret) {
+		t.Errorf("the log says %q", said)
 	}
 }
 
-func TestNothingWithoutTheCookie(t *testing.T) {
+func TestNothingWithoutTheSecret(t *testing.T) {
 	f := newFixture(t, "")
 	f.admin.HandleFunc("/", func(_ http.ResponseWriter, r *http.Request) { t.Errorf("%s reached the admin socket", r.URL) })
+	token := f.token
 	f.signIn()
-	good := f.cookie
-	for name, cookie := range map[string]*http.Cookie{
-		"none": nil, "another value": {Name: good.Name, Value: good.Value[1:]}, "another name": {Name: "streamshim", Value: good.Value},
-		"the token": {Name: good.Name, Value: strings.Split(f.URL(), "token=")[1]}, "empty": {Name: good.Name},
+	good := f.secret
+	f.secret = ""
+	for name, header := range map[string]string{
+		"nothing": "", "another secret": "Bearer " + good[1:], "no scheme": good, "another scheme": "Basic " + good, "the token": "Bearer " + token, "an empty one": "Bearer ",
 	} {
-		f.cookie = cookie
 		for _, request := range []string{"GET /api/sessions", "POST /api/sessions/x/end", "GET /api/sessions/x/watch", "GET /api/recordings", "GET /api/recordings/x", "GET /api/metrics"} {
 			method, path, _ := strings.Cut(request, " ")
-			if response := f.do(method, path, nil, nil); response.StatusCode != http.StatusUnauthorized {
-				t.Errorf("%s with cookie %s: %s", request, name, response.Status)
+			response := f.do(method, path, nil, func(r *http.Request) { r.Header.Set("Authorization", header) })
+			if response.StatusCode != http.StatusUnauthorized {
+				t.Errorf("%s with %s: %s", request, name, response.Status)
 			}
 		}
 	}
@@ -294,6 +311,12 @@ func TestMetrics(t *testing.T) {
 	if err != nil || len(body) != maxMetrics {
 		t.Errorf("endless metrics: %d bytes, %v; want %d", len(body), err, maxMetrics)
 	}
+	elsewhere := httptest.NewServer(http.RedirectHandler(served.URL, http.StatusFound))
+	defer elsewhere.Close()
+	f.config.Metrics = strings.TrimPrefix(elsewhere.URL, "http://")
+	if response := f.do(http.MethodGet, "/api/metrics", nil, nil); response.StatusCode != http.StatusBadGateway {
+		t.Errorf("metrics that lie elsewhere: %s", response.Status)
+	}
 }
 
 // A terminal is seen as it is written, without waiting for more or for the end.
@@ -375,8 +398,9 @@ func TestConnectionsAreBounded(t *testing.T) {
 
 func TestLargeRequestsAreRefused(t *testing.T) {
 	f := newFixture(t, "")
-	f.signIn()
-	f.admin.HandleFunc("POST /v1/sessions/{id}/kill", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	if status, _ := f.exchange(strings.Repeat("x", maxBody+1)); status != http.StatusBadRequest {
+		t.Errorf("a large body: %d", status)
+	}
 	response := f.do(http.MethodGet, "/", nil, func(r *http.Request) { r.Header.Set("X-Large", strings.Repeat("x", 4*maxHeader)) })
 	if response.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
 		t.Errorf("a large header: %s", response.Status)
@@ -426,7 +450,7 @@ func TestLibrariesHaveLicences(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, match := range regexp.MustCompile(`(?m)^unpack (\S+) (\S+) [0-9a-f]{64}$`).FindAllStringSubmatch(string(script), -1) {
-		if !strings.Contains(string(notice), match[1]+" "+match[2]) {
+		if !regexp.MustCompile(`(?m)^npm +` + regexp.QuoteMeta(match[1]) + ` +` + regexp.QuoteMeta(match[2]) + ` `).Match(notice) {
 			t.Errorf("NOTICE does not name %s %s", match[1], match[2])
 		}
 	}

@@ -281,7 +281,7 @@ func expectBill(t *testing.T, path, program string) {
 	for _, component := range bill.Components {
 		listed[component.Name] = component.Version
 	}
-	for _, library := range []string{"@xterm/xterm", "asciinema-player"} {
+	for _, library := range []string{"@xterm/xterm", "asciinema-player", "avt"} {
 		if listed[library] == "" {
 			t.Errorf("it does not list %s, which is in the page", library)
 		}

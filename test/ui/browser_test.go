@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -122,6 +123,14 @@ func (b *browser) takeFaults() (faults []string) {
 
 func (b *browser) call(session, method string, params, result any) {
 	b.t.Helper()
+	if err := b.ask(session, method, params, result); err != nil {
+		b.t.Fatalf("%s: %v", method, err)
+	}
+}
+
+// ask is call with an error, which is what the browser has refused: while a page is loaded anew, for one.
+func (b *browser) ask(session, method string, params, result any) error {
+	b.t.Helper()
 	waiting := make(chan answer, 1)
 	b.mu.Lock()
 	b.next++
@@ -134,13 +143,12 @@ func (b *browser) call(session, method string, params, result any) {
 	}
 	a := testutil.Receive(b.t, "the answer to "+method, waiting)
 	if a.Error != nil {
-		b.t.Fatalf("%s: %s", method, a.Error.Message)
+		return errors.New(a.Error.Message)
 	}
-	if result != nil {
-		if err := json.Unmarshal(a.Result, result); err != nil {
-			b.t.Fatal(err)
-		}
+	if result == nil {
+		return nil
 	}
+	return json.Unmarshal(a.Result, result)
 }
 
 // page is a tab with cookies of its own.
@@ -195,25 +203,46 @@ func (p *page) look(width int, dark bool) {
 // eval returns what an expression of JavaScript is.
 func (p *page) eval(expression string) any {
 	p.t.Helper()
+	value, err := p.tryEval(expression)
+	if err != nil {
+		p.t.Fatalf("%s: %v", expression, err)
+	}
+	return value
+}
+
+func (p *page) tryEval(expression string) (any, error) {
+	p.t.Helper()
 	var result struct {
 		Result           struct{ Value any }
 		ExceptionDetails *struct{ Exception struct{ Description string } }
 	}
-	p.call(p.session, "Runtime.evaluate", object{"expression": expression, "returnByValue": true, "awaitPromise": true}, &result)
-	if result.ExceptionDetails != nil {
-		p.t.Fatalf("%s: %s", expression, result.ExceptionDetails.Exception.Description)
+	if err := p.ask(p.session, "Runtime.evaluate", object{"expression": expression, "returnByValue": true, "awaitPromise": true}, &result); err != nil {
+		return nil, err
 	}
-	return result.Result.Value
+	if result.ExceptionDetails != nil {
+		return nil, errors.New(result.ExceptionDetails.Exception.Description)
+	}
+	return result.Result.Value, nil
 }
 
+// await waits until an expression of JavaScript is true. What cannot be asked yet, while the page is loaded anew, is not.
 func (p *page) await(what, expression string) {
 	p.t.Helper()
+	var failed error
 	defer func() {
-		if p.t.Failed() {
-			p.shot("failed")
+		if !p.t.Failed() {
+			return
 		}
+		if failed != nil {
+			p.t.Logf("%s: %v", expression, failed)
+		}
+		p.shot("failed")
 	}()
-	testutil.Eventually(p.t, what, func() bool { return p.eval(expression) == true })
+	testutil.Eventually(p.t, what, func() bool {
+		var value any
+		value, failed = p.tryEval(expression)
+		return value == true
+	})
 }
 
 // keys are those that are no characters.

@@ -1,5 +1,5 @@
-// Command bill adds the libraries in the page of "streamshim ui" to a bill of materials (CycloneDX): they come from npm
-// and are no Go modules, so that cyclonedx-gomod does not know them. pkg/ui/vendor.sh names them.
+// Command bill adds the libraries in the page of "streamshim ui" to a bill of materials (CycloneDX): they are no Go
+// modules, so that cyclonedx-gomod does not know them. pkg/ui/static/NOTICE names them.
 package main
 
 import (
@@ -15,24 +15,30 @@ func main() {
 		fmt.Fprintln(os.Stderr, "usage: bill FILE.cdx.json, in the top folder")
 		os.Exit(2)
 	}
-	if err := add(os.Args[1], "pkg/ui/vendor.sh"); err != nil {
+	if err := add(os.Args[1], "pkg/ui/static/NOTICE"); err != nil {
 		fmt.Fprintln(os.Stderr, "bill:", err)
 		os.Exit(1)
 	}
 }
 
 type component struct {
-	Ref     string `json:"bom-ref"`
-	Type    string `json:"type"`
-	Name    string `json:"name"`
-	Version string `json:"version"`
-	Scope   string `json:"scope"`
-	PURL    string `json:"purl"`
+	Ref      string    `json:"bom-ref"`
+	Type     string    `json:"type"`
+	Name     string    `json:"name"`
+	Version  string    `json:"version"`
+	Scope    string    `json:"scope"`
+	Licenses []license `json:"licenses"`
+	PURL     string    `json:"purl"`
 }
 
-var unpacked = regexp.MustCompile(`(?m)^unpack (\S+) (\S+) [0-9a-f]{64}$`)
+type license struct {
+	Expression string `json:"expression"` // SPDX
+}
 
-func add(file, script string) error {
+// named is a line of NOTICE: where a library comes from, its name, version and licence.
+var named = regexp.MustCompile(`(?m)^(npm|cargo) +(\S+) +(\S+) +((?:MIT|Apache-2\.0)(?: or Apache-2\.0)?)\b`)
+
+func add(file, notice string) error {
 	text, err := os.ReadFile(file)
 	if err != nil {
 		return err
@@ -45,17 +51,20 @@ func add(file, script string) error {
 	if err := json.Unmarshal(bill["components"], &components); err != nil {
 		return fmt.Errorf("components of %s: %w", file, err)
 	}
-	names, err := os.ReadFile(script)
+	names, err := os.ReadFile(notice)
 	if err != nil {
 		return err
 	}
-	libraries := unpacked.FindAllStringSubmatch(string(names), -1)
+	libraries := named.FindAllStringSubmatch(string(names), -1)
 	if len(libraries) == 0 {
-		return fmt.Errorf("%s names no library", script)
+		return fmt.Errorf("%s names no library", notice)
 	}
 	for _, library := range libraries {
-		purl := "pkg:npm/" + strings.ReplaceAll(library[1], "@", "%40") + "@" + library[2]
-		one, err := json.Marshal(component{Ref: purl, Type: "library", Name: library[1], Version: library[2], Scope: "required", PURL: purl})
+		kind, name, version, terms := library[1], library[2], library[3], strings.ReplaceAll(library[4], " or ", " OR ")
+		purl := "pkg:" + kind + "/" + strings.ReplaceAll(name, "@", "%40") + "@" + version
+		one, err := json.Marshal(component{
+			Ref: purl, Type: "library", Name: name, Version: version, Scope: "required", Licenses: []license{{terms}}, PURL: purl,
+		})
 		if err != nil {
 			return err
 		}

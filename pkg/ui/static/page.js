@@ -4,7 +4,11 @@
 
 const pollInterval = 1000, recordingsInterval = 10000, points = 120;
 const reconnects = 20, reconnectPause = 500; // of a watch that a hand-over has cut
-const most = { columns: 500, rows: 200 }; // of a terminal: a session may say it has 65535
+// Of a terminal, which may say it has 65535; of one number in a command to it; characters that are written to it at a
+// time; rows of a table.
+const most = { columns: 500, rows: 200, repeats: 1000, piece: 4096, listed: 500 };
+const smallestFont = 9; // of a terminal, in pixels
+const wide = 0.605; // a character, to the size of its font
 const find = (id) => document.getElementById(id);
 const state = { sessions: null, recordings: null, last: null, watching: null, ending: null, player: null };
 
@@ -13,9 +17,10 @@ class Refused extends Error {
 }
 
 async function call(path, options = {}) {
+  const secret = sessionStorage.getItem("secret");
   let response;
   try {
-    response = await fetch("/api/" + path, options);
+    response = await fetch("/api/" + path, { ...options, headers: secret ? { Authorization: "Bearer " + secret } : {} });
   } catch (problem) {
     if (options.signal?.aborted) throw problem;
     throw new Refused("“streamshim ui” does not answer. It may have been ended.", 0);
@@ -26,6 +31,20 @@ async function call(path, options = {}) {
     throw new Refused(message, response.status);
   }
   return response;
+}
+
+const token = () => new URLSearchParams(location.hash.slice(1)).get("token");
+
+// signIn exchanges the token in the address for the secret of this tab.
+async function signIn() {
+  if (!token()) return;
+  try {
+    const answer = await (await call("sign-in", { method: "POST", body: token() })).json();
+    sessionStorage.setItem("secret", answer.secret);
+  } catch (problem) {
+    if (problem.status !== 401) return; // loaded again, it tries again
+  }
+  history.replaceState(null, "", "/");
 }
 
 function element(name, properties = {}, ...children) {
@@ -218,11 +237,11 @@ function draw() {
   }
   const table = (all, body, count, none, nothing, key, cells, acts) => {
     if (!all) return;
-    const some = all.filter(chosen);
-    rows(find(body), some, key, cells, acts);
-    setText(find(count), some.length === all.length ? String(all.length) : some.length + " of " + all.length);
-    setText(find(none), all.length ? "Nothing matches the filters." : nothing);
-    find(none).hidden = some.length > 0;
+    const some = all.filter(chosen), listed = some.slice(0, most.listed), hidden = some.length - listed.length;
+    rows(find(body), listed, key, cells, acts);
+    setText(find(count), listed.length === all.length ? String(all.length) : listed.length + " of " + all.length);
+    setText(find(none), hidden ? hidden + " more are not listed. Filter to see them." : all.length ? "Nothing matches the filters." : nothing);
+    find(none).hidden = listed.length > 0 && !hidden;
   };
   table(state.sessions, "sessions", "count", "none", "Nobody is in a pod of this node.", (s) => s.id, sessionCells, sessionActs);
   table(state.recordings, "recordings", "recording-count", "no-recordings", "No recordings. A [[recording.rule]] in streamshim's configuration begins them.", (r) => r.name, recordingCells, recordingActs);
@@ -303,11 +322,24 @@ async function watch(id) {
   const size = (columns, lines) => {
     columns = within(columns, most.columns);
     // As large as fits, but not too small to be read: then the box scrolls.
-    terminal.options.fontSize = Math.max(9, Math.min(15, Math.floor((find("terminal").clientWidth - 24) / columns / 0.605 * 2) / 2));
+    terminal.options.fontSize = Math.max(smallestFont, Math.min(15, Math.floor((find("terminal").clientWidth - 24) / columns / wide * 2) / 2));
     terminal.resize(columns, within(lines, most.rows));
   };
   const fit = () => size(terminal.cols, terminal.rows);
   terminal.open(find("terminal"));
+  // Commands that the emulator carries out as often as they say: a container may say 2147483647, and the page stands still.
+  const tooOften = ([times]) => times > most.repeats;
+  for (const final of "ILMSTZ") terminal.parser.registerCsiHandler({ final }, tooOften);
+  // This one repeats the character before the cursor, which is one or two cells wide and may have any number of marks.
+  terminal.parser.registerCsiHandler({ final: "b" }, ([times]) => {
+    const at = terminal.buffer.active, line = at.getLine(at.baseY + at.cursorY);
+    return [1, 2].some((back) => times * (line?.getCell(at.cursorX - back)?.getChars().length || 1) > most.repeats);
+  });
+  const write = async (data) => {
+    for (let from = 0; from < data.length; from += most.piece) {
+      await new Promise((written) => terminal.write(data.slice(from, from + most.piece), written));
+    }
+  };
   window.addEventListener("resize", fit);
   stop.addEventListener("abort", () => { window.removeEventListener("resize", fit); terminal.dispose(); });
   for (let tries = 0; ; tries++) {
@@ -323,7 +355,7 @@ async function watch(id) {
           continue;
         }
         const [, code, data] = line;
-        if (code === "o") await new Promise((written) => terminal.write(data, written));
+        if (code === "o") await write(data);
         if (code === "r") size(...data.split("x"));
         if (code === "m") note(data);
       }
@@ -366,8 +398,10 @@ async function play(name) {
   try {
     const text = await (await call("recordings/" + encodeURIComponent(name), { signal: stop })).text();
     if (stop.aborted) return;
-    const data = bounded(text);
-    state.player = AsciinemaPlayer.create({ data }, find("terminal"), { autoPlay: true, fit: "both", idleTimeLimit: 2, terminalFontFamily: "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace" });
+    const { data, columns } = bounded(text), box = element("div", { className: "player" });
+    box.style.minWidth = Math.ceil(columns * wide * smallestFont) + "px"; // as in watch
+    find("terminal").append(box);
+    state.player = AsciinemaPlayer.create({ data }, box, { autoPlay: true, fit: "both", idleTimeLimit: 2, terminalFontFamily: "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace" });
     note("Space plays and pauses, arrows seek, f is full screen. Pauses are cut to 2 s.");
     find("terminal").querySelector(".ap-wrapper")?.focus();
   } catch (problem) {
@@ -375,7 +409,8 @@ async function play(name) {
   }
 }
 
-// bounded is a recording with terminals of a size that a browser can draw, without a line that was cut off.
+// bounded is a recording with terminals of a size that a browser can draw, without a line that was cut off, and how wide it
+// begins.
 function bounded(text) {
   const end = text.indexOf("\n");
   if (end < 0) throw new Error("it is empty");
@@ -384,7 +419,7 @@ function bounded(text) {
   header.height = within(header.height, most.rows);
   const events = text.slice(end + 1, text.lastIndexOf("\n") + 1)
     .replace(/^(\[[^",]*,\s*"r",\s*")(\d+)x(\d+)/gm, (_, start, columns, rows) => start + within(columns, most.columns) + "x" + within(rows, most.rows));
-  return JSON.stringify(header) + "\n" + events;
+  return { data: JSON.stringify(header) + "\n" + events, columns: header.width };
 }
 
 // Ending a session has a question first.
@@ -450,6 +485,7 @@ find("confirm-no").addEventListener("click", () => find("confirm").close());
 find("confirm-yes").addEventListener("click", end);
 find("namespace").addEventListener("change", draw);
 find("pod").addEventListener("input", draw);
+// An address with another token, opened in the tab that has the page.
+window.addEventListener("hashchange", () => { if (token()) location.reload(); });
 makeFigures();
-poll();
-pollRecordings();
+signIn().then(() => { poll(); pollRecordings(); });
