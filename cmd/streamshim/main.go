@@ -58,6 +58,6 @@ Start it with "streamshim serve" and point the kubelet's containerRuntimeEndpoin
 		SilenceErrors: true,
 	}
 	root.SetVersionTemplate(versionLine())
-	root.AddCommand(newServeCommand(), newSessionsCommand(), newCheckCommand(), newUpgradeCommand(), newNodeCommand(), newSupportCommand(), newVersionCommand())
+	root.AddCommand(newServeCommand(), newSessionsCommand(), newUICommand(), newCheckCommand(), newUpgradeCommand(), newNodeCommand(), newSupportCommand(), newVersionCommand())
 	return root
 }

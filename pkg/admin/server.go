@@ -80,7 +80,7 @@ func NewServer(config Config) *Server {
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			if err := handle(w, r); err != nil {
-				writeError(w, err)
+				WriteError(w, err)
 			}
 		})
 	}
@@ -151,7 +151,7 @@ func (s *Server) handOver(w http.ResponseWriter, r *http.Request) error {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusAccepted)
-	return writeJSON(w, begun)
+	return WriteJSON(w, begun)
 }
 
 func (s *Server) lastHandover(w http.ResponseWriter, _ *http.Request) error {
@@ -159,7 +159,7 @@ func (s *Server) lastHandover(w http.ResponseWriter, _ *http.Request) error {
 	if !ok {
 		return &Error{Code: http.StatusNotFound, Message: "there was no hand-over since this program was started"}
 	}
-	return writeJSON(w, last)
+	return WriteJSON(w, last)
 }
 
 func (s *Server) list(w http.ResponseWriter, _ *http.Request) error {
@@ -167,7 +167,7 @@ func (s *Server) list(w http.ResponseWriter, _ *http.Request) error {
 	for _, live := range s.config.Sessions.List() {
 		answer.Sessions = append(answer.Sessions, s.describe(live))
 	}
-	return writeJSON(w, answer)
+	return WriteJSON(w, answer)
 }
 
 func (s *Server) show(w http.ResponseWriter, r *http.Request) error {
@@ -175,7 +175,7 @@ func (s *Server) show(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	return writeJSON(w, s.describe(live))
+	return WriteJSON(w, s.describe(live))
 }
 
 func (s *Server) kill(w http.ResponseWriter, r *http.Request) error {
@@ -291,7 +291,7 @@ func (s *Server) recordings(w http.ResponseWriter, _ *http.Request) error {
 			SessionID: f.SessionID, Started: f.Started, Size: f.Size,
 		})
 	}
-	return writeJSON(w, answer)
+	return WriteJSON(w, answer)
 }
 
 func (s *Server) recording(w http.ResponseWriter, r *http.Request) error {
@@ -358,7 +358,8 @@ func (s *Server) describe(live *session.Session) Session {
 	return d
 }
 
-func writeJSON(w http.ResponseWriter, v any) error {
+// WriteJSON answers a request with v. It returns an error, and has answered nothing, when v is no JSON.
+func WriteJSON(w http.ResponseWriter, v any) error {
 	text, err := json.Marshal(v)
 	if err != nil {
 		return err
@@ -368,7 +369,8 @@ func writeJSON(w http.ResponseWriter, v any) error {
 	return nil
 }
 
-func writeError(w http.ResponseWriter, err error) {
+// WriteError answers a request with an *Error, or another error as an internal one.
+func WriteError(w http.ResponseWriter, err error) {
 	var known *Error
 	if !errors.As(err, &known) {
 		known = &Error{Code: http.StatusInternalServerError, Message: err.Error()}
