@@ -231,7 +231,7 @@ func TestInputArrivesWhole(t *testing.T) {
 		name string
 		size int
 	}
-	more := min(2*sendBuffer(t)+2<<20, 20<<20) // than a connection keeps
+	const more = 5 << 20 // than a connection keeps whose client has a small buffer
 	runTogether(t, func(t *testing.T) {
 		for protocol, ways := range ends {
 			for _, way := range ways {
@@ -251,6 +251,7 @@ func TestInputArrivesWhole(t *testing.T) {
 							uploadOverSPDY(t, u, data, way)
 						} else {
 							client := dialChannels(t, u, protocol)
+							narrowFor(client.tcp, data)
 							client.send(0, data)
 							client.end(way)
 						}
@@ -271,14 +272,11 @@ func TestInputArrivesWhole(t *testing.T) {
 	})
 }
 
-// sendBuffer is the most that the kernel keeps for a sender.
-func sendBuffer(t *testing.T) (most int) {
-	t.Helper()
-	text, err := os.ReadFile("/proc/sys/net/ipv4/tcp_wmem")
-	if _, bad := fmt.Sscan(string(text), new(int), new(int), &most); err != nil || bad != nil {
-		t.Fatal(err, bad)
+// narrowFor has the kernel keep little for the sender of much, who waits for the reader then.
+func narrowFor(conn net.Conn, data []byte) {
+	if len(data) > 4<<20 {
+		conn.(*net.TCPConn).SetWriteBuffer(64 << 10) //nolint:errcheck // it only makes the test quicker
 	}
-	return most
 }
 
 // uploadOverSPDY sends stdin and ends the stream and the connection in one of these ways.
@@ -288,6 +286,7 @@ func uploadOverSPDY(t *testing.T, u *url.URL, data []byte, way string) {
 	streams := client.remoteCommandStreams(streamTypeError, streamTypeStdin, streamTypeStdout)
 	client.until("the reply", func() bool { return client.streams[streams[streamTypeStdout]].replied })
 	streamEnd, connectionEnd, _ := strings.Cut(way, ", ")
+	narrowFor(client.conn, data)
 	for len(data) > 0 {
 		n := min(len(data), 1+rand.IntN(60_000))
 		client.send(streams[streamTypeStdin], string(data[:n]), n == len(data) && streamEnd == "FIN")
@@ -374,7 +373,7 @@ func TestHangUpAfterInput(t *testing.T) {
 			waits         bool
 		}{
 			{"has everything", "cat > /dev/null; sleep 600", remotecommand.StreamOptions{Stdin: strings.NewReader("")}, 100_000, true},
-			{"takes nothing", "sleep 600", remotecommand.StreamOptions{Stdin: strings.NewReader("")}, 5 << 20, true},
+			{"takes nothing", "sleep 600", remotecommand.StreamOptions{Stdin: strings.NewReader("")}, 2 << 20, true},
 			{"no input", "sleep 600", remotecommand.StreamOptions{Stdout: io.Discard}, 0, false},
 			{"terminal", "sleep 600", remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true}, 10, false},
 		} {
@@ -414,8 +413,9 @@ func TestOutputOfAnUploadGoesNowhere(t *testing.T) {
 // A client that says everything in one breath, and goes, is served all the same.
 func TestUploadInOneBreath(t *testing.T) {
 	testutil.Slow(t)
+	s := startServer(t, Config{})
 	for range 20 {
-		s, up := startServer(t, Config{}), newUpload(t)
+		up := newUpload(t)
 		options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}
 		u := s.execURL(&hostExecutor{t: t}, options, up.args(":", "cat")...)
 		conn, err := net.Dial("tcp", u.Host)

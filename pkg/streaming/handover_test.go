@@ -490,7 +490,8 @@ func TestURLsSurviveHandOvers(t *testing.T) {
 
 // Half a pair waits for its other half, for the rest of its time.
 func TestHalfAPairSurvivesHandOvers(t *testing.T) {
-	s := startCarried(t, Config{PortForwards: forwardConfig{StreamCreation: 2 * time.Second}})
+	const creation = time.Hour // not over on any machine
+	s := startCarried(t, Config{PortForwards: forwardConfig{StreamCreation: creation}})
 	port := fmt.Sprint(pod(t, answer))
 	u := s.portForwardURL(make(chan struct{}))
 	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
@@ -508,9 +509,31 @@ func TestHalfAPairSurvivesHandOvers(t *testing.T) {
 	if got := c.finished(failure); got != "" {
 		t.Errorf("the error stream says %q", got)
 	}
-	began := time.Now()
-	if c.finished(lonely); c.streams[lonely].reset == 0 || time.Since(began) > 10*time.Second {
-		t.Errorf("half a pair is still there after %v", time.Since(began))
+	s.upgrade(func(state *State) {
+		s.changeForward(state, func(forward *portforward.State) {
+			waiting := half(forward, "2")
+			if waiting.Left <= creation/2 || waiting.Left >= creation {
+				t.Errorf("%v are left of %v", waiting.Left, creation)
+			}
+			waiting.Left = 10 * time.Millisecond
+		})
+	})
+	if c.finished(lonely); c.streams[lonely].reset == 0 {
+		t.Error("half a pair is still there")
+	}
+}
+
+// changeForward changes what the state of the only session says of its port-forward.
+func (s *testServer) changeForward(state *State, change func(*portforward.State)) {
+	s.t.Helper()
+	var forward portforward.State
+	if err := handover.Decode(state.Sessions[0].State, &forward); err != nil {
+		s.t.Fatal(err)
+	}
+	change(&forward)
+	var err error
+	if state.Sessions[0].State, err = handover.Encode(forward); err != nil {
+		s.t.Fatal(err)
 	}
 }
 
@@ -565,12 +588,9 @@ func TestUncarriedSessionsAreTold(t *testing.T) {
 	sound := s.portForward(t, "WebSocket", port)
 	u := s.portForwardURL(make(chan struct{}))
 	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
-	_, failure := c.openPair(fmt.Sprint(port), "1")
-	eventually(t, "a connection", func() bool {
-		list := s.started.Sessions.List()
-		forward, ok := list[len(list)-1].Connection().(*forwardSession)
-		return ok && forward.Connections() == 1
-	})
+	data, failure := c.openPair(fmt.Sprint(pod(t, func(c *net.TCPConn) { io.Copy(c, c) })), "1")
+	c.send(data, "abc", false)
+	c.until("the echo", func() bool { return string(c.streams[data].data) == "abc" }) // only a whole pair is told
 	var options remotecommand.StreamOptions
 	var out syncBuffer
 	options.Stdin, options.Stdout = openStdin(t), &out
@@ -660,22 +680,29 @@ func TestTermsSurviveHandOvers(t *testing.T) {
 // What a port-forward knows beside its connections goes with it.
 func TestStateOfAPortForward(t *testing.T) {
 	all := func(*portforward.State) {}
-	for name, drop := range map[string]func(*portforward.State){
-		"complete": all, "Version": func(s *portforward.State) { s.Version = 0 }, "Forwarder": func(s *portforward.State) { s.Forwarder = nil },
-		"Open": func(s *portforward.State) { s.Open = nil }, "Waiting": func(s *portforward.State) { s.Waiting = nil },
-		"Received": func(s *portforward.State) { s.Received = 0 }, "Sent": func(s *portforward.State) { s.Sent = 0 },
-		"Port": func(s *portforward.State) { s.Open[0].Port = 0 }, "Data": func(s *portforward.State) { s.Open[0].Data = 0 },
-		"Failure": func(s *portforward.State) { s.Open[0].Failure = 0 }, "Pod": func(s *portforward.State) { s.Open[0].Pod = nil },
-		"waiting Port": func(s *portforward.State) { half(s, "3").Port = 0 }, "waiting ID": func(s *portforward.State) { half(s, "3").ID = "" },
-		"waiting Failure": func(s *portforward.State) { half(s, "3").Failure = 0 }, "waiting Left": func(s *portforward.State) { half(s, "3").Left = 0 },
-		"waiting Data": func(s *portforward.State) { half(s, "4").Data = 0 },
-	} {
-		t.Run(name, func(t *testing.T) {
-			if err := forwardAfter(t, drop); (err != nil) != (name != "complete") {
-				t.Errorf("what is missed: %v", err)
-			}
-		})
-	}
+	runTogether(t, func(t *testing.T) {
+		for name, drop := range map[string]func(*portforward.State){
+			"complete": all, "Version": func(s *portforward.State) { s.Version = 0 }, "Forwarder": func(s *portforward.State) { s.Forwarder = nil },
+			"Open": func(s *portforward.State) { s.Open = nil }, "Waiting": func(s *portforward.State) { s.Waiting = nil },
+			"Received": func(s *portforward.State) { s.Received = 0 }, "Sent": func(s *portforward.State) { s.Sent = 0 },
+			"Port": func(s *portforward.State) { s.Open[0].Port = 0 }, "Data": func(s *portforward.State) { s.Open[0].Data = 0 },
+			"Failure": func(s *portforward.State) { s.Open[0].Failure = 0 }, "Pod": func(s *portforward.State) { s.Open[0].Pod = nil },
+			"waiting Port": func(s *portforward.State) { half(s, "3").Port = 0 }, "waiting ID": func(s *portforward.State) { half(s, "3").ID = "" },
+			"waiting Failure": func(s *portforward.State) { half(s, "3").Failure = 0 }, "waiting Left": func(s *portforward.State) { half(s, "3").Left = 0 },
+			"waiting Data": func(s *portforward.State) { half(s, "4").Data = 0 },
+		} {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				patience := time.Second // for what is not to come
+				if name == "complete" {
+					patience = testTimeout
+				}
+				if err := forwardAfter(t, drop, patience); (err != nil) != (name != "complete") {
+					t.Errorf("what is missed: %v", err)
+				}
+			})
+		}
+	})
 }
 
 // half is the half pair with this id.
@@ -711,17 +738,8 @@ func endingForwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	c.until("the echo", func() bool { return string(c.streams[data].data) == "abc" }) // only a whole pair is told
 	change := func(to func(*portforward.State)) {
 		s.upgrade(func(state *State) {
-			if len(state.Sessions) == 0 {
-				return
-			}
-			var forward portforward.State
-			if err := handover.Decode(state.Sessions[0].State, &forward); err != nil {
-				t.Fatal(err)
-			}
-			to(&forward)
-			var err error
-			if state.Sessions[0].State, err = handover.Encode(forward); err != nil {
-				t.Fatal(err)
+			if len(state.Sessions) > 0 {
+				s.changeForward(state, to)
 			}
 		})
 	}
@@ -748,8 +766,8 @@ func endingForwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	return err
 }
 
-// forwardAfter says what is wrong with a port-forward behind a hand-over.
-func forwardAfter(t *testing.T, drop func(*portforward.State)) error {
+// forwardAfter says what is wrong with a port-forward behind a hand-over, whose streams are waited for with some patience.
+func forwardAfter(t *testing.T, drop func(*portforward.State), patience time.Duration) error {
 	s := startCarried(t, Config{})
 	answering, echo := fmt.Sprint(pod(t, answer)), fmt.Sprint(pod(t, func(c *net.TCPConn) { io.Copy(c, c) }))
 	u := s.portForwardURL(make(chan struct{}))
@@ -767,17 +785,7 @@ func forwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	c.send(early, "abc", true)
 	eventually(t, "one connection and two halves", func() bool { return s.forwarded() == 3 })
 	received, sent := s.started.Sessions.List()[0].Transferred()
-	s.upgrade(func(state *State) {
-		var forward portforward.State
-		if err := handover.Decode(state.Sessions[0].State, &forward); err != nil {
-			t.Fatal(err)
-		}
-		drop(&forward)
-		var err error
-		if state.Sessions[0].State, err = handover.Encode(forward); err != nil {
-			t.Fatal(err)
-		}
-	})
+	s.upgrade(func(state *State) { s.changeForward(state, drop) })
 	list := s.started.Sessions.List()
 	if len(list) != 1 || list[0].Context().Err() != nil {
 		return errors.New("the session does not go on")
@@ -791,7 +799,7 @@ func forwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	c.send(late, "", true)
 	c.send(open, "two", true)
 	ended := func(id spdystreams.StreamId) bool { return c.streams[id].fin || c.streams[id].reset != 0 }
-	c.conn.SetReadDeadline(time.Now().Add(2 * time.Second)) //nolint:errcheck // a real connection
+	c.conn.SetReadDeadline(time.Now().Add(patience)) //nolint:errcheck // a real connection
 	for !ended(data) || !ended(open) || !ended(failure) || !ended(early) {
 		if !c.read() {
 			return fmt.Errorf("streams do not end: %w", c.ended)

@@ -235,7 +235,7 @@ func TestGoroutinesOfAForwardedConnection(t *testing.T) {
 // and a pty, is measured on a real node in test/integration/portforward.
 func TestIdleTerminalIsSmall(t *testing.T) {
 	testutil.Slow(t)
-	const sessions = 300
+	const sessions = 100
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
 		started := make(chan *idleProcess, sessions)
@@ -290,7 +290,7 @@ func memoryInUse() int64 {
 // A client that opens and drops connections costs a bounded amount, whatever it leaves half done.
 func TestOpenAndDropThousands(t *testing.T) {
 	testutil.Slow(t)
-	const pairs, most = 4000, 8 << 20 // a pair that stays takes some KiB
+	const pairs, most = 1500, 3 << 20 // a pair that stays takes some KiB
 	s := startServer(t, Config{})
 	port := strconv.Itoa(pod(t, answer))
 	nobody := strconv.Itoa(unusedPort(t))

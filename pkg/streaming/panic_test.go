@@ -68,60 +68,63 @@ func (f *faulty) Resize(workload.Size) error { f.fault("Resize"); return nil }
 
 // A panic in a goroutine of one session ends that session, and tells its client. Everything else goes on.
 func TestPanicEndsOneSession(t *testing.T) {
-	forEachTransport(t, func(t *testing.T, transport string) {
-		for _, in := range []string{"Start", "StandIn", "Read", "Write", "Resize", "ExitCode"} {
-			t.Run(in, func(t *testing.T) {
-				var panics atomic.Int32
-				s := startServer(t, Config{Observe: func(e event.Event) {
-					if e == event.Panicked {
-						panics.Add(1)
-					}
-				}})
-				executor := &hostExecutor{t: t}
-				input, typed := io.Pipe()
-				defer typed.Close()
-				var echoed syncBuffer
-				neighbour := remotecommand.StreamOptions{Stdin: input, Stdout: &echoed}
-				neighbourURL, neighbourEnded := s.execURL(executor, neighbour, "cat"), make(chan error, 1)
-				go func() { neighbourEnded <- stream(t.Context(), t, transport, neighbourURL, neighbour) }()
-				eventually(t, "the neighbour's start", func() bool { return executor.count() == 1 })
+	runTogether(t, func(t *testing.T) {
+		forEachTransport(t, func(t *testing.T, transport string) {
+			for _, in := range []string{"Start", "StandIn", "Read", "Write", "Resize", "ExitCode"} {
+				t.Run(in, func(t *testing.T) {
+					t.Parallel()
+					var panics atomic.Int32
+					s := startServer(t, Config{Observe: func(e event.Event) {
+						if e == event.Panicked {
+							panics.Add(1)
+						}
+					}})
+					executor := &hostExecutor{t: t}
+					input, typed := io.Pipe()
+					defer typed.Close()
+					var echoed syncBuffer
+					neighbour := remotecommand.StreamOptions{Stdin: input, Stdout: &echoed}
+					neighbourURL, neighbourEnded := s.execURL(executor, neighbour, "cat"), make(chan error, 1)
+					go func() { neighbourEnded <- stream(t.Context(), t, transport, neighbourURL, neighbour) }()
+					eventually(t, "the neighbour's start", func() bool { return executor.count() == 1 })
 
-				command := []string{"sh", "-c", "read line; exit 0"}
-				options := remotecommand.StreamOptions{Stdin: strings.NewReader("line\n"), Stdout: io.Discard, Tty: in == "Resize"}
-				if options.Tty {
-					queue := make(sizes, 1)
-					queue <- remotecommand.TerminalSize{Width: 1, Height: 1}
-					defer close(queue)
-					options.TerminalSizeQueue = queue
-				}
-				u := s.execURL(executorFunc(func(c workload.Command) (remoteProcess, error) {
-					if in == "Start" {
-						panic("a fault of the test in Start")
+					command := []string{"sh", "-c", "read line; exit 0"}
+					options := remotecommand.StreamOptions{Stdin: strings.NewReader("line\n"), Stdout: io.Discard, Tty: in == "Resize"}
+					if options.Tty {
+						queue := make(sizes, 1)
+						queue <- remotecommand.TerminalSize{Width: 1, Height: 1}
+						defer close(queue)
+						options.TerminalSizeQueue = queue
 					}
-					p, err := executor.Start(context.Background(), c)
-					if err != nil {
-						return nil, err
+					u := s.execURL(executorFunc(func(c workload.Command) (remoteProcess, error) {
+						if in == "Start" {
+							panic("a fault of the test in Start")
+						}
+						p, err := executor.Start(context.Background(), c)
+						if err != nil {
+							return nil, err
+						}
+						return &faulty{p.(*hostProcess), in}, nil
+					}), options, command...)
+					if err := stream(t.Context(), t, transport, u, options); err == nil || !strings.Contains(err.Error(), "Internal error") {
+						t.Errorf("the client got %v", err)
 					}
-					return &faulty{p.(*hostProcess), in}, nil
-				}), options, command...)
-				if err := stream(t.Context(), t, transport, u, options); err == nil || !strings.Contains(err.Error(), "Internal error") {
-					t.Errorf("the client got %v", err)
-				}
-				eventually(t, "the end of one session", func() bool { return len(s.config.Sessions.List()) == 1 })
-				if in != "Start" {
-					receive(t, executor.last().disconnected, "the process to be told")
-				}
-				if panics.Load() == 0 {
-					t.Error("nobody was told of the panic")
-				}
-				fmt.Fprintln(typed, "still here")
-				eventually(t, "the neighbour's echo", func() bool { return strings.Contains(echoed.String(), "still here") })
-				typed.Close()
-				if err := receive(t, neighbourEnded, "the neighbour's end"); err != nil {
-					t.Errorf("the neighbour ended with %v", err)
-				}
-			})
-		}
+					eventually(t, "the end of one session", func() bool { return len(s.config.Sessions.List()) == 1 })
+					if in != "Start" {
+						receive(t, executor.last().disconnected, "the process to be told")
+					}
+					if panics.Load() == 0 {
+						t.Error("nobody was told of the panic")
+					}
+					fmt.Fprintln(typed, "still here")
+					eventually(t, "the neighbour's echo", func() bool { return strings.Contains(echoed.String(), "still here") })
+					typed.Close()
+					if err := receive(t, neighbourEnded, "the neighbour's end"); err != nil {
+						t.Errorf("the neighbour ended with %v", err)
+					}
+				})
+			}
+		})
 	})
 }
 

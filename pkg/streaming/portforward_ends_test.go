@@ -41,7 +41,7 @@ func TestLegacyPortForwardUploads(t *testing.T) {
 				"Close 1000": true, "Close": true, "FIN": true, "socket closed": true, "Close 1000, socket closed": true,
 				"Close 1001": false, "Close 1011": false, "FIN inside a message": false, "RST": false,
 			} {
-				for _, size := range []int{1, 32_000, 3_200_000, 32 << 20} {
+				for _, size := range []int{1, 32_000, 3_200_000, 20 << 20} {
 					if size > 4<<20 && (way != "Close 1000" || protocol != "v4.channel.k8s.io") {
 						continue
 					}

@@ -93,28 +93,30 @@ func TestUpstreamFails(t *testing.T) {
 // not end it (CRI-O), and what the container had said before has come.
 func TestDetachFromTerminal(t *testing.T) {
 	testutil.Slow(t)
-	forEachTransport(t, func(t *testing.T, transport string) {
-		upstream, s := startServer(t, Config{}), startServer(t, Config{Commands: commandConfig{AttachBuffer: 64 << 10}})
-		var out syncBuffer
-		input, typed := io.Pipe()
-		defer typed.Close()
-		options := remotecommand.StreamOptions{Stdin: input, Stdout: &out, Tty: true}
-		main := func() *url.URL {
-			return upstream.execURL(&hostExecutor{t: t}, options, "sh", "-c", "trap '' HUP; echo attached; while :; do sleep 600; done")
-		}
-		ended := make(chan error, 1)
-		u := s.attachURL(main, options)
-		go func() { ended <- stream(t.Context(), t, transport, u, options) }()
-		eventually(t, "the container's output", func() bool { return strings.Contains(out.String(), "attached") })
-		typed.Close()
-		select {
-		case err := <-ended:
-			if err != nil {
-				t.Errorf("the client detached and got %v", err)
+	runTogether(t, func(t *testing.T) {
+		forEachTransport(t, func(t *testing.T, transport string) {
+			upstream, s := startServer(t, Config{}), startServer(t, Config{Commands: commandConfig{AttachBuffer: 64 << 10}})
+			var out syncBuffer
+			input, typed := io.Pipe()
+			defer typed.Close()
+			options := remotecommand.StreamOptions{Stdin: input, Stdout: &out, Tty: true}
+			main := func() *url.URL {
+				return upstream.execURL(&hostExecutor{t: t}, options, "sh", "-c", "trap '' HUP; echo attached; while :; do sleep 600; done")
 			}
-		case <-time.After(testTimeout):
-			t.Error("the session goes on after the client has detached")
-		}
+			ended := make(chan error, 1)
+			u := s.attachURL(main, options)
+			go func() { ended <- stream(t.Context(), t, transport, u, options) }()
+			eventually(t, "the container's output", func() bool { return strings.Contains(out.String(), "attached") })
+			typed.Close()
+			select {
+			case err := <-ended:
+				if err != nil {
+					t.Errorf("the client detached and got %v", err)
+				}
+			case <-time.After(testTimeout):
+				t.Error("the session goes on after the client has detached")
+			}
+		})
 	})
 }
 
@@ -122,39 +124,44 @@ func TestDetachFromTerminal(t *testing.T) {
 // configuration says so.
 func TestInputEndDetaches(t *testing.T) {
 	testutil.Slow(t)
-	forEachTransport(t, func(t *testing.T, transport string) {
-		for _, stays := range []bool{false, true} {
-			upstream, s := startServer(t, Config{}), startServer(t, Config{Commands: commandConfig{AttachBuffer: 64 << 10, AttachStays: stays}})
-			var out syncBuffer
-			options := remotecommand.StreamOptions{Stdin: strings.NewReader("one\n"), Stdout: &out}
-			// The last word of the answer comes later than detachGrace, but the container is never silent for so long.
-			main := func() *url.URL {
-				return upstream.execURL(&hostExecutor{t: t}, options, "sh", "-c",
-					"trap '' HUP; read line; for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 0.3; done; echo answered $line; while :; do sleep 600; done")
+	runTogether(t, func(t *testing.T) {
+		forEachTransport(t, func(t *testing.T, transport string) {
+			for _, stays := range []bool{false, true} {
+				t.Run(fmt.Sprintf("stays=%v", stays), func(t *testing.T) {
+					t.Parallel()
+					upstream, s := startServer(t, Config{}), startServer(t, Config{Commands: commandConfig{AttachBuffer: 64 << 10, AttachStays: stays}})
+					var out syncBuffer
+					options := remotecommand.StreamOptions{Stdin: strings.NewReader("one\n"), Stdout: &out}
+					// The last word of the answer comes later than detachGrace, but the container is never silent for so long.
+					main := func() *url.URL {
+						return upstream.execURL(&hostExecutor{t: t}, options, "sh", "-c",
+							"trap '' HUP; read line; for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 0.3; done; echo answered $line; while :; do sleep 600; done")
+					}
+					ctx, cancel := context.WithCancel(t.Context())
+					ended := make(chan error, 1)
+					u := s.attachURL(main, options)
+					go func() { ended <- stream(ctx, t, transport, u, options) }()
+					if stays {
+						eventually(t, "the answer", func() bool { return strings.Contains(out.String(), "answered one") })
+						select {
+						case err := <-ended:
+							t.Errorf("the session ended with its input: %v", err)
+						case <-time.After(2 * time.Second):
+						}
+					}
+					if stays {
+						cancel()
+					}
+					if err := receive(t, ended, "the end of the session"); err != nil && !stays {
+						t.Errorf("the input ended and the client got %v", err)
+					}
+					cancel()
+					if !strings.Contains(out.String(), "answered one\n") {
+						t.Errorf("the client was detached before the answer: %q", out.String())
+					}
+				})
 			}
-			ctx, cancel := context.WithCancel(t.Context())
-			ended := make(chan error, 1)
-			u := s.attachURL(main, options)
-			go func() { ended <- stream(ctx, t, transport, u, options) }()
-			if stays {
-				eventually(t, "the answer", func() bool { return strings.Contains(out.String(), "answered one") })
-				select {
-				case err := <-ended:
-					t.Errorf("the session ended with its input: %v", err)
-				case <-time.After(2 * time.Second):
-				}
-			}
-			if stays {
-				cancel()
-			}
-			if err := receive(t, ended, "the end of the session"); err != nil && !stays {
-				t.Errorf("the input ended and the client got %v", err)
-			}
-			cancel()
-			if !strings.Contains(out.String(), "answered one\n") {
-				t.Errorf("the client was detached before the answer: %q", out.String())
-			}
-		}
+		})
 	})
 }
 
@@ -164,7 +171,7 @@ func TestSlowViewerMissesOutput(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		upstream, s := startServer(t, Config{}), startServer(t, Config{Commands: commandConfig{AttachBuffer: 64 << 10}})
 		executor := &hostExecutor{t: t}
-		const size = 64 << 20 // more than all buffers on the way
+		const size = 16 << 20 // more than all buffers on the way, of which this side's socket has 4 MiB
 		var out gatedBuffer
 		out.opened = make(chan struct{})
 		options := remotecommand.StreamOptions{Stdout: &out}
@@ -172,6 +179,7 @@ func TestSlowViewerMissesOutput(t *testing.T) {
 			return upstream.execURL(executor, options, "sh", "-c", fmt.Sprintf("head -c %d /dev/zero; echo last line", size))
 		}
 		u := s.attachURL(main, options)
+		newNarrowCable(t, u)
 		ended := make(chan error, 1)
 		go func() { ended <- stream(t.Context(), t, transport, u, options) }()
 		eventually(t, "the process's start", func() bool { return executor.count() == 1 })

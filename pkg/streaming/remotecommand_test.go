@@ -241,7 +241,7 @@ func TestBackgroundChildHoldsStdout(t *testing.T) {
 func TestBackgroundChildStillWrites(t *testing.T) {
 	runTogether(t, func(t *testing.T) {
 		forEachTransport(t, func(t *testing.T, transport string) {
-			s := startServer(t, Config{Commands: commandConfig{DrainIdle: 2 * time.Second}})
+			s := startServer(t, Config{Commands: commandConfig{DrainIdle: 3 * time.Second}})
 			var stdout bytes.Buffer
 			options := remotecommand.StreamOptions{Stdout: &stdout}
 			u := s.execURL(&hostExecutor{t: t}, options, "sh", "-c",
@@ -293,55 +293,61 @@ func TestProcessIgnoresStdin(t *testing.T) {
 // When the client goes, its process is told (kubernetes#89031): also when the client does not read,
 // and when the process does not read what the client sends.
 func TestClientGone(t *testing.T) {
-	for _, test := range []struct {
-		name, command string
-		options       remotecommand.StreamOptions
-	}{
-		{"silent", "sleep 600", remotecommand.StreamOptions{Stdout: io.Discard}},
-		{"chatty", "while echo x; do sleep 0.01; done", remotecommand.StreamOptions{Stdout: io.Discard}},
-		{"blocked reader", "yes", remotecommand.StreamOptions{Stdout: never{}}},
-		{"blocked stdin", "sleep 600", remotecommand.StreamOptions{Stdin: zeros{}, Stdout: io.Discard}},
-		{"terminal", "sleep 600", remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true}},
-	} {
-		for _, politely := range []bool{true, false} {
-			if politely && strings.HasPrefix(test.name, "blocked") {
-				continue // client-go's own close waits behind what is blocked
-			}
-			t.Run(fmt.Sprintf("%s/politely=%v", test.name, politely), func(t *testing.T) {
-				forEachTransport(t, func(t *testing.T, transport string) {
-					s := startServer(t, Config{Commands: commandConfig{InputGrace: time.Second}})
-					executor := &hostExecutor{t: t}
-					options := test.options
-					if options.Stdout == (never{}) {
-						options.Stdout = newNever(t)
-					}
-					u := s.execURL(executor, options, "sh", "-c", test.command)
-					cable := newCable(t, u)
-					ctx, cancel := context.WithCancel(t.Context())
-					defer cancel()
-					done := make(chan error, 1)
-					go func() { done <- stream(ctx, t, transport, u, options) }()
-					eventually(t, "the command's start", func() bool { return executor.count() == 1 })
-					time.Sleep(200 * time.Millisecond) // let buffers fill; when that takes longer the test is only easier
-					if politely {
+	runTogether(t, func(t *testing.T) {
+		for _, test := range []struct {
+			name, command string
+			options       remotecommand.StreamOptions
+		}{
+			{"silent", "sleep 600", remotecommand.StreamOptions{Stdout: io.Discard}},
+			{"chatty", "while echo x; do sleep 0.01; done", remotecommand.StreamOptions{Stdout: io.Discard}},
+			{"blocked reader", "yes", remotecommand.StreamOptions{Stdout: never{}}},
+			{"blocked stdin", "sleep 600", remotecommand.StreamOptions{Stdin: zeros{}, Stdout: io.Discard}},
+			{"terminal", "sleep 600", remotecommand.StreamOptions{Stdout: io.Discard, Tty: true}},
+		} {
+			for _, politely := range []bool{true, false} {
+				if politely && strings.HasPrefix(test.name, "blocked") {
+					continue // client-go's own close waits behind what is blocked
+				}
+				t.Run(fmt.Sprintf("%s/politely=%v", test.name, politely), func(t *testing.T) {
+					t.Parallel()
+					forEachTransport(t, func(t *testing.T, transport string) {
+						s := startServer(t, Config{Commands: commandConfig{InputGrace: time.Second}})
+						executor := &hostExecutor{t: t}
+						options := test.options
+						if options.Tty {
+							options.Stdin = strings.NewReader("")
+						}
+						if options.Stdout == (never{}) {
+							options.Stdout = newNever(t)
+						}
+						u := s.execURL(executor, options, "sh", "-c", test.command)
+						cable := newCable(t, u)
+						ctx, cancel := context.WithCancel(t.Context())
+						defer cancel()
+						done := make(chan error, 1)
+						go func() { done <- stream(ctx, t, transport, u, options) }()
+						eventually(t, "the command's start", func() bool { return executor.count() == 1 })
+						time.Sleep(200 * time.Millisecond) // let buffers fill; when that takes longer the test is only easier
+						if politely {
+							cancel()
+						} else {
+							cable.cut()
+						}
+						select {
+						case <-executor.last().disconnected:
+						case <-executor.last().Exited(): // one that writes may have had its SIGPIPE by now, as in a shell
+						case <-time.After(testTimeout):
+							t.Fatal("waited in vain for the process to be told that its client has gone")
+						}
+						eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
 						cancel()
-					} else {
 						cable.cut()
-					}
-					select {
-					case <-executor.last().disconnected:
-					case <-executor.last().Exited(): // one that writes may have had its SIGPIPE by now, as in a shell
-					case <-time.After(testTimeout):
-						t.Fatal("waited in vain for the process to be told that its client has gone")
-					}
-					eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
-					cancel()
-					cable.cut()
-					<-done
+						<-done
+					})
 				})
-			})
+			}
 		}
-	}
+	})
 }
 
 // cable is a network between client and server that can be cut, as when the client is killed.
@@ -352,6 +358,18 @@ type cable struct {
 
 // newCable makes the URL go through a new cable.
 func newCable(t *testing.T, u *url.URL) *cable {
+	t.Helper()
+	return layCable(t, u, func(*net.TCPConn) {})
+}
+
+// newNarrowCable is newCable for one that keeps little of what is on its way to the client.
+func newNarrowCable(t *testing.T, u *url.URL) *cable {
+	t.Helper()
+	return layCable(t, u, func(server *net.TCPConn) { server.SetReadBuffer(64 << 10) }) //nolint:errcheck // it only makes the test quicker
+}
+
+func layCable(t *testing.T, u *url.URL, prepare func(server *net.TCPConn)) *cable {
+	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -370,6 +388,7 @@ func newCable(t *testing.T, u *url.URL) *cable {
 				client.Close()
 				return
 			}
+			prepare(server.(*net.TCPConn))
 			c.add(client, server)
 			for _, direction := range [][2]net.Conn{{client, server}, {server, client}} {
 				copies.Go(func() {
