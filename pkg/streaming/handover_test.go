@@ -92,6 +92,25 @@ func (s *testServer) serve(listener net.Listener) {
 	})
 }
 
+// upgradeForward is upgrade with a change to the state of the only session, a port-forward. It is not called when that has ended.
+func (s *testServer) upgradeForward(change func(*portforward.State)) {
+	s.t.Helper()
+	s.upgrade(func(state *State) {
+		if len(state.Sessions) == 0 {
+			return
+		}
+		var forward portforward.State
+		if err := handover.Decode(state.Sessions[0].State, &forward); err != nil {
+			s.t.Fatal(err)
+		}
+		change(&forward)
+		var err error
+		if state.Sessions[0].State, err = handover.Encode(forward); err != nil {
+			s.t.Fatal(err)
+		}
+	})
+}
+
 // thaw freezes the server and has it go on.
 func (s *testServer) thaw() {
 	s.t.Helper()
@@ -709,28 +728,12 @@ func endingForwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	data, failure := c.openPair(fmt.Sprint(port), "1")
 	c.send(data, "abc", false)
 	c.until("the echo", func() bool { return string(c.streams[data].data) == "abc" }) // only a whole pair is told
-	change := func(to func(*portforward.State)) {
-		s.upgrade(func(state *State) {
-			if len(state.Sessions) == 0 {
-				return
-			}
-			var forward portforward.State
-			if err := handover.Decode(state.Sessions[0].State, &forward); err != nil {
-				t.Fatal(err)
-			}
-			to(&forward)
-			var err error
-			if state.Sessions[0].State, err = handover.Encode(forward); err != nil {
-				t.Fatal(err)
-			}
-		})
-	}
 	s.started.Sessions.List()[0].Stop(&session.EndError{Reason: "test", Message: "the test says so"})
 	if got := c.finished(failure); got != "the test says so" {
 		t.Errorf("the error stream says %q", got)
 	}
 	asked := false
-	change(func(s *portforward.State) {
+	s.upgradeForward(func(s *portforward.State) {
 		asked = s.EndReason == "the test says so" && s.Told && s.Grace > 0
 		s.Grace = grace
 		drop(s)
@@ -739,7 +742,7 @@ func endingForwardAfter(t *testing.T, drop func(*portforward.State)) error {
 		t.Skip("the two seconds were over") // of a very busy machine
 	}
 	err := errors.New("the session has ended")
-	change(func(s *portforward.State) {
+	s.upgradeForward(func(s *portforward.State) {
 		err = nil
 		if s.EndReason != "the test says so" || !s.Told || s.Grace <= grace/2 || s.Grace > grace {
 			err = fmt.Errorf("%q, told: %v, %v are left", s.EndReason, s.Told, s.Grace)
@@ -767,17 +770,7 @@ func forwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	c.send(early, "abc", true)
 	eventually(t, "one connection and two halves", func() bool { return s.forwarded() == 3 })
 	received, sent := s.started.Sessions.List()[0].Transferred()
-	s.upgrade(func(state *State) {
-		var forward portforward.State
-		if err := handover.Decode(state.Sessions[0].State, &forward); err != nil {
-			t.Fatal(err)
-		}
-		drop(&forward)
-		var err error
-		if state.Sessions[0].State, err = handover.Encode(forward); err != nil {
-			t.Fatal(err)
-		}
-	})
+	s.upgradeForward(drop)
 	list := s.started.Sessions.List()
 	if len(list) != 1 || list[0].Context().Err() != nil {
 		return errors.New("the session does not go on")
