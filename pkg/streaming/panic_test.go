@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"k8s.io/client-go/tools/remotecommand"
 
@@ -173,8 +174,12 @@ func giveUp(t *testing.T, in string, handOver bool) {
 		return each != nil && lifetime.HasPanicked(each)
 	})
 	if handOver {
+		began := time.Now()
 		if carried, ended := s.upgrade(func(*State) {}); carried != 1 || ended != 0 {
 			t.Errorf("%d sessions were carried, %d ended", carried, ended)
+		}
+		if took := time.Since(began); took > testTimeout/2 { // it would wait for all of testTimeout
+			t.Errorf("the hand-over has waited for it: %v", took)
 		}
 	}
 	eventually(t, "the end of the session", func() bool { return live() == nil })
