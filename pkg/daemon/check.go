@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"runtime/debug"
 
 	"github.com/streamshim/streamshim/pkg/config"
 	"github.com/streamshim/streamshim/pkg/endpoint"
@@ -17,6 +18,7 @@ import (
 // execve there is no way back, and any failure is a crash. So Check tries everything that may fail and can be undone.
 func Check(o Options) error {
 	fault("start")
+	debug.SetGCPercent(400) // all sessions stand still while the state is read; it is a small part of this program's memory
 	var c config.Config
 	return handover.AnswerCheck(o.Version, func() (err error) {
 		fault("check")

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"syscall"
@@ -302,6 +303,7 @@ func (p *process) startCheck(ctx context.Context) (*handover.Check, error) {
 // freezeAndExecute hands over to the program that is checked. After an error all sessions go on. It is a *refusedError if the
 // program cannot carry some of them, unless it is to be executed anyway: then it ends them as well as it can.
 func (p *process) freezeAndExecute(ctx context.Context, check *handover.Check, h admin.Handover, anyway bool) error {
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // as in resume
 	files := handover.NewFiles()
 	defer files.Close()
 	state := handover.NewState(p.version)
@@ -377,6 +379,7 @@ func (p *process) execute(ctx context.Context, check *handover.Check, h admin.Ha
 	if err := state.Put(processPart, own); err != nil {
 		return err
 	}
+	p.keepUntilServing(files)
 	state.Descriptors = files.Descriptors()
 	verdict, size, err := check.Read(ctx, state)
 	if err != nil {
@@ -397,9 +400,22 @@ func (p *process) execute(ctx context.Context, check *handover.Check, h admin.Ha
 	return check.Exec(files)
 }
 
+// keepUntilServing keeps open what the kernel takes long to let go of, up to 20 ms each: execve would wait for it while the
+// sessions stand still. No part of the state refers to these files, and the new program closes them when it serves.
+func (p *process) keepUntilServing(files *handover.Files) {
+	files.Keep(p.watcher) //nolint:errcheck // the pause is longer then
+	// The file of this program has mostly been deleted by the installation of the next one, and its blocks are freed.
+	program, err := os.Open("/proc/self/exe")
+	if err != nil {
+		return
+	}
+	defer program.Close() //nolint:errcheck // was only read
+	files.Keep(program)   //nolint:errcheck // as above
+}
+
 // What a hand-over costs for each session, for the estimate of a dry run. docs/upgrade.md has what was measured.
 const (
-	sessionPause = 300 * time.Microsecond
+	sessionPause = 500 * time.Microsecond
 	sessionState = 4 << 10 // bytes, apart from data on its way
 )
 

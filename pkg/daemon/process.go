@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -34,6 +35,7 @@ type process struct {
 	operation *operation
 	telemetry *telemetry
 	runner    *execproc.Runner
+	watcher   *portforward.Watcher
 	upstream  *cri.Upstream
 	streams   *streaming.Server
 	cri       *cri.Server
@@ -62,6 +64,7 @@ func serve(ctx context.Context, version string, c config.Config, load func() (co
 	end.begin()
 	p.resume(before)
 	p.start()
+	before.close() // after the start, because the kernel takes its time: see keepUntilServing
 	sayReady(c, p.streamListener.Addr())
 	if before != nil {
 		// Also answers a "systemctl reload" that came during the hand-over: the configuration has just been read.
@@ -113,11 +116,10 @@ func (p *process) build(ctx context.Context, load func() (config.Config, error),
 	}
 	p.onClose(func() { p.runner.Close() }) // Shutdown is the orderly end
 
-	watcher, err := portforward.NewWatcher(log)
-	if err != nil {
+	if p.watcher, err = portforward.NewWatcher(log); err != nil {
 		return err
 	}
-	p.onClose(func() { watcher.Close() }) // nothing depends on it any more
+	p.onClose(func() { p.watcher.Close() }) // nothing depends on it any more
 
 	if p.upstream, err = cri.NewUpstream(c.Upstream, 0); err != nil {
 		return err
@@ -130,7 +132,7 @@ func (p *process) build(ctx context.Context, load func() (config.Config, error),
 	if err := p.openStreams(before); err != nil {
 		return err
 	}
-	engine := engine{p.upstream, p.runner, watcher}
+	engine := engine{p.upstream, p.runner, p.watcher}
 	p.streams = streaming.NewServer(streamingConfig(c, log, p.operation, observe, engine), p.streamListener.Addr())
 	p.cri, err = cri.NewServer(cri.Config{
 		Upstream: p.upstream, Streams: p.streams, Runner: engine,
@@ -283,6 +285,8 @@ func (p *process) resume(before *predecessor) {
 		return
 	}
 	fault("resume")
+	// The sessions would stand still for the garbage collection, too. The memory limit holds nevertheless.
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	var known cri.State
 	if err := before.state.Get(criPart, &known); err != nil {
 		p.log.Warn("what was known of containers is found out again", "error", err)
@@ -294,7 +298,6 @@ func (p *process) resume(before *predecessor) {
 	}
 	carried := p.resumeSessions(before.files, exec, before.part(streamsPart))
 	p.handovers.takenOver(carried, before.state.Size, len(before.state.Descriptors), handover.Since(before.state.Frozen))
-	before.files.Close()
 	if err := p.operation.audit.Settle(before.part(auditPart)); err != nil {
 		p.log.Warn("numbers of the audit log begin anew", "error", err)
 	}

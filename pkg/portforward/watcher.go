@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -79,6 +80,9 @@ func (w *Watcher) Close() error {
 	<-w.done
 	return err
 }
+
+// SyscallConn implements syscall.Conn, for the inotify instance.
+func (w *Watcher) SyscallConn() (syscall.RawConn, error) { return w.file.SyscallConn() }
 
 // watch calls gone, once and from the Watcher's goroutine, when the namespace is no longer at its path. It may
 // miss for lookInterval what happened before it was set up, so callers check once themselves. stop ends the watch;

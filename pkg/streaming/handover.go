@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -228,9 +230,11 @@ func CheckState(encoded []byte) (carried int, refused []Refusal, err error) {
 	if err != nil {
 		return 0, nil, err
 	}
-	for _, each := range state.Sessions {
-		if err := each.check(); err != nil {
-			refused = append(refused, Refusal{each.ID, each.Kind, err})
+	errs := make([]error, len(state.Sessions))
+	onAllCPUs(len(errs), func(i int) { errs[i] = state.Sessions[i].check() })
+	for i, each := range state.Sessions {
+		if errs[i] != nil {
+			refused = append(refused, Refusal{each.ID, each.Kind, errs[i]})
 		} else {
 			carried++
 		}
@@ -390,17 +394,33 @@ func decode(encoded []byte) (State, error) {
 }
 
 func (s *Server) resumeSessions(states []SessionState, files *handover.Files) (carried, ended int) {
-	for _, state := range states {
+	var failed atomic.Int64
+	onAllCPUs(len(states), func(i int) {
+		state := states[i]
 		if err := s.resumeSession(state, files); err != nil {
 			s.config.Log.Error("a session could not be taken over", "kind", state.Kind, "error", err)
 			state.hangUp(files)
-			ended++
-			continue
+			failed.Add(1)
+			return
 		}
 		state.release(files)
-		carried++
+	})
+	ended = int(failed.Load())
+	return len(states) - ended, ended
+}
+
+// onAllCPUs calls f for each number below n, at the same time on all CPUs: the sessions stand still meanwhile.
+func onAllCPUs(n int, f func(i int)) {
+	var next atomic.Int64
+	group := rescue.Group{Report: rescue.Die}
+	for range min(n, runtime.GOMAXPROCS(0)) {
+		group.Go(func() {
+			for i := int(next.Add(1)) - 1; i < n; i = int(next.Add(1)) - 1 {
+				f(i)
+			}
+		})
 	}
-	return carried, ended
+	group.Wait()
 }
 
 // hangUp closes what is left of the connection of a session that could not be taken over, with a reset: its client must not

@@ -13,6 +13,7 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/session"
@@ -64,20 +65,7 @@ func (i *idle) Freeze(*handover.Files) ([]byte, error)            { return i.sta
 // frozenConn is the state of a connection of which nothing has been used yet.
 func frozenConn(t testing.TB, files *handover.Files, make func(net.Conn) *spdy.Conn) transport.State {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	peer, err := net.Dial("tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { peer.Close() })
-	network, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, network := testutil.TCPPair(t)
 	conn := transport.Streams{Conn: make(network)}
 	conn.Freeze()
 	state, err := conn.State(files)

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"os/exec"
 	"strconv"
@@ -14,6 +13,7 @@ import (
 	"github.com/creack/pty"
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/session/recording"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
@@ -49,19 +49,7 @@ func BenchmarkTapPoint(b *testing.B) {
 func measureTap(b *testing.B, from, way string, amount int64) time.Duration {
 	source := produce(b, from, amount)
 	defer source.Close()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer listener.Close()
-	near, err := net.Dial("tcp", listener.Addr().String())
-	if err != nil {
-		b.Fatal(err)
-	}
-	far, err := listener.Accept()
-	if err != nil {
-		b.Fatal(err)
-	}
+	near, far := testutil.TCPPair(b)
 	drained := make(chan struct{})
 	server := spdy.NewServer(far, nil, spdy.Config{OnStream: func(s *spdy.Stream) {
 		go func() {

@@ -68,6 +68,9 @@ func (l *load) stopping() bool {
 	}
 }
 
+// slowly is the pause of a session that pauses so long when it is in a hurry.
+func slowly(pause time.Duration) time.Duration { return time.Duration(*pace) * pause }
+
 // begin runs one session of a kind.
 func (l *load) begin(name string, run func() error) {
 	l.running.Go(func() {
@@ -142,7 +145,7 @@ func (l *load) terminal(transport string) {
 			if i == 0 {
 				l.live.Add(1)
 			}
-			time.Sleep(10 * time.Millisecond)
+			time.Sleep(slowly(10 * time.Millisecond))
 		}
 	})
 }
@@ -162,7 +165,7 @@ func (l *load) echo(transport string) {
 				}
 				sent.Write(block)
 				n.Add(int64(len(block)))
-				time.Sleep(time.Millisecond)
+				time.Sleep(slowly(time.Millisecond))
 			}
 		}()
 		got := sha256.New()
@@ -224,7 +227,7 @@ func (l *load) upload(transport string) {
 			if i == 0 {
 				l.live.Add(1)
 			}
-			time.Sleep(time.Millisecond)
+			time.Sleep(slowly(time.Millisecond))
 		}
 		s.in.Close()
 		line, err := s.out.ReadString('\n')
@@ -241,7 +244,9 @@ func (l *load) upload(transport string) {
 
 // count reads lines of numbers that follow each other, from a command that ends when its stdin does.
 func (l *load) count(transport string) {
-	s := l.exec(transport, false, "sh", "-c", "i=0; while true; do seq $i $((i+999)) || exit; i=$((i+1000)); sleep 0.02; done & cat >/dev/null; kill $!; wait $!; echo end; exit 5")
+	script := fmt.Sprintf("i=0; while true; do seq $i $((i+999)) || exit; i=$((i+1000)); sleep %f; done & cat >/dev/null; kill $!; wait $!; echo end; exit 5",
+		slowly(20*time.Millisecond).Seconds())
+	s := l.exec(transport, false, "sh", "-c", script)
 	l.begin("numbers over "+transport, func() error {
 		for i := 0; ; i++ {
 			line, err := s.out.ReadString('\n')
@@ -297,6 +302,7 @@ func (l *load) short(transport string) {
 			if i == 0 {
 				l.live.Add(1)
 			}
+			time.Sleep(slowly(100*time.Millisecond) - 100*time.Millisecond)
 		}
 		return nil
 	})
@@ -364,7 +370,7 @@ func (l *load) forward(pod *harness.Pod, transport string, connections int) {
 					return err
 				}
 				sent.Write(block)
-				time.Sleep(5 * time.Millisecond)
+				time.Sleep(slowly(5 * time.Millisecond))
 			}
 			return nil
 		})

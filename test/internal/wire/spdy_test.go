@@ -8,25 +8,14 @@ import (
 	"net"
 	"testing"
 	"time"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 // pair is a client and the server's end of its connection.
 func pair(t *testing.T) (*Conn, net.Conn) {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	client, err := net.Dial("tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	server, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { client.Close(); server.Close() })
+	client, server := testutil.TCPPair(t)
 	if err := client.SetDeadline(time.Now().Add(time.Minute)); err != nil {
 		t.Fatal(err)
 	}

@@ -2,7 +2,6 @@ package holdback
 
 import (
 	"context"
-	"net"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -12,6 +11,7 @@ import (
 
 	"github.com/moby/spdystream"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 )
 
@@ -44,19 +44,7 @@ func (t told) Answered(id uint32) {
 // stockClient is connected to a server of ours whose streams and receipts are handed on.
 func stockClient(t *testing.T) (client *spdystream.Connection, streams chan *spdy.Stream, ours told) {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	dialled, err := net.Dial("tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	accepted, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
+	dialled, accepted := testutil.TCPPair(t)
 	streams, ours = make(chan *spdy.Stream, 8), told{&receipts{}, make(chan receipt, 1024)}
 	server := spdy.NewServer(accepted, nil, spdy.Config{
 		OnStream: func(s *spdy.Stream) { streams <- s },
@@ -65,7 +53,8 @@ func stockClient(t *testing.T) (client *spdystream.Connection, streams chan *spd
 			return ours
 		},
 	})
-	if client, err = spdystream.NewConnection(dialled, false); err != nil {
+	client, err := spdystream.NewConnection(dialled, false)
+	if err != nil {
 		t.Fatal(err)
 	}
 	var served sync.WaitGroup

@@ -4,28 +4,11 @@ import (
 	"net"
 	"testing"
 	"time"
+
+	"github.com/streamshim/streamshim/internal/testutil"
 )
 
 const testTimeout = 30 * time.Second
-
-func tcpPair(t *testing.T) (ours, peer *net.TCPConn) {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	dialled, err := net.Dial("tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	accepted, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { dialled.Close(); accepted.Close() })
-	return accepted.(*net.TCPConn), dialled.(*net.TCPConn)
-}
 
 // wait waits in a goroutine that asks nothing, and returns when it waits.
 func wait(t *testing.T, w *Waiter) (returned <-chan error) {
@@ -42,7 +25,7 @@ func TestWaiter(t *testing.T) {
 	for name, with := range map[string]bool{"socket": true, "no socket": false} {
 		t.Run(name, func(t *testing.T) {
 			var w Waiter
-			ours, peer := tcpPair(t)
+			ours, peer := testutil.TCPPair(t)
 			if with {
 				w.Init(ours)
 			} else {
@@ -109,7 +92,7 @@ func TestPeerEnd(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			ours, peer := tcpPair(t)
+			ours, peer := testutil.TCPPair(t)
 			peer.Write([]byte("unread"))
 			test.end(peer)
 			var got End

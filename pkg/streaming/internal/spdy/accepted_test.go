@@ -8,12 +8,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
 // WaitAccepted tells when the peer has replied, which the relay must know before it may close.
 func TestWaitAccepted(t *testing.T) {
-	near, far := tcpPair(t)
+	near, far := testutil.TCPPair(t)
 	c := NewClient(near, nil, Config{})
 	goDo(t, func() { c.Serve(context.Background()) })
 	goDo(t, func() { io.Copy(io.Discard, far) })

@@ -10,6 +10,7 @@ import (
 	"github.com/moby/spdystream"
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
@@ -60,7 +61,7 @@ func flood(w io.Writer, n, size int) {
 
 func BenchmarkSend(b *testing.B) {
 	benchBoth(b, func(b *testing.B, size int) {
-		a, peer := tcpPair(b)
+		a, peer := testutil.TCPPair(b)
 		goDo(b, func() { drain(peer) })
 		streams := make(chan *Stream, 1)
 		serve(b, NewServer(a, nil, Config{OnStream: func(s *Stream) { streams <- s }}))
@@ -75,7 +76,7 @@ func BenchmarkSend(b *testing.B) {
 			}
 		}
 	}, func(b *testing.B, size int) {
-		a, peer := tcpPair(b)
+		a, peer := testutil.TCPPair(b)
 		goDo(b, func() { drain(peer) })
 		streams := make(chan *spdystream.Stream, 1)
 		mobyConn(b, a, true, func(s *spdystream.Stream) { s.SendReply(http.Header{}, false); streams <- s })
@@ -95,7 +96,7 @@ func BenchmarkSend(b *testing.B) {
 // BenchmarkReceive measures from the socket to a writer that costs nothing.
 func BenchmarkReceive(b *testing.B) {
 	benchBoth(b, func(b *testing.B, size int) {
-		a, peer := tcpPair(b)
+		a, peer := testutil.TCPPair(b)
 		streams := make(chan *Stream, 1)
 		serve(b, NewServer(a, nil, Config{OnStream: func(s *Stream) { streams <- s }}))
 		peer.Write(openRaw())
@@ -109,7 +110,7 @@ func BenchmarkReceive(b *testing.B) {
 			b.Fatal(got, err)
 		}
 	}, func(b *testing.B, size int) {
-		a, peer := tcpPair(b)
+		a, peer := testutil.TCPPair(b)
 		streams := make(chan *spdystream.Stream, 1)
 		mobyConn(b, a, true, func(s *spdystream.Stream) { s.SendReply(http.Header{}, false); streams <- s })
 		peer.Write(openRaw())
@@ -135,7 +136,7 @@ func BenchmarkReceive(b *testing.B) {
 // BenchmarkUpload measures from the socket to a pipe that somebody reads: a command's stdin.
 func BenchmarkUpload(b *testing.B) {
 	const size = 32 << 10 // of a frame, as kubectl's client sends them
-	a, peer := tcpPair(b)
+	a, peer := testutil.TCPPair(b)
 	streams := make(chan *Stream, 1)
 	serve(b, NewServer(a, nil, Config{OnStream: func(s *Stream) { streams <- s }}))
 	peer.Write(openRaw())
@@ -183,7 +184,7 @@ func BenchmarkPipeToPeer(b *testing.B) {
 		return r
 	}
 	b.Run("streamshim", func(b *testing.B) {
-		a, peer := tcpPair(b)
+		a, peer := testutil.TCPPair(b)
 		goDo(b, func() { drain(peer) })
 		streams := make(chan *Stream, 1)
 		serve(b, NewServer(a, nil, Config{OnStream: func(s *Stream) { streams <- s }}))
@@ -197,7 +198,7 @@ func BenchmarkPipeToPeer(b *testing.B) {
 		}
 	})
 	b.Run("spdystream", func(b *testing.B) {
-		a, peer := tcpPair(b)
+		a, peer := testutil.TCPPair(b)
 		goDo(b, func() { drain(peer) })
 		streams := make(chan *spdystream.Stream, 1)
 		mobyConn(b, a, true, func(s *spdystream.Stream) { s.SendReply(http.Header{}, false); streams <- s })

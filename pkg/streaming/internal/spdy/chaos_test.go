@@ -63,7 +63,7 @@ func checkStreams(t *testing.T, srv *sessionServer) {
 func TestSessionInPieces(t *testing.T) {
 	session := recordedSession()
 	kinds := map[string]func(t *testing.T) (server, client net.Conn){
-		"tcp":  func(t *testing.T) (net.Conn, net.Conn) { return tcpPair(t) },
+		"tcp":  func(t *testing.T) (net.Conn, net.Conn) { return testutil.TCPPair(t) },
 		"pipe": func(t *testing.T) (net.Conn, net.Conn) { return net.Pipe() },
 	}
 	cuts := map[string]func() int{
@@ -104,7 +104,7 @@ func TestSessionCutAnywhere(t *testing.T) {
 	session := recordedSession()
 	for cut := range len(session) + 1 {
 		for _, hard := range []bool{false, true} {
-			server, client := tcpPair(t)
+			server, client := testutil.TCPPair(t)
 			srv := newSessionServer(server)
 			ended := make(chan error, 1)
 			go func() { ended <- srv.Serve(context.Background()) }()
@@ -137,7 +137,7 @@ func TestSessionCutAnywhere(t *testing.T) {
 func TestSessionBuffered(t *testing.T) {
 	session := recordedSession()
 	for n := 0; n <= len(session); n += 7 {
-		server, client := tcpPair(t)
+		server, client := testutil.TCPPair(t)
 		srv := newSessionServer(server)
 		srv.read.init(srv.Conn, bytes.Clone(session[:n]))
 		goDo(t, func() { io.Copy(io.Discard, client) })

@@ -131,7 +131,7 @@ func TestDoneWhileBlocked(t *testing.T) {
 // TestClientDoesNotProbe has a server close right after its last byte, as those of containerd and
 // CRI-O do, while this side is blocked: nothing may be lost, however late it is read.
 func TestClientDoesNotProbe(t *testing.T) {
-	a, b := tcpPair(t)
+	a, b := testutil.TCPPair(t)
 	client := serve(t, NewClient(b, nil, Config{StreamBuffer: 64 << 10, ConnBuffer: 256 << 10}))
 	s, err := client.OpenStream(headers())
 	if err != nil {
@@ -318,7 +318,7 @@ func TestCloseRead(t *testing.T) {
 // TestRelay moves data through two connections: client, server whose stream is a stream of a second
 // client, echo server.
 func TestRelay(t *testing.T) {
-	a, b := tcpPair(t)
+	a, b := testutil.TCPPair(t)
 	serve(t, NewServer(a, nil, echoConfig()))
 	upstream := serve(t, NewClient(b, nil, Config{}))
 	client, _ := mobyClient(t, Config{OnStream: func(s *Stream) {
@@ -349,7 +349,7 @@ func TestReadFromKinds(t *testing.T) {
 			}
 			return r, w
 		},
-		"tcp":    func(t *testing.T) (io.ReadCloser, io.WriteCloser) { return tcpPair(t) },
+		"tcp":    func(t *testing.T) (io.ReadCloser, io.WriteCloser) { return testutil.TCPPair(t) },
 		"reader": func(t *testing.T) (io.ReadCloser, io.WriteCloser) { r, w := io.Pipe(); return r, w },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -451,7 +451,7 @@ func TestNoAllocationPerFrame(t *testing.T) {
 	for _, name := range []string{"send", "receive"} {
 		t.Run(name, func(t *testing.T) {
 			streams := make(chan *Stream, 1)
-			a, b := tcpPair(t)
+			a, b := testutil.TCPPair(t)
 			goDo(t, func() { drain(b) })
 			serve(t, NewServer(a, nil, Config{OnStream: func(s *Stream) { streams <- s }}))
 			b.Write(openRaw())
@@ -493,7 +493,7 @@ func TestOverTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	cert := tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
-	a, b := tcpPair(t)
+	a, b := testutil.TCPPair(t)
 	unread := make(chan *Stream, 1)
 	ours := serve(t, NewServer(tls.Server(a, &tls.Config{Certificates: []tls.Certificate{cert}}), nil, Config{
 		ConnBuffer: 1 << 20,

@@ -208,7 +208,7 @@ func TestHandOverBehindEachByte(t *testing.T) {
 		pair func() (net.Conn, net.Conn)
 	}{
 		{"pipe", net.Pipe},
-		{"TCP", func() (net.Conn, net.Conn) { a, b := tcpPair(t); return a, b }},
+		{"TCP", func() (net.Conn, net.Conn) { a, b := testutil.TCPPair(t); return a, b }},
 	} {
 		t.Run(network.name, func(t *testing.T) {
 			run := func(cuts ...int) string {
@@ -316,7 +316,7 @@ func TestHandOverOfOutputBehindEachByte(t *testing.T) {
 
 // The peer's headers refer to those of long ago.
 func TestHandOverOfHeaders(t *testing.T) {
-	ours, peer := tcpPair(t)
+	ours, peer := testutil.TCPPair(t)
 	opened := make(chan http.Header, 1)
 	c := carry(t, ours, Config{OnStream: func(s *Stream) {
 		s.Reset()
@@ -343,7 +343,7 @@ func TestHandOverOfHeaders(t *testing.T) {
 
 // Who does not end header blocks with a sync flush has state that we cannot see.
 func TestHeadersWithoutFlush(t *testing.T) {
-	ours, peer := tcpPair(t)
+	ours, peer := testutil.TCPPair(t)
 	opened := make(chan struct{}, 1)
 	c := carry(t, ours, Config{OnStream: func(*Stream) { opened <- struct{}{} }})
 	var wire bytes.Buffer
@@ -362,7 +362,7 @@ func TestHeadersWithoutFlush(t *testing.T) {
 
 // Nothing that is frozen waits for a peer that does not read.
 func TestFreezeWithAPeerThatDoesNotRead(t *testing.T) {
-	ours, peer := tcpPair(t)
+	ours, peer := testutil.TCPPair(t)
 	streams := make(chan *Stream, 1)
 	c := carry(t, ours, Config{OnStream: func(s *Stream) { streams <- s }})
 	b := newBlocks()
@@ -425,7 +425,7 @@ func TestFreezeWithAPeerThatDoesNotRead(t *testing.T) {
 
 // Calls on streams of a frozen connection.
 func TestFrozenStreams(t *testing.T) {
-	ours, peer := tcpPair(t)
+	ours, peer := testutil.TCPPair(t)
 	streams := make(chan *Stream, 4)
 	c := carry(t, ours, Config{OnStream: func(s *Stream) { streams <- s }})
 	b := newBlocks()
@@ -532,7 +532,7 @@ func TestHandOverOfEnds(t *testing.T) {
 		{"our Close", func(c *carried, _ *net.TCPConn) { c.Close() }, ErrClosed},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			ours, peer := tcpPair(t)
+			ours, peer := testutil.TCPPair(t)
 			streams := make(chan *Stream, 1)
 			c := carry(t, ours, Config{OnStream: func(s *Stream) { streams <- s }})
 			peer.Write(frames.AppendSynStream(nil, 1, 0, newBlocks().block("a", "b")))
@@ -589,7 +589,7 @@ func TestHandOverOfEnds(t *testing.T) {
 
 // What lies in a resumed connection counts against the limits again, and against those of the old one no more.
 func TestHandOverTakesRoom(t *testing.T) {
-	ours, peer := tcpPair(t)
+	ours, peer := testutil.TCPPair(t)
 	streams := make(chan *Stream, 1)
 	before, after := &testutil.Room{}, &testutil.Room{}
 	c := carry(t, ours, Config{Room: before, OnStream: func(s *Stream) { streams <- s }})
@@ -819,7 +819,7 @@ func TestEachFieldOfAState(t *testing.T) {
 	noticed := map[string]bool{}
 	for _, e := range expectations() {
 		run := func(s State) error {
-			ours, peer := tcpPair(t)
+			ours, peer := testutil.TCPPair(t)
 			defer ours.Close()
 			c, err := Resume(ours, testutil.Reread(t, s), Config{OnStream: func(*Stream) {}})
 			if err != nil {

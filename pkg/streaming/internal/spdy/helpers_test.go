@@ -3,7 +3,6 @@ package spdy
 import (
 	"context"
 	"io"
-	"net"
 	"net/http"
 	"sync"
 	"testing"
@@ -22,26 +21,6 @@ func TestMain(m *testing.M) {
 
 // testTimeout only bounds tests that would hang.
 const testTimeout = 60 * time.Second
-
-// tcpPair returns both ends of a TCP connection on loopback.
-func tcpPair(t testing.TB) (a, b *net.TCPConn) {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	dialled, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	accepted, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { dialled.Close(); accepted.Close() })
-	return dialled.(*net.TCPConn), accepted.(*net.TCPConn)
-}
 
 // serve runs Serve until the test ends, and closes the connection then.
 func serve(t testing.TB, c *Conn) *Conn {
@@ -82,7 +61,7 @@ func echoConfig() Config {
 
 // pair connects two ends of this package.
 func pair(t testing.TB, server, client Config) (*Conn, *Conn) {
-	a, b := tcpPair(t)
+	a, b := testutil.TCPPair(t)
 	return serve(t, NewServer(a, nil, server)), serve(t, NewClient(b, nil, client))
 }
 

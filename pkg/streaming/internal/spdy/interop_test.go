@@ -55,7 +55,7 @@ func mobyConn(t testing.TB, conn net.Conn, server bool, handler spdystream.Strea
 // mobyClient connects a spdystream client to a server of ours.
 func mobyClient(t testing.TB, cfg Config) (*spdystream.Connection, *Conn) {
 	t.Helper()
-	a, b := tcpPair(t)
+	a, b := testutil.TCPPair(t)
 	ours := serve(t, NewServer(a, nil, cfg))
 	return mobyConn(t, b, false, spdystream.NoOpStreamHandler), ours
 }
@@ -317,7 +317,7 @@ func TestInteropOurCloseEndsThePeer(t *testing.T) {
 // of containerd and CRI-O do: the handler replies before it returns.
 func mobyServer(t testing.TB, handler func(*spdystream.Stream)) *Conn {
 	t.Helper()
-	a, b := tcpPair(t)
+	a, b := testutil.TCPPair(t)
 	mobyConn(t, a, true, func(s *spdystream.Stream) {
 		s.SendReply(http.Header{}, false)
 		go handler(s)
@@ -383,7 +383,7 @@ func TestInteropClientHeaders(t *testing.T) {
 }
 
 func TestInteropClientRefusedAndReset(t *testing.T) {
-	a, b := tcpPair(t)
+	a, b := testutil.TCPPair(t)
 	mobyConn(t, a, true, func(s *spdystream.Stream) {
 		if s.Headers().Get("refuse") != "" {
 			s.Refuse()
@@ -413,7 +413,7 @@ func TestInteropClientRefusedAndReset(t *testing.T) {
 }
 
 func TestInteropServerGoesAway(t *testing.T) {
-	a, b := tcpPair(t)
+	a, b := testutil.TCPPair(t)
 	server := mobyConn(t, a, true, func(s *spdystream.Stream) { s.SendReply(http.Header{}, false) })
 	client := NewClient(b, nil, Config{})
 	ended := make(chan error, 1)

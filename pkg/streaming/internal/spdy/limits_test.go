@@ -28,7 +28,7 @@ type rawPeer struct {
 }
 
 func newRawPeer(t testing.TB, cfg Config) (*rawPeer, *Conn) {
-	a, b := tcpPair(t)
+	a, b := testutil.TCPPair(t)
 	return &rawPeer{TCPConn: b, t: t}, serve(t, NewServer(a, nil, cfg))
 }
 
@@ -291,7 +291,7 @@ func TestOpenFloodWithoutReading(t *testing.T) {
 		"accepted": func(s *Stream) {},
 	} {
 		t.Run(name, func(t *testing.T) {
-			a, b := tcpPair(t)
+			a, b := testutil.TCPPair(t)
 			// Little, or most of the time goes into filling what the kernel would take. The peer's read buffer stays as
 			// it is: made smaller on a connection that stands, it now and then kept both sides' kernels from sending.
 			a.SetWriteBuffer(64 << 10)
@@ -325,7 +325,7 @@ func TestOpenFloodWithoutReading(t *testing.T) {
 }
 
 func TestServeEndsWithContext(t *testing.T) {
-	a, _ := tcpPair(t)
+	a, _ := testutil.TCPPair(t)
 	c := NewServer(a, nil, echoConfig())
 	ctx, cancel := context.WithCancelCause(context.Background())
 	ended := make(chan error, 1)

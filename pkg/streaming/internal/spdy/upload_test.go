@@ -32,7 +32,7 @@ func destinations(t *testing.T) map[string]func() destination {
 			return destination{to: write, from: read}
 		},
 		"socket": func() destination {
-			to, from := tcpPair(t)
+			to, from := testutil.TCPPair(t)
 			to.SetWriteBuffer(128 << 10)
 			from.SetReadBuffer(128 << 10)
 			return destination{to: to, from: from}

@@ -21,6 +21,7 @@ import (
 	gorilla "github.com/gorilla/websocket"
 	"github.com/moby/spdystream"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/holdback"
@@ -272,15 +273,6 @@ func (f *flow) check(t *testing.T, name string) {
 	}
 }
 
-func pipe(t *testing.T) (r, w *os.File) {
-	t.Helper()
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return r, w
-}
-
 // duplex is a stream with both flows: the pipes at the session's side, and what is done with them.
 type duplex struct {
 	up, down *flow
@@ -292,8 +284,8 @@ type duplex struct {
 
 func newDuplex(t *testing.T, name string, slowUp, slowDown, plain bool) *duplex {
 	d := &duplex{name: name, up: newFlow(slowUp), down: newFlow(slowDown), line: &line{plain: plain, outEnded: make(chan struct{})}}
-	d.inR, d.line.in = pipe(t)
-	d.line.out, d.outW = pipe(t)
+	d.inR, d.line.in = testutil.Pipe(t)
+	d.line.out, d.outW = testutil.Pipe(t)
 	return d
 }
 
@@ -357,22 +349,6 @@ func (s *session) handOvers() {
 		time.Sleep(rand.N(15 * time.Millisecond))
 		s.handOver()
 	}
-}
-
-func tcpPair(t *testing.T) (a, b net.Conn) {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	if a, err = net.Dial("tcp", l.Addr().String()); err != nil {
-		t.Fatal(err)
-	}
-	if b, err = l.Accept(); err != nil {
-		t.Fatal(err)
-	}
-	return a, b
 }
 
 func header(name string) http.Header { return http.Header{"Streamtype": {name}} }
@@ -446,13 +422,13 @@ func leaks(t *testing.T) {
 
 func TestHandOverSPDY(t *testing.T) {
 	leaks(t)
-	client, network := tcpPair(t)
+	client, network := testutil.TCPPair(t)
 	servedSPDY(t, network, spdy.Config{}, client)
 }
 
 func TestHandOverSPDYWithReceipts(t *testing.T) {
 	leaks(t)
-	client, network := tcpPair(t)
+	client, network := testutil.TCPPair(t)
 	servedSPDY(t, network, spdy.Config{Receipts: func(c *spdy.Conn) spdy.Receipts {
 		h := holdback.New()
 		h.Attach(c)
@@ -463,14 +439,14 @@ func TestHandOverSPDYWithReceipts(t *testing.T) {
 // A session with little room, where the connection is not read for much of the time.
 func TestHandOverSPDYWithoutRoom(t *testing.T) {
 	leaks(t)
-	client, network := tcpPair(t)
+	client, network := testutil.TCPPair(t)
 	servedSPDY(t, network, spdy.Config{StreamBuffer: 1, ConnBuffer: 1, Stall: time.Hour}, client)
 }
 
 // Our client's end, as the relay to the runtime is.
 func TestHandOverSPDYClient(t *testing.T) {
 	leaks(t)
-	network, server := tcpPair(t)
+	network, server := testutil.TCPPair(t)
 	s := newSession(t)
 	streams := threeStreams(t)
 	stop := make(chan struct{})

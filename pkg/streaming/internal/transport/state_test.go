@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
@@ -21,7 +22,7 @@ func kinds(t *testing.T) map[string]func() (Conn, io.ReadCloser) {
 	t.Helper()
 	return map[string]func() (Conn, io.ReadCloser){
 		"SPDY": func() (Conn, io.ReadCloser) {
-			client, network := tcpPair(t)
+			client, network := testutil.TCPPair(t)
 			return Streams{spdy.NewServer(network, nil, spdy.Config{})}, client
 		},
 		"tunnel": func() (Conn, io.ReadCloser) {
@@ -153,7 +154,7 @@ func TestStateOfAnotherVersion(t *testing.T) {
 
 // What a TLS library knows cannot be taken out.
 func TestTLSIsNotPortable(t *testing.T) {
-	client, network := tcpPair(t)
+	client, network := testutil.TCPPair(t)
 	conn := Streams{spdy.NewClient(tls.Client(network, &tls.Config{ServerName: "x"}), nil, spdy.Config{})}
 	if err := conn.Portable(); !errors.Is(err, ErrTLS) {
 		t.Errorf("portable: %v", err)

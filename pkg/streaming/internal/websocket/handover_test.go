@@ -762,10 +762,7 @@ func TestEachFieldOfAState(t *testing.T) {
 	eachField("", reflect.ValueOf(&ChannelsState{Channels: make([]ChannelState, 1)}).Elem(), func(name string, _ reflect.Value) { all[name] = true })
 	for _, e := range expectations() {
 		run := func(s ChannelsState) error {
-			a, b, err := tcpEnds()
-			if err != nil {
-				t.Fatal(err)
-			}
+			a, b := testutil.TCPPair(t)
 			defer a.Close()
 			c, err := Resume(a, s, Config{})
 			if err != nil {
@@ -803,19 +800,6 @@ func TestEachFieldOfAState(t *testing.T) {
 			t.Errorf("nobody misses %s", name)
 		}
 	}
-}
-
-func tcpEnds() (a, b net.Conn, err error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, nil, err
-	}
-	defer l.Close()
-	if a, err = net.Dial("tcp", l.Addr().String()); err != nil {
-		return nil, nil, err
-	}
-	b, err = l.Accept()
-	return a, b, err
 }
 
 // A state that is damaged is an error, or a connection that fails; never a panic.

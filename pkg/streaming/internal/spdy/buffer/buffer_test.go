@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"io"
 	"math/rand/v2"
-	"net"
 	"os"
 	"testing"
 	"testing/iotest"
@@ -84,21 +83,7 @@ func TestQueueLimits(t *testing.T) {
 
 // An Input that waits for bytes holds no buffer, and loses none of an incomplete frame.
 func TestInputParks(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	peer, err := net.Dial("tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer peer.Close()
-	conn, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
+	peer, conn := testutil.TCPPair(t)
 	for name, plain := range map[string]bool{"socket": false, "other": true} {
 		t.Run(name, func(t *testing.T) {
 			raw := socket.Raw(conn)

@@ -1,11 +1,11 @@
 package relay
 
 import (
-	"net"
 	"reflect"
 	"testing"
 	"time"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/rescue"
@@ -18,20 +18,7 @@ import (
 // frozenState is the state of a relay, with something in each field, whose connection nothing was sent on.
 func frozenState(t testing.TB, files *handover.Files) relayState {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	upstream, err := net.Dial("tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { upstream.Close() })
-	network, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, network := testutil.TCPPair(t)
 	conn := spdy.NewClient(network, nil, spdy.Config{})
 	var ids [5]uint32
 	for i := range ids {

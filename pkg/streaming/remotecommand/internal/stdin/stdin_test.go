@@ -1,61 +1,14 @@
 package stdin
 
 import (
-	"context"
 	"io"
-	"net"
-	"net/http"
-	"os"
-	"sync"
 	"testing"
 	"time"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/pkg/rescue"
-	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/spdytest"
 )
-
-// stream is a stream over a real connection: our end, and the client's.
-func stream(t *testing.T) (ours, client *spdy.Stream) {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	dialled, err := net.Dial("tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	accepted, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	opened := make(chan *spdy.Stream, 1)
-	server := spdy.NewServer(accepted, nil, spdy.Config{OnStream: func(s *spdy.Stream) { opened <- s }})
-	peer := spdy.NewClient(dialled, nil, spdy.Config{})
-	var served sync.WaitGroup
-	served.Go(func() { server.Serve(context.Background()) })
-	served.Go(func() { peer.Serve(context.Background()) })
-	t.Cleanup(func() {
-		peer.Close()
-		server.Close()
-		served.Wait()
-	})
-	if client, err = peer.OpenStream(http.Header{}); err != nil {
-		t.Fatal(err)
-	}
-	return <-opened, client
-}
-
-func pipe(t *testing.T) (r, w *os.File) {
-	t.Helper()
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { r.Close(); w.Close() })
-	return r, w
-}
 
 func say(t *testing.T, w io.Writer, text string) {
 	t.Helper()
@@ -67,8 +20,8 @@ func say(t *testing.T, w io.Writer, text string) {
 // The end of the client's input is the command's; then nothing is held, and all that is pending is what the command has
 // not read.
 func TestInputThatEnds(t *testing.T) {
-	ours, client := stream(t)
-	r, w := pipe(t)
+	ours, client := spdytest.Stream(t)
+	r, w := testutil.Pipe(t)
 	in, group := New(), rescue.Group{Report: rescue.Die}
 	defer in.Close()
 	in.Copy(&group, ours, w)
@@ -98,8 +51,8 @@ func TestInputThatEnds(t *testing.T) {
 
 // Input that was cut does not end for the command, as long as its end is held.
 func TestInputThatIsCut(t *testing.T) {
-	ours, client := stream(t)
-	r, w := pipe(t)
+	ours, client := spdytest.Stream(t)
+	r, w := testutil.Pipe(t)
 	in, group := New(), rescue.Group{Report: rescue.Die}
 	defer in.Close()
 	in.Copy(&group, ours, w)
