@@ -33,6 +33,9 @@ func TestGoroutinesAreRescued(t *testing.T) {
 	found := 0
 	for _, root := range rescued {
 		err := filepath.WalkDir(filepath.Join("../..", root), func(path string, entry fs.DirEntry, err error) error {
+			if err == nil && entry.IsDir() && strings.HasSuffix(path, "test") { // what tests share
+				return filepath.SkipDir
+			}
 			if err != nil || entry.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
 				return err
 			}
