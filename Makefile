@@ -58,6 +58,15 @@ e2e: peers kubernetes build ## kubectl against containerd and streamshim side by
 clients: client-packages peers kubernetes build test/clients/javascript/node_modules ## stock clients of other languages (Python, JavaScript) against a cluster with streamshim
 	STREAMSHIM_CLIENTS=1 go test -v -count 1 -timeout 15m ./test/clients
 
+.PHONY: ui-test
+ui-test: peers build ## the page of streamshim ui in a headless Chromium, on a real node; pictures in .artefacts/ui
+	@test/internal/setup.sh ui
+	STREAMSHIM_UI=1 STREAMSHIM_REAL=required go test -v -count 1 -timeout 15m ./test/ui
+
+.PHONY: ui-vendor
+ui-vendor: ## write pkg/ui/static/vendor, the page's libraries, from npm at pinned versions (committed: a build needs no npm)
+	@pkg/ui/vendor.sh
+
 .PHONY: client-packages
 client-packages:
 	@test/internal/setup.sh clients

@@ -38,6 +38,7 @@ for arch in amd64 arm64; do
   mkdir -p "$stage/docs"
   cp "bin/package/$arch/streamshim" LICENSE CHANGELOG.md SECURITY.md deploy/config.toml deploy/systemd/streamshim.service "$stage/"
   cp -r docs/. "$stage/docs/"
+  mkdir -p "$stage/ui/vendor" && cp pkg/ui/static/NOTICE "$stage/ui/" && cp pkg/ui/static/vendor/*.LICENSE "$stage/ui/vendor/"
   mkdir "$stage/man" && cp deploy/man/*.[58] "$stage/man/"
   cp -r bin/package/completion "$stage/"
   tar --sort=name --mtime="@$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owner --mode='u=rwX,go=rX' \

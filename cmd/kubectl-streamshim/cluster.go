@@ -20,28 +20,28 @@ import (
 
 const (
 	defaultNodeTimeout = 15 * time.Second
-	nodesAtOnce        = 16 // that are asked at the same time
+	nodesAtOnce        = 16 // how many nodes are asked at the same time
 	selector           = "app.kubernetes.io/name=streamshim,app.kubernetes.io/component=agent"
 	container          = "agent"
 )
 
-// cluster is the nodes that have an agent, by way of kubectl.
+// cluster asks the nodes that have an agent, by running kubectl.
 type cluster struct {
 	kubectl, context, kubeconfig string
-	agents                       string // their namespace
+	agents                       string // namespace of the agents
 	timeout                      time.Duration
 }
 
 // agent is a pod of the DaemonSet.
 type agent struct{ pod, node string }
 
-// on is something of a node.
+// on is an item of a node.
 type on[T any] struct {
 	agent agent
 	item  T
 }
 
-// command is a kubectl that ends with its context.
+// command returns a kubectl command that ends with the context.
 func (c *cluster) command(ctx context.Context, args ...string) *exec.Cmd {
 	if c.context != "" {
 		args = append([]string{"--context=" + c.context}, args...)
@@ -96,12 +96,12 @@ func (c *cluster) running(ctx context.Context) ([]agent, error) {
 	return agents, nil
 }
 
-// exec is kubectl exec of streamshim in an agent's container.
+// exec returns the arguments of a kubectl exec that runs "streamshim sessions" in an agent's container.
 func (c *cluster) exec(a agent, flags []string, args ...string) []string {
 	return append(append(append([]string{"exec", "--namespace=" + c.agents, a.pod, "--container=" + container}, flags...), "--", "streamshim", "sessions"), args...)
 }
 
-// all asks every node. What some have answered comes with the errors of the others.
+// all asks every node. It returns the answers of some nodes together with the errors of others.
 func all[T any](ctx context.Context, c *cluster, ask func(context.Context, agent) ([]T, error)) ([]on[T], error) {
 	agents, err := c.running(ctx)
 	if err != nil {
@@ -155,8 +155,8 @@ func (c *cluster) recordings(ctx context.Context) ([]on[admin.Recording], error)
 	})
 }
 
-// session is the one whose ID begins so. A node that does not answer is an error only when the session is on
-// none of the others.
+// session returns the session whose ID begins with id. A node that does not answer is an error only if no other node has
+// the session.
 func (c *cluster) session(ctx context.Context, id string) (on[admin.Session], error) {
 	sessions, err := c.sessions(ctx)
 	var found []on[admin.Session]
@@ -174,7 +174,7 @@ func (c *cluster) session(ctx context.Context, id string) (on[admin.Session], er
 	return on[admin.Session]{}, errors.Join(fmt.Errorf("no live session %q; it may have ended", id), err)
 }
 
-// attach runs streamshim in an agent with the user's own streams, and with a terminal where there is one.
+// attach runs "streamshim sessions" in an agent with the user's own streams, and with a terminal if the user has one.
 func (c *cluster) attach(ctx context.Context, a agent, out io.Writer, args ...string) error {
 	var flags []string
 	terminal := term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stdout.Fd()))
@@ -189,7 +189,7 @@ func (c *cluster) attach(ctx context.Context, a agent, out io.Writer, args ...st
 	err := command.Run()
 	var ended *exec.ExitError
 	if errors.As(err, &ended) {
-		return errors.New("see above") // kubectl and streamshim have said it
+		return errors.New("see above") // kubectl or streamshim has printed the error
 	}
 	return err
 }

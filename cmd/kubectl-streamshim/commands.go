@@ -21,8 +21,8 @@ func newListCommand(c *cluster) *cobra.Command {
 	namespace := command.Flags().StringP("namespace", "n", "", "only those in pods of this `namespace`")
 	pod := command.Flags().String("pod", "", "only those in this `pod`")
 	output := command.Flags().StringP("output", "o", "", "json")
-	watch := command.Flags().BoolP("watch", "w", false, "go on until interrupted")
-	interval := command.Flags().Duration("interval", 3*time.Second, "`time` between two looks of --watch")
+	watch := command.Flags().BoolP("watch", "w", false, "repeat until interrupted")
+	interval := command.Flags().Duration("interval", 3*time.Second, "`time` after which --watch repeats")
 	command.RunE = func(cmd *cobra.Command, _ []string) error {
 		for {
 			sessions, err := c.sessions(cmd.Context())
@@ -37,7 +37,7 @@ func newListCommand(c *cluster) *cobra.Command {
 				return printErr
 			}
 			if !*watch {
-				return err // of nodes that have not answered
+				return err // the errors of nodes that have not answered
 			}
 			if err != nil {
 				fmt.Fprintln(cmd.ErrOrStderr(), printableLines(err.Error()))
@@ -52,7 +52,7 @@ func newListCommand(c *cluster) *cobra.Command {
 	return command
 }
 
-// nodeSession is a session in JSON, with the node it is on.
+// nodeSession is a session with its node, for JSON.
 type nodeSession struct {
 	Node string `json:"node"`
 	admin.Session
@@ -83,7 +83,7 @@ func printSessions(out io.Writer, sessions []on[admin.Session], output string) e
 }
 
 func newShowCommand(c *cluster) *cobra.Command {
-	return &cobra.Command{Use: "show ID", Short: "Print all that is known of one session, as JSON", Args: cobra.ExactArgs(1),
+	return &cobra.Command{Use: "show ID", Short: "Print everything about one session, as JSON", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := c.session(cmd.Context(), args[0])
 			if err != nil {
@@ -94,7 +94,7 @@ func newShowCommand(c *cluster) *cobra.Command {
 }
 
 func newWatchCommand(c *cluster) *cobra.Command {
-	command := &cobra.Command{Use: "watch ID", Short: "See what a session's terminal shows from now on", Args: cobra.ExactArgs(1)}
+	command := &cobra.Command{Use: "watch ID", Short: "Show what a session's terminal shows from now on", Args: cobra.ExactArgs(1)}
 	escapes := addEscapes(command)
 	command.RunE = func(cmd *cobra.Command, args []string) error {
 		s, err := c.session(cmd.Context(), args[0])
@@ -108,7 +108,7 @@ func newWatchCommand(c *cluster) *cobra.Command {
 
 func newEndCommand(c *cluster) *cobra.Command {
 	command := &cobra.Command{Use: "end ID", Aliases: []string{"kill"}, Short: "End a session, or signal its process", Args: cobra.ExactArgs(1)}
-	signal := command.Flags().StringP("signal", "s", "", "`name` or number of a signal for the process, in the place of the session's end")
+	signal := command.Flags().StringP("signal", "s", "", "`name` or number of a signal for the process, instead of ending the session")
 	command.RunE = func(cmd *cobra.Command, args []string) error {
 		s, err := c.session(cmd.Context(), args[0])
 		if err != nil {
@@ -125,7 +125,7 @@ func newEndCommand(c *cluster) *cobra.Command {
 }
 
 func newRecordingsCommand(c *cluster) *cobra.Command {
-	command := &cobra.Command{Use: "recordings", Short: "List the recordings that are kept on the nodes, newest first", Args: cobra.NoArgs}
+	command := &cobra.Command{Use: "recordings", Short: "List the recordings on the nodes, newest first", Args: cobra.NoArgs}
 	namespace := command.Flags().StringP("namespace", "n", "", "only those of pods in this `namespace`")
 	command.RunE = func(cmd *cobra.Command, _ []string) error {
 		recordings, err := c.recordings(cmd.Context())
@@ -164,9 +164,9 @@ func newReplayCommand(c *cluster) *cobra.Command {
 	return command
 }
 
-// addEscapes is the flag that is handed on to streamshim.
+// addEscapes adds the flag --escapes, and returns a function that returns it for streamshim.
 func addEscapes(command *cobra.Command) func() []string {
-	value := command.Flags().String("escapes", "", "`show` prints what a container would say to this terminal in the place of obeying it")
+	value := command.Flags().String("escapes", "", "`show` prints a container's escape sequences instead of obeying them")
 	return func() []string {
 		if *value == "" {
 			return nil
@@ -175,7 +175,7 @@ func addEscapes(command *cobra.Command) func() []string {
 	}
 }
 
-// printableLines is session.Printable for a text of several lines.
+// printableLines applies session.Printable to each line.
 func printableLines(text string) string {
 	lines := strings.Split(text, "\n")
 	for i := range lines {

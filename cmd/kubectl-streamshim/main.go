@@ -1,7 +1,6 @@
-// Command kubectl-streamshim is a kubectl plugin: who is in which pod over the whole cluster, and watching,
-// ending and replaying sessions. It asks the DaemonSet's pods (deploy/helm), by kubectl itself, so that
-// contexts, credentials and proxies are kubectl's, and who may do what is the cluster's RBAC: the right to
-// exec into those pods.
+// Command kubectl-streamshim is a kubectl plugin. It lists who is in which pod of a cluster, and watches, ends and replays
+// sessions. It runs kubectl to ask the DaemonSet's pods (deploy/helm), so it uses kubectl's contexts, credentials and
+// proxies. The cluster's RBAC decides who may use it: it needs the right to exec into those pods.
 package main
 
 import (
@@ -30,14 +29,14 @@ func newCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "kubectl-streamshim",
 		Short: "Who is in which pod: live exec, attach and port-forward sessions of a cluster",
-		Long: `kubectl streamshim shows the live exec, attach and port-forward sessions of all nodes that have streamshim's
-DaemonSet, and watches, ends and replays them. It needs the right to list the DaemonSet's pods and to exec
-into them ("create" on pods/exec in their namespace), which is the right to see and end every session.`,
+		Long: `kubectl streamshim lists the live exec, attach and port-forward sessions of all nodes that have streamshim's DaemonSet,
+and watches, ends and replays them. It needs the right to list the DaemonSet's pods and to exec into them ("create" on
+pods/exec in their namespace). Whoever has that right can see and end every session.`,
 		Version:       version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	// kubectl looks for completions under the plugin's own name; this is what its help shows.
+	// Use must be the plugin's own name, by which kubectl looks for completions. The help shows this name.
 	root.Annotations = map[string]string{cobra.CommandDisplayNameAnnotation: "kubectl streamshim"}
 	c := &cluster{}
 	flags := root.PersistentFlags()

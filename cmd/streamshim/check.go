@@ -14,10 +14,9 @@ import (
 func newCheckCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "check",
-		Short: "Is this node ready for streamshim? What is missing, and how to mend it",
-		Long: `check looks at the runtime behind streamshim, its OCI runtime, the kernel, the sockets and the kubelet's
-configuration, and says what to do about what is wrong. It changes nothing. It fails when streamshim
-could not work.`,
+		Short: "Check whether this node is ready for streamshim, and say how to fix what is not",
+		Long: `check examines the runtime behind streamshim, its OCI runtime, the kernel, the sockets and the kubelet's
+configuration. For each problem it says what to do. It changes nothing. It fails if streamshim could not work.`,
 		Args: cobra.NoArgs,
 	}
 	settings := addSettings(command.Flags())
@@ -28,7 +27,7 @@ could not work.`,
 			return err
 		}
 		if c.Upstream == "" {
-			c.Upstream, _ = findUpstream() // the checks say that there is none
+			c.Upstream, _ = findUpstream() // if there is none, a check reports it
 		}
 		bad, err := printChecks(cmd.OutOrStdout(), check.Run(cmd.Context(), c, *kubeletConfig))
 		if err != nil {
@@ -47,8 +46,8 @@ func printChecks(to io.Writer, results []check.Result) (bad int, err error) {
 	table := tabwriter.NewWriter(to, 0, 0, 2, ' ', 0)
 	for _, r := range results {
 		fmt.Fprintf(table, "%s\t%s\t%s\n", r.Level, r.Name, r.Detail)
-		if r.Level != check.OK && r.Mend != "" {
-			fmt.Fprintf(table, "\t\t-> %s\n", r.Mend)
+		if r.Level != check.OK && r.Fix != "" {
+			fmt.Fprintf(table, "\t\t-> %s\n", r.Fix)
 		}
 		if r.Level == check.Failed {
 			bad++

@@ -10,7 +10,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// addVisible adds the flag by which escapes are shown, and returns what wraps the output accordingly.
+// addVisible adds the flag --escapes, and returns a function that wraps the output accordingly.
 func addVisible(command *cobra.Command) func(io.Writer) io.Writer {
 	mode := escapesMode("obey")
 	command.Flags().Var(&mode, "escapes", "`obey` them, or show them as text: \\x1b[31m (obey or show)")
@@ -34,12 +34,11 @@ func (m *escapesMode) Set(s string) error {
 	return nil
 }
 
-// escapeWriter writes text of which a terminal obeys nothing but the ends of lines and tabs. Whatever else is
-// not printable, such as an escape, U+009B or U+202E, is written as Go writes it in a string. Characters may be
-// cut between two calls.
+// escapeWriter writes text so that a terminal obeys only line ends and tabs. It writes all other characters that are not
+// printable, such as ESC, U+009B and U+202E, as in a Go string. A character may be split between two calls.
 type escapeWriter struct {
 	out  io.Writer
-	rest []byte // the beginning of a character
+	rest []byte // the beginning of a split character
 }
 
 // Write implements io.Writer.
@@ -56,7 +55,7 @@ func (w *escapeWriter) Write(p []byte) (int, error) {
 		switch {
 		case r == '\n':
 			safe.WriteString("\r\n")
-		case r == '\r': // of the end of a line; alone it would let what follows overwrite the line
+		case r == '\r': // without \n it would let what follows overwrite the line
 			if len(text) > 1 && text[1] != '\n' {
 				safe.WriteString("\\r")
 			}

@@ -27,17 +27,16 @@ import (
 func newNodeCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "node",
-		Short: "Install streamshim on this node and take it away, with the kubelet",
-		Long: `node puts streamshim on a node without a package: the program, its systemd unit and its configuration. It
-points the kubelet at streamshim, and goes back by itself when the node is not Ready within a time.`,
+		Short: "Install or uninstall streamshim on this node, and configure the kubelet",
+		Long: `node installs streamshim on a node without a package: the program, its systemd unit and its configuration. It
+points the kubelet at streamshim, and reverts everything if the node does not become Ready in time.`,
 		Args: cobra.NoArgs,
 	}
 	command.AddCommand(newNodeInstallCommand(), newNodeUninstallCommand(), newNodeAgentCommand())
 	return command
 }
 
-// nodeFlags say what to install where. Those of the agent are handed on to the command that it runs on
-// the node.
+// nodeFlags say what to install where. The agent passes its own to the command that it runs on the node.
 type nodeFlags struct {
 	prefix, unitDir, configFile, stateFile, listen, upstream string
 	kind, kubeletConfig, kubeletService, systemctl           string
@@ -51,23 +50,23 @@ func addNodeFlags(flags *pflag.FlagSet) *nodeFlags {
 	flags.StringVar(&f.prefix, "prefix", "/opt/streamshim", "`folder` on the node for the program")
 	flags.StringVar(&f.unitDir, "unit-dir", "/etc/systemd/system", "`folder` on the node for the systemd unit")
 	flags.StringVar(&f.configFile, "config", config.DefaultFile, "configuration `file` of streamshim on the node")
-	flags.StringVar(&f.stateFile, "state", "/var/lib/streamshim/install.json", "`file` on the node that keeps what was done")
+	flags.StringVar(&f.stateFile, "state", "/var/lib/streamshim/install.json", "`file` on the node that records what was done")
 	flags.StringVar(&f.listen, "listen", config.Default().Listen, "`socket` that the kubelet is pointed at")
-	flags.StringVar(&f.upstream, "upstream", "", "`socket` of the runtime (default: the one that the kubelet had)")
-	flags.StringVar(&f.kind, "kubelet", "", "`kind` of kubelet: plain, k3s or rke2 (default: what runs)")
-	flags.StringVar(&f.kubeletConfig, "kubelet-config", "", "the kubelet's configuration `file` (default: what its command line says)")
+	flags.StringVar(&f.upstream, "upstream", "", "`socket` of the runtime (default: the one that the kubelet used)")
+	flags.StringVar(&f.kind, "kubelet", "", "`kind` of kubelet: plain, k3s or rke2 (default: the one that runs)")
+	flags.StringVar(&f.kubeletConfig, "kubelet-config", "", "the kubelet's configuration `file` (default: the one in its command line)")
 	flags.StringVar(&f.kubeletService, "kubelet-service", "", "the kubelet's systemd `unit` (default kubelet.service, or that of k3s or rke2)")
-	flags.StringVar(&f.systemctl, "systemctl", "systemctl", "`program` that takes systemctl's verbs")
-	flags.StringVar(&f.kubeconfig, "kubeconfig", "", "`file` by which to ask whether the node is Ready (default: the kubelet's own)")
+	flags.StringVar(&f.systemctl, "systemctl", "systemctl", "`program` that accepts systemctl's commands")
+	flags.StringVar(&f.kubeconfig, "kubeconfig", "", "`file` for asking whether the node is Ready (default: the kubelet's own)")
 	flags.StringVar(&f.nodeName, "node-name", os.Getenv("NODE_NAME"), "`name` of this node in the cluster (default: $NODE_NAME, or the kubelet's, or the host's)")
-	flags.StringVar(&f.serviceAccount, "service-account", "", "`folder` with a token and ca.crt, in the place of --kubeconfig")
+	flags.StringVar(&f.serviceAccount, "service-account", "", "`folder` with a token and ca.crt, instead of --kubeconfig")
 	flags.StringVar(&f.apiServer, "api-server", "", "`URL` of the API server for --service-account (default: $KUBERNETES_SERVICE_HOST)")
-	flags.StringVar(&f.configuration, "configuration", "", "`file` whose text becomes the node's configuration (default: the node's is left alone)")
-	flags.DurationVar(&f.readyTimeout, "ready-timeout", 3*time.Minute, "`time` for the node to be Ready again before the kubelet goes back")
+	flags.StringVar(&f.configuration, "configuration", "", "`file` whose text becomes the node's configuration (default: it is not changed)")
+	flags.DurationVar(&f.readyTimeout, "ready-timeout", 3*time.Minute, "`time` for the node to be Ready again before the change is reverted")
 	return f
 }
 
-// installer finds out what node this is.
+// installer returns an installer for this node, and a function that releases it.
 func (f *nodeFlags) installer(ctx context.Context) (*nodeinstall.Installer, func() error, error) {
 	if os.Geteuid() != 0 {
 		return nil, nil, errors.New("run it as root")
@@ -111,7 +110,7 @@ func (f *nodeFlags) installer(ctx context.Context) (*nodeinstall.Installer, func
 		}
 		configuration = string(text)
 	}
-	program, err := os.Open("/proc/self/exe") // also where its path means another file
+	program, err := os.Open("/proc/self/exe") // this program, even if its path is another file by now
 	if err != nil {
 		return nil, nil, err
 	}
@@ -128,11 +127,11 @@ func newNodeInstallCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "install",
 		Short: "Install or upgrade streamshim on this node and point the kubelet at it",
-		Long: `install puts this program, its systemd unit and its configuration on the node, starts it, runs "streamshim
-check", points the kubelet at it, restarts the kubelet, and waits for the node to be Ready. What does not
-work is undone, and the same version and configuration are not tried again.
+		Long: `install copies this program, its systemd unit and its configuration to the node, starts it, runs "streamshim check",
+points the kubelet at it, restarts the kubelet, and waits for the node to be Ready. If a step fails, everything is
+reverted, and the same version and configuration are not tried again.
 
-The kubelet of kubeadm, of K3s and of RKE2 is found; for another one name its configuration and its unit.`,
+It finds the kubelets of kubeadm, K3s and RKE2. For another one, name its configuration and its unit.`,
 		Args: cobra.NoArgs,
 	}
 	flags := addNodeFlags(command.Flags())
@@ -154,10 +153,10 @@ The kubelet of kubeadm, of K3s and of RKE2 is found; for another one name its co
 func newNodeUninstallCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "uninstall",
-		Short: "Point the kubelet back at its runtime and remove what install has put on this node",
-		Long: `uninstall points the kubelet back at its runtime, restarts it, waits for the node to be Ready, and removes
-what "streamshim node install" has put there. Audit log and recordings stay. If the node is not Ready in
-time, the kubelet talks to streamshim again and everything stays.`,
+		Short: "Point the kubelet back at its runtime and remove what install has installed",
+		Long: `uninstall points the kubelet back at its runtime, restarts it, waits for the node to be Ready, and removes what
+"streamshim node install" has installed. Audit log and recordings stay. If the node is not Ready in time, the kubelet is
+pointed at streamshim again, and nothing is removed.`,
 		Args: cobra.NoArgs,
 	}
 	flags := addNodeFlags(command.Flags())
@@ -172,7 +171,7 @@ time, the kubelet talks to streamshim again and everything stays.`,
 	return command
 }
 
-// agentTimeouts of the small server of an agent.
+// Timeouts of the agent's HTTP server.
 const (
 	agentHeaderTimeout   = 10 * time.Second
 	agentShutdownTimeout = 5 * time.Second
@@ -186,24 +185,24 @@ type agent struct {
 	interval  time.Duration
 	host      int // process whose namespaces are the node's
 	log       *slog.Logger
-	settled   atomic.Bool // the node is as it should be
+	settled   atomic.Bool // the last install or uninstall has succeeded
 }
 
 func newNodeAgentCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "agent",
-		Short: "What runs in the pods of the DaemonSet: install on the node, and see that it stays so",
-		Long: `agent runs "streamshim node install" (or, with --uninstall, "uninstall") in the namespaces of the node's
-first process, for which its pod needs hostPID and to be privileged, and looks again at each interval. A
-failure ends it, so that the DaemonSet's rollout stops at this node.
+		Short: "Install on the node and keep it so, as the DaemonSet's pods do",
+		Long: `agent runs "streamshim node install" (or, with --uninstall, "uninstall") in the namespaces of the node's first process,
+and again at each interval. Its pod needs hostPID and must be privileged. A failure ends it, so that the DaemonSet's
+rollout stops at this node.
 
-It serves /readyz, and at /metrics what streamshim serves at its loopback address on the node.`,
+It serves /readyz, and at /metrics the metrics that streamshim serves at its loopback address on the node.`,
 		Args: cobra.NoArgs,
 	}
 	a := &agent{flagSet: command.Flags()}
 	a.flags = addNodeFlags(command.Flags())
-	command.Flags().BoolVar(&a.uninstall, "uninstall", false, "take streamshim away")
-	command.Flags().DurationVar(&a.interval, "interval", 5*time.Minute, "`time` after which to look at the node again")
+	command.Flags().BoolVar(&a.uninstall, "uninstall", false, "uninstall streamshim")
+	command.Flags().DurationVar(&a.interval, "interval", 5*time.Minute, "`time` after which to check the node again")
 	command.Flags().IntVar(&a.host, "host-process", 1, "`pid` of a process in the node's namespaces")
 	address := command.Flags().String("serve", ":9478", "`address` of /readyz and /metrics in the pod")
 	metrics := command.Flags().String("node-metrics", "127.0.0.1:9477", "metrics_address of streamshim on the node")
@@ -253,7 +252,7 @@ func (a *agent) handler(metrics string) http.Handler {
 	return mux
 }
 
-// run keeps the node as it should be until the context ends.
+// run calls once at each interval until the context ends.
 func (a *agent) run(ctx context.Context) error {
 	tick := time.NewTicker(a.interval)
 	defer tick.Stop()
@@ -271,8 +270,8 @@ func (a *agent) run(ctx context.Context) error {
 	}
 }
 
-// once runs this program on the node. Folders of the pod are handed over as open files, because the
-// node's mount namespace has not got them.
+// once runs "node install" or "node uninstall" on the node. It passes folders of the pod as open files, because they do not
+// exist in the node's mount namespace.
 func (a *agent) once(ctx context.Context) error {
 	verb := "install"
 	if a.uninstall {
@@ -313,12 +312,12 @@ func (a *agent) once(ctx context.Context) error {
 	if failed != nil {
 		return failed
 	}
-	// The node's search path, for systemctl; the pod's says nothing about the node.
+	// For systemctl, the PATH of the node is needed, not that of the pod.
 	command := exec.CommandContext(ctx, fmt.Sprintf("/proc/%d/exe", os.Getpid()), args...)
 	command.Env = append(os.Environ(), "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	command.Dir = "/"
 	command.Stdout, command.Stderr, command.ExtraFiles = os.Stdout, os.Stderr, files
-	command.Cancel = func() error { return command.Process.Signal(syscall.SIGTERM) } // a move is brought to its end
+	command.Cancel = func() error { return command.Process.Signal(syscall.SIGTERM) } // it completes or reverts its change
 	if err := nodeinstall.StartOnHost(a.host, command); err != nil {
 		return err
 	}

@@ -16,20 +16,20 @@ func newServeCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "serve",
 		Short: "Serve CRI on a Unix socket until SIGTERM",
-		Long: `serve listens for CRI calls on --listen and passes them on to --upstream, except Exec, ExecSync, Attach
-and PortForward, which it serves itself. It prints one line when it is ready and tells systemd.
+		Long: `serve listens for CRI calls on --listen. It serves Exec, ExecSync, Attach and PortForward itself, and forwards all
+other calls to --upstream. When it is ready, it prints one line and notifies systemd.
 
-SIGTERM ends it, at the latest after shutdown.drain: as long as sessions run, which may go on until then, new ones
-are taken too. Sessions that are left end with a status that says so. A second SIGTERM ends it at once.
+SIGTERM ends it, at the latest after shutdown.drain. Until then running sessions may continue, and as long as there are
+any, new ones are accepted. Sessions that are left then end with a status that says so. A second SIGTERM ends it at once.
 
-SIGHUP reads the configuration again and takes over limits, rules, timeouts, log level, audit and
-recording, without touching live sessions. A file with a mistake is refused, and the old configuration
-stays. Settings that need a restart are named in the log; "streamshim upgrade" takes them over, too.
+SIGHUP reads the configuration again and applies limits, rules, timeouts, log level, audit and recording, without
+touching live sessions. A file with a mistake is rejected, and the old configuration stays. The log names settings that
+need a restart. "streamshim upgrade" applies these too.
 
-When another version has been installed in the place of the one that runs, SIGHUP has it take over, with all
-sessions: see "streamshim upgrade --help".
+If another version has been installed over the running one, SIGHUP makes it take over, with all sessions: see
+"streamshim upgrade --help".
 
-Flags win over the configuration file, the file over the defaults.`,
+Flags override the configuration file, which overrides the defaults.`,
 		Args: cobra.NoArgs,
 	}
 	settings := addSettings(command.Flags())
@@ -70,8 +70,8 @@ func addSettings(flags *pflag.FlagSet) *settings {
 	return s
 }
 
-// read is the configuration from defaults, file and override, which may be nil. A file that was there once is
-// missed from then on: a reload while it is moved away must not drop rules and audit.
+// read returns the configuration from defaults, file and override, which may be nil. Once the default file was read, it
+// must exist: a reload while it is moved away must not drop rules and audit.
 func (s *settings) read(override func(*config.Config)) (config.Config, error) {
 	c := config.Default()
 	if s.file == "" {
@@ -89,8 +89,8 @@ func (s *settings) read(override func(*config.Config)) (config.Config, error) {
 	return c, c.Validate()
 }
 
-// load is the configuration from defaults, file and flags, in this order. Its upstream may be empty;
-// see findUpstream.
+// load returns the configuration from defaults, file and flags, in this order. Its upstream may be empty; see
+// findUpstream.
 func (s *settings) load(flags *pflag.FlagSet) (config.Config, error) {
 	return s.read(func(c *config.Config) { s.override(c, flags) })
 }
@@ -120,13 +120,13 @@ var upstreamPlaces = []string{
 	"/run/crio/crio.sock",
 }
 
-// findUpstream is for a configuration that does not name the upstream.
+// findUpstream returns the first of upstreamPlaces that exists, for a configuration that does not name the upstream.
 func findUpstream() (string, error) {
 	for _, path := range upstreamPlaces {
 		if info, err := os.Stat(path); err == nil && info.Mode().Type() == os.ModeSocket {
 			return "unix://" + path, nil
 		}
 	}
-	return "", fmt.Errorf("no container runtime found: none of %s is there; start the runtime or name its socket with --upstream",
+	return "", fmt.Errorf("no container runtime found: none of %s exists; start the runtime or name its socket with --upstream",
 		strings.Join(upstreamPlaces, ", "))
 }

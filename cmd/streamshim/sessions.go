@@ -28,7 +28,7 @@ import (
 func newSessionsCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "sessions",
-		Short: "See, watch and end live sessions; play recordings",
+		Short: "List, watch and end live sessions; play recordings",
 		Long: `sessions talks to a running "streamshim serve" through its admin socket, which only root may open.
 An ID may be shortened as long as it is unique.`,
 		Args: cobra.NoArgs,
@@ -51,7 +51,7 @@ An ID may be shortened as long as it is unique.`,
 	return command
 }
 
-// adminSocket is the path of the admin socket: as named, or as the configuration says.
+// adminSocket returns the path of the admin socket: that of the address, or if that is empty the configured one.
 func adminSocket(address, file string) (string, error) {
 	if address == "" {
 		c, err := (&settings{file: file}).read(nil)
@@ -59,7 +59,7 @@ func adminSocket(address, file string) (string, error) {
 			return "", fmt.Errorf("%w; --admin names the socket without it", err)
 		}
 		if c.Admin == "" {
-			return "", errors.New("streamshim's configuration turns the admin socket off (admin = \"\")")
+			return "", errors.New("streamshim's configuration disables the admin socket (admin = \"\")")
 		}
 		address = c.Admin
 	}
@@ -72,7 +72,7 @@ func adminSocket(address, file string) (string, error) {
 
 type clientCommand = func(func(cmd *cobra.Command, c *admin.Client, args []string) error) func(*cobra.Command, []string) error
 
-// listInterval is how often "list --watch" looks.
+// listInterval is how often "list --watch" asks for the sessions.
 const listInterval = time.Second
 
 func newListCommand(withClient clientCommand) *cobra.Command {
@@ -83,7 +83,7 @@ func newListCommand(withClient clientCommand) *cobra.Command {
 		Args:    cobra.NoArgs,
 	}
 	output := command.Flags().StringP("output", "o", "", "json or wide")
-	watch := command.Flags().BoolP("watch", "w", false, "go on until interrupted: on a terminal every second, otherwise whenever a session has begun or ended")
+	watch := command.Flags().BoolP("watch", "w", false, "repeat until interrupted: on a terminal every second, otherwise whenever a session begins or ends")
 	command.RunE = withClient(func(cmd *cobra.Command, c *admin.Client, _ []string) error {
 		if !slices.Contains([]string{"", "json", "wide"}, *output) {
 			return fmt.Errorf("--output %q is neither json nor wide", *output)
@@ -179,7 +179,7 @@ func printSessions(out io.Writer, sessions []admin.Session, output string) error
 
 const maxCommandColumn = 40
 
-// oneSession wants one ID, and says where to find it.
+// oneSession requires one ID. Its error says where to find it.
 func oneSession(_ *cobra.Command, args []string) error {
 	if len(args) != 1 {
 		return errors.New("name one session by its ID, as \"streamshim sessions list\" shows it; it may be shortened")
@@ -187,7 +187,7 @@ func oneSession(_ *cobra.Command, args []string) error {
 	return nil
 }
 
-// sessionIDs completes IDs from the live sessions, with a word about each.
+// sessionIDs completes IDs from the live sessions, with a description of each.
 func sessionIDs(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 	address, addressErr := cmd.Flags().GetString("admin")
 	file, fileErr := cmd.Flags().GetString("config")
@@ -210,13 +210,13 @@ func sessionIDs(cmd *cobra.Command, args []string, _ string) ([]string, cobra.Sh
 	return ids, cobra.ShellCompDirectiveNoFileComp
 }
 
-// completionTimeout bounds how long the shell waits for IDs.
+// completionTimeout bounds how long a shell waits for completions.
 const completionTimeout = 2 * time.Second
 
 func newShowCommand(withClient clientCommand) *cobra.Command {
 	return &cobra.Command{
 		Use:               "show ID",
-		Short:             "Print all that is known of one session, as JSON",
+		Short:             "Print everything about one session, as JSON",
 		Args:              oneSession,
 		ValidArgsFunction: sessionIDs,
 		RunE: withClient(func(cmd *cobra.Command, c *admin.Client, args []string) error {
@@ -233,9 +233,8 @@ func newKillCommand(withClient clientCommand) *cobra.Command {
 	command := &cobra.Command{
 		Use:   "kill ID",
 		Short: "End a session, or signal its process",
-		Long: `kill ends a session: its client is told that an operator ended it, and its process is treated as when
-a client has gone (exec.on_disconnect). With --signal the session stays, and its process gets the
-signal.`,
+		Long: `kill ends a session. Its client is told that an operator ended it, and its process is treated as if the client had gone
+(exec.on_disconnect). With --signal, the session stays, and its process gets the signal.`,
 		Args:              oneSession,
 		ValidArgsFunction: sessionIDs,
 	}
@@ -268,7 +267,7 @@ func parseSignal(name string) (syscall.Signal, error) {
 func newRecordingsCommand(withClient clientCommand) *cobra.Command {
 	command := &cobra.Command{
 		Use:   "recordings",
-		Short: "List the recordings that are kept on this node, newest first",
+		Short: "List the recordings on this node, newest first",
 		Args:  cobra.NoArgs,
 	}
 	output := command.Flags().StringP("output", "o", "", "json")
@@ -298,9 +297,9 @@ func newReplayCommand(withClient clientCommand) *cobra.Command {
 	command := &cobra.Command{
 		Use:   "replay FILE|NAME",
 		Short: "Play a recording in this terminal",
-		Long: `replay plays a recording in this terminal, with its pauses: a file, or one of "sessions recordings" by its
-name there. What it shows speaks to this terminal; of a container that is not trusted, --escapes=show
-prints escapes instead of obeying them.`,
+		Long: `replay plays a recording in this terminal, with its pauses. It is a file, or the name of one in "sessions recordings".
+The output controls this terminal. For a container that is not trusted, --escapes=show prints escape sequences instead
+of obeying them.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
 				return errors.New("name one recording, a file that ends with " + recording.Suffix)
@@ -329,7 +328,7 @@ prints escapes instead of obeying them.`,
 		defer file.Close() //nolint:errcheck // only read
 		ctx, stop := untilSignal(cmd.Context())
 		defer stop()
-		defer context.AfterFunc(ctx, func() { file.Close() })() // a FIFO may have nothing to read
+		defer context.AfterFunc(ctx, func() { file.Close() })() // unblocks a read of a FIFO
 		defer borrowTerminal(os.Stdin, cmd.OutOrStdout())()
 		err = play(ctx, visible(cmd.OutOrStdout()), file, &pace{speed: *speed, idle: *idle})
 		if ctx.Err() != nil {
@@ -367,8 +366,8 @@ func (p *pace) wait(ctx context.Context, at time.Duration) error {
 	}
 }
 
-// play writes the output in an asciicast, with its pauses or, without a pace, as it comes. Gaps and
-// the end are shown in brackets on the terminal's error stream.
+// play writes the output in an asciicast, with its pauses, or without a pace as it arrives. It writes markers, such as gaps
+// and the end, in brackets to stderr.
 func play(ctx context.Context, out io.Writer, from io.Reader, p *pace) error {
 	cast, err := asciicast.NewReader(from)
 	if err != nil {
@@ -417,7 +416,7 @@ func shorten(s string, most int) string {
 	return s
 }
 
-// age is a duration as people say it, with two digits or so.
+// age returns a duration in a short form, such as 90s or 3h05m.
 func age(seconds float64) string {
 	switch d := time.Duration(seconds * float64(time.Second)); {
 	case d < 2*time.Minute:

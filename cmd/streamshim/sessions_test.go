@@ -41,7 +41,7 @@ func TestAdminSocket(t *testing.T) {
 	for _, test := range []struct{ address, file, want, problem string }{
 		{"unix:///named.sock", on, "/named.sock", ""},
 		{"", on, "/from/file.sock", ""},
-		{"", off, "", "turns the admin socket off"},
+		{"", off, "", "disables the admin socket"},
 		{"", filepath.Join(dir, "none"), "", "none"},
 		{"tcp://x", "", "", "--admin"},
 	} {

@@ -23,7 +23,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/support"
 )
 
-// logLines is how much of the log the bundle has.
+// logLines is how many lines of the log the bundle has.
 const logLines = "5000"
 
 const bundleReadme = `Made by "streamshim support-bundle" for a bug report. Please look through it before you send it.
@@ -36,16 +36,16 @@ system.txt     kernel, distribution, limits
 log.txt        the last lines of streamshim's log. It names namespaces, pods and addresses, never commands or their output.
 errors.txt     what could not be gathered, if anything
 
-There is nothing of audit log and recordings in it.
+It contains nothing of the audit log or the recordings.
 `
 
 func newSupportCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "support-bundle",
 		Short: "Gather what a bug report needs into one archive",
-		Long: `support-bundle writes one .tar.gz with the version, the configuration without what its rules name, the checks,
-the metrics, the system's versions and the last lines of the log. It changes nothing and sends nothing. The log names
-namespaces and pods, never commands or what they say; the README in it says what is where.`,
+		Long: `support-bundle writes one .tar.gz with the version, the configuration without the names in its rules, the checks, the
+metrics, the system's versions and the last lines of the log. It changes nothing and sends nothing. The log names
+namespaces and pods, never commands or their output. The README in the bundle describes each file.`,
 		Args: cobra.NoArgs,
 	}
 	settings := addSettings(command.Flags())
@@ -84,15 +84,15 @@ namespaces and pods, never commands or what they say; the README in it says what
 	return command
 }
 
-// bundleParts are the files of the bundle. A configuration with a mistake is a reason for a bug report, not for none:
-// the rest is then gathered with the defaults.
+// bundleParts returns the files of the bundle. If the configuration has a mistake, the other files are gathered with the
+// defaults.
 func bundleParts(s *settings, cmd *cobra.Command, kubeletConfig, logFile string) []support.Part {
 	c, configErr := s.load(cmd.Flags())
 	if configErr != nil {
 		c = config.Default()
 	}
 	if c.Upstream == "" {
-		c.Upstream, _ = findUpstream() // the checks say that there is none
+		c.Upstream, _ = findUpstream() // if there is none, a check reports it
 	}
 	return []support.Part{
 		{Name: "README", Gather: func(_ context.Context, to io.Writer) error {
@@ -116,11 +116,11 @@ func bundleParts(s *settings, cmd *cobra.Command, kubeletConfig, logFile string)
 	}
 }
 
-// hidden stands for what the bundle does not tell.
+// hidden replaces what the bundle must not contain.
 const hidden = "(hidden)"
 
-// withoutNames is the configuration without what its rules name: tenants, and words for users. There are no
-// passwords or keys in a configuration.
+// withoutNames returns the configuration without the names, labels and messages in its rules, which may name tenants. A
+// configuration has no passwords or keys.
 func withoutNames(c config.Config) config.Config {
 	names := func(list []string) []string {
 		hiddenList := make([]string, len(list))
@@ -193,7 +193,7 @@ func gatherSystem(_ context.Context, to io.Writer) error {
 	for _, file := range []string{"/etc/os-release", "/proc/meminfo", "/proc/loadavg", "/proc/pressure/cpu", "/proc/pressure/memory", "/proc/self/limits", "/proc/self/cgroup"} {
 		text, err := os.ReadFile(file)
 		if err != nil {
-			text = []byte(err.Error() + "\n") // no pressure on older kernels
+			text = []byte(err.Error() + "\n") // older kernels have no /proc/pressure
 		}
 		fmt.Fprintf(to, "== %s\n%s\n", file, text)
 	}

@@ -15,21 +15,21 @@ import (
 )
 
 const (
-	// upgradePoll is how often "upgrade" asks how far it has come.
+	// upgradePoll is how often "upgrade" asks for the progress.
 	upgradePoll = 50 * time.Millisecond
 	// upgradeTimeout is more than all limits of a hand-over together.
 	upgradeTimeout = 2 * time.Minute
-	// requestTimeout is for one question. It may wait in the socket's queue until the new program serves.
+	// requestTimeout bounds one request, which may wait in the socket's queue until the new program serves.
 	requestTimeout = 20 * time.Second
 )
 
 // Exit codes of "upgrade", for packages.
 const (
-	exitUnknown     = 3 // the running streamshim does not know hand-overs
-	exitUnreachable = 4 // it cannot be asked
+	exitUnknown     = 3 // the running streamshim is too old for hand-overs
+	exitUnreachable = 4 // the running streamshim cannot be reached
 )
 
-// exitError is an error with an exit code of its own.
+// exitError is an error with an exit code.
 type exitError struct {
 	error
 	code int
@@ -40,19 +40,19 @@ func (e *exitError) Unwrap() error { return e.error }
 func newUpgradeCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "upgrade",
-		Short: "Have the installed version take over from the running one, with all sessions",
-		Long: `upgrade has the program that is installed take over from the "streamshim serve" that runs, in the same process
-and with all its sessions, commands, forwarded connections and sockets: clients notice a pause and nothing else. The same
-program takes over from itself, too, and with it settings of the configuration that need a restart.
+		Short: "Replace the running version by the installed one, with all sessions",
+		Long: `upgrade makes the installed program take over from the running "streamshim serve", in the same process and with all its
+sessions, commands, forwarded connections and sockets. Clients notice only a pause. If the installed program is the same
+version, it takes over too, which applies settings that need a restart.
 
 With --dry-run no session is touched; the pause and the size of the state are estimates, from the time that the
 installed program has just taken to start and from the number of sessions. The last hand-over is told of as well.
 
-The installed program is first run beside the running one, to see whether it accepts the configuration and the
-state. If anything fails until it takes over, the running one goes on as if nothing had happened, and upgrade says why.
+The installed program first runs beside the running one, to check that it accepts the configuration and the state. If
+anything fails before it takes over, the running one continues as before, and upgrade says why.
 
-It exits with 0 when the installed program has taken over, or with --dry-run would, 3 when the running one is too old
-to be replaced without a restart, 4 when it cannot be asked, and otherwise with 1.`,
+The exit code is 0 when the installed program has taken over, or with --dry-run would take over; 3 when the running one
+is too old to be replaced without a restart; 4 when it cannot be reached; and 1 otherwise.`,
 		Args: cobra.NoArgs,
 	}
 	flags := command.Flags()
@@ -83,7 +83,7 @@ func upgrade(ctx context.Context, c *admin.Client, dry bool) (admin.Handover, er
 	var known *admin.Error
 	switch {
 	case errors.As(err, &known) && (known.Code == http.StatusNotFound || known.Code == http.StatusMethodNotAllowed):
-		return begun, &exitError{errors.New("the running streamshim is of a version that cannot be replaced without a restart"), exitUnknown}
+		return begun, &exitError{errors.New("the running version of streamshim cannot be replaced without a restart"), exitUnknown}
 	case err != nil && known == nil:
 		return begun, &exitError{err, exitUnreachable}
 	case err != nil:
@@ -95,13 +95,13 @@ func upgrade(ctx context.Context, c *admin.Client, dry bool) (admin.Handover, er
 		select {
 		case <-ticker.C:
 		case <-ctx.Done():
-			return begun, fmt.Errorf("the hand-over has not come to its end: %w", context.Cause(ctx))
+			return begun, fmt.Errorf("the hand-over has not ended: %w", context.Cause(ctx))
 		}
 		last, err := askHandover(ctx, c)
 		switch {
 		case errors.As(err, &known), err == nil && last.ID != begun.ID:
-			return begun, errors.New("the new program has ended after it had taken over, and streamshim was started again: its log says why")
-		case err != nil: // this connection has ended with the old program
+			return begun, errors.New("the new program ended after it had taken over, and streamshim was started again: its log says why")
+		case err != nil: // the connection has ended with the old program
 		case last.Phase != admin.HandoverRunning:
 			return last, nil
 		}

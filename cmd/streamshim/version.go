@@ -37,7 +37,7 @@ func newVersionCommand() *cobra.Command {
 // buildVersion is what "version --output json" prints. Fields are added, never renamed.
 type buildVersion struct {
 	Version  string `json:"version"`
-	Revision string `json:"revision,omitempty"` // the commit, where the Go tool wrote it down
+	Revision string `json:"revision,omitempty"` // the commit, if the Go tool has recorded it
 	Go       string `json:"go"`
 	OS       string `json:"os"`
 	Arch     string `json:"arch"`
@@ -55,7 +55,7 @@ func versionLine() string {
 	return fmt.Sprintf("streamshim %s (%s %s/%s)\n", v.Version, v.Go, v.OS, v.Arch)
 }
 
-// revision is the commit the binary was built from, where the Go tool wrote it down.
+// revision returns the commit that the binary was built from, if the Go tool has recorded it.
 func revision() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {

@@ -36,5 +36,6 @@ for arch; do
   # Without a serial number and a time, which would be others each time.
   bin/cyclonedx-gomod bin -json -std -noserial -notimestamp -version "$PACKAGE_VERSION" \
     -output "$out/streamshim_${PACKAGE_VERSION}_$arch.cdx.json" "$stage/$arch/streamshim"
+  go run ./tools/bill "$out/streamshim_${PACKAGE_VERSION}_$arch.cdx.json" # what is in the page, and no Go module
 done
 (cd "$out" && sha256sum -- *.deb *.rpm *.cdx.json >SHA256SUMS)

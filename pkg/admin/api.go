@@ -1,17 +1,17 @@
-// Package admin is the operators' way to a running streamshim: an HTTP API over a Unix socket that
-// only root may open, and the client that the command line uses.
+// Package admin lets operators control a running streamshim: an HTTP API over a Unix socket that only root may open, and
+// the client for the command line.
 //
 //	GET  /v1/sessions             all live sessions: SessionList
-//	GET  /v1/sessions/{id}        one: Session
+//	GET  /v1/sessions/{id}        one session: Session
 //	POST /v1/sessions/{id}/kill   KillRequest; 204
 //	GET  /v1/sessions/{id}/watch  what its terminal shows from now on, as an asciicast v2; see WatchEnd
-//	GET  /v1/recordings           the recordings that are kept: RecordingList
-//	GET  /v1/recordings/{name}    one, an asciicast v2
+//	GET  /v1/recordings           the recordings on the node: RecordingList
+//	GET  /v1/recordings/{name}    one recording, as an asciicast v2
 //	POST /v1/handover             HandoverRequest; 202, and the Handover that has begun
-//	GET  /v1/handover             the last one: Handover
+//	GET  /v1/handover             the last hand-over: Handover
 //
-// An id may be shortened as long as it is unique. Errors are an Error with a matching HTTP status.
-// New fields may be added within a version; a reader skips those it does not know.
+// An id may be shortened as long as it is unique. An error is an Error with a matching HTTP status. New fields may be
+// added within a version. A reader skips those it does not know.
 package admin
 
 import (
@@ -25,7 +25,7 @@ type SessionList struct {
 	Sessions []Session `json:"sessions"`
 }
 
-// Session is a live session as operators see it.
+// Session is a live session.
 type Session struct {
 	ID           string        `json:"id"`
 	Kind         session.Kind  `json:"kind"`
@@ -39,14 +39,14 @@ type Session struct {
 	// Command is as much of the command line as audit.command allows.
 	Command []string `json:"command,omitempty"`
 	TTY     bool     `json:"tty"`
-	// Watchable tells that GET .../watch shows something.
+	// Watchable says that GET .../watch shows something.
 	Watchable bool          `json:"watchable"`
 	Protocol  string        `json:"protocol"`
 	Peer      string        `json:"peer"`
-	PID       int           `json:"pid,omitempty"` // on the node; absent when it is not known
+	PID       int           `json:"pid,omitempty"` // on the node; absent if unknown
 	User      *session.User `json:"user,omitempty"`
 	AuditID   string        `json:"kubernetes_audit_id,omitempty"`
-	// AuditIDVerified is false wherever there is an AuditID: a client can bring one of its own.
+	// AuditIDVerified is false if there is an AuditID, because a client can send one of its own.
 	AuditIDVerified *bool     `json:"kubernetes_audit_id_verified,omitempty"`
 	Started         time.Time `json:"started"`
 	Age             float64   `json:"age_seconds"`
@@ -80,7 +80,7 @@ type RecordingList struct {
 	Recordings []Recording `json:"recordings"`
 }
 
-// Recording is a recording that is kept on the node.
+// Recording is a recording on the node.
 type Recording struct {
 	Name         string    `json:"name"`
 	PodNamespace string    `json:"pod_namespace"`
@@ -93,18 +93,18 @@ type Recording struct {
 
 // KillRequest says how to end a session.
 type KillRequest struct {
-	// Signal is the number of a signal for the session's process. 0 ends the session instead: its
-	// client is told that an operator ended it, its process is treated as if the client had gone.
+	// Signal is the number of a signal for the session's process. 0 ends the session instead: its client is told
+	// that an operator ended it, and its process is treated as if the client had gone.
 	Signal int `json:"signal,omitempty"`
 }
 
-// HandoverRequest asks that the installed program takes over.
+// HandoverRequest asks for a hand-over to the installed program.
 type HandoverRequest struct {
-	// DryRun stops before the program is executed: all goes on in the old one.
+	// DryRun stops before the program is executed. Everything continues in the old one.
 	DryRun bool `json:"dry_run,omitempty"`
 }
 
-// Handover is a hand-over of this process to the installed program, as far as it has come.
+// Handover is the progress or result of a hand-over of this process to the installed program.
 type Handover struct {
 	ID     string        `json:"id"`
 	Reason string        `json:"reason"` // who asked: upgrade or reload
@@ -113,7 +113,8 @@ type Handover struct {
 	Phase  HandoverPhase `json:"phase"`
 	From   string        `json:"from"`         // version that ran
 	To     string        `json:"to,omitempty"` // version of the installed program, once it is known
-	// Carried is how many sessions went on, or would; EndedSessions has a line for each that did not, or would not.
+	// Carried is how many sessions continued. EndedSessions has a line for each that did not. With DryRun, both say
+	// what would happen.
 	Carried       int      `json:"carried"`
 	EndedSessions []string `json:"ended_sessions,omitempty"`
 	// What went over, and for how long sessions stood still. Of a dry run it is an estimate, and Descriptors are those that
@@ -127,17 +128,17 @@ type Handover struct {
 	Error string    `json:"error,omitempty"` // why nothing was done
 }
 
-// HandoverPhase is how far a hand-over has come.
+// HandoverPhase is the phase of a hand-over.
 type HandoverPhase string
 
-// The phases. The last two are ends.
+// The phases. The last two are final.
 const (
 	HandoverRunning HandoverPhase = "running"
 	HandoverDone    HandoverPhase = "done"
 	HandoverFailed  HandoverPhase = "failed"
 )
 
-// Error is what went wrong.
+// Error is the error of a request.
 type Error struct {
 	Message string `json:"error"`
 	Code    int    `json:"-"` // HTTP status

@@ -23,7 +23,7 @@ type Client struct {
 	path string
 }
 
-// NewClient returns a client of the socket at path. Close it.
+// NewClient returns a client of the socket at path. The caller closes it.
 func NewClient(path string) *Client {
 	dialer := net.Dialer{Timeout: dialTimeout}
 	return &Client{path: path, http: &http.Client{Transport: &http.Transport{
@@ -43,8 +43,8 @@ func (c *Client) List(ctx context.Context) ([]Session, error) {
 	return list.Sessions, err
 }
 
-// Show returns one session. As with the methods below, the id may be shortened as long as it is
-// unique, and the error is an *Error when the server has answered.
+// Show returns one session. In this and the methods below, the id may be shortened as long as it is unique, and the error
+// is an *Error if the server has answered.
 func (c *Client) Show(ctx context.Context, id string) (Session, error) {
 	var s Session
 	err := c.get(ctx, "/v1/sessions/"+url.PathEscape(id), &s)
@@ -53,21 +53,13 @@ func (c *Client) Show(ctx context.Context, id string) (Session, error) {
 
 // Kill ends a session or signals its process.
 func (c *Client) Kill(ctx context.Context, id string, request KillRequest) error {
-	body, err := json.Marshal(request)
-	if err != nil {
-		return err
-	}
-	response, err := c.do(ctx, http.MethodPost, "/v1/sessions/"+url.PathEscape(id)+"/kill", bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	return response.Body.Close()
+	return c.post(ctx, "/v1/sessions/"+url.PathEscape(id)+"/kill", request, nil)
 }
 
 // Watch returns what the session's terminal shows from now on, as an asciicast that ends with the
 // session, or with the program that serves it. The caller closes it.
 func (c *Client) Watch(ctx context.Context, id string) (*Watch, error) {
-	response, err := c.do(ctx, http.MethodGet, "/v1/sessions/"+url.PathEscape(id)+"/watch", http.NoBody) //nolint:bodyclose // Watch.Close does
+	response, err := c.ask(ctx, http.MethodGet, "/v1/sessions/"+url.PathEscape(id)+"/watch", http.NoBody) //nolint:bodyclose // Watch.Close does
 	if err != nil {
 		return nil, err
 	}
@@ -112,7 +104,7 @@ func (w *Watch) Missed(since *Watch) (bytes int64, known bool) {
 	return max(now-before, 0), err == nil
 }
 
-// Recordings returns the recordings that are kept, newest first.
+// Recordings returns the recordings on the node, newest first.
 func (c *Client) Recordings(ctx context.Context) ([]Recording, error) {
 	var list RecordingList
 	err := c.get(ctx, "/v1/recordings", &list)
@@ -121,51 +113,62 @@ func (c *Client) Recordings(ctx context.Context) ([]Recording, error) {
 
 // Recording returns a recording, an asciicast. The caller closes it.
 func (c *Client) Recording(ctx context.Context, name string) (io.ReadCloser, error) {
-	response, err := c.do(ctx, http.MethodGet, "/v1/recordings/"+url.PathEscape(name), http.NoBody)
-	if err != nil {
-		return nil, err
-	}
-	return response.Body, nil
+	return c.do(ctx, http.MethodGet, "/v1/recordings/"+url.PathEscape(name), http.NoBody)
 }
 
-// HandOver asks that the installed program takes over, and returns at once: LastHandover tells how it goes.
+// HandOver starts a hand-over to the installed program and returns at once. LastHandover returns its progress.
 func (c *Client) HandOver(ctx context.Context, request HandoverRequest) (Handover, error) {
-	body, err := json.Marshal(request)
-	if err != nil {
-		return Handover{}, err
-	}
-	response, err := c.do(ctx, http.MethodPost, "/v1/handover", bytes.NewReader(body))
-	if err != nil {
-		return Handover{}, err
-	}
-	defer response.Body.Close() //nolint:errcheck // it was read
 	var begun Handover
-	if err := json.NewDecoder(response.Body).Decode(&begun); err != nil {
-		return Handover{}, fmt.Errorf("answer of %s: %w", c.path, err)
-	}
-	return begun, nil
+	err := c.post(ctx, "/v1/handover", request, &begun)
+	return begun, err
 }
 
-// LastHandover is the last hand-over that was asked for.
+// LastHandover returns the progress or result of the last hand-over.
 func (c *Client) LastHandover(ctx context.Context) (Handover, error) {
 	var last Handover
 	err := c.get(ctx, "/v1/handover", &last)
 	return last, err
 }
 
-func (c *Client) get(ctx context.Context, path string, v any) error {
-	response, err := c.do(ctx, http.MethodGet, path, http.NoBody)
+func (c *Client) get(ctx context.Context, path string, answer any) error {
+	return c.call(ctx, http.MethodGet, path, http.NoBody, answer)
+}
+
+func (c *Client) post(ctx context.Context, path string, request, answer any) error {
+	body, err := json.Marshal(request)
 	if err != nil {
 		return err
 	}
-	defer response.Body.Close() //nolint:errcheck // it was read
-	if err := json.NewDecoder(response.Body).Decode(v); err != nil {
+	return c.call(ctx, http.MethodPost, path, bytes.NewReader(body), answer)
+}
+
+// call decodes the answer, unless it is nil.
+func (c *Client) call(ctx context.Context, method, path string, body io.Reader, answer any) error {
+	response, err := c.do(ctx, method, path, body)
+	if err != nil {
+		return err
+	}
+	defer response.Close() //nolint:errcheck // it was read
+	if answer == nil {
+		return nil
+	}
+	if err := json.NewDecoder(response).Decode(answer); err != nil {
 		return fmt.Errorf("answer of %s: %w", c.path, err)
 	}
 	return nil
 }
 
-func (c *Client) do(ctx context.Context, method, path string, body io.Reader) (*http.Response, error) {
+// do returns the body of the answer. The caller closes it.
+func (c *Client) do(ctx context.Context, method, path string, body io.Reader) (io.ReadCloser, error) {
+	response, err := c.ask(ctx, method, path, body)
+	if err != nil {
+		return nil, err
+	}
+	return response.Body, nil
+}
+
+// ask is do for those who need more of the response than its body, which the caller closes.
+func (c *Client) ask(ctx context.Context, method, path string, body io.Reader) (*http.Response, error) {
 	request, err := http.NewRequestWithContext(ctx, method, "http://streamshim"+path, body)
 	if err != nil {
 		return nil, err
@@ -174,7 +177,7 @@ func (c *Client) do(ctx context.Context, method, path string, body io.Reader) (*
 	if err != nil {
 		var call *url.Error
 		if errors.As(err, &call) {
-			err = call.Err // the URL says nothing: its host stands for the socket
+			err = call.Err // without the URL, whose host is only a placeholder
 		}
 		if errors.Is(err, fs.ErrPermission) {
 			return nil, fmt.Errorf("%w: only root may open streamshim's admin socket", err)

@@ -26,31 +26,30 @@ import (
 const (
 	readHeaderTimeout = 10 * time.Second
 	maxBody           = 64 << 10 // bytes of a request
-	// watchBuffer is what may wait for a watcher that reads too slowly, in bytes. What is beyond it
-	// is skipped.
+	// watchBuffer bounds the bytes that wait for a watcher that reads too slowly. More than that is skipped.
 	watchBuffer = 1 << 20
-	// maxTaps bounds how many listen to one session; each costs it a copy.
+	// maxTaps bounds the watchers and recorders of one session. Each costs it a copy.
 	maxTaps      = 8
-	watchTimeout = 30 * time.Second // for a watcher to take what was sent
+	watchTimeout = 30 * time.Second // for a watcher to read what was sent
 	maxSignal    = 64               // SIGRTMAX
 )
 
-// Config is what a Server needs.
+// Config configures a Server.
 type Config struct {
 	Sessions *session.Registry
 	Log      *slog.Logger
-	// Settings are asked for at each request.
+	// Settings returns the current settings. It is called for each request.
 	Settings func() Settings
-	// HandOver begins a hand-over and does not wait for it. An *Error says why it cannot.
+	// HandOver starts a hand-over and does not wait for it. An *Error says why it cannot be started.
 	HandOver func(HandoverRequest) (Handover, error)
-	// LastHandover is the last one, false when there was none.
+	// LastHandover returns the last hand-over, or false if there was none.
 	LastHandover func() (Handover, bool)
 }
 
-// Settings are what may change while the server runs.
+// Settings are the settings that may change while the server runs.
 type Settings struct {
 	Command     session.CommandLevel // how much of a command line is shown
-	NotifyWatch bool                 // tell the user of a terminal that somebody watches
+	NotifyWatch bool                 // tell the user of a terminal that an operator watches
 	Recordings  string               // directory of the recordings
 }
 
@@ -70,7 +69,7 @@ type watchesEnd struct{ end WatchEnd }
 
 func (e *watchesEnd) Error() string { return "watches end: " + string(e.end) }
 
-// NewServer returns a server that does not listen yet.
+// NewServer returns a server. The caller calls Serve.
 func NewServer(config Config) *Server {
 	s := &Server{config: config}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
@@ -87,7 +86,7 @@ func NewServer(config Config) *Server {
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			if err := handle(w, r); err != nil {
-				writeError(w, err)
+				WriteError(w, err)
 			}
 		})
 	}
@@ -99,8 +98,8 @@ func NewServer(config Config) *Server {
 	return s
 }
 
-// Serve serves the listener until Shutdown, then returns nil. It closes the listener. Who may
-// connect is the business of the listener.
+// Serve serves the listener until Shutdown, then returns nil. It closes the listener. The listener decides who may
+// connect.
 func (s *Server) Serve(listener net.Listener) error {
 	s.requests.From(listener)
 	if err := s.http.Serve(listener); err != nil && !errors.Is(err, http.ErrServerClosed) {
@@ -118,8 +117,8 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	return nil
 }
 
-// Quiesce accepts no more connections, which wait for Resume or for another program that has the same socket, ends
-// watches, and waits for the other requests until the context is done.
+// Quiesce stops accepting connections, ends watches, and waits for the other requests until the context is done. New
+// connections wait for Resume, or for another program that has the same socket.
 func (s *Server) Quiesce(ctx context.Context) {
 	s.requests.Pause()
 	s.endWatches(WatchHandover)
@@ -140,7 +139,7 @@ func (s *Server) endWatches(end WatchEnd) {
 	s.cancel(&watchesEnd{end})
 }
 
-// watches is the context of watches that begin now.
+// watches returns the context of watches that begin now.
 func (s *Server) watches() context.Context {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -158,7 +157,7 @@ func (s *Server) handOver(w http.ResponseWriter, r *http.Request) error {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusAccepted)
-	return writeJSON(w, begun)
+	return WriteJSON(w, begun)
 }
 
 func (s *Server) lastHandover(w http.ResponseWriter, _ *http.Request) error {
@@ -166,7 +165,7 @@ func (s *Server) lastHandover(w http.ResponseWriter, _ *http.Request) error {
 	if !ok {
 		return &Error{Code: http.StatusNotFound, Message: "there was no hand-over since this program was started"}
 	}
-	return writeJSON(w, last)
+	return WriteJSON(w, last)
 }
 
 func (s *Server) list(w http.ResponseWriter, _ *http.Request) error {
@@ -174,7 +173,7 @@ func (s *Server) list(w http.ResponseWriter, _ *http.Request) error {
 	for _, live := range s.config.Sessions.List() {
 		answer.Sessions = append(answer.Sessions, s.describe(live))
 	}
-	return writeJSON(w, answer)
+	return WriteJSON(w, answer)
 }
 
 func (s *Server) show(w http.ResponseWriter, r *http.Request) error {
@@ -182,7 +181,7 @@ func (s *Server) show(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	return writeJSON(w, s.describe(live))
+	return WriteJSON(w, s.describe(live))
 }
 
 func (s *Server) kill(w http.ResponseWriter, r *http.Request) error {
@@ -220,7 +219,7 @@ func (s *Server) kill(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// watch copies what the session shows to the operator. The session never waits for it.
+// watch sends the session's output to the operator. The session never waits for it.
 func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 	live, err := s.find(r)
 	if err != nil {
@@ -240,7 +239,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 	if s.config.Settings().NotifyWatch {
 		if controls := live.Controls(); controls != nil {
 			told := make(chan struct{})
-			defer func() { <-told }() // it ends with the session at the latest
+			defer func() { <-told }() // Notice returns at the latest when the session ends
 			go func() {
 				defer close(told)
 				controls.Notice("an operator of this node is watching this session") //nolint:errcheck // its user has gone
@@ -264,7 +263,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 	watches := s.watches()
 	encoder := transcript.NewEncoder(cast, now, live.TTY)
 	for more := true; more; {
-		out.SetWriteDeadline(time.Now().Add(watchTimeout)) //nolint:errcheck // a Unix socket has them
+		out.SetWriteDeadline(time.Now().Add(watchTimeout)) //nolint:errcheck // a Unix socket has deadlines
 		if err := out.Flush(); err != nil {
 			return nil //nolint:nilerr // as above
 		}
@@ -313,7 +312,7 @@ func (s *Server) recordings(w http.ResponseWriter, _ *http.Request) error {
 			SessionID: f.SessionID, Started: f.Started, Size: f.Size,
 		})
 	}
-	return writeJSON(w, answer)
+	return WriteJSON(w, answer)
 }
 
 func (s *Server) recording(w http.ResponseWriter, r *http.Request) error {
@@ -338,13 +337,13 @@ func orDefault(n uint16, def int) int {
 	return int(n)
 }
 
-// title says what is watched.
+// title returns the title of a watch.
 func title(info session.Info) string {
 	t := info.Target
 	return strings.Trim(fmt.Sprintf("%s %s/%s/%s", info.Kind, t.PodNamespace, t.PodName, t.ContainerName), " /")
 }
 
-// find is the session whose ID begins with what the path says.
+// find returns the session whose ID begins with the one in the path.
 func (s *Server) find(r *http.Request) (*session.Session, error) {
 	prefix := r.PathValue("id")
 	found := slices.DeleteFunc(s.config.Sessions.List(), func(live *session.Session) bool {
@@ -380,7 +379,8 @@ func (s *Server) describe(live *session.Session) Session {
 	return d
 }
 
-func writeJSON(w http.ResponseWriter, v any) error {
+// WriteJSON answers a request with v. It returns an error, and has answered nothing, when v is no JSON.
+func WriteJSON(w http.ResponseWriter, v any) error {
 	text, err := json.Marshal(v)
 	if err != nil {
 		return err
@@ -390,14 +390,15 @@ func writeJSON(w http.ResponseWriter, v any) error {
 	return nil
 }
 
-func writeError(w http.ResponseWriter, err error) {
+// WriteError answers a request with an *Error, or another error as an internal one.
+func WriteError(w http.ResponseWriter, err error) {
 	var known *Error
 	if !errors.As(err, &known) {
 		known = &Error{Code: http.StatusInternalServerError, Message: err.Error()}
 	}
 	text, err := json.Marshal(known)
 	if err != nil {
-		text = []byte("{}") // cannot happen: it is a string
+		text = []byte("{}") // cannot happen: the struct has only a string
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(known.Code)

@@ -1,6 +1,6 @@
-// Package asciicast writes and reads recordings of terminals in the asciicast v2 format: a JSON
-// object with the header in the first line, then one JSON array [time, code, data] a line
-// (https://docs.asciinema.org/manual/asciicast/v2/).
+// Package asciicast writes and reads terminal recordings in the asciicast v2 format
+// (https://docs.asciinema.org/manual/asciicast/v2/). The first line is the header, a JSON object. Each further line is an
+// event, a JSON array [time, code, data].
 package asciicast
 
 import (
@@ -11,12 +11,11 @@ import (
 	"fmt"
 	"io"
 	"strconv"
-	"strings"
 	"time"
 	"unicode/utf8"
 )
 
-// Version is the format's.
+// Version is the version of the format.
 const Version = 2
 
 // Codes of events.
@@ -24,7 +23,7 @@ const (
 	Output = "o" // what the terminal shows
 	Input  = "i" // what was typed
 	Resize = "r" // the new size, as "COLUMNSxROWS"
-	Marker = "m" // a remark with a label; players before asciinema 2.3 skip it
+	Marker = "m" // a label; players before asciinema 2.3 skip it
 )
 
 // Header is the first line.
@@ -37,21 +36,21 @@ type Header struct {
 	Env       map[string]string `json:"env,omitempty"`
 }
 
-// Event is one of the other lines.
+// Event is a line after the header.
 type Event struct {
 	Time time.Duration // since the beginning
 	Code string
 	Data string
 }
 
-// Writer writes one recording. It is used by one goroutine at a time.
+// Writer writes one recording. Only one goroutine at a time may use it.
 type Writer struct {
 	w    io.Writer
 	last time.Duration
 	line []byte
 }
 
-// NewWriter writes the header.
+// NewWriter writes the header and returns a Writer for the events.
 func NewWriter(w io.Writer, h Header) (*Writer, error) {
 	h.Version = Version
 	header, err := json.Marshal(h)
@@ -62,15 +61,14 @@ func NewWriter(w io.Writer, h Header) (*Writer, error) {
 	return &Writer{w: w}, err
 }
 
-// Continue returns a writer of what follows in a recording whose last event was at a time, see Last.
+// Continue returns a Writer that continues a recording whose last event was at the time last.
 func Continue(w io.Writer, last time.Duration) *Writer { return &Writer{w: w, last: last} }
 
-// Last is the time of the last event.
+// Last returns the time of the last event.
 func (a *Writer) Last() time.Duration { return a.last }
 
-// Write writes one event with one Write of the writer below. Data that is not UTF-8 is replaced by
-// U+FFFD, because JSON has only text; see Text. Events must not go back in time: one that would is
-// written with the time of the one before.
+// Write writes one event, with one Write of the underlying writer. Bytes that are not UTF-8 become U+FFFD, because JSON
+// has only text; see Text. An event with a time before that of the last event gets the time of the last event.
 func (a *Writer) Write(at time.Duration, code string, data []byte) error {
 	a.last = max(a.last, at)
 	b := append(a.line[:0], '[')
@@ -84,8 +82,8 @@ func (a *Writer) Write(at time.Duration, code string, data []byte) error {
 	return err
 }
 
-// appendText appends the inside of a JSON string (RFC 8259, section 7). encoding/json takes several
-// times as long, which at the speed of a terminal is worth half a processor.
+// appendText appends the inside of a JSON string (RFC 8259, section 7). encoding/json takes several times as long. At the
+// speed of a terminal the difference is half a processor.
 func appendText(b, data []byte) []byte {
 	const hex = "0123456789abcdef"
 	start := 0 // of what needs no change
@@ -125,13 +123,13 @@ func appendText(b, data []byte) []byte {
 	return append(b, data[start:]...)
 }
 
-// Text cuts a stream of bytes into pieces of whole characters: an unfinished one at the end of a
-// piece is kept for the next.
+// Text splits a stream of bytes into pieces of whole characters. An incomplete character at the end of a piece is kept
+// for the next one.
 type Text struct {
 	pending []byte // fewer than utf8.UTFMax
 }
 
-// Next returns what is complete with p, valid as long as p. It may be empty.
+// Next returns the complete characters up to the end of p. The result is valid as long as p, and may be empty.
 func (t *Text) Next(p []byte) []byte {
 	if len(t.pending) > 0 {
 		p = append(t.pending, p...)
@@ -142,20 +140,20 @@ func (t *Text) Next(p []byte) []byte {
 	return p[:cut]
 }
 
-// Pending is what Rest would return.
+// Pending returns what Rest would return, and keeps it.
 func (t *Text) Pending() []byte { return bytes.Clone(t.pending) }
 
-// TextAfter cuts what follows pending.
+// TextAfter returns a Text that continues after pending.
 func TextAfter(pending []byte) Text { return Text{pending: bytes.Clone(pending)} }
 
-// Rest returns what was never completed.
+// Rest returns the incomplete character at the end of the stream.
 func (t *Text) Rest() []byte {
 	rest := t.pending
 	t.pending = nil
 	return rest
 }
 
-// unfinished is the number of bytes at p's end that begin a character and do not finish it.
+// unfinished returns the number of bytes of an incomplete character at the end of p.
 func unfinished(p []byte) int {
 	for n := 1; n < utf8.UTFMax && n <= len(p); n++ {
 		tail := p[len(p)-n:]
@@ -169,7 +167,7 @@ func unfinished(p []byte) int {
 	return 0
 }
 
-// maxLine bounds one line of a recording that is read, in bytes.
+// maxLine bounds a line that Reader reads, in bytes.
 const maxLine = 16 << 20
 
 // Reader reads a recording.
@@ -180,7 +178,7 @@ type Reader struct {
 	line    int
 }
 
-// NewReader reads the header.
+// NewReader reads the header and returns a Reader for the events.
 func NewReader(r io.Reader) (*Reader, error) {
 	a := &Reader{scanner: bufio.NewScanner(r)}
 	a.scanner.Buffer(nil, maxLine)
@@ -200,8 +198,7 @@ func NewReader(r io.Reader) (*Reader, error) {
 	return a, nil
 }
 
-// Next returns the next event, io.EOF after the last. A last line that was cut off, as after a
-// crash, is the end.
+// Next returns the next event, or io.EOF after the last one. It ignores a last line that is cut off, as after a crash.
 func (a *Reader) Next() (Event, error) {
 	line, err := a.next()
 	for err == nil && len(bytes.TrimSpace(line)) == 0 {
@@ -237,20 +234,5 @@ func (a *Reader) next() ([]byte, error) {
 	return a.scanner.Bytes(), nil
 }
 
-// Size is the data of a Resize event.
+// Size returns the data of a Resize event.
 func Size(width, height int) string { return strconv.Itoa(width) + "x" + strconv.Itoa(height) }
-
-// ParseSize reads the data of a Resize event.
-func ParseSize(data string) (width, height int, err error) {
-	columns, rows, ok := strings.Cut(data, "x")
-	if !ok {
-		return 0, 0, fmt.Errorf("%q is not COLUMNSxROWS", data)
-	}
-	if width, err = strconv.Atoi(columns); err == nil {
-		height, err = strconv.Atoi(rows)
-	}
-	if err != nil {
-		return 0, 0, fmt.Errorf("%q is not COLUMNSxROWS", data)
-	}
-	return width, height, nil
-}

@@ -77,17 +77,6 @@ func TestReadMistakes(t *testing.T) {
 	}
 }
 
-func TestSizes(t *testing.T) {
-	if w, h, err := ParseSize(Size(132, 43)); w != 132 || h != 43 || err != nil {
-		t.Error(w, h, err)
-	}
-	for _, bad := range []string{"", "1", "1x", "ax2", "1x2x3"} {
-		if _, _, err := ParseSize(bad); err == nil {
-			t.Errorf("%q is a size", bad)
-		}
-	}
-}
-
 // Cut anywhere, text stays what it was, and each piece is whole.
 func FuzzText(f *testing.F) {
 	f.Add([]byte("a ü € 😀 b"), uint8(1))

@@ -1,5 +1,4 @@
-// Package check looks at a node and says whether streamshim can serve it, what is missing, and how
-// to mend it. It changes nothing.
+// Package check checks whether streamshim can serve a node, and what to do if not. It changes nothing.
 package check
 
 import (
@@ -25,31 +24,31 @@ import (
 	"github.com/streamshim/streamshim/pkg/endpoint"
 )
 
-// Level is how a check went.
+// Level is the outcome of a check.
 type Level string
 
-// A failed check means that streamshim cannot work here, a warning that something will be missing.
+// Failed means that streamshim cannot work on this node, Warning that a part of it cannot.
 const (
 	OK      Level = "ok"
 	Warning Level = "warning"
 	Failed  Level = "failed"
 )
 
-// Result is what one check found.
+// Result is the result of one check.
 type Result struct {
 	Name   string
 	Level  Level
 	Detail string // what was found
-	Mend   string // what to do about it, empty when all is well
+	Fix    string // what to do about it; empty if the check has passed
 }
 
-// callTimeout bounds every call to the upstream and every program run.
+// callTimeout bounds each call to the upstream and each run of a program.
 const callTimeout = 5 * time.Second
 
 // DefaultKubeletConfig is where kubeadm puts the kubelet's configuration.
 const DefaultKubeletConfig = "/var/lib/kubelet/config.yaml"
 
-// Run does all checks, in the order in which they matter.
+// Run does all checks, the most important ones first.
 func Run(ctx context.Context, c config.Config, kubeletConfig string) []Result {
 	results := []Result{privileges(), pidfd(), networkNamespaces(), subreaper()}
 	results = append(results, upstreamResults(ctx, c)...)
@@ -75,19 +74,19 @@ func ok(name, format string, args ...any) Result {
 	return Result{Name: name, Level: OK, Detail: fmt.Sprintf(format, args...)}
 }
 
-func failed(name, mend, format string, args ...any) Result {
-	return Result{Name: name, Level: Failed, Detail: fmt.Sprintf(format, args...), Mend: mend}
+func failed(name, fix, format string, args ...any) Result {
+	return Result{Name: name, Level: Failed, Detail: fmt.Sprintf(format, args...), Fix: fix}
 }
 
-func warning(name, mend, format string, args ...any) Result {
-	return Result{Name: name, Level: Warning, Detail: fmt.Sprintf(format, args...), Mend: mend}
+func warning(name, fix, format string, args ...any) Result {
+	return Result{Name: name, Level: Warning, Detail: fmt.Sprintf(format, args...), Fix: fix}
 }
 
 // removedKeys warns of keys in the configuration file that have no effect any more.
 func removedKeys(c config.Config) Result {
 	const name = "configuration"
 	if removed := c.Removed(); len(removed) > 0 {
-		return warning(name, "take it out of the configuration file", "%s", strings.Join(removed, "; "))
+		return warning(name, "remove it from the configuration file", "%s", strings.Join(removed, "; "))
 	}
 	return ok(name, "no key that was removed")
 }
@@ -100,7 +99,7 @@ func privileges() Result {
 	return ok(name, "running as root")
 }
 
-// pidfd finds out whether processes can be waited for without racing for their pid (Linux 5.4).
+// pidfd checks whether processes can be waited for without a race for their pid (Linux 5.4).
 func pidfd() Result {
 	const name = "pidfd"
 	fd, err := unix.PidfdOpen(os.Getpid(), unix.PIDFD_NONBLOCK)
@@ -111,7 +110,7 @@ func pidfd() Result {
 	return ok(name, "available")
 }
 
-// networkNamespaces finds out whether a thread may enter a namespace, in which ports are dialled.
+// networkNamespaces checks whether a thread may enter a network namespace, as port-forwards do.
 func networkNamespaces() Result {
 	const name = "network namespaces"
 	fd, err := unix.Open("/proc/self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
@@ -119,7 +118,7 @@ func networkNamespaces() Result {
 		return failed(name, "use a kernel with network namespaces and mount /proc", "%v", err)
 	}
 	defer unix.Close(fd) //nolint:errcheck // only read
-	// Entering the namespace one is in changes nothing but needs the same privilege.
+	// Entering our own namespace changes nothing but needs the same privilege.
 	if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
 		return failed(name, "give the process CAP_SYS_ADMIN; in the systemd unit do not restrict namespaces", "setns: %v", err)
 	}
@@ -135,23 +134,23 @@ func subreaper() Result {
 	return ok(name, "available")
 }
 
-// upstreamResults call the runtime through what serve calls it through.
+// upstreamResults checks the runtime with the same client that serve uses.
 func upstreamResults(ctx context.Context, c config.Config) []Result {
 	const name = "upstream"
-	const mend = "start the runtime, or name its CRI socket with --upstream or the key upstream"
+	const fix = "start the runtime, or name its CRI socket with --upstream or the key upstream"
 	if c.Upstream == "" {
-		return []Result{failed(name, mend, "no runtime's socket is where it usually is, and none is named")}
+		return []Result{failed(name, fix, "no runtime's socket is at the usual places, and none is named")}
 	}
 	upstream, err := cri.NewUpstream(c.Upstream, 0)
 	if err != nil {
-		return []Result{failed(name, mend, "%v", err)}
+		return []Result{failed(name, fix, "%v", err)}
 	}
 	defer upstream.Close() //nolint:errcheck // nothing runs on it
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	version, err := upstream.Version(ctx)
 	if err != nil {
-		return []Result{upstreamFailure(name, mend, c.Upstream, err)}
+		return []Result{upstreamFailure(name, fix, c.Upstream, err)}
 	}
 	if version.GetRuntimeApiVersion() != "v1" {
 		return []Result{failed(name, "use a runtime that speaks CRI v1", "%s speaks CRI %s", c.Upstream, version.GetRuntimeApiVersion())}
@@ -162,33 +161,33 @@ func upstreamResults(ctx context.Context, c config.Config) []Result {
 	}
 }
 
-// upstreamFailure says what a failed first call means.
-func upstreamFailure(name, mend, address string, err error) Result {
+// upstreamFailure finds the reason why the first call has failed.
+func upstreamFailure(name, fix, address string, err error) Result {
 	if status.Code(err) == codes.Unimplemented {
 		return failed(name, "name the CRI socket of the runtime with --upstream or the key upstream",
 			"what listens on %s speaks gRPC and not CRI v1", address)
 	}
 	path, pathErr := endpoint.Path(address)
 	if pathErr != nil {
-		return failed(name, mend, "%v", pathErr)
+		return failed(name, fix, "%v", pathErr)
 	}
 	switch conn, dialErr := net.DialTimeout("unix", path, callTimeout); {
 	case errors.Is(dialErr, unix.ENOENT):
-		return failed(name, mend, "there is no socket %s", path)
+		return failed(name, fix, "there is no socket %s", path)
 	case errors.Is(dialErr, unix.EPROTOTYPE):
-		return failed(name, mend, "%s is a socket of another type (datagram or sequenced packets)", path)
+		return failed(name, fix, "%s is a socket of another type (datagram or sequenced packets)", path)
 	case errors.Is(dialErr, unix.ECONNREFUSED):
 		if info, statErr := os.Stat(path); statErr == nil && info.Mode().Type() != os.ModeSocket {
-			return failed(name, mend, "%s is no socket", path)
+			return failed(name, fix, "%s is no socket", path)
 		}
-		return failed(name, mend, "nobody listens on %s", path)
+		return failed(name, fix, "nobody listens on %s", path)
 	case dialErr != nil:
-		return failed(name, mend, "%v", dialErr)
+		return failed(name, fix, "%v", dialErr)
 	default:
 		conn.Close() //nolint:errcheck // only dialled to see whether somebody listens
 	}
-	return failed(name, "see whether the runtime is well (its log) and whether this is its CRI socket; name another one with --upstream or the key upstream",
-		"what listens on %s does not answer a CRI call as forwarded calls are made: %s", path, status.Convert(err).Message())
+	return failed(name, "look at the runtime's log, and see whether this is its CRI socket; name another one with --upstream or the key upstream",
+		"what listens on %s does not answer a CRI call: %s", path, status.Convert(err).Message())
 }
 
 func upstreamConditions(ctx context.Context, upstream *cri.Upstream) Result {
@@ -202,15 +201,15 @@ func upstreamConditions(ctx context.Context, upstream *cri.Upstream) Result {
 		switch {
 		case condition.GetStatus():
 		case condition.GetType() == runtimeapi.RuntimeReady, condition.GetType() == runtimeapi.NetworkReady:
-			return warning(name, "mend the runtime first; pods cannot start before", "%s is false: %s", condition.GetType(), condition.GetMessage())
-		default: // the runtime's own, such as ContainerdHasNoDeprecationWarnings, which is rarely true
+			return warning(name, "fix the runtime first; until then pods cannot start", "%s is false: %s", condition.GetType(), condition.GetMessage())
+		default: // a condition of the runtime's own, such as ContainerdHasNoDeprecationWarnings, which is rarely true
 			others += fmt.Sprintf("; %s is false, which does not matter here", condition.GetType())
 		}
 	}
 	return ok(name, "ready%s", others)
 }
 
-// socket says whether serve could listen on an address.
+// socket checks whether serve could listen on a Unix socket.
 func socket(name, flag, address string) Result {
 	path, err := endpoint.Path(address)
 	if err != nil {
@@ -227,7 +226,7 @@ func socket(name, flag, address string) Result {
 	if err := writable(filepath.Dir(path)); err != nil {
 		return failed(name, "choose another socket with "+flag, "%v", err)
 	}
-	return ok(name, "%s can be made", path)
+	return ok(name, "%s can be created", path)
 }
 
 func adminSocket(c config.Config) Result {
@@ -238,7 +237,7 @@ func adminSocket(c config.Config) Result {
 	return socket(name, "--admin", c.Admin)
 }
 
-// writes says whether files could be made where the configuration wants them.
+// writes checks whether files could be created in a directory.
 func writes(name string, on bool, dir, key string) Result {
 	if !on {
 		return ok(name, "switched off")
@@ -249,7 +248,8 @@ func writes(name string, on bool, dir, key string) Result {
 	return ok(name, "in %s", dir)
 }
 
-// address says whether serve could listen on a TCP address; whoever serves it now may be streamshim.
+// address checks whether serve could listen on a TCP address. An address in use is fine, because streamshim may be
+// using it.
 func address(name, flag, hostPort string) Result {
 	if hostPort == "" {
 		return ok(name, "switched off")
@@ -265,13 +265,13 @@ func address(name, flag, hostPort string) Result {
 	return ok(name, "%s", hostPort)
 }
 
-// traces says whether anybody takes the spans. Without it sessions go on, and the spans are lost.
+// traces checks whether a receiver accepts spans. Without one, sessions work, and spans are lost.
 func traces(ctx context.Context, c config.Config) Result {
 	const name = "traces"
 	if c.Traces.Endpoint == "" {
 		return ok(name, "switched off")
 	}
-	const mend = "start the OTLP/gRPC receiver, or name it with the key traces.endpoint; until then spans are lost"
+	const fix = "start the OTLP/gRPC receiver, or name it with the key traces.endpoint; until then spans are lost"
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	var dialer interface {
@@ -286,13 +286,13 @@ func traces(ctx context.Context, c config.Config) Result {
 	case errors.As(err, &noTLS):
 		return warning(name, "set traces.insecure = true if that is meant", "%s does not speak TLS", c.Traces.Endpoint)
 	case err != nil:
-		return warning(name, mend, "%v", err)
+		return warning(name, fix, "%v", err)
 	}
 	conn.Close() //nolint:errcheck // only dialled to see whether somebody listens
-	return ok(name, "%s takes connections", c.Traces.Endpoint)
+	return ok(name, "%s accepts connections", c.Traces.Endpoint)
 }
 
-// stateDir says whether files can be kept, and whether they vanish with the next boot as they should.
+// stateDir checks whether files can be created, and whether they vanish with the next boot as they should.
 func stateDir(c config.Config) Result {
 	const name = "state directory"
 	if err := writable(c.StateDir); err != nil {
@@ -306,7 +306,7 @@ func stateDir(c config.Config) Result {
 	return ok(name, "%s", c.StateDir)
 }
 
-// writable tells why files cannot be made in dir, or in the directory in which dir itself would be.
+// writable returns why files cannot be created in dir, or dir itself cannot be created.
 func writable(dir string) error {
 	there := existing(dir)
 	if err := unix.Access(there, unix.W_OK|unix.X_OK); err != nil {
@@ -315,7 +315,7 @@ func writable(dir string) error {
 	return nil
 }
 
-// existing is the nearest directory upwards that exists.
+// existing returns dir, or its nearest parent that exists.
 func existing(dir string) string {
 	for {
 		if _, err := os.Stat(dir); err == nil || dir == "/" || dir == "." {
@@ -325,7 +325,7 @@ func existing(dir string) string {
 	}
 }
 
-// inotify: port-forwards watch for the end of their pod with one instance for all of them.
+// inotify checks whether an instance can be created. All port-forwards share one to watch for the end of their pods.
 func inotify() Result {
 	const name = "inotify"
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC)
@@ -336,7 +336,7 @@ func inotify() Result {
 	return ok(name, "available")
 }
 
-// openFiles: a session holds about six descriptors.
+// openFiles checks the limit of descriptors. A session holds about six.
 func openFiles() Result {
 	const name, enough = "open files", 16384
 	var limit unix.Rlimit

@@ -33,7 +33,7 @@ func write(t *testing.T, path, text string) {
 	}
 }
 
-// Every problem must be found, and come with a way to mend it.
+// Every problem must be found, and come with a fix.
 func TestProblemsAreFound(t *testing.T) {
 	dir := t.TempDir()
 	c := config.Default()
@@ -49,12 +49,12 @@ func TestProblemsAreFound(t *testing.T) {
 	for name, want := range map[string]Level{
 		"upstream": Failed, "OCI runtime": Warning, "listen socket": Failed, "kubelet": Warning,
 	} {
-		if r := find(t, results, name); r.Level != want || r.Mend == "" || r.Detail == "" {
-			t.Errorf("%s: %+v, want %s with a way to mend it", name, r, want)
+		if r := find(t, results, name); r.Level != want || r.Fix == "" || r.Detail == "" {
+			t.Errorf("%s: %+v, want %s with a fix", name, r, want)
 		}
 	}
-	if r := find(t, results, "kubelet"); !strings.Contains(r.Mend, "containerRuntimeEndpoint: "+c.Listen) {
-		t.Errorf("the kubelet's mend is %q", r.Mend)
+	if r := find(t, results, "kubelet"); !strings.Contains(r.Fix, "containerRuntimeEndpoint: "+c.Listen) {
+		t.Errorf("the kubelet's fix is %q", r.Fix)
 	}
 }
 
@@ -79,7 +79,7 @@ func TestGoodNode(t *testing.T) {
 // Also without any runtime all the rest is looked at.
 func TestNoRuntime(t *testing.T) {
 	results := Run(t.Context(), config.Default(), filepath.Join(t.TempDir(), "none"))
-	if r := find(t, results, "upstream"); r.Level != Failed || !strings.Contains(r.Mend, "start the runtime") {
+	if r := find(t, results, "upstream"); r.Level != Failed || !strings.Contains(r.Fix, "start the runtime") {
 		t.Errorf("%+v", r)
 	}
 	find(t, results, "kubelet")
@@ -175,7 +175,7 @@ func TestRuncVersion(t *testing.T) {
 		if err := os.WriteFile(c.Runtime.Binary, []byte("#!/bin/sh\necho '"+tt.line+"'\necho spec: 1.2.0\n"), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		if r := ociRuntime(t.Context(), c); r.Level != tt.want || (r.Level != OK && r.Mend == "") {
+		if r := ociRuntime(t.Context(), c); r.Level != tt.want || (r.Level != OK && r.Fix == "") {
 			t.Errorf("%q: %+v, want %s", tt.line, r, tt.want)
 		}
 	}
@@ -220,7 +220,7 @@ func TestRunningKubelet(t *testing.T) {
 		write(t, filepath.Join(proc, "comm"), "kubelet\n")
 		write(t, filepath.Join(proc, "cmdline"), "/usr/bin/kubelet\x00"+test.arguments)
 		write(t, file, "containerRuntimeEndpoint: "+test.file+"\n")
-		if r := kubelet(c, file, dir); r.Level != test.want || (r.Level != OK && r.Mend == "") {
+		if r := kubelet(c, file, dir); r.Level != test.want || (r.Level != OK && r.Fix == "") {
 			t.Errorf("%q, %s: %+v", test.arguments, test.file, r)
 		}
 	}
@@ -235,7 +235,7 @@ func TestPlacesAreChecked(t *testing.T) {
 	c.Audit.Destination, c.Audit.File = "file", filepath.Join(dir, "file", "audit.log")
 	results := Run(t.Context(), c, filepath.Join(dir, "none"))
 	for _, name := range []string{"admin socket", "metrics address", "stream address", "audit log"} {
-		if r := find(t, results, name); r.Level != Failed || r.Mend == "" {
+		if r := find(t, results, name); r.Level != Failed || r.Fix == "" {
 			t.Errorf("%s: %+v", name, r)
 		}
 	}
@@ -306,7 +306,7 @@ func TestUpstreamThatIsNone(t *testing.T) {
 		c := config.Default()
 		c.Upstream = "unix://" + path(name)
 		r := find(t, Run(t.Context(), c, path("none")), "upstream")
-		if r.Level != want.level || !strings.Contains(r.Detail, want.says) || (r.Level == Failed) != (r.Mend != "") {
+		if r.Level != want.level || !strings.Contains(r.Detail, want.says) || (r.Level == Failed) != (r.Fix != "") {
 			t.Errorf("%s: %+v, want %s with %q", name, r, want.level, want.says)
 		}
 		if strings.Contains(r.Detail, "rpc error") {
@@ -343,14 +343,14 @@ func TestTraces(t *testing.T) {
 		says   string
 	}{
 		"off":      {config.Traces{}, OK, "switched off"},
-		"there":    {config.Traces{Endpoint: listener.Addr().String(), Insecure: true}, OK, "takes connections"},
+		"there":    {config.Traces{Endpoint: listener.Addr().String(), Insecure: true}, OK, "accepts connections"},
 		"no TLS":   {config.Traces{Endpoint: listener.Addr().String()}, Warning, "does not speak TLS"},
 		"nobody":   {config.Traces{Endpoint: free.Addr().String(), Insecure: true}, Warning, "refused"},
 		"no TLS 2": {config.Traces{Endpoint: free.Addr().String()}, Warning, "refused"},
 	} {
 		c := config.Default()
 		c.Traces = test.traces
-		if r := traces(t.Context(), c); r.Level != test.level || !strings.Contains(r.Detail, test.says) || (r.Level != OK) != (r.Mend != "") {
+		if r := traces(t.Context(), c); r.Level != test.level || !strings.Contains(r.Detail, test.says) || (r.Level != OK) != (r.Fix != "") {
 			t.Errorf("%s: %+v", name, r)
 		}
 	}

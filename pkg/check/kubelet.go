@@ -14,14 +14,14 @@ import (
 	"github.com/streamshim/streamshim/pkg/endpoint"
 )
 
-// kubeadmFlags lies beside the kubelet's configuration. What it says wins.
+// kubeadmFlags is in the same directory as the kubelet's configuration, and overrides it.
 const kubeadmFlags = "kubeadm-flags.env"
 
 var endpointFlag = regexp.MustCompile(`--container-runtime-endpoint[= ]([^\s"']+)`)
 
-// kubelet says whether the kubelet talks to streamshim. Flags win over its configuration, and they may
-// come from anywhere: from kubeadm's file, or from a drop-in of its unit, as on OpenShift. Those of a
-// kubelet that runs are seen in proc.
+// kubelet checks whether the kubelet talks to streamshim. Its flags override its configuration. They may come from
+// kubeadm's file, or from elsewhere, such as a drop-in of its unit on OpenShift. The flags of a running kubelet are read
+// from proc.
 func kubelet(c config.Config, file, proc string) Result {
 	const name = "kubelet"
 	flags := filepath.Join(filepath.Dir(file), kubeadmFlags)
@@ -51,12 +51,12 @@ func kubelet(c config.Config, file, proc string) Result {
 	if err != nil {
 		return warning(name, "run it as root", "%v", err)
 	}
-	// Not the kubelet's own type, which brings half of Kubernetes into the binary.
+	// The kubelet's own type would bring half of Kubernetes into the binary.
 	var k struct {
 		ContainerRuntimeEndpoint string `json:"containerRuntimeEndpoint"`
 	}
 	if err := yaml.Unmarshal(text, &k); err != nil {
-		return warning(name, "mend "+file, "%s: %v", file, err)
+		return warning(name, "correct "+file, "%s: %v", file, err)
 	}
 	if !endpoint.Same(k.ContainerRuntimeEndpoint, c.Listen) {
 		return warning(name, fmt.Sprintf("set containerRuntimeEndpoint: %s in %s and restart the kubelet", c.Listen, file),
@@ -65,11 +65,11 @@ func kubelet(c config.Config, file, proc string) Result {
 	return ok(name, "talks to streamshim")
 }
 
-// runningFlag is the endpoint in the command line of the kubelet that runs, "" when there is none.
+// runningFlag returns the endpoint in the command line of the running kubelet, or "".
 func runningFlag(proc string) string {
 	names, err := filepath.Glob(filepath.Join(proc, "[0-9]*", "comm"))
 	if err != nil {
-		return "" // cannot happen: the pattern is good
+		return "" // cannot happen: the pattern is valid
 	}
 	for _, comm := range names {
 		if text, err := os.ReadFile(comm); err != nil || string(text) != "kubelet\n" {

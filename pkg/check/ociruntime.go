@@ -15,9 +15,9 @@ import (
 type runcVersion struct{ major, minor, patch int }
 
 var (
-	// minimumRunc is the first that has all options and error messages that an exec here relies on.
+	// minimumRunc is the first version with all options and error messages that streamshim relies on.
 	minimumRunc = runcVersion{1, 1, 0}
-	// safeRunc is the first whose exec does not hand a descriptor of the host to the command
+	// safeRunc is the first version whose exec does not leak a descriptor of the host to the command
 	// (CVE-2024-21626).
 	safeRunc = runcVersion{1, 1, 12}
 )
@@ -30,13 +30,13 @@ func (v runcVersion) String() string {
 	return strconv.Itoa(v.major) + "." + strconv.Itoa(v.minor) + "." + strconv.Itoa(v.patch)
 }
 
-// patchedByDebian is the second line of "runc --version" of Debian 12's runc with the fix, which it has had since
-// its first security update; the first line says 1.1.5 all the same.
+// patchedByDebian matches the second line of "runc --version" of Debian 12's runc with the fix, which it has had since
+// its first security update. The first line still says 1.1.5.
 var patchedByDebian = regexp.MustCompile(`(?m)^commit: 1\.1\.5\+ds1-1\+deb12u[1-9]`)
 
 var runcLine = regexp.MustCompile(`^runc version v?(\d+)\.(\d+)\.(\d+)`)
 
-// parseRuncVersion reads the first line of "runc --version"; other runtimes say something else.
+// parseRuncVersion parses the first line of "runc --version". ok is false for other runtimes.
 func parseRuncVersion(line string) (v runcVersion, ok bool) {
 	match := runcLine.FindStringSubmatch(line)
 	if match == nil {
@@ -52,7 +52,7 @@ func parseRuncVersion(line string) (v runcVersion, ok bool) {
 	return v, true
 }
 
-// ociRuntime runs the OCI runtime's --version. Which one a container uses is found out for each.
+// ociRuntime checks the version of the default OCI runtime. A container may use another one.
 func ociRuntime(ctx context.Context, c config.Config) Result {
 	const name = "OCI runtime"
 	binary := c.Runtime.Binary
@@ -76,7 +76,7 @@ func ociRuntime(ctx context.Context, c config.Config) Result {
 		case version.before(minimumRunc):
 			return failed(name, "install runc "+safeRunc.String()+" or later", "%s (%s) is older than %s", first, path, minimumRunc)
 		case version.before(safeRunc) && patchedByDebian.MatchString(rest):
-			return ok(name, "%s (%s), in which Debian has mended CVE-2024-21626", first, path)
+			return ok(name, "%s (%s), in which Debian has fixed CVE-2024-21626", first, path)
 		case version.before(safeRunc):
 			return warning(name, "install runc "+safeRunc.String()+" or later", "%s (%s): a container can escape at exec (CVE-2024-21626)", first, path)
 		}

@@ -14,7 +14,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/handover"
 )
 
-// running looks whether the streamshim that serves is the one that is installed.
+// running checks whether the running streamshim is the installed one.
 func running(c config.Config) Result {
 	const name = "running version"
 	pid, err := servedBy(c.Listen)
@@ -33,13 +33,13 @@ func running(c config.Config) Result {
 	case err != nil:
 		return warning(name, "see which program it is with ps(1)", "whether process %d is what is installed cannot be told: %v", pid, err)
 	case !same:
-		return warning(name, "\"streamshim upgrade\" has the installed one take over, with all sessions",
+		return warning(name, "run \"streamshim upgrade\": the installed one takes over, with all sessions",
 			"process %d is another build than %s, which is installed", pid, installed)
 	}
 	return ok(name, "process %d is what is installed", pid)
 }
 
-// servedBy is the process that listens on a Unix socket.
+// servedBy returns the pid of the process that listens on a Unix socket.
 func servedBy(address string) (int, error) {
 	path, err := endpoint.Path(address)
 	if err != nil {
@@ -65,7 +65,7 @@ func servedBy(address string) (int, error) {
 	return int(peer.Pid), nil
 }
 
-// startedAs is the path by which a process was started, "" if it is not known.
+// startedAs returns the path by which a process was started, or "" if it is unknown.
 func startedAs(pid int) string {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 	path, _, _ := bytes.Cut(text, []byte{0})

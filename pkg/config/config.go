@@ -1,5 +1,5 @@
-// Package config is streamshim's configuration: its defaults, the TOML file, and the checks that
-// turn a mistake into a message with the line and a hint.
+// Package config defines streamshim's configuration: the TOML file, its defaults and its validation. A mistake
+// in the file becomes a message with the line and a hint.
 package config
 
 import (
@@ -22,33 +22,36 @@ import (
 	"github.com/streamshim/streamshim/pkg/endpoint"
 )
 
-// DefaultFile is read when no file is named and it exists.
+// DefaultFile is the file that is read, if it exists, when none is named.
 const DefaultFile = "/etc/streamshim/config.toml"
 
 // Config is everything that can be set. The toml names are the file's keys.
+//
+// The comments here also become docs/configuration.md, deploy/config.toml and a manual page.
 type Config struct {
 	// Listen is the Unix socket on which CRI is served.
 	Listen string `toml:"listen"`
-	// Upstream is the runtime's CRI socket; empty means that the usual places are tried.
+	// Upstream is the runtime's CRI socket. If empty, the usual places are tried.
 	Upstream string `toml:"upstream"`
-	// StreamAddress is where the streaming server listens, a loopback address; port 0 takes any
-	// free one.
+	// StreamAddress is where the streaming server listens. It must be a loopback address. Port 0 takes
+	// any free port.
 	StreamAddress string `toml:"stream_address"`
-	// StateDir holds what is needed while processes run: process files, console sockets, records.
+	// StateDir is the directory for process files, console sockets and recovery records, which are needed
+	// while processes run.
 	StateDir string `toml:"state_dir"`
 	// LogLevel is debug, info, warn or error.
 	LogLevel string `toml:"log_level"`
 	// LogFormat is text or json.
 	LogFormat string `toml:"log_format"`
-	// Admin is the Unix socket of "streamshim sessions", which only root may open; empty is none.
+	// Admin is the Unix socket of "streamshim sessions". Only root may open it. If empty, there is none.
 	Admin string `toml:"admin"`
 	// NotifyWatch tells the user of a terminal when an operator watches it with "streamshim sessions
 	// watch".
 	NotifyWatch bool `toml:"notify_watch"`
-	// MetricsAddress is HOST:PORT, where /metrics, /healthz and /readyz are served; empty is none.
-	// There is no password: whoever can reach it can read the numbers.
+	// MetricsAddress is the HOST:PORT at which /metrics, /healthz and /readyz are served. If empty, they
+	// are not served. There is no password: whoever can reach it can read the numbers.
 	MetricsAddress string `toml:"metrics_address"`
-	// Profiling also serves /debug/pprof/ there, which must then be a loopback address.
+	// Profiling also serves /debug/pprof/ at metrics_address, which must then be a loopback address.
 	Profiling bool `toml:"profiling"`
 
 	Runtime     Runtime     `toml:"runtime"`
@@ -60,7 +63,7 @@ type Config struct {
 	Recording   Recording   `toml:"recording"`
 	Limits      Limits      `toml:"limits"`
 	Traces      Traces      `toml:"traces"`
-	// Deny refuses the sessions that any of these rules chooses.
+	// Deny refuses each session that matches any of these rules.
 	Deny []Deny `toml:"deny"`
 
 	removed []string // see Removed
@@ -74,33 +77,61 @@ type Runtime struct {
 
 // Exec is how commands run in containers.
 type Exec struct {
-	OnDisconnect string   `toml:"on_disconnect"` // what becomes of a command whose client has gone: hangup, kill or keep
-	TermAfter    Duration `toml:"term_after"`    // from the hang-up to SIGTERM
-	KillAfter    Duration `toml:"kill_after"`    // from the hang-up to SIGKILL
-	InputGrace   Duration `toml:"input_grace"`   // for a command whose client has closed its connection in order: without taking any of the input that came before, and, once it has it all, until the hang-up; 0 is hang up at once
-	StartTimeout Duration `toml:"start_timeout"` // for the OCI runtime to start the command, once it is its turn
-	DrainIdle    Duration `toml:"drain_idle"`    // silence after which output held by a background child is complete; 0 is for ever, for ExecSync 10 s
-	DrainMax     Duration `toml:"drain_max"`     // the same wait while output still flows; for ExecSync at most 10 s
-	Linger       Duration `toml:"linger"`        // without progress, for a client to take the rest
-	StatusWait   Duration `toml:"status_wait"`   // since the last sign that output was read, for which the exit status is held back from who may translate for a slow reader; 0 is off
-	IdleTimeout  Duration `toml:"idle_timeout"`  // without payload in either direction, until a session is ended; 0 is off
-	MaxLifetime  Duration `toml:"max_lifetime"`  // of a session; 0 is off
-	Helpers      []string `toml:"helpers"`       // what streamshim brings along for containers that do not have it: "tar", for the commands of kubectl cp; see docs/engines.md
+	// OnDisconnect is what happens to a command when its client goes: hangup, kill or keep.
+	OnDisconnect string `toml:"on_disconnect"`
+	// TermAfter is the time from the hang-up to SIGTERM.
+	TermAfter Duration `toml:"term_after"`
+	// KillAfter is the time from the hang-up to SIGKILL.
+	KillAfter Duration `toml:"kill_after"`
+	// InputGrace is for a command without a terminal whose client has closed its connection in order. The
+	// command is hung up once it has read none of the remaining input for this long, or this long after it
+	// has read all of it. 0 hangs it up at once.
+	InputGrace Duration `toml:"input_grace"`
+	// StartTimeout is how long the OCI runtime may take to start a command, not counting the wait for its
+	// turn.
+	StartTimeout Duration `toml:"start_timeout"`
+	// DrainIdle is for a command that has ended while a background child holds its output open. The output
+	// counts as complete after this much silence. 0 waits for ever, and 10 s for ExecSync.
+	DrainIdle Duration `toml:"drain_idle"`
+	// DrainMax bounds the same wait while output still flows. For ExecSync it is at most 10 s.
+	DrainMax Duration `toml:"drain_max"`
+	// Linger is how long a finished session waits, without any progress, for its client to read the rest.
+	Linger Duration `toml:"linger"`
+	// StatusWait bounds how long the exit status waits for a slow reader behind a client that may translate,
+	// such as the kubelet. It counts from the last sign that output was read. 0 does not wait.
+	StatusWait Duration `toml:"status_wait"`
+	// IdleTimeout ends a session after this long without payload in either direction. 0 is off.
+	IdleTimeout Duration `toml:"idle_timeout"`
+	// MaxLifetime ends a session this long after its start. 0 is off.
+	MaxLifetime Duration `toml:"max_lifetime"`
+	// Helpers lists the programs that streamshim provides where a container lacks them. The only one is "tar",
+	// for kubectl cp. See docs/engines.md.
+	Helpers []string `toml:"helpers"`
 }
 
 // Attach is how attach sessions behave.
 type Attach struct {
-	InputEnd    string   `toml:"input_end"`    // what a client whose input has ended does, unless that is the end of the container's too: detach, once the container has been silent for a second, at most ten later, or stay
-	IdleTimeout Duration `toml:"idle_timeout"` // without payload in either direction, until a session is ended; 0 is off
-	MaxLifetime Duration `toml:"max_lifetime"` // of a session; 0 is off
+	// InputEnd is what happens when a client's input ends and the container's input stays open: detach or
+	// stay. With detach the client is detached once the container has been silent for a second, at most ten
+	// seconds later.
+	InputEnd string `toml:"input_end"`
+	// IdleTimeout ends a session after this long without payload in either direction. 0 is off.
+	IdleTimeout Duration `toml:"idle_timeout"`
+	// MaxLifetime ends a session this long after its start. 0 is off.
+	MaxLifetime Duration `toml:"max_lifetime"`
 }
 
 // PortForward is how port-forward sessions behave.
 type PortForward struct {
-	Refused     string   `toml:"refused"`      // what the client of a port where nobody listens gets: reset, or report, which makes kubectl end the whole port-forward
-	Stall       Duration `toml:"stall"`        // for one connection to hold up the others; 0 is for ever
-	IdleTimeout Duration `toml:"idle_timeout"` // without payload in either direction, until a session is ended; 0 is off
-	MaxLifetime Duration `toml:"max_lifetime"` // of a session; 0 is off
+	// Refused is what a client gets when nobody listens on the port: reset or report. With report kubectl
+	// ends the whole port-forward.
+	Refused string `toml:"refused"`
+	// Stall is how long one connection may block the others before it is reset. 0 is for ever.
+	Stall Duration `toml:"stall"`
+	// IdleTimeout ends a session after this long without payload in either direction. 0 is off.
+	IdleTimeout Duration `toml:"idle_timeout"`
+	// MaxLifetime ends a session this long after its start. 0 is off.
+	MaxLifetime Duration `toml:"max_lifetime"`
 }
 
 // Shutdown is how a running streamshim ends.
@@ -111,75 +142,98 @@ type Shutdown struct {
 // Audit is the log of who did what: a JSON line at the start and at the end of each session.
 type Audit struct {
 	Destination string `toml:"destination"` // off, file, stdout or journald
-	File        string `toml:"file"`        // for destination = "file"; made with mode 0600
-	MaxSize     int64  `toml:"max_size"`    // bytes after which the file is rotated; 0 is never
-	MaxFiles    int    `toml:"max_files"`   // rotated files that are kept, as FILE.1 (the newest), FILE.2, ...
-	// Command is how much of command lines is written and shown to operators: none, argv0 or full.
+	File        string `toml:"file"`        // the file for destination = "file"; it is created with mode 0600
+	MaxSize     int64  `toml:"max_size"`    // the size in bytes at which the file is rotated; 0 is never
+	MaxFiles    int    `toml:"max_files"`   // how many rotated files are kept, as FILE.1 (the newest), FILE.2, ...
+	// Command is how much of a command line is logged and shown to operators: none, argv0 or full.
 	// Arguments often hold secrets.
 	Command  string `toml:"command"`
-	ExecSync bool   `toml:"execsync"` // also ExecSync calls, which are mostly probes
+	ExecSync bool   `toml:"execsync"` // log ExecSync calls too; most are probes
 	Fsync    string `toml:"fsync"`    // when a file's records are forced to the disk: never, interval (every second) or always
-	// OnFailure says what happens to a session whose start cannot be written down, as on a full disk:
-	// allow it all the same, or deny it.
+	// OnFailure is what happens to a session whose start cannot be logged, as on a full disk: allow or deny.
 	OnFailure string `toml:"on_failure"`
 }
 
 // Recording is which sessions are recorded, as asciicast v2 files.
 type Recording struct {
-	Directory string `toml:"directory"` // made with mode 0700; the files have 0600
-	Input     bool   `toml:"input"`     // also what is typed, passwords included
-	NonTTY    bool   `toml:"non_tty"`   // also sessions without a terminal
-	MaxSize   int64  `toml:"max_size"`  // bytes of one recording
-	MaxFiles  int    `toml:"max_files"` // recordings that are kept, the oldest of the pod that has most is removed first; 0 is no limit
-	MaxTotal  int64  `toml:"max_total"` // bytes of all recordings together that are kept; 0 is no limit
-	// MinAge is how long a recording is kept whatever the limits; while everything is younger and the limits are
-	// reached, new sessions are treated as on_failure says. 0 is no such time.
+	Directory string `toml:"directory"` // where recordings are kept; it is created with mode 0700, the files with 0600
+	Input     bool   `toml:"input"`     // record input too, passwords included
+	NonTTY    bool   `toml:"non_tty"`   // record sessions without a terminal too
+	MaxSize   int64  `toml:"max_size"`  // the size limit of one recording, in bytes
+	// MaxFiles is how many recordings are kept. Beyond it, the oldest recording of the pod that has most is
+	// removed. 0 is no limit.
+	MaxFiles int `toml:"max_files"`
+	// MaxTotal is how many bytes of recordings are kept. 0 is no limit.
+	MaxTotal int64 `toml:"max_total"`
+	// MinAge is how long a recording is kept whatever the limits. When the limits are reached and every
+	// recording is younger, new sessions are treated as on_failure says. 0 is off.
 	MinAge Duration `toml:"min_age"`
-	// OnFailure says what happens when a session cannot be recorded completely, because of a full
-	// disk, its size, or a disk that is too slow: allow it to go on with a gap in the recording, or
-	// deny it. With deny everything is written before it is delivered.
+	// OnFailure is what happens to a session that cannot be recorded completely, because of a full disk, a
+	// slow disk, or max_size: allow or deny. With allow it goes on, with a gap in its recording. With deny it
+	// ends, and everything is written to the recording before it is delivered.
 	OnFailure string `toml:"on_failure"`
-	// Rule chooses the sessions that are recorded: those that any of these rules chooses. Without
-	// rules nothing is recorded.
+	// Rule selects the sessions to record: those that match any of these rules. Without rules nothing is
+	// recorded.
 	Rule []Rule `toml:"rule"`
 }
 
-// Rule chooses sessions by their pod. What is left out chooses all.
+// Rule matches sessions by their pod. A key that is left out matches every session.
 type Rule struct {
-	Namespaces []string          `toml:"namespaces"` // any of these; * and ? stand for anything
-	PodLabels  map[string]string `toml:"pod_labels"` // all of these; the values may have * and ?
+	Namespaces []string          `toml:"namespaces"` // any of these namespaces; * and ? are wildcards
+	PodLabels  map[string]string `toml:"pod_labels"` // all of these labels; * and ? are wildcards in the values
 }
 
 // Traces is where OpenTelemetry spans of exec, attach and port-forward go.
 type Traces struct {
-	Endpoint    string  `toml:"endpoint"`     // HOST:PORT of an OTLP/gRPC receiver; empty is no tracing
-	Insecure    bool    `toml:"insecure"`     // without TLS
-	SampleRatio float64 `toml:"sample_ratio"` // of the calls whose client sends no trace context; the others do as the client does
+	Endpoint string `toml:"endpoint"` // HOST:PORT of an OTLP/gRPC receiver; if empty, nothing is traced
+	Insecure bool   `toml:"insecure"` // connect without TLS
+	// SampleRatio is the share of calls that are traced, from 0 to 1, among those whose client sends no trace
+	// context. Other calls are traced if their client traces them.
+	SampleRatio float64 `toml:"sample_ratio"`
 }
 
 // Limits bound what sessions may use. 0 is no limit.
 type Limits struct {
-	Sessions             int   `toml:"sessions"`               // on this node
-	SessionsPerPod       int   `toml:"sessions_per_pod"`       // in one pod
-	SessionsPerContainer int   `toml:"sessions_per_container"` // in one container
-	ConcurrentStarts     int   `toml:"concurrent_starts"`      // commands of sessions that start at the same time, of one pod a quarter of it; they have what ExecSync leaves of it, but at least one; attach and what the runtime itself starts do not count
-	ConcurrentProbes     int   `toml:"concurrent_probes"`      // commands of ExecSync that start at the same time, of one pod a quarter of it; -1 is 32 for each CPU, at least 64
-	Bandwidth            int64 `toml:"bandwidth"`              // bytes a second of one session, in each direction
-	Buffers              int64 `toml:"buffers"`                // bytes of unread data of all sessions together; beyond them clients are slowed down, and attached clients miss output; -1 is a sixteenth of the memory, of the machine or of streamshim's cgroup, 64 MiB to 1 GiB
-	SyncOutput           int64 `toml:"sync_output"`            // bytes of output that all ExecSync calls together keep, beside 64 KiB of each; a call for which there is no room is ended with an error; -1 is a 32nd of the memory, 64 MiB to 512 MiB
-	RecordingBuffers     int64 `toml:"recording_buffers"`      // bytes of all recordings together that wait to be written, beside 16 KiB of each; what has no room is missing in its recording, or ends its session where recording.on_failure is deny; -1 is a 32nd of the memory, 64 MiB to 512 MiB
-	SpareDescriptors     int   `toml:"spare_descriptors"`      // open files that are kept for probes and running sessions: new sessions and forwarded connections are refused when no more are left; -1 is an eighth of those that streamshim may open
-	ConcurrentEnds       int   `toml:"concurrent_ends"`        // commands that are ended whose processes are looked for at the same time, those of ExecSync first; -1 is 100 for each CPU
+	Sessions             int `toml:"sessions"`               // sessions on this node
+	SessionsPerPod       int `toml:"sessions_per_pod"`       // sessions in one pod
+	SessionsPerContainer int `toml:"sessions_per_container"` // sessions in one container
+	// ConcurrentStarts bounds the commands of sessions that start at the same time, less the starts of ExecSync,
+	// but at least one. One pod may have a quarter of it. Attach does not count, nor does what the runtime
+	// itself starts.
+	ConcurrentStarts int `toml:"concurrent_starts"`
+	// ConcurrentProbes bounds the ExecSync commands that start at the same time. One pod may have a quarter
+	// of it. -1 is 32 for each CPU, at least 64.
+	ConcurrentProbes int `toml:"concurrent_probes"`
+	// Bandwidth bounds the bytes a second of one session, in each direction.
+	Bandwidth int64 `toml:"bandwidth"`
+	// Buffers bounds the bytes of unread data of all sessions together. Beyond it, clients are slowed down and
+	// attached clients miss output. -1 is a sixteenth of the memory of the machine or of streamshim's cgroup,
+	// from 64 MiB to 1 GiB.
+	Buffers int64 `toml:"buffers"`
+	// SyncOutput bounds the bytes of output that all ExecSync calls together keep, not counting 64 KiB of each
+	// call. A call that finds no room ends with an error. -1 is a 32nd of the memory, from 64 MiB to 512 MiB.
+	SyncOutput int64 `toml:"sync_output"`
+	// RecordingBuffers bounds the bytes that wait to be written to recordings, not counting 16 KiB of each
+	// recording. Data that finds no room is missing from its recording, or ends its session if
+	// recording.on_failure is deny. -1 is a 32nd of the memory, from 64 MiB to 512 MiB.
+	RecordingBuffers int64 `toml:"recording_buffers"`
+	// SpareDescriptors is how many open files are reserved for probes and running sessions. When no more are
+	// left, new sessions and forwarded connections are refused. -1 is an eighth of the files that streamshim
+	// may open.
+	SpareDescriptors int `toml:"spare_descriptors"`
+	// ConcurrentEnds bounds the commands being ended whose processes are looked for at the same time. Those of
+	// ExecSync come first. -1 is 100 for each CPU.
+	ConcurrentEnds int `toml:"concurrent_ends"`
 }
 
-// Deny is a rule that refuses sessions. What is left out chooses all, except that execsync must be
-// named in kinds.
+// Deny matches sessions by their pod, kind and terminal. A key that is left out matches every session, except
+// that execsync must be named in kinds.
 type Deny struct {
 	Namespaces []string          `toml:"namespaces"` // as in recording.rule
 	PodLabels  map[string]string `toml:"pod_labels"` // as in recording.rule
 	Kinds      []string          `toml:"kinds"`      // any of exec, attach, portforward and execsync
-	TTY        *bool             `toml:"tty"`        // only sessions with, or only sessions without a terminal
-	Message    string            `toml:"message"`    // for the user; a plain one when empty
+	TTY        *bool             `toml:"tty"`        // true matches sessions with a terminal, false those without
+	Message    string            `toml:"message"`    // what the user is told; if empty, a general message
 }
 
 // Duration is a time.Duration written as "1m30s".
@@ -201,7 +255,7 @@ func (d *Duration) UnmarshalText(text []byte) error {
 // MarshalText writes the duration as UnmarshalText reads it.
 func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
 
-// Default is the configuration of an empty file.
+// Default returns the configuration of an empty file.
 func Default() Config {
 	return Config{
 		Listen:        "unix:///run/streamshim/streamshim.sock",
@@ -242,39 +296,39 @@ func Default() Config {
 	}
 }
 
-// What nobody needs to set.
+// Limits that nobody needs to set.
 const (
-	// SyncOutput is how many bytes of output an ExecSync returns, so that its answer stays below the 16 MiB
-	// that the kubelet's client takes (CVE-2022-1708).
+	// SyncOutput bounds the bytes of output that an ExecSync returns, so that its answer stays below the 16 MiB
+	// that the kubelet's client accepts (CVE-2022-1708).
 	SyncOutput = 15 << 20
-	// AttachBuffer is how many bytes are kept for an attached client that reads too slowly. Limits.Buffers
+	// AttachBuffer bounds the bytes that are kept for an attached client that reads too slowly. Limits.Buffers
 	// bounds all of them together.
 	AttachBuffer = 1 << 20
-	// RecordingBuffer is how many bytes of one session may wait to be written to its recording.
+	// RecordingBuffer bounds the bytes of one session that wait to be written to its recording.
 	RecordingBuffer = 1 << 20
-	// WaitingStarts is how many commands may wait for their turn to start, of one pod a quarter of it.
+	// WaitingStarts bounds the commands that wait for their turn to start. One pod may have a quarter of it.
 	WaitingStarts = 1024
 )
 
-// removed are keys that were removed, and what holds instead. A file that still has one is read all the same,
-// so that an update does not stop a node; Removed tells of it.
+// removed maps each key that was removed to what holds instead. A file that still has one is accepted, so that
+// an update does not stop a node. Removed reports it.
 var removed = map[string]string{
-	"exec.engine": "commands are started by the container's OCI runtime alone, because a container could escape " +
+	"exec.engine": "only the container's OCI runtime starts commands, because a container could escape " +
 		"through the native engine (docs/engines.md)",
-	"exec.sync_output":      "an ExecSync returns up to 15 MiB of output, as the kubelet's client takes no more",
+	"exec.sync_output":      "an ExecSync returns up to 15 MiB of output, because the kubelet's client accepts no more",
 	"attach.buffer":         "1 MiB is kept for each attached client; limits.buffers bounds all of them together",
 	"recording.buffer":      "1 MiB of each session may wait to be written",
-	"limits.waiting_starts": "1024 commands may wait for their turn to start, of one pod 256",
+	"limits.waiting_starts": "1024 commands may wait for their turn to start, 256 of one pod",
 }
 
-// Removed tells of each key in the file that was removed, as "key was removed: what holds instead", sorted.
+// Removed returns a line for each key in the file that was removed, "KEY was removed: what holds instead", sorted.
 func (c *Config) Removed() []string { return c.removed }
 
-// Read puts the file's settings into c. Unknown keys and values of the wrong type are refused, with
-// their line.
+// Read reads the file's settings into c and validates the result. Unknown keys and values of the wrong type are
+// errors that name their line.
 //
-// What has precedence over the file, such as flags, is set by override, which may be nil. It is called before
-// the values are checked, so that it can mend what the file has wrong.
+// If override is not nil, Read calls it before it validates, to set what takes precedence over the file, such as
+// flags. A flag can so replace a wrong value in the file.
 func (c *Config) Read(file string, override func(*Config)) error {
 	text, err := readLimited(file)
 	if err != nil {
@@ -297,32 +351,19 @@ func (c *Config) Read(file string, override func(*Config)) error {
 	return problem
 }
 
-// parse is Read of a text; its errors begin with the line.
-func (c *Config) parse(text []byte) error {
-	if err := c.decode(text); err != nil {
-		return err
-	}
-	if problem := c.validate(); problem != nil {
-		return fmt.Errorf("%d: %w", lineOf(text, problem.key), problem)
-	}
-	return nil
-}
-
-// maxFile and readTime bound the configuration file, in bytes, and how long it may take to come, from a FIFO whose
-// writer writes nothing.
 const (
-	maxFile  = 1 << 20
-	readTime = 10 * time.Second
+	maxFile  = 1 << 20          // bytes
+	readTime = 10 * time.Second // for a FIFO whose writer writes nothing
 )
 
 func readLimited(path string) ([]byte, error) {
-	// Of a FIFO that nobody writes to, opening alone would wait for ever.
+	// Without O_NONBLOCK, opening a FIFO that has no writer would wait for ever.
 	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer file.Close()                             //nolint:errcheck // only read
-	file.SetReadDeadline(time.Now().Add(readTime)) //nolint:errcheck // a file on a disk has none, and needs none
+	file.SetReadDeadline(time.Now().Add(readTime)) //nolint:errcheck // a file on a disk has no deadline, and needs none
 	text, err := io.ReadAll(io.LimitReader(file, maxFile+1))
 	if err != nil {
 		return nil, err
@@ -333,7 +374,7 @@ func readLimited(path string) ([]byte, error) {
 	return text, nil
 }
 
-// decode returns errors that begin with the line, for "file:line: message".
+// decode reads the text into c. Its errors begin with the line, for "file:line: message".
 func (c *Config) decode(text []byte) error {
 	if problem := durationsWithoutUnit(text); problem != nil {
 		return fmt.Errorf("%d: %w", lineOf(text, problem.key), problem)
@@ -342,7 +383,7 @@ func (c *Config) decode(text []byte) error {
 	err := decoder.Decode(c)
 	var unknown *toml.StrictMissingError
 	if errors.As(err, &unknown) {
-		for _, e := range unknown.Errors { // what is known was decoded
+		for _, e := range unknown.Errors { // the known keys were decoded
 			key := strings.Join(e.Key(), ".")
 			instead, was := removed[key]
 			if !was {
@@ -369,12 +410,12 @@ func (c *Config) decode(text []byte) error {
 	return nil
 }
 
-// durationsWithoutUnit finds a duration that is no string. The TOML library takes a plain number for
+// durationsWithoutUnit finds a duration that is not a string. The TOML library reads a plain number as
 // nanoseconds: "idle_timeout = 30" would end every session at once.
 func durationsWithoutUnit(text []byte) *ValueError {
 	var written map[string]any
 	if toml.Unmarshal(text, &written) != nil {
-		return nil //nolint:nilerr // what is wrong is found again, with its line
+		return nil //nolint:nilerr // the decoder finds the error again, with its line
 	}
 	var keys []string
 	collectKeys("", Default(), &keys)
@@ -382,7 +423,7 @@ func durationsWithoutUnit(text []byte) *ValueError {
 	for _, key := range keys {
 		def, _ := lookUp(defaults, key).(string)
 		if _, err := time.ParseDuration(def); err != nil {
-			continue // the key is no duration
+			continue // not a duration
 		}
 		value := lookUp(written, key)
 		if _, ok := value.(string); !ok && value != nil && value != int64(0) { // 0 needs no unit
@@ -392,10 +433,10 @@ func durationsWithoutUnit(text []byte) *ValueError {
 	return nil
 }
 
-// wrongType is what the TOML library says of a value of the wrong type.
+// wrongType matches the TOML library's message for a value of the wrong type.
 var wrongType = regexp.MustCompile(`^cannot decode TOML (.+) into struct field \S+ of type (\S+)$`)
 
-// plainWords says it without Go's types.
+// plainWords rewrites such a message without Go's types.
 func plainWords(message string) string {
 	match := wrongType.FindStringSubmatch(message)
 	if match == nil {
@@ -411,7 +452,7 @@ func plainWords(message string) string {
 	return fmt.Sprintf("this is of type %s, expected: %s", match[1], want)
 }
 
-// ValueError is a setting whose value cannot be used.
+// ValueError describes a setting with an invalid value.
 type ValueError struct {
 	key     string // as in the file, with dots
 	problem string
@@ -419,7 +460,7 @@ type ValueError struct {
 
 func (e *ValueError) Error() string { return e.key + ": " + e.problem }
 
-// Validate checks the values themselves.
+// Validate reports the first invalid value, as a *ValueError.
 func (c *Config) Validate() error {
 	if problem := c.validate(); problem != nil {
 		return problem
@@ -496,7 +537,7 @@ func (c *Config) validate() *ValueError {
 	return nil
 }
 
-// loopback refuses addresses that other machines could reach: the token in the URL is the only
+// loopback rejects addresses that other machines could reach: the token in the URL is the only
 // credential (containerd#2483, cri-dockerd#106).
 func loopback(key, address string) *ValueError {
 	host, port, err := net.SplitHostPort(address)
@@ -513,7 +554,7 @@ func loopback(key, address string) *ValueError {
 	return nil
 }
 
-// portNumber refuses what is no port of TCP. The names of /etc/services are none either: which there are differs
+// portNumber rejects anything but a TCP port number. It rejects the names of /etc/services too, because they differ
 // from node to node.
 func portNumber(key, port string, least int) *ValueError {
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || int(n) < least {
@@ -522,17 +563,17 @@ func portNumber(key, port string, least int) *ValueError {
 	return nil
 }
 
-// Level is the log level as slog has it.
+// Level returns the log level for slog.
 func (c *Config) Level() slog.Level {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(c.LogLevel)); err != nil {
-		return slog.LevelInfo // Validate has seen it
+		return slog.LevelInfo // Validate rejects this
 	}
 	return level
 }
 
-// lineOf is the line that sets a key, or 1 when no line does. A key of the third table of an array
-// is written as "deny[2].kinds".
+// lineOf returns the line that sets a key, or 1 if no line does. A key of the third table of an array is
+// written as "deny[2].kinds".
 func lineOf(text []byte, key string) int {
 	table, name := "", key
 	if i := strings.LastIndex(key, "."); i >= 0 {
@@ -564,11 +605,11 @@ func lineOf(text []byte, key string) int {
 	return header
 }
 
-// suggestion is a hint at the key that was probably meant.
+// suggestion returns a hint at the key that was probably meant.
 func suggestion(key string) string {
 	var known []string
 	example := Default()
-	example.Deny, example.Recording.Rule = []Deny{{TTY: new(bool)}}, []Rule{{}} // tables of which there may be none
+	example.Deny, example.Recording.Rule = []Deny{{TTY: new(bool)}}, []Rule{{}} // empty by default
 	collectKeys("", example, &known)
 	for _, k := range slices.Clone(known) {
 		if i := strings.LastIndex(k, "."); i >= 0 && !slices.Contains(known, k[:i]) {
@@ -599,9 +640,9 @@ func collectTreeKeys(prefix string, tree map[string]any, keys *[]string) {
 	}
 }
 
-// nearest says which of the choices the value resembles, if one does.
+// nearest returns a hint at the choice that resembles the value, or "".
 func nearest(value string, choices []string) string {
-	best, distance := "", min(4, len(value)/2+1) // as many changes are no resemblance
+	best, distance := "", min(4, len(value)/2+1) // so many edits are no resemblance
 	last := value[strings.LastIndex(value, ".")+1:]
 	for _, choice := range choices {
 		d := editDistance(value, choice)
@@ -618,7 +659,7 @@ func nearest(value string, choices []string) string {
 	return fmt.Sprintf("; did you mean %q?", best)
 }
 
-// editDistance is the Levenshtein distance of two short strings.
+// editDistance returns the Levenshtein distance of two short strings.
 func editDistance(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {

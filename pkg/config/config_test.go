@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -45,6 +46,17 @@ func TestDefaults(t *testing.T) {
 	if SyncOutput >= 16<<20 {
 		t.Errorf("an ExecSync returns up to %d bytes, more than gRPC lets through", SyncOutput)
 	}
+}
+
+// parse is like Read for a text. Its errors begin with the line.
+func (c *Config) parse(text []byte) error {
+	if err := c.decode(text); err != nil {
+		return err
+	}
+	if problem := c.validate(); problem != nil {
+		return fmt.Errorf("%d: %w", lineOf(text, problem.key), problem)
+	}
+	return nil
 }
 
 func TestFileOverridesDefaults(t *testing.T) {

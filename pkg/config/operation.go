@@ -14,7 +14,7 @@ const (
 	minBandwidth     = 4 << 10
 )
 
-// validateOperation checks what concerns operators: audit, recording, limits, rules.
+// validateOperation checks audit, recording, limits and rules.
 func (c *Config) validateOperation(choice func(key, value string, choices ...string) *ValueError) []*ValueError {
 	checks := []*ValueError{
 		choice("audit.destination", c.Audit.Destination, "off", "file", "stdout", "journald"),
@@ -85,16 +85,16 @@ func validateSelection(key string, namespaces []string, labels map[string]string
 	return nil
 }
 
-// reloadable are the keys that a running streamshim takes over; those that end with a dot stand for
-// all keys of a table.
+// reloadable lists the keys that a running streamshim can change. One that ends with a dot stands for all keys
+// of its table.
 var reloadable = []string{
 	"log_level", "notify_watch", "audit.", "recording.", "limits.", "deny",
 	"exec.idle_timeout", "exec.max_lifetime", "attach.idle_timeout", "attach.max_lifetime",
 	"portforward.idle_timeout", "portforward.max_lifetime",
 }
 
-// Reload puts those settings of next into c that can change without a restart, and returns the keys
-// of those that differ, and of the others that differ, both sorted.
+// Reload copies to c the settings of next that can change without a restart. It returns the keys that it has
+// changed, and those that differ but need a restart, both sorted.
 func (c *Config) Reload(next Config) (taken, needRestart []string) {
 	for _, key := range changed(*c, next) {
 		if CanReload(key) {
@@ -112,7 +112,7 @@ func (c *Config) Reload(next Config) (taken, needRestart []string) {
 	return taken, needRestart
 }
 
-// CanReload tells whether a running streamshim takes a change of the key over at a reload.
+// CanReload reports whether a reload applies a change of the key.
 func CanReload(key string) bool {
 	for _, r := range reloadable {
 		if key == r || (strings.HasSuffix(r, ".") && strings.HasPrefix(key, r)) {
@@ -122,7 +122,7 @@ func CanReload(key string) bool {
 	return false
 }
 
-// changed are the keys in which two configurations differ, sorted.
+// changed returns the keys in which two configurations differ, sorted.
 func changed(a, b Config) []string {
 	var keys, differing []string
 	collectKeys("", Default(), &keys)
@@ -142,7 +142,7 @@ func tree(value any) map[string]any {
 		err = toml.Unmarshal(text, &tree)
 	}
 	if err != nil {
-		return nil // cannot happen: the struct is made of plain types
+		return nil // cannot happen: the struct has plain types only
 	}
 	return tree
 }

@@ -5,7 +5,7 @@ import (
 	"net"
 )
 
-// validateTelemetry checks what concerns metrics and traces.
+// validateTelemetry checks metrics and traces.
 func (c *Config) validateTelemetry() []*ValueError {
 	var checks []*ValueError
 	switch {
@@ -34,7 +34,8 @@ func hostPort(key, address string) *ValueError {
 	return portNumber(key, port, 0)
 }
 
-// profilingAddress keeps profiles on this machine: they show what the process holds in memory.
+// profilingAddress rejects addresses that other machines could reach: a profile shows what the process holds in
+// memory.
 func profilingAddress(address string) *ValueError {
 	if problem := loopback("profiling", address); problem != nil {
 		return &ValueError{"profiling", fmt.Sprintf("needs a loopback metrics_address such as 127.0.0.1:9464, not %q: a profile "+

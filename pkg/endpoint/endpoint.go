@@ -1,5 +1,4 @@
-// Package endpoint reads the addresses of Unix sockets as the kubelet and crictl write them, and listens
-// on them.
+// Package endpoint parses addresses of Unix sockets, as the kubelet and crictl write them, and listens on them.
 package endpoint
 
 import (
@@ -11,8 +10,7 @@ import (
 // (unix(7)).
 const maxPath = 107
 
-// Path takes the path out of unix:///path, unix:/path or /path. The error says how an address is
-// to be written.
+// Path returns the path in unix:///path, unix:/path or /path. The error says how to write an address.
 func Path(address string) (string, error) {
 	path := strings.TrimPrefix(strings.TrimPrefix(address, "unix:"), "//")
 	if !strings.HasPrefix(path, "/") {
@@ -24,7 +22,7 @@ func Path(address string) (string, error) {
 	return path, nil
 }
 
-// Same tells whether two addresses are good and name one socket, however they are written.
+// Same reports whether two addresses are valid and name one socket, however they are written.
 func Same(a, b string) bool {
 	left, err := Path(a)
 	if err != nil {

@@ -18,14 +18,13 @@ import (
 const (
 	// listenLockTimeout is how long Listen waits for another Listen in the same directory.
 	listenLockTimeout = 2 * time.Second
-	// probeTimeout is how long Listen asks an existing socket whether somebody is there.
+	// probeTimeout is how long Listen tries to connect to an existing socket.
 	probeTimeout = 2 * time.Second
 )
 
-// Listen creates the Unix socket at path, readable and writable for its owner alone (0600), and its
-// directory when there is none (0700). A socket left behind by a process that has ended is replaced;
-// a socket on which somebody accepts connections, and anything that is no socket, is an error.
-// Closing the listener removes the socket, unless another process has put its own there.
+// Listen creates the Unix socket at path with mode 0600, and its directory with mode 0700 if it does not exist. It
+// replaces a socket that a process has left behind. A socket on which somebody accepts connections is an error, and so is
+// any other file. Closing the listener removes the socket, unless another process has replaced it.
 func Listen(path string) (net.Listener, error) {
 	if !filepath.IsAbs(path) {
 		return nil, fmt.Errorf("listen on %q: the path of a socket must be absolute", path)
@@ -47,8 +46,8 @@ func Listen(path string) (net.Listener, error) {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
 	config := net.ListenConfig{Control: func(_, _ string, conn syscall.RawConn) error {
-		// bind(2) takes the socket's own mode, so that there is no moment in which others may
-		// connect. umask would do too, but it belongs to the whole process.
+		// bind(2) uses the mode of the descriptor, so that others may not connect even for a moment. A umask
+		// would do the same, but it affects the whole process.
 		var chmodErr error
 		if err := conn.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) }); err != nil {
 			return err
@@ -69,13 +68,13 @@ func Listen(path string) (net.Listener, error) {
 	return &socketListener{UnixListener: unixListener, path: path, created: created}, nil
 }
 
-// Place is where a listener's socket is, for Adopt.
+// Place identifies a listener's socket, for Adopt.
 type Place struct {
 	Path          string
 	Device, Inode uint64
 }
 
-// PlaceOf is the place of a listener that Listen or Adopt has returned.
+// PlaceOf returns the place of a listener that Listen or Adopt has returned.
 func PlaceOf(listener net.Listener) (Place, error) {
 	l, ok := listener.(*socketListener)
 	if !ok {
@@ -84,7 +83,7 @@ func PlaceOf(listener net.Listener) (Place, error) {
 	return l.place(), nil
 }
 
-// Adopt makes of a listener that another program has opened, at this place, what Listen returns.
+// Adopt turns a listener that another program has opened at this place into one as Listen returns.
 func Adopt(listener net.Listener, at Place) (net.Listener, error) {
 	unixListener, ok := listener.(*net.UnixListener)
 	if !ok {
@@ -110,7 +109,7 @@ func (l *socketListener) place() Place {
 	return place
 }
 
-// socketListener removes its own socket, and only its own, when it is closed.
+// socketListener removes its socket when it is closed, unless another process has replaced it.
 type socketListener struct {
 	*net.UnixListener
 	path    string
@@ -149,7 +148,7 @@ func removeStaleSocket(path string) error {
 		conn.Close()
 		return errors.New("another process is serving this socket: stop it, or choose another path")
 	}
-	// Any other answer, such as a full backlog, comes from a socket that is in use.
+	// Any other error, such as a full backlog, means that the socket is in use.
 	if !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("the socket seems to be in use: %w", err)
 	}
@@ -159,8 +158,8 @@ func removeStaleSocket(path string) error {
 	return nil
 }
 
-// lockDirectory keeps two processes from taking each other's fresh socket for a stale one. The
-// directory itself is the lock, so that no lock file is left behind.
+// lockDirectory locks the directory, so that two processes do not mistake each other's new socket for a stale one. There
+// is no lock file that could be left behind.
 func lockDirectory(directory string) (unlock func(), err error) {
 	file, err := os.Open(directory)
 	if err != nil {

@@ -180,7 +180,7 @@ func (s *runnerState) complete(r *Runner, own []processState) error {
 			s.Children = append(s.Children, childState{child.Pid, child.Start})
 		}
 	}
-	for _, signal := range reaper.UnheardSignals() {
+	for _, signal := range reaper.DiscardedSignals() {
 		s.Unheard = append(s.Unheard, int(signal))
 	}
 	return nil
@@ -252,7 +252,7 @@ func (r *Runner) Resume(state []byte, files *handover.Files) error {
 		}
 		for _, signal := range s.Unheard {
 			if signal > 0 && signal <= maxSignal {
-				reaper.ThrowAway(unix.Signal(signal))
+				reaper.Discard(unix.Signal(signal))
 			}
 		}
 	}

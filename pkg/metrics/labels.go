@@ -8,10 +8,10 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// other stands for every value that is not in a label's set.
+// other replaces each value that is not in a label's set.
 const other = "other"
 
-// The sets of values of the labels. What is not in a set is counted as "other".
+// The sets of values of the labels. A value outside its set is counted as "other".
 var (
 	protocols = []string{
 		"SPDY/3.1", // a client that names no version
@@ -39,8 +39,8 @@ const (
 	resultOK     = "ok"     // the command exited with 0, or the client closed its attach or port-forward
 	resultFailed = "failed" // the command exited with something else
 	resultGone   = "gone"   // the client went away while its command ran
-	resultEnded  = "ended"  // by a limit, an operator, a shutdown, or the end of the container
-	resultError  = "error"  // something went wrong
+	resultEnded  = "ended"  // a limit, an operator, a shutdown or the end of the container ended it
+	resultError  = "error"  // an error ended it
 )
 
 func oneOf(set []string, value string) string {
@@ -79,11 +79,11 @@ func resultLabel(kind session.Kind, o session.Outcome) string {
 		return resultOK
 	case "client-gone":
 		if kind != session.Exec {
-			return resultOK // that is how they end
+			return resultOK // attach and port-forward end so
 		}
 		return resultGone
 	case "start-failed":
-		if o.ExitCode > 0 { // the command was not there
+		if o.ExitCode > 0 { // the command was not found or not executable
 			return resultFailed
 		}
 		return resultError

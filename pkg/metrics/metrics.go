@@ -1,9 +1,9 @@
-// Package metrics counts what a node's streamshim does, for Prometheus, and serves the numbers with
-// the health checks on an address of their own.
+// Package metrics collects streamshim's metrics for Prometheus, and serves them with the health checks on an address of
+// their own.
 //
-// Every label has a fixed set of values: whatever comes from outside and is not in the set is
-// counted as "other", so that no client, peer or newer runtime can make the number of series grow.
-// No label names a pod, container, namespace or user; the audit log does.
+// Every label has a fixed set of values. A value from outside that is not in the set is counted as "other", so that no
+// client, peer or newer runtime can make the number of series grow. No label names a pod, container, namespace or user;
+// the audit log does.
 package metrics
 
 import (
@@ -17,42 +17,42 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// Config says what is counted.
+// Config configures the metrics. The functions are called at each scrape. Except WaitingTokens they may be nil, and then
+// their metrics are absent.
 type Config struct {
 	Version string
 	// Methods are the full names of the CRI methods that are counted by name.
 	Methods []string
-	// WaitingTokens is asked at each scrape how many URLs wait for their client.
+	// WaitingTokens returns how many URLs wait for their client.
 	WaitingTokens func() int
-	// LostAudit and IncompleteRecordings are asked for totals since the start; nil is none.
+	// LostAudit and IncompleteRecordings return totals since the start.
 	LostAudit, IncompleteRecordings func() int64
-	// Buffered is asked for the bytes of unread data that sessions hold, BuffersRefused how many times there was no
-	// room for more; nil is none.
+	// Buffered returns the bytes of unread data that sessions hold. BuffersRefused returns how many times there was no
+	// room for more.
 	Buffered, BuffersRefused func() int64
-	// SyncOutput and RecordingBuffered are the same for what ExecSync calls keep and what recordings have to write.
+	// SyncOutput and RecordingBuffered return the same for the output that ExecSync calls keep, and for what recordings
+	// have to write.
 	SyncOutput, SyncOutputRefused              func() int64
 	RecordingBuffered, RecordingBuffersRefused func() int64
-	// Commands is asked what commands are doing; nil is none.
-	Commands func() Commands
-	// Handovers is asked about hand-overs of the process; nil is none.
-	Handovers func() Handovers
+	Commands                                   func() Commands
+	Handovers                                  func() Handovers
 }
 
-// Handovers are numbers of hand-overs to another program in the same process. The counters go over with them.
+// Handovers counts hand-overs to another program in the same process. The counts survive a hand-over.
 type Handovers struct {
 	Done, Failed   int64
 	Carried, Ended int64   // sessions
 	Pause          float64 // of the last one, in seconds
 }
 
-// Commands are numbers of commands.
+// Commands counts commands that are being started or ended, and those that wait for their turn.
 type Commands struct {
 	Starting, StartsWaiting       int // of sessions
 	ProbesStarting, ProbesWaiting int // of ExecSync
-	Ending, EndsWaiting           int // whose processes are looked for because they are to end
+	Ending, EndsWaiting           int // whose processes are being looked for, to end them
 }
 
-// Metrics are the numbers. It is a session.Observer. Its methods may be called from many goroutines.
+// Metrics is a session.Observer that collects the metrics. Its methods may be called from many goroutines.
 type Metrics struct {
 	registry *prometheus.Registry
 
@@ -71,14 +71,14 @@ type Metrics struct {
 	methods        map[string]string // full name to label
 
 	mu   sync.Mutex
-	live map[*session.Session]time.Time // when it came to Lingering, zero before
-	// moved is what sessions that have ended moved, in bytes.
+	live map[*session.Session]time.Time // when it began to linger, zero before
+	// moved are the bytes that ended sessions have moved.
 	moved map[session.Kind]transferred
 }
 
 type transferred struct{ received, sent int64 }
 
-// Buckets, in seconds. A start takes some tens of milliseconds; a session milliseconds to hours.
+// Buckets, in seconds. A start takes tens of milliseconds, a session between milliseconds and hours.
 var (
 	startBuckets    = []float64{.01, .025, .05, .1, .2, .35, .5, 1, 2.5, 5, 10, 30}
 	durationBuckets = []float64{.1, .5, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600}
@@ -89,7 +89,7 @@ var (
 
 var kinds = []session.Kind{session.Exec, session.Attach, session.PortForward}
 
-// New makes the metrics, all at zero.
+// New returns the metrics, all at zero.
 func New(c Config) *Metrics {
 	m := &Metrics{
 		registry: prometheus.NewRegistry(),
@@ -100,18 +100,18 @@ func New(c Config) *Metrics {
 	}
 	m.started = m.histogram("session_start_seconds", "Time from a client's connection to its process running; for a port-forward to being ready.", startBuckets, "kind")
 	m.duration = m.histogram("session_duration_seconds", "Time from a client's connection to the end of its session.", durationBuckets, "kind")
-	m.linger = m.histogram("session_linger_seconds", "Time that a finished session waited for its client to take the rest and to close.", lingerBuckets, "kind")
+	m.linger = m.histogram("session_linger_seconds", "Time that a finished session waited for its client to read the rest and to close.", lingerBuckets, "kind")
 	m.ended = m.counters("sessions_total", "Sessions that have ended.", "kind", "protocol", "result", "reason")
 	m.refused = m.counters("sessions_refused_total", "Sessions that a limit or a rule has refused, or that could not be audited or recorded.", "kind", "refusal")
-	tokens := m.counters("tokens_total", "One-time URLs: issued to the kubelet; redeemed by their client; expired without one; refused because too many wait; unknown when somebody came with a token that does not wait.", "event")
+	tokens := m.counters("tokens_total", "One-time URLs: issued to the kubelet; redeemed by their client; expired before that; refused because too many wait; unknown for a request with an invalid token.", "event")
 	for _, event := range []string{"issued", "redeemed", "expired", "refused", "unknown"} {
 		m.events["token-"+event] = tokens.WithLabelValues(event)
 	}
-	m.events["drain-cut"] = m.counter("drains_cut_total", "Outputs that a background child held open after the command's end and that were cut for silence or length.")
-	m.events["linger-cut"] = m.counter("lingers_cut_total", "Finished sessions whose client took nothing any more and was let go.")
+	m.events["drain-cut"] = m.counter("drains_cut_total", "Outputs that a background child held open after the command's end, and that were cut after silence or too long a time.")
+	m.events["linger-cut"] = m.counter("lingers_cut_total", "Finished sessions that were ended because their client had stopped reading.")
 	m.events["status-held"] = m.counter("statuses_held_total", "Finished commands whose status was held back for a second or more, for a slow client to read the output first.")
-	m.events["stream-stalled"] = m.counter("stream_stalls_total", "Streams of port-forwards that were reset because nobody read them and they held up others.")
-	m.events["panicked"] = m.counter("panics_total", "Sessions that were ended because of a fault in streamshim, which its log tells of.")
+	m.events["stream-stalled"] = m.counter("stream_stalls_total", "Streams of port-forwards that were reset because nobody read them and they blocked others.")
+	m.events["panicked"] = m.counter("panics_total", "Sessions that were ended because of a fault in streamshim, which is in its log.")
 	m.events["peer-dead"] = m.counter("dead_peers_total", "Clients that did not answer any more.")
 	m.kills = m.counter("disconnect_kills_total", "Process trees that had to be killed after their client had gone.")
 	m.starts = m.counter("command_starts_total", "Commands started by the OCI runtime.")
@@ -127,7 +127,7 @@ func New(c Config) *Metrics {
 		m.duration.WithLabelValues(string(kind))
 		m.linger.WithLabelValues(string(kind))
 	}
-	// Prometheus does not see the first increase of a series that was not there before.
+	// Prometheus does not see the first increase of a series that did not exist before.
 	for _, kind := range append([]session.Kind{session.ExecSync}, kinds...) {
 		for _, refusal := range refusals {
 			m.refused.WithLabelValues(string(kind), refusal)
@@ -147,15 +147,19 @@ func New(c Config) *Metrics {
 	m.counterFunc("execsync_output_refused_total", "ExecSync calls that were ended because limits.sync_output was reached.", c.SyncOutputRefused)
 	m.counterFunc("recording_buffers_refused_total", "Times that a recording missed something because limits.recording_buffers was reached.", c.RecordingBuffersRefused)
 	m.gaugeFunc("buffered_bytes", "Unread data that sessions hold.", c.Buffered)
-	m.gaugeFunc("execsync_buffered_bytes", "Output that running ExecSync calls keep, beside 64 KiB of each.", c.SyncOutput)
-	m.gaugeFunc("recording_buffered_bytes", "What recordings have to write yet, beside 16 KiB of each.", c.RecordingBuffered)
+	m.gaugeFunc("execsync_buffered_bytes", "Output that running ExecSync calls keep, not counting 64 KiB of each.", c.SyncOutput)
+	m.gaugeFunc("recording_buffered_bytes", "Data that waits to be written to recordings, not counting 16 KiB of each.", c.RecordingBuffered)
 	if c.Commands != nil {
-		m.registry.MustRegister(commandsCollector(c.Commands))
+		m.registry.MustRegister(collector{[]*prometheus.Desc{commandsDesc}, func(found chan<- prometheus.Metric) {
+			collectCommands(found, c.Commands())
+		}})
 	}
 	if c.Handovers != nil {
-		m.registry.MustRegister(handoversCollector(c.Handovers))
+		m.registry.MustRegister(collector{[]*prometheus.Desc{handoversDesc, handedSessionsDesc, handoverPauseDesc}, func(found chan<- prometheus.Metric) {
+			collectHandovers(found, c.Handovers())
+		}})
 	}
-	m.registry.MustRegister(build, (*liveCollector)(m),
+	m.registry.MustRegister(build, collector{[]*prometheus.Desc{liveDesc, receivedDesc, sentDesc}, m.collectLive},
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "streamshim_tokens_waiting", Help: "One-time URLs that wait for their client.",
 		}, func() float64 { return float64(c.WaitingTokens()) }),
@@ -170,18 +174,26 @@ func (m *Metrics) gaugeFunc(name, help string, value func() int64) {
 	}
 }
 
-// commandsCollector asks once for each scrape.
-type commandsCollector func() Commands
+// collector calls collect once for each scrape.
+type collector struct {
+	descriptions []*prometheus.Desc
+	collect      func(chan<- prometheus.Metric)
+}
+
+// Describe implements prometheus.Collector.
+func (c collector) Describe(to chan<- *prometheus.Desc) {
+	for _, d := range c.descriptions {
+		to <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c collector) Collect(to chan<- prometheus.Metric) { c.collect(to) }
 
 var commandsDesc = prometheus.NewDesc("streamshim_commands",
 	"Commands that are being started, or ended, and those that wait for their turn.", []string{"what", "state"}, nil)
 
-// Describe implements prometheus.Collector.
-func (commandsCollector) Describe(descriptions chan<- *prometheus.Desc) { descriptions <- commandsDesc }
-
-// Collect implements prometheus.Collector.
-func (ask commandsCollector) Collect(found chan<- prometheus.Metric) {
-	c := ask()
+func collectCommands(found chan<- prometheus.Metric, c Commands) {
 	for _, one := range []struct {
 		what             string
 		running, waiting int
@@ -195,26 +207,13 @@ func (ask commandsCollector) Collect(found chan<- prometheus.Metric) {
 	}
 }
 
-// handoversCollector asks once for each scrape.
-type handoversCollector func() Handovers
-
 var (
-	handoversDesc       = prometheus.NewDesc("streamshim_handovers_total", "Hand-overs to the installed program, by what came of them.", []string{"result"}, nil)
-	handedSessionsDesc  = prometheus.NewDesc("streamshim_handover_sessions_total", "Sessions that hand-overs have carried, and those that have ended because they could not be.", []string{"result"}, nil)
-	handoverPauseDesc   = prometheus.NewDesc("streamshim_handover_pause_seconds", "For how long sessions stood still in the last hand-over.", nil, nil)
-	handoverDescription = []*prometheus.Desc{handoversDesc, handedSessionsDesc, handoverPauseDesc}
+	handoversDesc      = prometheus.NewDesc("streamshim_handovers_total", "Hand-overs to the installed program, by result.", []string{"result"}, nil)
+	handedSessionsDesc = prometheus.NewDesc("streamshim_handover_sessions_total", "Sessions that hand-overs have carried, and those that have ended because they could not be.", []string{"result"}, nil)
+	handoverPauseDesc  = prometheus.NewDesc("streamshim_handover_pause_seconds", "How long sessions were frozen in the last hand-over.", nil, nil)
 )
 
-// Describe implements prometheus.Collector.
-func (handoversCollector) Describe(descriptions chan<- *prometheus.Desc) {
-	for _, d := range handoverDescription {
-		descriptions <- d
-	}
-}
-
-// Collect implements prometheus.Collector.
-func (ask handoversCollector) Collect(found chan<- prometheus.Metric) {
-	h := ask()
+func collectHandovers(found chan<- prometheus.Metric, h Handovers) {
 	found <- prometheus.MustNewConstMetric(handoversDesc, prometheus.CounterValue, float64(h.Done), "done")
 	found <- prometheus.MustNewConstMetric(handoversDesc, prometheus.CounterValue, float64(h.Failed), "failed")
 	found <- prometheus.MustNewConstMetric(handedSessionsDesc, prometheus.CounterValue, float64(h.Carried), "carried")
@@ -240,7 +239,7 @@ func (m *Metrics) counter(name, help string) prometheus.Counter {
 	return c
 }
 
-// counterFunc is a counter whose number is somebody else's.
+// counterFunc registers a counter with another package's value.
 func (m *Metrics) counterFunc(name, help string, total func() int64) {
 	if total == nil {
 		return
@@ -256,7 +255,7 @@ func (m *Metrics) Began(s *session.Session) {
 	m.live[s] = time.Time{}
 }
 
-// Resumed implements session.Observer. How long it takes until it runs, and lingers, is not measured anew.
+// Resumed implements session.Observer. The times until the session runs and lingers are not measured again.
 func (m *Metrics) Resumed(s *session.Session) { m.Began(s) }
 
 // PhaseChanged implements session.Observer.
@@ -293,7 +292,7 @@ func (m *Metrics) Refused(info session.Info, reason error) {
 	m.refused.WithLabelValues(kindLabel(info.Kind), refusalLabel(reason)).Inc()
 }
 
-// Event counts something that pkg/streaming tells of; one that is not known is not counted.
+// Event counts an event of pkg/streaming. Unknown events are ignored.
 func (m *Metrics) Event(event string) {
 	if c := m.events[event]; c != nil {
 		c.Inc()
@@ -306,7 +305,7 @@ func (m *Metrics) Killed() { m.kills.Inc() }
 // Started counts a command that was started.
 func (m *Metrics) Started() { m.starts.Inc() }
 
-// Call counts a CRI call.
+// Call counts a CRI call, under "other" if its method is not in Config.Methods.
 func (m *Metrics) Call(fullMethod, code string, duration time.Duration) {
 	method, ok := m.methods[fullMethod]
 	if !ok {
@@ -322,37 +321,26 @@ func (m *Metrics) ExecSync(o session.Outcome, output int64, duration time.Durati
 	m.execSyncOutput.Add(float64(output))
 }
 
-// liveCollector gives the numbers that are looked up at each scrape.
-type liveCollector Metrics
-
 var (
-	liveDesc     = prometheus.NewDesc("streamshim_sessions_live", "Sessions that live now.", []string{"kind"}, nil)
+	liveDesc     = prometheus.NewDesc("streamshim_sessions_live", "Live sessions.", []string{"kind"}, nil)
 	receivedDesc = prometheus.NewDesc("streamshim_received_bytes_total", "Payload received from clients, of live and of ended sessions.", []string{"kind"}, nil)
 	sentDesc     = prometheus.NewDesc("streamshim_sent_bytes_total", "Payload sent to clients, of live and of ended sessions.", []string{"kind"}, nil)
 )
 
-// Describe implements prometheus.Collector.
-func (c *liveCollector) Describe(to chan<- *prometheus.Desc) {
-	to <- liveDesc
-	to <- receivedDesc
-	to <- sentDesc
-}
-
-// Collect implements prometheus.Collector.
-func (c *liveCollector) Collect(to chan<- prometheus.Metric) {
+func (m *Metrics) collectLive(to chan<- prometheus.Metric) {
 	live := make(map[session.Kind]int)
 	moved := make(map[session.Kind]transferred)
-	c.mu.Lock() // also against a session that ends: it is counted once, live or ended
+	m.mu.Lock() // so that a session that ends now is counted once, either as live or as ended
 	for _, kind := range kinds {
-		moved[kind] = c.moved[kind]
+		moved[kind] = m.moved[kind]
 	}
-	for s := range c.live {
+	for s := range m.live {
 		live[s.Kind]++
 		received, sent := s.Transferred()
 		total := moved[s.Kind]
 		moved[s.Kind] = transferred{total.received + received, total.sent + sent}
 	}
-	c.mu.Unlock()
+	m.mu.Unlock()
 	for _, kind := range kinds {
 		to <- prometheus.MustNewConstMetric(liveDesc, prometheus.GaugeValue, float64(live[kind]), string(kind))
 		to <- prometheus.MustNewConstMetric(receivedDesc, prometheus.CounterValue, float64(moved[kind].received), string(kind))

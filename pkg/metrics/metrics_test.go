@@ -15,8 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
@@ -293,7 +291,6 @@ func TestNames(t *testing.T) {
 			t.Errorf("%s is a %s", f.GetName(), f.GetType())
 		}
 	}
-	var _ prometheus.Collector = (*liveCollector)(m)
 }
 
 // What a session costs without and with metrics, besides its work.

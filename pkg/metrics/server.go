@@ -20,7 +20,7 @@ import (
 
 const (
 	readyTimeout  = 3 * time.Second
-	readyAge      = time.Second // an answer of /readyz is used again for so long
+	readyAge      = time.Second // how long an answer of /readyz is reused
 	maxScrapes    = 4           // at one time
 	headerTimeout = 5 * time.Second
 	writeTimeout  = 2 * time.Minute // longer than a CPU profile
@@ -29,12 +29,12 @@ const (
 	maxClients    = 64 // connections; more wait to be accepted
 )
 
-// ServerConfig is what a Server needs.
+// ServerConfig configures a Server.
 type ServerConfig struct {
 	Metrics *Metrics
-	// Ready tells why CRI calls cannot be served; nil when they can.
+	// Ready returns why CRI calls cannot be served, or nil.
 	Ready func(context.Context) error
-	// Profiling also serves /debug/pprof/. Profiles and goroutine dumps are for operators alone.
+	// Profiling also serves /debug/pprof/. Profiles and goroutine dumps are for operators only.
 	Profiling bool
 	Log       *slog.Logger
 }
@@ -45,7 +45,7 @@ type Server struct {
 	requests handover.Requests
 }
 
-// NewServer makes a server that does not listen yet.
+// NewServer returns a server. The caller calls Serve.
 func NewServer(c ServerConfig) *Server {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(c.Metrics.registry, promhttp.HandlerOpts{
@@ -68,8 +68,8 @@ func NewServer(c ServerConfig) *Server {
 	return s
 }
 
-// Quiesce accepts no more connections, which wait for Resume or for another program that has the same socket, and
-// waits for requests until the context is done; they end at the latest after writeTimeout.
+// Quiesce stops accepting connections and waits for requests until the context is done. Requests end at the latest after
+// writeTimeout. New connections wait for Resume, or for another program that has the same socket.
 func (s *Server) Quiesce(ctx context.Context) {
 	s.requests.Pause()
 	s.requests.Wait(ctx)
@@ -78,8 +78,8 @@ func (s *Server) Quiesce(ctx context.Context) {
 // Resume serves again after Quiesce.
 func (s *Server) Resume() { s.requests.Resume() }
 
-// onlyLocalNames refuses requests whose Host is no loopback address and not localhost, and those that a page of another
-// origin has made: a browser on the node may be led to a loopback address by a name of the attacker's (DNS rebinding).
+// onlyLocalNames rejects requests whose Host is neither a loopback address nor localhost, and requests from web pages. An
+// attacker's name could otherwise direct a browser on the node to a loopback address (DNS rebinding).
 func onlyLocalNames(handle http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		host := r.Host
@@ -111,7 +111,7 @@ func (s *Server) Serve(listener net.Listener) error {
 // Close ends the server and its connections.
 func (s *Server) Close() error { return s.http.Close() }
 
-// readiness asks at most once a second, however often it is asked.
+// readiness serves /readyz. It calls ready at most once a second.
 type readiness struct {
 	ready func(context.Context) error
 

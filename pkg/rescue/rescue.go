@@ -1,5 +1,5 @@
-// Package rescue keeps a panic in a goroutine of one session from ending the process, and all other sessions with it.
-// Who starts the goroutine is told of the panic, and ends that session.
+// Package rescue keeps a panic in a goroutine of one session from ending the process and all other sessions. It reports the
+// panic to the code that started the goroutine, which ends that session.
 package rescue
 
 import (
@@ -8,9 +8,9 @@ import (
 	"sync"
 )
 
-// Panic is what a goroutine has ended with. It is an error, for whoever ends the session.
+// Panic is a recovered panic, as an error.
 type Panic struct {
-	Value any    // given to panic
+	Value any    // the argument of panic
 	Stack []byte // of the goroutine
 }
 
@@ -24,13 +24,13 @@ func Caught(value any) *Panic {
 
 func (p *Panic) Error() string { return fmt.Sprintf("panic: %v", p.Value) }
 
-// Report is told of a panic, in the goroutine that has ended with it. It must not block and must not panic.
+// Report handles a panic. It is called in the goroutine that has panicked. It must not block and must not panic.
 type Report func(*Panic)
 
-// Die is the Report of goroutines that belong to no session: it panics again, and so ends the process.
+// Die is the Report of goroutines that belong to no session. It panics again, which ends the process.
 func Die(p *Panic) { panic(p) }
 
-// Call calls f. A panic of f goes to the report and no further.
+// Call calls f, recovers a panic of it, and passes it to report.
 func Call(report Report, f func()) {
 	defer func() {
 		if value := recover(); value != nil {
@@ -40,22 +40,18 @@ func Call(report Report, f func()) {
 	f()
 }
 
-// Go is Call in a goroutine of its own.
+// Go runs Call in a new goroutine.
 func Go(report Report, f func()) { go Call(report, f) }
 
-// Group is a sync.WaitGroup whose goroutines are called with Call. Report must be set.
+// Group is like a sync.WaitGroup whose goroutines run Call. Report must be set.
 type Group struct {
 	Report Report
 	wait   sync.WaitGroup
 }
 
-// Go calls f in a goroutine of the group.
+// Go calls f in a new goroutine of the group.
 func (g *Group) Go(f func()) {
-	g.wait.Add(1)
-	go func() {
-		defer g.wait.Done()
-		Call(g.Report, f)
-	}()
+	g.wait.Go(func() { Call(g.Report, f) })
 }
 
 // Wait returns when all goroutines of the group have ended.

@@ -1,10 +1,10 @@
-// Package streaming is the HTTP side of streamshim: it gives out one-time URLs for exec, attach and
-// port-forward requests, and makes a session of the connection that redeems one.
+// Package streaming is the HTTP side of streamshim. It issues one-time URLs for exec, attach and port-forward
+// requests, and turns the connection that redeems a URL into a session.
 //
-// A request is put into the token cache by Server.Exec, Server.Attach or Server.PortForward. A
-// client redeems the URL once, within a minute; the connection is upgraded to SPDY/3.1 or WebSocket and becomes a
-// session. From then on the session owns the connection: net/http has let go of it, so Server keeps every
-// session in a session.Registry and ends them itself at shutdown.
+// Server.Exec, Server.Attach and Server.PortForward put a request into the token cache. A client redeems the URL
+// once, within a minute. The connection is then upgraded to SPDY/3.1 or WebSocket and becomes a session. From then on
+// the session owns the connection, not net/http. So Server keeps every session in a session.Registry and ends them
+// itself at shutdown.
 //
-// The life of a session is told by package remotecommand for exec and attach, and by package portforward.
+// Package remotecommand serves exec and attach sessions, package portforward serves port-forward sessions.
 package streaming

@@ -21,18 +21,18 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/remotecommand"
 )
 
-// stateVersion is that of State. A reader of another version refuses it.
+// stateVersion is the version of State. A reader of another version rejects it.
 const stateVersion = 1
 
-// State is what a Server hands over. It is encoded as CBOR. Each session is encoded by itself, so that one that cannot be
-// read is no reason not to read the others.
+// State is what a Server hands over, encoded as CBOR. Each session is encoded separately, so that one that cannot be
+// read does not affect the others.
 type State struct {
 	Version  int
 	Tokens   []TokenState
 	Sessions []SessionState
 }
 
-// TokenState is a URL that was given out and that nobody has opened yet.
+// TokenState is a URL that was issued and not opened yet.
 type TokenState struct {
 	Token   string
 	Kind    session.Kind
@@ -43,16 +43,16 @@ type TokenState struct {
 
 // SessionState is one session.
 type SessionState struct {
-	ID        string // for a program that cannot read the rest
+	ID        string // also in Live; for a program that cannot read that
 	Kind      session.Kind
 	Live      []byte              // session.State as CBOR
 	State     []byte              // the State of the package that serves the kind, as CBOR
-	Limits    lifetime.Limits     // as they were when it began
+	Limits    lifetime.Limits     // as they were when the session began
 	Bandwidth int64               // as above
-	Network   handover.Descriptor // the client's connection, for when the rest cannot be read
+	Network   handover.Descriptor // the client's connection, to close it if the rest cannot be read
 }
 
-// requestGrace is how long requests that were begun are waited for at a freeze.
+// requestGrace is how long a freeze waits for requests that are being read or answered.
 const requestGrace = 250 * time.Millisecond
 
 // panickedGrace is how long a freeze waits for the end of sessions that have panicked.
@@ -68,24 +68,24 @@ func errNotCarried(err error) *session.EndError {
 	}
 }
 
-// Pausable is a listener whose connections can wait in its queue.
+// Pausable is a listener that can leave new connections in its queue.
 type Pausable interface {
 	net.Listener
-	// Pause returns when no connection comes out of Accept any more.
+	// Pause stops Accept. After it has returned, Accept returns no connection until Resume.
 	Pause()
 	Resume()
-	// Keep keeps the listener.
+	// Keep adds the listener's descriptor to the files.
 	Keep(*handover.Files) (handover.Descriptor, error)
 }
 
-// listen notes the listener that Serve uses.
+// listen sets the listener that Serve uses.
 func (s *Server) listen(listener net.Listener) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.listener = listener
 }
 
-// pausable is the listener that Serve uses; false if it cannot be paused, or is not there.
+// pausable returns the listener that Serve uses, or false if it cannot be paused or is not open.
 func (s *Server) pausable() (Pausable, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -93,7 +93,8 @@ func (s *Server) pausable() (Pausable, bool) {
 	return listener, ok && !s.deaf
 }
 
-// KeepListener keeps the listener that Serve uses now. It need not be the one that Serve was given, which may have failed.
+// KeepListener adds the descriptor of the listener that Serve uses now. After a failure it is not the one that was
+// passed to Serve. The error is ErrNotListening if there is no listener, or one that is not a Pausable.
 func (s *Server) KeepListener(files *handover.Files) (handover.Descriptor, error) {
 	listener, ok := s.pausable()
 	if !ok {
@@ -102,14 +103,15 @@ func (s *Server) KeepListener(files *handover.Files) (handover.Descriptor, error
 	return listener.Keep(files)
 }
 
-// Freeze brings the server to a stop and returns its state for Resume, in this program or the next one. The listener is
-// paused. Requests that have been begun are waited for for a moment, starts under way until the context ends; then all
-// sessions are frozen at once. A client whose request was not complete by then, or that sends another one on a connection
-// that was open, waits; its connection ends without an answer when the next program takes over. New connections wait in the
-// listener's queue.
+// Freeze stops the server and returns its state for Resume, in this program or the next one. It pauses the listener, so
+// that new connections wait in the listener's queue. It waits for a moment for requests that are being served, and until
+// the context ends for commands that are being started. Then it freezes all sessions at once.
 //
-// A session that cannot be carried ends, with a status that says so. An error means that not all sessions could be frozen
-// in time: then everything goes on as if nothing had happened.
+// A client whose request is not complete by then waits, as does one that sends another request on an open connection.
+// Their connections end without a response when the next program takes over.
+//
+// A session that cannot be handed over ends, with a status that says so. An error means that not all sessions could be
+// frozen in time. Then everything continues as before.
 func (s *Server) Freeze(ctx context.Context, files *handover.Files) ([]byte, error) {
 	states, err := s.freeze(ctx, files)
 	if err == nil {
@@ -151,14 +153,14 @@ func (s *Server) freeze(ctx context.Context, files *handover.Files) ([]SessionSt
 	return s.freezeSessions(ctx, files)
 }
 
-// Frozen is when the last Freeze began to have sessions stand still: before that it has waited for others.
+// Frozen returns when the last Freeze began to freeze sessions, after its waits.
 func (s *Server) Frozen() handover.Instant {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.frozen
 }
 
-// awaitStarts waits until no session starts its command: none is to stand still while another one starts.
+// awaitStarts waits until no session is starting its command, so that no frozen session waits for another one's start.
 func (s *Server) awaitStarts(ctx context.Context) error {
 	for _, each := range s.all() {
 		if starting, ok := each.running.(interface{ AwaitStarted(context.Context) error }); ok && !lifetime.HasPanicked(each.live) {
@@ -170,7 +172,7 @@ func (s *Server) awaitStarts(ctx context.Context) error {
 	return nil
 }
 
-// all are the sessions that are served now.
+// all returns the sessions that are served now.
 func (s *Server) all() []*served {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -181,7 +183,7 @@ func (s *Server) all() []*served {
 	return all
 }
 
-// Carriable tells how many sessions could be handed over now, and of each that could not why; nothing is touched.
+// Carriable returns how many sessions could be handed over now, and those that could not. It changes nothing.
 func (s *Server) Carriable() (carried int, refused []Refusal) {
 	for _, each := range s.all() {
 		if err := each.running.Carriable(); err != nil {
@@ -193,7 +195,7 @@ func (s *Server) Carriable() (carried int, refused []Refusal) {
 	return carried, refused
 }
 
-// Refusal is a session that cannot be handed over, and why.
+// Refusal is a session that cannot be handed over, with the reason.
 type Refusal struct {
 	ID   string
 	Kind session.Kind
@@ -204,8 +206,8 @@ func (r Refusal) String() string {
 	return fmt.Sprintf("%s %s: %v", cmp.Or(r.ID, "unknown"), r.Kind, r.Err)
 }
 
-// EndUncarried ends sessions, each with a status that says that it cannot be handed over and why, by their ids. It waits until
-// they have ended or the context is done.
+// EndUncarried ends the sessions whose ids are in reasons, with a status that gives the reason why they cannot be
+// handed over. It waits until they have ended or the context is done.
 func (s *Server) EndUncarried(ctx context.Context, reasons map[string]string) {
 	var ending []*served
 	for _, each := range s.all() {
@@ -223,8 +225,8 @@ func (s *Server) EndUncarried(ctx context.Context, reasons map[string]string) {
 	}
 }
 
-// CheckState tells how many sessions of a state this program could take over, and of each that it could not why. It touches
-// nothing that the state refers to. An error means that nothing can be read of it.
+// CheckState returns how many sessions of a state this program could take over, and those that it could not. It does not
+// touch what the state refers to. An error means that the state cannot be read at all.
 func CheckState(encoded []byte) (carried int, refused []Refusal, err error) {
 	state, err := decode(encoded)
 	if err != nil {
@@ -265,7 +267,7 @@ func (state *SessionState) check() error {
 	return fmt.Errorf("sessions of the kind %q are not carried", state.Kind)
 }
 
-// thaw lets requests and connections in again.
+// thaw lets requests and connections continue.
 func (s *Server) thaw() {
 	s.mu.Lock()
 	if s.thawed != nil {
@@ -278,7 +280,8 @@ func (s *Server) thaw() {
 	}
 }
 
-// freezeSessions freezes all sessions at once and returns those that were, with an error if one could not be in time.
+// freezeSessions freezes all sessions at once and returns the states of those that are frozen. The error names those that
+// could not be frozen in time.
 func (s *Server) freezeSessions(ctx context.Context, files *handover.Files) ([]SessionState, error) {
 	var (
 		mu     sync.Mutex
@@ -307,7 +310,8 @@ func (s *Server) freezeSessions(ctx context.Context, files *handover.Files) ([]S
 	return states, errors.Join(errs...)
 }
 
-// freezeSession returns the state of a session, nil if it has ended instead. The error is the context's.
+// freezeSession returns the state of a session, or nil if the session has ended instead. It returns an error only when the
+// context is done.
 func (s *Server) freezeSession(ctx context.Context, each *served, files *handover.Files) (*SessionState, error) {
 	if lifetime.HasPanicked(each.live) { // it may never come to a point where it could be frozen
 		s.awaitEnd(each, panickedGrace)
@@ -339,13 +343,13 @@ func (s *Server) freezeSession(ctx context.Context, each *served, files *handove
 	}
 }
 
-// endUncarried ends a session that is frozen and of which there is no state to go on from.
+// endUncarried ends a frozen session that has no state to resume.
 func (s *Server) endUncarried(each *served, err error) {
 	each.running.Close() //nolint:errcheck // its client learns no more than that
 	each.live.End(session.Outcome{Reason: reasonNotCarried, ExitCode: -1, Err: err})
 }
 
-// freeze returns the state of a session. After an error the session goes on, or has ended.
+// freeze returns the state of a session. After an error the session continues, or has ended.
 func (each *served) freeze(ctx context.Context, files *handover.Files) (_ *SessionState, err error) {
 	if err := each.running.Carriable(); err != nil {
 		return nil, err
@@ -362,15 +366,15 @@ func (each *served) freeze(ctx context.Context, files *handover.Files) (_ *Sessi
 	return state, err
 }
 
-// release closes the descriptor that is not needed because all else is there.
+// release closes the descriptor that is needed only if the rest of the state cannot be read.
 func (state *SessionState) release(files *handover.Files) {
 	if file, err := files.Take(state.Network, "connection"); err == nil {
 		file.Close() //nolint:errcheck // a duplicate
 	}
 }
 
-// Resume has everything go on from the state: in the server that was frozen, or in a new one. It returns how many sessions
-// go on and how many could not: each of those ends, alone. An error means that nothing can be read of the state.
+// Resume continues from the state, in the server that was frozen or in a new one. It returns how many sessions continue
+// and how many had to end instead. An error means that the state cannot be read at all.
 func (s *Server) Resume(encoded []byte, files *handover.Files) (carried, ended int, err error) {
 	state, err := decode(encoded)
 	if err != nil {
@@ -423,8 +427,8 @@ func onAllCPUs(n int, f func(i int)) {
 	group.Wait()
 }
 
-// hangUp closes what is left of the connection of a session that could not be taken over, with a reset: its client must not
-// take the end for one in order.
+// hangUp resets the connection of a session that could not be taken over. After an orderly close the client could think
+// that it has seen all output.
 func (state SessionState) hangUp(files *handover.Files) {
 	conn, err := files.TakeConn(state.Network)
 	if err != nil {
@@ -436,7 +440,7 @@ func (state SessionState) hangUp(files *handover.Files) {
 	conn.Close() //nolint:errcheck // as above
 }
 
-// resumeSession has one session go on. After an error it has ended.
+// resumeSession resumes one session. After an error it has ended.
 func (s *Server) resumeSession(state SessionState, files *handover.Files) error {
 	var frozen session.State
 	if err := handover.Decode(state.Live, &frozen); err != nil {
@@ -461,13 +465,13 @@ func (s *Server) resumeSession(state SessionState, files *handover.Files) error 
 	return nil
 }
 
-// resumeRunning hands a state over to those who serve its kind of session.
+// resumeRunning passes a state to the package that serves its kind of session.
 func (s *Server) resumeRunning(live *session.Session, state []byte, files *handover.Files, terms lifetime.Terms) (running, error) {
 	switch live.Kind {
 	case session.Exec, session.Attach:
 		resumed, err := remotecommand.Resume(s.ctx, state, files, live, s.config.Commands, terms)
 		if err != nil {
-			return nil, err // not the nil *Session, which is no nil interface
+			return nil, err // a nil *Session would not be a nil interface
 		}
 		return resumed, nil
 	case session.PortForward:

@@ -7,25 +7,24 @@ import (
 	"sync"
 )
 
-// plainConnections bounds the connections that have not been upgraded to a session. Whoever shares the
-// node's loopback can open them, pods with hostNetwork too. When there are too many the oldest is closed: a
-// client with a token needs its connection as a plain one for a moment; only somebody who does not finish a
-// request, or comes for nothing, has an old one.
+// plainConnections bounds the connections that were not upgraded to a session. Whoever shares the node's loopback
+// can open them, including pods with hostNetwork. When there are too many, the oldest is closed: a client with a
+// token upgrades its connection within moments, so an old plain connection is idle or incomplete.
 type plainConnections struct {
 	max int
 
 	mu       sync.Mutex
 	elements map[net.Conn]*list.Element
 	byAge    *list.List            // of net.Conn, oldest first
-	busy     map[net.Conn]struct{} // of which a request is read or answered
-	idle     chan struct{}         // closed when none is busy any more; nil unless somebody waits for that
+	busy     map[net.Conn]struct{} // those with a request that is being read or answered
+	idle     chan struct{}         // closed when busy becomes empty; nil unless somebody waits for that
 }
 
 func newPlainConnections(limit int) *plainConnections {
 	return &plainConnections{max: limit, elements: make(map[net.Conn]*list.Element), byAge: list.New(), busy: make(map[net.Conn]struct{})}
 }
 
-// changed is for http.Server.ConnState.
+// changed implements http.Server.ConnState.
 func (p *plainConnections) changed(c net.Conn, state http.ConnState) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -45,7 +44,7 @@ func (p *plainConnections) changed(c net.Conn, state http.ConnState) {
 		if len(p.elements) > p.max {
 			oldest := p.byAge.Front().Value.(net.Conn)
 			p.remove(oldest)
-			oldest.Close() //nolint:errcheck // net/http sees it
+			oldest.Close() //nolint:errcheck // net/http notices
 		}
 	case http.StateHijacked, http.StateClosed:
 		p.remove(c)
@@ -59,13 +58,7 @@ func (p *plainConnections) remove(c net.Conn) {
 	}
 }
 
-func (p *plainConnections) count() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.elements)
-}
-
-// quiet returns a channel that is closed when no request is being read or answered. There is one that waits.
+// quiet returns a channel that is closed when no request is being read or answered. There is at most one waiter.
 func (p *plainConnections) quiet() <-chan struct{} {
 	p.mu.Lock()
 	defer p.mu.Unlock()

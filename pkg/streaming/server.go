@@ -25,8 +25,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/remotecommand"
 )
 
-// Config is what a Server needs to know. Log, Sessions, Commands.Runtime and PortForwards.Pods are required. Every value is taken as it is: the
-// defaults of what users may set stand in pkg/config alone, and zero is off where a comment says so.
+// Config configures a Server. Log, Sessions, Commands.Runtime and PortForwards.Pods are required. The defaults of
+// what users may set stand in pkg/config only. Zero means off where a comment says so.
 type Config struct {
 	Log      *slog.Logger
 	Sessions *session.Registry
@@ -34,40 +34,40 @@ type Config struct {
 	Commands     remotecommand.Config
 	PortForwards portforward.Config
 
-	// LingerIdle is how long a finished session waits without any progress for the client to take
+	// LingerIdle is how long a finished session waits, without any progress, for the client to read
 	// what is left and to close the connection.
 	LingerIdle time.Duration
-	// Settings are those at the start, see Server.Update.
+	// Settings are the initial ones. Server.Update changes them.
 	Settings
 	// Buffers bounds the unread data of all sessions. Nil is no limit.
 	Buffers *buffers.Pool
-	// Observe is told of each event as it happens, from many goroutines; it must not block. Nil
-	// means that nobody asks.
+	// Observe is called for each event as it happens, from many goroutines. It must not block. It may
+	// be nil.
 	Observe func(event.Event)
 
-	waits // those that are zero become the package's own
+	waits // zero means the package's default
 }
 
-// Settings are the part of Config that may change while the server runs. A zero, or a kind of session
-// that is missing, is no limit.
+// Settings are the part of Config that may change while the server runs. Zero, or a missing kind of session,
+// is no limit.
 type Settings struct {
 	// IdleTimeout ends a session in which no payload has moved for this long. Pings do not count
 	// (containerd#5563).
 	IdleTimeout map[session.Kind]time.Duration
 	// MaxLifetime ends a session this long after its start.
 	MaxLifetime map[session.Kind]time.Duration
-	// Bandwidth is how many bytes a second one session may move in each direction, its bursts
-	// included. The sessions' counters and pings are not held up by it.
+	// Bandwidth bounds the bytes a second of one session in each direction. Control frames such as pings are
+	// not limited.
 	Bandwidth int64
 }
 
-// waits are the times that no user sets.
+// waits are times that no user sets.
 type waits struct {
-	// warning is how long before the end by IdleTimeout or MaxLifetime a line on the terminal says
-	// so, when the limit is more than twice as long.
+	// warning is how long before IdleTimeout or MaxLifetime ends a session a line on the terminal warns of it.
+	// A limit of at most twice this time gets no warning.
 	warning time.Duration
-	// peerSilence is how long the network may stay silent, although an answer is due, before the
-	// client is taken to be gone.
+	// peerSilence is how long the network may stay silent while an answer is due. After that the
+	// client is considered gone.
 	peerSilence time.Duration
 }
 
@@ -79,7 +79,7 @@ func (w waits) complete() waits {
 }
 
 const (
-	requestTimeout      = 10 * time.Second // for an HTTP request to come, and for its answer to be taken
+	requestTimeout      = 10 * time.Second // to read an HTTP request, and to write its response
 	keepAliveTimeout    = 60 * time.Second // of an HTTP connection between requests
 	maxHeaderBytes      = 64 << 10
 	maxPlainConnections = 2 * maxTokens // not upgraded; nobody needs more than there are tokens
@@ -87,7 +87,7 @@ const (
 	redeemGrace = 2 * time.Second // at shutdown, for the last URLs to be opened
 )
 
-// Server gives out streaming URLs and serves them.
+// Server issues streaming URLs and serves them.
 type Server struct {
 	config Config
 	tokens *tokenCache
@@ -103,18 +103,18 @@ type Server struct {
 	mu       sync.Mutex
 	listener net.Listener // nil before Serve
 	served   map[*served]struct{}
-	sealed   bool             // no URL is given out any more
-	closed   bool             // none is served any more
-	closing  chan struct{}    // closed with it
-	deaf     bool             // nobody listens at the address of the URLs
+	sealed   bool             // no more URLs are issued
+	closed   bool             // no more URLs are served
+	closing  chan struct{}    // closed when closed is set
+	deaf     bool             // the listener has failed and is not open again
 	thawed   chan struct{}    // closed by Resume; nil while the server is not frozen
 	frozen   handover.Instant // see Frozen
 	passing  int              // calls and requests that are being answered or upgraded
-	passed   chan struct{}    // closed when there are none any more; nil unless Freeze waits for that
+	passed   chan struct{}    // closed when passing becomes 0; nil unless Freeze waits for that
 	settings Settings
 }
 
-// served is one session that is in the server's hands.
+// served is one session that the server runs.
 type served struct {
 	live    *session.Session
 	running running
@@ -125,15 +125,15 @@ type served struct {
 	outcome session.Outcome
 }
 
-// Update takes over new settings. Sessions that live keep those they began with.
+// Update changes the settings of new sessions. Live sessions keep those they began with.
 func (s *Server) Update(settings Settings) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.settings = settings
 }
 
-// NewServer returns a server whose URLs point to the listener's address, which must be one that
-// clients on this node can dial. Serve starts it.
+// NewServer returns a server whose URLs point to the listener's address. Clients on this node must be able to
+// dial it. Serve starts the server.
 func NewServer(config Config, listener net.Addr) *Server {
 	config.waits = config.waits.complete()
 	if config.Observe == nil {
@@ -152,10 +152,10 @@ func NewServer(config Config, listener net.Addr) *Server {
 	s.watch = lifetime.NewWatcher(lifetime.WatchConfig{
 		LingerIdle: config.LingerIdle, PeerSilence: config.peerSilence, Observe: config.Observe,
 	})
-	// None of the limits holds for a connection that was upgraded: net/http has let go of it.
+	// These limits do not apply to an upgraded connection: net/http no longer owns it.
 	s.http = &http.Server{
 		Handler:        s.handler(),
-		ReadTimeout:    requestTimeout, // of the body too, which net/http reads to its end before it answers
+		ReadTimeout:    requestTimeout, // also of the body, which net/http reads to its end before it answers
 		WriteTimeout:   requestTimeout,
 		IdleTimeout:    keepAliveTimeout,
 		MaxHeaderBytes: maxHeaderBytes,
@@ -165,19 +165,19 @@ func NewServer(config Config, listener net.Addr) *Server {
 	return s
 }
 
-// Exec keeps the request and returns the one-time URL at which a client may have it served. The
-// error is ErrTooManyRequests, ErrShuttingDown, ErrNotListening or that of a guard of Config.Sessions, such as a
-// *session.RefusedError. While the server is frozen the call waits.
+// Exec keeps the request and returns a one-time URL that serves it. The error is ErrTooManyRequests,
+// ErrShuttingDown, ErrNotListening or that of a guard of Config.Sessions, such as a *session.RefusedError. While
+// the server is frozen, Exec waits.
 func (s *Server) Exec(r *remotecommand.Request) (string, error) {
 	return s.insert(r.Info(session.Exec), r)
 }
 
-// Attach is Exec's twin for an attach.
+// Attach is like Exec, for an attach.
 func (s *Server) Attach(r *remotecommand.Request) (string, error) {
 	return s.insert(r.Info(session.Attach), r)
 }
 
-// PortForward is Exec's twin for a port-forward.
+// PortForward is like Exec, for a port-forward.
 func (s *Server) PortForward(r *portforward.Request) (string, error) {
 	return s.insert(r.Info(), r)
 }
@@ -204,14 +204,14 @@ func (s *Server) insert(info session.Info, request any) (string, error) {
 	return s.base.JoinPath(string(info.Kind), token).String(), nil
 }
 
-// WaitingTokens is how many URLs have been given out that nobody has opened yet.
+// WaitingTokens returns how many URLs were issued and not opened yet.
 func (s *Server) WaitingTokens() int { return s.tokens.waiting() }
 
-// Serve serves the listener until Shutdown. It closes the listener, and opens it again if it fails. What Freeze pauses
-// is the listener, if it is a Pausable; Serve goes on.
+// Serve serves the listener until Shutdown and closes it. If the listener fails, Serve opens it again. Freeze
+// pauses a listener that is a Pausable, and Serve continues.
 func (s *Server) Serve(listener net.Listener) error {
 	watching := make(chan struct{})
-	rescue.Go(rescue.Die, func() { // of no session
+	rescue.Go(rescue.Die, func() { // belongs to no session
 		defer close(watching)
 		s.watch.Run(s.ctx)
 	})
@@ -221,11 +221,11 @@ func (s *Server) Serve(listener net.Listener) error {
 	return nil
 }
 
-// listenPause is between two attempts to open the listener again.
+// listenPause is the pause between two attempts to open the listener again.
 const listenPause = 500 * time.Millisecond
 
-// accept takes connections until Shutdown. A listener that fails, which is not for want of descriptors,
-// is opened again at the same address; until then no URLs are given out.
+// accept accepts connections until Shutdown. A listener that fails is opened again at the same address, and no URLs
+// are issued until then. A lack of descriptors is no such failure: net/http retries.
 func (s *Server) accept(listener net.Listener) {
 	address := listener.Addr()
 	for {
@@ -259,10 +259,10 @@ func (s *Server) setDeaf(deaf bool) {
 	s.deaf = deaf
 }
 
-// Shutdown ends the server. Until no session lives, or the context is done, all goes on, and new sessions are
-// taken: whoever has a shell open during an upgrade does not lock the others out. Then no URLs are given out any
-// more; those that clients have already are served for a moment, also until the context is done. Sessions that
-// are left end with a status that says so.
+// Shutdown ends the server. It first waits until no session is live or the context is done. Meanwhile new sessions
+// are accepted, so that one open shell does not lock out everybody else. Then no more URLs are issued. Those that
+// clients already have are served for a moment longer, at most until the context is done. Sessions that are still
+// live then end with a status that gives the shutdown as the reason.
 func (s *Server) Shutdown(ctx context.Context) error {
 	select {
 	case <-s.config.Sessions.Empty():
@@ -281,20 +281,20 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	ended := make(chan struct{})
 	rescue.Go(rescue.Die, func() {
 		defer close(ended)
-		s.sessions.Wait() // also for those that are about to begin
+		s.sessions.Wait() // includes sessions that are about to begin
 	})
 	select {
 	case <-ended:
 	case <-ctx.Done():
 	}
 	s.config.Sessions.Close()
-	err := s.http.Close() // idle and half-read connections; upgraded ones are ours, not net/http's
+	err := s.http.Close() // idle and half-read connections; net/http does not own upgraded ones
 	s.cancel(&session.EndError{Reason: "shutdown", Message: ErrShuttingDown.Error()})
 	s.sessions.Wait()
 	return err
 }
 
-// waitOr waits until done is closed, the context is done, or the time is up.
+// waitOr waits until done is closed, the context is done, or the limit has passed.
 func waitOr(ctx context.Context, done <-chan struct{}, limit time.Duration) {
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
@@ -315,9 +315,9 @@ func (s *Server) handler() http.Handler {
 	return mux
 }
 
-// enter counts a request among the sessions, unless the server is shutting down. The caller calls
-// leave when the request has been handed on or answered. While the server is frozen the request waits; the connection of
-// one that still waits when the next program takes over ends with this one.
+// enter adds a request to s.sessions, or returns false if the server is shutting down. The caller calls leave when the
+// request was passed on or answered. While the server is frozen, enter waits. If it still waits when the next
+// program takes over, the request's connection ends with this program.
 func (s *Server) enter() bool {
 	s.pass()
 	s.mu.Lock()
@@ -337,7 +337,7 @@ func (s *Server) leave() {
 	s.sessions.Done()
 }
 
-// pass waits until the server is not frozen, and keeps it from being frozen until letGo is called.
+// pass waits until the server is not frozen. Until letGo is called, the server cannot be frozen.
 func (s *Server) pass() {
 	for {
 		s.mu.Lock()
@@ -364,10 +364,10 @@ func (s *Server) letGo() {
 	}
 }
 
-// redeem begins the session of a request that can be upgraded. One that cannot is answered without
-// using its token up.
+// redeem starts the session of a request that can be upgraded. A request that cannot be upgraded does not use its
+// token up.
 func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kind) {
-	// Counted from here on, so that Shutdown waits also for a session that is about to begin.
+	// From here on Shutdown waits for the session that is about to begin.
 	if !s.enter() {
 		status.WriteError(w, http.StatusServiceUnavailable, ErrShuttingDown.Error())
 		return
@@ -395,25 +395,25 @@ func (s *Server) redeem(w http.ResponseWriter, r *http.Request, kind session.Kin
 type running interface {
 	lifetime.Client
 	Network() net.Conn
-	// Run serves the session to its end, or until it is frozen: then the outcome is session.Frozen, and nothing of the
-	// session is held any more but what Freeze returns.
+	// Run serves the session to its end, or until it is frozen. When it was frozen, the outcome is session.Frozen,
+	// and the session holds nothing except what Freeze returns.
 	Run() session.Outcome
-	// Carriable says why the session could not be handed over, nil when it can be as far as that is known.
+	// Carriable returns why the session cannot be handed over, or nil if no reason is known.
 	Carriable() error
-	// Freeze has Run return and gives what it takes to go on, as CBOR. The context bounds it. After an error the session
-	// goes on as before, or ends.
+	// Freeze makes Run return, and returns the session's state as CBOR. The context bounds it. After an error the
+	// session continues as before, or ends.
 	Freeze(context.Context, *handover.Files) ([]byte, error)
 }
 
-// serve upgrades the connection and runs the session in a goroutine of its own, so that net/http's goroutine and
-// buffers are free while it lasts.
+// serve upgrades the connection and runs the session in a new goroutine, so that net/http's goroutine and buffers
+// are freed.
 func (s *Server) serve(w http.ResponseWriter, r *http.Request, up transport.Upgrade, kind session.Kind, request any) {
 	info := infoOf(kind, request)
 	info.Protocol = strings.TrimSpace(up.Name() + " " + up.Protocol)
 	info.Peer = r.RemoteAddr
 	live, err := s.config.Sessions.Begin(s.ctx, info)
 	if err != nil {
-		status.WriteRefused(w, err)
+		status.Write(w, status.Refused(err))
 		return
 	}
 	terms := s.terms(kind)
@@ -431,7 +431,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, up transport.Upgr
 	s.run(live, accepted, terms)
 }
 
-// run serves a session in a goroutine of its own, to its end or until it is frozen.
+// run serves a session in a new goroutine, to its end or until it is frozen.
 func (s *Server) run(live *session.Session, running running, terms lifetime.Terms) {
 	each := &served{live: live, running: running, terms: terms, done: make(chan struct{})}
 	live.Connect(running)
@@ -513,7 +513,7 @@ func infoOf(kind session.Kind, request any) session.Info {
 	return request.(*remotecommand.Request).Info(kind)
 }
 
-// terms are those of a session that begins now.
+// terms returns the terms of a session that begins now.
 func (s *Server) terms(kind session.Kind) lifetime.Terms {
 	terms := s.shared()
 	s.mu.Lock()
@@ -523,18 +523,18 @@ func (s *Server) terms(kind session.Kind) lifetime.Terms {
 	return terms
 }
 
-// shared are the terms that are the same for all sessions.
+// shared returns the terms that are the same for all sessions.
 func (s *Server) shared() lifetime.Terms {
 	return lifetime.Terms{Buffers: s.config.Buffers.Share(), Observe: s.config.Observe}
 }
 
-// upgrade hands a connection over to those who serve its kind of request. Without a session the outcome says why, and
-// the request has been answered.
+// upgrade passes a connection to the package that serves its kind of request. If it returns no session, the outcome
+// says why, and the request was answered.
 func (s *Server) upgrade(w http.ResponseWriter, r *http.Request, up transport.Upgrade, request any, live *session.Session, terms lifetime.Terms) (running, session.Outcome) {
 	if forward, ok := request.(*portforward.Request); ok {
 		accepted, outcome := portforward.Accept(w, r, up, forward, live, s.config.PortForwards, terms)
 		if accepted == nil {
-			return nil, outcome // not the nil *Session, which is no nil interface
+			return nil, outcome // a nil *Session would not be a nil interface
 		}
 		return accepted, outcome
 	}

@@ -14,25 +14,24 @@ import (
 )
 
 const (
-	tokenBytes = 32                     // 256 bits: a token cannot be guessed
-	tokenTTL   = time.Minute            // from Insert to Consume
-	maxTokens  = 1000                   // waiting at one time
-	tokenChars = (tokenBytes*8 + 5) / 6 // base64url without padding
+	tokenBytes = 32          // 256 bits: a token cannot be guessed
+	tokenTTL   = time.Minute // from insert to consume
+	maxTokens  = 1000        // waiting at one time
 )
 
-// tokenCache holds requests between the CRI call and the client's connection. A token is good for
-// one use, for the kind of request it was made for, and for ttl.
+// tokenCache holds requests between the CRI call and the client's connection. A token is valid for
+// one use, for its kind of request, and for ttl.
 type tokenCache struct {
 	ttl time.Duration
 	max int
 	now func() time.Time
-	// observe is told of each token's way, under mu.
+	// observe is called for each token that is issued, redeemed, refused or expired, with mu held.
 	observe func(event.Event)
 
 	mu       sync.Mutex
 	requests map[string]*list.Element
 	byAge    *list.List    // of *waitingRequest, oldest first
-	emptied  chan struct{} // closed when no request waits any more; nil unless somebody waits for that
+	emptied  chan struct{} // closed when the cache becomes empty; nil unless somebody waits for that
 }
 
 type waitingRequest struct {
@@ -67,7 +66,7 @@ func (c *tokenCache) insert(kind session.Kind, request any) (string, error) {
 	return token, nil
 }
 
-// holds tells whether consume would find the request now.
+// holds reports whether consume would find the request now.
 func (c *tokenCache) holds(kind session.Kind, token string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -76,8 +75,8 @@ func (c *tokenCache) holds(kind session.Kind, token string) bool {
 	return ok && element.Value.(*waitingRequest).kind == kind
 }
 
-// consume returns the request and forgets it. A token of another kind is left as it is, so that a
-// client's mistake in the path does not cost it the request.
+// consume removes the request and returns it. A token of another kind stays valid, so that a wrong path does not
+// cost the client its request.
 func (c *tokenCache) consume(kind session.Kind, token string) (any, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -98,7 +97,7 @@ func (c *tokenCache) dropExpired(now time.Time) {
 	}
 }
 
-// waiting is how many requests wait for their client.
+// waiting returns how many requests wait for their client.
 func (c *tokenCache) waiting() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -106,7 +105,8 @@ func (c *tokenCache) waiting() int {
 	return len(c.requests)
 }
 
-// empty returns a channel that is closed when no request waits any more. An expired one waits until it is seen.
+// empty returns a channel that is closed when the cache becomes empty. An expired request counts until the cache is
+// used next. There is at most one waiter.
 func (c *tokenCache) empty() <-chan struct{} {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -129,7 +129,7 @@ func (c *tokenCache) remove(e *list.Element) {
 	}
 }
 
-// state is what waits now.
+// state returns the requests that wait now.
 func (c *tokenCache) state() []TokenState {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -150,7 +150,7 @@ func (c *tokenCache) state() []TokenState {
 	return states
 }
 
-// restore has those wait that another cache had. What waits here already stays.
+// restore adds the requests of another cache's state. Requests that wait here already stay.
 func (c *tokenCache) restore(states []TokenState) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -161,7 +161,7 @@ func (c *tokenCache) restore(states []TokenState) {
 			continue
 		}
 		waiting := &waitingRequest{state.Token, state.Kind, request, now.Add(min(state.Left, c.ttl))}
-		// Behind those that expire earlier, so that the oldest stay in front.
+		// Keep byAge in the order of expiry.
 		after := c.byAge.Back()
 		for after != nil && after.Value.(*waitingRequest).expires.After(waiting.expires) {
 			after = after.Prev()
@@ -174,7 +174,7 @@ func (c *tokenCache) restore(states []TokenState) {
 	}
 }
 
-// request is the one that fits the kind; false where there is none.
+// request returns the request that fits the kind, or false if there is none.
 func (t TokenState) request() (any, bool) {
 	if t.Kind == session.PortForward {
 		return t.Forward, t.Forward != nil

@@ -12,10 +12,9 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/remotecommand"
 )
 
-// errNoUpgrade is a plain request.
 var errNoUpgrade = errors.New("this URL serves connections that are upgraded to SPDY/3.1 or WebSocket; the request asks for neither")
 
-// negotiateUpgrade finds out what the request asks for, without answering it.
+// negotiateUpgrade returns the upgrade that the request asks for. It does not answer the request.
 func negotiateUpgrade(r *http.Request, kind session.Kind) (transport.Upgrade, error) {
 	switch {
 	case transport.IsSPDYUpgrade(r):
@@ -32,7 +31,7 @@ func negotiateUpgrade(r *http.Request, kind session.Kind) (transport.Upgrade, er
 	return transport.Upgrade{}, errNoUpgrade
 }
 
-// knownProtocols are the versions spoken over SPDY.
+// knownProtocols returns the protocol versions that are spoken over SPDY.
 func knownProtocols(kind session.Kind) []string {
 	if kind == session.PortForward {
 		return []string{portforward.Protocol}

@@ -1,6 +1,6 @@
-// Package tracing sends OpenTelemetry spans over OTLP/gRPC: one for each CRI call that is answered
-// here, and below it one for its session, with the start of the process, its run and the farewell as
-// children. The trace that the kubelet began goes on through all of them.
+// Package tracing sends OpenTelemetry spans over OTLP/gRPC. Each CRI call that streamshim answers has a span, and its
+// session has one below it, with the phases start, run and linger as children. They continue the trace that the kubelet
+// has begun.
 //
 // Spans name the pod and the container, never the command.
 package tracing
@@ -27,22 +27,22 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// Config says where spans go.
+// Config configures a Tracer.
 type Config struct {
 	Endpoint string // HOST:PORT of an OTLP/gRPC receiver
 	Insecure bool   // without TLS
-	// SampleRatio is the part of those calls whose client sends no trace context that is traced, 0 to
-	// 1. The others are traced if their client traces them.
+	// SampleRatio is the share of calls that are traced, from 0 to 1, among those whose client sends no trace
+	// context. Other calls are traced if their client traces them.
 	SampleRatio float64
 	Version     string // of streamshim
 	Log         *slog.Logger
 }
 
-// queue bounds the spans that wait to be sent. When the receiver is away the newest are dropped; no
-// session ever waits for it.
+// queue bounds the spans that wait to be sent. When it is full, new spans are dropped. No session ever waits for the
+// receiver.
 const queue = 2048
 
-// Tracer makes spans. It is a session.Observer. Its methods may be called from many goroutines.
+// Tracer is a session.Observer that creates spans. Its methods may be called from many goroutines.
 type Tracer struct {
 	provider *sdktrace.TracerProvider
 	exporter *otlptrace.Exporter
@@ -53,15 +53,15 @@ type Tracer struct {
 	sessions map[*session.Session]*spans
 }
 
-// spans are those of one live session.
+// spans are the open spans of one live session.
 type spans struct {
-	ctx   context.Context // of the session's own span
+	ctx   context.Context // of whole
 	whole trace.Span
-	phase trace.Span // the one of the children that is open
+	phase trace.Span
 }
 
-// New returns a tracer that connects when it has something to send. Close sends what is left and
-// ends it. Failures to send are logged as warnings; the handler for them is a global of the library.
+// New returns a tracer that connects when it has something to send. The caller closes it. Failures to send are logged as
+// warnings. The library has one global handler for them, which New sets.
 func New(ctx context.Context, c Config) (*Tracer, error) {
 	options := []otlptracegrpc.Option{otlptracegrpc.WithEndpoint(c.Endpoint)}
 	if c.Insecure {
@@ -88,17 +88,17 @@ func New(ctx context.Context, c Config) (*Tracer, error) {
 	}, nil
 }
 
-// Close sends what waits until ctx is done.
+// Close sends the waiting spans, until ctx is done.
 func (t *Tracer) Close(ctx context.Context) error {
 	if err := t.provider.Shutdown(ctx); err != nil {
-		// A call that is under way would otherwise go on for half a minute.
+		// Otherwise a call in progress would continue for half a minute.
 		t.exporter.Shutdown(ctx) //nolint:errcheck // the first error says more
 		return fmt.Errorf("send the last spans: %w", err)
 	}
 	return nil
 }
 
-// Call begins the span of a CRI call below the client's trace context, and returns its own.
+// Call begins the span of a CRI call below the client's trace context, and returns the span's trace context.
 func (t *Tracer) Call(fullMethod string, parent map[string]string) (own map[string]string, end func(error)) {
 	service, method, _ := strings.Cut(strings.TrimPrefix(fullMethod, "/"), "/")
 	ctx := t.context.Extract(context.Background(), propagation.MapCarrier(parent))
@@ -114,13 +114,13 @@ func (t *Tracer) Call(fullMethod string, parent map[string]string) (own map[stri
 }
 
 // phaseNames are the names of the spans below a session's.
-var phaseNames = map[session.Phase]string{session.Starting: "start", session.Running: "run", session.Lingering: "farewell"}
+var phaseNames = map[session.Phase]string{session.Starting: "start", session.Running: "run", session.Lingering: "linger"}
 
 // Began implements session.Observer.
 func (t *Tracer) Began(s *session.Session) { t.begin(s, session.Starting, s.Start) }
 
-// Resumed implements session.Observer. The spans that were open in the other program have gone with it: there is one for
-// the whole session, and one for its phase from now on.
+// Resumed implements session.Observer. The open spans of the other program are lost. So Resumed begins a new span for the
+// whole session, and one for its current phase from now on.
 func (t *Tracer) Resumed(s *session.Session) { t.begin(s, s.Phase(), time.Now()) }
 
 func (t *Tracer) begin(s *session.Session, phase session.Phase, since time.Time) {
@@ -172,10 +172,10 @@ func (t *Tracer) Ended(s *session.Session, o session.Outcome) {
 	of.whole.End()
 }
 
-// Refused implements session.Observer: the call's span says it.
+// Refused implements session.Observer. The call's span records the refusal.
 func (t *Tracer) Refused(session.Info, error) {}
 
-// fail marks a span as failed, without the error's text: it may hold the name of the command.
+// fail marks a span as failed, without the error's text, which may contain the name of the command.
 func fail(span trace.Span, err error) {
 	if err != nil {
 		span.SetStatus(codes.Error, "")

@@ -19,7 +19,7 @@ const module = "github.com/streamshim/streamshim/"
 // floors are the packages of this module from top to bottom. A package imports from lower floors alone.
 var floors = [][]string{
 	{"cmd/streamshim", "cmd/kubectl-streamshim"},
-	{"pkg/daemon"},
+	{"pkg/daemon", "pkg/ui"},
 	{"pkg/admin", "pkg/check", "pkg/nodeinstall"},
 	{"pkg/support", "pkg/metrics", "pkg/tracing", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording"},
 	{"pkg/cri", "pkg/execproc"},
@@ -37,8 +37,9 @@ var floors = [][]string{
 var allowed = map[string][]string{
 	"cmd/streamshim": {
 		"deploy", "pkg/admin", "pkg/asciicast", "pkg/check", "pkg/config", "pkg/daemon", "pkg/endpoint", "pkg/helper", "pkg/nodeinstall",
-		"pkg/session", "pkg/session/recording", "pkg/support",
+		"pkg/session", "pkg/session/recording", "pkg/support", "pkg/ui",
 	},
+	"pkg/ui": {"pkg/admin"},
 	"pkg/daemon": {
 		"pkg/admin", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/handover", "pkg/helper", "pkg/metrics", "pkg/portforward",
 		"pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming", "pkg/streaming/buffers",

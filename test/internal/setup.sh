@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # setup.sh makes sure that the operating system has what building and testing streamshim needs, on
 # Debian 12 or later. It looks first and installs only what is missing; with nothing missing it
-# needs neither root nor the network. "setup.sh clients" also looks for what test/clients needs, and
-# "setup.sh vm ARCH" for what test/vm needs to build and run a machine of that architecture.
+# needs neither root nor the network. "setup.sh clients" also looks for what test/clients needs,
+# "setup.sh ui" for what test/ui needs, and "setup.sh vm ARCH" for what test/vm needs to build and run a machine of that
+# architecture.
 set -euo pipefail
 
 missing=()
@@ -27,6 +28,10 @@ if [ "${1:-}" = clients ]; then
   need python3-kubernetes /usr/bin/python3 -c 'import kubernetes'
   need nodejs has node
   need npm has npm
+fi
+if [ "${1:-}" = ui ]; then
+  need chromium has chromium
+  need fonts-dejavu-core test -e /usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf
 fi
 if [ "${1:-}" = vm ]; then
   need mmdebstrap has mmdebstrap

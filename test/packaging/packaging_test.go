@@ -38,6 +38,8 @@ var files = map[string]fs.FileMode{
 	"usr/share/doc/streamshim/docs/install.md":            0o644,
 	"usr/share/doc/streamshim/CHANGELOG.md":               0o644,
 	"usr/share/doc/streamshim/copyright":                  0o644,
+	"usr/share/doc/streamshim/ui/NOTICE":                  0o644,
+	"usr/share/doc/streamshim/ui/vendor/xterm.LICENSE":    0o644,
 }
 
 func run(t *testing.T, name string, args ...string) string {
@@ -278,6 +280,11 @@ func expectBill(t *testing.T, path, program string) {
 	listed := map[string]string{}
 	for _, component := range bill.Components {
 		listed[component.Name] = component.Version
+	}
+	for _, library := range []string{"@xterm/xterm", "asciinema-player", "avt"} {
+		if listed[library] == "" {
+			t.Errorf("it does not list %s, which is in the page", library)
+		}
 	}
 	info, err := buildinfo.ReadFile(program)
 	if err != nil || len(info.Deps) < 10 {

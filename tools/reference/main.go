@@ -1,6 +1,5 @@
-// Command reference writes what is said about the configuration from the code that reads it: the
-// sample deploy/config.toml, docs/configuration.md and the manual page streamshim-config(5). "make generate" runs it at the top of the
-// working copy.
+// Command reference generates the documentation of the configuration from pkg/config: the sample deploy/config.toml,
+// docs/configuration.md and the manual page streamshim-config(5). "make generate" runs it at the top of the working copy.
 package main
 
 import (

@@ -15,16 +15,16 @@ streamshim\-config \- configuration file of streamshim
 .SH SYNOPSIS
 \fI` + config.DefaultFile + `\fR
 .SH DESCRIPTION
-streamshim reads this file, or the one that \fB\-\-config\fR names, which is TOML of at most 1 MiB. Without a file
-everything has its default. Flags of \fBstreamshim serve\fR win over the file. A mistake is refused with its line and
-what was probably meant; \fBstreamshim check\fR reads the file without serving.
+streamshim reads this file, or the one that \fB\-\-config\fR names. It is TOML of at most 1 MiB. Without a file all keys
+have their defaults. Flags of \fBstreamshim serve\fR override the file. A mistake is rejected with its line and
+what was probably meant. \fBstreamshim check\fR reads the file without serving.
 .PP
-A duration is written as "90s" or "1h30m". Keys marked [reload] are taken over by
-\fBsystemctl reload streamshim\fR (SIGHUP) without touching live sessions; for others the log names those that need a
-restart. A file with a mistake is refused then too, and the old configuration stays.
+A duration is written as "90s" or "1h30m". \fBsystemctl reload streamshim\fR (SIGHUP) applies the keys marked [reload]
+without touching live sessions. The log names other changed keys, which need a restart. If the file has a mistake, the old
+configuration stays.
 `
 
-// manual is the manual page streamshim-config(5).
+// manual returns the manual page streamshim-config(5).
 func manual(tables []table) string {
 	var b strings.Builder
 	b.WriteString(manualHead)
@@ -52,7 +52,7 @@ func manual(tables []table) string {
 	return b.String()
 }
 
-// roff keeps text from being taken for requests of the formatter.
+// roff escapes text so that the formatter does not interpret it.
 func roff(text string) string {
 	lines := strings.Split(strings.NewReplacer(`\`, `\e`, "-", `\-`, "^", `\(ha`, "~", `\(ti`, "`", `\(ga`).Replace(text), "\n")
 	for i, line := range lines {

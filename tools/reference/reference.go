@@ -18,13 +18,13 @@ import (
 // key is one setting.
 type key struct {
 	name     string // in its table
-	text     string // what the comment in the code says, one paragraph
-	value    string // the default as TOML; empty where there is none, as in a rule
-	typeName string // for people
+	text     string // the comment in the code, as one paragraph
+	value    string // the default as TOML; empty if there is none, as in a rule
+	typeName string
 	reload   bool
 }
 
-// table is one table of the file; the top level has the name "".
+// table is one table of the file. The top level has the name "".
 type table struct {
 	name, text string
 	list       bool // [[name]]
@@ -48,7 +48,7 @@ func generate(source string) (map[string]string, error) {
 	}, nil
 }
 
-// readComments reads what the code says about each struct ("Exec") and each field ("Exec.Linger").
+// readComments returns the comment of each struct ("Exec") and each field ("Exec.Linger").
 func readComments(folder string) (map[string]string, error) {
 	files, err := filepath.Glob(filepath.Join(folder, "*.go"))
 	if err != nil {
@@ -107,7 +107,7 @@ func sentence(name, comment string) string {
 	return strings.TrimSuffix(text, ".") + "."
 }
 
-// describe walks through the default configuration, the top level first and lists last.
+// describe describes all tables: the top level first, lists last.
 func describe(comments map[string]string) ([]table, error) {
 	var tables, lists []table
 	var walk func(name string, value reflect.Value) error
@@ -172,7 +172,7 @@ func describeKey(full, text string, field reflect.StructField, value reflect.Val
 // zeroes shortens "4h0m0s" to "4h" and "10m0s" to "10m".
 var zeroes = strings.NewReplacer(`h0m0s"`, `h"`, `m0s"`, `m"`)
 
-// describeList describes a rule, which has no defaults.
+// describeList describes a list of rules, which have no defaults.
 func describeList(full, text string, of reflect.Type, comments map[string]string) (table, error) {
 	list := table{name: full, text: text + " " + comments[of.Name()], list: true}
 	for i := range of.NumField() {
@@ -208,7 +208,7 @@ func typeName(t reflect.Type) string {
 	return t.Kind().String()
 }
 
-// examples show what a rule may look like.
+// examples are an example of each kind of rule.
 var examples = map[string]string{
 	"recording.rule": `namespaces = ["prod-*"]
 pod_labels = { "compliance" = "pci" }`,
@@ -218,9 +218,9 @@ tty = true
 message = "no shells here; see https://wiki.example.org/break-glass"`,
 }
 
-const sampleHead = `# Configuration of streamshim. Every key is here with its default, commented out; docs/configuration.md
-# has the same with more words. "systemctl reload streamshim" takes over what is marked [reload], the
-# rest needs a restart. "streamshim check" reads this file and says what is wrong with it.
+const sampleHead = `# Configuration of streamshim. Every key is here with its default, commented out. docs/configuration.md has
+# the same as tables. "systemctl reload streamshim" applies the keys marked [reload]; other keys need a
+# restart. "streamshim check" checks this file.
 `
 
 func sample(tables []table) string {
@@ -273,13 +273,13 @@ const markdownHead = `# Configuration
 
 <!-- Written by "make generate" from the comments in pkg/config. Edit those. -->
 
-streamshim reads ` + "`" + config.DefaultFile + "`" + `, or the file that ` + "`--config`" + ` names. Without a file everything has its
-default. Flags of ` + "`streamshim serve`" + ` win over the file. The file is TOML; ` + "`deploy/config.toml`" + ` is a sample
-with every key. A mistake is refused with its line and what was probably meant.
+streamshim reads ` + "`" + config.DefaultFile + "`" + `, or the file that ` + "`--config`" + ` names. Without a file all keys have their
+defaults. Flags of ` + "`streamshim serve`" + ` override the file. The file is TOML; ` + "`deploy/config.toml`" + ` is a sample
+with every key. A mistake is rejected with its line and what was probably meant.
 
-Durations are written as ` + "`\"90s\"`, `\"1h30m\"`" + `. Keys marked *reload* are taken over by
-` + "`systemctl reload streamshim`" + ` (SIGHUP) without touching live sessions; for others the log names those that
-need a restart. A file with a mistake is refused, and the old configuration stays.
+A duration is written as ` + "`\"90s\"` or `\"1h30m\"`" + `. ` + "`systemctl reload streamshim`" + ` (SIGHUP) applies the keys marked *reload*
+without touching live sessions. The log names other changed keys, which need a restart. If the file has a mistake, the
+old configuration stays.
 `
 
 func markdown(tables []table) string {
@@ -309,7 +309,7 @@ func markdown(tables []table) string {
 	return b.String()
 }
 
-// human says a large power of two in binary units.
+// human returns a large multiple of a binary unit in that unit, in brackets, or "".
 func human(value string) string {
 	var n int64
 	if _, err := fmt.Sscanf(value, "%d", &n); err != nil || fmt.Sprint(n) != value {

@@ -1,7 +1,7 @@
 // Package criosocket shares a Unix socket between gRPC and HTTP as CRI-O does: by the content type of a
-// connection's first request, which must be exactly "application/grpc" to be gRPC. What is neither is
-// closed unread, which its peer sees as a reset. It is an upstream's socket in tests: containerd's own takes
-// what CRI-O's refuses.
+// connection's first request, which for gRPC must be exactly "application/grpc". Another connection is
+// closed unread, which its peer sees as a reset. Tests use it as an upstream's socket, because containerd's own
+// accepts what CRI-O's rejects.
 package criosocket
 
 import (
@@ -17,10 +17,10 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// firstRequestTimeout bounds the wait for a connection's first request, on a machine that is busy.
+// firstRequestTimeout bounds the wait for a connection's first request, on a busy machine.
 const firstRequestTimeout = time.Minute
 
-// maxFirstRequest bounds what is read before it is known to whom a connection belongs, in bytes.
+// maxFirstRequest bounds the bytes that are read to find a connection's server.
 const maxFirstRequest = 1 << 20
 
 // Socket is a shared Unix socket. Servers accept from GRPC and HTTP; Close ends both.
@@ -35,7 +35,7 @@ type Socket struct {
 	pending map[net.Conn]struct{} // nil after Close
 }
 
-// Listen makes the socket. The caller closes it, after the servers that accept from it.
+// Listen creates the socket. The caller closes it, after the servers that accept from it.
 func Listen(path string) (*Socket, error) {
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -47,10 +47,10 @@ func Listen(path string) (*Socket, error) {
 	return s, nil
 }
 
-// GRPC is the listener of the gRPC server.
+// GRPC returns the listener for the gRPC server.
 func (s *Socket) GRPC() net.Listener { return s.grpc }
 
-// HTTP is the listener of the HTTP/1 server.
+// HTTP returns the listener for the HTTP/1 server.
 func (s *Socket) HTTP() net.Listener { return s.http }
 
 // Close removes the socket and ends connections that no server has accepted. It may be called more than once.
@@ -90,7 +90,7 @@ func (s *Socket) accept() {
 	}
 }
 
-// hand gives a connection to the server it is for, with what was read of it.
+// hand passes a connection to its server, with what was read of it.
 func (s *Socket) hand(conn net.Conn) {
 	conn.SetReadDeadline(time.Now().Add(firstRequestTimeout))
 	var read bytes.Buffer
@@ -112,7 +112,7 @@ func (s *Socket) hand(conn net.Conn) {
 	}
 }
 
-// sort reads up to the end of the first request's headers and says whose the connection is, nil for nobody's.
+// sort reads up to the end of the first request's headers and returns the connection's server, or nil if there is none.
 func (s *Socket) sort(conn io.Writer, from io.Reader) *listener {
 	preface := make([]byte, len(http2.ClientPreface))
 	if _, err := io.ReadFull(from, preface); err != nil {
@@ -148,7 +148,7 @@ func (s *Socket) sort(conn io.Writer, from io.Reader) *listener {
 	}
 }
 
-// replayed is a connection of which something was read already.
+// replayed is a connection that first returns what was read from it before.
 type replayed struct {
 	net.Conn
 	first *bytes.Buffer

@@ -1,5 +1,5 @@
 // Package leak fails a test that leaves something behind in its process: goroutines, descriptors,
-// child processes, threads in another network namespace.
+// child processes, or threads in another network namespace.
 package leak
 
 import (
@@ -16,15 +16,15 @@ import (
 )
 
 const (
-	// settleTime bounds the wait for what is on its way out: a goroutine between its last word and its end,
-	// a child between its death and being reaped. Only a test that fails ever waits so long.
+	// settleTime bounds the wait for what is ending: a goroutine after its last action, or a child that is about to be
+	// reaped. Only a test that fails waits so long.
 	settleTime = 10 * time.Second
 	settlePoll = 10 * time.Millisecond
 )
 
-// Check takes account of the process now and compares at the test's cleanup, failing the test with
-// the differences. Call it first, so that its cleanup runs last. It is no use in parallel tests, which see
-// each other's things. The options name goroutines that may stay a little, of a library's say.
+// Check records the state of the process, compares with it at the test's cleanup, and fails the test with the
+// differences. Call it first, so that its cleanup runs last. It does not work in parallel tests, which see each other's
+// resources. The options name goroutines that may stay for a while, such as those of a library.
 func Check(t testing.TB, ignored ...goleak.Option) {
 	t.Helper()
 	startPoller()
@@ -32,7 +32,7 @@ func Check(t testing.TB, ignored ...goleak.Option) {
 	goroutines := append(clientLibraries(), append(ignored, goleak.IgnoreCurrent())...)
 	t.Cleanup(func() {
 		if t.Failed() {
-			return // what a test leaves behind that was cut short says nothing
+			return // a test that has failed early may leave something behind
 		}
 		if found := settle(before, goroutines, settleTime); found != "" {
 			t.Errorf("left behind after %v:\n%s", settleTime, found)
@@ -50,7 +50,7 @@ func clientLibraries() []goleak.Option {
 	}
 }
 
-// settle waits until nothing is left behind, and returns what is when the limit is over.
+// settle waits until nothing is left behind, and returns what is left after the limit.
 func settle(before account, goroutines []goleak.Option, limit time.Duration) string {
 	for end := time.Now().Add(limit); ; time.Sleep(settlePoll) {
 		found := takeAccount().difference(before)
@@ -66,7 +66,7 @@ func settle(before account, goroutines []goleak.Option, limit time.Duration) str
 	}
 }
 
-// account is what a process has: for each kind of thing its description by its key.
+// account is the resources of a process: for each kind, the description by key.
 type account struct {
 	descriptors map[string]string // number -> target
 	children    map[string]string // pid -> name and state
@@ -77,7 +77,7 @@ func takeAccount() account {
 	return account{descriptors: descriptors(), children: children(), namespaces: namespaces()}
 }
 
-// difference lists what a has and before has not, a line each.
+// difference lists what a has and before does not have, a line each.
 func (a account) difference(before account) string {
 	var lines []string
 	for _, kind := range []struct {
@@ -100,8 +100,8 @@ func (a account) difference(before account) string {
 	return strings.Join(lines, "\n")
 }
 
-// startPoller makes the Go runtime open the two descriptors of its poller, which it does with the
-// first file that waits, and keeps.
+// startPoller makes the Go runtime open the two descriptors of its poller. It opens them for the first file that waits,
+// and keeps them.
 func startPoller() {
 	if r, w, err := os.Pipe(); err == nil {
 		r.Close()
@@ -122,7 +122,7 @@ func descriptors() map[string]string {
 	return found
 }
 
-// children finds the processes whose parent is this one, zombies among them.
+// children returns the child processes of this process, including zombies.
 func children() map[string]string {
 	found := map[string]string{}
 	for _, path := range statsOfChildren() {
@@ -130,7 +130,7 @@ func children() map[string]string {
 		if err != nil {
 			continue // it has ended meanwhile
 		}
-		// pid (name, which may hold anything) state parent ...
+		// pid (name, which may contain anything) state parent ...
 		open, end := strings.IndexByte(string(content), '('), strings.LastIndexByte(string(content), ')')
 		if open < 0 || end < open {
 			continue
@@ -144,7 +144,7 @@ func children() map[string]string {
 	return found
 }
 
-// statsOfChildren names the stat files of this process's children, or of all processes where the kernel does
+// statsOfChildren returns the paths of the stat files of this process's children, or of all processes if the kernel does
 // not list children.
 func statsOfChildren() []string {
 	before := "never read"
@@ -169,7 +169,7 @@ func statsOfChildren() []string {
 	return stats
 }
 
-// namespaces finds the network namespaces that this process has threads in.
+// namespaces returns the network namespaces that this process has threads in.
 func namespaces() map[string]string {
 	found := map[string]string{}
 	links, _ := filepath.Glob("/proc/self/task/*/ns/net")

@@ -53,13 +53,13 @@ func (r *Recorder) Freeze(s *session.Session, files *handover.Files) ([]byte, er
 	}
 	state, err := rec.freeze(files)
 	if err != nil {
-		return nil, rec.unless(err)
+		return nil, rec.handleFailure(err)
 	}
 	return handover.Encode(state)
 }
 
-// unless returns err if the session must not continue without its recording, and otherwise logs it.
-func (rec *recording) unless(err error) error {
+// handleFailure returns err if the session must not continue without its recording, and otherwise logs it.
+func (rec *recording) handleFailure(err error) error {
 	if rec.config.Deny {
 		return err
 	}
@@ -101,7 +101,7 @@ func (r *Recorder) Resume(s *session.Session, encoded []byte, files *handover.Fi
 	}
 	state, err := decode(encoded)
 	if err != nil {
-		return r.unlessAllowed(s, err)
+		return r.handleUnreadable(s, err)
 	}
 	config := Config{
 		Directory: filepath.Dir(state.Path),
@@ -110,12 +110,12 @@ func (r *Recorder) Resume(s *session.Session, encoded []byte, files *handover.Fi
 	rec := r.newRecording(config, s, state.Path, nil)
 	rec.isFlawed.Store(state.Flawed)
 	if state.Over {
-		r.stayOver(rec)
+		r.resumeEnded(rec)
 		return nil
 	}
 	if err := rec.resume(state, files); err != nil {
 		rec.flawed()
-		return rec.unless(err)
+		return rec.handleFailure(err)
 	}
 	r.listen(rec)
 	r.mu.Lock()
@@ -135,9 +135,9 @@ func decode(encoded []byte) (state State, err error) {
 	return state, nil
 }
 
-// unlessAllowed returns err unless sessions may continue unrecorded. The configuration of this recording is
+// handleUnreadable returns err unless sessions may continue unrecorded. The configuration of this recording is
 // unknown.
-func (r *Recorder) unlessAllowed(s *session.Session, err error) error {
+func (r *Recorder) handleUnreadable(s *session.Session, err error) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.incomplete.Add(1)
@@ -148,15 +148,15 @@ func (r *Recorder) unlessAllowed(s *session.Session, err error) error {
 	return nil
 }
 
-// stayOver keeps blocking delivery in a session whose recording has ended but must not have; see run.
-func (r *Recorder) stayOver(rec *recording) {
+// resumeEnded keeps blocking delivery in a session whose recording has ended but must not have; see run.
+func (r *Recorder) resumeEnded(rec *recording) {
 	if !rec.config.Deny {
 		return
 	}
 	rec.over = true
 	close(rec.ended)
 	r.listen(rec)
-	close(rec.firm.ended)
+	close(rec.blocking.ended)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.recordings[rec.session] = rec

@@ -209,8 +209,8 @@ func (r *Recorder) listen(rec *recording) {
 	rec.queue = session.NewTapQueue(rec.config.Buffer, r.room, rec.config.Input, rec.overflow)
 	var tap session.Tap = rec.queue
 	if rec.config.Deny {
-		rec.firm = newFirmTap(rec, r.room)
-		tap = rec.firm
+		rec.blocking = newBlockingTap(rec, r.room)
+		tap = rec.blocking
 	}
 	rec.remove = rec.session.Taps.Add(tap)
 }
@@ -270,16 +270,16 @@ func plain(name string) string {
 
 // recording is one file that is being written.
 type recording struct {
-	config  Config
-	session *session.Session
-	place   *directory
-	path    string
-	file    *os.File
-	queue   *session.TapQueue
-	firm    *firmTap // only with Deny; the queue then has only sizes
-	remove  func()
-	flawed  func()               // counts the recording as incomplete, once
-	outcome chan session.Outcome // filled at the end of the session
+	config   Config
+	session  *session.Session
+	place    *directory
+	path     string
+	file     *os.File
+	queue    *session.TapQueue
+	blocking *blockingTap // only with Deny; the queue then has only sizes
+	remove   func()
+	flawed   func()               // counts the recording as incomplete, once
+	outcome  chan session.Outcome // filled at the end of the session
 
 	isFlawed atomic.Bool
 	frozen   atomic.Bool   // the writer is to end without finishing the recording
@@ -413,8 +413,8 @@ func (rec *recording) run() (over bool) {
 	if err != nil && rec.config.Deny {
 		rec.failed() // before whoever waits for the write continues
 	}
-	if rec.firm != nil {
-		close(rec.firm.ended) // the tap stays until the session has ended, so nothing more is delivered
+	if rec.blocking != nil {
+		close(rec.blocking.ended) // the tap stays until the session has ended, so nothing more is delivered
 	} else {
 		rec.remove()
 	}
@@ -429,12 +429,12 @@ func (rec *recording) run() (over bool) {
 }
 
 func (rec *recording) copy() error {
-	var awaited chan firmEvent
-	if rec.firm != nil {
-		awaited = rec.firm.events
+	var awaited chan blockingEvent
+	if rec.blocking != nil {
+		awaited = rec.blocking.events
 	}
 	for {
-		var now firmEvent
+		var now blockingEvent
 		select {
 		case <-rec.queue.Ready(): // ready at the latest when end closes the queue
 		case now = <-awaited:

@@ -499,7 +499,7 @@ func TestNothingIsDeliveredUnrecorded(t *testing.T) {
 func TestDiskThatDoesNotAnswer(t *testing.T) {
 	f := newFixture(t, func(c *Config) { c.Deny = true })
 	s := f.begin(t, info)
-	tap := newFirmTap(f.recordings[s], nil) // whose events nobody takes
+	tap := newBlockingTap(f.recordings[s], nil) // whose events nobody takes
 	tap.patience = 20 * time.Millisecond
 	if err := tap.Output(session.Stdout, []byte("x")); !errors.Is(err, errSlowDisk) {
 		t.Errorf("it ends with %v", err)

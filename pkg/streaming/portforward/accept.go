@@ -18,8 +18,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
 )
 
-// Accept opens the pod, upgrades the connection of a request and returns its session, for Session.Run. Without a
-// session the outcome says why; the request has been answered then.
+// Accept opens the pod, upgrades the connection of a request and returns its session, for Session.Run. If it returns no
+// session, the outcome says why, and the request was answered.
 func Accept(w http.ResponseWriter, r *http.Request, up transport.Upgrade, request *Request, live *session.Session, config Config, terms lifetime.Terms) (*Session, session.Outcome) {
 	forwarder, err := config.Pods.Forwarder(request.Sandbox)
 	if err != nil {
@@ -63,8 +63,7 @@ func (s *Session) channelsConfig() websocket.Config {
 	return websocket.Config{Room: s.terms.Buffers, OnPanic: s.panicked}
 }
 
-// accept upgrades the connection to the transport that was negotiated. Nothing is read from it
-// before Run.
+// accept upgrades the connection to the transport that was negotiated. Run is the first to read from it.
 func (s *Session) accept(w http.ResponseWriter, r *http.Request, up transport.Upgrade, ports []int32) (net.Conn, error) {
 	if !up.WebSocket {
 		network, buffered, err := transport.HijackSPDY(w, up.Protocol)
@@ -92,23 +91,23 @@ func (s *Session) accept(w http.ResponseWriter, r *http.Request, up transport.Up
 		}
 		named = append(named, uint16(port))
 	}
-	conn, err := websocket.AcceptPortForward(w, r, protocol, named, s.channelsConfig())
+	conn, channels, err := websocket.AcceptPortForward(w, r, protocol, named, s.channelsConfig())
 	if err != nil {
 		return nil, err
 	}
-	s.client = transport.Channels{ChannelConn: conn.ChannelConn}
-	s.useChannels(conn.ChannelConn)
+	s.client = transport.Channels{ChannelConn: conn}
+	s.useChannels(conn)
 	s.isLegacy = true
-	for _, c := range conn.Ports() {
+	for _, c := range channels {
 		s.legacy = append(s.legacy, &connection{port: c.Port, data: c.Data, failure: c.Error})
 	}
 	return conn.NetConn(), nil
 }
 
-// useChannels has the protocol without SPDY end as it does.
+// useChannels sets how a session without SPDY closes its connection.
 func (s *Session) useChannels(conn *websocket.ChannelConn) {
 	s.closeWrite = func(ctx context.Context) {
 		s.connections.Go(func() { conn.CloseWrite(ctx) }) //nolint:errcheck // a client that has gone is noticed in Run
 	}
-	s.farewell = func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
+	s.closeAndWait = func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
 }

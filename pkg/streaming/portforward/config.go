@@ -10,36 +10,35 @@ import (
 // Protocol is the only version of the port-forward protocol over SPDY.
 const Protocol = "portforward.k8s.io"
 
-// Config is how port-forwards are served. Pods is required. Zero is off where a comment says so.
+// Config configures port-forward sessions. Pods is required. Zero means off where a comment says so.
 type Config struct {
 	Pods Pods
-	// Stall is how long one forwarded connection whose pod reads nothing may hold up its neighbours,
-	// once it has used up the room that all of them share, before it is reset (kubernetes#78446).
-	// Zero is never.
+	// Stall is how long one forwarded connection whose pod does not read may block the others of its session, once it
+	// has filled the room that they share. Then it is reset (kubernetes#78446). Zero is never.
 	Stall time.Duration
-	// ReportRefused makes port-forward write a refused or failed dial on the error stream, at which
-	// kubectl ends the whole port-forward (kubernetes#111825).
+	// ReportRefused writes a refused dial to the error stream, at which kubectl ends the whole port-forward
+	// (kubernetes#111825).
 	ReportRefused bool
-	// MayConnect is asked before each forwarded connection, which its error resets. Nil allows all.
+	// MayConnect is called before each forwarded connection. If it returns an error, the connection is reset. Nil
+	// allows all.
 	MayConnect func() error
-	// StreamCreation is how long a client may take to open the second stream of a pair. Zero is the ordinary time;
-	// no user sets it.
+	// StreamCreation is how long a client may take to open the second stream of a pair. Zero is 30 s. No user sets
+	// it.
 	StreamCreation time.Duration
 }
 
 const streamCreation = 30 * time.Second
 
-// Request is what is asked for by a port-forward: a pod sandbox whose ports may be
-// dialled. It is plain data, as other requests are.
+// Request is a request for a port-forward into a pod sandbox. It is plain data.
 type Request struct {
 	Sandbox workload.Sandbox
-	// Ports is what the CRI request named; current clients name none and say the port with each stream.
+	// Ports are the ports of the CRI request. Current clients name none there, and name the port with each stream.
 	Ports []int32
 	// Trace is the trace context of the CRI call, see session.Info.
 	Trace map[string]string
 }
 
-// Info is what is known of the session beforehand.
+// Info returns what is known of the session before it begins.
 func (r *Request) Info() session.Info {
 	return session.Info{Kind: session.PortForward, Target: r.Sandbox.Target, PodLabels: r.Sandbox.PodLabels, Trace: r.Trace}
 }

@@ -7,11 +7,11 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
 )
 
-// panicked ends a session one of whose goroutines has panicked: its client learns that, as far as the protocol can say
-// it. What the goroutine has left, such as a lock, may keep the session from that: its connection is reset after a while.
+// panicked ends the session after one of its goroutines has panicked, and tells the client as far as the protocol can.
+// See lifetime.Panic.
 func (s *Session) panicked(p *rescue.Panic) { lifetime.Panic(s.session, s.terms, s.network, p) }
 
-// crash ends a session whose own goroutine has panicked, wherever it was.
+// crash ends the session after Run's goroutine has panicked.
 func (s *Session) crash(p *rescue.Panic) session.Outcome {
 	s.panicked(p)
 	again := func(p *rescue.Panic) { s.session.Log().Error("the end of a session panics as well", "panic", p.Value) }

@@ -1,3 +1,3 @@
-// Package portforward is the life of a port-forward: many connections into one pod over one client connection, over
-// SPDY, the tunnel of SPDY in WebSocket, and the WebSocket protocol of older clients. Session.Run tells it.
+// Package portforward serves port-forward sessions: many connections into one pod over one client connection. The client
+// speaks SPDY, SPDY tunnelled in WebSocket, or the WebSocket protocol of older clients. Start reading at Session.Run.
 package portforward

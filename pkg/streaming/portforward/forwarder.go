@@ -9,10 +9,10 @@ import (
 
 // Pods opens pods for port-forwards.
 type Pods interface {
-	// Forwarder is called at redemption, so that a URL that nobody uses holds nothing of the pod. The
-	// session closes the forwarder.
+	// Forwarder opens a pod. It is called when a URL is redeemed, so that an unused URL holds no resources of the
+	// pod. The session closes the forwarder.
 	Forwarder(workload.Sandbox) (Forwarder, error)
-	// ResumeForwarder goes on with one that was frozen, from its State. It takes what it needs of the files.
+	// ResumeForwarder continues a frozen forwarder from its State. It takes what it needs from the files.
 	ResumeForwarder(state []byte, files *handover.Files) (Forwarder, error)
 }
 
@@ -23,13 +23,13 @@ type Forwarder interface {
 	// closed or reset. The byte counts are valid also with an error. An error with a method
 	// Refused() bool that returns true means that nobody listens on the port.
 	Forward(ctx context.Context, port uint16, stream workload.Stream) (sent, received int64, err error)
-	// Freeze has all calls of Forward return whose streams were frozen before, with a FrozenConnection for an error. It does not
-	// wait for them, and they take no longer than it takes to say what was moved.
+	// Freeze makes all calls of Forward return whose streams were frozen before, with a FrozenConnection as the error.
+	// It does not wait for them. They return as soon as they know what they have moved.
 	Freeze()
-	// State is what ResumeForwarder needs, once all calls of Forward have returned.
+	// State returns what ResumeForwarder needs, once all calls of Forward have returned.
 	State(*handover.Files) ([]byte, error)
-	// Continue takes what FrozenConnection.State has put into the files and returns the Forward that goes on with it. An error,
-	// also in the state, is that Forward's.
+	// Continue takes what FrozenConnection.State has put into the files, and returns a function that continues the
+	// Forward. If the state cannot be used, that function returns the error.
 	Continue(state []byte, files *handover.Files, port uint16, stream workload.Stream) (forward func(context.Context) (sent, received int64, err error))
 	// Gone is closed when the sandbox no longer exists.
 	Gone() <-chan struct{}
@@ -37,11 +37,12 @@ type Forwarder interface {
 	Close() error
 }
 
-// FrozenConnection is the error of a Forward that was frozen; it is handover.ErrFrozen too. Nothing has ended. Who gets it
-// calls State or Discard.
+// FrozenConnection is the error of a Forward that was frozen. It wraps handover.ErrFrozen. The connection is still open:
+// the caller calls State or Discard.
 type FrozenConnection interface {
 	error
-	// State is what Continue needs. The connection's descriptor is in the files. After an error the connection was reset.
+	// State returns what Continue needs, and adds the connection's descriptor to the files. If it returns an error, it
+	// has reset the connection.
 	State(*handover.Files) ([]byte, error)
 	// Discard resets the connection.
 	Discard()

@@ -15,17 +15,17 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// stateVersion is that of State. A reader of another version refuses it.
+// stateVersion is the version of State. A reader of another version rejects it.
 const stateVersion = 1
 
-// State is a port-forward that was frozen.
+// State is a frozen port-forward.
 type State struct {
 	Version   int
 	Transport transport.State
 	Forwarder []byte // Forwarder.State
 	Open      []ConnectionState
 	Waiting   []WaitingState
-	// Legacy says that Open are the ports of the CRI request, all but those that have ended.
+	// Legacy says that Open are the ports of the CRI request, without those that have ended.
 	Legacy bool
 
 	Received, Sent int64 // by connections that have ended
@@ -66,7 +66,7 @@ const reasonNotCarried = "not-carried"
 // ErrEnded is a session that has ended by itself while it was to be frozen.
 var ErrEnded = errors.New("the session has ended")
 
-// Carriable says why the session could not be handed over, nil when it can be as far as that is known.
+// Carriable returns why the session cannot be handed over, or nil if no reason is known.
 func (s *Session) Carriable() error {
 	if err := s.client.Portable(); err != nil {
 		return fmt.Errorf("its client's connection: %w", err)
@@ -74,11 +74,11 @@ func (s *Session) Carriable() error {
 	return nil
 }
 
-// Freeze brings the session to a halt and returns its state for Resume, in this program or the next one; Run then returns
-// session.Frozen. It takes no longer than the connections need to say what they have moved; of the context it needs nothing.
+// Freeze stops the session and returns its state for Resume, in this program or the next one. Run then returns
+// session.Frozen. It waits only until the connections know what they have moved, and does not use the context.
 //
-// The error is Carriable's: then the session goes on. Or it is ErrEnded, or says what could not be carried: then Run
-// says how the session ended.
+// If the error is Carriable's, the session continues. If it is ErrEnded, or says what could not be handed over, Run
+// returns how the session ended.
 func (s *Session) Freeze(_ context.Context, files *handover.Files) ([]byte, error) {
 	if err := s.Carriable(); err != nil {
 		return nil, err
@@ -100,10 +100,10 @@ func (s *Session) Freeze(_ context.Context, files *handover.Files) ([]byte, erro
 	return encoded, nil
 }
 
-// isFrozen tells whether the session is being frozen.
+// isFrozen reports whether the session is being frozen, or is frozen.
 func (s *Session) isFrozen() bool { return transport.Closed(s.client.Frozen()) }
 
-// unlessFrozen is how the session ends, unless it was frozen meanwhile.
+// unlessFrozen returns the outcome, or session.Frozen if the session was frozen meanwhile.
 func (s *Session) unlessFrozen(outcome session.Outcome) session.Outcome {
 	if s.isFrozen() {
 		return session.Frozen
@@ -111,7 +111,7 @@ func (s *Session) unlessFrozen(outcome session.Outcome) session.Outcome {
 	return outcome
 }
 
-// stand waits until nothing moves any more in a frozen session, and for Freeze to collect its state.
+// stand waits until a frozen session has stopped, and until Freeze has collected its state.
 func (s *Session) stand() session.Outcome {
 	s.connections.Wait()
 	close(s.still)
@@ -177,7 +177,7 @@ func (s *Session) discardFrozen() {
 	}
 }
 
-// CheckState says why a state could not be resumed by this program, as far as that can be known without touching anything.
+// CheckState returns why this program could not resume a state, as far as that can be known without changing anything.
 func CheckState(encoded []byte) error {
 	state, err := decode(encoded)
 	if err != nil {
@@ -206,8 +206,8 @@ func decode(encoded []byte) (state State, err error) {
 	return state, nil
 }
 
-// Resume returns the session of a state, for Session.Run. When the pod cannot be taken over, or the state is of a version that is
-// not known here, Run tells the client so. The error says that there is nobody to be told.
+// Resume returns the session of a state, for Session.Run. If the pod cannot be taken over, or the version of the state is
+// unknown, Run tells the client. An error means that the client's connection cannot be taken over either.
 func Resume(encoded []byte, files *handover.Files, live *session.Session, config Config, terms lifetime.Terms) (*Session, error) {
 	state, unknown := decode(encoded)
 	if unknown != nil && state.Transport.Version == 0 {
@@ -231,12 +231,12 @@ func Resume(encoded []byte, files *handover.Files, live *session.Session, config
 		s.endReason, s.grace = errors.New(state.EndReason), state.Grace
 	}
 	s.limitBandwidth()
-	s.bandwidth.GoOn(state.Bandwidth)
+	s.bandwidth.Resume(state.Bandwidth)
 	s.resumeConnections(state, client, files)
 	return s, nil
 }
 
-// giveUp has Run tell the client that the session does not go on.
+// giveUp makes Run tell the client that the session ends.
 func (s *Session) giveUp(reason error) {
 	s.session.Log().Error("a port-forward cannot be taken over", "error", reason)
 	s.session.Stop(&session.EndError{Reason: reasonNotCarried, Message: "the port-forward was ended because it could not go on through an upgrade of streamshim"})
@@ -249,7 +249,7 @@ func (s *Session) giveUp(reason error) {
 // noStream is the id of a stream of a pair that has not come.
 const noStream = 0
 
-// resumeConnections has the connections there that Run goes on with. What was handed over of them is taken now.
+// resumeConnections recreates the connections that Run continues, and takes what was handed over of them.
 func (s *Session) resumeConnections(state State, client *transport.Resumed, files *handover.Files) {
 	stream := func(id uint32, received, sent int64) workload.Stream {
 		if stream := client.Stream(id); stream != nil {
@@ -285,10 +285,10 @@ func (s *Session) resumeConnections(state State, client *transport.Resumed, file
 	}
 }
 
-// errStreamOver is what a stream says that the client had ended for good when the session was resumed.
+// errStreamOver is the error of a stream that had ended before the session was resumed.
 var errStreamOver = errors.New("the stream was ended by the client before a hand-over")
 
-// noForwarder stands for a pod that could not be taken over.
+// noForwarder replaces the Forwarder of a pod that could not be taken over.
 type noForwarder struct{ err error }
 
 func (f noForwarder) Forward(_ context.Context, _ uint16, stream workload.Stream) (sent, received int64, err error) {

@@ -23,8 +23,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Session is one port-forward session: many connections into one pod over one client
-// connection.
+// Session is one port-forward session: many connections into one pod over one client connection.
 type Session struct {
 	config    Config
 	session   *session.Session
@@ -37,59 +36,58 @@ type Session struct {
 	connections rescue.Group
 
 	mu      sync.Mutex
-	waiting map[string]*connection // pairs of which one stream has come
+	waiting map[string]*connection // pairs whose second stream is missing
 	open    map[*connection]struct{}
-	// What connections that have ended moved, in bytes.
+	// Bytes moved by connections that have ended.
 	received, sent int64
-	endReason      error     // why the session ends, for the client; nil while it goes on
-	told           bool      // a client's error stream has been, or is being, written the reason
-	graceEnds      time.Time // for which the client has then to close
+	endReason      error     // why the session ends, for the client; nil while it runs
+	told           bool      // endReason was written, or is being written, to an error stream
+	graceEnds      time.Time // until when the client may then close
 	grace          time.Duration
 
-	// legacy are the connections of a WebSocket client that names its ports in the CRI request: one
-	// for each port, open from the start.
+	// legacy are the connections of a WebSocket client whose CRI request names its ports: one for each port, open
+	// from the start.
 	isLegacy   bool
 	legacy     []*connection
 	legacyDone chan struct{} // closed when all of them have ended
-	// closeWrite tells the client of legacy that no port has anything more to say, and farewell that all
-	// is over, after which it waits for the client to close.
-	closeWrite, farewell func(context.Context)
+	// closeWrite tells a legacy client that no port will send anything more. closeAndWait ends the session and
+	// waits for the client to close.
+	closeWrite, closeAndWait func(context.Context)
 
 	ctx    context.Context // of the forwards; ends with Run
 	cancel context.CancelFunc
-	// departure ends when the client has left in order, see input.go.
+	// departure ends when the client has left in order, see finishUploads.
 	departure context.Context
 	depart    context.CancelFunc
-	served    chan struct{} // closed when nothing more will come from the client
+	served    chan struct{} // closed when nothing more will arrive from the client
 	fewer     chan struct{} // has a value after a connection has ended
 
-	// Of a hand-over, see Freeze and Resume.
-	still   chan struct{}           // closed when nothing moves any more in a frozen session
-	ended   chan struct{}           // closed when Run has ended otherwise
-	result  chan session.Outcome    // how Run is to end when it is still; has room
-	resumed *lifetime.TimeoutsState // where the watch stood; nil in a session that begins here
-	begun   []*connection           // those to go on with, but for legacy
+	// For a hand-over, see Freeze and Resume.
+	still   chan struct{}           // closed when a frozen session has stopped
+	ended   chan struct{}           // closed when Run has ended without a freeze
+	result  chan session.Outcome    // how Run ends after still is closed; buffered
+	resumed *lifetime.TimeoutsState // nil in a session that begins here
+	begun   []*connection           // connections to continue, without legacy ones
 	limits  *lifetime.Timeouts
 }
 
-// connection is one local connection of the client: two streams, one for the bytes and one
-// for an error message.
+// connection is one local connection of the client. It has two streams, one for the bytes and one for an error message.
 type connection struct {
 	port          uint16
 	data, failure workload.Stream
-	timeout       *time.Timer // until the other stream has come
-	expires       time.Time   // when that is over
-	// outputEnded is called, once or more, when the pod will say no more. Nil but for legacy ones.
+	timeout       *time.Timer // for the second stream
+	expires       time.Time   // when timeout fires
+	// outputEnded is called, once or more, when the pod will send no more. It is set for legacy connections only.
 	outputEnded func()
-	outputOver  atomic.Bool // it was called
+	outputOver  atomic.Bool // the pod will send no more
 
-	proceed func(context.Context) (sent, received int64, err error) // of one that goes on; nil to begin with
+	proceed func(context.Context) (sent, received int64, err error) // continues a resumed connection; nil for a new one
 	frozen  FrozenConnection                                        // nil unless the session was frozen
-	unsaid  string                                                  // for the error stream of one that has ended
+	unsaid  string                                                  // message that is still to be written to the error stream
 }
 
-// maxWaiting bounds the streams that wait for their other half: a client that opens and resets streams
-// leaves them waiting here although they do not count as open any more.
+// maxWaiting bounds the streams that wait for the second one of their pair. A client that opens and resets streams leaves
+// them waiting here although they do not count as open any more.
 const maxWaiting = 1024
 
 // Run serves the session from the upgraded connection to its end, or until it is frozen.
@@ -99,8 +97,7 @@ func (s *Session) Run() (outcome session.Outcome) {
 			outcome = s.crash(&rescue.Panic{Value: value, Stack: debug.Stack()})
 		}
 	}()
-	// Not a child of the session's context: when the session is told to end, the reason comes first
-	// and the end of the connections second.
+	// Not cancelled with the session's context: the client is told why the session ends before its connections end.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(s.session.Context()))
 	s.departure, s.depart = context.WithCancel(s.ctx)
 	s.served, s.fewer = make(chan struct{}), make(chan struct{}, 1)
@@ -112,9 +109,9 @@ func (s *Session) Run() (outcome session.Outcome) {
 	}
 	s.startLegacy()
 	s.startBegun()
-	// Not this context: the client is to be told why the session ends.
 	s.connections.Go(func() {
-		err := s.client.Serve(context.WithoutCancel(s.ctx)) // otherwise seen through Done and Err
+		// Not cancelled with s.ctx, so that the client can still be told why the session ends.
+		err := s.client.Serve(context.WithoutCancel(s.ctx)) // Done and Err report other errors
 		if !errors.Is(err, handover.ErrFrozen) {
 			close(s.served)
 		}
@@ -127,7 +124,7 @@ func (s *Session) Run() (outcome session.Outcome) {
 	defer close(s.ended)
 	s.cancel()
 	s.client.Close()   //nolint:errcheck // the session is over
-	s.client.Discard() // if it was frozen in the last moment
+	s.client.Discard() // in case it was frozen meanwhile
 	s.stopWaiting()
 	s.connections.Wait()
 	s.discardFrozen()
@@ -145,7 +142,7 @@ func (s *Session) serve() session.Outcome {
 			s.finishUploads()
 			return s.unlessFrozen(lifetime.ClientGone(s.client.Err()))
 		case <-s.forwarder.Gone():
-			// kubectl would only notice at its next connection (kubernetes#59816, kubectl#686).
+			// Otherwise kubectl would only notice at its next connection (kubernetes#59816, kubectl#686).
 			s.tellAndClose(ErrSandboxGone)
 			return s.unlessFrozen(session.Outcome{Reason: "sandbox-gone", ExitCode: -1, Err: ErrSandboxGone})
 		case <-s.session.Context().Done():
@@ -154,7 +151,7 @@ func (s *Session) serve() session.Outcome {
 			return s.unlessFrozen(outcome)
 		case <-s.legacyDone:
 			s.session.SetPhase(session.Lingering)
-			s.farewell(s.session.Context())
+			s.closeAndWait(s.session.Context())
 			return s.unlessFrozen(session.Outcome{Reason: "exited", ExitCode: -1})
 		case <-s.limits.C():
 			s.limits.Check()
@@ -162,9 +159,9 @@ func (s *Session) serve() session.Outcome {
 	}
 }
 
-// finishUploads lets the pod have what a client has sent that has left in order: all of it, and the FIN, of
-// the connections whose end of input has come in. The others are reset. It is bounded by pkg/portforward,
-// which sees whether the pod takes anything.
+// finishUploads delivers what a client that has left in order had sent. Connections whose end of input has arrived
+// deliver all of it, and the FIN. The others are reset. pkg/portforward bounds the wait, because it sees whether the pod
+// reads.
 func (s *Session) finishUploads() {
 	if !transport.LeftInOrder(s.client.Err()) {
 		return
@@ -190,20 +187,20 @@ func (s *Session) finishUploads() {
 	}
 }
 
-// forwardedStream is a client's data stream as pkg/portforward sees it. When its client leaves after the end of its
-// input, what it has sent goes on to the pod and what the pod says goes nowhere.
+// forwardedStream is a client's data stream as pkg/portforward sees it. When the client leaves after the end of its
+// input, the input is still delivered to the pod, and the pod's output is discarded.
 type forwardedStream struct {
 	workload.Stream
 	session    *Session
 	connection *connection
 }
 
-// outlives tells whether the stream goes on although writing to its client has failed with err.
+// outlives reports whether the stream continues although writing to its client has failed with err.
 func (f forwardedStream) outlives(err error) bool {
 	if transport.IsReset(err) || !transport.LeftInOrder(f.session.client.Err()) {
 		return false
 	}
-	// As long as not everything has been read the end of input may still be among it.
+	// While not everything was read, the end of the input may still arrive.
 	return f.InputEnded() || !transport.Closed(f.session.served)
 }
 
@@ -217,16 +214,16 @@ func (f forwardedStream) ReadFrom(r io.Reader) (int64, error) {
 	return n, err
 }
 
-// CloseWrite ends the error stream together with the pod's side: nothing can go wrong any more that the
-// client would want to know. Clients up to Kubernetes 1.22 wait for the end of the error stream before
-// they pass the pod's EOF on to the local program, which in turn may wait for it to end its own side.
+// CloseWrite ends the error stream together with the pod's output, because no error that concerns the client can follow.
+// Clients up to Kubernetes 1.22 wait for the end of the error stream before they pass the pod's EOF on to the local
+// program, which may in turn wait for that EOF to end its own side.
 func (f forwardedStream) CloseWrite() error {
 	err := f.Stream.CloseWrite()
 	f.connection.outputOver.Store(true)
 	if f.connection.outputEnded != nil {
 		f.connection.outputEnded()
 	} else {
-		f.connection.failure.CloseWrite() //nolint:errcheck // as with the data stream, seen in the connection
+		f.connection.failure.CloseWrite() //nolint:errcheck // the connection reports it, as for the data stream
 	}
 	if err != nil && f.outlives(err) {
 		return nil
@@ -234,12 +231,12 @@ func (f forwardedStream) CloseWrite() error {
 	return err
 }
 
-// AfterLeaving is what pkg/portforward looks for in a stream that may outlive its client.
+// AfterLeaving calls do when the client has left. pkg/portforward uses it for streams that may outlive their client.
 func (f forwardedStream) AfterLeaving(do func()) (stop func() bool) {
 	return context.AfterFunc(f.session.departure, func() { rescue.Call(f.session.panicked, do) })
 }
 
-// AfterReset implements workload.Stream: a stream that outlives its client is not reset with it.
+// AfterReset implements workload.Stream. A stream that outlives its client is not reset with it.
 func (f forwardedStream) AfterReset(do func()) {
 	f.Stream.AfterReset(func() {
 		if !f.outlives(f.Err()) {
@@ -248,21 +245,21 @@ func (f forwardedStream) AfterReset(do func()) {
 	})
 }
 
-// startLegacy begins to forward the connections that are open from the start.
+// startLegacy starts to forward the connections that are open from the start.
 func (s *Session) startLegacy() {
 	if !s.isLegacy {
 		return
 	}
 	s.legacyDone = make(chan struct{})
-	if len(s.legacy) == 0 { // all have ended before a hand-over
+	if len(s.legacy) == 0 { // all had ended before a hand-over
 		close(s.legacyDone)
 		return
 	}
 	var open, talking atomic.Int32
 	open.Store(int32(len(s.legacy))) //nolint:gosec // at most websocket.MaxPorts
 	silent := func() {
-		// The protocol has no half-close of a port: it takes the last one to tell the client, who answers
-		// with the end of its own side.
+		// The protocol cannot half-close one port. So the client is told when the last one has ended. It then ends
+		// its own side.
 		s.session.SetPhase(session.Lingering)
 		s.closeWrite(s.ctx)
 	}
@@ -286,14 +283,14 @@ func (s *Session) startLegacy() {
 		})
 		s.connections.Go(func() {
 			s.forward(c)
-			if !c.standsStill() && open.Add(-1) == 0 {
+			if !c.willResume() && open.Add(-1) == 0 {
 				close(s.legacyDone)
 			}
 		})
 	}
 }
 
-// startBegun goes on with the other connections of a session that was resumed.
+// startBegun continues the connections of a resumed session that are not legacy ones.
 func (s *Session) startBegun() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -301,7 +298,7 @@ func (s *Session) startBegun() {
 		s.endReason = lifetime.Stopped(s.session.Context()).Err
 	}
 	if s.endReason != nil {
-		s.cancel() // as tellAndClose has, or will
+		s.cancel() // as in tellAndClose
 	}
 	for _, c := range s.begun {
 		s.start(c)
@@ -309,18 +306,18 @@ func (s *Session) startBegun() {
 	s.begun = nil
 }
 
-// onStream pairs a client's streams. It is called by the connection's reader.
+// onStream pairs a client's streams. The connection's read loop calls it.
 func (s *Session) onStream(stream *spdy.Stream) {
 	kind := strings.ToLower(stream.Header().Get(transport.HeaderStreamType))
 	port, err := strconv.ParseUint(stream.Header().Get(transport.HeaderPort), 10, 16)
 	if err != nil || port == 0 || (kind != transport.StreamData && kind != transport.StreamError) {
 		s.session.Log().Debug("stream without a usable port or type", "port", stream.Header().Get(transport.HeaderPort), "type", kind)
-		stream.Reset() //nolint:errcheck // the client made a mistake; it sees the reset
+		stream.Reset() //nolint:errcheck // the client sees the reset
 		return
 	}
 	id := stream.Header().Get(transport.HeaderRequestID)
 	if id == "" {
-		// Clients before 1.2 send none: they open the error stream and then the data stream.
+		// Clients before Kubernetes 1.2 send none. They open the error stream and then the data stream.
 		n := stream.ID()
 		if kind == transport.StreamData {
 			n -= 2
@@ -355,20 +352,20 @@ func (s *Session) onStream(stream *spdy.Stream) {
 	}
 }
 
-// wait gives the other stream of a pair time to come; s.mu is held.
+// wait starts the timeout for the second stream of a pair. Called with mu held.
 func (s *Session) wait(id string, c *connection, limit time.Duration) {
 	c.expires = time.Now().Add(limit)
 	c.timeout = time.AfterFunc(limit, func() { rescue.Call(s.panicked, func() { s.abandon(id, c) }) })
 	s.waiting[id] = c
 }
 
-// start begins to forward; s.mu is held.
+// start starts to forward a connection. Called with mu held.
 func (s *Session) start(c *connection) {
 	s.open[c] = struct{}{}
 	s.connections.Go(func() { s.forward(c) })
 }
 
-// abandon resets half a pair whose other half did not come.
+// abandon resets the first stream of a pair whose second one did not arrive.
 func (s *Session) abandon(id string, c *connection) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -392,13 +389,13 @@ func (s *Session) stopWaiting() {
 	clear(s.waiting)
 }
 
-// ErrSandboxGone is the end of a session whose pod was stopped.
+// ErrSandboxGone ends a session whose pod was stopped.
 var ErrSandboxGone = errors.New("the pod is gone: its sandbox was stopped")
 
-// forward serves one connection. Whatever becomes of it concerns this connection alone: over SPDY and the
-// tunnel the error stream stays empty, because kubectl answers any text there by ending the whole port-forward
-// (kubernetes#74551, kubernetes#111825). When the whole port-forward ends, that is what is wanted. The clients
-// of the legacy protocol learn of a port that fails in no other way, and keep the others.
+// forward serves one connection. Its failure concerns this connection only. So over SPDY and the tunnel the error stream
+// stays empty, because any text there makes kubectl end the whole port-forward (kubernetes#74551, kubernetes#111825).
+// When the whole port-forward ends, the reason is written there. Legacy clients get each failure on the error stream:
+// they have no other way to learn of it, and keep their other ports.
 func (s *Session) forward(c *connection) {
 	if c.unsaid == "" {
 		err := s.move(c)
@@ -410,12 +407,12 @@ func (s *Session) forward(c *connection) {
 		}
 		if err != nil {
 			s.session.Log().Debug("forwarded connection failed", "port", c.port, "error", err)
-			c.unsaid = s.lastWords(c, err)
+			c.unsaid = s.errorMessage(c, err)
 		}
 	}
 	if c.unsaid != "" {
 		if _, err := io.WriteString(c.failure, c.unsaid); errors.Is(err, handover.ErrFrozen) {
-			return // it is said by whoever resumes
+			return // the next program writes it
 		}
 		c.unsaid = ""
 	}
@@ -436,11 +433,11 @@ func (s *Session) forward(c *connection) {
 	}
 }
 
-// standsStill tells whether a connection that was left is to go on.
-func (c *connection) standsStill() bool { return c.frozen != nil || c.unsaid != "" }
+// willResume reports whether forward has left the connection for the next program to continue.
+func (c *connection) willResume() bool { return c.frozen != nil || c.unsaid != "" }
 
-// lastWords are what the client is told of a connection that has failed, empty for nothing.
-func (s *Session) lastWords(c *connection, err error) string {
+// errorMessage returns what to write to the error stream of a connection that has failed. It may be empty.
+func (s *Session) errorMessage(c *connection, err error) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	reason := s.endReason
@@ -458,7 +455,7 @@ func (s *Session) lastWords(c *connection, err error) string {
 	return ""
 }
 
-// forwarded is the client's stream of data as pkg/portforward sees it.
+// forwarded returns the client's data stream for pkg/portforward.
 func (s *Session) forwarded(c *connection) workload.Stream {
 	return forwardedStream{Stream: s.bandwidth.Stream(c.data), session: s, connection: c}
 }
@@ -479,8 +476,8 @@ func (s *Session) move(c *connection) error {
 	return err
 }
 
-// tellAndClose ends all connections, whose error streams tell the client why, and closes. kubectl
-// looks at the error stream of a connection once its data stream has ended, and then goes.
+// tellAndClose ends all connections, writes the reason to their error streams, and waits for the client to close. kubectl
+// reads the error stream of a connection when its data stream has ended, and then leaves.
 func (s *Session) tellAndClose(reason error) {
 	s.mu.Lock()
 	s.endReason = reason
@@ -489,11 +486,11 @@ func (s *Session) tellAndClose(reason error) {
 	s.mu.Unlock()
 	s.cancel()
 	if !told {
-		return // closing the connection is all that can be said
+		return // no error stream is open
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), s.grace)
 	defer cancel()
-	transport.AwaitClose(ctx, s.client) // the client closes when it reads the message
+	transport.AwaitClose(ctx, s.client)
 }
 
 // LastActivity implements session.Connection.
@@ -502,7 +499,7 @@ func (s *Session) LastActivity() time.Time { return s.client.LastActivity() }
 // Done is closed when the client is known to have gone.
 func (s *Session) Done() <-chan struct{} { return s.client.Done() }
 
-// LastReceived is when the client last sent anything, pings included.
+// LastReceived returns when the client last sent anything, pings included.
 func (s *Session) LastReceived() time.Time { return s.client.LastReceived() }
 
 // Close ends the client's connection, and so the session, at once.
@@ -520,10 +517,10 @@ func (s *Session) Transferred() (received, sent int64) {
 	return received, sent
 }
 
-// Network is the client's network connection.
+// Network returns the client's network connection.
 func (s *Session) Network() net.Conn { return s.network }
 
-// Connections is how many connections are open, or wait for their second stream.
+// Connections returns how many connections are open or wait for their second stream.
 func (s *Session) Connections() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -16,11 +16,11 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// ProtocolNames are the versions spoken over SPDY, the best first.
+// ProtocolNames returns the protocol versions that are spoken over SPDY, the best first.
 func ProtocolNames() []string { return protocol.Names() }
 
-// Accept upgrades the connection of a request and returns its session, for Session.Run. After an error there is no
-// session, and the request has been answered.
+// Accept upgrades the connection of a request and returns its session, for Session.Run. If it returns an error, it has
+// answered the request.
 func Accept(w http.ResponseWriter, r *http.Request, up transport.Upgrade, request *Request, live *session.Session, config Config, terms lifetime.Terms) (*Session, error) {
 	s := newSession(request, live, config, terms)
 	var err error
@@ -35,8 +35,8 @@ func Accept(w http.ResponseWriter, r *http.Request, up transport.Upgrade, reques
 	return s, nil
 }
 
-// acceptSPDY takes the connection over. The client opens one stream for each of those
-// that the command wants, and says with the header streamtype which it is.
+// acceptSPDY takes the connection over. The client opens one stream for each stream of the command, and names it in the
+// header streamtype.
 func (s *Session) acceptSPDY(w http.ResponseWriter, r *http.Request, version string) error {
 	network, buffered, err := transport.HijackSPDY(w, version)
 	if err != nil {
@@ -54,10 +54,10 @@ func (s *Session) acceptSPDY(w http.ResponseWriter, r *http.Request, version str
 	return nil
 }
 
-// spdyConfig is how a client's SPDY is served. The opener may be nil where all streams are there.
+// spdyConfig returns the configuration of the client's SPDY connection.
 func (s *Session) spdyConfig(opener *opener) spdy.Config {
 	config := spdy.Config{
-		// A backlog of stdin serves nobody, and one that outgrows the CPU caches costs a third more.
+		// A large backlog of stdin has no use. If it does not fit into the CPU caches, it costs a third more.
 		ConnBuffer: 1 << 20,
 		Room:       s.terms.Buffers,
 		OnStream:   opener.opened,
@@ -72,7 +72,7 @@ func (s *Session) spdyConfig(opener *opener) spdy.Config {
 	return config
 }
 
-// slots are the places of the streams that the command wants, by their names.
+// slots returns where the streams of the command are kept, by name.
 func (s *Session) slots() map[string]*workload.Stream {
 	c, client := s.request.Command, s.client
 	slots := map[string]*workload.Stream{transport.StreamError: &client.failure}
@@ -92,15 +92,15 @@ func (s *Session) slots() map[string]*workload.Stream {
 	return slots
 }
 
-// opener takes the streams that the client opens. It is called by the connection's reader alone, so that it needs no
-// lock; ready publishes the streams.
+// opener receives the streams that the client opens. Only the connection's read loop calls it, so it needs no lock. Closing
+// ready publishes the streams.
 type opener struct {
 	client   *client
 	conn     *spdy.Conn
 	expected map[string]*workload.Stream
 }
 
-// newOpener expects the streams that are not there yet.
+// newOpener returns an opener that expects the streams that are not open yet.
 func (s *Session) newOpener() *opener {
 	o := &opener{client: s.client, expected: s.slots()}
 	for name, slot := range o.expected {
@@ -111,24 +111,24 @@ func (s *Session) newOpener() *opener {
 	return o
 }
 
-// serve is called before the connection is.
+// serve sets the connection. It is called before the connection is served.
 func (o *opener) serve(conn *spdy.Conn) {
 	o.conn = conn
 	o.client.Conn = transport.Streams{Conn: conn}
-	o.client.farewell = func(ctx context.Context) { transport.AwaitClose(ctx, o.client.Conn) }
+	o.client.closeAndWait = func(ctx context.Context) { transport.AwaitClose(ctx, o.client.Conn) }
 }
 
 func (o *opener) opened(stream *spdy.Stream) {
 	name := strings.ToLower(stream.Header().Get(transport.HeaderStreamType))
 	slot, ok := o.expected[name]
 	if !ok {
-		stream.Reset() //nolint:errcheck // a stream that nobody asked for, or a second one
+		stream.Reset() //nolint:errcheck // an unknown stream, or a second one of its kind
 		return
 	}
 	delete(o.expected, name)
 	*slot = stream
 	if name == transport.StreamError {
-		// Before the client knows that it has its streams. It does not wait: nothing else has been sent.
+		// Before the client knows that its streams are open. This does not block, because nothing else was sent.
 		o.client.protocol.PromiseStatus(stream)
 		o.client.statusRefused = stream.Done()
 		o.client.failureOpened <- stream
@@ -139,19 +139,18 @@ func (o *opener) opened(stream *spdy.Stream) {
 	}
 }
 
-// holdsStatusBack reports whether the status waits for the reader behind a translator. It does not where the client sends
-// input: the answers to our PINGs come behind that input, which is not read while the command does not take it, and
-// the command may not take it because its output waits for the answers.
+// holdsStatusBack reports whether the status waits for the reader behind a translator. It does not wait if the client
+// sends input, because that could deadlock: the answers to our PINGs are behind the input, the input is not read while the
+// command does not read it, and the command may not read it because its output waits for the answers.
 func (c Config) holdsStatusBack(r *http.Request, command workload.Command) bool {
 	return c.StatusWait > 0 && !command.Stdin && !isKubectl(r)
 }
 
-// isKubectl reports whether the request is kubectl's own, passed on unchanged: its connection is a pipe to
-// kubectl, which closes it when it has read everything. A translator makes a request of its own, without
-// this header.
+// isKubectl reports whether kubectl itself has made the request. Then the connection leads straight to kubectl, which
+// closes it when it has read everything. A translator sends a new request, without this header.
 func isKubectl(r *http.Request) bool { return r.Header.Get("Kubectl-Command") != "" }
 
-// acceptWebSocket upgrades the connection. The channels are there from the start.
+// acceptWebSocket upgrades the connection. The channels are open from the start.
 func (s *Session) acceptWebSocket(w http.ResponseWriter, r *http.Request, version websocket.Protocol) error {
 	c := s.request.Command
 	config := s.channelConfig()
@@ -163,7 +162,7 @@ func (s *Session) acceptWebSocket(w http.ResponseWriter, r *http.Request, versio
 	s.client = &client{
 		Conn: transport.Channels{ChannelConn: conn}, network: conn.NetConn(), ready: make(chan struct{}),
 		protocol:      protocol.Version{Name: string(version), Resize: true, JSONStatus: version.StatusVersion() >= 4},
-		answersItself: answersItself(r, true), sendsSize: isKubectl(r), farewell: sayClose(conn),
+		answersItself: answersItself(r, true), sendsSize: isKubectl(r), closeAndWait: closeHandshake(conn),
 	}
 	for name, slot := range s.slots() {
 		*slot = conn.Channel(channels[name])
@@ -172,7 +171,7 @@ func (s *Session) acceptWebSocket(w http.ResponseWriter, r *http.Request, versio
 	return nil
 }
 
-// channelConfig is how a client's channels are served.
+// channelConfig returns the configuration of the client's WebSocket channels.
 func (s *Session) channelConfig() websocket.Config {
 	return websocket.Config{Room: s.terms.Buffers, Patience: max(s.config.InputGrace, time.Second), OnPanic: s.panicked}
 }
@@ -183,7 +182,8 @@ var channels = map[string]byte{
 	transport.StreamError: websocket.Error, transport.StreamResize: websocket.Resize,
 }
 
-// sayClose does the close handshake, which is the protocol's end of output: there is no FIN of a channel.
-func sayClose(conn *websocket.ChannelConn) func(context.Context) {
+// closeHandshake returns a function that does the close handshake. It is how the protocol ends output, because a channel has
+// no FIN.
+func closeHandshake(conn *websocket.ChannelConn) func(context.Context) {
 	return func(ctx context.Context) { conn.CloseAndWait(ctx) } //nolint:errcheck // the session is over either way
 }

@@ -8,9 +8,9 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// beginOperating gives operators access to the session, whose process runs now. A terminal can always be
-// listened to, because it is slow by itself; another session only if somebody listens from the start,
-// because its output otherwise goes from pipe to socket without passing here.
+// beginOperating gives operators access to the session, whose process runs now. A session with a terminal can always be
+// tapped, because terminals are slow. Another session can be tapped only if somebody listens from the start, because
+// otherwise its output moves straight from pipe to socket.
 func (s *Session) beginOperating(p Process) {
 	if s.request.Command.TTY || s.session.Taps.Count() > 0 {
 		s.session.Taps.Open()
@@ -21,7 +21,7 @@ func (s *Session) beginOperating(p Process) {
 	s.session.SetControls(&controls{Process: p, tty: s.request.Command.TTY, stdout: s.client.stdout})
 }
 
-// operatedOutput is the client's stream as the output's copier sees it.
+// operatedOutput returns the client's stream for the output's copier, with taps and bandwidth limit.
 func (s *Session) operatedOutput(from session.Output, to workload.Stream) workload.Stream {
 	if to == nil {
 		return nil
@@ -38,8 +38,8 @@ func (s *Session) operatedOutput(from session.Output, to workload.Stream) worklo
 	return s.bandwidth.Stream(to)
 }
 
-// operatedInput is the client's stream as the input's copier sees it. Taps have seen the first bytes, as many as
-// shown says.
+// operatedInput returns the client's stream for the input's copier, with taps and bandwidth limit. Taps have already seen
+// the first *shown bytes.
 func (s *Session) operatedInput(from workload.Stream, shown *int) workload.Stream {
 	if s.session.Taps.Opened() {
 		from = tappedStream{Stream: from, received: s.session.Taps.Input, shown: shown}

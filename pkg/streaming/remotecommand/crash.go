@@ -10,10 +10,10 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
 )
 
-// crashGrace is how long a session whose own goroutine has panicked has to tell its client.
+// crashGrace is how long a session has to tell its client after its own goroutine has panicked.
 const crashGrace = 2 * time.Second
 
-// endedBy is what the client of a session is told that is ended from outside.
+// endedBy returns the status for the client of a session that is ended from outside.
 func endedBy(outcome session.Outcome) *status.Status {
 	if outcome.Reason == lifetime.Panicked {
 		return status.InternalError(outcome.Err.Error())
@@ -21,11 +21,11 @@ func endedBy(outcome session.Outcome) *status.Status {
 	return status.Ended(outcome.Err.Error())
 }
 
-// panicked ends a session one of whose goroutines has panicked: its client gets a status, and its process is treated as
-// if the client had gone.
+// panicked ends the session after one of its goroutines has panicked. Its client gets a status, and its process is treated
+// as if the client had gone. See lifetime.Panic.
 func (s *Session) panicked(p *rescue.Panic) { lifetime.Panic(s.session, s.terms, s.client.network, p) }
 
-// crash ends a session whose own goroutine has panicked, wherever it was.
+// crash ends the session after Run's goroutine has panicked, in any phase.
 func (s *Session) crash(p *rescue.Panic) session.Outcome {
 	s.panicked(p)
 	outcome := lifetime.Stopped(s.session.Context())

@@ -15,24 +15,22 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// ending is how a session ends, as far as it is known, and what of it has been said. It belongs to Run.
+// ending is how a session ends, as far as that is decided, and what the client was told of it. Only Run's goroutine uses
+// it.
 type ending struct {
-	outcome session.Outcome
-	status  *status.Status
-	line    string    // for the user's eyes, before the status; empty when none is left to be sent
-	said    bool      // the status was sent
-	hold    bool      // the status may wait for a slow reader
-	holding time.Time // since when it waits
-	// stopped: the session was told to end before its process did, which is to follow.
-	stopped bool
-	// unopened: the client has not opened all of its streams.
-	unopened bool
-	// cutsAfterStop: cutAfterStop was called.
-	cutsAfterStop bool
-	stop          func() bool // ends the watch of cutAfterStop; nil without one
+	outcome       session.Outcome
+	status        *status.Status
+	line          string      // a line for the user, sent before the status; empty once it was sent
+	said          bool        // the status was sent
+	hold          bool        // the status may wait for a slow reader
+	holding       time.Time   // since when it waits
+	stopped       bool        // the session was told to end before its process did, and the process must still end
+	unopened      bool        // the client has not opened all of its streams
+	cutsAfterStop bool        // cutAfterStop was called
+	stop          func() bool // cancels cutAfterStop; nil if it was not called
 }
 
-// stopWatching ends the watch of cutAfterStop.
+// stopWatching cancels cutAfterStop.
 func (e *ending) stopWatching() {
 	if e.stop != nil {
 		e.stop()
@@ -40,8 +38,8 @@ func (e *ending) stopWatching() {
 	}
 }
 
-// cutAfterStop gives a client that reads slowly no more than a moment once the session has been told to end: a
-// shutdown does not wait for it.
+// cutAfterStop closes the client's connection ShutdownGrace after the session is told to end, so that a shutdown does not
+// wait for a client that reads slowly.
 func (s *Session) cutAfterStop(ctx context.Context) {
 	if s.ending.stop != nil {
 		return
@@ -52,8 +50,8 @@ func (s *Session) cutAfterStop(ctx context.Context) {
 	})
 }
 
-// awaitOutput waits until the output or the client has ended: a background child that holds the output, or an upstream
-// that does not end it, may be waited for without limit.
+// awaitOutput waits until the output or the client has ended. The wait may have no limit, if a background child holds the
+// output or an upstream does not end it.
 func (s *Session) awaitOutput(ctx context.Context) phase {
 	ended, process := make(chan struct{}), s.process
 	if !s.ending.stopped {
@@ -76,14 +74,14 @@ func (s *Session) awaitOutput(ctx context.Context) phase {
 	}
 	if outcome := lifetime.Stopped(ctx); ctx.Err() != nil && outcome.Reason == lifetime.Panicked {
 		s.ending.hold = false
-		return s.stopped(outcome) // whoever has panicked may have had output that the client does not get
+		return s.stopped(outcome) // output may have been lost in the goroutine that has panicked
 	}
-	if s.withheld.Load() { // also behind a command that has ended well
+	if s.withheld.Load() { // even if the command has succeeded
 		code := s.ending.outcome.ExitCode
 		s.ending.outcome = lifetime.Stopped(ctx)
 		s.ending.outcome.ExitCode, s.ending.status = code, endedBy(s.ending.outcome)
 	}
-	s.process.Close() //nolint:errcheck // nothing is left in it that anybody wants
+	s.process.Close() //nolint:errcheck // all output was read
 	s.process = nil
 	if err := s.ending.outcome.Err; err != nil {
 		s.ending.line = reasonLine(err.Error(), s.request.Command.TTY)
@@ -91,7 +89,7 @@ func (s *Session) awaitOutput(ctx context.Context) phase {
 	return telling
 }
 
-// reasonLine tells a user why the session ends.
+// reasonLine returns a line that tells a user why the session ends.
 func reasonLine(reason string, tty bool) string {
 	if tty {
 		return "\r\n[streamshim: " + reason + "]\r\n"
@@ -99,10 +97,10 @@ func reasonLine(reason string, tty bool) string {
 	return "[streamshim: " + reason + "]\n"
 }
 
-// tell sends the line for the user's eyes.
+// tell sends the line for the user.
 func (s *Session) tell() phase {
 	if to := s.eyes(); to != nil && s.ending.line != "" {
-		if _, err := io.WriteString(to, s.ending.line); isFrozen(err) { // a client that has gone is noticed in sayEnd
+		if _, err := io.WriteString(to, s.ending.line); isFrozen(err) { // a client that has gone is noticed in endStreams
 			return telling
 		}
 	}
@@ -110,8 +108,8 @@ func (s *Session) tell() phase {
 	return holding
 }
 
-// holdStatus waits until the client has read the output, or is believed to read it in time (see package holdback), or
-// has gone, or the session is to end. The process was reaped before and does not wait.
+// holdStatus waits until the client has read the output, or will probably read it in time (see package holdback), or has
+// gone, or the session is told to end. The process was reaped before and does not wait.
 func (s *Session) holdStatus(ctx context.Context) phase {
 	h, limit := s.client.holdback, s.config.StatusWait
 	if !s.ending.hold || h == nil || limit <= 0 {
@@ -149,8 +147,8 @@ func (s *Session) holdStatus(ctx context.Context) phase {
 	return saying
 }
 
-// sayEnd ends the streams in the order the protocol wants.
-func (s *Session) sayEnd(ctx context.Context) phase {
+// endStreams ends the streams in the order that the protocol requires.
+func (s *Session) endStreams(ctx context.Context) phase {
 	failure := s.failureStream()
 	if !s.ending.unopened {
 		s.session.SetPhase(session.Lingering)
@@ -171,7 +169,7 @@ func (s *Session) sayEnd(ctx context.Context) phase {
 	return parting
 }
 
-// failureStream is the error stream, nil as long as the client has not opened it.
+// failureStream returns the error stream, or nil if the client has not opened it.
 func (s *Session) failureStream() workload.Stream {
 	if transport.Closed(s.client.ready) {
 		return s.client.failure
@@ -185,9 +183,9 @@ func (s *Session) failureStream() workload.Stream {
 	}
 }
 
-// part lets the client close the connection.
+// part waits for the client to close the connection.
 func (s *Session) part() phase {
-	s.client.farewell(context.Background()) // what bounds it is cut
+	s.client.closeAndWait(context.Background()) // bounded by s.cut and lifetime.Watcher
 	if transport.Closed(s.freezer.frozen) && !transport.Closed(s.client.Done()) {
 		return parting
 	}
@@ -197,11 +195,11 @@ func (s *Session) part() phase {
 	return over
 }
 
-// awaitProcess waits for the process of a client that has gone, or was told to go, unless processes live on without
-// their clients.
+// awaitProcess waits for the process of a client that has gone, or of a session that was told to end, unless processes
+// outlive their clients.
 func (s *Session) awaitProcess() phase {
 	if !s.ending.stopped {
-		s.client.Close() //nolint:errcheck // again, where it was frozen at the time; wakes the copiers
+		s.client.Close() //nolint:errcheck // it may have been frozen the first time; unblocks the copiers
 	}
 	limit := s.config.ProcessEnd
 	if s.config.KeepProcesses {
@@ -226,7 +224,7 @@ func (s *Session) awaitProcess() phase {
 	return over
 }
 
-// cut closes a client's connection when its session, which is to end, takes too long.
+// cut closes the client's connection if a session that was told to end takes too long.
 type cut struct {
 	close  func()
 	report rescue.Report
@@ -237,7 +235,7 @@ type cut struct {
 	stopped bool
 }
 
-// by is called with the time at which the connection is closed, if the session has not ended before. The first counts.
+// by sets when the connection is closed, unless the session ends before. Only the first call counts.
 func (c *cut) by(at time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -263,14 +261,14 @@ func (c *cut) startLocked() {
 	})
 }
 
-// resume begins to wait again.
+// resume starts the timer again after a hand-over.
 func (c *cut) resume() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.startLocked()
 }
 
-// stop ends the wait. When it returns, nothing will be closed.
+// stop cancels the cut. After it has returned, nothing is closed.
 func (c *cut) stop() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -280,7 +278,7 @@ func (c *cut) stop() {
 	}
 }
 
-// warnings are lines that were not sent because the session was frozen.
+// warnings are lines that could not be sent because the session was frozen.
 type warnings struct {
 	mu    sync.Mutex
 	lines []string

@@ -8,12 +8,12 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
 )
 
-// sizeLook is how often is looked for input and for the answer to a ping while a size is awaited.
+// sizeLook is how often firstSize checks for input and for the answer to a ping.
 const sizeLook = 5 * time.Millisecond
 
-// firstSize waits a moment for the terminal's size, which clients send at once, so that the command never sees
-// a wrong one. A client that sends none is not to cost its user the whole of it: what it sends instead, or its
-// answer to our ping, says that a size would have been here. It returns false when the session was frozen meanwhile.
+// firstSize waits a moment for the terminal's size, so that the command never sees a wrong one. Clients send the size at
+// once. For a client that sends none the wait is shorter: its first input, or its answer to our ping, shows that a size
+// would have arrived by then. firstSize returns false if the session was frozen meanwhile.
 func (s *Session) firstSize(ctx context.Context) bool {
 	timeout := s.timer(s.config.FirstSize)
 	defer timeout.Stop()
@@ -21,7 +21,7 @@ func (s *Session) firstSize(ctx context.Context) bool {
 	defer looks.Stop()
 	asked := time.Now()
 	if s.client.answersItself {
-		s.client.Ping() //nolint:errcheck // a client that has gone is noticed below
+		s.client.Ping() //nolint:errcheck // the loop notices a client that has gone
 	}
 	for ticks := looks.C; ; {
 		select {
@@ -45,14 +45,14 @@ func (s *Session) firstSize(ctx context.Context) bool {
 	}
 }
 
-// followSizes begins to take the sizes that the client of a terminal sends.
+// followSizes starts to read the sizes that the client of a terminal sends.
 func (s *Session) followSizes() {
 	if s.request.Command.TTY && s.client.resize != nil {
 		s.others.Go(func() { s.terminal.Follow(s.client.resize) })
 	}
 }
 
-// sendsOtherThanSize reports whether the client has sent input, or, since the ping, anything at all.
+// sendsOtherThanSize reports whether the client has sent input, or anything after the ping.
 func (c *client) sendsOtherThanSize(pinged time.Time) bool {
 	if c.sendsSize {
 		return false
@@ -63,9 +63,9 @@ func (c *client) sendsOtherThanSize(pinged time.Time) bool {
 	return c.answersItself && c.LastReceived().After(pinged)
 }
 
-// answersItself reports whether a ping over the request's connection is answered by the client itself, and not by a
-// translator, whose client may be far away. Translators speak SPDY to us: the API server, whose request the kubelet
-// passes on, or the kubelet. What both have passed on comes from the client.
+// answersItself reports whether the client itself answers a ping, and not a translator, whose client may be far away.
+// Translators speak SPDY to us. The translator is either the API server, whose request the kubelet forwards, or the kubelet.
+// If both have forwarded the request, it is the client's own.
 func answersItself(r *http.Request, overWebSocket bool) bool {
 	return overWebSocket || len(transport.CommaSeparated(r.Header, "X-Forwarded-For")) >= 2
 }

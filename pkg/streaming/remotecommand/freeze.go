@@ -15,9 +15,9 @@ import (
 )
 
 var (
-	// ErrStarting is a session that was not frozen because its command was being started all the time. It goes on.
+	// ErrStarting means that a session was not frozen because its command is still being started. The session continues.
 	ErrStarting = errors.New("the command of the session is still being started")
-	// ErrEnded is a session that has ended by itself while it was to be frozen.
+	// ErrEnded means that a session has ended by itself before it could be frozen.
 	ErrEnded = errors.New("the session has ended")
 )
 
@@ -27,7 +27,7 @@ func isFrozen(err error) bool { return errors.Is(err, handover.ErrFrozen) }
 // AwaitStarted waits until the session's command is not being started.
 func (s *Session) AwaitStarted(ctx context.Context) error { return s.freezer.settle(ctx, func() {}) }
 
-// Carriable says why the session could not be handed over, nil when it can be as far as that is known.
+// Carriable returns why the session cannot be handed over, or nil if no reason is known.
 func (s *Session) Carriable() error {
 	if err := s.client.Portable(); err != nil && !transport.Closed(s.client.Done()) { // a client that has gone has no connection
 		return fmt.Errorf("its client's connection: %w", err)
@@ -38,11 +38,12 @@ func (s *Session) Carriable() error {
 	return nil
 }
 
-// Freeze brings the session to a halt and returns its state for Resume, in this program or in the next one; Run then
-// returns session.Frozen. What the state refers to is in the files. A command that is being started is waited for.
+// Freeze stops the session and returns its state for Resume, in this program or in the next one. Run then returns
+// session.Frozen. What the state refers to is in the files. Freeze waits for a command that is being started.
 //
-// The error is ErrStarting with the context's, or Carriable's: then the session goes on. Or it is ErrEnded, or that of a
-// session that did not come to a halt before the context was done, or could not be taken apart: then Run says how it ended.
+// If the error is ErrStarting, which wraps the context's, or Carriable's, the session continues. After any other error Run
+// returns how the session ended: ErrEnded, or the session did not stop before the context was done, or its state could not
+// be collected.
 func (s *Session) Freeze(ctx context.Context, files *handover.Files) ([]byte, error) {
 	if err := s.freezer.settle(ctx, func() {}); err != nil {
 		return nil, err
@@ -88,7 +89,7 @@ func notCarried(err error) session.Outcome {
 
 const reasonNotCarried = "not-carried"
 
-// collect takes a session apart in which nothing moves any more.
+// collect returns the state of a session that has stopped. The session cannot continue after it.
 func (s *Session) collect(files *handover.Files) ([]byte, error) {
 	state := State{Phase: s.at, Deadline: s.deadline, Request: *s.request, Withheld: s.withheld.Load(), Warnings: s.warnings.take()}
 	state.Version = stateVersion
@@ -133,7 +134,7 @@ func (s *Session) collectEnding(state *State, files *handover.Files) (err error)
 	}
 	if s.heldInput != nil {
 		state.Ending.HeldInput, err = files.Keep(s.heldInput)
-		s.heldInput.Close() //nolint:errcheck // has a duplicate
+		s.heldInput.Close() //nolint:errcheck // files has a duplicate
 	}
 	return err
 }
@@ -151,7 +152,7 @@ func (s *Session) collectProcess(state *State, files *handover.Files) error {
 	return nil
 }
 
-// abandon treats the process as one whose client has gone.
+// abandon treats the process as if its client had gone.
 func (s *Session) abandon() {
 	if s.process != nil {
 		s.process.Disconnect()
@@ -159,7 +160,7 @@ func (s *Session) abandon() {
 	}
 }
 
-// refuse makes a session say to its client why it is not carried, and no more.
+// refuse changes the state to that of a session which only tells its client why it is not handed over.
 func (s *State) refuse(reason error) {
 	message := "the session was ended because streamshim is being upgraded and it cannot be carried over: " + reason.Error()
 	s.Phase, s.Process, s.Input, s.Drain = telling, nil, nil, drain.State{}
@@ -187,15 +188,15 @@ func (s *Session) collectClient(state *State, files *handover.Files) error {
 	return nil
 }
 
-// freezer brings Run to a halt, and takes from there what it returns.
+// freezer stops Run, and passes it the outcome to return.
 type freezer struct {
-	frozen chan struct{} // closed when every phase is to be left
-	still  chan struct{} // closed when nothing of the session moves any more
+	frozen chan struct{} // closed to make Run leave its phase
+	still  chan struct{} // closed when the session has stopped
 	ended  chan struct{} // closed when the session has ended by itself
 	result chan session.Outcome
 
 	mu       sync.Mutex
-	starting chan struct{} // closed when the start is over that is under way; nil without one
+	starting chan struct{} // closed when the current start is over; nil if there is none
 }
 
 func newFreezer() *freezer {
@@ -222,7 +223,7 @@ func (f *freezer) proceed(next phase) bool {
 	return true
 }
 
-// settle calls then when no start is under way, which then cannot begin one meanwhile.
+// settle waits until no start is in progress and calls then. No start can begin during that call.
 func (f *freezer) settle(ctx context.Context, then func()) error {
 	for {
 		f.mu.Lock()
@@ -242,23 +243,23 @@ func (f *freezer) settle(ctx context.Context, then func()) error {
 	}
 }
 
-// begin has all phases left, once no start is under way.
+// begin makes Run leave its phase, once no start is in progress.
 func (f *freezer) begin(ctx context.Context) error {
 	return f.settle(ctx, func() { close(f.frozen) })
 }
 
-// halted says that nothing moves any more, and returns how Run is to end.
+// halted reports that the session has stopped, and returns how Run is to end.
 func (f *freezer) halted() session.Outcome {
 	close(f.still)
 	return <-f.result
 }
 
-// end says that the session has ended by itself.
+// end reports that the session has ended by itself.
 func (f *freezer) end() {
 	close(f.ended)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.starting != nil { // that has panicked
+	if f.starting != nil { // the start has panicked
 		close(f.starting)
 		f.starting = nil
 	}

@@ -16,29 +16,31 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// phase is where a session is in its life. Each waits for something, until a deadline that stays the same over a
-// hand-over, and is left when the session is frozen: then it returns itself, and is entered again.
-// Only a start is not left: Freeze waits for it.
+// phase is a phase in the life of a session. Each phase waits for something, until a deadline that survives a hand-over.
+// When the session is frozen, the phase returns itself, and is entered again after the hand-over. Only starting is not
+// left: Freeze waits for it.
+//
+// The values are part of the hand-over format.
 type phase string
 
 const (
-	opening    phase = "opening"    // for the client to open its streams
-	sizing     phase = "sizing"     // for the size of its terminal
-	starting   phase = "starting"   // for the process to run
-	running    phase = "running"    // for the process, its container, the client, or somebody outside
-	finishing  phase = "finishing"  // for the process to take the input of a client that has left
-	reaping    phase = "reaping"    // for the process to be gone, which was killed because its container has ended
-	explaining phase = "explaining" // for the reason why the process has ended
-	draining   phase = "draining"   // for all of its output to be sent
-	telling    phase = "telling"    // for what is said to the user's eyes to be sent
-	holding    phase = "holding"    // for a slow reader behind a translator, see package holdback
-	saying     phase = "saying"     // for the ends of the streams and the status to be sent
-	parting    phase = "parting"    // for the client to close the connection
-	following  phase = "following"  // for the process to follow its client, or an order from outside
+	opening    phase = "opening"    // waits for the client to open its streams
+	sizing     phase = "sizing"     // waits for the size of the client's terminal
+	starting   phase = "starting"   // waits for the process to run
+	running    phase = "running"    // waits for the end of the process, its container or the client, or for an order to end
+	finishing  phase = "finishing"  // waits for the process to read the input of a client that has left
+	reaping    phase = "reaping"    // waits for the end of a process that was killed because its container has ended
+	explaining phase = "explaining" // finds the reason why the process has ended
+	draining   phase = "draining"   // waits for all output to be sent
+	telling    phase = "telling"    // sends the line for the user
+	holding    phase = "holding"    // waits for a slow reader behind a translator, see package holdback
+	saying     phase = "saying"     // ends the streams and sends the status
+	parting    phase = "parting"    // waits for the client to close the connection
+	following  phase = "following"  // waits for the process to end after its client has gone, or after an order to end
 	over       phase = "over"
 )
 
-// step goes through one phase and returns the next. What a phase begins, such as a timer, ends with it.
+// step runs one phase and returns the next. What a phase starts, such as a timer, ends with it.
 func (s *Session) step(ctx context.Context) phase {
 	switch s.at {
 	case opening:
@@ -62,7 +64,7 @@ func (s *Session) step(ctx context.Context) phase {
 	case holding:
 		return s.holdStatus(ctx)
 	case saying:
-		return s.sayEnd(ctx)
+		return s.endStreams(ctx)
 	case parting:
 		return s.part()
 	case following:
@@ -73,7 +75,7 @@ func (s *Session) step(ctx context.Context) phase {
 	}
 }
 
-// limit is when a phase ends that lasts this long: counted from when it was first entered.
+// limit returns when the phase ends if it may last this long, counted from when it was first entered.
 func (s *Session) limit(atMost time.Duration) time.Time {
 	if s.deadline.IsZero() {
 		s.deadline = time.Now().Add(atMost)
@@ -81,7 +83,7 @@ func (s *Session) limit(atMost time.Duration) time.Time {
 	return s.deadline
 }
 
-// timer ticks at the end of a phase that lasts this long.
+// timer returns a timer that fires when the phase has lasted this long.
 func (s *Session) timer(atMost time.Duration) *time.Timer {
 	return time.NewTimer(time.Until(s.limit(atMost)))
 }
@@ -93,7 +95,7 @@ func (s *Session) awaitStreams(ctx context.Context) phase {
 	case <-s.client.ready:
 		return sizing
 	case <-s.client.Done():
-		// It may have said all it has to say, in one breath.
+		// It may have sent its streams and all of its input at once, and left.
 		if transport.Closed(s.client.ready) && s.hasInputToFinish() {
 			return sizing
 		}
@@ -110,8 +112,8 @@ func (s *Session) awaitStreams(ctx context.Context) phase {
 	}
 }
 
-// notStarted gives a client whose streams are not all there a status, if it has opened the stream
-// for it: an error stream that ends empty counts as success (kubectl#1208).
+// notStarted ends a session whose client has not opened all streams. The client gets a status if it has opened the error
+// stream, because an error stream that ends empty counts as success (kubectl#1208).
 func (s *Session) notStarted(outcome session.Outcome, result *status.Status) phase {
 	s.ending.outcome, s.ending.status, s.ending.unopened = outcome, result, true
 	s.cut.by(time.Now().Add(lifetime.ShutdownGrace))
@@ -147,9 +149,8 @@ func (s *Session) startProcess(ctx context.Context) phase {
 	return running
 }
 
-// startFailed tells the client why the command did not start: a command that is not there is the
-// user's mistake and gets a line on stderr and an exit code as a shell would give it, anything else
-// is an internal error (kubernetes#40820).
+// startFailed tells the client why the command did not start. A command that is not found is the user's mistake: it gets a
+// line on stderr and an exit code, as in a shell. Any other reason is an internal error (kubernetes#40820).
 func (s *Session) startFailed(ctx context.Context, err error) phase {
 	outcome := session.Outcome{Reason: "start-failed", ExitCode: -1, Err: err}
 	var result *status.Status
@@ -163,7 +164,7 @@ func (s *Session) startFailed(ctx context.Context, err error) phase {
 		outcome.Reason = "refused"
 		result = status.Refused(refused)
 	case errors.As(err, &exit):
-		outcome.ExitCode, outcome.Err = exit.ExitCode(), nil // its text names the command, which is not for the log
+		outcome.ExitCode, outcome.Err = exit.ExitCode(), nil // its text names the command, which must not be logged
 		s.ending.line = err.Error() + "\n"
 		if s.request.Command.TTY {
 			s.ending.line = err.Error() + "\r\n"
@@ -176,7 +177,7 @@ func (s *Session) startFailed(ctx context.Context, err error) phase {
 	return telling
 }
 
-// operate lets the streams of a process flow that runs.
+// operate starts to copy the streams of the running process.
 func (s *Session) operate() {
 	s.beginOperating(s.process)
 	s.terminal.Attach(s.process)
@@ -197,7 +198,7 @@ func (s *Session) copyStreams() {
 	s.drain.Copy(&s.outputs, session.Stderr, s.process.Stderr(), s.operatedOutput(session.Stderr, s.client.stderr), false)
 }
 
-// await waits while the process runs. All that can end a session is in one place.
+// await waits while the process runs. It has everything that can end a session.
 func (s *Session) await(ctx context.Context) phase {
 	refused := s.client.statusRefused
 	for {
@@ -205,7 +206,7 @@ func (s *Session) await(ctx context.Context) phase {
 		case <-s.process.Exited():
 			return s.exited(ctx)
 		case <-s.process.ContainerExited():
-			// Without a pid namespace of its own the process outlives its container (kubernetes#89233).
+			// A process without a pid namespace of its own outlives its container (kubernetes#89233).
 			return reaping
 		case <-s.client.Done():
 			if s.hasInputToFinish() {
@@ -247,8 +248,7 @@ func (s *Session) reap(ctx context.Context) phase {
 	}
 }
 
-// exited begins the end of a session whose process has been reaped: all output, then the status, then the client
-// closes.
+// exited begins the end of a session whose process was reaped: all output, then the status, then the client closes.
 func (s *Session) exited(ctx context.Context) phase {
 	s.session.SetPhase(session.Lingering)
 	s.cutAfterStop(ctx)
@@ -264,8 +264,8 @@ func (s *Session) exited(ctx context.Context) phase {
 	return explaining
 }
 
-// explain finds out whether a process was killed with its container. It is asked while the output is still on
-// its way: later the container may be removed.
+// explain finds out whether the process was killed with its container. It does so before the output was sent, because later
+// the container may be removed.
 func (s *Session) explain(ctx context.Context) phase {
 	if s.ending.outcome.ExitCode != exitCodeKilled {
 		return draining
@@ -286,9 +286,9 @@ func (s *Session) explain(ctx context.Context) phase {
 	return draining
 }
 
-// containerEnds says whether a process that was killed was killed with its container; ok is false when the session
-// was frozen meanwhile. It may be seen to end a moment before the container's main process begins to, where both get
-// the same signal. That one is the last to be gone, on a busy machine a good while later.
+// containerEnds reports whether a killed process was killed with its container. ok is false if the session was frozen
+// meanwhile. If both get the same signal, the process may end a moment before the container's main process begins to end.
+// The main process is the last to be gone, on a busy machine much later.
 func (s *Session) containerEnds() (ends, ok bool) {
 	for deadline := s.limit(reapTimeout); ; {
 		look := time.NewTimer(containerEndWait)
@@ -307,7 +307,7 @@ func (s *Session) containerEnds() (ends, ok bool) {
 	}
 }
 
-// containerEnd says why the container is gone; ok is false when the session was frozen meanwhile.
+// containerEnd returns why the container is gone. ok is false if the session was frozen meanwhile.
 func (s *Session) containerEnd(ctx context.Context) (reason string, ok bool) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endReasonTimeout)
 	defer cancel()
@@ -330,12 +330,12 @@ func (s *Session) containerEnd(ctx context.Context) (reason string, ok bool) {
 	return reason, true
 }
 
-// inputLook is how often is looked at what a command takes after its client has left.
+// inputLook is how often finishInput checks what the command has read.
 const inputLook = 50 * time.Millisecond
 
-// finishInput gives the command the input of a client that has left in order, and the time to use it. It ends when the
-// command has ended, or is to be hung up: when it has taken nothing for too long, or has not ended although it has
-// everything. A terminal has no input to finish: a client that closes one leaves.
+// finishInput delivers the input of a client that has left in order, and gives the command time to use it. It ends when the
+// command has ended, has read nothing for too long, or has read everything and not ended in time. It is not for terminals:
+// a client that closes a terminal has left.
 func (s *Session) finishInput(ctx context.Context) phase {
 	ended := s.input.ClientLeft()
 	ticker := time.NewTicker(inputLook)
@@ -361,13 +361,13 @@ func (s *Session) finishInput(ctx context.Context) phase {
 	}
 }
 
-// hasInputToFinish reports whether the client has left, or is leaving, in order, and has or may have sent input
-// that its command has not been given.
+// hasInputToFinish reports whether the client has left in order, or is leaving, and may have sent input that was not
+// delivered to the command yet.
 func (s *Session) hasInputToFinish() bool {
 	return s.client.stdin != nil && !s.request.Command.TTY && s.config.InputGrace > 0 && transport.LeftInOrder(s.client.Err())
 }
 
-// disconnected begins the end of a session whose client has gone: its process follows (kubernetes#89031), unless it
+// disconnected begins the end of a session whose client has gone. Its process is ended too (kubernetes#89031), unless it
 // has ended by itself.
 func (s *Session) disconnected() phase {
 	s.ending.outcome = lifetime.ClientGone(s.client.Err())
@@ -375,27 +375,27 @@ func (s *Session) disconnected() phase {
 		s.holdInput()
 		s.process.Disconnect()
 	}
-	s.client.Close() //nolint:errcheck // wakes the copiers
+	s.client.Close() //nolint:errcheck // unblocks the copiers
 	s.stopInput()
 	return following
 }
 
-// holdInput keeps the end of input from a process that is about to be hung up and has not been given all of
-// it, until the session ends: it may live for a while, and input that was cut must not look whole.
+// holdInput keeps stdin open until the session ends, if the process is about to be hung up and has not received all of its
+// input. The process may live for a while, and input that was cut must not look complete.
 func (s *Session) holdInput() {
 	if s.input != nil && s.heldInput == nil {
 		s.heldInput = s.input.Hold()
 	}
 }
 
-// outputUnwanted reports whether output that the client does not take any more is discarded. A command that is still to
-// take its client's input must not end because of its output.
+// outputUnwanted reports whether output is discarded after writing to the client has failed with err. A command that still
+// has to read its client's input must not end because of its output.
 func (s *Session) outputUnwanted(err error) bool {
 	return !transport.IsReset(err) && s.hasInputToFinish()
 }
 
-// stopped begins the end of a session from outside: the client gets a status at once, the process is treated as if
-// the client had gone.
+// stopped begins the end of a session that is ended from outside. The client gets a status at once, and the process is
+// treated as if the client had gone.
 func (s *Session) stopped(outcome session.Outcome) phase {
 	s.ending.outcome, s.ending.status, s.ending.stopped = outcome, endedBy(outcome), true
 	s.cut.by(time.Now().Add(lifetime.ShutdownGrace))
@@ -415,7 +415,7 @@ func (s *Session) stopInput() {
 	}
 }
 
-// warn sends a line to the user of a terminal, who may not read at this moment.
+// warn sends a line to the user of a terminal. It does not wait for a client that does not read.
 func (s *Session) warn(warning string) {
 	if s.client.stdout == nil {
 		return
@@ -427,8 +427,8 @@ func (s *Session) warn(warning string) {
 	})
 }
 
-// eyes is where a line for the user is written, nil for nowhere: clients that find an exit code in the status show nothing
-// else of it. Stdout is not used, unless it is a terminal.
+// eyes returns the stream for a line to the user, or nil. The line is needed because clients that find an exit code in the
+// status show nothing else of it. Stdout is used only if it is a terminal.
 func (s *Session) eyes() workload.Stream {
 	if s.request.Command.TTY {
 		return s.client.stdout

@@ -18,7 +18,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// CheckState says why Resume would refuse a session, nil when the state gives no reason.
+// CheckState returns why Resume would reject a state, or nil if it finds no reason.
 func CheckState(encoded []byte) error {
 	var state State
 	if err := handover.Decode(encoded, &state); err != nil {
@@ -30,9 +30,9 @@ func CheckState(encoded []byte) error {
 	return state.validate()
 }
 
-// Resume continues a session where Freeze has left it, for Session.Run. One whose state this program does not know, or
-// whose process cannot be resumed, tells its client so and ends; an error means that there is no client to be told. What the
-// state refers to is taken out of the files.
+// Resume continues a session where Freeze has left it, for Session.Run. If its state is unknown, or its process cannot be
+// resumed, the session tells its client and ends. An error means that the client's connection cannot be resumed. Resume takes
+// what the state refers to out of the files.
 func Resume(ctx context.Context, encoded []byte, files *handover.Files, live *session.Session, config Config, terms lifetime.Terms) (*Session, error) {
 	var envelope struct{ Envelope }
 	if err := handover.Decode(encoded, &envelope); err != nil {
@@ -82,7 +82,7 @@ func Resume(ctx context.Context, encoded []byte, files *handover.Files, live *se
 	return s, nil
 }
 
-// requestOf is what is known of a request whose state cannot be read.
+// requestOf returns what is known of a request whose state cannot be read.
 func requestOf(live *session.Session, client ClientState) Request {
 	_, input := client.Streams[transport.StreamStdin]
 	_, stdout := client.Streams[transport.StreamStdout]
@@ -125,7 +125,7 @@ func (s *Session) resumeClient(state *ClientState, files *handover.Files) error 
 	}
 	if resumed.SPDY == nil {
 		s.client.Conn = resumed.Conn
-		s.client.farewell = sayClose(resumed.Channels)
+		s.client.closeAndWait = closeHandshake(resumed.Channels)
 		return nil
 	}
 	opener.expected = s.newOpener().expected
@@ -133,7 +133,7 @@ func (s *Session) resumeClient(state *ClientState, files *handover.Files) error 
 	if failure, ok := s.client.failure.(*spdy.Stream); ok {
 		s.client.statusRefused = failure.Done()
 		if !state.Ready && failure.Sent() == 0 {
-			s.client.protocol.PromiseStatus(failure) // it was opened when the connection was frozen already
+			s.client.protocol.PromiseStatus(failure) // it was opened while the connection was being frozen
 		}
 	}
 	return nil
@@ -145,13 +145,13 @@ func (s *Session) resumeProcess(ctx context.Context, state *ProcessState, files 
 	}
 	upstream, err := relay.Resume(state.Relay, files, s.terms.Buffers, s.panicked)
 	if err != nil {
-		return nil, err // not the nil *relay.Relay, which is no nil interface
+		return nil, err // a nil *relay.Relay would not be a nil interface
 	}
 	s.upstream.Store(upstream)
 	return upstream, nil
 }
 
-// restore takes over what is not a connection or a process. Nothing of it fails.
+// restore restores everything except the connection and the process. It cannot fail.
 func (s *Session) restore(state *State, files *handover.Files) {
 	s.at, s.deadline = state.Phase, sooner(state.Deadline)
 	e := state.Ending
@@ -178,7 +178,7 @@ func (s *Session) restore(state *State, files *handover.Files) {
 		s.limits = lifetime.ResumeTimeouts(s.terms.Limits, s.session, *state.Timeouts)
 	}
 	if s.bandwidth = bandwidth.New(s.terms.Bandwidth, s.client.Done(), s.freezer.frozen); s.bandwidth != nil {
-		s.bandwidth.GoOn(bandwidth.State{Sent: sooner(state.Bandwidth.Sent), Received: sooner(state.Bandwidth.Received)})
+		s.bandwidth.Resume(bandwidth.State{Sent: sooner(state.Bandwidth.Sent), Received: sooner(state.Bandwidth.Received)})
 	}
 	s.withheld.Store(state.Withheld)
 	s.warnings.lines = state.Warnings

@@ -22,33 +22,32 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// client is the client's side of an exec or attach: its connection and the streams it
-// asked for, nil those it did not.
+// client is the client's side of an exec or attach: its connection, and the streams it asked for. The others are nil.
 type client struct {
 	transport.Conn
 	network  net.Conn // below Conn
 	protocol protocol.Version
-	// ready is closed when all streams are there; they are valid from then on.
+	// ready is closed when all streams are open. They are valid from then on.
 	ready                          chan struct{}
 	stdin, stdout, stderr, failure workload.Stream // failure is the protocol's error stream
 	resize                         workload.Stream
-	// failureOpened holds the error stream as soon as it is there, before the others may be.
+	// failureOpened holds the error stream as soon as it is open, maybe before the others.
 	failureOpened chan workload.Stream
-	// statusRefused is closed when the error stream has ended from the client's side; nil where a
-	// client cannot end it.
+	// statusRefused is closed when the client has ended the error stream. It is nil if the protocol has no way to do
+	// that.
 	statusRefused <-chan struct{}
-	// answersItself and sendsSize are what is known of the client from its request: see firstsize.go.
-	// kubectl sends the size of its terminal in any case.
+	// answersItself and sendsSize are known from the request, see firstsize.go. kubectl always sends the size of its
+	// terminal.
 	answersItself, sendsSize bool
-	// holdback says how long the status is to wait for the client to read; nil where it need not.
+	// holdback decides how long the status waits for the client to read. It is nil if the status does not wait.
 	holdback *holdback.Holdback
-	// farewell tells the client that the session is over, after everything was sent, and returns
-	// when the client has closed the connection, the context is done, or the connection is frozen.
-	farewell func(context.Context)
+	// closeAndWait ends the session for the client, after everything was sent. It returns when the client has closed
+	// the connection, the context is done, or the connection is frozen.
+	closeAndWait func(context.Context)
 }
 
-// refusesStatus tells whether the client has reset the error stream: it does not want to know how the
-// command ends, and so has gone, whatever becomes of its connection. Proxies keep theirs for a while.
+// refusesStatus reports whether the client has reset the error stream. Then it does not want the status, and so has gone,
+// even if its connection is still open: proxies keep theirs for a while.
 func (c *client) refusesStatus() bool { return transport.ResetByClient(c.failure.Err()) }
 
 // Transferred implements session.Connection.
@@ -63,7 +62,7 @@ func (c *client) Transferred() (received, sent int64) {
 
 // Waits within one session that are not configuration.
 const (
-	reapTimeout      = 5 * time.Second        // for a killed process to be gone
+	reapTimeout      = 5 * time.Second        // for a killed process to end
 	endReasonTimeout = 5 * time.Second        // to learn why a container ended
 	containerEndWait = 200 * time.Millisecond // between a process killed with its container and the beginning of the container's end
 	minStatusHeld    = time.Second            // from when on a status counts as held back
@@ -85,10 +84,10 @@ type Session struct {
 	freezer  *freezer
 
 	process   Process                     // nil before it runs and after it was closed
-	upstream  atomic.Pointer[relay.Relay] // the process, also when it was closed, where the upstream serves it
-	input     *stdin.Input                // nil where the client sends none
+	upstream  atomic.Pointer[relay.Relay] // the process if the upstream serves it, even after it was closed
+	input     *stdin.Input                // nil if the client sends none
 	heldInput *os.File
-	served    chan struct{} // closed when nothing more will come from the client
+	served    chan struct{} // closed when nothing more will arrive from the client
 	terminal  *terminal.Sizes
 	outputs   rescue.Group // the copiers of stdout and stderr
 	others    rescue.Group // connection reader, stdin, resize, warnings
@@ -98,10 +97,10 @@ type Session struct {
 	warnings  warnings
 
 	bandwidth *bandwidth.Limit
-	withheld  atomic.Bool // output that could not be recorded and so was not sent; the session is stopped
+	withheld  atomic.Bool // output was not sent because it could not be recorded; the session is being ended
 }
 
-// newSession is what a session that begins and one that goes on have in common.
+// newSession returns a new session, for Accept and for Resume.
 func newSession(request *Request, live *session.Session, config Config, terms lifetime.Terms) *Session {
 	config.Waits = config.complete()
 	s := &Session{
@@ -117,9 +116,9 @@ func newSession(request *Request, live *session.Session, config Config, terms li
 	return s
 }
 
-// Run serves the session, from the upgraded connection or from the state that it was resumed from, to its end. When
-// it returns, the connection is closed and every goroutine of the session has ended. Where the outcome's error is
-// handover.ErrFrozen the session has not ended: it goes on from the state that Freeze has returned.
+// Run serves the session to its end, from the upgraded connection or from the state that it was resumed from. When it
+// returns, the connection is closed and every goroutine of the session has ended. If the outcome's error is
+// handover.ErrFrozen, the session has not ended: it continues from the state that Freeze has returned.
 func (s *Session) Run() (outcome session.Outcome) {
 	defer func() {
 		if value := recover(); value != nil {
@@ -129,7 +128,7 @@ func (s *Session) Run() (outcome session.Outcome) {
 	ctx := s.session.Context()
 	s.others.Go(func() {
 		defer close(s.served)
-		// Not the session's context: a session that is told to end still has a status to deliver.
+		// Not cancelled with the session's context: a session that is told to end still has to deliver a status.
 		s.client.Serve(context.WithoutCancel(ctx)) //nolint:errcheck // seen through Done and Err
 	})
 	s.goOn(ctx)
@@ -153,7 +152,7 @@ func (s *Session) Run() (outcome session.Outcome) {
 	return s.ending.outcome
 }
 
-// goOn begins again what a session does that was resumed; one that is new does nothing of it yet.
+// goOn restarts the work of a resumed session. For a new session it does nothing.
 func (s *Session) goOn(ctx context.Context) {
 	s.cut.resume()
 	if s.ending.cutsAfterStop {
@@ -164,7 +163,7 @@ func (s *Session) goOn(ctx context.Context) {
 	}
 	if s.process != nil {
 		if _, relayed := s.process.(*relay.Relay); relayed && (s.ending.stopped || s.at == following) {
-			s.process.Disconnect() // again: it closes a connection, which may have been frozen at the time
+			s.process.Disconnect() // again: its connection may have been frozen the first time
 		}
 		s.operate()
 	}
@@ -173,7 +172,7 @@ func (s *Session) goOn(ctx context.Context) {
 	}
 }
 
-// halt waits until nothing of a frozen session moves any more.
+// halt waits until a frozen session has stopped.
 func (s *Session) halt() {
 	s.ending.stopWatching()
 	s.cut.stop()
@@ -184,7 +183,7 @@ func (s *Session) halt() {
 	s.others.Wait()
 }
 
-// release ends what a session has left when it ends.
+// release releases the resources of a session that has ended.
 func (s *Session) release() {
 	s.ending.stopWatching()
 	s.cut.stop()
@@ -207,13 +206,13 @@ func (s *Session) Transferred() (received, sent int64) { return s.client.Transfe
 // LastActivity implements session.Connection.
 func (s *Session) LastActivity() time.Time { return s.client.LastActivity() }
 
-// LastReceived is when the client last sent anything, pings included.
+// LastReceived returns when the client last sent anything, pings included.
 func (s *Session) LastReceived() time.Time { return s.client.LastReceived() }
 
-// Done is closed when the client is known to have gone. What it has sent may still be on its way.
+// Done is closed when the client is known to have gone. Data that it has sent may still arrive.
 func (s *Session) Done() <-chan struct{} { return s.client.Done() }
 
-// Network is the client's network connection.
+// Network returns the client's network connection.
 func (s *Session) Network() net.Conn { return s.client.network }
 
 // Close ends the client's connection, and so the session, at once.

@@ -14,16 +14,16 @@ import (
 
 // StartGate bounds how many commands start at the same time.
 type StartGate interface {
-	// Acquire waits for a turn of the session. Release ends it; it is nil with an error, which is a
-	// *session.RefusedError when too many wait already, or the context's.
+	// Acquire waits for the session's turn. Release ends the turn; it is nil with an error. The error is a
+	// *session.RefusedError if too many wait already, or the context's.
 	Acquire(ctx context.Context, info session.Info) (release func(), err error)
 }
 
 // startFunc starts a command.
 type startFunc = func(context.Context, workload.Command) (Process, error)
 
-// startWhenAllowed is for commands that are started here. What the upstream starts, or has started, costs
-// nothing here and takes no turn: were the upstream to hang, it would keep local ones waiting.
+// startWhenAllowed makes a start wait for its turn. It is for commands that are started here. What the upstream starts costs
+// nothing here and takes no turn, so that an upstream that hangs does not block local starts.
 func startWhenAllowed(gate StartGate, info session.Info, start startFunc) startFunc {
 	if gate == nil {
 		return start
@@ -38,13 +38,12 @@ func startWhenAllowed(gate StartGate, info session.Info, start startFunc) startF
 	}
 }
 
-// start is how a request's command comes to run: what the upstream serves is relayed, anything else is started here,
-// in its turn.
+// start returns how a request's command is started: either relayed to the upstream, or started here in its turn.
 func (c Config) start(kind session.Kind, request *Request, buffers *buffers.Share, report rescue.Report) startFunc {
 	if kind == session.Attach {
-		// The end of one client's input is the end of the container's only where the container says so.
-		// Elsewhere containerd answers it by ending the whole session, which scripts rely on, and so does crictl's
-		// ctrl-P ctrl-Q at a terminal. It is passed on once the answer to the last line had time to come.
+		// The end of one client's input ends the container's input only if stdin_once says so. Otherwise containerd
+		// ends the whole session at the end of input. Scripts rely on that, and so does crictl's ctrl-P ctrl-Q at a
+		// terminal. So the end is passed on, but only after the answer to the last line had time to arrive.
 		stdinGrace := detachGrace
 		switch {
 		case request.Command.TTY:
@@ -64,14 +63,14 @@ func (c Config) start(kind session.Kind, request *Request, buffers *buffers.Shar
 }
 
 const (
-	// detachGrace is how long a container must have been silent, after the client's input has ended, until the
-	// client is detached: the answer to the last line is to reach it (cri-tools#269).
+	// detachGrace is how long a container must have been silent, after the client's input has ended, before the client
+	// is detached, so that the answer to the last line reaches it (cri-tools#269).
 	detachGrace = time.Second
-	// relayTimeout is how long it may take to get a URL of the upstream, to connect to it and be upgraded.
+	// relayTimeout bounds getting a URL from the upstream, connecting to it, and the upgrade.
 	relayTimeout = 30 * time.Second
 )
 
-// relayed has the upstream serve a request.
+// relayed returns a start that relays a request to the upstream.
 func (c Config) relayed(kind session.Kind, request *Request, options relay.Options) startFunc {
 	return func(ctx context.Context, command workload.Command) (Process, error) {
 		ctx, cancel := context.WithTimeout(ctx, relayTimeout)
@@ -82,7 +81,7 @@ func (c Config) relayed(kind session.Kind, request *Request, options relay.Optio
 		}
 		upstream, err := relay.Start(ctx, target, command, options)
 		if err != nil {
-			return nil, err // not the nil *relay.Relay, which is no nil interface
+			return nil, err // a nil *relay.Relay would not be a nil interface
 		}
 		return upstream, nil
 	}

@@ -20,31 +20,32 @@ import (
 // stateVersion is State.Version. A reader of another version ends the session, with a status that says so.
 const stateVersion = 1
 
-// State is a session that was frozen, and all that it takes to go on with it. It is encoded as CBOR. Times are those of
-// the wall clock: deadlines stay what they were. What belongs to the registry and its guards is in session.State.
+// State is a frozen session: all that is needed to continue it, encoded as CBOR. Times are those of the wall clock, so that
+// deadlines do not change. What belongs to the registry and its guards is in session.State.
 type State struct {
 	Envelope
 
 	Phase    phase
-	Deadline time.Time // of the phase; zero where none has begun
-	Request  Request   // without what only a start needs, once that is over
+	Deadline time.Time // of the phase; zero if none has begun
+	Request  Request   // after the start, without what only the start needs
 
 	Ending    EndingState
 	CutAt     time.Time // when the client's connection is closed, if the session has not ended before; zero is never
 	Terminal  terminal.State
-	Input     *stdin.State // nil where there is none, or the process does not run yet
+	Input     *stdin.State // nil if there is none, or the process does not run yet
 	Drain     drain.State
 	Timeouts  *lifetime.TimeoutsState // nil before the process runs
 	Bandwidth bandwidth.State
-	Withheld  bool     // output that could not be recorded was not sent
-	Warnings  []string // that were not sent
+	Withheld  bool     // output was not sent because it could not be recorded
+	Warnings  []string // not sent yet
 }
 
-// Envelope is what every version can read of a State, to be able to say why a session ends that it does not know.
+// Envelope is the part of a State that every version can read. With it, a program can tell the client why a session of an
+// unknown version ends.
 type Envelope struct {
 	Version int
 	Client  ClientState
-	Process *ProcessState // nil before it runs and when it was closed
+	Process *ProcessState // nil before it runs and after it was closed
 }
 
 // ClientState is the client's side.
@@ -54,15 +55,14 @@ type ClientState struct {
 	Protocol           string
 	Resize, JSONStatus bool // of the protocol
 
-	Ready bool // all streams are there
-	// Streams are those that are there, by their names.
-	Streams map[string]StreamState
+	Ready   bool                   // all streams are open
+	Streams map[string]StreamState // the open streams by name
 
 	AnswersItself, SendsSize bool
-	Holdback                 *holdback.State // nil where nothing is held back
+	Holdback                 *holdback.State // nil if the status does not wait
 }
 
-// StreamState is one stream of the client's.
+// StreamState is one stream of the client.
 type StreamState struct {
 	ID             uint32
 	Received, Sent int64 // for when the connection does not know the stream any more
@@ -70,23 +70,23 @@ type StreamState struct {
 
 // ProcessState is the process. One of the two is set.
 type ProcessState struct {
-	Local []byte // Process.Freeze's of Config.Runtime
-	Relay []byte // Relay.Freeze's of package relay
+	Local []byte // from Process.Freeze of Config.Runtime's process
+	Relay []byte // from Relay.Freeze of package relay
 }
 
 // EndingState is how the session ends, as far as that is decided.
 type EndingState struct {
 	Reason                         string
 	ExitCode                       int
-	Error                          string // empty where nothing went wrong
+	Error                          string // empty if there was none
 	Status                         *status.Status
-	Line                           string // that is still to be said before it
-	Said                           bool   // the status
+	Line                           string // still to be sent before Status
+	Said                           bool   // Status was sent
 	Hold                           bool   // the status may wait
 	Holding                        time.Time
 	Stopped, Unopened, WatchesStop bool
 
-	HeldInput handover.Descriptor // see holdInput; none without
+	HeldInput handover.Descriptor // see holdInput; zero if there is none
 }
 
 var errState = errors.New("the state of the session cannot be read")
@@ -95,14 +95,14 @@ func stateError(format string, arguments ...any) error {
 	return fmt.Errorf("%w: %s", errState, fmt.Sprintf(format, arguments...))
 }
 
-// withProcess are the phases that have a process, and ending those that have a status to say.
+// withProcess are the phases that have a process, before those before it, and withStatus those that have a status.
 var (
 	withProcess = []phase{running, finishing, reaping, explaining, draining, following}
 	before      = []phase{opening, sizing, starting}
 	withStatus  = []phase{explaining, draining, telling, holding, saying, parting}
 )
 
-// validate tells why a session could not go on from a state.
+// validate returns why a session cannot continue from a state.
 func (s *State) validate() error {
 	hasProcess := slices.Contains(withProcess, s.Phase)
 	failure, hasFailure := s.Client.Streams[transport.StreamError]
@@ -143,7 +143,8 @@ func (s *State) validate() error {
 	return nil
 }
 
-// sooner is a time of a state with a reading of the monotonic clock, which goes on when the wall clock is set.
+// sooner returns a time of a state with a reading of the monotonic clock, so that setting the wall clock no longer affects
+// it.
 func sooner(at time.Time) time.Time {
 	if at.IsZero() {
 		return at

@@ -6,11 +6,11 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// tappedStream shows what is moved to taps.
+// tappedStream shows taps what moves.
 type tappedStream struct {
 	workload.Stream
-	sent, received func([]byte) error // nil when nobody wants it
-	shown          *int               // bytes at the beginning of what is received that were shown before; with received
+	sent, received func([]byte) error // nil if there is no tap
+	shown          *int               // for received: how many of the next bytes were already shown
 }
 
 func (t tappedStream) ReadFrom(r io.Reader) (int64, error) {
@@ -48,7 +48,7 @@ type tappedWriter struct {
 	shown *int
 }
 
-// Write shows each byte once, also one that is written again because the session was frozen before it was taken.
+// Write shows each byte once, even if it is written again because the session was frozen before it was accepted.
 func (t tappedWriter) Write(p []byte) (int, error) {
 	if *t.shown < len(p) {
 		if err := t.show(p[*t.shown:]); err != nil {

@@ -505,7 +505,7 @@ func TestTraces(t *testing.T) {
 		t.Error("the span holds the command")
 	}
 	end := session.GetStartTimeUnixNano()
-	for _, name := range []string{"start", "run", "farewell"} {
+	for _, name := range []string{"start", "run", "linger"} {
 		phase := r.find(t, traceID, name)
 		if string(phase.GetParentSpanId()) != string(session.GetSpanId()) {
 			t.Errorf("%s is no child of the session", name)

@@ -192,7 +192,7 @@ func newReaper(successor bool) (*Reaper, error) {
 	return r, nil
 }
 
-var unheard = make(chan os.Signal, 1) // nobody reads it
+var discardChannel = make(chan os.Signal, 1) // nobody reads it
 
 // catchIgnored catches and discards the signals that this process was started to ignore. Ignored signals stay
 // ignored across execve, through the runtime and into the container: there a hang-up would end no command, and a
@@ -214,34 +214,34 @@ func catchIgnored() error {
 	}
 	for _, s := range []unix.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU} {
 		if ignored&(1<<(s-1)) != 0 {
-			ThrowAway(s)
+			Discard(s)
 		}
 	}
 	return nil
 }
 
-// thrownAway holds the signals of catchIgnored. After execve they are neither ignored nor caught, so the next
+// discarded holds the signals of catchIgnored. After execve they are neither ignored nor caught, so the next
 // program must be told.
-var thrownAway struct {
+var discarded struct {
 	mu      sync.Mutex
 	signals []unix.Signal
 }
 
-// UnheardSignals returns the signals that are caught and discarded.
-func UnheardSignals() []unix.Signal {
-	thrownAway.mu.Lock()
-	defer thrownAway.mu.Unlock()
-	return slices.Clone(thrownAway.signals)
+// DiscardedSignals returns the signals that are caught and discarded.
+func DiscardedSignals() []unix.Signal {
+	discarded.mu.Lock()
+	defer discarded.mu.Unlock()
+	return slices.Clone(discarded.signals)
 }
 
-// ThrowAway catches and discards a signal from now on.
-func ThrowAway(s unix.Signal) {
-	thrownAway.mu.Lock()
-	defer thrownAway.mu.Unlock()
-	if !slices.Contains(thrownAway.signals, s) {
-		thrownAway.signals = append(thrownAway.signals, s)
+// Discard catches and discards a signal from now on.
+func Discard(s unix.Signal) {
+	discarded.mu.Lock()
+	defer discarded.mu.Unlock()
+	if !slices.Contains(discarded.signals, s) {
+		discarded.signals = append(discarded.signals, s)
 	}
-	signal.Notify(unheard, s)
+	signal.Notify(discardChannel, s)
 }
 
 func (r *Reaper) waitForExits(raw syscall.RawConn) {

@@ -1,4 +1,4 @@
-// Package bandwidth holds the streams of a session to a number of bytes a second.
+// Package bandwidth limits the streams of a session to a number of bytes a second.
 package bandwidth
 
 import (
@@ -8,14 +8,14 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Limit holds the streams of one session to a number of bytes a second, each direction for
-// itself. A nil one does not.
+// Limit limits the streams of one session to a number of bytes a second in each direction. A nil Limit limits
+// nothing.
 type Limit struct {
 	sent, received *tokenBucket
 }
 
-// New returns a limit for the streams of one session, nil when it is 0. Nobody waits after end, or when the session
-// is frozen; what was moved is paid for all the same.
+// New returns a limit for the streams of one session, or nil if bytesPerSecond is 0. Waits end when end or frozen is
+// closed. Bytes that move after that still count.
 func New(bytesPerSecond int64, end, frozen <-chan struct{}) *Limit {
 	if bytesPerSecond <= 0 {
 		return nil
@@ -23,7 +23,7 @@ func New(bytesPerSecond int64, end, frozen <-chan struct{}) *Limit {
 	return &Limit{sent: newTokenBucket(bytesPerSecond, end, frozen), received: newTokenBucket(bytesPerSecond, end, frozen)}
 }
 
-// State is what is still to be paid for: when each direction would be free of debt and rested.
+// State is when the token bucket of each direction will be full again.
 type State struct{ Sent, Received time.Time }
 
 // State returns the zero State where there is no limit.
@@ -34,15 +34,15 @@ func (b *Limit) State() State {
 	return State{Sent: b.sent.state(), Received: b.received.state()}
 }
 
-// GoOn makes a new limit go on where another was.
-func (b *Limit) GoOn(from State) {
+// Resume continues from the state of another limit.
+func (b *Limit) Resume(from State) {
 	if b != nil {
-		b.sent.goOn(from.Sent)
-		b.received.goOn(from.Received)
+		b.sent.resume(from.Sent)
+		b.received.resume(from.Received)
 	}
 }
 
-// Stream is the stream held to the limit.
+// Stream returns the stream with the limit applied.
 func (b *Limit) Stream(s workload.Stream) workload.Stream {
 	if b == nil {
 		return s
@@ -50,8 +50,7 @@ func (b *Limit) Stream(s workload.Stream) workload.Stream {
 	return limitedStream{s, b}
 }
 
-// limitedStream moves no more than its bandwidth allows. Only the two ways by which sessions move
-// bytes in bulk are held back.
+// limitedStream limits ReadFrom and WriteTo, the two ways by which sessions move bytes in bulk.
 type limitedStream struct {
 	workload.Stream
 	limit *Limit

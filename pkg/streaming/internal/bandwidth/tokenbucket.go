@@ -5,19 +5,19 @@ import (
 	"time"
 )
 
-// A bucket's size is what a quarter of a second allows, within these limits: small enough that
-// nobody waits long for the end of a session, large enough for reads that are worth their cost.
+// A bucket holds the bytes of a quarter of a second, within these limits. That is small enough for a short wait at the
+// end of a session, and large enough for efficient reads.
 const (
 	minBurst = 4 << 10
 	maxBurst = 256 << 10
 )
 
-// tokenBucket lets a number of bytes pass in each second. What has passed is paid for afterwards, so
-// that a reader need not know beforehand how much it will get.
+// tokenBucket is a token bucket that is charged after the bytes have moved, so that a reader need not know in advance
+// how much it will get.
 type tokenBucket struct {
 	rate        float64 // bytes a second
 	burst       int
-	end, frozen <-chan struct{} // nobody waits after them
+	end, frozen <-chan struct{} // either one ends all waits
 
 	mu   sync.Mutex
 	full time.Time // when the bucket would be full again
@@ -30,7 +30,7 @@ func newTokenBucket(bytesPerSecond int64, end, frozen <-chan struct{}) *tokenBuc
 	}
 }
 
-// take pays for n bytes, at most burst, and waits as long as the bucket is overdrawn.
+// take charges n bytes, at most burst, and waits while the bucket is overdrawn.
 func (b *tokenBucket) take(n int) {
 	if n > 0 {
 		b.wait(b.reserve(n, time.Now()))
@@ -47,7 +47,7 @@ func (b *tokenBucket) reserve(n int, now time.Time) time.Duration {
 	return b.full.Sub(now) - time.Duration(float64(b.burst)/b.rate*float64(time.Second))
 }
 
-// wait waits for the duration, or for the end.
+// wait waits for the duration, or until end or frozen is closed.
 func (b *tokenBucket) wait(d time.Duration) {
 	if d <= 0 {
 		return
@@ -67,8 +67,8 @@ func (b *tokenBucket) state() time.Time {
 	return b.full
 }
 
-// goOn takes over when another bucket would be full again.
-func (b *tokenBucket) goOn(full time.Time) {
+// resume continues from another bucket's state.
+func (b *tokenBucket) resume(full time.Time) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.full = full

@@ -1,4 +1,4 @@
-// Package failure writes errors down for a hand-over, so that who reads them again finds what he looks for in them.
+// Package failure encodes errors for a hand-over, so that errors.Is still works on the decoded ones.
 package failure
 
 import (
@@ -9,22 +9,22 @@ import (
 	"syscall"
 )
 
-// Failure is an error of a state.
+// Failure is an encoded error.
 type Failure struct {
-	Kind   string   // the name of an error, or of a type of errors; empty for others
-	Code   uint32   // of an error of a type that has one
-	Remote bool     // the peer's, of a type that tells
-	Text   string   // what the error says, where its name does not
-	Causes []string // the names of what an error wraps that has no name itself
+	Kind   string   // the name of an error or of an error type; empty for others
+	Code   uint32   // for an error type that has a code
+	Remote bool     // for an error type that tells whether the peer caused it
+	Text   string   // the message, if the name does not imply it
+	Causes []string // the names of the errors that an error without a name wraps
 }
 
-// Name is an error that others compare with.
+// Name names an error that callers compare with.
 type Name struct {
 	Name  string
 	Error error
 }
 
-// common are those of the system.
+// common are the errors of the system.
 var common = []Name{
 	{"end", io.EOF},
 	{"cut", io.ErrUnexpectedEOF},
@@ -33,13 +33,13 @@ var common = []Name{
 	{"ECONNRESET", syscall.ECONNRESET},
 }
 
-// Names are the errors of one package.
+// Names are the named errors of one package.
 type Names []Name
 
 // NewNames returns these names and those of the system's errors.
 func NewNames(own ...Name) Names { return append(own, common...) }
 
-// Failure writes an error down; nil for nil.
+// Failure encodes an error. It returns nil for nil.
 func (n Names) Failure(err error) *Failure {
 	if err == nil {
 		return nil
@@ -59,7 +59,7 @@ func (n Names) Failure(err error) *Failure {
 	return f
 }
 
-// Err is the error again; nil for nil. Errors with a name are the same as ever.
+// Err decodes an error. It returns nil for nil, and the very same error for one with a name.
 func (n Names) Err(f *Failure) error {
 	if f == nil {
 		return nil
@@ -76,7 +76,7 @@ func (n Names) Err(f *Failure) error {
 	return carried
 }
 
-// carriedError is an error that has no name.
+// carriedError is a decoded error that has no name.
 type carriedError struct {
 	text   string
 	names  []string

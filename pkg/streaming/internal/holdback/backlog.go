@@ -2,25 +2,24 @@ package holdback
 
 import "time"
 
-// backlog estimates how much of what a client was sent is still on its way to whoever reads it, in
-// buffers that cannot be seen from here, and how fast it is read.
+// backlog estimates how many bytes are still on their way from the peer to the reader, in buffers that cannot be seen from
+// here, and how fast they are read.
 //
-// It is told how far the peer next to us has come, and when (receipt). What the peer has taken it
-// has written to its own socket, which goes fast while there is room in the buffers behind it, and stops
-// when they are full, until the reader has made room again. So when the peer stops although there is
-// more for it to take, the buffers are full: what they hold is what went in too fast to have been read.
-// From one such moment to the next as much is read as is taken. Where the peer does not stop it is not
-// known whether the reader is fast or the buffers are large, and nothing is estimated.
+// Receipts say how far the peer has come, and when. What the peer has read, it writes to its own socket. That is fast while
+// there is room in the buffers behind it. When they are full, the peer stops until the reader has made room. So when the
+// peer stops although there is more data for it, the buffers are full, and hold what went in too fast to have been read.
+// From one stop to the next, as many bytes are read as the peer takes. If the peer does not stop, either the reader is fast
+// or the buffers are large. Then nothing is estimated.
 //
-// It is a model: the reader is assumed to go on as it did for the last few megabytes. It has no clock and
-// no lock of its own. The zero value is ready.
+// It is a model: it assumes that the reader continues at the rate of the last few megabytes. It has no clock and no lock of
+// its own. The zero value is ready to use.
 type backlog struct {
 	points []mark  // of the last backlogWindow bytes, oldest first
-	stops  []stop  // of the last rateWindow bytes, since the peer last had nothing to take
-	begin  mark    // when that was
+	stops  []stop  // of the last rateWindow bytes, since begin
+	begin  mark    // when the peer last had nothing to read
 	full   float64 // bytes that the buffers hold when they are full; 0 is unknown
 
-	level float64 // bytes on their way, as of the last point; only if rate is known
+	level float64 // bytes on their way, as of the last point; valid if rate is known
 	rate  float64 // bytes a second that are read; 0 is unknown
 }
 
@@ -37,28 +36,28 @@ type stop struct {
 }
 
 const (
-	// minStop is what counts as a stop. A socket takes more when a third of its buffer is free, which
-	// makes a peer stop for a second at 1.25 MB/s, and for 50 ms at 25 MB/s.
+	// minStop is the shortest pause that counts as a stop. A socket accepts more when a third of its buffer is free. So
+	// a peer stops for a second at 1.25 MB/s, and for 50 ms at 25 MB/s.
 	minStop = 50 * time.Millisecond
-	// minIdle is how long the peer had nothing to take when it is taken to have done so because there was
-	// nothing, and not because we were late.
+	// minIdle is the shortest time without data for the peer that means that there was none. A shorter time may mean
+	// that we were late.
 	minIdle = 100 * time.Millisecond
-	// minStops is how long stops must have taken together before they mean anything: machines are busy
-	// at times.
+	// minStops is how long all stops together must have lasted before they count. Shorter ones may be due to a busy
+	// machine.
 	minStops = 300 * time.Millisecond
-	// stepPart is the part of full buffers that must be free before the peer goes on. The socket next to
-	// it wants a third, and there are two or three.
+	// stepPart: a stepPart-th part of the full buffers must be free before the peer continues. The socket next to it
+	// requires a third, and there are two or three.
 	stepPart = 8
-	// rateWindow is how many bytes the reader's pace is measured over.
+	// rateWindow is the number of bytes over which the reader's rate is measured.
 	rateWindow = 8 << 20
-	// backlogMax is more than the buffers between a node and a client take: two or three hops with
-	// Linux' limit of 4 MB for what a socket has to send.
+	// backlogMax is more than the buffers between a node and a client hold: two or three hops with Linux' limit of
+	// 4 MB for a socket's send buffer.
 	backlogMax = 16 << 20
-	// backlogWindow is how far back anything matters.
+	// backlogWindow is how many bytes back points are kept.
 	backlogWindow = backlogMax + rateWindow
 )
 
-// took notes a receipt, which come in order.
+// took adds a receipt. Receipts come in order.
 func (b *backlog) took(r receipt) {
 	if len(b.points) == 0 {
 		b.points = append(b.points, mark{at: r.first})
@@ -87,7 +86,7 @@ func (b *backlog) took(r receipt) {
 		if b.full == 0 || now.bytes-b.begin.bytes <= backlogWindow {
 			b.full = max(b.full, b.unreadAt(full))
 		}
-		// What came last may have been little because there was no more; there was room for a step.
+		// The last receipt may have been small because there was no more data. There was room for one step.
 		b.rate = max(b.rate, b.full/stepPart/since)
 		b.level = b.full
 		return
@@ -95,16 +94,16 @@ func (b *backlog) took(r receipt) {
 	if b.rate == 0 {
 		return
 	}
-	// First what was there is read, then also what has come.
+	// Until r.first only the old bytes are read, then also the new ones.
 	b.level = max(0, b.level-b.rate*max(0, r.first.Sub(last.at).Seconds()))
 	b.level = max(0, b.level-b.rate*now.at.Sub(maxTime(last.at, r.first)).Seconds()+now.bytes-last.bytes)
 	if b.level > b.full+rateWindow {
-		b.rate = 0 // it went through, so the reader has become faster
+		b.rate = 0 // the buffers accepted more than they can hold, so the reader has become faster
 	}
 }
 
-// lastFull is a moment since which the buffers have been full each time that the peer stopped. The first
-// quarter of all stopping is left out: machines are busy at times, and buffers grow at first.
+// lastFull returns a moment since which the buffers were full at each stop. It ignores the first quarter of all stopped
+// time, because machines may be busy and buffers grow at first.
 func (b *backlog) lastFull() (mark, bool) {
 	var all, sum time.Duration
 	for _, s := range b.stops {
@@ -121,8 +120,7 @@ func (b *backlog) lastFull() (mark, bool) {
 	return mark{}, false
 }
 
-// unreadAt is how much was on its way at a point, if it was read at the rate that is known now whenever
-// there was something to read.
+// unreadAt returns how many bytes were on their way at a point, if the reader has always read at the current rate.
 func (b *backlog) unreadAt(at mark) float64 {
 	most := 0.0
 	for _, p := range b.points {
@@ -141,8 +139,8 @@ func maxTime(a, b time.Time) time.Time {
 	return b
 }
 
-// rest is how long after the last point all will have been read that the peer has taken; 0 also when
-// nothing is known about the reader.
+// rest returns how long after the last point everything that the peer has taken will have been read. It is 0 if nothing is
+// known about the reader.
 func (b *backlog) rest() time.Duration {
 	if b.rate == 0 {
 		return 0

@@ -1,11 +1,10 @@
-// Package holdback says how long the status of a finished command is held back for a reader that cannot be seen.
+// Package holdback decides how long the status of a finished command waits for a slow reader behind a translator.
 //
-// Kubelet and API server translate the WebSocket of their clients to SPDY towards us. As soon as such a
-// translator has the status of a finished command it closes its client's connection, and when the
-// client's next ping meets the closed socket, the kernel throws away what the client has not read yet
-// (kubernetes#60140). That is in the translator's socket and in buffers behind it, and we cannot see them.
-// But we decide when the status goes out: it is held back until no ping is due any more before the
-// client is believed to have read everything.
+// Kubelet and API server translate the WebSocket of their clients to SPDY. As soon as such a translator has the status of a
+// finished command, it closes its client's connection. When the client's next ping meets the closed socket, the kernel
+// discards what the client has not read yet (kubernetes#60140). Those bytes are in the translator's socket and in buffers
+// behind it, which we cannot see. But we decide when the status is sent: it waits until the client will probably have read
+// everything before its next ping.
 package holdback
 
 import (
@@ -15,16 +14,16 @@ import (
 )
 
 const (
-	// minHoldback is the shortest wait that is worth it.
+	// minHoldback is the shortest useful wait.
 	minHoldback = 20 * time.Millisecond
-	// clientPing is how often client-go pings, from the beginning of its session on (pingPeriod in
+	// clientPing is how often client-go pings, from the beginning of its session (pingPeriod in
 	// tools/remotecommand/websocket.go).
 	clientPing = 5 * time.Second
-	// holdbackSlack is the largest distance kept from a ping, whose time is that of the client's clock.
+	// holdbackSlack is the largest distance that is kept from a ping, because pings follow the client's clock.
 	holdbackSlack = time.Second
 )
 
-// Holdback knows how long a session's status is to be held back. Its methods may be called from several goroutines.
+// Holdback decides how long a session's status waits. Its methods may be called from several goroutines.
 type Holdback struct {
 	receipts
 
@@ -33,30 +32,30 @@ type Holdback struct {
 	last    time.Time     // of a receipt
 	bytes   int64         // in it
 	changed chan struct{} // has a value after a receipt
-	before  State         // what was known before a hand-over
+	before  State         // the state of before a hand-over
 }
 
-// New knows nothing yet. Attach follows.
+// New returns a new Holdback. The caller calls Attach.
 func New() *Holdback { return Resume(State{}) }
 
-// Resume continues from a state. Attach follows.
+// Resume continues from a state. The caller calls Attach.
 func Resume(state State) *Holdback {
 	h := &Holdback{changed: make(chan struct{}, 1), before: state}
 	h.sent, h.unasked, h.any, h.first = state.Unanswered, state.Asked, state.Ever, time.Now()
 	return h
 }
 
-// State is what is known of a reader behind a translator. The answers to questions that were asked before are not
-// understood any more: they are asked again.
+// State is what is known of a reader behind a translator. Answers to questions from before a hand-over cannot be matched, so
+// these questions are asked again.
 type State struct {
-	At          time.Time // when Level was right
-	Level, Rate float64   // bytes unread, and bytes a second that are read; 0 where nothing is known
-	Unanswered  int64     // bytes that were sent and of which no receipt has come
-	Asked       bool      // one was to come
-	Ever        bool      // one has come
+	At          time.Time // the time of Level
+	Level, Rate float64   // unread bytes, and bytes a second that are read; 0 is unknown
+	Unanswered  int64     // bytes that were sent without a receipt
+	Asked       bool      // a receipt was expected
+	Ever        bool      // a receipt has arrived
 }
 
-// Attach gives it the connection to the client, before that is served.
+// Attach sets the connection to the client. Call it before the connection is served.
 func (h *Holdback) Attach(conn Conn) { h.conn = conn }
 
 // Answered implements spdy.Receipts.
@@ -75,11 +74,11 @@ func (h *Holdback) Answered(id uint32) {
 	}
 }
 
-// Changed has a value when Until may say something else.
+// Changed has a value when the result of Until may have changed.
 func (h *Holdback) Changed() <-chan struct{} { return h.changed }
 
-// Until is when the status may go out of a command whose output was all sent by begin, as far as that is
-// known now. The session began at start. The limit counts from the last receipt.
+// Until returns when the status may be sent, as far as that is known now. The session began at start, and all output was
+// sent by begin. The limit counts from the last receipt.
 func (h *Holdback) Until(start, begin time.Time, limit time.Duration) time.Time {
 	coming, ever := h.ask()
 	h.mu.Lock()
@@ -103,8 +102,8 @@ func (h *Holdback) Until(start, begin time.Time, limit time.Duration) time.Time 
 	return release
 }
 
-// restLocked is how long after last the reader will have read everything. A new estimate is better than that from
-// before a hand-over.
+// restLocked returns how long after last the reader will have read everything. A new estimate takes precedence over that
+// from before a hand-over.
 func (h *Holdback) restLocked() (rest time.Duration, last time.Time) {
 	if h.backlog.rate > 0 || h.before.Rate <= 0 {
 		return h.backlog.rest(), h.last
@@ -122,7 +121,7 @@ func (h *Holdback) LogValue() slog.Value {
 	)
 }
 
-// State is what Resume continues from, nil where nothing is held back.
+// State returns the state for Resume, or nil for a nil Holdback.
 func (h *Holdback) State() *State {
 	if h == nil {
 		return nil
@@ -138,9 +137,8 @@ func (h *Holdback) State() *State {
 	return &state
 }
 
-// beforeNoPing is from when on there will be no ping of the client until it has read everything, which it
-// will have done when the rest has gone by after last. That is sooner than waiting for all to be read, and
-// forgives more if the rest is wrong: what is left of the five seconds.
+// beforeNoPing returns the time of the client's last ping before it will have read everything, which is rest after last. That
+// is sooner than the end of the reading. It also tolerates a wrong rest better, by what is left of the ping's five seconds.
 func beforeNoPing(start, last time.Time, rest time.Duration) time.Time {
 	slack := min(rest/2, holdbackSlack)
 	read := last.Add(rest + rest/8 + slack)

@@ -9,64 +9,63 @@ import (
 
 // receipt says how far the peer has come with the data that it was sent.
 type receipt struct {
-	// bytes is how much payload, of all streams and since the beginning, the peer's programs had
-	// taken by then. Of the last frame they may hold a part that they have not used yet.
+	// bytes is how many bytes of payload, of all streams and since the beginning, the peer has read. It may still hold a
+	// part of the last frame.
 	bytes int64
-	// first and asked are when the first and the last of the bytes since the receipt before had been
-	// written to the socket, came is when the receipt arrived.
+	// first and asked are when the first and the last of the bytes since the previous receipt were written to the
+	// socket. came is when the receipt arrived.
 	first, asked, came time.Time
 }
 
 const (
-	// How far the sender gets ahead of the receipts: as far as windowPace bytes a second need for the way
-	// to the peer and back; and when the peer has taken growthAfter bytes, a growthPart-th part of
-	// what it takes more. A peer without a window takes 50 frames into its memory at once, and pours what comes
-	// from there into its socket without a pause, upon which Linux makes the buffers behind it grow to many
-	// times their size. With the window its memory stays small, and how fast it takes more shows sooner how
-	// fast it is read.
+	// The window is how far the sender may be ahead of the receipts. It is the bandwidth-delay product for windowPace
+	// bytes a second. When the peer has read growthAfter bytes, the window also grows by a growthPart-th of what it reads
+	// more. Without a window, a peer reads 50 frames into its memory at once and writes them to its socket without a
+	// pause. Then Linux lets the buffers behind it grow to many times their size. With the window its memory stays
+	// small, and its rate shows sooner how fast the reader is.
 	minWindow, maxWindow    = 256 << 10, 8 << 20
 	windowPace              = 100 << 20
 	growthPart, growthAfter = 16, 16 << 20
-	// There is a question for each half of the window, and for each MiB.
+	// A question is asked for each half of the window, at least for each MiB.
 	maxQuestionBytes = 1 << 20
-	// minQuestionBytes is how much payload is worth a question of its own at the end.
+	// minQuestionBytes is the least payload that gets a question of its own at the end.
 	minQuestionBytes = 64 << 10
-	// questionPings is how many PINGs are one question. SPDY's PING is answered by the connection,
-	// whatever becomes of the data before it. But spdystream, which all clients of Kubernetes use,
-	// has five workers, gives each stream to one of them and PINGs to all in turn; and a worker waits
-	// until the frame before was taken out of its stream. So of five PINGs in a row one stands behind
-	// the data, wherever the data went. A peer that answers at once makes us believe that it reads fast.
+	// questionPings is how many PINGs make one question. In SPDY the connection answers a PING, whether or not the data
+	// before it was read. But spdystream, which all clients of Kubernetes use, has five workers. It gives each stream to
+	// one of them, and PINGs to all in turn. A worker waits until the previous frame was read from its stream. So of
+	// five PINGs in a row one is behind the data, whichever worker has the stream. A peer that answers at once looks
+	// like a fast reader.
 	questionPings = 5
-	// maxQuestions bounds those that wait for their answers. While so many do none is added.
+	// maxQuestions bounds the unanswered questions. At the limit none is added.
 	maxQuestions = 128
-	// From a peer that has sent no receipt for firstReceipt none is expected, and the sender does not wait: it does not
-	// answer PINGs, and is no translator.
-	// Later it waits for laterReceipt at most, and then goes on a frame at a time.
+	// A peer that has sent no receipt within firstReceipt does not answer PINGs and is not a translator. Then no
+	// receipt is expected, and the sender does not wait. After the first receipt the sender waits at most laterReceipt,
+	// and then continues a frame at a time.
 	firstReceipt, laterReceipt = time.Second, 10 * time.Second
 )
 
 // Conn is the connection to the peer, a *spdy.Conn.
 type Conn interface {
-	// Pings queues n PINGs in a row, which nothing comes between, and returns the id of the first; the others follow in
-	// steps of two. It does not block; too many cannot be queued.
+	// Pings queues n PINGs with nothing in between, and returns the id of the first. The others follow in steps of two.
+	// It does not block. ok is false if there is no room in the queue.
 	Pings(n int) (first uint32, ok bool)
 	// Flush writes what is queued. It does not block.
 	Flush()
 }
 
-// receipts asks the peer how far it has come, understands the answers, and keeps the sender within a window.
+// receipts asks the peer how far it has come, and keeps the sender within a window.
 type receipts struct {
 	conn Conn
 
 	mu        sync.Mutex
-	sent      int64         // payload that was written
-	asked     int64         // of it, what there was a question for
-	taken     int64         // of it, what there was a receipt for
-	trip      time.Duration // the shortest from question to receipt; 0 before the first
-	any       bool          // a receipt has come
-	none      bool          // none is expected
-	unasked   bool          // a question of before a hand-over is to be asked again
-	first     time.Time     // when the first byte was written that has not been asked about
+	sent      int64         // bytes of payload that were written
+	asked     int64         // how many of them were asked about
+	taken     int64         // how many of them have a receipt
+	trip      time.Duration // the shortest time from question to receipt; 0 before the first
+	any       bool          // a receipt has arrived
+	none      bool          // no receipt is expected
+	unasked   bool          // a question from before a hand-over must be asked again
+	first     time.Time     // when the first byte after asked was written
 	questions []question    // without a complete answer, oldest first
 	came      chan struct{} // closed with the next receipt; nil while nobody waits
 }
@@ -80,13 +79,13 @@ type question struct {
 // unlimited is more than a frame holds.
 const unlimited = math.MaxInt32
 
-// window is how far the sender may be ahead of the receipts.
+// window returns how many bytes the sender may be ahead of the receipts.
 func (r *receipts) window() int64 {
 	window := max(minWindow, int64(windowPace*r.trip.Seconds()))
 	return min(window+max(0, r.taken-growthAfter)/growthPart, maxWindow)
 }
 
-// Await implements spdy.Receipts: not too much of what was sent is to be without a receipt.
+// Await implements spdy.Receipts. It waits while too much of what was sent has no receipt.
 func (r *receipts) Await(stream, conn, freezing <-chan struct{}) (room int) {
 	for {
 		r.mu.Lock()
@@ -99,7 +98,7 @@ func (r *receipts) Await(stream, conn, freezing <-chan struct{}) (room int) {
 			}
 			return int(window - ahead)
 		}
-		if len(r.questions) == 0 { // there was no room for it
+		if len(r.questions) == 0 { // there was no room to queue one
 			r.askLocked()
 		}
 		if r.came == nil {
@@ -139,7 +138,7 @@ func (r *receipts) Await(stream, conn, freezing <-chan struct{}) (room int) {
 	}
 }
 
-// Sent implements spdy.Receipts, and asks for a receipt when it is time.
+// Sent implements spdy.Receipts. It asks for a receipt when one is due.
 func (r *receipts) Sent(bytes int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -152,8 +151,8 @@ func (r *receipts) Sent(bytes int) {
 	}
 }
 
-// ask asks for a receipt of what was sent and not asked about yet, if it is more than a little, and says whether one is on
-// its way and whether there has ever been one. It does not block. A peer that does not answer PINGs never sends any.
+// ask asks for a receipt of what was not asked about yet, if that is enough. It reports whether a receipt is expected, and
+// whether one has ever arrived. It does not block. A peer that does not answer PINGs never sends a receipt.
 func (r *receipts) ask() (coming, ever bool) {
 	r.mu.Lock()
 	if rest := r.sent - r.asked; rest >= minQuestionBytes || (rest > 0 && (len(r.questions) > 0 || r.unasked)) {
@@ -179,7 +178,7 @@ func (r *receipts) askLocked() {
 	r.asked, r.unasked = r.sent, false
 }
 
-// answered notes the answer to one PING and returns the receipt if it is complete with that.
+// answered handles the answer to one PING, and returns the receipt if that completes it.
 func (r *receipts) answered(id uint32) (got receipt, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -195,7 +194,7 @@ func (r *receipts) answered(id uint32) (got receipt, ok bool) {
 	if trip := got.came.Sub(got.asked); r.trip == 0 || trip < r.trip {
 		r.trip = trip
 	}
-	// Each worker of the peer answers in order, so the questions before are complete too.
+	// Each worker of the peer answers in order, so earlier questions are complete too.
 	r.questions = slices.Delete(r.questions, 0, i+1)
 	r.any, r.none, r.taken = true, false, got.bytes
 	if r.came != nil {
@@ -205,7 +204,7 @@ func (r *receipts) answered(id uint32) (got receipt, ok bool) {
 	return got, true
 }
 
-// unanswered says how many bytes were sent of which no receipt has come, whether one is to come, and whether one ever has.
+// unanswered returns how many bytes have no receipt, whether a receipt is expected, and whether one has ever arrived.
 func (r *receipts) unanswered() (bytes int64, asked, ever bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

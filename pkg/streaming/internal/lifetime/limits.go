@@ -1,5 +1,5 @@
-// Package lifetime ends sessions from outside: for idleness, for age, because the client is dead or takes
-// nothing any more.
+// Package lifetime ends sessions from outside: when they are idle or too old, when the client is dead, or when it has
+// stopped reading.
 package lifetime
 
 import (
@@ -11,28 +11,27 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/event"
 )
 
-// Limits are those of one session. A zero is no limit.
+// Limits bound one session. Zero is no limit.
 type Limits struct {
 	// Idle ends a session in which no payload has moved for this long. Pings do not count
 	// (containerd#5563).
 	Idle time.Duration
 	// Max ends a session this long after its start.
 	Max time.Duration
-	// Warning is how long before either end a line on the terminal says so, when the limit is more than
-	// twice as long.
+	// Warning is how long before either end a line on the terminal warns of it. A limit of at most twice this
+	// time gets no warning.
 	Warning time.Duration
 }
 
-// Terms are what one session is given.
+// Terms are what the server gives to one session.
 type Terms struct {
 	Limits    Limits
-	Bandwidth int64          // bytes a second in each direction, 0 without a limit
-	Buffers   *buffers.Share // closed by who gives it
+	Bandwidth int64          // bytes a second in each direction; 0 is no limit
+	Buffers   *buffers.Share // closed by the server
 	Observe   func(event.Event)
 }
 
-// Limit stops the session when it may not last any longer, whatever it does at that time, until the returned
-// function is called.
+// Limit stops the session at the end of its maximum lifetime. The returned function cancels that.
 func (l Limits) Limit(s *session.Session) (release func()) {
 	if l.Max <= 0 {
 		return func() {}

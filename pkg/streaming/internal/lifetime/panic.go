@@ -11,10 +11,10 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/event"
 )
 
-// Panicked is the reason with which a session ends one of whose goroutines has panicked.
+// Panicked is the reason of a session's end after one of its goroutines has panicked.
 const Panicked = "panic"
 
-// panicGrace is how long a session may take to end one of whose goroutines has panicked.
+// panicGrace is how long a session may take to end after one of its goroutines has panicked.
 const panicGrace = 2 * ShutdownGrace
 
 // StuckGrace is how long a session may take to end one of whose goroutines has panicked until it is given up: its connection was
@@ -27,8 +27,8 @@ func HasPanicked(s *session.Session) bool {
 	return errors.As(context.Cause(s.Context()), &end) && end.Reason == Panicked
 }
 
-// Panic tells a session to end one of whose goroutines has panicked. What the goroutine has left, such as a lock, may keep
-// the session from that: the network connection, which may be nil, is reset after a while.
+// Panic ends a session after one of its goroutines has panicked. The goroutine may have left a lock held, which keeps
+// the session from ending. So the network connection, which may be nil, is reset after panicGrace.
 func Panic(s *session.Session, t Terms, network net.Conn, p *rescue.Panic) {
 	s.Log().Error("a goroutine of a session has panicked: the session ends", "panic", p.Value, "stack", string(p.Stack))
 	if t.Observe != nil {
@@ -40,7 +40,7 @@ func Panic(s *session.Session, t Terms, network net.Conn, p *rescue.Panic) {
 	}
 }
 
-// Reset closes a connection so that its client does not take the end for one in order.
+// Reset closes a connection with a TCP reset, so that its client does not see an orderly end.
 func Reset(network net.Conn) {
 	if tcp, ok := network.(*net.TCPConn); ok {
 		tcp.SetLinger(0)

@@ -7,29 +7,28 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// Timeouts ends a session in which no payload has moved for a while, and warns the user of a terminal
-// before that and before the end of the session's lifetime. The clock is the session's own, so that
-// it does not matter whether a client sends pings (containerd#5563, kubernetes#128314).
+// Timeouts ends an idle session. It warns the user of a terminal before that, and before the end of the session's
+// lifetime. A session is idle when no payload moves. Pings do not count (containerd#5563, kubernetes#128314).
 type Timeouts struct {
 	idle    time.Duration // 0 is off
-	ends    time.Time     // the lifetime's end; zero where there is nothing to warn of
-	warning time.Duration // before idle is over; 0 is none
-	before  time.Duration // before ends
+	ends    time.Time     // the lifetime's end; zero when no warning of it is due
+	warning time.Duration // how long before the idle timeout to warn; 0 is no warning
+	before  time.Duration // how long before ends to warn
 	session *session.Session
 	timer   *time.Timer // nil when there is nothing to wait for
 
-	last   time.Time // payload last moved, the warnings not counted
+	last   time.Time // when payload last moved, not counting warnings
 	moved  int64     // payload up to then, in bytes
 	warned bool      // of idleness, since last
 	own    int64     // bytes of warnings sent
 }
 
-// NewTimeouts begins to watch over a session.
+// NewTimeouts starts the timeouts of a new session.
 func NewTimeouts(l Limits, s *session.Session) *Timeouts {
-	return newTimeouts(l, s, TimeoutsState{Last: time.Now()})
+	return ResumeTimeouts(l, s, TimeoutsState{Last: time.Now()})
 }
 
-// TimeoutsState is where a watch stands.
+// TimeoutsState is the state of Timeouts for a hand-over.
 type TimeoutsState struct {
 	Last         time.Time // when payload last moved
 	Moved        int64     // payload up to then, in bytes
@@ -38,19 +37,15 @@ type TimeoutsState struct {
 	Own          int64     // bytes of warnings sent
 }
 
-// State is where the watch stands, after Stop.
+// State returns the state. Call it after Stop.
 func (t *Timeouts) State() TimeoutsState {
 	return TimeoutsState{Last: t.last, Moved: t.moved, Warned: t.warned, WarnedOfLife: t.before > 0 && t.ends.IsZero(), Own: t.own}
 }
 
-// ResumeTimeouts goes on with the watch over a session.
+// ResumeTimeouts continues from the state of another program's Timeouts.
 func ResumeTimeouts(l Limits, s *session.Session, from TimeoutsState) *Timeouts {
-	return newTimeouts(l, s, from)
-}
-
-func newTimeouts(l Limits, s *session.Session, from TimeoutsState) *Timeouts {
 	t := &Timeouts{idle: l.Idle, session: s, last: from.Last, moved: from.Moved, warned: from.Warned, own: from.Own}
-	// A limit of a few minutes needs no warning.
+	// A limit of a few minutes needs no warning, see Limits.Warning.
 	if s.TTY && t.idle > 2*l.Warning {
 		t.warning = l.Warning
 	}
@@ -66,7 +61,7 @@ func newTimeouts(l Limits, s *session.Session, from TimeoutsState) *Timeouts {
 	return t
 }
 
-// C ticks when Check is due.
+// C receives a value when Check is due.
 func (t *Timeouts) C() <-chan time.Time {
 	if t.timer == nil {
 		return nil
@@ -74,15 +69,15 @@ func (t *Timeouts) C() <-chan time.Time {
 	return t.timer.C
 }
 
-// Stop ends the watch.
+// Stop stops the timer.
 func (t *Timeouts) Stop() {
 	if t.timer != nil {
 		t.timer.Stop()
 	}
 }
 
-// Check stops the session if it has been idle for too long, and returns what the user of a terminal
-// is to read if the session will end soon.
+// Check stops the session if it has been idle for too long. If the session will end soon, it returns a warning for the
+// user of a terminal.
 func (t *Timeouts) Check() (warning string) {
 	received, sent := t.session.Connection().Transferred()
 	if moved := received + sent - t.own; moved > t.moved {
@@ -123,7 +118,7 @@ func (t *Timeouts) idleEnd() time.Time { return t.last.Add(t.idle) }
 
 func (t *Timeouts) warnsOfIdleness() bool { return t.warning > 0 && !t.warned }
 
-// next is the time until check has something to do, if nothing moves in between.
+// next returns the time until Check has something to do, if nothing moves in between.
 func (t *Timeouts) next(now time.Time) time.Duration {
 	var at time.Time
 	if t.idle > 0 {

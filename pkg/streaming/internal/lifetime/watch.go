@@ -17,29 +17,28 @@ import (
 
 const watchInterval = 5 * time.Second
 
-// TCP keepalive of clients' connections: a client whose network is gone is noticed within
-// keepAliveIdle + keepAliveCount*keepAliveInterval = 45 s even if nothing is sent.
+// TCP keepalive of clients' connections. A client whose network is gone is noticed within
+// keepAliveIdle + keepAliveCount*keepAliveInterval = 45 s, even if nothing is sent.
 const (
 	keepAliveIdle     = 15 * time.Second
 	keepAliveInterval = 5 * time.Second
 	keepAliveCount    = 6
 )
 
-// WatchConfig is what a Watcher needs to know.
+// WatchConfig configures a Watcher.
 type WatchConfig struct {
-	// LingerIdle is how long a finished session waits without any progress for the client to take
+	// LingerIdle is how long a finished session waits, without any progress, for the client to read
 	// what is left and to close the connection.
 	LingerIdle time.Duration
-	// PeerSilence is how long the network may stay silent, although an answer is due, before the
-	// client is taken to be gone.
+	// PeerSilence is how long the network may stay silent while an answer is due. After that the client is
+	// considered gone.
 	PeerSilence time.Duration
-	// Observe is told of clients that are let go.
+	// Observe is called for each client that is disconnected.
 	Observe func(event.Event)
 }
 
-// Watcher looks at all sessions every few seconds for what only time can tell: a client whose
-// network is gone while data is on its way, and a finished session that makes no progress. One
-// goroutine serves all sessions.
+// Watcher checks all sessions every few seconds. It disconnects a client whose network is gone while data is on its
+// way, and the client of a finished session that makes no progress. One goroutine serves all sessions.
 type Watcher struct {
 	config WatchConfig
 
@@ -51,13 +50,12 @@ type Watcher struct {
 type Client interface {
 	session.Connection
 	LastReceived() time.Time
-	// Done is closed when the client is known to have gone. What it has sent may still be on its way.
+	// Done is closed when the client is known to have gone. Data that it has sent may still arrive.
 	Done() <-chan struct{}
 	Close() error
 }
 
-// watchedSession is one session's entry. Its fields below the first group belong to the watcher's
-// goroutine.
+// watchedSession is one session's entry. The second group of fields belongs to the watcher's goroutine.
 type watchedSession struct {
 	session *session.Session
 	client  Client
@@ -67,14 +65,14 @@ type watchedSession struct {
 	since    time.Time // when progress was last seen to change
 }
 
-// progress is everything that moves when a client takes what it was sent.
+// progress is everything that changes when a client reads what it was sent.
 type progress struct {
 	received, sent int64
 	lastReceived   time.Time
 	unsent         int // bytes that the peer's kernel has not acknowledged
 }
 
-// NewWatcher returns a watcher of which Run has to be called.
+// NewWatcher returns a watcher. The caller calls Run.
 func NewWatcher(c WatchConfig) *Watcher {
 	return &Watcher{config: c, watched: make(map[*watchedSession]struct{})}
 }
@@ -93,7 +91,7 @@ func (w *Watcher) Add(s *session.Session, client Client, network net.Conn) (remo
 	}
 }
 
-// Run looks until the context is done.
+// Run checks the sessions until the context is done.
 func (w *Watcher) Run(ctx context.Context) {
 	ticker := time.NewTicker(watchInterval)
 	defer ticker.Stop()
@@ -115,7 +113,7 @@ func (w *Watcher) Run(ctx context.Context) {
 	}
 }
 
-// panicked ends a session at which the look has panicked. It is not looked at again.
+// panicked ends a session whose check has panicked. The session is not checked again.
 func (w *Watcher) panicked(e *watchedSession, p *rescue.Panic) {
 	Panic(e.session, Terms{Observe: w.config.Observe}, e.network, p)
 	w.mu.Lock()
@@ -137,7 +135,7 @@ func (w *Watcher) look(e *watchedSession, now time.Time) {
 		e.since = now
 		return
 	}
-	unsent, _ := socket.Unacknowledged(e.network) // 0 is a good guess
+	unsent, _ := socket.Unacknowledged(e.network) // 0 if unknown
 	p := progress{lastReceived: e.client.LastReceived(), unsent: unsent}
 	p.received, p.sent = e.client.Transferred()
 	if p != e.progress {
@@ -155,7 +153,7 @@ func setKeepAlive(c net.Conn) {
 			Enable: true, Idle: keepAliveIdle, Interval: keepAliveInterval, Count: keepAliveCount,
 		})
 		socket.Control(tcp, func(fd int) {
-			// Probes of a closed window back off to two minutes otherwise (Linux 6.15 and later).
+			// Otherwise probes of a closed window back off to two minutes. Linux 6.15 and later have this option.
 			unix.SetsockoptInt(fd, unix.IPPROTO_TCP, tcpRTOMaxMs, int(maxProbeInterval/time.Millisecond)) //nolint:errcheck // older kernels do not know it
 		})
 	}
@@ -166,9 +164,9 @@ const (
 	maxProbeInterval = 10 * time.Second
 )
 
-// peerIsDead tells whether the client's kernel owes an answer for longer than the limit. A client
-// that merely does not read answers: its kernel acknowledges the probes of the closed window. That
-// is why TCP_USER_TIMEOUT, which ends such connections too, is not used.
+// peerIsDead reports whether the client's kernel has owed an answer for longer than the limit. The kernel of a client
+// that merely does not read does answer: it acknowledges the probes of the closed window. TCP_USER_TIMEOUT is not used
+// because it would end such connections too.
 func peerIsDead(c net.Conn, limit time.Duration) bool {
 	tcp, ok := c.(*net.TCPConn)
 	if !ok {

@@ -1,17 +1,17 @@
-// Package memory is what connections share for payload that nobody has read yet.
+// Package memory is the room for unread payload that connections share.
 package memory
 
-// Room is room for unread payload that several connections share. Its methods are called from many goroutines, with
-// locks held, and must not block.
+// Room bounds the unread payload that several connections keep together. Its methods are called from many goroutines,
+// with locks held. They must not block.
 type Room interface {
-	// Full says that no more payload should be kept.
+	// Full reports that no more payload should be kept.
 	Full() bool
-	// Take says that n more bytes are kept, Return that n are not any more.
+	// Take adds n bytes to what is kept, Return removes n.
 	Take(n int)
 	Return(n int)
 }
 
-// Unshared is the room of a connection that shares none.
+// Unshared is the Room of a connection that shares none. It has no bound.
 type Unshared struct{}
 
 // Full implements Room.

@@ -14,8 +14,8 @@ type Waitable interface {
 	SetReadDeadline(time.Time) error
 }
 
-// Raw returns the socket of conn if reading it directly is the same as conn.Read, or nil. Only the plain types are
-// trusted with that: a type that embeds one offers SyscallConn too, but may do something of its own in Read.
+// Raw returns the socket of conn if reading it directly is the same as conn.Read, and nil otherwise. It knows only the plain
+// types: a type that embeds one has SyscallConn too, but may have a Read of its own.
 func Raw(conn net.Conn) syscall.RawConn {
 	switch conn := conn.(type) {
 	case *net.TCPConn:
@@ -28,7 +28,7 @@ func Raw(conn net.Conn) syscall.RawConn {
 	return nil
 }
 
-// Below returns the socket that carries conn, which may be TLS on top of it; nil when there is none.
+// Below returns the socket below conn, which may be TLS, or nil if there is none.
 func Below(conn net.Conn) Waitable {
 	for {
 		switch c := conn.(type) {
@@ -44,7 +44,7 @@ func Below(conn net.Conn) Waitable {
 	}
 }
 
-// Read is one read, retried when a signal interrupts it.
+// Read reads once, and retries when a signal interrupts it.
 func Read(fd uintptr, p []byte) (int, error) {
 	for {
 		n, err := unix.Read(int(fd), p)
@@ -54,7 +54,7 @@ func Read(fd uintptr, p []byte) (int, error) {
 	}
 }
 
-// Write is one write, retried when a signal interrupts it.
+// Write writes once, and retries when a signal interrupts it.
 func Write(fd uintptr, p []byte) (int, error) {
 	for {
 		n, err := unix.Write(int(fd), p)
@@ -70,17 +70,17 @@ type End int
 // Ends of a connection.
 const (
 	Open   End = iota
-	Closed     // with FIN: what it sent before can still be read
-	Dead       // nothing goes either way any more
+	Closed     // with FIN; what the peer sent before can still be read
+	Dead       // closed in both directions
 )
 
-// PeerEnd says how the peer has ended the connection, also while there are bytes before the end that nobody has read.
+// PeerEnd returns how the peer has ended the connection, even while there are unread bytes before the end.
 func PeerEnd(fd int) End {
 	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
 	n, err := unix.Poll(fds, 0)
 	switch events := fds[0].Revents; {
 	case err != nil || n != 1:
-		return Open // nothing is known of an end
+		return Open // no end is known
 	case events&(unix.POLLHUP|unix.POLLERR) != 0:
 		return Dead
 	case events&unix.POLLRDHUP != 0:
@@ -89,7 +89,7 @@ func PeerEnd(fd int) End {
 	return Open
 }
 
-// TakeError takes the error that the kernel has not told anybody yet; nil when there is none.
+// TakeError returns and clears the socket's pending error, or nil if there is none.
 func TakeError(fd int) error {
 	if code, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
 		return unix.Errno(code)

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Control calls f with the descriptor of a connection, below TLS too, or of a file. It does nothing where there is none,
-// and when it is closed: then nothing is to be learnt.
+// Control calls f with the descriptor of a file or a connection, also below TLS. If there is none, or it is closed, Control does
+// nothing.
 func Control(c any, f func(fd int)) {
 	if secure, ok := c.(*tls.Conn); ok {
 		c = secure.NetConn()
@@ -22,8 +22,8 @@ func Control(c any, f func(fd int)) {
 	}
 }
 
-// Unacknowledged is how many bytes were written to the connection that the peer's kernel has not got yet; false when
-// that is not known.
+// Unacknowledged returns how many bytes that were written to the connection the peer's kernel has not acknowledged. known is
+// false if that is unknown.
 func Unacknowledged(c net.Conn) (n int, known bool) {
 	Control(c, func(fd int) {
 		var err error
@@ -33,7 +33,7 @@ func Unacknowledged(c net.Conn) (n int, known bool) {
 	return n, known
 }
 
-// Pending is how many bytes lie in a pipe, seen from either of its ends.
+// Pending returns how many bytes are in a pipe. It works at either end.
 func Pending(pipe syscall.Conn) (bytes int) {
 	Control(pipe, func(fd int) { bytes, _ = unix.IoctlGetInt(fd, unix.TIOCINQ) }) //nolint:errcheck // then nothing is known to be there
 	return bytes

@@ -9,24 +9,24 @@ import (
 	"time"
 )
 
-// aLongTimeAgo as a deadline ends a wait at once.
+// aLongTimeAgo is a deadline that ends a wait at once.
 var aLongTimeAgo = time.Unix(1, 0)
 
-// Waiter waits for an event that no socket knows of, and sees meanwhile what happens at a socket, without reading from
-// it. One goroutine waits; Wake and Interrupt may be called from any. During a wait nobody else may set the socket's
-// read deadline.
+// Waiter waits for an event outside of a socket and for events of the socket at the same time, without reading from the
+// socket. One goroutine waits. Wake and Interrupt may be called from any. During a wait nobody else may set the socket's read
+// deadline.
 type Waiter struct {
 	socket Waitable
-	raw    syscall.RawConn // of socket; nil without: then it waits all the same
+	raw    syscall.RawConn // of socket; nil if there is no socket
 
 	waiting atomic.Bool
 
 	mu          sync.Mutex // orders Wake and Interrupt against the beginning and the end of a wait
 	interrupted bool
-	wakes       chan struct{} // where there is no socket to wait on
+	wakes       chan struct{} // used if there is no socket
 }
 
-// Init makes it wait at a socket, which may be nil.
+// Init sets the socket, which may be nil.
 func (w *Waiter) Init(socket Waitable) {
 	w.wakes = make(chan struct{}, 1)
 	if socket != nil {
@@ -35,15 +35,15 @@ func (w *Waiter) Init(socket Waitable) {
 	}
 }
 
-// Waiting says whether somebody waits.
+// Waiting reports whether a goroutine waits.
 func (w *Waiter) Waiting() bool { return w.waiting.Load() }
 
-// None is given to the condition of a wait that has no socket.
+// None is the argument of the condition if there is no socket.
 const None = ^uintptr(0)
 
-// Until waits until done is true, for Wake or Interrupt, the end of the connection, or the time; it may also return
-// early. done is asked when the wait begins and whenever something happens at the socket, which it is given. After the
-// last of several waits in a row End is called. The error is that of a closed socket.
+// Until waits until done returns true, for Wake or Interrupt, the end of the connection, or the time. It may also return
+// early. It calls done with the socket's descriptor when the wait begins, and whenever something happens at the socket. After
+// the last of several waits in a row, call End. The error is that of a closed socket.
 func (w *Waiter) Until(until time.Time, done func(fd uintptr) bool) error {
 	if w.raw == nil {
 		w.waiting.Store(true)
@@ -60,7 +60,7 @@ func (w *Waiter) Until(until time.Time, done func(fd uintptr) bool) error {
 	}
 	w.mu.Lock()
 	var err error
-	if !w.interrupted { // else the deadline has passed
+	if !w.interrupted { // otherwise the deadline stays in the past
 		err = w.socket.SetReadDeadline(until)
 	}
 	w.waiting.Store(true)
@@ -74,7 +74,7 @@ func (w *Waiter) Until(until time.Time, done func(fd uintptr) bool) error {
 	return nil
 }
 
-// End leaves the socket to its readers again.
+// End ends a row of waits and clears the socket's read deadline for its readers.
 func (w *Waiter) End() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -84,7 +84,7 @@ func (w *Waiter) End() {
 	}
 }
 
-// Wake makes Until return, if somebody waits.
+// Wake makes Until return, if a goroutine waits.
 func (w *Waiter) Wake() {
 	if !w.waiting.Load() {
 		return
@@ -96,7 +96,7 @@ func (w *Waiter) Wake() {
 	}
 }
 
-// Interrupt ends the wait, and all later ones: the socket's read deadline stays in the past.
+// Interrupt ends the wait and all later ones. The socket's read deadline stays in the past.
 func (w *Waiter) Interrupt() {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -9,17 +9,16 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 )
 
-// probeInterval is how often a connection that is not read tells the peer something. The end of a
-// connection cannot arrive past data that does not fit the receive window, so a peer that was
-// killed in the middle of sending would go unnoticed for as long as its data is not read. But its
-// kernel answers anything sent to it with RST, and RST needs no window. The probe is an empty
-// SETTINGS and not a PING: the client library answers PING under the lock that its stuck writer
-// holds, and five of them stop all its streams.
+// probeInterval is how often a connection that is not read is probed. FIN cannot arrive before data that does not fit the
+// receive window. So without a probe a peer that was killed while it was sending would go unnoticed as long as its data is
+// not read. But its kernel answers whatever is sent to it with RST, which needs no window. The probe is an empty SETTINGS and
+// not a PING: the client library answers PING under the lock that its blocked writer holds, and five PINGs block all its
+// streams.
 //
-// Only a server probes, since RST also throws away what the peer had still to deliver. A server closes
-// right after its last byte, and its kernel delivers the rest for as long as nobody disturbs it. A client of
-// these protocols that closes while it sends has most often died; but some finish an upload and go, and so
-// the first probe comes when nothing has moved for probePatience.
+// Only a server probes, because RST also discards what the peer's kernel has not delivered yet. A server as the peer closes
+// right after its last byte, and its kernel delivers the rest as long as nothing is sent to it. A client of these protocols
+// that closes while it sends has usually died. But some clients finish an upload and leave, so the first probe is sent when
+// nothing has moved for probePatience.
 const (
 	probePatience = 5 * time.Second
 	probeInterval = time.Second
@@ -43,10 +42,9 @@ func (k *blocker) init(c *Conn) {
 	k.waiter.Init(socket.Below(c.conn))
 }
 
-// wait returns when s has room or takes no more data, or with an error when this side has closed
-// the connection.
+// wait returns when s has room or accepts no more data. It returns an error when this side has closed the connection.
 func (k *blocker) wait(s *Stream) error {
-	// What was read before may hold frames that are still to be answered.
+	// Answers to earlier frames may be queued.
 	k.c.out.flush()
 	k.stream = s
 	began := time.Now()
@@ -95,7 +93,7 @@ func (k *blocker) wait(s *Stream) error {
 
 func (k *blocker) probe() {
 	select {
-	case <-k.c.done: // there is nothing to find out
+	case <-k.c.done: // the end is known already
 	default:
 		if k.c.peerOdd {
 			k.c.out.probe()
@@ -106,18 +104,18 @@ func (k *blocker) probe() {
 // check runs when the wait begins and whenever something happens at the socket.
 func (k *blocker) check(fd uintptr) bool {
 	if end := peerEnd(fd); end != nil {
-		// What it has sent is still delivered as room is made.
+		// What it has sent is still delivered when there is room.
 		k.c.markGone(end)
-		k.c.out.fail(end) // nobody is there to read what a writer may be stuck with
+		k.c.out.fail(end) // unblocks writers: nobody reads what they send
 	}
 	return k.stream.hasRoom() || k.c.ending()
 }
 
-// ending says that the read loop is not to wait any more.
+// ending reports whether the read loop must not wait any more.
 func (c *Conn) ending() bool { return c.closing.Load() || c.frozen.Load() }
 
-// stalledStream picks the stream to be reset when s stands in the way: of those nobody has read for
-// Config.Stall the one that holds most. It is s itself unless another has used up the common room.
+// stalledStream returns the stream to reset when s blocks the connection: of those that were not read for Config.Stall, the one
+// that holds the most. It is s itself unless another stream has used up the common room.
 func (c *Conn) stalledStream(s *Stream, now time.Time) *Stream {
 	most := s.held()
 	for _, other := range c.openStreams() {
@@ -128,14 +126,14 @@ func (c *Conn) stalledStream(s *Stream, now time.Time) *Stream {
 	return s
 }
 
-// peerEnd says how the peer has ended the connection: ErrPeerClosed, ErrPeerReset, or nil while it has not.
+// peerEnd returns how the peer has ended the connection: ErrPeerClosed, ErrPeerReset, or nil while it has not.
 func peerEnd(fd uintptr) error {
 	if fd == socket.None {
 		return nil
 	}
 	switch socket.PeerEnd(int(fd)) {
 	case socket.Dead:
-		// A reset behind a FIN, which what is sent to a closed socket is answered with, is called EPIPE.
+		// A closed socket answers data with a reset after its FIN. The error is then EPIPE, not ECONNRESET.
 		if socket.TakeError(int(fd)) == unix.ECONNRESET {
 			return ErrPeerReset
 		}

@@ -1,14 +1,14 @@
-// Package spdy is a SPDY/3.1 connection as the streaming protocols of Kubernetes use it: both ends,
-// no priorities, no push, no flow control windows.
+// Package spdy implements SPDY/3.1 connections as the streaming protocols of Kubernetes use them: both ends,
+// without priorities, push or flow control windows.
 //
-// The protocol without I/O stands in packages of its own: frames (the wire), control (the queue of control frames), buffer
-// (payload on its way) and state (a hand-over); direct writes received payload at once. What is here joins
-// them with sockets, goroutines and deadlines.
+// The parts without I/O have packages of their own: frames (the wire format), control (the queue of control frames), buffer
+// (payload on its way) and state (a hand-over). Package direct writes received payload without buffering it. This package
+// joins them with sockets, goroutines and deadlines.
 //
 // Source: https://www.chromium.org/spdy/spdy-protocol/spdy-protocol-draft3-1/. The draft's flow
 // control (2.6.8) is left out on purpose: the clients of Kubernetes never send WINDOW_UPDATE and
-// ignore ours, so whoever waits for a window waits for ever. What bounds inbound data instead is
-// described at Config.StreamBuffer.
+// ignore ours, so waiting for a window would be waiting for ever. Config.StreamBuffer describes what bounds inbound data
+// instead.
 package spdy
 
 import (
@@ -35,41 +35,40 @@ import (
 
 // Config has the callback and the limits of a connection. Zero limits take the defaults.
 type Config struct {
-	// OnStream is called for each stream that the peer opens, from the read loop, and must not
-	// block. The stream is accepted (SYN_REPLY) when OnStream returns, calls Accept or first writes
-	// to the stream, unless it has reset the stream by then. From the call on the stream belongs to the
-	// callee, who reads it to its end or calls CloseRead, and calls CloseWrite; or calls Reset.
+	// OnStream is called from the read loop for each stream that the peer opens. It must not block. The stream is
+	// accepted (SYN_REPLY) when OnStream returns, calls Accept or first writes to the stream, unless it has reset the
+	// stream before. From the call on the callee owns the stream. It either reads the stream to its end or calls
+	// CloseRead, and calls CloseWrite; or it calls Reset.
 	//
-	// With a nil OnStream every stream of the peer is refused.
+	// If OnStream is nil, every stream of the peer is refused.
 	OnStream func(*Stream)
 
-	// MaxStreams limits the streams that are open at once; further ones are refused. A stream
-	// counts until both directions have ended and its data was read or discarded. Default 1024.
+	// MaxStreams bounds the streams that are open at once. Further ones are refused. A stream counts until both
+	// directions have ended and its data was read or discarded. Default 1024.
 	MaxStreams int
 
-	// StreamBuffer is how many bytes of unread data each stream may hold in any case, and
-	// ConnBuffer how many more all streams of the connection together. Once both are used up, the
-	// connection is not read any more until the stream whose data comes next is read: TCP then
-	// slows the peer down. Memory is bounded by MaxStreams*StreamBuffer + ConnBuffer. Defaults
-	// 64 KiB and 16 MiB.
+	// StreamBuffer bounds the bytes of unread data that each stream may always hold. ConnBuffer bounds what all streams
+	// of the connection together may hold beyond that. When both are used up, the connection is not read until the
+	// stream whose data comes next is read, so that TCP slows the peer down. Memory is bounded by
+	// MaxStreams*StreamBuffer + ConnBuffer. Defaults 64 KiB and 16 MiB.
 	StreamBuffer int
 	ConnBuffer   int
-	// Room is what this connection shares with others for unread data. While it is full, a stream that holds
-	// some already gets no more until it is read. Nil: only the limits above.
+	// Room is shared with other connections for unread data. While it is full, a stream that holds data gets no more
+	// until it is read. If nil, only the limits above hold.
 	Room memory.Room
-	// Stall bounds how long one stream can hold up the connection that way (kubernetes#78446):
-	// when the connection has not been read for so long, and the stream in the way was not read
-	// either, the stream with most unread data among those that stand still is reset. Zero: never,
-	// which is right where all streams serve one process, as with exec: there a command that does not
-	// read its stdin for a minute is nothing unusual.
+	// Stall bounds how long one stream may block the connection that way (kubernetes#78446). When neither the
+	// connection nor the blocking stream was read for so long, one stream is reset: of those that do not move, the one
+	// with the most unread data. Zero is never. That is right if all streams serve one process, as with exec: a command
+	// may well leave its stdin unread for a minute.
 	Stall time.Duration
 	// OnStall is called, from the read loop, when a stream is reset for that reason. It must not
-	// block. May be nil.
+	// block. It may be nil.
 	OnStall func()
-	// Receipts is called with a new connection, before it is served, and returns what slows its streams down. Nil, the
-	// default, slows nothing.
+	// Receipts is called with a new connection, before it is served. It returns what slows the connection's streams
+	// down. If nil, nothing does.
 	Receipts func(*Conn) Receipts
-	// OnPanic is told of a panic in a goroutine of the connection's own, or in AfterReset's. Nil ends the process.
+	// OnPanic is called after a panic in one of the connection's own goroutines, or in AfterReset's. If nil, a panic ends
+	// the process.
 	OnPanic rescue.Report
 }
 
@@ -87,18 +86,17 @@ func (c Config) withDefaults() Config {
 }
 
 const (
-	// maxControlFrame limits the payload of a control frame in bytes; the draft wants 8 KiB at least. It fits the read
+	// maxControlFrame bounds the payload of a control frame in bytes. The draft requires at least 8 KiB. It fits the read
 	// buffer, so that a control frame is always parsed in place.
 	maxControlFrame = 16 << 10
-	// closeTimeout bounds how long Close waits for a writer in a blocked socket and for its own
-	// GOAWAY.
+	// closeTimeout bounds how long Close waits for a blocked writer and for its own GOAWAY.
 	closeTimeout = 250 * time.Millisecond
 )
 
-// headerLimits are those of a header block: headers, bytes of a name or a value, and of all when inflated.
+// headerLimits bound a header block: the number of headers, the bytes of a name or a value, and all bytes when inflated.
 var headerLimits = frames.HeaderLimits{Count: 64, Field: 8 << 10, Total: 64 << 10}
 
-// aLongTimeAgo as a deadline ends a wait at once.
+// aLongTimeAgo is a deadline that ends a wait at once.
 var aLongTimeAgo = time.Unix(1, 0)
 
 // Conn is one SPDY connection. All methods may be called from any goroutine, Serve only once.
@@ -119,7 +117,7 @@ type Conn struct {
 
 	mu      sync.Mutex
 	goneErr error // why done is closed
-	endErr  error // set when no frame will be read any more; new streams get it at once
+	endErr  error // set when no more frames will be read; new streams get it at once
 	streams map[uint32]*Stream
 	ended   []*Stream // the last that have left streams, at most maxEnded
 
@@ -138,14 +136,14 @@ type Conn struct {
 	closeErr  error
 }
 
-// NewServer makes the end of a connection whose peer opens streams with odd ids. conn is the
-// connection after the HTTP upgrade, and buffered what was read from it past the upgrade. The Conn
-// owns conn from now on and closes it in Close; nobody else may set deadlines on it.
+// NewServer returns the end of a connection whose peer opens streams with odd ids. conn is the
+// connection after the HTTP upgrade, and buffered is what was read from it past the upgrade. The Conn
+// then owns conn and closes it in Close. Nobody else may set deadlines on it.
 func NewServer(conn net.Conn, buffered []byte, cfg Config) *Conn {
 	return newConn(conn, buffered, cfg, true)
 }
 
-// NewClient is NewServer for the end that opens streams with odd ids itself.
+// NewClient is like NewServer, for the end that opens streams with odd ids itself.
 func NewClient(conn net.Conn, buffered []byte, cfg Config) *Conn {
 	return newConn(conn, buffered, cfg, false)
 }
@@ -179,17 +177,17 @@ func newConn(conn net.Conn, buffered []byte, cfg Config, server bool) *Conn {
 	return c
 }
 
-// Serve reads frames until the peer is gone, the peer breaks the protocol, ctx is done or Close is
-// called, and returns what Err returns. When it returns, every stream has ended, and what they
-// hold can still be read unless this side closed the connection. Close is still to be called.
+// Serve reads frames until the peer is gone, the peer breaks the protocol, ctx is done or Close is called. It returns what
+// Err returns. When it returns, every stream has ended. What streams hold can still be read, unless this side has closed the
+// connection. The caller still calls Close.
 //
-// A connection that is not served does not move: Serve is to be called soon after New.
+// A connection that is not served does not move, so call Serve soon after New.
 //
 // After Freeze it returns handover.ErrFrozen, and nothing has ended.
 func (c *Conn) Serve(ctx context.Context) error {
 	c.serving.Store(true)
 	defer c.serving.Store(false)
-	if c.hasEnded() { // before it was resumed
+	if c.hasEnded() { // already before the hand-over
 		return c.Err()
 	}
 	closed := make(chan struct{})
@@ -210,7 +208,7 @@ func (c *Conn) Serve(ctx context.Context) error {
 	}
 	c.markGone(err)
 	c.endStreams(c.Err(), false)
-	// Nobody is there to read what a writer may be stuck with.
+	// Unblocks writers: nobody reads what they send.
 	c.out.fail(c.Err())
 	c.headers.Refuse()
 	if !stop() {
@@ -219,8 +217,8 @@ func (c *Conn) Serve(ctx context.Context) error {
 	return c.Err()
 }
 
-// OpenStream opens a stream with the given headers. It does not wait for the peer's SYN_REPLY:
-// data may be written at once, and a refusal shows as a reset.
+// OpenStream opens a stream with the given headers. It does not wait for the peer's SYN_REPLY. Data may be written at once. If
+// the peer refuses the stream, the stream is reset.
 func (c *Conn) OpenStream(header http.Header) (*Stream, error) {
 	s, err := c.out.openStream(header)
 	if err != nil {
@@ -230,16 +228,15 @@ func (c *Conn) OpenStream(header http.Header) (*Stream, error) {
 	return s, nil
 }
 
-// NetConn is the connection underneath, to ask it about its state; bytes must not be read from it or
-// written to it.
+// NetConn returns the underlying connection, to query its state. The caller must not read from it or write to it.
 func (c *Conn) NetConn() net.Conn { return c.conn }
 
-// Done is closed as soon as the peer is known to be gone: its connection has ended, also when the
-// read loop waits for room at that time, or it has said so with GOAWAY; or when Close is called
-// here. Data that came before can still be read.
+// Done is closed as soon as the peer is known to be gone, or when Close is called here. The peer is gone when it has sent
+// GOAWAY or its connection has ended, which is noticed even while the read loop waits for room. Data that arrived before can
+// still be read.
 func (c *Conn) Done() <-chan struct{} { return c.done }
 
-// Err says why Done is closed: ErrPeerClosed, ErrGoAway, ErrPeerReset, ErrClosed, a *ConnectionError, the cause
+// Err returns why Done is closed: ErrPeerClosed, ErrGoAway, ErrPeerReset, ErrClosed, a *ConnectionError, the cause
 // of Serve's context, or an error of the network. It is nil before.
 func (c *Conn) Err() error {
 	c.mu.Lock()
@@ -247,8 +244,8 @@ func (c *Conn) Err() error {
 	return c.goneErr
 }
 
-// Close says GOAWAY as far as that is possible within 250 ms, closes the TCP connection, and wakes
-// every reader and writer. What was received and not read is dropped. Further calls do nothing.
+// Close sends GOAWAY if that is possible within 250 ms, closes the TCP connection, and unblocks every reader and writer. What
+// was received and not read is discarded. Further calls do nothing.
 func (c *Conn) Close() error {
 	c.closeWith(ErrClosed, frames.GoAwayOK)
 	return c.closeErr
@@ -257,7 +254,7 @@ func (c *Conn) Close() error {
 func (c *Conn) closeWith(reason error, status frames.GoAwayStatus) {
 	c.closeOnce.Do(func() {
 		if !c.beginClosing() {
-			return // whoever has frozen it decides
+			return // frozen: State or Discard decides
 		}
 		c.markGone(reason)
 		c.endStreams(reason, true)
@@ -269,7 +266,7 @@ func (c *Conn) closeWith(reason error, status frames.GoAwayStatus) {
 	})
 }
 
-// beginClosing fails on a frozen connection.
+// beginClosing marks the connection as closing. It returns false for a frozen connection.
 func (c *Conn) beginClosing() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -280,9 +277,8 @@ func (c *Conn) beginClosing() bool {
 	return true
 }
 
-// Ping sends a PING and returns without waiting for the answer, which shows in LastReceived. It
-// does not block; while an earlier PING has not left, it does nothing. An error means that the
-// connection has ended.
+// Ping sends a PING. It neither blocks nor waits for the answer, which shows in LastReceived. While an earlier PING is not
+// sent yet, it does nothing. An error means that the connection has ended.
 func (c *Conn) Ping() error {
 	if err := c.out.failure(); err != nil {
 		return err
@@ -292,11 +288,11 @@ func (c *Conn) Ping() error {
 	return nil
 }
 
-// LastActivity is when payload last came or went: not PING, not empty frames. It begins with the
-// connection (containerd#5563: a PING must not keep an idle session alive).
+// LastActivity returns when payload was last received or sent, or when the connection began. PINGs and empty frames do not
+// count (containerd#5563: a PING must not keep an idle session alive).
 func (c *Conn) LastActivity() time.Time { return time.Unix(0, c.lastActivity.Load()) }
 
-// LastReceived is when anything last came from the peer.
+// LastReceived returns when anything was last received.
 func (c *Conn) LastReceived() time.Time { return time.Unix(0, c.lastReceived.Load()) }
 
 // RefuseStreams refuses all further streams of the peer and frees the memory that reading their headers takes, 45 to
@@ -305,7 +301,7 @@ func (c *Conn) RefuseStreams() {
 	c.headers.Refuse()
 }
 
-// markGone closes Done, the first time with its reason.
+// markGone closes Done. Only the first reason counts.
 func (c *Conn) markGone(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -315,7 +311,7 @@ func (c *Conn) markGone(err error) {
 	}
 }
 
-// endStreams tells every stream, and those that are opened later, that nothing more will arrive.
+// endStreams ends the receiving side of every stream, and of those that are opened later.
 func (c *Conn) endStreams(err error, discard bool) {
 	c.mu.Lock()
 	if c.endErr == nil {
@@ -327,7 +323,7 @@ func (c *Conn) endStreams(err error, discard bool) {
 	}
 }
 
-// addStream makes a stream known, or says why it cannot be.
+// addStream registers a stream, or returns why it cannot.
 func (c *Conn) addStream(s *Stream) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -353,14 +349,14 @@ func (c *Conn) findStream(id uint32) *Stream {
 	return c.streams[id]
 }
 
-// openStreams returns the streams that are not forgotten.
+// openStreams returns the registered streams.
 func (c *Conn) openStreams() []*Stream {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return slices.Collect(maps.Values(c.streams))
 }
 
-// forget removes a stream that is over and holds no data. Further calls do nothing.
+// forget unregisters a stream that is over and holds no data. Further calls do nothing.
 func (c *Conn) forget(s *Stream) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -374,5 +370,5 @@ func (c *Conn) forget(s *Stream) {
 	c.ended = append(c.ended, s)
 }
 
-// peerOpens says whether streams with this id are the peer's to open.
+// peerOpens reports whether the peer opens streams with this id.
 func (c *Conn) peerOpens(id uint32) bool { return (id%2 == 1) == c.peerOdd }

@@ -6,7 +6,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
-// ConnectionError is a fault after which the connection cannot go on.
+// ConnectionError is a fault that ends the connection.
 type ConnectionError = frames.ConnectionError
 
 // ResetError is the end of one stream by RST_STREAM, from the peer or from this side.
@@ -26,13 +26,13 @@ const (
 )
 
 var (
-	// ErrClosed is the end of a connection that this side closed.
+	// ErrClosed means that this side has closed the connection.
 	ErrClosed = errors.New("spdy: connection closed")
-	// ErrGoAway is the end of a connection whose peer said goodbye with GOAWAY.
+	// ErrGoAway means that the peer has sent GOAWAY.
 	ErrGoAway = errors.New("spdy: peer closed the connection with GOAWAY")
-	// ErrPeerClosed is the end of a connection whose peer closed it, with FIN, without GOAWAY.
+	// ErrPeerClosed means that the peer has sent FIN without GOAWAY.
 	ErrPeerClosed = errors.New("spdy: peer closed the connection")
-	// ErrPeerReset is the end of a connection that the peer's kernel has reset.
+	// ErrPeerReset means that the peer's kernel has reset the connection.
 	ErrPeerReset = errors.New("spdy: peer reset the connection")
 	// ErrWriteClosed is returned for writes after CloseWrite.
 	ErrWriteClosed = errors.New("spdy: write after FIN")

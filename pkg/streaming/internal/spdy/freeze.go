@@ -11,17 +11,16 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/buffer"
 )
 
-// maxEnded is how many streams a connection remembers that are over, for its state: who held one of them asks it how it
-// has ended.
+// maxEnded bounds the ended streams that a connection remembers for its state, which says how they have ended.
 const maxEnded = 16
 
-// Freeze ends all calls that wait on the connection and its streams, Serve too, with handover.ErrFrozen; see
-// State. It waits for nobody, and further calls do nothing. A frozen connection is not closed by Close and not by
-// Serve's context.
+// Freeze ends all calls that wait on the connection and its streams, including Serve, with handover.ErrFrozen; see State.
+// It does not wait for them. Further calls do nothing. Close and the end of Serve's context do not close a frozen
+// connection.
 //
-// Of calls on a frozen connection's streams, Write takes all of its bytes or none, ReadFrom sends what it has
-// read before, and CloseWrite, CloseRead and Reset do what they do; what is not on the wire then is in the state. What
-// Read and WriteTo have not given away is there to be read after Resume.
+// On the streams of a frozen connection, Write takes all of its bytes or none, ReadFrom sends what it has read, and
+// CloseWrite, CloseRead and Reset work as before. Bytes that are not on the wire by then are in the state. Bytes that Read
+// and WriteTo have not passed on can be read after Resume.
 func (c *Conn) Freeze() {
 	c.mu.Lock()
 	if c.frozen.Load() {
@@ -34,7 +33,7 @@ func (c *Conn) Freeze() {
 	streams := append(slices.Collect(maps.Values(c.streams)), c.ended...)
 	c.mu.Unlock()
 
-	if !closing { // else its waits end with it
+	if !closing { // closing ends all waits too
 		if below, ok := c.conn.(interface{ Freeze() }); ok {
 			below.Freeze()
 		} else {
@@ -53,15 +52,15 @@ func (c *Conn) Freeze() {
 // Frozen is closed by Freeze.
 func (c *Conn) Frozen() <-chan struct{} { return c.freezing }
 
-// held says that nothing is written any more because of Freeze. A connection that closes says goodbye first.
+// held reports whether writes are held back because of Freeze. A connection that is closing still sends its GOAWAY.
 func (c *Conn) held() bool { return c.frozen.Load() && !c.closing.Load() }
 
-// stopped says whether a read or a write has ended because of Freeze.
+// stopped reports whether a read or a write has ended because of Freeze.
 func (c *Conn) stopped(err error) bool {
 	return c.held() && (errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, handover.ErrFrozen))
 }
 
-// Discard gives a frozen connection up: without State it is closed.
+// Discard closes a frozen connection whose State is not wanted.
 func (c *Conn) Discard() {
 	if c.frozen.Load() {
 		c.out.fail(ErrClosed)
@@ -76,7 +75,7 @@ func (c *Conn) Discard() {
 	}
 }
 
-// returnRoom gives back the room of a connection whose streams nobody reads any more.
+// returnRoom releases the room of a connection whose streams nobody reads any more.
 func (c *Conn) returnRoom() {
 	for _, s := range c.openStreams() {
 		s.mu.Lock()
@@ -86,8 +85,8 @@ func (c *Conn) returnRoom() {
 	}
 }
 
-// acceptedLocked takes a frame in that does not go out any more: it is in the state, behind all that was queued before it. Without
-// committed, when nobody relies on it yet, it is refused. The write lock is held.
+// acceptLocked accepts a frame on a frozen connection: it becomes part of the state, after everything that was queued before.
+// A frame that is not committed is refused. Called with the write lock held.
 func (w *writer) acceptLocked(s *Stream, b *buffer.Buffer, fin, committed bool) (int, error) {
 	if err := w.failure(); err != nil {
 		return 0, err
@@ -105,13 +104,13 @@ func (w *writer) acceptLocked(s *Stream, b *buffer.Buffer, fin, committed bool) 
 	return n, nil
 }
 
-// deferLocked puts bytes behind all that waits to be written.
+// deferLocked adds bytes after everything that waits to be written.
 func (w *writer) deferLocked(p []byte) {
 	w.unsent = append(append(w.unsent, w.control.Take()...), p...)
 	w.control.Held(len(p))
 }
 
-// putBack puts a buffer back that take has returned, as the oldest.
+// putBack returns a buffer from take, as the oldest.
 func (s *Stream) putBack(b *buffer.Buffer) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -123,7 +122,7 @@ func (s *Stream) putBack(b *buffer.Buffer) {
 	s.conn.remember(s)
 }
 
-// putAll is put without a limit, for what was read from the socket when the connection was frozen.
+// putAll is like put without a limit, for what was read from the socket when the connection was frozen.
 func (s *Stream) putAll(p []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -138,7 +137,7 @@ func (s *Stream) putAll(p []byte) {
 	s.arrived.Signal()
 }
 
-// remember makes a stream known again that has got back data.
+// remember registers a stream again that has got data back.
 func (c *Conn) remember(s *Stream) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

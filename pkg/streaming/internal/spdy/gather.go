@@ -2,9 +2,8 @@ package spdy
 
 import "time"
 
-// A client that uploads sends data frame after data frame. Where their payload goes into a pipe or a TCP
-// connection, and the stream's reader waits, the read loop reads much at once and writes the payload of all
-// the frames in it with one system call.
+// A client that uploads sends data frame after data frame. If their payload goes to a pipe or a TCP connection, and the
+// stream's reader waits, the read loop reads much at once and writes the payload of all frames in it with one system call.
 //
 // At any time one goroutine owns the destination, under Stream.mu:
 //
@@ -16,36 +15,35 @@ import "time"
 //	              └──────────────────► buffers ──────────────────────► pipe or TCP, or any other writer
 //	                 none left (block.go): the loop waits, and the connection is not read
 //
-// WriteTo gives the destination to the loop by setting Stream.direct before it waits for data, and takes it back by
-// clearing it before it takes a buffer. The loop hands on nothing directly while a buffer is left, so that bytes stay in order.
+// WriteTo passes the destination to the loop by setting Stream.direct before it waits for data, and takes it back by
+// clearing it before it takes a buffer. The loop writes nothing directly while a buffer is left, so that bytes stay in order.
 
 const (
 	// gatherMin is the smallest payload that is worth the larger reads.
 	gatherMin = 16 << 10
 	// maxPieces bounds how many frames are written at once.
 	maxPieces = 64
-	// directWait bounds how long the read loop waits for a destination that is full, until all that it has read
-	// at once is written: those who read make room long before. After it the payload is kept in the stream's
-	// buffers, as it is for any reader who is slow, and the read loop sees what else the client sends, such as
-	// pings. See also mayWait.
+	// directWait bounds how long the read loop waits for a full destination until everything that it has read is
+	// written. A destination that is read makes room much sooner. After it the payload goes to the stream's buffers, as for
+	// any slow reader, and the read loop handles what else the client sends, such as pings. See also mayWait.
 	directWait = 20 * time.Millisecond
 )
 
-// gathers says whether the read loop may gather the stream's payload at this time.
+// gathers reports whether the read loop may gather the stream's payload now.
 func (s *Stream) gathers() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.direct != nil && s.unread.Empty()
 }
 
-// flushGathered hands on what was gathered. It has to be done before anything else that came later is handled,
-// and before the buffer is used again.
+// flushGathered writes what was gathered, or stores it in the stream's buffers. It must be called before anything that arrived
+// later is handled, and before the buffer is used again.
 func (r *reader) flushGathered() error {
 	s, pieces := r.gathered, r.pieces
 	if len(pieces) == 0 {
 		return nil
 	}
-	var deadline time.Time // of all the waiting together
+	var deadline time.Time // for all waits together
 	for len(pieces) > 0 {
 		n, full := s.writePieces(pieces)
 		for n > 0 {
@@ -75,8 +73,8 @@ func (r *reader) flushGathered() error {
 	return nil
 }
 
-// writePieces writes as much as possible directly, which may be nothing, and says whether there may be room
-// for the rest later.
+// writePieces writes as much as possible directly, which may be nothing. full reports whether there may be room for the rest
+// later.
 func (s *Stream) writePieces(pieces [][]byte) (n int, full bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -88,7 +86,7 @@ func (s *Stream) writePieces(pieces [][]byte) (n int, full bool) {
 	return n, !s.direct.Failed()
 }
 
-// awaitDirect waits for room where the stream's WriteTo would write and says whether there is some.
+// awaitDirect waits for room in the destination of the stream's WriteTo, and reports whether there is room.
 func (r *reader) awaitDirect(s *Stream, limit time.Duration) bool {
 	if s.conn.frozen.Load() || !s.conn.mayWait() {
 		return false
@@ -99,8 +97,8 @@ func (r *reader) awaitDirect(s *Stream, limit time.Duration) bool {
 	return to != nil && r.room.Await(to, limit)
 }
 
-// awaitCaughtUp waits for WriteTo to have written what is buffered, so that what comes next can take the direct
-// way: a client that sends faster than the process reads would otherwise have all of it take the other.
+// awaitCaughtUp waits until WriteTo has written what is buffered, so that the next data can be written directly. Otherwise all
+// data of a client that sends faster than the process reads would go through the buffers.
 func (s *Stream) awaitCaughtUp() {
 	s.mu.Lock()
 	if s.writesTo == nil || s.slow || s.unread.Empty() || s.readErr != nil || s.readClosed || !s.conn.mayWait() {
@@ -122,8 +120,8 @@ func (s *Stream) awaitCaughtUp() {
 	}
 }
 
-// mayWait says whether the read loop may wait for one stream: where nobody suffers from it, because all
-// streams serve one process or one forwarded connection, which has two.
+// mayWait reports whether the read loop may wait for one stream. It may if nothing else suffers: all streams serve one
+// process, or one forwarded connection, which has two streams.
 func (c *Conn) mayWait() bool {
 	if c.cfg.Stall == 0 {
 		return true

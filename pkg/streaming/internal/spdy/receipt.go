@@ -2,10 +2,10 @@ package spdy
 
 import "github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 
-// Receipts decides how far the connection may be ahead of what the peer's programs have taken. Its methods may be called
-// from several goroutines; none but Await blocks.
+// Receipts decides how far the connection may be ahead of what the peer has read. Its methods may be called from several
+// goroutines. Only Await blocks.
 type Receipts interface {
-	// Await waits until payload may be sent, and returns how many bytes, 1 or more. When one of the channels is closed it
+	// Await waits until payload may be sent, and returns how many bytes, at least 1. If one of the channels is closed, it
 	// returns any number.
 	Await(stream, conn, freezing <-chan struct{}) int
 	// Sent is called with the number of bytes of payload that were written on any stream.
@@ -29,15 +29,15 @@ func (c *Conn) noteSent(n int) {
 	}
 }
 
-// pingAnswered is called from the read loop when a PING of ours has come back.
+// pingAnswered is called from the read loop when the peer has answered a PING of ours.
 func (c *Conn) pingAnswered(id uint32) {
 	if c.receipts != nil {
 		c.receipts.Answered(id)
 	}
 }
 
-// Pings queues several PINGs in a row, which nothing comes between, and returns the id of the first; the others follow in
-// steps of two. They are written before more data is, or by Flush. It does not block, and fails when too many answers wait.
+// Pings queues n PINGs with nothing in between, and returns the id of the first. The others follow in steps of two. They are
+// written before more data, or by Flush. It does not block. ok is false if too many answers wait.
 func (c *Conn) Pings(n int) (first uint32, ok bool) { return c.out.control.Pings(n) }
 
 // Flush writes what is queued, if nobody else is writing. It does not block.

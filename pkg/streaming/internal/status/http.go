@@ -8,17 +8,14 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// WriteRefused answers a request whose session was refused.
-func WriteRefused(w http.ResponseWriter, err error) { Write(w, Refused(err)) }
-
 // WriteError answers a request that cannot be served.
 func WriteError(w http.ResponseWriter, code int, message string) {
 	Write(w, &Status{Status: statusFailure, Reason: statusReasons[code], Code: code, Message: message})
 }
 
-// Write answers with a metav1.Status, whose message clients show. Plain text would do as well, if
-// client-go did not try to read it as YAML first: a sentence with a colon is a mapping, and so a Status without
-// a message (transport/websocket).
+// Write answers with a metav1.Status. Clients show its message. Plain text would not work: client-go tries to read it
+// as YAML first (transport/websocket), and a sentence with a colon is a YAML mapping, which becomes a Status without a
+// message.
 func Write(w http.ResponseWriter, s *Status) {
 	body, err := json.Marshal(struct {
 		Kind       string `json:"kind"`
@@ -33,7 +30,7 @@ func Write(w http.ResponseWriter, s *Status) {
 	w.Write(append(body, '\n')) //nolint:errcheck // the client has gone
 }
 
-// statusReasons are those of metav1.StatusReason.
+// statusReasons maps HTTP status codes to the values of metav1.StatusReason.
 var statusReasons = map[int]string{
 	http.StatusBadRequest:          "BadRequest",
 	http.StatusForbidden:           "Forbidden",
@@ -56,7 +53,7 @@ func refusedCode(err error) int {
 	return http.StatusServiceUnavailable
 }
 
-// Refused is the outcome of a session that was refused.
+// Refused returns the status of a session that was refused.
 func Refused(err error) *Status {
 	code := refusedCode(err)
 	return &Status{Status: statusFailure, Reason: statusReasons[code], Code: code, Message: err.Error()}

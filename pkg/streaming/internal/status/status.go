@@ -1,4 +1,4 @@
-// Package status is the outcome of a request as its client is told: a metav1.Status.
+// Package status represents the outcome of a request as its client receives it: a metav1.Status.
 package status
 
 import (
@@ -6,8 +6,8 @@ import (
 	"strconv"
 )
 
-// Status is the outcome of a remote command as the error stream carries it from protocol v4 on: a
-// metav1.Status, of which only these fields are used (k8s.io/apimachinery, remotecommand v4).
+// Status is the outcome of a remote command. From protocol v4 on the error stream carries it as a metav1.Status, of
+// which only these fields are used (k8s.io/apimachinery, remotecommand v4).
 type Status struct {
 	Status  string   `json:"status"`
 	Message string   `json:"message,omitempty"`
@@ -16,12 +16,12 @@ type Status struct {
 	Code    int      `json:"code,omitempty"`
 }
 
-// Details say more of a failure.
+// Details describe a failure further.
 type Details struct {
 	Causes []Cause `json:"causes,omitempty"`
 }
 
-// Cause is one of its details, such as the exit code.
+// Cause is one detail of a failure, such as the exit code.
 type Cause struct {
 	Reason  string `json:"reason"`
 	Message string `json:"message"`
@@ -37,11 +37,11 @@ const (
 	causeExitCode         = "ExitCode"
 )
 
-// Success is the outcome of a command that ended with exit code 0.
+// Success returns the outcome of a command that ended with exit code 0.
 func Success() *Status { return &Status{Status: statusSuccess} }
 
-// Exit is the outcome of a command that ran. The client takes the exit code from the cause;
-// clients that show the message show the reason of the end too.
+// Exit returns the outcome of a command that ran. Clients take the exit code from the cause. Those that show the
+// message show the reason of the end with it.
 func Exit(code int, message string) *Status {
 	if code == 0 {
 		return Success()
@@ -55,7 +55,7 @@ func Exit(code int, message string) *Status {
 	}
 }
 
-// InternalError is the outcome of a command that could not be served.
+// InternalError returns the outcome of a command that could not be served.
 func InternalError(message string) *Status {
 	return &Status{
 		Status: statusFailure, Reason: reasonInternalError, Code: 500,
@@ -63,13 +63,13 @@ func InternalError(message string) *Status {
 	}
 }
 
-// Ended is the outcome of a session that was told to end before its command did.
+// Ended returns the outcome of a session that was ended before its command did.
 func Ended(message string) *Status {
 	return &Status{Status: statusFailure, Reason: reasonTimeout, Code: 504, Message: message}
 }
 
-// Encode is the error stream's content: JSON from protocol v4 on, before that the
-// message of a failure and nothing for a success.
+// Encode returns the content of the error stream. From protocol v4 on that is JSON. Before, it is the message of a
+// failure, and nothing for a success.
 func (s *Status) Encode(asJSON bool) []byte {
 	if asJSON {
 		b, err := json.Marshal(s)
@@ -84,7 +84,7 @@ func (s *Status) Encode(asJSON bool) []byte {
 	return []byte(s.Message)
 }
 
-// ExitCode is the exit code that a status carries: 0 for success, -1 for a failure without one.
+// ExitCode returns the exit code that a status carries: 0 for success, -1 for a failure without one.
 func (s *Status) ExitCode() int {
 	if s.Status == statusSuccess {
 		return 0
@@ -99,8 +99,8 @@ func (s *Status) ExitCode() int {
 	return -1
 }
 
-// Parse reads what an upstream wrote on its error stream. Nothing at all is a success, text
-// that is not a status is the message of a failure, as clients read it.
+// Parse reads what an upstream wrote on its error stream, as clients read it. No text is a success. Text that is not a
+// status is the message of a failure.
 func Parse(b []byte, asJSON bool) *Status {
 	if len(b) == 0 {
 		return Success()

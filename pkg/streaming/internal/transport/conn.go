@@ -1,4 +1,4 @@
-// Package transport is what sessions know of their clients' connections, whether they speak SPDY or WebSocket.
+// Package transport gives sessions one view of their clients' connections, whether they speak SPDY or WebSocket.
 package transport
 
 import (
@@ -14,62 +14,61 @@ import (
 
 // Conn is a client's upgraded connection, whatever the transport.
 type Conn interface {
-	// LastActivity is when payload last moved in either direction.
+	// LastActivity returns when payload last moved in either direction.
 	LastActivity() time.Time
 	// Serve reads from the client until it is gone.
 	Serve(ctx context.Context) error
-	// Done is closed as soon as the client is known to be gone; Err then says why.
+	// Done is closed as soon as the client is known to be gone. Err then returns why.
 	Done() <-chan struct{}
 	Err() error
 	// Ping asks for an answer, which shows in LastReceived. It does not block.
 	Ping() error
-	// LastReceived is when the client last sent anything, pings included.
+	// LastReceived returns when the client last sent anything, pings included.
 	LastReceived() time.Time
-	// Close ends the connection at once and wakes everybody who waits for it. It does nothing to a frozen one.
+	// Close ends the connection at once and unblocks all calls that wait for it. It does nothing to a frozen one.
 	Close() error
 
-	// Freeze ends all calls that wait on the connection and its streams, Serve too, with handover.ErrFrozen. It waits
-	// for nobody, and further calls do nothing. Done is not closed by it.
+	// Freeze ends all calls that wait on the connection and its streams, including Serve, with handover.ErrFrozen. It
+	// does not wait for them. Further calls do nothing. Done stays open.
 	//
-	// Calls on the streams then say exactly what they have moved. Write takes all of its bytes or none; ReadFrom has
-	// sent all that it has read, also when the error is that its reader's deadline has passed; what Read and WriteTo have not
-	// given away stays to be read. The end of a stream that has been read up to it comes as ever. CloseWrite, CloseRead and
-	// Reset do what they do.
+	// The stream calls then return exactly what they have moved. Write takes all of its bytes or none. ReadFrom has sent
+	// all that it has read, also when it returns the error of its reader's deadline. Bytes that Read and WriteTo have
+	// not passed on stay unread. A stream whose data was all read still returns its end. CloseWrite, CloseRead and Reset
+	// work as before.
 	Freeze()
 	// Frozen is closed by Freeze.
 	Frozen() <-chan struct{}
-	// Portable says why the connection's state could not be handed over, nil when it can.
+	// Portable returns why the connection cannot be handed over, or nil.
 	Portable() error
-	// State is what Resume needs to go on, for a frozen connection whose Serve and whose streams' calls have all returned.
-	// The socket is duplicated into files, and our own descriptor closed. Nothing can be done with the connection any more,
-	// also after an error, with which it is closed.
+	// State returns what Resume needs. The connection must be frozen, and Serve and all stream calls must have returned.
+	// State duplicates the socket into files and closes its own descriptor. After that the connection cannot be used,
+	// even if State returns an error, after which it is closed.
 	State(files *handover.Files) (State, error)
-	// Discard closes a frozen connection instead.
+	// Discard closes a frozen connection whose State is not wanted.
 	Discard()
 }
 
-// LeftInOrder tells whether the client has gone by closing its connection, and not because something broke
-// or went wrong.
+// LeftInOrder reports whether the client has closed its connection in order, as opposed to a failure.
 func LeftInOrder(err error) bool {
 	return errors.Is(err, spdy.ErrPeerClosed) || errors.Is(err, spdy.ErrGoAway) ||
 		err == websocket.ErrClientClosed || errors.Is(err, websocket.ErrClientVanished)
 }
 
-// IsReset tells whether a stream ended because one side has reset it.
+// IsReset reports whether a stream ended because one side has reset it.
 func IsReset(err error) bool {
 	var reset *spdy.ResetError
 	return errors.As(err, &reset)
 }
 
-// ResetByClient tells whether a stream ended because the client has reset it.
+// ResetByClient reports whether a stream ended because the client has reset it.
 func ResetByClient(err error) bool {
 	var reset *spdy.ResetError
 	return errors.As(err, &reset) && reset.Remote
 }
 
-// AwaitClose waits for the client to close its connection. The reader goes on reading and answers
-// pings meanwhile; closing first would make the client's kernel throw away what it has not delivered
-// (kubernetes#60140). The watcher bounds the wait. It ends also when the connection is frozen.
+// AwaitClose waits for the client to close its connection, or until the connection is frozen. Meanwhile the read loop
+// keeps reading and answers pings. If we closed first, the client's kernel would discard what it has not delivered yet
+// (kubernetes#60140). lifetime.Watcher bounds the wait.
 func AwaitClose(ctx context.Context, c Conn) {
 	select {
 	case <-c.Done():
@@ -78,7 +77,7 @@ func AwaitClose(ctx context.Context, c Conn) {
 	}
 }
 
-// Channels is a connection of numbered channels.
+// Channels is a connection with numbered channels.
 type Channels struct{ *websocket.ChannelConn }
 
 // Close implements Conn.
@@ -87,7 +86,7 @@ func (c Channels) Close() error {
 	return nil
 }
 
-// Transferred is the payload that streams have moved; some may be nil.
+// Transferred returns the payload bytes that streams have moved. Streams may be nil.
 func Transferred(streams ...workload.Stream) (received, sent int64) {
 	for _, s := range streams {
 		if s != nil {
@@ -98,7 +97,7 @@ func Transferred(streams ...workload.Stream) (received, sent int64) {
 	return received, sent
 }
 
-// Closed tells whether a channel was closed.
+// Closed reports whether a channel was closed.
 func Closed(c <-chan struct{}) bool {
 	select {
 	case <-c:

@@ -10,12 +10,11 @@ import (
 
 var errStreamEnded = errors.New("the stream has ended")
 
-// EndedStream is a workload.Stream that has ended in both directions, so long ago that its connection, which was handed
-// over since, has forgotten it.
+// EndedStream is a workload.Stream that had ended in both directions before its connection was handed over.
 type EndedStream struct {
 	Number uint32   // see StreamID
 	Moved  [2]int64 // bytes received and sent
-	Cause  error    // what Err says: the stream was cut; nil after an end in order
+	Cause  error    // why the stream was cut; nil after an orderly end
 }
 
 func (e *EndedStream) over() error { return cmp.Or(e.Cause, errStreamEnded) }
@@ -44,7 +43,7 @@ func (e *EndedStream) CloseRead() {}
 // Reset does nothing.
 func (e *EndedStream) Reset() error { return nil }
 
-// Err is why the stream was cut.
+// Err returns why the stream was cut.
 func (e *EndedStream) Err() error { return e.Cause }
 
 // AfterReset calls f at once if the stream was cut.
@@ -54,11 +53,11 @@ func (e *EndedStream) AfterReset(f func()) {
 	}
 }
 
-// Received is the number of bytes that had come.
+// Received returns the number of bytes received.
 func (e *EndedStream) Received() int64 { return e.Moved[0] }
 
-// Sent is the number of bytes that had gone.
+// Sent returns the number of bytes sent.
 func (e *EndedStream) Sent() int64 { return e.Moved[1] }
 
-// ID is the stream's number.
+// ID returns the stream's number.
 func (e *EndedStream) ID() uint32 { return e.Number }

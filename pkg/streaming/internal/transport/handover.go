@@ -13,11 +13,11 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// version is State.Version; it changes when an older program cannot go on with what this one writes.
+// version is State.Version. It changes when an older program cannot resume what this one writes.
 const version = 1
 
-// State is a frozen connection, see Conn. It is written to a hand-over's state, so its fields keep their names
-// and meanings.
+// State is a frozen connection, see Conn. It is part of the hand-over format, so its fields keep their names and
+// meanings.
 type State struct {
 	Version    int
 	Descriptor handover.Descriptor // of the socket; none when the connection was closed
@@ -28,10 +28,10 @@ type State struct {
 	Channels *websocket.ChannelsState
 }
 
-// ErrTLS is why a connection cannot be handed over: what a TLS library knows of it cannot be taken out.
+// ErrTLS means that a connection cannot be handed over because the TLS library's state cannot be extracted.
 var ErrTLS = errors.New("a connection with TLS cannot be handed over")
 
-// Streams is a connection of streams, also in a tunnel, at either end.
+// Streams is a SPDY connection, also one in a tunnel, at either end.
 type Streams struct{ *spdy.Conn }
 
 // Portable implements Conn.
@@ -103,24 +103,24 @@ func keep(files *handover.Files, network net.Conn) (handover.Descriptor, error) 
 	return files.Keep(network.(syscall.Conn))
 }
 
-// ResumeConfig is what a connection is served with, as at its start: the part for its transport is used. Of
-// websocket.Config the channels and the greeting are not used.
+// ResumeConfig configures a resumed connection as at its start. Only the part for its transport is used.
+// websocket.Config.Channels and Greeting are not used.
 type ResumeConfig struct {
 	SPDY     spdy.Config
 	Channels websocket.Config
 }
 
-// Resumed is a connection that goes on where it was frozen.
+// Resumed is a connection that continues where it was frozen.
 type Resumed struct {
 	Conn    Conn     // to be served
-	Network net.Conn // below Conn, to ask about its state
+	Network net.Conn // the network connection below Conn
 
 	// One of these is Conn, the other nil.
 	SPDY     *spdy.Conn
 	Channels *websocket.ChannelConn
 }
 
-// Stream is a stream by its StreamID; nil when it is long over, or never was.
+// Stream returns the stream with this StreamID, or nil if the connection does not know it any more, or never did.
 func (r *Resumed) Stream(id uint32) workload.Stream {
 	if r.SPDY != nil {
 		if s := r.SPDY.Stream(id); s != nil {
@@ -137,8 +137,8 @@ func (r *Resumed) Stream(id uint32) workload.Stream {
 	return nil
 }
 
-// StreamID names a stream of a connection for Resumed.Stream: one that came from the connection itself, and not what was
-// put around it. It is 0 for nil.
+// StreamID returns the id of a stream for Resumed.Stream. The stream must be the connection's own, not a wrapper. The id of
+// nil is 0.
 func StreamID(s workload.Stream) uint32 {
 	if s == nil {
 		return 0
@@ -146,7 +146,7 @@ func StreamID(s workload.Stream) uint32 {
 	return s.(interface{ ID() uint32 }).ID()
 }
 
-// Validate says why Resume would not know a state, nil when it does as far as can be told without touching anything.
+// Validate returns why Resume would reject a state, as far as that can be known without changing anything.
 func (s State) Validate() error {
 	if s.Version != version {
 		return fmt.Errorf("the state of a connection has version %d, known is %d", s.Version, version)
@@ -154,7 +154,7 @@ func (s State) Validate() error {
 	return nil
 }
 
-// Resume goes on with a connection. Its network connection is taken out of files, and closed again after an error.
+// Resume continues a connection. It takes the network connection out of files, and closes it after an error.
 func Resume(s State, files *handover.Files, config ResumeConfig) (*Resumed, error) {
 	if err := s.Validate(); err != nil {
 		return nil, err

@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"strings"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
 )
 
 // Upgrade is what a request asks its connection to become.
@@ -15,7 +17,7 @@ type Upgrade struct {
 	Protocol  string // version of the remotecommand or port-forward protocol
 }
 
-// Name is the transport's.
+// Name returns the name of the transport.
 func (u Upgrade) Name() string {
 	if u.WebSocket {
 		return "WebSocket"
@@ -67,21 +69,12 @@ const (
 	StreamData   = "data"
 )
 
-// IsSPDYUpgrade tells whether the request asks for SPDY/3.1.
+// IsSPDYUpgrade reports whether the request asks for SPDY/3.1.
 func IsSPDYUpgrade(r *http.Request) bool {
-	return headerHasToken(r.Header, "Connection", "upgrade") && headerHasToken(r.Header, "Upgrade", SPDY)
+	return websocket.HasToken(r.Header, "Connection", "upgrade") && websocket.HasToken(r.Header, "Upgrade", SPDY)
 }
 
-func headerHasToken(h http.Header, name, token string) bool {
-	for _, v := range CommaSeparated(h, name) {
-		if strings.EqualFold(v, token) {
-			return true
-		}
-	}
-	return false
-}
-
-// CommaSeparated are a header's values, whether sent in one line or several.
+// CommaSeparated returns a header's values, whether sent in one line or several.
 func CommaSeparated(h http.Header, name string) []string {
 	var values []string
 	for _, line := range h.Values(name) {
@@ -92,8 +85,8 @@ func CommaSeparated(h http.Header, name string) []string {
 	return values
 }
 
-// ErrNoProtocol is a request that names no protocol version, ErrUnknownProtocol one that names only
-// unknown ones. HTTP answers are 400 and 403, as k8s.io/streaming's Handshake gives them.
+// ErrNoProtocol means that a request names no protocol version, ErrUnknownProtocol that it names only unknown ones. They
+// are answered with 400 and 403, as in k8s.io/streaming's Handshake.
 var (
 	ErrNoProtocol      = errors.New("the header " + HeaderProtocolVersion + " is missing: it must list the protocol versions that the client speaks")
 	ErrUnknownProtocol = errors.New("none of the protocol versions offered is spoken here")

@@ -15,8 +15,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
-// Channel is one numbered channel of a connection. Read and WriteTo are for one goroutine at a time,
-// and so are Write and ReadFrom; the two sides are independent of each other.
+// Channel is one numbered channel of a connection. One goroutine at a time may call Read or WriteTo, and one may call
+// Write or ReadFrom. The two sides are independent of each other.
 type Channel struct {
 	conn        *ChannelConn
 	number      byte
@@ -25,21 +25,21 @@ type Channel struct {
 	sent        atomic.Int64
 }
 
-// ID is the channel's number.
+// ID returns the channel's number.
 func (ch *Channel) ID() uint32 { return uint32(ch.number) }
 
-// Received is the number of payload bytes that arrived, read or not; base64 is not counted.
+// Received returns the number of payload bytes that arrived, read or not, after base64 is decoded.
 func (ch *Channel) Received() int64 { return ch.conn.inbound.Received(int(ch.number)) }
 
-// InputEnded says that the end of the client's input has come, although there may still be some to read.
+// InputEnded reports whether the end of the client's input has arrived. There may still be input to read.
 func (ch *Channel) InputEnded() bool { return ch.conn.inbound.HasEnded(int(ch.number)) }
 
-// Sent is the number of payload bytes that were handed to the kernel.
+// Sent returns the number of payload bytes that were written to the kernel.
 func (ch *Channel) Sent() int64 { return ch.sent.Load() }
 
-// Read reads what the client sent. io.EOF is the end of the client's input, see ChannelConn.Serve. When the
-// connection ends otherwise, what arrived before is given out first and then why. While the connection is frozen,
-// handover.ErrFrozen comes instead of data.
+// Read reads what the client sent. It returns io.EOF at the end of the client's input, see ChannelConn.Serve. When the
+// connection ends otherwise, Read first returns what arrived before, then the error. While the connection is frozen it
+// returns handover.ErrFrozen instead of data.
 func (ch *Channel) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
@@ -53,9 +53,9 @@ func (ch *Channel) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// WriteTo writes what the client sends to w, without a copy in between, until the end of the client's
-// input, the end of the connection, or an error from w. What w has not taken stays to be read. When the connection is
-// frozen the error is handover.ErrFrozen, also when w fails because its deadline has passed.
+// WriteTo writes what the client sends to w, without a copy in between. It returns at the end of the client's input, at
+// the end of the connection, or after an error of w. Bytes that w has not accepted stay unread. When the connection is
+// frozen, the error is handover.ErrFrozen, also when w fails because its deadline has passed.
 func (ch *Channel) WriteTo(w io.Writer) (int64, error) {
 	var total int64
 	for {
@@ -78,7 +78,7 @@ func (ch *Channel) WriteTo(w io.Writer) (int64, error) {
 	}
 }
 
-// frozenError is what a call returns that was ended by a freeze: another error only when something else has happened.
+// frozenError returns handover.ErrFrozen if err is due to a freeze, and err otherwise.
 func (ch *Channel) frozenError(err error) error {
 	if errors.Is(err, handover.ErrFrozen) || ch.conn.stopped(err) {
 		return handover.ErrFrozen
@@ -86,12 +86,12 @@ func (ch *Channel) frozenError(err error) error {
 	return err
 }
 
-// Write sends p in messages of at most 32 KiB, up to eight by one system call. It blocks while the client
-// does not read; the end of the connection unblocks it. The connection may be frozen meanwhile: then all of p is taken, or
-// nothing and the error is handover.ErrFrozen.
+// Write sends p in messages of at most 32 KiB, up to eight in one system call. It blocks while the client does not
+// read. The end of the connection unblocks it. If the connection is frozen meanwhile, Write takes all of p, or takes
+// nothing and returns handover.ErrFrozen.
 func (ch *Channel) Write(p []byte) (int, error) { return ch.write(p, false) }
 
-// write is Write; what is committed is taken also by a frozen connection.
+// write is like Write. A frozen connection still takes committed bytes.
 func (ch *Channel) write(p []byte, committed bool) (int, error) {
 	if err := ch.writable(); err != nil {
 		return 0, err
@@ -165,16 +165,16 @@ func (ch *Channel) writeEmpty() error {
 	return ch.send(message, 0, false)
 }
 
-// ReadFrom sends what r gives, as it comes, until r's end. It does not half-close.
+// ReadFrom sends what it reads from r, as it arrives, until r's end. It does not half-close.
 //
-// From what has a file descriptor it reads when there is something to read, up to eight messages
-// by one system call into their places behind the headers, and writes them by one more; no buffer
-// is held meanwhile. EIO, by which the master of a pseudo-terminal reports that nobody has the other
-// end, counts as r's end if r's own Read then says so too, which may wait for somebody to open it again. Any
-// other reader is read into one message's place.
+// If r has a file descriptor, ReadFrom waits until it is readable and holds no buffer meanwhile. It then reads up to
+// eight messages in one system call, straight behind their headers, and writes them in another. EIO, by which the
+// master of a pseudo-terminal reports that nobody has the other end open, counts as r's end if r's own Read confirms
+// it. That Read may wait for somebody to open the other end again. From any other reader ReadFrom reads into a
+// buffer that it holds.
 //
-// The end of the connection shows when r has something to send; close r to return sooner. It is the same with a
-// freeze, which ends ReadFrom with handover.ErrFrozen: r's deadline makes it return sooner.
+// ReadFrom notices the end of the connection only when r has something to send. To make it return sooner, close r. It
+// notices a freeze in the same way and then returns handover.ErrFrozen. To make it return sooner, set r's deadline.
 func (ch *Channel) ReadFrom(r io.Reader) (int64, error) {
 	if err := ch.writable(); err != nil {
 		return 0, err
@@ -209,7 +209,7 @@ func (ch *Channel) readFromFile(r io.Reader, raw syscall.RawConn) (int64, error)
 		}
 		if readErr == unix.EAGAIN {
 			b.Release()
-			b = nil // what the wait refers to is not freed, even if the pool drops it
+			b = nil // otherwise the closure would keep it alive during the wait
 			return false
 		}
 		return true
@@ -223,7 +223,7 @@ func (ch *Channel) readFromFile(r io.Reader, raw syscall.RawConn) (int64, error)
 				return total, handover.ErrFrozen
 			}
 			if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, net.ErrClosed) {
-				err = fmt.Errorf("%w: %w", os.ErrClosed, err) // a file says this with an internal error
+				err = fmt.Errorf("%w: %w", os.ErrClosed, err) // os.File reports this with an internal error
 			}
 			return total, err
 		}
@@ -257,12 +257,12 @@ func (ch *Channel) readFromFile(r io.Reader, raw syscall.RawConn) (int64, error)
 	}
 }
 
-// readAfterEIO has r itself read once and sends what it gives. Nothing without an error is the end.
+// readAfterEIO calls r's own Read once and sends what it returns. No bytes and no error mean the end.
 func (ch *Channel) readAfterEIO(r io.Reader) (sent int, err error) {
 	buffer := make([]byte, minReaderBuffer) // held while r waits
 	n, err := r.Read(buffer)
 	if n > 0 {
-		return ch.write(buffer[:n], true) // an error that comes with bytes comes again
+		return ch.write(buffer[:n], true) // an error returned with bytes is returned again by the next Read
 	}
 	if err == io.EOF || errors.Is(err, unix.EIO) {
 		return 0, nil
@@ -270,7 +270,7 @@ func (ch *Channel) readAfterEIO(r io.Reader) (sent int, err error) {
 	return 0, err
 }
 
-// A reader without a descriptor is waited for with a buffer in hand, so it is one that begins small.
+// A reader without a descriptor needs a buffer while it waits. So the buffer starts small, and grows.
 const (
 	minReaderBuffer = 4 << 10
 	maxReaderBuffer = 64 << 10
@@ -302,7 +302,7 @@ func (ch *Channel) readFromReader(r io.Reader) (int64, error) {
 	}
 }
 
-// send writes whole messages that carry this much payload.
+// send writes whole messages that carry payload bytes of payload.
 func (ch *Channel) send(wire []byte, payload int, committed bool) error {
 	if err := ch.lock(committed); err != nil {
 		return err
@@ -315,7 +315,7 @@ func (ch *Channel) send(wire []byte, payload int, committed bool) error {
 	return nil
 }
 
-// lock takes the connection's write lock if the channel may still be written to.
+// lock takes the connection's write lock, unless the channel is closed for writing.
 func (ch *Channel) lock(committed bool) error {
 	if err := ch.conn.lock(committed); err != nil {
 		return err
@@ -334,13 +334,13 @@ func (ch *Channel) writable() error {
 	return ch.conn.Err()
 }
 
-// failed ends the connection after a write that failed on the wire. A client that has closed it is gone, but
-// the read loop goes on: what came before its end is still there to be read.
+// failed ends the connection after a failed write. If the client has closed or reset the connection, the read loop
+// continues, because data that arrived before is still to be read.
 func (ch *Channel) failed(err error) error {
 	switch {
 	case errors.Is(err, errWriteClosed):
 		return err
-	case errors.Is(err, syscall.EPIPE): // there was a FIN, and what was sent behind it was answered with RST
+	case errors.Is(err, syscall.EPIPE): // the client sent FIN, and then RST in answer to our data
 		ch.conn.finish(ErrClientVanished)
 	case errors.Is(err, syscall.ECONNRESET):
 		ch.conn.finish(ErrClientReset)
@@ -348,7 +348,7 @@ func (ch *Channel) failed(err error) error {
 		ch.conn.finish(err)
 		ch.conn.closeSocket()
 	}
-	return ch.conn.doneErr // who ended it before the write failed knows better why
+	return ch.conn.doneErr // if the connection had ended before, that reason is more exact
 }
 
 func (ch *Channel) count(payload int) {
@@ -358,27 +358,27 @@ func (ch *Channel) count(payload int) {
 	}
 }
 
-// CloseWrite makes further writes fail. Nothing is sent: no version of the protocol has a half-close
-// from the server. client-go takes [255, channel] from a server for an unknown channel and prints an
-// error; what ends its streams is the connection's Close.
+// CloseWrite makes further writes fail. It sends nothing, because no version of the protocol has a half-close from the
+// server. client-go would read [255, channel] as data of an unknown channel and print an error. The connection's Close
+// ends its streams.
 func (ch *Channel) CloseWrite() error {
 	ch.writeClosed.Store(true)
 	return nil
 }
 
-// CloseRead discards what is buffered and whatever else the client sends on the channel. A Read that
-// waits returns an error.
+// CloseRead discards what is buffered, and whatever the client still sends on the channel. A blocked Read returns an
+// error.
 func (ch *Channel) CloseRead() { ch.conn.inbound.Discard(int(ch.number)) }
 
-// Reset ends both directions. The protocol has no way to tell the client; a legacy port-forward's
-// client learns it from the error channel or from the end of the connection.
+// Reset ends both directions. The protocol has no way to tell the client. The client of a legacy port-forward learns it
+// from the error channel or from the end of the connection.
 func (ch *Channel) Reset() error {
 	ch.CloseRead()
 	return ch.CloseWrite()
 }
 
-// Err implements workload.Stream: a channel is cut with its connection alone.
+// Err implements workload.Stream. A channel is cut only when its connection is.
 func (ch *Channel) Err() error { return ch.conn.Err() }
 
-// AfterReset implements workload.Stream: there is no reset of a channel.
+// AfterReset implements workload.Stream. It never calls the function, because a channel cannot be reset.
 func (ch *Channel) AfterReset(func()) {}

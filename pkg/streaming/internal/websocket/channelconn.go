@@ -17,25 +17,24 @@ import (
 )
 
 const (
-	// maxChannels leaves the byte 255 to the half-close.
+	// maxChannels excludes the byte 255, which means half-close.
 	maxChannels = 255
 
-	defaultMaxMessage    = 32 << 20 // as the stock server
+	defaultMaxMessage    = 32 << 20 // as in the stock server
 	defaultChannelBuffer = 256 << 10
 	defaultBudget        = 16 << 20
 
-	// blockedPoll is how often a read loop without room asks whether the client is still there, and
-	// blockedPong how often it sends a Pong nobody asked for (RFC 6455 section 5.5.3). The Pong
-	// makes the kernel of a killed client answer with RST, where its FIN waits behind data that we
-	// do not take in; and it keeps a client-go client, whose pings we cannot see, from giving up
-	// after 61 seconds.
+	// blockedPoll is how often a read loop without room checks whether the client is still there.
+	// blockedPong is how often it sends an unsolicited Pong (RFC 6455 section 5.5.3). If the client was
+	// killed, its FIN waits behind data that we do not read, but its kernel answers the Pong with RST. The Pong
+	// also keeps client-go, whose pings we cannot see, from giving up after 61 seconds.
 	//
-	// The first Pong comes when nothing has moved for Config.Patience.
+	// The first Pong is sent when nothing has moved for Config.Patience.
 	blockedPoll = 250 * time.Millisecond
 	blockedPong = time.Second
 
 	defaultPatience = 30 * time.Second
-	// halfClosePatience is as in package spdy.
+	// halfClosePatience is the same as in package spdy.
 	halfClosePatience = 5 * time.Second
 )
 
@@ -63,8 +62,8 @@ func RemoteCommandChannels(stdin, stdout, stderr bool) []Direction {
 	return channels
 }
 
-// Direction says which way payload may go on a channel. What a client sends on a channel that is
-// not for reading, or that does not exist, is ignored, as the stock server does.
+// Direction is the direction in which payload may move on a channel. What a client sends on a channel that is not
+// readable, or does not exist, is ignored, as in the stock server.
 type Direction int
 
 // The directions.
@@ -78,42 +77,39 @@ const (
 func (d Direction) readable() bool { return d == Read || d == ReadWrite }
 func (d Direction) writable() bool { return d == Write || d == ReadWrite }
 
-// Config is what Accept needs to know. Zero limits are replaced by their defaults.
+// Config configures a connection. Zero limits mean the defaults.
 type Config struct {
-	// Channels are the connection's channels by number, at most 255; 10 with a base64 protocol is
-	// all that digits can name, but the bytes behind '9' are taken as further digits.
+	// Channels are the connection's channels by number, at most 255. A base64 protocol can name only 10 of them with
+	// digits. The characters after '9' count as further digits.
 	Channels []Direction
-	// Greeting sends an empty message on the lowest writable channel, by which the stock server and
-	// the API server tell a client, of v5 too, that the connection stands.
+	// Greeting sends an empty message on the lowest writable channel. The stock server and the API server do so,
+	// also with v5, to tell the client that the connection is established.
 	Greeting bool
 
-	// MaxMessage is the most bytes of one received message, as sent. A larger one ends the
-	// connection with code 1009. Default 32 MiB. Messages are not kept whole.
+	// MaxMessage bounds the bytes of one received message, as sent. A larger message ends the connection with code
+	// 1009. Default 32 MiB. Messages are not buffered as a whole.
 	MaxMessage int64
-	// ChannelBuffer is the most payload of one channel that is kept for a reader that is not slower
-	// than 640 KiB/s; what a slower one does not take counts only against Budget. Default 256 KiB.
+	// ChannelBuffer bounds the payload of one channel that is kept for a reader of at least 640 KiB/s. For a slower
+	// reader only Budget is the bound. Default 256 KiB.
 	ChannelBuffer int
-	// Budget is the most payload of all channels together. At this limit the connection is not read
-	// until somebody takes something out. Default 16 MiB, at least 64 KiB.
+	// Budget bounds the payload of all channels together. At this limit the connection is not read until somebody
+	// reads from a channel. Default 16 MiB, at least 64 KiB.
 	Budget int
-	// Room is what this connection shares with others for unread payload. While it is full, no connection that
-	// holds 64 KiB of its own is read, until somebody takes something out. Nil: only the limits above.
+	// Room is shared with other connections for unread payload. While it is full, a connection that holds 64 KiB of
+	// its own is not read until somebody reads from a channel. If nil, only the limits above hold.
 	Room memory.Room
-	// Patience is how long the connection must have been without room until Pongs are sent that nobody asked
-	// for. The client may have closed its socket right behind its last byte of input, and then its kernel
-	// answers the Pong with RST and throws away what it has still to deliver. But that is also how a client
-	// is missed that has died. Default 30 s, and 5 s at most with a protocol that has a half-close: there
-	// closing is not how a client says that its input is complete.
+	// Patience is how long the connection must have been without room before unsolicited Pongs are sent. They are
+	// how a dead client is noticed. But if the client has closed its socket right after its last byte of input, its
+	// kernel answers the Pong with RST and discards what it has not delivered yet. Default 30 s. With a protocol that
+	// has a half-close it is at most 5 s, because there a client does not close to end its input.
 	Patience time.Duration
-	// OnPanic is told of a panic in a goroutine of the connection's own. Nil ends the process.
+	// OnPanic is called after a panic in one of the connection's own goroutines. If nil, a panic ends the process.
 	OnPanic rescue.Report
 }
 
-// ChannelConn is a WebSocket connection with numbered channels. Its methods may be called from
-// several goroutines.
+// ChannelConn is a WebSocket connection with numbered channels. Its methods may be called from several goroutines.
 //
-// The caller runs Serve until it returns and owns the connection until then; CloseAndWait, Close and
-// CloseNow make it return.
+// The caller runs Serve and owns the connection until Serve returns. CloseAndWait, Close and CloseNow make it return.
 type ChannelConn struct {
 	*conn
 	protocol Protocol
@@ -122,13 +118,13 @@ type ChannelConn struct {
 	config   Config
 
 	// Owned by Serve.
-	over     bool        // nothing is read any more
-	timer    *time.Timer // for waiting without room
+	over     bool        // reading has ended
+	timer    *time.Timer // for waitForRoom
 	lastPong time.Time
 }
 
-// Accept answers the handshake of a request that Negotiate chose the protocol for. After an error
-// the request has been answered.
+// Accept completes the handshake of a request for which Negotiate has chosen the protocol. If it returns an error, it
+// has answered the request.
 func Accept(w http.ResponseWriter, r *http.Request, protocol Protocol, config Config) (*ChannelConn, error) {
 	if len(config.Channels) > maxChannels || protocol.Tunnel() {
 		http.Error(w, "too many channels, or a protocol without channels", http.StatusInternalServerError)
@@ -150,7 +146,7 @@ func Accept(w http.ResponseWriter, r *http.Request, protocol Protocol, config Co
 	return c, nil
 }
 
-// newChannelConn returns one without its conn.
+// newChannelConn returns a ChannelConn without its conn.
 func newChannelConn(protocol Protocol, config Config) *ChannelConn {
 	if config.MaxMessage == 0 {
 		config.MaxMessage = defaultMaxMessage
@@ -198,20 +194,10 @@ func (c *ChannelConn) greet() error {
 	return nil
 }
 
-// Protocol is the one given to Accept.
-func (c *ChannelConn) Protocol() Protocol { return c.protocol }
-
-// LocalAddr is our address of the connection.
-func (c *ChannelConn) LocalAddr() net.Addr { return c.network.LocalAddr() }
-
-// RemoteAddr is the client's address.
-func (c *ChannelConn) RemoteAddr() net.Addr { return c.network.RemoteAddr() }
-
-// NetConn is the connection underneath, to ask it about its state; bytes must not be read from it or
-// written to it.
+// NetConn returns the underlying connection, to query its state. The caller must not read from it or write to it.
 func (c *ChannelConn) NetConn() net.Conn { return c.network }
 
-// Channel returns a channel, nil for one that is not in Config.Channels.
+// Channel returns a channel, or nil if it is not in Config.Channels.
 func (c *ChannelConn) Channel(number byte) *Channel {
 	if int(number) >= len(c.channels) {
 		return nil
@@ -219,19 +205,19 @@ func (c *ChannelConn) Channel(number byte) *Channel {
 	return &c.channels[number]
 }
 
-// Serve reads from the client until the connection is over, in the caller's goroutine, and releases
-// the socket before it returns. It must be called once; without it nothing is received, no Ping is
-// answered and no client is missed. The context's end is CloseNow.
+// Serve reads from the client until the connection is over, in the caller's goroutine, and closes the socket before it
+// returns. It must be called once. Until it is called, nothing is received, no Ping is answered, and the end of the
+// client is not noticed. The end of the context is like CloseNow.
 //
-// The error is nil when the client sent Close, or closed its end after ours; otherwise it says why the
+// The error is nil when the client sent Close, or closed its end after ours. Otherwise it is the reason why the
 // connection is over.
 //
-// The end of the client is one thing, Done; the end of what it sends on a channel another, which a reader of
-// the channel sees: io.EOF after a half-close. Protocols that have none end all channels so when the client
-// sends Close with 1000 or without a code, or FIN between two messages: those are what their clients have to
-// say it with. Any other end is an error behind what came before.
+// Done reports the end of the client. The end of its input on a channel is separate: a reader of the channel gets io.EOF
+// after a half-close. In protocols without a half-close, a reader of any channel gets io.EOF when the client sends
+// Close with 1000 or without a code, or FIN between two messages, because their clients have no other way to end their
+// input. After any other end a reader gets what arrived before, and then an error.
 //
-// After Freeze it returns handover.ErrFrozen, and the socket is not released.
+// After Freeze it returns handover.ErrFrozen, and the socket stays open.
 func (c *ChannelConn) Serve(ctx context.Context) error {
 	c.serving.Store(true)
 	defer c.serving.Store(false)
@@ -246,7 +232,7 @@ func (c *ChannelConn) Serve(ctx context.Context) error {
 }
 
 func (c *ChannelConn) serve() error {
-	if c.over { // before it was resumed
+	if c.over { // already before the hand-over
 		return c.endAgain()
 	}
 	c.writeHeldUp()
@@ -268,7 +254,7 @@ func (c *ChannelConn) serve() error {
 	return handover.ErrFrozen
 }
 
-// ended turns the error that ended the read loop into Serve's. The loop was between two messages or not.
+// ended turns the error that ended the read loop into Serve's. between says that the loop was between two messages.
 func (c *ChannelConn) ended(err error, between bool) error {
 	if c.timer != nil {
 		c.timer.Stop()
@@ -286,7 +272,7 @@ func (c *ChannelConn) ended(err error, between bool) error {
 	return c.served(err)
 }
 
-// served is what Serve returns when the connection has ended so.
+// served turns the reason why the connection is over into Serve's error.
 func (c *ChannelConn) served(err error) error {
 	if err == ErrClientClosed || err == ErrClientVanished && c.closeSent.Load() {
 		return nil
@@ -294,8 +280,8 @@ func (c *ChannelConn) served(err error) error {
 	return err
 }
 
-// saysEndOfInput tells whether a client without half-close has said with the end of its connection that its
-// input is complete.
+// saysEndOfInput reports whether a client without half-close has ended its connection in a way that means that its input
+// is complete.
 func saysEndOfInput(err, reason error, between bool) bool {
 	var closed *frames.CloseFrame
 	if errors.As(err, &closed) && reason == ErrClientClosed {
@@ -304,9 +290,9 @@ func saysEndOfInput(err, reason error, between bool) bool {
 	return reason == ErrClientVanished && between
 }
 
-// waitForRoom waits until room is signalled or the time is up, and notices meanwhile that the client
-// went away (kubernetes#89031: its process would otherwise stay for ever behind a stuck stdin). After a FIN it
-// goes on, as what came before is still to be read.
+// waitForRoom waits until room is signalled or atMost has passed. Meanwhile it checks whether the client has gone
+// (kubernetes#89031: otherwise its process would stay for ever behind a stuck stdin). After a FIN it keeps waiting,
+// because the data before it is still to be read.
 func (c *ChannelConn) waitForRoom(room <-chan struct{}, atMost time.Duration) error {
 	began := time.Now()
 	for {
@@ -338,7 +324,7 @@ func (c *ChannelConn) waitForRoom(room <-chan struct{}, atMost time.Duration) er
 				}
 			case ErrClientVanished:
 				c.finish(end)
-				c.network.SetWriteDeadline(time.Unix(1, 0)) //nolint:errcheck // for writers that are stuck; nobody reads
+				c.network.SetWriteDeadline(time.Unix(1, 0)) //nolint:errcheck // unblocks writers; nobody reads what they send
 			default:
 				return end
 			}
@@ -346,22 +332,22 @@ func (c *ChannelConn) waitForRoom(room <-chan struct{}, atMost time.Duration) er
 	}
 }
 
-// Done is closed as soon as the connection is over: the client's Close or end of stream, an error,
-// or the end of a close from our side. What came before the client's end may still have to be read.
+// Done is closed as soon as the connection is over: after the client's Close or end of stream, an error, or the end of a
+// close from our side. Data that arrived before may still be unread.
 func (c *ChannelConn) Done() <-chan struct{} { return c.done }
 
-// Err says why the connection is over, nil while it is not. ErrClientClosed and ErrClosed are the
-// orderly reasons.
+// Err returns why the connection is over, or nil while it is not. ErrClientClosed and ErrClosed are the orderly
+// reasons.
 func (c *ChannelConn) Err() error { return c.err() }
 
-// LastActivity is when payload was last received or sent; before that, when the connection began.
+// LastActivity returns when payload was last received or sent, or when the connection began.
 func (c *ChannelConn) LastActivity() time.Time { return time.Unix(0, c.lastActivity.Load()) }
 
-// LastReceived is when anything was last received, Ping and Pong included.
+// LastReceived returns when anything was last received, Ping and Pong included.
 func (c *ChannelConn) LastReceived() time.Time { return time.Unix(0, c.lastReceived.Load()) }
 
-// Ping sends a Ping frame behind the message that is being written, if there is one. It does not
-// block and does not wait for the Pong, which shows in LastReceived.
+// Ping sends a Ping frame, after the message that is being written. It does not block and does not wait for the Pong,
+// which shows in LastReceived.
 func (c *ChannelConn) Ping() error {
 	if err := c.Err(); err != nil {
 		return err
@@ -370,24 +356,23 @@ func (c *ChannelConn) Ping() error {
 	return nil
 }
 
-// CloseAndWait ends the session in order: it sends Close with code 1000 behind everything written
-// before, discards what the client still sends, and waits for the client to close. The read loop
-// goes on meanwhile, because bytes that are unread when we close make the kernel send RST, which
-// throws away what the client has not received yet (kubernetes#60140).
+// CloseAndWait ends the session in order. It sends Close with code 1000 after everything written before, discards what
+// the client still sends, and waits for the client to close. The read loop continues meanwhile: if bytes were unread
+// when we close, the kernel would send RST, and the client would lose what it has not received yet (kubernetes#60140).
 //
-// When the context ends first the connection is closed and the error says so. There is no other
-// limit: a slow client may need minutes for what is under way to it, and LastReceived shows whether
-// it is there. Channels must not be written to any more.
+// When the context ends first, the connection is closed and an error is returned. There is no other limit, because a
+// slow client may need minutes for what is on its way to it. LastReceived shows whether it is alive. Channels must not
+// be written to any more.
 func (c *ChannelConn) CloseAndWait(ctx context.Context) error {
 	return c.close(ctx, CloseNormal, "")
 }
 
-// CloseWrite sends Close with code 1000 behind everything written before: nothing more comes from us. Reading
-// goes on until the client closes, which it does when it sees the Close. A client that has not answered it, and
-// has sent nothing for silentAfterClose, gets the end of our side of the connection too (see close).
+// CloseWrite sends Close with code 1000 after everything written before. Nothing can be written after it. Reading
+// continues until the client closes, which it does when it sees the Close. If the client does not answer the Close and
+// sends nothing for silentAfterClose, CloseWrite also sends FIN (see close).
 //
-// It returns when both are sent, or the connection is over, or the context is done; with handover.ErrFrozen it is to be
-// called again after Resume, as are CloseAndWait and Close.
+// It returns when both are sent, the connection is over, or the context is done. If it returns handover.ErrFrozen, call
+// it again after Resume. The same holds for CloseAndWait and Close.
 func (c *ChannelConn) CloseWrite(ctx context.Context) error {
 	if err := c.sendClose(ctx, CloseNormal, ""); err != nil || c.protocol.HalfClose() {
 		return err
@@ -412,7 +397,7 @@ func (c *ChannelConn) CloseWrite(ctx context.Context) error {
 	}
 }
 
-// endOurSide sends FIN if the client's kernel has everything before it.
+// endOurSide sends FIN if the client's kernel has acknowledged everything before it.
 func (c *ChannelConn) endOurSide() bool {
 	half, ok := c.network.(interface{ CloseWrite() error })
 	if !ok || !allAcknowledged(c.network) {
@@ -422,9 +407,9 @@ func (c *ChannelConn) endOurSide() bool {
 	return true
 }
 
-// Close does the close handshake with this code and reason (of which at most 123 bytes are sent),
-// and waits for the client at most 2 seconds, a writer that is stuck included. Then the connection
-// is closed, and writers and readers of its channels return.
+// Close does the close handshake with this code and reason, of which at most 123 bytes are sent. It waits for the client
+// for at most 2 seconds, including the wait for a blocked writer. Then it closes the connection, and writers and readers
+// of its channels return.
 func (c *ChannelConn) Close(code int, reason string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
@@ -446,11 +431,10 @@ func (c *ChannelConn) close(ctx context.Context, code int, reason string) error 
 		case <-c.freezing:
 			return handover.ErrFrozen
 		case <-ended.C:
-			// Clients of the older protocols wait for the end of the connection. A client that looks at its
-			// socket before it reads does not even see frames that came in one TLS record with others
-			// (python-websocket's poll). We go on reading, so that what it may still send does no harm. Behind
-			// a proxy that closes both ways at our end it is as with a runtime that closes first, but for
-			// what has not come as far as the proxy yet.
+			// Clients of the older protocols wait for the end of the connection. A client that polls its socket
+			// before it reads does not even see frames that arrived in one TLS record with others
+			// (python-websocket). So we send FIN, and keep reading so that no unread data makes the kernel send
+			// RST. A proxy that closes both directions at our FIN can still lose what has not reached it yet.
 			if !c.protocol.HalfClose() && c.endOurSide() {
 				ended.Stop()
 			}
@@ -462,16 +446,16 @@ func (c *ChannelConn) close(ctx context.Context, code int, reason string) error 
 }
 
 const (
-	// closedQuiet is for how long after our Close a client of a protocol without half-close may answer it before
-	// our side of the connection is ended.
+	// closedQuiet is how long a client of a protocol without half-close may take to answer our Close. After that we
+	// send FIN.
 	closedQuiet = 250 * time.Millisecond
-	// silentAfterClose is the same for a client that may still be sending. The stock server gives it a second
-	// whatever it sends.
+	// silentAfterClose is the same for a client that may still be sending. The stock server always waits for one
+	// second.
 	silentAfterClose = time.Second
 )
 
-// CloseNow ends the connection without a word to the client. It does not block; may be called more
-// than once. It does nothing to a frozen connection.
+// CloseNow ends the connection without a Close frame. It does not block, and may be called more than once. It does
+// nothing to a frozen connection.
 func (c *ChannelConn) CloseNow() {
 	if !c.beginClosing() {
 		return

@@ -59,7 +59,7 @@ func TestOldClients(t *testing.T) {
 	for _, protocol := range protocols {
 		t.Run(string(protocol), func(t *testing.T) {
 			s := newTestServer(t, execConfig(), func(c *ChannelConn) {
-				if got := c.Protocol(); got != protocol {
+				if got := c.protocol; got != protocol {
 					t.Errorf("negotiated %q, want %q", got, protocol)
 				}
 				buffer := make([]byte, 100)

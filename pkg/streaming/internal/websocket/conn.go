@@ -30,19 +30,19 @@ const (
 	CloseInternalError = frames.CloseInternalError
 )
 
-// closeTimeout bounds each step of ending a connection that has no context of its own: the answer
-// to a client's Close, the Close after a protocol violation, and the whole of Close.
+// closeTimeout bounds the steps of a connection's end that have no context of their own: the answer to a client's
+// Close, the Close after a protocol violation, and the whole of Close.
 const closeTimeout = 2 * time.Second
 
 var (
-	// ErrClientClosed is why a connection is over after the client's Close frame. With a code other than
-	// 1000 and 1001, by which a client says that something went wrong, it is wrapped.
+	// ErrClientClosed means that the client sent Close. It is wrapped if the code is not 1000 or 1001, by which a
+	// client reports an error.
 	ErrClientClosed = errors.New("websocket: the client closed the connection")
-	// ErrClientVanished is why a connection is over whose byte stream has ended, with FIN, without a Close.
+	// ErrClientVanished means that the client sent FIN without a Close.
 	ErrClientVanished = fmt.Errorf("websocket: the client went away without a Close: %w", io.ErrUnexpectedEOF)
-	// ErrClientReset is why a connection is over that the client's kernel has reset.
+	// ErrClientReset means that the client's kernel has reset the connection.
 	ErrClientReset = errors.New("websocket: the client's connection was reset")
-	// ErrClosed is why a connection is over that was closed from our side.
+	// ErrClosed means that the connection was closed from our side.
 	ErrClosed = fmt.Errorf("websocket: connection closed: %w", net.ErrClosed)
 
 	errWriteClosed = errors.New("websocket: write after CloseWrite, Reset or Close")
@@ -54,14 +54,14 @@ type conn struct {
 	network  net.Conn
 	vectored bool // network takes several slices in one system call
 
-	in *frames.Reader // owned by whoever reads
+	in *frames.Reader // owned by the reading goroutine
 
-	// writeLock has one place; whoever filled it owns the fields below. A channel and not a mutex,
-	// so that it can be waited for together with a context.
+	// writeLock has one place. Whoever filled it owns the fields below. It is a channel and not a mutex, so that a
+	// wait for it can end with a context.
 	writeLock chan struct{}
-	writeErr  error       // the first write that failed; the byte stream is cut there
-	unsent    []byte      // what a freeze has kept from the wire; goes before all else
-	closeSent atomic.Bool // set by the lock's owner, read by all
+	writeErr  error       // of the first write that failed; the byte stream is cut there
+	unsent    []byte      // what a freeze has held back; sent before everything else
+	closeSent atomic.Bool // set with writeLock held, read by all
 	headers   [frames.CellsPerBatch * frames.CellHeader]byte
 	control   [2 + frames.MaxControlPayload]byte
 	vector    [2 * frames.CellsPerBatch][]byte
@@ -73,9 +73,9 @@ type conn struct {
 	pongDue     bool
 	pongSize    int
 	pongPayload [frames.MaxControlPayload]byte // of the latest Ping; RFC 6455 section 5.5.3 lets us skip others
-	released    bool                           // no control writer may be started any more
+	released    bool                           // no more control writers may start
 	writers     sync.WaitGroup                 // control writers
-	onPanic     rescue.Report                  // told of a panic in one of them
+	onPanic     rescue.Report                  // called after a panic in one of them
 
 	lastReceived atomic.Int64 // Unix nanoseconds
 	lastActivity atomic.Int64
@@ -84,16 +84,16 @@ type conn struct {
 	doneOnce sync.Once
 	doneErr  error // valid once done is closed
 
-	endMu    sync.Mutex // the socket is closed, or the connection is frozen, but not both
+	endMu    sync.Mutex // makes sure that at most one of closed and frozen is set
 	closed   bool
 	frozen   atomic.Bool
 	freezing chan struct{} // closed with frozen
 	serving  atomic.Bool
-	resumed  atomic.Bool // and nothing was written since
+	resumed  atomic.Bool // resumed, and nothing was written since
 }
 
-// accept answers the handshake of a request that Negotiate has looked at, and takes the connection over from
-// net/http. limit is the most bytes of a message, 0 is none. After an error the request has been answered.
+// accept completes the handshake of a request that Negotiate has checked, and takes the connection over from net/http.
+// limit bounds the bytes of a message; 0 is no limit. If accept returns an error, it has answered the request.
 func accept(w http.ResponseWriter, r *http.Request, protocol Protocol, limit int64) (*conn, error) {
 	network, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
@@ -101,7 +101,7 @@ func accept(w http.ResponseWriter, r *http.Request, protocol Protocol, limit int
 		return nil, fmt.Errorf("upgrade to WebSocket: %w", err)
 	}
 	if buffered.Reader.Buffered() == 0 {
-		// Past net/http's own reader, which takes a lock for each read.
+		// Bypass net/http's own reader, which takes a lock for each read.
 		buffered.Reader.Reset(network)
 	}
 	network.SetDeadline(time.Time{}) //nolint:errcheck // fails on a closed connection, as the write below
@@ -129,7 +129,7 @@ func newConn(network net.Conn, source *bufio.Reader, limit int64) *conn {
 	return c
 }
 
-// handshakeAnswer is RFC 6455 section 4.2.2.
+// handshakeAnswer returns the answer of RFC 6455 section 4.2.2.
 func handshakeAnswer(r *http.Request, protocol Protocol) []byte {
 	sum := sha1.Sum([]byte(r.Header.Get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11")) //nolint:gosec // as the protocol has it
 	answer := "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: " +
@@ -140,7 +140,7 @@ func handshakeAnswer(r *http.Request, protocol Protocol) []byte {
 	return []byte(answer + "\r\n")
 }
 
-// receivedControl is told of a client's Ping or Pong.
+// receivedControl handles a client's Ping or Pong.
 func (c *conn) receivedControl(opcode byte, payload []byte) {
 	c.received()
 	if opcode == frames.OpPing {
@@ -151,7 +151,7 @@ func (c *conn) receivedControl(opcode byte, payload []byte) {
 func (c *conn) received() { c.lastReceived.Store(time.Now().UnixNano()) }
 func (c *conn) active()   { c.lastActivity.Store(time.Now().UnixNano()) }
 
-// finish notes why the connection is over, the first time it is called.
+// finish sets why the connection is over. Only the first call counts.
 func (c *conn) finish(err error) {
 	c.doneOnce.Do(func() {
 		c.doneErr = err
@@ -168,8 +168,8 @@ func (c *conn) err() error {
 	}
 }
 
-// release closes the socket and waits for the control writers. finish was called before. It does nothing to a frozen
-// connection.
+// release closes the socket and waits for the control writers. The caller has called finish. It does nothing to a
+// frozen connection.
 func (c *conn) release() {
 	if !c.closeSocket() {
 		return
@@ -180,8 +180,8 @@ func (c *conn) release() {
 	c.writers.Wait()
 }
 
-// readError says why reading failed, and answers the client's Close, if that is the reason. What is to be
-// done before others hear of the end is done by before, which may be nil.
+// readError ends the connection after a failed read and returns why it is over. If the reason is the client's Close,
+// it answers that. It calls before, which may be nil, before it closes done.
 func (c *conn) readError(err error, before func(reason error)) error {
 	finish := func(reason error) {
 		if before != nil {
@@ -198,7 +198,7 @@ func (c *conn) readError(err error, before func(reason error)) error {
 			reason = fmt.Errorf("%w with code %d: %q", ErrClientClosed, closed.Code, closed.Text)
 		}
 		finish(reason)
-		// First everybody must know that the client is gone.
+		// After finish, because sending may block and all must know that the client is gone.
 		c.sendCloseWithin(closeTimeout, closed.Code, "")
 		return reason
 	case errors.As(err, &violation):
@@ -223,11 +223,11 @@ func (c *conn) readError(err error, before func(reason error)) error {
 	}
 }
 
-// streamEnd says how the client's byte stream has ended, when it has been read to its end. The kernel tells a
-// reset just once, and when a write was told, a read finds the same end that a FIN makes.
+// streamEnd returns how the client's byte stream has ended, after it was read to its end. The kernel reports a reset
+// only once: if it was reported to a write, a read sees the same end as after a FIN.
 func (c *conn) streamEnd() error {
 	if c.socketDead() {
-		// No write hangs any more: the lock is to be had.
+		// No write blocks any more, so the lock becomes free.
 		c.writeLock <- struct{}{}
 		err := c.writeErr
 		<-c.writeLock
@@ -238,25 +238,24 @@ func (c *conn) streamEnd() error {
 	return ErrClientVanished
 }
 
-// lingerTimeout bounds how long what a client still sends is read after a Close that it is to see.
-// net/http gives a client the same time, for the same reason (rstAvoidanceDelay).
+// lingerTimeout bounds linger. net/http uses the same time for the same reason (rstAvoidanceDelay).
 const lingerTimeout = 500 * time.Millisecond
 
-// linger lets the client receive our Close although it has sent more than we read: bytes that are
-// unread at the close make the kernel send RST, which overtakes the Close.
+// linger reads and discards what the client still sends, so that it receives our Close. Bytes that are unread when the
+// socket is closed would make the kernel send RST, which overtakes the Close.
 func (c *conn) linger() {
 	if half, ok := c.network.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite() //nolint:errcheck // the client may have gone
 	}
 	c.network.SetReadDeadline(time.Now().Add(lingerTimeout))
-	if c.frozen.Load() { // its deadline may have been before this one
+	if c.frozen.Load() { // Freeze may have set its deadline before this one was set
 		return
 	}
 	io.Copy(io.Discard, c.network) //nolint:errcheck // whatever ends it, the connection is closed next
 }
 
-// lock takes the write lock, unless the connection ends first. Once the connection is frozen it fails for what nobody
-// relies on yet; what is committed is written into the state.
+// lock takes the write lock, unless the connection ends first. On a frozen connection it fails, except for committed
+// bytes, which write adds to the state.
 func (c *conn) lock(committed bool) error {
 	select {
 	case <-c.done:
@@ -281,8 +280,8 @@ func (c *conn) lock(committed bool) error {
 	}
 }
 
-// unlock sends the control frames that have come due and gives the write lock back. One that comes
-// due between the two is sent by whoever sees it first: its maker, the next owner, or this loop.
+// unlock sends the control frames that are due and releases the write lock. One that becomes due between the two is sent
+// by whoever sees it first: its maker, the next owner, or this loop.
 func (c *conn) unlock() {
 	for {
 		c.writeControlFrames()
@@ -298,8 +297,8 @@ func (c *conn) unlock() {
 	}
 }
 
-// pong answers a Ping, now or right after the message that is being written. Only the latest
-// unanswered Ping is answered.
+// pong answers a Ping, now or right after the message that is being written. Of several unanswered Pings only the
+// latest is answered.
 func (c *conn) pong(payload []byte) {
 	c.controlMu.Lock()
 	c.pongDue = true
@@ -308,7 +307,7 @@ func (c *conn) pong(payload []byte) {
 	c.startControlWriter()
 }
 
-// heartbeat sends a Pong that answers nothing, unless one is due that does.
+// heartbeat sends an unsolicited Pong, unless the answer to a Ping is due.
 func (c *conn) heartbeat() {
 	c.controlMu.Lock()
 	if !c.pongDue {
@@ -327,17 +326,17 @@ func (c *conn) ping() {
 	c.startControlWriter()
 }
 
-// reportPanics has somebody told of panics of control writers. It is called before the connection is served; nil
-// changes nothing.
+// reportPanics sets the function that is called after a panic in a control writer. Call it before the connection is
+// served. nil changes nothing.
 func (c *conn) reportPanics(to rescue.Report) {
 	if to != nil {
 		c.onPanic = to
 	}
 }
 
-// startControlWriter sends what is due in a goroutine, if no writer is at work that will: neither
-// the read loop nor a caller of Ping may be held up by a client that does not read. There is never
-// more than one, as it owns the write lock, and release waits for it.
+// startControlWriter sends the control frames that are due in a goroutine, unless the owner of the write lock will.
+// Neither the read loop nor a caller of Ping may block on a client that does not read. There is at most one such
+// goroutine, because it owns the write lock, and release waits for it.
 func (c *conn) startControlWriter() {
 	select {
 	case c.writeLock <- struct{}{}:
@@ -360,7 +359,7 @@ func (c *conn) startControlWriter() {
 	})
 }
 
-// writeHeldUp begins to write what a freeze has held up, if somebody is to do so.
+// writeHeldUp starts to write what a freeze has held back. It does nothing unless the connection was just resumed.
 func (c *conn) writeHeldUp() {
 	if c.resumed.Load() && c.resumed.CompareAndSwap(true, false) {
 		c.startControlWriter()
@@ -373,7 +372,7 @@ func (c *conn) controlDue() bool {
 	return c.pingDue || c.pongDue
 }
 
-// writeControlFrames sends what a freeze has held up, and the Ping and Pong that are due. Called with the write lock.
+// writeControlFrames sends what a freeze has held back, and the Ping and Pong that are due. Called with writeLock held.
 func (c *conn) writeControlFrames() {
 	c.writeUnsent()
 	c.controlMu.Lock()
@@ -383,7 +382,7 @@ func (c *conn) writeControlFrames() {
 	c.controlMu.Unlock()
 	if pong {
 		frames.PutHeader(c.control[:], frames.OpPong, len(payload))
-		c.write(c.control[:2+len(payload)]) //nolint:errcheck // a connection that cannot be written to is noticed by its reader
+		c.write(c.control[:2+len(payload)]) //nolint:errcheck // the reader notices a connection that cannot be written to
 	}
 	if ping {
 		frames.PutHeader(c.control[:], frames.OpPing, 0)
@@ -391,8 +390,8 @@ func (c *conn) writeControlFrames() {
 	}
 }
 
-// write puts whole frames on the wire, or what of them is not there at a freeze into unsent. Called with the write lock. A
-// failed write ends the connection, because nobody knows how much of the frame was sent.
+// write writes whole frames. What a freeze keeps it from writing goes into unsent. Called with writeLock held. A failed
+// write ends the connection, because it is unknown how much of the frame was sent.
 func (c *conn) write(frames []byte) error {
 	if err := c.writable(); err != nil {
 		return err
@@ -405,7 +404,7 @@ func (c *conn) write(frames []byte) error {
 	return c.wrote(err, frames[n:])
 }
 
-// writeUnsent writes unsent, as far as the connection is not frozen again.
+// writeUnsent writes unsent, until the connection is frozen again.
 func (c *conn) writeUnsent() {
 	if len(c.unsent) == 0 || c.writeErr != nil || c.frozen.Load() {
 		return
@@ -417,8 +416,7 @@ func (c *conn) writeUnsent() {
 	c.wrote(err) //nolint:errcheck // it is kept
 }
 
-// writeVector is write for the first n slices of vector: frames whose headers and payload are apart.
-// The payload is not copied.
+// writeVector is like write, for frames in the first n slices of vector. It does not copy the payload.
 func (c *conn) writeVector(n int) error {
 	err := c.writable()
 	if err == nil {
@@ -443,7 +441,7 @@ func (c *conn) writable() error {
 	return nil
 }
 
-// wrote notes how a write has ended, and what it has left.
+// wrote handles the result of a write: it keeps rest in unsent after a freeze, and the error in writeErr.
 func (c *conn) wrote(err error, rest ...[]byte) error {
 	if err == nil && !c.frozen.Load() {
 		return nil
@@ -462,10 +460,10 @@ func (c *conn) wrote(err error, rest ...[]byte) error {
 	return c.writeErr
 }
 
-// writeClose sends a Close frame, unless one was sent. Waiting for the write lock and writing end
-// with the context; a write that ends so cuts the byte stream.
+// writeClose sends a Close frame, unless one was sent. The context bounds the wait for the write lock and the write. A
+// write that it ends cuts the byte stream.
 func (c *conn) writeClose(ctx context.Context, frame []byte) error {
-	// Not lock: after the client's Close done is closed, and the answer is still to be sent.
+	// lock would fail: after the client's Close, done is closed, but our answer is still due.
 	select {
 	case c.writeLock <- struct{}{}:
 	case <-ctx.Done():
@@ -487,22 +485,22 @@ func (c *conn) writeClose(ctx context.Context, frame []byte) error {
 	return nil
 }
 
-// sendClose is writeClose with a code and a reason, of which at most 123 bytes are sent.
+// sendClose sends a Close frame with a code and a reason, of which at most 123 bytes are sent.
 func (c *conn) sendClose(ctx context.Context, code int, reason string) error {
 	frame := make([]byte, 2+frames.MaxControlPayload)
 	return c.writeClose(ctx, frame[:frames.PutClose(frame, code, reason)])
 }
 
-// sendCloseWithin is a best effort to tell the client, when the connection ends in any case.
+// sendCloseWithin tries to send a Close frame on a connection that ends in any case.
 func (c *conn) sendCloseWithin(timeout time.Duration, code int, reason string) {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	_ = c.sendClose(ctx, code, reason)
 }
 
-// peerEnd asks the kernel how the client's end of the connection has ended, without reading: ErrClientVanished
-// for a FIN, ErrClientReset, or nil while it is open. It is for when nothing can be read because there is no
-// room; a FIN behind unread data shows, and what is before it can still be read.
+// peerEnd asks the kernel how the client has ended the connection, without reading. It returns ErrClientVanished for a
+// FIN, ErrClientReset for a reset, and nil while the connection is open. It is for a read loop that has no room: it
+// sees a FIN behind unread data, and that data can still be read.
 func (c *conn) peerEnd() (end error) {
 	socket.Control(c.network, func(fd int) {
 		switch socket.PeerEnd(fd) {
@@ -515,7 +513,7 @@ func (c *conn) peerEnd() (end error) {
 	return end
 }
 
-// socketDead tells whether nothing can go either way any more.
+// socketDead reports whether the socket is closed in both directions.
 func (c *conn) socketDead() (dead bool) {
 	socket.Control(c.network, func(fd int) {
 		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
@@ -524,13 +522,13 @@ func (c *conn) socketDead() (dead bool) {
 	return dead
 }
 
-// allAcknowledged reports whether the peer's kernel has everything that was written.
+// allAcknowledged reports whether the peer's kernel has acknowledged everything that was written.
 func allAcknowledged(c net.Conn) bool {
 	n, known := socket.Unacknowledged(c)
 	return known && n == 0
 }
 
-// socketError takes the error that the kernel has not told anybody yet.
+// socketError returns and clears the socket's pending error.
 func (c *conn) socketError() (reset error) {
 	socket.Control(c.network, func(fd int) { reset = socket.TakeError(fd) })
 	return reset

@@ -9,20 +9,20 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
-// Freeze ends all calls that wait on the connection and its channels, Serve too, with handover.ErrFrozen; see
-// State. It waits for nobody, and further calls do nothing. A frozen connection is not closed by CloseNow and not by Serve's
-// context.
+// Freeze ends all calls that wait on the connection and its channels, including Serve, with handover.ErrFrozen; see State.
+// It does not wait for them. Further calls do nothing. CloseNow and the end of Serve's context do not close a frozen
+// connection.
 //
-// Of calls on a frozen connection's channels, Write takes all of its bytes or none, ReadFrom sends what it has
-// read before, and CloseWrite, CloseRead and Reset do what they do; what is not on the wire then is in the state. What
-// Read and WriteTo have not given away is there to be read after Resume.
+// On the channels of a frozen connection, Write takes all of its bytes or none, ReadFrom sends what it has read, and
+// CloseWrite, CloseRead and Reset work as before. Bytes that are not on the wire by then are in the state. Bytes that
+// Read and WriteTo have not passed on can be read after Resume.
 func (c *ChannelConn) Freeze() {
 	c.conn.Freeze()
 	c.inbound.Freeze()
 }
 
-// Freeze ends all calls that wait on the connection with handover.ErrFrozen; see State. It waits for nobody, and further
-// calls do nothing.
+// Freeze ends all calls that wait on the connection with handover.ErrFrozen; see State. It does not wait for them.
+// Further calls do nothing.
 func (c *conn) Freeze() {
 	c.endMu.Lock()
 	defer c.endMu.Unlock()
@@ -30,7 +30,7 @@ func (c *conn) Freeze() {
 		return
 	}
 	c.controlMu.Lock()
-	c.frozen.Store(true) // with the lock: no control writer is started any more
+	c.frozen.Store(true) // with controlMu held, so that no control writer starts after this
 	c.controlMu.Unlock()
 	close(c.freezing)
 	if !c.closed {
@@ -41,12 +41,12 @@ func (c *conn) Freeze() {
 // Frozen is closed by Freeze.
 func (c *conn) Frozen() <-chan struct{} { return c.freezing }
 
-// stopped says whether a read, a write or a wait has ended because of Freeze.
+// stopped reports whether a read, a write or a wait has ended because of Freeze.
 func (c *conn) stopped(err error) bool {
 	return c.frozen.Load() && (errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, handover.ErrFrozen))
 }
 
-// beginClosing fails on a frozen connection.
+// beginClosing marks the connection as closed. It returns false for a frozen connection.
 func (c *conn) beginClosing() bool {
 	c.endMu.Lock()
 	defer c.endMu.Unlock()
@@ -57,7 +57,7 @@ func (c *conn) beginClosing() bool {
 	return true
 }
 
-// closeSocket does nothing, and says so, on a frozen connection.
+// closeSocket closes the socket. For a frozen connection it does nothing and returns false.
 func (c *conn) closeSocket() bool {
 	if !c.beginClosing() {
 		return false
@@ -66,7 +66,7 @@ func (c *conn) closeSocket() bool {
 	return true
 }
 
-// Discard gives a frozen connection up: without State it is closed.
+// Discard closes a frozen connection whose State is not wanted.
 func (c *ChannelConn) Discard() {
 	if c.frozen.Load() {
 		c.conn.Discard()
@@ -74,7 +74,7 @@ func (c *ChannelConn) Discard() {
 	}
 }
 
-// Discard gives a frozen connection up: without State it is closed.
+// Discard closes a frozen connection whose State is not wanted.
 func (c *conn) Discard() {
 	if c.frozen.Load() {
 		c.network.Close()
@@ -82,7 +82,7 @@ func (c *conn) Discard() {
 	}
 }
 
-// endAgain is the rest of the end of a connection that was frozen while it ended: the client may be owed our Close.
+// endAgain completes the end of a connection that was frozen while it ended. Our Close may still be due.
 func (c *ChannelConn) endAgain() error {
 	c.network.SetWriteDeadline(time.Now().Add(closeTimeout))
 	c.writeLock <- struct{}{}

@@ -21,7 +21,7 @@ func TestLegacyPortForward(t *testing.T) {
 				if err != nil || got != protocol {
 					t.Errorf("negotiated %q: %v", got, err)
 				}
-				c, err := AcceptPortForward(w, r, got, []uint16{80, 8443}, Config{})
+				c, ports, err := AcceptPortForward(w, r, got, []uint16{80, 8443}, Config{})
 				if err != nil {
 					t.Errorf("accept: %v", err)
 					return
@@ -29,7 +29,6 @@ func TestLegacyPortForward(t *testing.T) {
 				finished := make(chan struct{})
 				go func() {
 					defer close(finished)
-					ports := c.Ports()
 					if len(ports) != 2 || ports[0].Port != 80 || ports[1].Port != 8443 {
 						t.Errorf("ports %v", ports)
 					}
@@ -77,7 +76,7 @@ func TestLegacyPortForward(t *testing.T) {
 func TestLegacyPortForwardNeedsPorts(t *testing.T) {
 	for _, count := range []int{0, MaxPorts + 1} {
 		w := httptest.NewRecorder()
-		if _, err := AcceptPortForward(w, upgradeRequest(), ChannelV4, make([]uint16, count), Config{}); err == nil {
+		if _, _, err := AcceptPortForward(w, upgradeRequest(), ChannelV4, make([]uint16, count), Config{}); err == nil {
 			t.Errorf("%d ports: accepted", count)
 		}
 		if w.Code != http.StatusBadRequest {

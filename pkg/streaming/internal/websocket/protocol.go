@@ -10,12 +10,11 @@ import (
 	"strings"
 )
 
-// Protocol is a WebSocket subprotocol, as in the Sec-WebSocket-Protocol header. The empty one
-// stands for a client that named none, and is framed like ChannelV1.
+// Protocol is a WebSocket subprotocol, as in the Sec-WebSocket-Protocol header.
 type Protocol string
 
 const (
-	// ChannelUnnamed is what a client speaks that offers no subprotocol: ChannelV1.
+	// ChannelUnnamed is for a client that offers no subprotocol. It is framed like ChannelV1.
 	ChannelUnnamed Protocol = ""
 	// ChannelV1 sends each message as one channel byte and payload; errors are plain text.
 	ChannelV1 Protocol = "channel.k8s.io"
@@ -32,17 +31,17 @@ const (
 	PortForwardTunnel Protocol = "SPDY/3.1+portforward.k8s.io"
 )
 
-// Base64 says that messages are text: a digit for the channel and the payload in base64.
+// Base64 reports whether messages are text: a digit for the channel and the payload in base64.
 func (p Protocol) Base64() bool { return p == ChannelV1Base64 || p == ChannelV4Base64 }
 
-// HalfClose says that the client can close one channel with the message [255, channel].
+// HalfClose reports whether the client can close one channel with the message [255, channel].
 func (p Protocol) HalfClose() bool { return p == ChannelV5 }
 
-// Tunnel says that the connection is to be accepted with AcceptTunnel and not as channels.
+// Tunnel reports whether the connection is to be accepted with AcceptTunnel and not as channels.
 func (p Protocol) Tunnel() bool { return p == PortForwardTunnel }
 
-// StatusVersion is the version of what is written to the error channel: 4 (a JSON status) or 1
-// (plain text, only when something failed). Zero for the tunnel, which has no error channel.
+// StatusVersion returns the format of the error channel: 4 is a JSON status, 1 is plain text that is only sent for a
+// failure, 0 is for the tunnel, which has no error channel.
 func (p Protocol) StatusVersion() int {
 	switch p {
 	case ChannelV5, ChannelV4, ChannelV4Base64:
@@ -54,7 +53,7 @@ func (p Protocol) StatusVersion() int {
 	}
 }
 
-// Kind is what a request wants to do with the connection.
+// Kind is the kind of a request.
 type Kind int
 
 const (
@@ -70,7 +69,7 @@ var supported = map[Kind][]Protocol{
 	PortForward:   {PortForwardTunnel, ChannelV4, ChannelV4Base64},
 }
 
-// HandshakeError is a request that cannot become a WebSocket connection.
+// HandshakeError means that a request cannot become a WebSocket connection.
 type HandshakeError struct {
 	// StatusCode is the HTTP status to answer with.
 	StatusCode int
@@ -79,9 +78,9 @@ type HandshakeError struct {
 
 func (e *HandshakeError) Error() string { return "websocket handshake: " + e.Reason }
 
-// Select returns the protocol to speak with a client that offers these, our preference first. No
-// offers at all are ChannelUnnamed. The error is a *HandshakeError with status 403, as the stock
-// server answers, when nothing is in common.
+// Select returns the protocol to speak with a client that makes these offers, in our order of preference. Without
+// offers it is ChannelUnnamed. If no offer is supported, the error is a *HandshakeError with status 403, as in the
+// stock server.
 func Select(kind Kind, offers []string) (Protocol, error) {
 	if len(offers) == 0 {
 		return ChannelUnnamed, nil
@@ -97,9 +96,9 @@ func Select(kind Kind, offers []string) (Protocol, error) {
 	}
 }
 
-// Offers returns the subprotocols named in the request's Sec-WebSocket-Protocol header lines. The
-// error is a *HandshakeError with status 400 for names with characters that RFC 6455 section 4.1
-// does not allow; the slash of "SPDY/3.1+portforward.k8s.io", which is such a character, is taken.
+// Offers returns the subprotocols in the Sec-WebSocket-Protocol header lines. For a name with characters that RFC 6455
+// section 4.1 does not allow, the error is a *HandshakeError with status 400. A slash is accepted although it is such a
+// character, because "SPDY/3.1+portforward.k8s.io" has one.
 func Offers(header http.Header) ([]string, error) {
 	var offers []string
 	for _, line := range header.Values("Sec-WebSocket-Protocol") {
@@ -122,29 +121,27 @@ func Offers(header http.Header) ([]string, error) {
 	return offers, nil
 }
 
-// IsUpgrade says that the request asks for WebSocket, rightly or not. Negotiate says whether it can
-// be given one.
+// IsUpgrade reports whether the request asks for WebSocket. Negotiate checks whether it can be served.
 func IsUpgrade(r *http.Request) bool {
-	return hasToken(r.Header, "Connection", "upgrade") && hasToken(r.Header, "Upgrade", "websocket")
+	return HasToken(r.Header, "Connection", "upgrade") && HasToken(r.Header, "Upgrade", "websocket")
 }
 
-// Negotiate checks everything that Accept needs of a request and chooses the protocol, without
-// touching the connection: what it refuses (a *HandshakeError) can be answered before the request's
-// token is spent.
+// Negotiate checks everything that Accept needs of a request, and selects the protocol. It does not touch the
+// connection, so that a request that it rejects, with a *HandshakeError, does not use its token up.
 //
-// A browser that a foreign page has sent here is refused with 403; see originAllowed.
+// It rejects a browser's request from a page of another origin with 403; see originAllowed.
 func Negotiate(r *http.Request, kind Kind) (Protocol, error) {
 	refuse := func(status int, reason string) (Protocol, error) {
 		return "", &HandshakeError{StatusCode: status, Reason: reason}
 	}
 	switch {
-	case !hasToken(r.Header, "Connection", "upgrade"):
+	case !HasToken(r.Header, "Connection", "upgrade"):
 		return refuse(http.StatusBadRequest, "no Connection: Upgrade header")
-	case !hasToken(r.Header, "Upgrade", "websocket"):
+	case !HasToken(r.Header, "Upgrade", "websocket"):
 		return refuse(http.StatusUpgradeRequired, "no Upgrade: websocket header")
 	case r.Method != http.MethodGet:
 		return refuse(http.StatusMethodNotAllowed, "the method is not GET")
-	case !hasToken(r.Header, "Sec-WebSocket-Version", "13"):
+	case !HasToken(r.Header, "Sec-WebSocket-Version", "13"):
 		return refuse(http.StatusBadRequest, "Sec-WebSocket-Version is not 13")
 	case !validKey(r.Header.Get("Sec-WebSocket-Key")):
 		return refuse(http.StatusBadRequest, "Sec-WebSocket-Key is not the base64 of 16 bytes")
@@ -158,8 +155,8 @@ func Negotiate(r *http.Request, kind Kind) (Protocol, error) {
 	return Select(kind, offers)
 }
 
-// hasToken looks for a token in a comma-separated header, case-insensitively.
-func hasToken(header http.Header, name, token string) bool {
+// HasToken reports whether a comma-separated header has a token, whatever its case.
+func HasToken(header http.Header, name, token string) bool {
 	for _, line := range header.Values(name) {
 		for element := range strings.SplitSeq(line, ",") {
 			if strings.EqualFold(strings.Trim(element, " \t"), token) {
@@ -175,11 +172,11 @@ func validKey(key string) bool {
 	return err == nil && len(decoded) == 16
 }
 
-// originAllowed tells a page that may connect to us from one that may not. Kubelet and API server hand on
-// what their client has sent, a browser behind kubectl proxy among them, and have allowed it: then Host is the
-// API server's address, and Origin is no business of ours. A browser that was sent here itself names our
-// address as Host and the page's as Origin. It would need a token all the same, which alone keeps out one
-// that takes us for somebody else (DNS rebinding).
+// originAllowed reports whether the page that a request comes from may connect to us. Kubelet and API server forward the
+// headers of their client, which may be a browser behind kubectl proxy. They have authorized it, so Origin does not
+// matter. Host is then the API server's address. A browser that a page has directed here sends our address as Host, and
+// the page's as Origin. It would also need a token. Against DNS rebinding, where Host is another name, the token is the
+// only protection.
 func originAllowed(r *http.Request) bool {
 	origin := r.Header.Get("Origin")
 	if origin == "" || !ownHost(r) {
@@ -189,7 +186,7 @@ func originAllowed(r *http.Request) bool {
 	return err == nil && strings.EqualFold(u.Host, r.Host)
 }
 
-// ownHost tells whether a request's Host is the address at which it came in, by number or as localhost.
+// ownHost reports whether a request's Host is the address at which it arrived, as an IP address or as localhost.
 func ownHost(r *http.Request) bool {
 	local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
 	if !ok {

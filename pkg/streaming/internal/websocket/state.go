@@ -13,44 +13,41 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/inbox"
 )
 
-// State is a frozen connection: all that is needed to go on with it on the same socket, in this program or in
-// another. It is written to a hand-over's state, so its fields keep their names and meanings.
+// State is a frozen connection: all that is needed to continue it on the same socket, in this program or in another. It is
+// part of the hand-over format, so its fields keep their names and meanings.
 type State struct {
-	Closed bool // this side has closed the connection: there is no socket
+	Closed bool // this side has closed the connection, so there is no socket
 
-	// Input is what was read and not understood yet, and Read where in the client's byte stream it begins.
+	// Input is what was read and not parsed yet. Read is where in the client's byte stream it begins.
 	Input []byte
 	Read  frames.ReadState
 
-	// Output is what is to be written first: whole frames, but perhaps for the beginning of the first.
+	// Output is what is to be written first. It is whole frames, except that part of the first may already be sent.
 	Output           []byte
 	CloseSent        bool // our Close is in Output or before
 	PingDue, PongDue bool
-	Pong             []byte // what the Pong says
+	Pong             []byte // payload of the Pong
 
 	LastReceived, LastActivity int64 // Unix nanoseconds
 
 	Done     *failure.Failure // why the connection is over
-	Unwanted *failure.Failure // why nothing can be written any more
+	Unwanted *failure.Failure // why writing fails
 }
 
 // ChannelsState is the State of a ChannelConn.
 type ChannelsState struct {
 	Conn     State
 	Protocol Protocol
-	Over     bool             // nothing is read any more
-	InputEnd *failure.Failure // what follows the data in channels that have no end of their own
+	Over     bool             // reading has ended
+	InputEnd *failure.Failure // the error after the data of channels that have not ended by themselves
 	Channels []ChannelState
 
-	// Receiving says that Conn.Read is in a message that is taken in. Of its header these bytes have come, or, with
-	// Payload, all, and this is its channel.
-	Receiving bool
-	Header    []byte
-	Payload   bool
+	Receiving bool   // Conn.Read is within a message that is being received
+	Header    []byte // the bytes of its header that have arrived
+	Payload   bool   // its header is complete, and names Channel
 	Channel   int
-	// Of a base64 payload these bytes are not decoded yet, and nothing may follow them when it is padded.
-	Encoded []byte
-	Padded  bool
+	Encoded   []byte // base64 payload that is not decoded yet
+	Padded    bool   // the base64 payload had its padding, so that nothing may follow
 }
 
 // ChannelState is a channel of a ChannelsState.
@@ -59,11 +56,11 @@ type ChannelState struct {
 	Received, Sent int64
 	Unread         []byte // received and not read
 	Ended          bool   // the client sends no more
-	Discard        bool   // nobody wants what it sends
+	Discard        bool   // what the client sends is discarded
 	WriteClosed    bool   // CloseWrite was called
 }
 
-// names are the errors that others look for.
+// names are the errors that callers compare with.
 var names = failure.NewNames(
 	failure.Name{Name: "client-closed", Error: ErrClientClosed},
 	failure.Name{Name: "client-vanished", Error: ErrClientVanished},
@@ -71,7 +68,7 @@ var names = failure.NewNames(
 	failure.Name{Name: "closed", Error: ErrClosed},
 )
 
-// kindViolation is a *frames.Violation's.
+// kindViolation is the Failure.Kind of a *frames.Violation.
 const kindViolation = "violation"
 
 func writeFailure(err error) *failure.Failure {
@@ -88,8 +85,8 @@ func readFailure(f *failure.Failure) error {
 	return names.Err(f)
 }
 
-// State returns the state of a frozen connection, whose Serve and whose channels' calls have all returned. With it
-// the connection is emptied and can do nothing more. The network connection below stays open, for its owner to close.
+// State returns the state of a frozen connection. Serve and all calls on channels must have returned. The connection
+// cannot be used after it. The underlying network connection stays open, for its owner to close.
 func (c *ChannelConn) State() (ChannelsState, error) {
 	base, err := c.state()
 	if err != nil {
@@ -110,8 +107,8 @@ func (c *ChannelConn) State() (ChannelsState, error) {
 	return s, nil
 }
 
-// State returns the state of a frozen connection, whose calls have all returned. The network connection below stays open,
-// for its owner to close.
+// State returns the state of a frozen connection. All calls must have returned. The underlying network connection stays
+// open, for its owner to close.
 func (t *TunnelConn) State() (State, error) { return t.state() }
 
 func (c *conn) state() (State, error) {
@@ -139,9 +136,9 @@ func (c *conn) state() (State, error) {
 	return s, nil
 }
 
-// Resume goes on with a connection on its network connection, which the ChannelConn owns from now on; it is not used, and may be
-// nil, when the connection was closed. Serve is to be called soon. Of config the channels and the greeting are not used; what
-// channels hold counts against its limits, even where it is more.
+// Resume continues a connection on its network connection, which the ChannelConn then owns. If the connection was closed,
+// network is not used and may be nil. The caller calls Serve soon. config.Channels and config.Greeting are not used. What
+// the channels hold counts against the limits, even if it exceeds them.
 func Resume(network net.Conn, s ChannelsState, config Config) (*ChannelConn, error) {
 	if err := s.check(); err != nil {
 		return nil, fmt.Errorf("websocket: resume a connection: %w", err)
@@ -173,7 +170,7 @@ func Resume(network net.Conn, s ChannelsState, config Config) (*ChannelConn, err
 	return c, nil
 }
 
-// ResumeTunnel goes on with a tunnel on its network connection, which the TunnelConn owns from now on.
+// ResumeTunnel continues a tunnel on its network connection, which the TunnelConn then owns.
 func ResumeTunnel(network net.Conn, s State) (*TunnelConn, error) {
 	if err := s.check(); err != nil {
 		return nil, fmt.Errorf("websocket: resume a tunnel: %w", err)
@@ -185,7 +182,7 @@ func ResumeTunnel(network net.Conn, s State) (*TunnelConn, error) {
 	return &TunnelConn{conn: base}, nil
 }
 
-// readBuffer is net/http's.
+// readBuffer is the size of net/http's read buffer.
 const readBuffer = 4 << 10
 
 func resume(network net.Conn, s State, limit int64) (*conn, error) {
@@ -198,9 +195,9 @@ func resume(network net.Conn, s State, limit int64) (*conn, error) {
 	if network == nil {
 		return nil, errors.New("websocket: resume a connection: there is none")
 	}
-	// Room for twice the input: what is there is parsed in place, and a frame's header must fit behind it.
+	// Room for twice the input: it is parsed in place, and a frame's header must fit behind it.
 	source := bufio.NewReaderSize(&prefixed{network, s.Input}, max(readBuffer, 2*len(s.Input)))
-	source.Peek(len(s.Input)) //nolint:errcheck // is there; now the prefix is empty
+	source.Peek(len(s.Input)) //nolint:errcheck // the bytes are there; this moves them from the prefix to the buffer
 	c := newConn(network, source, limit)
 	c.in.ReadState = s.Read
 	c.unsent, c.writeErr = slices.Clone(s.Output), readFailure(s.Unwanted)
@@ -216,7 +213,7 @@ func resume(network net.Conn, s State, limit int64) (*conn, error) {
 	return c, nil
 }
 
-// prefixed is a connection behind bytes that were read from it before.
+// prefixed is a connection that first returns bytes that were read from it before.
 type prefixed struct {
 	net.Conn
 	prefix []byte
@@ -232,7 +229,7 @@ func (p *prefixed) Read(b []byte) (int, error) {
 	return p.Conn.Read(b)
 }
 
-// check refuses what State never returns.
+// check rejects what State never returns.
 func (s *ChannelsState) check() error {
 	if err := s.Conn.check(); err != nil {
 		return err

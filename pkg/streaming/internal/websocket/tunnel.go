@@ -15,11 +15,10 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
-// TunnelConn is a byte stream in binary messages, whose boundaries mean nothing: the tunnel of
-// KEP-4006, for a SPDY server to run on. It is a net.Conn: one goroutine may read while others
-// write.
+// TunnelConn is the tunnel of KEP-4006, on which a SPDY server runs: a byte stream in binary messages, whose boundaries
+// have no meaning. It is a net.Conn. One goroutine may read while others write.
 //
-// Pings are answered, and the client's Close is noticed, only while somebody reads.
+// It answers Pings and notices the client's Close only while somebody reads.
 type TunnelConn struct {
 	*conn
 	closeOnce sync.Once
@@ -27,8 +26,8 @@ type TunnelConn struct {
 
 var _ net.Conn = (*TunnelConn)(nil)
 
-// AcceptTunnel answers the handshake of a request for which Negotiate chose PortForwardTunnel. After
-// an error the request has been answered. The caller closes the connection.
+// AcceptTunnel completes the handshake of a request for which Negotiate chose PortForwardTunnel. If it returns an error,
+// it has answered the request. The caller closes the connection.
 func AcceptTunnel(w http.ResponseWriter, r *http.Request) (*TunnelConn, error) {
 	base, err := accept(w, r, PortForwardTunnel, 0)
 	if err != nil {
@@ -37,10 +36,9 @@ func AcceptTunnel(w http.ResponseWriter, r *http.Request) (*TunnelConn, error) {
 	return &TunnelConn{conn: base}, nil
 }
 
-// Read reads bytes of the stream. It returns io.EOF after the client's Close with a normal code, and
-// io.ErrUnexpectedEOF, wrapped, when the client went away without one. A read deadline that passes
-// ends the reading side: further reads return the same error. While the connection is frozen the error is
-// handover.ErrFrozen.
+// Read reads bytes of the stream. It returns io.EOF after the client's Close with a normal code, and a wrapped
+// io.ErrUnexpectedEOF when the client went away without one. After a read deadline has passed, all further reads return
+// the same error. While the connection is frozen, the error is handover.ErrFrozen.
 func (t *TunnelConn) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
@@ -74,7 +72,7 @@ func (t *TunnelConn) Read(p []byte) (int, error) {
 	}
 }
 
-// ended is the error of a Read after the end, nil before.
+// ended returns the error of a Read after the end, and nil before.
 func (t *TunnelConn) ended() error {
 	select {
 	case <-t.done:
@@ -95,12 +93,12 @@ func (t *TunnelConn) failed(err error) error {
 		t.finish(err)
 		return err
 	}
-	t.readError(err, nil) //nolint:errcheck // called for what it notes
+	t.readError(err, nil) //nolint:errcheck // ended returns it
 	return t.ended()
 }
 
-// Write sends p as one message, without copying it. The connection may be frozen meanwhile: then p is taken, or the error
-// is handover.ErrFrozen.
+// Write sends p as one message, without copying it. If the connection is frozen meanwhile, Write takes all of p, or takes
+// nothing and returns handover.ErrFrozen.
 func (t *TunnelConn) Write(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
@@ -118,17 +116,17 @@ func (t *TunnelConn) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// CloseWrite sends Close with code 1000: nothing more comes from us. Reading goes on until the
-// client closes. It waits at most 2 seconds for a write in progress.
+// CloseWrite sends Close with code 1000. Nothing can be written after it. Reading continues until the client closes. It
+// waits at most 2 seconds for a write in progress.
 func (t *TunnelConn) CloseWrite() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
 	return t.sendClose(ctx, CloseNormal, "")
 }
 
-// Close sends Close with code 1000, if it can within 2 seconds, and closes the connection. What the
-// client has sent and nobody read then makes the kernel throw away what the client has not received
-// (kubernetes#60140): to end in order call CloseWrite, read until the end, and then Close.
+// Close sends Close with code 1000, if it can within 2 seconds, and closes the connection. If data from the client is
+// unread then, the kernel sends RST, and the client loses what it has not received yet (kubernetes#60140). For an
+// orderly end, call CloseWrite, read until the end, and then call Close.
 func (t *TunnelConn) Close() error {
 	t.closeOnce.Do(func() {
 		t.sendCloseWithin(closeTimeout, CloseNormal, "")
@@ -140,32 +138,30 @@ func (t *TunnelConn) Close() error {
 	return nil
 }
 
-// NetConn is the connection underneath, to ask it about its state; bytes must not be read from it
-// or written to it.
+// NetConn returns the underlying connection, to query its state. The caller must not read from it or write to it.
 func (t *TunnelConn) NetConn() net.Conn { return t.network }
 
-// LastActivity is when bytes of the stream were last received or sent.
+// LastActivity returns when bytes of the stream were last received or sent.
 func (t *TunnelConn) LastActivity() time.Time { return time.Unix(0, t.lastActivity.Load()) }
 
-// LastReceived is when anything was last received, Ping and Pong included.
+// LastReceived returns when anything was last received, Ping and Pong included.
 func (t *TunnelConn) LastReceived() time.Time { return time.Unix(0, t.lastReceived.Load()) }
 
-// LocalAddr is our address of the connection.
+// LocalAddr returns our address of the connection.
 func (t *TunnelConn) LocalAddr() net.Addr { return t.network.LocalAddr() }
 
-// RemoteAddr is the client's address.
+// RemoteAddr returns the client's address.
 func (t *TunnelConn) RemoteAddr() net.Addr { return t.network.RemoteAddr() }
 
 // SetDeadline sets both deadlines.
 func (t *TunnelConn) SetDeadline(at time.Time) error { return t.network.SetDeadline(at) }
 
-// SetReadDeadline sets the read deadline, which can pass only once; see Read.
+// SetReadDeadline sets the read deadline. Once it has passed, reading has ended; see Read.
 func (t *TunnelConn) SetReadDeadline(at time.Time) error { return t.network.SetReadDeadline(at) }
 
-// SetWriteDeadline sets the write deadline. One that passes during a write cuts a frame, and all
-// further writes fail.
+// SetWriteDeadline sets the write deadline. If it passes during a write, it cuts a frame, and all further writes fail.
 func (t *TunnelConn) SetWriteDeadline(at time.Time) error { return t.network.SetWriteDeadline(at) }
 
-// ReportPanics has somebody told of a panic in a goroutine of the tunnel's own, which ends the process otherwise. It is
-// called before the tunnel is used; nil changes nothing.
+// ReportPanics sets the function that is called after a panic in one of the tunnel's own goroutines. Without it, a panic
+// ends the process. Call it before the tunnel is used. nil changes nothing.
 func (t *TunnelConn) ReportPanics(to rescue.Report) { t.reportPanics(to) }

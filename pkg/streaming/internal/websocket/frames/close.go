@@ -17,7 +17,7 @@ const (
 	CloseInternalError   = 1011
 )
 
-// Violation is a client's violation that ends the connection with this close code.
+// Violation is a client's violation of the protocol. It ends the connection with this close code.
 type Violation struct {
 	Code   int
 	Reason string
@@ -27,7 +27,7 @@ func (e *Violation) Error() string {
 	return "websocket: the client broke the protocol: " + e.Reason
 }
 
-// PutClose writes a Close frame to b, which has room for any control frame, and returns its length.
+// PutClose writes a Close frame to b and returns its length. b must have room for any control frame.
 func PutClose(b []byte, code int, reason string) int {
 	if code == CloseNoStatus {
 		return PutHeader(b, OpClose, 0) // 1005 means "no code" and must not be sent

@@ -1,5 +1,5 @@
-// Package frames is the wire format of WebSocket (RFC 6455) as a server needs it: frames from a client are read, and
-// frames to it are written around payload that is in place.
+// Package frames is the wire format of WebSocket (RFC 6455) for a server: it reads the frames of a client, and writes
+// frame headers around payload that is in place.
 package frames
 
 import (
@@ -28,7 +28,7 @@ const (
 	MaxControlPayload = 125
 )
 
-// HeaderSize is the length of the header of an unmasked frame with a payload of this size.
+// HeaderSize returns the length of the header of an unmasked frame with a payload of this size.
 func HeaderSize(payload int) int {
 	switch {
 	case payload <= 125:
@@ -40,8 +40,8 @@ func HeaderSize(payload int) int {
 	}
 }
 
-// PutHeader writes the header of an unmasked final frame to the beginning of b and returns its
-// length. The length is in its shortest form, as RFC 6455 section 5.2 demands.
+// PutHeader writes the header of an unmasked final frame to the beginning of b and returns its length. The payload length
+// has its shortest form, as RFC 6455 section 5.2 requires.
 func PutHeader(b []byte, opcode byte, payload int) int {
 	b[0] = Final | opcode
 	switch size := HeaderSize(payload); size {
@@ -59,39 +59,38 @@ func PutHeader(b []byte, opcode byte, payload int) int {
 	}
 }
 
-// A message to a client is at most 32 KiB, channel byte included. client-go reads any size and the
-// stock server sends up to 32 KiB + 1, but coder/websocket and what is built like it fail on
-// messages above 32768 bytes unless told otherwise. Larger messages would not be cheaper: eight of
-// them are read from the source and written to the client by one system call each.
+// A message to a client is at most 32 KiB, channel byte included. client-go reads any size, and the stock server sends up
+// to 32 KiB + 1. But coder/websocket and similar libraries fail on messages above 32768 bytes by default. Larger
+// messages would not be cheaper: one system call reads eight of them from the source, and one writes them to the client.
 const (
 	MaxMessage = 32 << 10
 
-	// CellHeader is the room that a message needs in front of its payload: a frame header with a
-	// 16-bit length and the channel byte.
+	// CellHeader is the room in front of a message's payload: a frame header with a 16-bit length, and the
+	// channel byte.
 	CellHeader = 4 + 1
-	// MaxPayload is the most payload in one binary message; with its headers it makes 32 KiB.
+	// MaxPayload bounds the payload of one binary message. With its headers it makes 32 KiB.
 	MaxPayload = MaxMessage - CellHeader
-	// MaxBase64Payload is the most payload in one base64 message, before encoding.
+	// MaxBase64Payload bounds the payload of one base64 message, before encoding.
 	MaxBase64Payload = (MaxMessage - CellHeader) / 4 * 3
 
 	CellsPerBatch = 8
 	batchSize     = CellsPerBatch * MaxMessage
 )
 
-// Batch is a buffer of cells, each with room for the headers of one message and its payload. When
-// the cells are full one after the other, the buffer is what goes on the wire.
+// Batch is a buffer of cells. Each has room for the headers of one message and its payload. When all cells are full, the
+// buffer as a whole can be written.
 type Batch struct {
 	data [batchSize]byte
-	// Payloads are the cells' parts for payload, the destinations of a scattered read.
+	// Payloads are the payload parts of the cells, the destinations of a vectored read.
 	Payloads [CellsPerBatch][]byte
 }
 
 var batches = sync.Pool{New: func() any { return newBatch() }}
 
-// TakeBatch takes one from the pool.
+// TakeBatch takes a batch from the pool.
 func TakeBatch() *Batch { return batches.Get().(*Batch) }
 
-// Release gives it back.
+// Release returns the batch to the pool.
 func (b *Batch) Release() { batches.Put(b) }
 
 func newBatch() *Batch {
@@ -103,8 +102,8 @@ func newBatch() *Batch {
 	return b
 }
 
-// FrameBinary puts the headers in front of n bytes that fill the payload parts in order, and
-// returns the bytes for the wire: one binary message a cell. n is at least 1.
+// FrameBinary puts headers in front of n bytes that fill the payload parts in order. It returns the bytes to write: one
+// binary message per cell. n is at least 1.
 func (b *Batch) FrameBinary(channel byte, n int) []byte {
 	start, end := 0, 0
 	for i := 0; n > 0; i++ {
@@ -112,8 +111,8 @@ func (b *Batch) FrameBinary(channel byte, n int) []byte {
 		payload := min(n, MaxPayload)
 		n -= payload
 		headers := HeaderSize(1+payload) + 1
-		// A short message has a shorter header. In the first cell the wire bytes begin later for
-		// it; in any other the payload moves up, because there must be no gap.
+		// A short message has a shorter header. In the first cell, the bytes to write then begin later. In any
+		// other cell the payload moves forward, because there must be no gap.
 		at := CellHeader - headers
 		if i == 0 {
 			start = at
@@ -128,7 +127,7 @@ func (b *Batch) FrameBinary(channel byte, n int) []byte {
 	return b.data[start:end]
 }
 
-// Base64Source is where FrameBase64 expects the payload: behind the largest encoded message.
+// Base64Source returns the space where FrameBase64 expects the payload: behind the largest encoded message.
 func (b *Batch) Base64Source() []byte {
 	return b.data[MaxMessage : MaxMessage+MaxBase64Payload]
 }

@@ -9,15 +9,14 @@ import (
 	"unicode/utf8"
 )
 
-// ReadState is all that is known of a client's byte stream between two of its bytes. It is plain data, and so are
-// the steps from one state to the next: what reads from a socket is reader, below. With the bytes that wait in
-// reader's buffer it is what another process needs to go on reading.
+// ReadState is the parser's position in a client's byte stream. It is plain data, and its methods do no I/O: Reader
+// reads from the socket. With the bytes in Reader's buffer it is all that another process needs to continue.
 type ReadState struct {
 	InMessage bool   // a message has begun and its last frame has not ended
 	Last      bool   // the frame being read is the message's last
-	Remaining uint64 // payload bytes of the frame being read
-	Mask      uint32 // of that frame, rotated to the next byte: little-endian
-	Size      uint64 // of the message, as far as its frames' headers have come
+	Remaining uint64 // payload bytes of that frame that are still to be read
+	Mask      uint32 // of that frame, rotated to the next byte, little-endian
+	Size      uint64 // bytes of the message, by the headers of its frames so far
 }
 
 // frameHeader is the head of a client's frame.
@@ -28,7 +27,7 @@ type frameHeader struct {
 	mask   uint32
 }
 
-// headerSize is how long a client's frame header is, judging by its first two bytes.
+// headerSize returns the length of a client's frame header, by the header's second byte.
 func headerSize(second byte) int {
 	switch second & 0x7F {
 	case 126:
@@ -62,7 +61,7 @@ func parseFrameHeader(b []byte) (h frameHeader, err error) {
 	return h, nil
 }
 
-// begin goes from between two frames into a data frame. The error is a *Violation; a limit of 0 is none.
+// begin moves from between two frames into a data frame. A limit of 0 is no limit. The error is a *Violation.
 func (s *ReadState) begin(h frameHeader, limit uint64) error {
 	switch h.opcode {
 	case OpContinuation:
@@ -109,9 +108,9 @@ func Unmask(p []byte, mask uint32) uint32 {
 
 func violation(reason string) error { return &Violation{CloseProtocolError, reason} }
 
-// CloseFrame is the error that reading ends with when the client has sent Close.
+// CloseFrame is the error of a read after the client has sent Close.
 type CloseFrame struct {
-	Code int // CloseNoStatus without one
+	Code int // CloseNoStatus if the frame has none
 	Text string
 }
 
@@ -138,8 +137,8 @@ func parseClose(payload []byte) error {
 	return c
 }
 
-// Reader reads a client's messages and hands its control frames on. As an io.Reader it is the rest of the message
-// being read, with io.EOF at its end; the end of the byte stream within a message is io.ErrUnexpectedEOF.
+// Reader reads a client's messages and passes on its control frames. Its Read returns the rest of the current message,
+// with io.EOF at its end. The end of the byte stream within a message is io.ErrUnexpectedEOF.
 type Reader struct {
 	ReadState
 	source  *bufio.Reader
@@ -148,19 +147,20 @@ type Reader struct {
 	scratch [MaxControlPayload]byte
 }
 
-// NewReader returns one that hands control frames to control, and takes messages of limit bytes; 0 is no limit.
+// NewReader returns a Reader that passes control frames to control and accepts messages of up to limit bytes; 0 is no
+// limit.
 func NewReader(source *bufio.Reader, limit uint64, control func(opcode byte, payload []byte)) *Reader {
 	return &Reader{source: source, limit: limit, control: control}
 }
 
-// Buffered is what was read and not understood yet; it is valid until the next read.
+// Buffered returns what was read and not parsed yet. It is valid until the next read.
 func (r *Reader) Buffered() []byte {
-	p, _ := r.source.Peek(r.source.Buffered()) //nolint:errcheck // is there
+	p, _ := r.source.Peek(r.source.Buffered()) //nolint:errcheck // the bytes are there
 	return p
 }
 
-// Next skips what is left of a message and waits for the beginning of the next. The error is io.EOF at an end of
-// the stream between two messages, a *CloseFrame for the client's Close, a *Violation for a violation.
+// Next skips the rest of a message and waits for the beginning of the next. The error is io.EOF at the end of the stream
+// between two messages, a *CloseFrame for the client's Close, or a *Violation.
 func (r *Reader) Next() (opcode byte, err error) {
 	for r.InMessage {
 		if r.Remaining > 0 {
@@ -176,7 +176,7 @@ func (r *Reader) Next() (opcode byte, err error) {
 	return r.nextFrame()
 }
 
-// advance goes on after a data frame that has ended: io.EOF is the message's end.
+// advance moves on after the end of a data frame. It returns io.EOF at the end of the message.
 func (r *Reader) advance() (opcode byte, err error) {
 	if r.Last {
 		r.InMessage = false
@@ -186,7 +186,7 @@ func (r *Reader) advance() (opcode byte, err error) {
 	return opcode, cut(err)
 }
 
-// nextFrame reads the header of the next data frame, and all control frames before it.
+// nextFrame reads the control frames before the next data frame, and its header.
 func (r *Reader) nextFrame() (opcode byte, err error) {
 	for {
 		b, err := r.source.Peek(2)
@@ -210,7 +210,7 @@ func (r *Reader) nextFrame() (opcode byte, err error) {
 			r.source.Discard(len(b)) //nolint:errcheck // is there
 			return h.opcode, nil
 		}
-		// Taken out when it is whole: a freeze may come in the middle.
+		// Consume a control frame only when it is complete: a freeze may come in between.
 		size := len(b)
 		b, err = r.source.Peek(size + int(h.size)) //nolint:gosec // a control frame's
 		if err != nil {
@@ -246,7 +246,7 @@ func (r *Reader) Read(p []byte) (int, error) {
 	return n, cut(err)
 }
 
-// cut is the error for bytes that are missing.
+// cut turns io.EOF into io.ErrUnexpectedEOF, for an end of the stream where bytes are missing.
 func cut(err error) error {
 	if errors.Is(err, io.EOF) {
 		return io.ErrUnexpectedEOF

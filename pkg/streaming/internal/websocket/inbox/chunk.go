@@ -9,8 +9,8 @@ const chunkSize = 32 << 10
 type Chunk struct {
 	next          *Chunk
 	read, written int
-	// users counts the list the chunk is in, the read loop while it reads into it, and the reader
-	// while it writes from it. The last to let go gives it back.
+	// users counts the list that holds the chunk, the read loop while it reads into it, and the reader
+	// while it writes from it. The last one returns the chunk to the pool.
 	users int
 	data  [chunkSize]byte
 }
@@ -23,7 +23,7 @@ func getChunk() *Chunk {
 	return c
 }
 
-// letGo ends one use of the chunk.
+// letGo ends one use of the chunk. Called with the Inbox's mu held.
 func (c *Chunk) letGo() {
 	c.users--
 	if c.users == 0 {

@@ -1,4 +1,4 @@
-// Package inbox sorts a client's messages into its channels, and keeps their payload, within limits, until it is read.
+// Package inbox sorts a client's messages into its channels and buffers their payload, within limits, until it is read.
 package inbox
 
 import (
@@ -17,41 +17,39 @@ import (
 var ErrReadClosed = errors.New("websocket: read after CloseRead or Reset")
 
 const (
-	// MinBudget is what one connection may keep also when all together keep too much.
+	// MinBudget is how much one connection may always keep, even if all connections together keep too much.
 	MinBudget = 64 << 10
 
-	// softWait is how long the read loop waits for a channel that holds its soft limit before it
-	// takes in more all the same, and softStep how much more. A channel that nobody reads so grows
-	// by 640 KiB a second at most, while pings, resizes and closes behind its payload get through.
+	// softWait is how long the read loop waits for a channel at its soft limit, before it receives
+	// softStep more. So a channel that nobody reads grows by at most 640 KiB a second, and the pings, resizes and
+	// closes behind its payload still get through.
 	softWait = 100 * time.Millisecond
 	softStep = 64 << 10
 )
 
-// Inbox sorts received messages into the channels. The read loop calls receive; readers of the
-// channels take the payload out.
+// Inbox sorts received messages into the channels. The read loop calls Receive. Readers of the channels call Next and
+// Taken.
 //
-// WebSocket has no flow control of its own, only TCP's for the whole connection. So there are two
-// limits: one for a channel, at which the loop waits, but not for long, and one for all channels
-// together, at which it waits until somebody reads.
+// WebSocket has no flow control of its own, only TCP's for the whole connection. So there are two limits. At the limit of
+// one channel the loop waits for a moment. At the limit of all channels together it waits until somebody reads.
 type Inbox struct {
 	format    Format
 	softLimit int // bytes in one channel
 	budget    int // bytes in all channels
 	shared    memory.Room
-	// Wait blocks until room is signalled, or for atMost if that is not zero. An error ends the
-	// connection.
+	// Wait blocks until room is signalled, at most for atMost if that is not zero. An error ends the connection.
 	Wait func(room <-chan struct{}, atMost time.Duration) error
 
 	// Owned by the read loop.
 	scratch [3]byte
 	decoder *base64Reader // nil unless the protocol is base64
-	// The message being received: a freeze may come between any two of its bytes.
+	// The message being received. A freeze may come between any two of its bytes.
 	Receiving bool
 	header    headerTape
-	payload   bool // its header has been read, and says:
+	payload   bool // its header was read and names channel
 	channel   int
 
-	// room is signalled, while waiting is set, when payload was taken out.
+	// room is signalled when payload was read, if waiting is set.
 	room chan struct{}
 
 	mu       sync.Mutex // protects what follows and all inboxes
@@ -72,10 +70,11 @@ type inbox struct {
 	received   int64 // payload bytes of the channel's whole life
 	filling    bool  // the read loop reads into tail
 	ended      bool  // the client sends no more
-	discard    bool  // nobody wants the payload
+	discard    bool  // the payload is discarded
 }
 
-// New returns one for channels that are read if they are wanted. Wait is to be set.
+// New returns an Inbox for len(wanted) channels. The payload of channels that are not wanted is discarded. The caller sets
+// Wait.
 func New(format Format, wanted []bool, softLimit, budget int, shared memory.Room) *Inbox {
 	in := &Inbox{
 		format:    format,
@@ -97,16 +96,16 @@ func New(format Format, wanted []bool, softLimit, budget int, shared memory.Room
 	return in
 }
 
-// Empty tells whether everything that was kept has been read.
+// Empty reports whether no payload is buffered.
 func (in *Inbox) Empty() bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	return in.used == 0
 }
 
-// Receive takes in one message and returns the number of its payload bytes that were kept. It
-// leaves unread what nobody wants. A *frames.Violation is the client's fault. After another error, that of a freeze, it
-// goes on in the message when it is called again.
+// Receive receives one message and returns the number of its payload bytes that were buffered. It leaves payload that is
+// not wanted unread. The error is a *frames.Violation if the client is at fault. After the error of a freeze, another
+// call continues in the message.
 func (in *Inbox) Receive(message io.Reader) (int, error) {
 	in.Receiving = true
 	if !in.payload {
@@ -140,7 +139,7 @@ func (in *Inbox) Receive(message io.Reader) (int, error) {
 	}
 }
 
-// receiveHeader reads the channel of a message and sets payload if its payload is wanted.
+// receiveHeader reads the channel of a message, and sets in.payload if the channel exists.
 func (in *Inbox) receiveHeader(message io.Reader) error {
 	header, err := readHeader(in.format, in.header.from(message), in.scratch[:])
 	if errors.Is(err, errEmptyMessage) {
@@ -165,11 +164,11 @@ func (in *Inbox) receiveHeader(message io.Reader) error {
 	return nil
 }
 
-// headerTape remembers what was read of a message's header, and gives it once more when the reading begins anew.
+// headerTape records what was read of a message's header, and replays it when reading starts again after a freeze.
 type headerTape struct {
 	source io.Reader
 	seen   []byte // at most 3
-	again  int    // of these, how many have been given once more
+	again  int    // how many of these were replayed
 }
 
 func (h *headerTape) from(source io.Reader) io.Reader {
@@ -190,13 +189,13 @@ func (h *headerTape) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// reserve returns where the next payload bytes of the channel go, waiting for room. Nil means that
-// the channel wants no more. Each slice is followed by a commit.
+// reserve waits for room and returns where the next payload bytes of the channel go. Nil means that they are not wanted.
+// Each slice must be followed by a commit.
 func (in *Inbox) reserve(channel int) ([]byte, error) {
 	box := &in.channels[channel]
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	var patience time.Time // until when the soft limit is waited for, however often room is signalled
+	var patience time.Time // when the wait at the soft limit ends, however often room is signalled
 	for {
 		if in.err != nil {
 			return nil, in.err
@@ -211,7 +210,7 @@ func (in *Inbox) reserve(channel int) ([]byte, error) {
 		switch {
 		case in.budget-in.used < minReserve: // until there is room
 		case in.used >= MinBudget && in.shared.Full():
-			atMost = softWait // room that another connection gives back is not signalled here
+			atMost = softWait // room that another connection returns is not signalled here
 		case box.size < box.softLimit:
 			return in.free(box), nil
 		default:
@@ -234,7 +233,7 @@ func (in *Inbox) reserve(channel int) ([]byte, error) {
 	}
 }
 
-// minReserve is the least room a reservation has; the base64 decoder needs that of one quantum.
+// minReserve is the least room of a reservation: one decoded base64 quantum.
 const minReserve = 3
 
 // free returns free space in the channel's last chunk, within the budget. Called with mu held.
@@ -276,9 +275,8 @@ func (in *Inbox) commit(channel, n int) {
 	}
 }
 
-// Next waits for payload and returns a piece of it, and the chunk it is in, which taken must be
-// called for. At the end of the channel the error is io.EOF. What arrived before the connection
-// ended is given out first.
+// Next waits for payload and returns a piece of it, and its chunk. The caller must then call Taken. At the end of the
+// channel the error is io.EOF. Payload that arrived before the connection ended is returned first.
 func (in *Inbox) Next(channel int) (*Chunk, []byte, error) {
 	box := &in.channels[channel]
 	in.mu.Lock()
@@ -302,7 +300,7 @@ func (in *Inbox) Next(channel int) (*Chunk, []byte, error) {
 	}
 }
 
-// Taken says that n bytes of the piece that next returned are done with.
+// Taken ends the use of the piece that Next returned, of which n bytes were consumed.
 func (in *Inbox) Taken(channel int, c *Chunk, n int) {
 	box := &in.channels[channel]
 	in.mu.Lock()
@@ -321,7 +319,7 @@ func (in *Inbox) Taken(channel int, c *Chunk, n int) {
 	c.letGo()
 }
 
-// trim gives back the chunks that are read. Called with mu held.
+// trim releases the chunks that were read. Called with mu held.
 func (in *Inbox) trim(box *inbox) {
 	for c := box.head; c != nil && c.read == c.written; c = box.head {
 		if c == box.tail {
@@ -335,8 +333,8 @@ func (in *Inbox) trim(box *inbox) {
 	}
 }
 
-// drop throws away what is buffered, except the chunk the read loop is reading into, which commit
-// drops. Called with mu held and discard set.
+// drop discards what is buffered. While the read loop reads into a chunk, drop does nothing and commit calls it again.
+// Called with mu held and discard set.
 func (in *Inbox) drop(box *inbox) {
 	if box.filling {
 		return
@@ -369,14 +367,14 @@ func (in *Inbox) EndAll() {
 	}
 }
 
-// Discard throws away what the channel holds and will receive.
+// Discard discards what the channel holds and will receive.
 func (in *Inbox) Discard(channel int) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.discardLocked(&in.channels[channel])
 }
 
-// DiscardAll does so for all channels.
+// DiscardAll calls Discard for all channels.
 func (in *Inbox) DiscardAll() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -392,8 +390,8 @@ func (in *Inbox) discardLocked(box *inbox) {
 	box.arrived.Broadcast()
 }
 
-// Fail ends all channels that have not ended: readers get what is buffered and then this error, the first
-// that fail is called with.
+// Fail ends all channels that have not ended: readers get what is buffered, and then this error. Only the first call
+// counts.
 func (in *Inbox) Fail(err error) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -417,14 +415,14 @@ func (in *Inbox) Freeze() {
 	}
 }
 
-// Received is how much payload of a channel has come in its life.
+// Received returns the number of payload bytes that were ever received on a channel.
 func (in *Inbox) Received(channel int) int64 {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	return in.channels[channel].received
 }
 
-// HasEnded says that the client sends no more on a channel.
+// HasEnded reports whether the client sends no more on a channel.
 func (in *Inbox) HasEnded(channel int) bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()

@@ -9,14 +9,13 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
-// halfClose is the first byte of the message [255, channel], by which a v5 client says that it
-// sends no more on a channel (KEP-4006).
+// halfClose is the first byte of the message [255, channel], by which a v5 client half-closes a channel (KEP-4006).
 const halfClose = 255
 
 // Format is how a protocol's messages name their channel.
 type Format struct {
-	Base64    bool // a digit, and the payload in base64
-	HalfClose bool // with halfClose
+	Base64    bool // a digit, then the payload in base64
+	HalfClose bool // a byte, which may be halfClose
 }
 
 // messageHeader is the channel byte of a message, decoded.
@@ -25,12 +24,11 @@ type messageHeader struct {
 	close   bool // the message is a half-close of the channel
 }
 
-// errEmptyMessage is a message without a channel byte. Such messages mean nothing and are skipped,
-// as the stock server does.
+// errEmptyMessage means that a message has no channel byte. Such messages are skipped, as in the stock server.
 var errEmptyMessage = errors.New("empty message")
 
-// readHeader reads a message's channel byte, and the whole message if it is a half-close. scratch
-// has room for at least 3 bytes. The channel may be one that does not exist, or be negative.
+// readHeader reads a message's channel byte, or the whole message if it is a half-close. scratch has room for at least 3
+// bytes. The channel may not exist, and may be negative.
 func readHeader(format Format, r io.Reader, scratch []byte) (messageHeader, error) {
 	if _, err := io.ReadFull(r, scratch[:1]); err != nil {
 		if err == io.EOF {
@@ -56,13 +54,12 @@ func readHeader(format Format, r io.Reader, scratch []byte) (messageHeader, erro
 	}
 }
 
-// base64Reader decodes one message's payload piece by piece. It is kept for the connection and
-// reset for each message.
+// base64Reader decodes one message's payload piece by piece. It is reset for each message of a connection.
 type base64Reader struct {
 	source  io.Reader
 	encoded [MaxEncoded]byte
-	pending int  // bytes in encoded that are no whole quantum yet
-	padded  bool // padding was seen: nothing may follow
+	pending int  // bytes in encoded that are not a whole quantum yet
+	padded  bool // padding was seen, so nothing may follow
 	ended   bool
 }
 
@@ -70,8 +67,8 @@ func (r *base64Reader) reset(source io.Reader) {
 	r.source, r.pending, r.padded, r.ended = source, 0, false, false
 }
 
-// Read decodes as much as p, of at least 3 bytes, has room for. Line ends in the encoded text are
-// skipped, as the stock server does.
+// Read decodes as much as p has room for, which must be at least 3 bytes. It skips line ends in the encoded text, as the
+// stock server does.
 func (r *base64Reader) Read(p []byte) (int, error) {
 	if r.ended {
 		return 0, io.EOF
@@ -106,7 +103,7 @@ func (r *base64Reader) Read(p []byte) (int, error) {
 	}
 }
 
-// dropLineEnds moves the bytes of b that are no CR or LF to its beginning and returns their number.
+// dropLineEnds removes CR and LF from b in place and returns the number of bytes that are left.
 func dropLineEnds(b []byte) int {
 	kept := 0
 	for _, c := range b {

@@ -7,17 +7,14 @@ import (
 
 // State is what a frozen Inbox holds.
 type State struct {
-	Err error // that Fail was called with
+	Err error // the argument of Fail
 
-	// Receiving says that a message is being taken in. Of its header these bytes have come, or, with Payload, all, and
-	// this is its channel.
-	Receiving bool
-	Header    []byte
-	Payload   bool
+	Receiving bool   // a message is being received
+	Header    []byte // the bytes of its header that have arrived
+	Payload   bool   // its header is complete, and names Channel
 	Channel   int
-	// Of a base64 payload these bytes, at most MaxEncoded, are not decoded yet, and nothing may follow them when it is padded.
-	Encoded []byte
-	Padded  bool
+	Encoded   []byte // base64 payload that is not decoded yet, at most MaxEncoded bytes
+	Padded    bool   // the base64 payload had its padding, so that nothing may follow
 
 	Channels []ChannelState
 }
@@ -27,13 +24,13 @@ type ChannelState struct {
 	Received int64
 	Unread   []byte
 	Ended    bool // the client sends no more
-	Discard  bool // nobody wants what it sends
+	Discard  bool // what the client sends is discarded
 }
 
-// MaxEncoded is how many bytes of a base64 payload are decoded at once.
+// MaxEncoded bounds the bytes of a base64 payload that are decoded at once.
 const MaxEncoded = 4 << 10
 
-// State takes everything out. Nobody may read or receive any more.
+// State returns the state and empties the Inbox, which cannot be used after it.
 func (in *Inbox) State() State {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -53,7 +50,7 @@ func (in *Inbox) State() State {
 	return s
 }
 
-// Resume puts it into a new Inbox, which has as many channels. message is the one being taken in.
+// Resume sets the state of a new Inbox, which has as many channels. message is the one that is being received.
 func (in *Inbox) Resume(s State, message io.Reader) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -72,7 +69,7 @@ func (in *Inbox) Resume(s State, message io.Reader) {
 	}
 }
 
-// putLocked adds what has come in before; it counts against the limits, but is not held up by them.
+// putLocked adds payload that was received before. It counts against the limits, but may exceed them.
 func (in *Inbox) putLocked(box *inbox, p []byte) {
 	in.used += len(p)
 	in.shared.Take(len(p))

@@ -1,5 +1,5 @@
 // Package drain sends a process's output to the client, and decides when the output of a process that has exited is
-// complete. Usually that is the end of the pipe; but a background child may hold the pipe open for ever, and then it is
+// complete. Usually that is the end of the pipe. But a background child may hold the pipe open for ever. Then the output is
 // complete when the pipe has been silent for a while (kubernetes#44371, containerd#7802).
 package drain
 
@@ -24,13 +24,13 @@ import (
 type Config struct {
 	// Idle is how long a pipe must be silent after the process's exit. Zero waits for its end.
 	Idle time.Duration
-	// Observe is told when somebody still held an output that was taken to be complete.
+	// Observe is called when an output counts as complete although a process still holds it open.
 	Observe func(event.Event)
-	// Unwanted is asked when the client takes no more: true means that the rest is read and discarded.
+	// Unwanted is called when writing to the client has failed. If it returns true, the rest is read and discarded.
 	Unwanted func(err error) bool
 }
 
-// Drain has the outputs of one process. Copy is called by one goroutine; Begin and Freeze by any, after it.
+// Drain drains the outputs of one process. One goroutine calls Copy. After that any goroutine may call Begin and Freeze.
 type Drain struct {
 	Config
 	outputs []*output
@@ -41,37 +41,37 @@ type Drain struct {
 	frozen  bool
 }
 
-// unlimited stands for no limit of bytes.
+// unlimited is no limit of bytes.
 const unlimited = -1
 
 // output is one stream of a process on its way to the client.
 type output struct {
 	from io.ReadCloser
 	to   workload.Stream
-	fin  bool // at its own end, not at the session's: there may be something to add
+	fin  bool // send FIN at its own end; otherwise the session does, after a line for the user
 
 	OutputState // belongs to the copier, and is what it was when the session was frozen
 }
 
-// State is a Drain that was frozen.
+// State is a frozen Drain.
 type State struct {
 	Until   time.Time // zero while the process runs
 	Stopped bool
 	Outputs []OutputState // none before the process runs
 }
 
-// OutputState is where an output is.
+// OutputState is the state of an output.
 type OutputState struct {
 	Name      session.Output
-	Ended     bool      // all was sent that there will be
-	Discarded bool      // the client takes no more, and the rest is discarded
-	Looks     int       // that have found nothing, since the first, which is not a whole one
-	Looked    bool      // the first one is over
-	LookUntil time.Time // when the look ends that is under way; zero before the first
-	Pending   int64     // bytes that are still to be sent, although the time is over; else unlimited
+	Ended     bool      // everything was sent
+	Discarded bool      // the client reads no more, and the rest is discarded
+	Looks     int       // looks that found nothing, since the first one, which is shorter
+	Looked    bool      // the first look is over
+	LookUntil time.Time // when the current look ends; zero before the first
+	Pending   int64     // bytes that are still to be sent after the wait is over; otherwise unlimited
 }
 
-// Check says why Resume could not continue from a state.
+// Check returns why Resume cannot continue from a state.
 func (s State) Check() error {
 	for i, o := range s.Outputs {
 		// The last of the looks ends the output.
@@ -82,7 +82,7 @@ func (s State) Check() error {
 	return nil
 }
 
-// Resume makes a Drain continue where another was frozen. It is called before Copy.
+// Resume continues from a state. Call it before Copy.
 func (d *Drain) Resume(state State) {
 	d.until, d.stopped = state.Until, state.Stopped
 	for _, o := range state.Outputs {
@@ -90,7 +90,7 @@ func (d *Drain) Resume(state State) {
 	}
 }
 
-// State is where the Drain is. Nothing is copied any more.
+// State returns the state, after the copiers have ended.
 func (d *Drain) State() State {
 	state := State{Until: d.until, Stopped: d.stopped}
 	for _, o := range d.outputs {
@@ -99,8 +99,8 @@ func (d *Drain) State() State {
 	return state
 }
 
-// Copy begins to send an output to the client, in a goroutine of the group, or continues where it was frozen. Its end is
-// followed by FIN where fin is set. An output that the process or the client does not have, which is nil, has ended.
+// Copy starts to send an output to the client, in a goroutine of the group, or continues where it was frozen. If fin is set,
+// FIN follows its end. An output that the process or the client does not have is nil and has ended.
 func (d *Drain) Copy(group *rescue.Group, name session.Output, from io.ReadCloser, to workload.Stream, fin bool) {
 	o := d.output(name)
 	o.from, o.to, o.fin = from, to, fin
@@ -114,7 +114,7 @@ func (d *Drain) Copy(group *rescue.Group, name session.Output, from io.ReadClose
 	group.Go(func() { d.copy(o) })
 }
 
-// output is new unless it was frozen.
+// output returns the frozen output, or a new one.
 func (d *Drain) output(name session.Output) *output {
 	for _, o := range d.outputs {
 		if o.Name == name {
@@ -126,10 +126,10 @@ func (d *Drain) output(name session.Output) *output {
 	return o
 }
 
-// deadliner is a pipe or a pty of ours, whose reads can be given a limit.
+// deadliner is a pipe or a pty, whose reads can have a deadline.
 type deadliner interface{ SetReadDeadline(time.Time) error }
 
-// Begin starts the wait for the outputs to be complete; it lasts no longer than limit, and is over at once with 0.
+// Begin starts the wait for the outputs to be complete. It lasts at most limit. With 0 it is over at once.
 func (d *Drain) Begin(limit time.Duration) {
 	d.mu.Lock()
 	d.stopped = limit == 0
@@ -140,7 +140,7 @@ func (d *Drain) Begin(limit time.Duration) {
 	}
 }
 
-// interrupt wakes the copiers.
+// interrupt makes the copiers' reads return.
 func (d *Drain) interrupt() {
 	for _, o := range d.outputs {
 		if source, ok := o.from.(deadliner); ok {
@@ -149,7 +149,7 @@ func (d *Drain) interrupt() {
 	}
 }
 
-// limit gives reads a deadline, unless they are frozen and keep the one that has ended them.
+// limit sets the deadline of reads. Frozen reads keep the deadline that has ended them.
 func (d *Drain) limit(source deadliner, deadline time.Time) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -158,7 +158,7 @@ func (d *Drain) limit(source deadliner, deadline time.Time) {
 	}
 }
 
-// prepare gives the first read of an output its deadline where the wait began before a hand-over.
+// prepare sets the deadline of an output's first read if the wait began before a hand-over.
 func (d *Drain) prepare(o *output) {
 	until, stopped, _ := d.waiting()
 	source, ok := o.from.(deadliner)
@@ -173,7 +173,7 @@ func (d *Drain) prepare(o *output) {
 	}
 }
 
-// Freeze ends the copiers where they are.
+// Freeze ends the copiers.
 func (d *Drain) Freeze() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -185,7 +185,7 @@ func (d *Drain) Freeze() {
 	}
 }
 
-// waiting is where the wait stands.
+// waiting returns the state of the wait.
 func (d *Drain) waiting() (until time.Time, stopped, frozen bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -202,18 +202,18 @@ func (d *Drain) Over() bool {
 	return true
 }
 
-// maxLooks is how many times a source is looked at within one idle period. The silence that ends
-// the wait is at most so much longer than asked for.
+// maxLooks is how many times a source is checked within one idle period. So the silence that ends the wait is at most
+// 1/maxLooks longer than Config.Idle.
 const maxLooks = 4
 
-// copy sends an output to the client until it ends, is complete, or cannot be sent, or the session is frozen.
+// copy sends an output to the client until it ends, is complete or cannot be sent, or the session is frozen.
 func (d *Drain) copy(o *output) {
 	if o.Ended = d.send(o); o.Ended && o.fin {
 		o.to.CloseWrite() //nolint:errcheck // a client that has gone is noticed elsewhere
 	}
 }
 
-// send reports whether the output has ended.
+// send sends the output and reports whether it has ended.
 func (d *Drain) send(o *output) bool {
 	for !o.Discarded && o.Pending == unlimited {
 		n, err := o.to.ReadFrom(o.from)
@@ -267,15 +267,15 @@ func (d *Drain) discard(o *output) bool {
 	return true
 }
 
-// cut notes that somebody still held an output when it was taken to be complete.
+// cut reports that an output counts as complete although a process still holds it open.
 func (d *Drain) cut() {
 	if _, stopped, _ := d.waiting(); !stopped {
 		d.Observe(event.DrainCut)
 	}
 }
 
-// pending is what lies in a source now: the command wrote it before its time was over,
-// however slowly the client takes it.
+// pending returns the number of bytes in a source now. They were written in time, and are sent however slowly the client
+// reads.
 func (d *Drain) pending(from io.ReadCloser) int64 {
 	if source, ok := from.(syscall.Conn); ok {
 		return int64(socket.Pending(source))

@@ -1,9 +1,9 @@
-// Package protocol tells the versions of the remotecommand protocol apart.
+// Package protocol describes the versions of the remotecommand protocol.
 package protocol
 
 import "io"
 
-// Version is a version of the remotecommand protocol, and what it can do. The names are those of
+// Version is a version of the remotecommand protocol with its features. The names are those of
 // k8s.io/apimachinery/pkg/util/remotecommand.
 type Version struct {
 	Name       string
@@ -26,7 +26,7 @@ const (
 	unversionedV1 = "channel.k8s.io"
 )
 
-// Names are the names of SPDY's versions, the best first, as clients may send them.
+// Names returns the names of SPDY's versions as clients send them, the best first.
 func Names() []string {
 	names := make([]string, 0, len(SPDY)+1)
 	for _, v := range SPDY {
@@ -35,7 +35,7 @@ func Names() []string {
 	return append(names, unversioned)
 }
 
-// ByName finds a version. One that is not known can do nothing.
+// ByName returns a version. An unknown version has no features.
 func ByName(name string) Version {
 	if name == unversioned {
 		name = unversionedV1
@@ -48,10 +48,10 @@ func ByName(name string) Version {
 	return Version{Name: name}
 }
 
-// PromiseStatus begins the error stream with a space, which JSON allows before the status. Clients of spdystream (kubectl,
-// crictl, kubelet, API server) see a connection that breaks, by FIN or reset alike, as the end of all its streams, and an error
-// stream that ends empty as success. Should this process be killed, they find something that is no status, and say so.
-// Before v4 every byte is a failure, and nothing can be promised.
+// PromiseStatus begins the error stream with a space, which JSON allows before the status. To clients with spdystream (kubectl,
+// crictl, kubelet, API server) a broken connection, by FIN or by reset, is the end of all its streams, and an error stream
+// that ends empty is a success. With the space, if this process is killed, they read something that is not a status, and
+// report an error. Before v4 any byte means failure, so PromiseStatus does nothing.
 func (v Version) PromiseStatus(failure io.Writer) {
 	if v.JSONStatus {
 		io.WriteString(failure, " ") //nolint:errcheck // a client that has gone is noticed elsewhere

@@ -1,6 +1,6 @@
-// Package relay has a command served by the container runtime's own streaming server, which is the only one that has the
-// streams of a container's main process, and the only one that can run commands in containers whose runtime is not
-// runc-compatible (Kata, gVisor). It is a client of that server over SPDY, which every runtime speaks.
+// Package relay relays a session to the container runtime's own streaming server. Only that server has the streams of a
+// container's main process, and only it can run commands in containers whose runtime is not runc-compatible (Kata, gVisor).
+// The package is a client of that server over SPDY, which every runtime speaks.
 package relay
 
 import (
@@ -35,13 +35,13 @@ import (
 const (
 	upstreamReplyTimeout = 10 * time.Second // for the upstream to accept the streams
 	maxUpstreamStatus    = 64 << 10         // bytes read of the upstream's error stream
-	maxUpstreamMessage   = 1 << 10          // bytes shown of an upstream's refusal
+	maxUpstreamMessage   = 1 << 10          // bytes shown of an upstream's error
 	upstreamDetachWait   = time.Second      // for the upstream to end an attach whose client has detached
-	detachMax            = 10 * time.Second // for the container to be silent, until a client whose input has ended is detached in any case
+	detachMax            = 10 * time.Second // for the container to become silent; then a client whose input has ended is detached anyway
 )
 
 // Relay is a process that the upstream's own streaming server serves: the main process of a container that a client
-// attaches to, or a command. To a session it is a process like any other. Its methods may be called from several goroutines.
+// attaches to, or a command. It implements remotecommand.Process. Its methods may be called from several goroutines.
 type Relay struct {
 	conn           *spdy.Conn
 	wire           transport.Conn // conn
@@ -51,12 +51,12 @@ type Relay struct {
 	failure        *spdy.Stream
 	jsonStatus     bool
 	stdinGrace     time.Duration // see Options.StdinGrace
-	stdout, stderr *output       // nil where the command did not ask for it
+	stdout, stderr *output       // nil if the command did not ask for it
 	lastOutput     atomic.Int64  // when the upstream sent output last, in ns since 1970; only with a buffer limit
 	upstream       rescue.Group
 	exited         chan struct{}
 	frozen         chan struct{}
-	detaching      atomic.Int64   // since when the client detaches, in ns since 1970; 0 when it does not
+	detaching      atomic.Int64   // since when the client is detaching, in ns since 1970; 0 if it is not
 	detached       atomic.Bool    // the connection is closed because the client has detached
 	message        []byte         // of the upstream's error stream
 	result         *status.Status // valid once exited is closed
@@ -64,23 +64,23 @@ type Relay struct {
 	freezeOnce     sync.Once
 }
 
-// Options are how a relay treats the client.
+// Options configure a Relay.
 type Options struct {
-	// Buffer is how many bytes of output wait for a client that reads too slowly. The upstream is always read, and such a
-	// client misses output, instead of stopping the container (moby#41827). With 0 the client's pace is the command's, as it
-	// is for an exec.
+	// Buffer bounds the bytes of output that wait for a client that reads too slowly. The upstream is always read, so such
+	// a client misses output and does not stop the container (moby#41827). With 0 a slow client slows the command down, as
+	// for an exec.
 	Buffer int
-	// StdinGrace is how long there must have been no output until the client's end of input is passed on; it never is
-	// when that is negative. When it is positive the end of input is a detach, after which the session ends whether the
-	// upstream ends it or not.
+	// StdinGrace is how long there must have been no output before the client's end of input is passed on. If it is
+	// negative, the end of input is never passed on. If it is positive, the end of input is a detach: the session ends
+	// even if the upstream does not end it.
 	StdinGrace time.Duration
-	// Buffers bound unread data, also that of others.
+	// Buffers bound the unread data of all sessions.
 	Buffers *buffers.Share
-	// Report is told of panics.
+	// Report is called after a panic.
 	Report rescue.Report
 }
 
-// Start redeems a streaming URL of the upstream. The context bounds the start alone.
+// Start redeems a streaming URL of the upstream. The context bounds only the start.
 func Start(ctx context.Context, target string, c workload.Command, options Options) (*Relay, error) {
 	conn, network, version, err := dialUpstream(ctx, target, spdy.Config{Room: options.Buffers, OnPanic: options.Report})
 	if err != nil {
@@ -213,10 +213,9 @@ func (r *Relay) open(c workload.Command, version protocol.Version, buffer int) e
 	return r.Resize(c.Size)
 }
 
-// waitAccepted waits for the upstream to have replied to all streams. A connection that is closed
-// before leaves the stock server with streams whose reply can never be sent; it waits for that in its
-// next write, with the lock held through which all of the container's output goes, so that a client
-// that comes and goes would stop the container. Therefore the wait does not end with the session.
+// waitAccepted waits until the upstream has replied to all streams, even if the session ends. If the connection were closed
+// before, the stock server could never send the replies. Its next write would wait for that, and hold the lock through which
+// all of the container's output goes. So a client that comes and goes would stop the container.
 func waitAccepted(streams []*spdy.Stream) error {
 	ctx, cancel := context.WithTimeout(context.Background(), upstreamReplyTimeout)
 	defer cancel()
@@ -228,7 +227,7 @@ func waitAccepted(streams []*spdy.Stream) error {
 	return nil
 }
 
-// followStatus waits for what the upstream says of the end.
+// followStatus waits for the upstream's status.
 func (r *Relay) followStatus() {
 	r.upstream.Go(func() {
 		message, err := io.ReadAll(io.LimitReader(r.failure, maxUpstreamStatus-int64(len(r.message))))
@@ -241,9 +240,9 @@ func (r *Relay) followStatus() {
 	})
 }
 
-// readResult is what the upstream has said on its error stream, whose end was the error.
+// readResult returns the status that the upstream has written on its error stream, which has ended with the error.
 func (r *Relay) readResult(err error) *status.Status {
-	message := bytes.TrimSpace(r.message) // a space alone is a status that never came, see protocol.Version.PromiseStatus
+	message := bytes.TrimSpace(r.message) // a space alone means that the status is missing, see protocol.Version.PromiseStatus
 	switch {
 	case len(message) > 0 || err == nil:
 		return status.Parse(message, r.jsonStatus)
@@ -256,8 +255,8 @@ func (r *Relay) readResult(err error) *status.Status {
 
 // output is a stream of the upstream as the session reads it.
 type output struct {
-	stream *spdy.Stream // nil when it has ended before a hand-over
-	skip   *skipBuffer  // nil where the client's pace is the command's
+	stream *spdy.Stream // nil if it had ended before a hand-over
+	skip   *skipBuffer  // nil if Options.Buffer is 0
 }
 
 func (r *Relay) newOutput(stream *spdy.Stream, tty bool, buffer int) *output {
@@ -301,7 +300,7 @@ func (o *output) Close() error {
 	return nil
 }
 
-// notedOutput notes when something was written.
+// notedOutput records when something was written.
 type notedOutput struct {
 	io.Writer
 	last *atomic.Int64
@@ -330,7 +329,7 @@ func (i input) Close() error {
 	return nil
 }
 
-// startDetaching detaches once there was no output for a while, or after detachMax.
+// startDetaching detaches the client once there was no output for a while, or after detachMax.
 func (r *Relay) startDetaching() {
 	rescue.Go(r.upstream.Report, r.detachWhenSilent)
 }
@@ -368,8 +367,8 @@ func (r *Relay) endsWithin(wait time.Duration) bool {
 	}
 }
 
-// detach passes the end of a client's input on. containerd ends the session for it; CRI-O goes on until the
-// container ends.
+// detach passes the end of a client's input on. At that containerd ends the session. CRI-O continues until the container
+// ends.
 func (r *Relay) detach() {
 	r.stdin.CloseWrite() //nolint:errcheck // fails when the session has ended before
 	if !r.endsWithin(upstreamDetachWait) {
@@ -378,14 +377,14 @@ func (r *Relay) detach() {
 	}
 }
 
-// Pending is how much the upstream's kernel has not acknowledged.
+// Pending returns the number of bytes that the upstream's kernel has not acknowledged.
 func (i input) Pending() int {
-	n, _ := socket.Unacknowledged(i.relay.network) // 0 is a good guess
+	n, _ := socket.Unacknowledged(i.relay.network) // 0 if unknown
 	return n
 }
 
-// ClientLeft passes the end of the client's input on although the session was to continue after it: nobody is left whose
-// output could be cut. Where it is also the end of the container's input, it must have been complete.
+// ClientLeft passes the end of the client's input on, even if it otherwise would not end the session: the client has left, so
+// no output can be cut off. If it also ends the container's input, it is passed on only if the input was complete.
 func (i input) ClientLeft(complete bool) {
 	if complete || i.grace < 0 {
 		i.CloseWrite() //nolint:errcheck // fails when the upstream has gone, which shows in Exited
@@ -427,10 +426,10 @@ func (r *Relay) Resize(size workload.Size) error {
 	return err
 }
 
-// Result is what the upstream has said of the end. Valid once Exited is closed.
+// Result returns the upstream's status. It is valid once Exited is closed.
 func (r *Relay) Result() *status.Status { return r.result }
 
-// Portable says why the connection to the upstream could not be handed over, nil when it could be, or has ended.
+// Portable returns why the connection to the upstream cannot be handed over, or nil if it can be or has ended.
 func (r *Relay) Portable() error {
 	if err := r.wire.Portable(); err != nil && !transport.Closed(r.conn.Done()) {
 		return fmt.Errorf("its connection to the container runtime's streaming server: %w", err)
@@ -438,14 +437,13 @@ func (r *Relay) Portable() error {
 	return nil
 }
 
-// Exited implements remotecommand.Process: it is closed when the upstream has said how the command ended, or can
-// say no more.
+// Exited implements remotecommand.Process. It is closed when the upstream has sent its status, or can no longer send it.
 func (r *Relay) Exited() <-chan struct{} { return r.exited }
 
 // ExitCode implements remotecommand.Process.
 func (r *Relay) ExitCode() int { return r.result.ExitCode() }
 
-// ContainerExited implements remotecommand.Process: the upstream watches its containers itself.
+// ContainerExited implements remotecommand.Process. It is never closed, because the upstream watches its containers itself.
 func (r *Relay) ContainerExited() <-chan struct{} { return nil }
 
 // ContainerEnding implements remotecommand.Process.
@@ -460,7 +458,7 @@ func (r *Relay) StandIn() string { return "" }
 // Signal implements remotecommand.Process.
 func (r *Relay) Signal(syscall.Signal) error { return session.ErrNotSupported }
 
-// Disconnect implements remotecommand.Process: what becomes of the process is the upstream's affair.
+// Disconnect implements remotecommand.Process. The upstream decides what happens to the process.
 func (r *Relay) Disconnect() { r.conn.Close() } //nolint:errcheck // seen through Exited
 
 // Kill implements remotecommand.Process.

@@ -11,11 +11,11 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/buffers"
 )
 
-// skipBufferKeep is how many bytes of an empty skipBuffer are not given back.
+// skipBufferKeep is how many bytes of memory an empty skipBuffer keeps.
 const skipBufferKeep = 64 << 10
 
-// skipBuffer holds output for a reader that may be slower than its writer. The writer never waits:
-// what does not fit is skipped, and the reader finds a line that says how much.
+// skipBuffer buffers output for a reader that may be slower than its writer. The writer never waits: data that does not fit
+// is skipped, and the reader gets a line that says how much.
 type skipBuffer struct {
 	max     int
 	buffers *buffers.Share // counts data.Len()
@@ -38,7 +38,7 @@ func newSkipBuffer(limit int, tty bool, buffers *buffers.Share) *skipBuffer {
 	return b
 }
 
-// Write never blocks and takes everything, if only to skip it.
+// Write never blocks. It accepts everything, even if it then skips it.
 func (b *skipBuffer) Write(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -58,10 +58,10 @@ func (b *skipBuffer) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// count tells the share how much more, or less, there is than before. b.mu is held.
+// count updates the share. Called with mu held.
 func (b *skipBuffer) count(before int) { b.buffers.Take(b.data.Len() - before) }
 
-// mark writes down the gap before what follows; b.mu is held.
+// mark writes the line about the gap, before more data is added. Called with mu held.
 func (b *skipBuffer) mark() {
 	if b.skipped > 0 {
 		fmt.Fprintf(&b.data, "%s[streamshim: %d bytes skipped because the client reads too slowly]%s", b.newline, b.skipped, b.newline)
@@ -69,7 +69,7 @@ func (b *skipBuffer) mark() {
 	}
 }
 
-// end says that no more will be written. What is there can still be read.
+// end ends the writing side. Buffered data can still be read.
 func (b *skipBuffer) end() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -100,7 +100,7 @@ func (b *skipBuffer) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// freeze wakes the reader.
+// freeze unblocks the reader.
 func (b *skipBuffer) freeze() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -108,7 +108,7 @@ func (b *skipBuffer) freeze() {
 	b.changed.Broadcast()
 }
 
-// skipState is a skipBuffer that was frozen.
+// skipState is a frozen skipBuffer.
 type skipState struct {
 	Max     int
 	Newline string
@@ -117,7 +117,7 @@ type skipState struct {
 	Ended   bool
 }
 
-// state returns what is in the buffer, which is not counted any more.
+// state returns the buffer's state, and releases its share.
 func (b *skipBuffer) state() *skipState {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -127,7 +127,7 @@ func (b *skipBuffer) state() *skipState {
 	return s
 }
 
-// resumeSkipBuffer goes on with a buffer.
+// resumeSkipBuffer continues from a state.
 func resumeSkipBuffer(s *skipState, buffers *buffers.Share) *skipBuffer {
 	b := newSkipBuffer(s.Max, false, buffers)
 	b.newline, b.skipped, b.ended = s.Newline, s.Skipped, s.Ended
@@ -136,7 +136,7 @@ func resumeSkipBuffer(s *skipState, buffers *buffers.Share) *skipBuffer {
 	return b
 }
 
-// Close makes the writer fail and the reader end.
+// Close makes writes fail and ends the reader.
 func (b *skipBuffer) Close() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -16,7 +16,7 @@ import (
 // stateVersion is relayState.Version.
 const stateVersion = 1
 
-// relayState is a relay that was frozen. Streams are 0 where there is none.
+// relayState is a frozen relay. A stream that does not exist is 0.
 type relayState struct {
 	Version        int
 	Conn           transport.State
@@ -32,14 +32,14 @@ type relayState struct {
 	Result         *status.Status // nil before the end
 }
 
-// outputState is a stream of output; Skip is nil where the client's pace is the command's.
+// outputState is a stream of output. Skip is nil if Options.Buffer was 0.
 type outputState struct {
 	Stream uint32
 	Skip   *skipState
 }
 
-// Halt ends all waiting for the upstream; what is read from the streams then ends with handover.ErrFrozen. May be called
-// more than once. Freeze follows.
+// Halt ends all waits for the upstream. Reads from the streams then return handover.ErrFrozen. It may be called more than
+// once. Freeze follows.
 func (r *Relay) Halt() {
 	r.freezeOnce.Do(func() {
 		close(r.frozen)
@@ -87,11 +87,10 @@ func (r *Relay) Freeze(files *handover.Files) ([]byte, error) {
 	return handover.Encode(state)
 }
 
-// Discard implements remotecommand.Process: the connection was closed when its state was taken.
+// Discard implements remotecommand.Process. It does nothing, because Freeze has closed the connection.
 func (r *Relay) Discard() {}
 
-// Resume goes on with a relay that was frozen, whose connection is served at once. The error is that of a state that
-// cannot be read.
+// Resume continues a frozen relay and serves its connection at once. It returns an error if the state cannot be read.
 func Resume(encoded []byte, files *handover.Files, buffers *buffers.Share, report rescue.Report) (*Relay, error) {
 	var state relayState
 	if err := handover.Decode(encoded, &state); err != nil {

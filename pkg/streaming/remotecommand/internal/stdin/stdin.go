@@ -1,10 +1,11 @@
 // Package stdin moves the client's input into a process.
 //
-// The end of a client's input and the end of the client are two things, in every protocol.
+// The end of a client's input and the end of the client are two events, in every protocol.
 //
-// The end of input is a Stream's: WriteTo and Read end without an error, whatever a protocol's clients say it
-// with. An error instead means that the input was cut. The end of the client is its connection's: Done, and
-// transport.LeftInOrder of Err. A client that has left in order has its input finished; docs/protocols.md has the table.
+// The end of input is an event of the stream: WriteTo and Read end without an error, however the protocol's clients signal
+// it. An error instead means that the input was cut. The end of the client is an event of its connection: Done, and
+// transport.LeftInOrder of Err. The input of a client that has left in order is still delivered; docs/protocols.md has the
+// table.
 package stdin
 
 import (
@@ -27,19 +28,18 @@ import (
 )
 
 const (
-	// cutGrace is how long a command may take nothing of input that was cut, after its client has left.
+	// cutGrace is how long a command may read nothing of input that was cut, after its client has left.
 	cutGrace = 2 * time.Second
-	// takenGrace is how long a command has for the last that it took of input that was cut, before it is hung up.
+	// takenGrace is how long a command may run after it has read all of the input that was cut, before it is hung up.
 	takenGrace = 500 * time.Millisecond
-	// leftPiece is how much is written at once after the client has left, so that a slow reader is told from one that
+	// leftPiece bounds one write after the client has left, so that a slow reader can be distinguished from one that
 	// has stopped.
 	leftPiece = 4 << 10
 )
 
-// Input is the client's input on its way into a process. It is the writer that the client's stream is copied to.
+// Input delivers the client's input to a process. It is the writer that the client's stream is copied to.
 type Input struct {
-	// Shown is how many bytes at the beginning of what comes were recorded already, before a hand-over. It belongs to
-	// the copy.
+	// Shown is how many of the next bytes were already recorded, before a hand-over. Only the copy uses it.
 	Shown int
 
 	from  workload.Stream
@@ -48,32 +48,32 @@ type Input struct {
 	ended chan struct{} // closed when the copy has ended, not when it was frozen
 	cut   bool          // the input's end did not come, valid once ended is closed
 
-	moved atomic.Int64 // bytes that stdin took, those that were written directly not counted
-	// left is set when the client has left, and failed when stdin takes no more.
+	moved atomic.Int64 // bytes that stdin accepted, not counting those written directly
+	// left is set when the client has left, and failed when stdin accepts no more.
 	left, failed atomic.Bool
 
 	mu      sync.Mutex
-	stopped bool     // the rest is not wanted
-	frozen  bool     // the copy is to end where it is
-	unread  *os.File // another reader of stdin's pipe, to see what of the input is in it; nil without
+	stopped bool     // the rest is discarded
+	frozen  bool     // the copy must end
+	unread  *os.File // another reader of stdin's pipe, to see how much input is in it; may be nil
 	closed  bool     // Close was called
 
-	// What was seen of a client that has left. It belongs to the caller of ClientLeft, EndSeen and Stalled.
+	// The progress after the client has left. Only the caller of ClientLeft, EndSeen and Stalled uses it.
 	since   time.Time // of the last progress
 	last    Progress
 	endSeen bool
 }
 
-// upstream is a stdin of a process that the upstream serves.
+// upstream is the stdin of a process that the upstream serves.
 type upstream interface {
-	// Pending is how many bytes are known to be still on their way.
+	// Pending returns how many bytes are known to be still on their way.
 	Pending() int
-	// ClientLeft is called when the client has left, and all of its input was written; complete says whether that was all
-	// the client had to send.
+	// ClientLeft is called when the client has left and all of its input was written. complete says whether the input was
+	// complete, not cut.
 	ClientLeft(complete bool)
 }
 
-// State is an Input that was frozen.
+// State is a frozen Input.
 type State struct {
 	Ended, Cut bool // see Input
 	Stopped    bool
@@ -81,20 +81,20 @@ type State struct {
 	Failed     bool
 	Moved      int64
 	Shown      int
-	Unread     handover.Descriptor // another reader of the pipe; none without
+	Unread     handover.Descriptor // another reader of the pipe; zero if there is none
 	Since      time.Time
 	Last       Progress
 	EndSeen    bool
 }
 
-// Progress changes whenever the command has taken something.
+// Progress changes whenever the command has read something.
 type Progress struct {
 	Moved    int64
 	Received int64
-	Pending  int // bytes that were written to stdin and are known not to be taken yet
+	Pending  int // bytes that were written to stdin and are known to be unread
 }
 
-// Check says why Resume could not continue from a state.
+// Check returns why Resume cannot continue from a state.
 func (s *State) Check() error {
 	if s.Shown < 0 || s.Moved < 0 {
 		return fmt.Errorf("input %+v", *s)
@@ -102,10 +102,10 @@ func (s *State) Check() error {
 	return nil
 }
 
-// New has moved nothing yet.
+// New returns a new Input.
 func New() *Input { return &Input{ended: make(chan struct{})} }
 
-// Resume continues from a state, whose files it takes.
+// Resume continues from a state and takes its files.
 func Resume(state *State, files *handover.Files) *Input {
 	in := New()
 	in.cut, in.stopped, in.Shown = state.Cut, state.Stopped, state.Shown
@@ -120,7 +120,7 @@ func Resume(state *State, files *handover.Files) *Input {
 	return in
 }
 
-// State is what Resume continues from, after Freeze and the end of the copy. It closes the Input.
+// State returns the state for Resume and closes the Input. Call it after Freeze and the end of the copy.
 func (in *Input) State(files *handover.Files) (*State, error) {
 	defer in.Close()
 	state := &State{
@@ -134,16 +134,16 @@ func (in *Input) State(files *handover.Files) (*State, error) {
 	return state, err
 }
 
-// Copy begins to move the client's input into the process, in a goroutine of the group, or continues where it was frozen.
-// The client's end of input is the process's; its cut is not: a file that was cut must not look whole. When the process
-// closes its stdin early, the rest is discarded and the session continues. Stdin is nil where it was closed before a
-// hand-over.
+// Copy starts to move the client's input to the process, in a goroutine of the group, or continues where it was frozen.
+// The process sees the end of the client's input, but not the end of input that was cut: a file that was cut must not look
+// complete. If the process closes its stdin early, the rest is discarded and the session continues. stdin is nil if it was
+// closed before a hand-over.
 func (in *Input) Copy(group *rescue.Group, from workload.Stream, stdin io.WriteCloser) {
 	in.from, in.stdin = from, stdin
 	switch {
 	case transport.Closed(in.ended):
 		return
-	case stdin == nil || in.stopped: // before a hand-over
+	case stdin == nil || in.stopped: // already before a hand-over
 		from.CloseRead()
 		close(in.ended)
 		return
@@ -164,7 +164,7 @@ func (in *Input) Copy(group *rescue.Group, from workload.Stream, stdin io.WriteC
 	})
 }
 
-// DirectFile is looked for by package spdy: it may write there without calling Write.
+// DirectFile returns the file to which package spdy may write without calling Write.
 func (in *Input) DirectFile() *os.File {
 	file, _ := in.stdin.(*os.File)
 	return file
@@ -200,14 +200,14 @@ func (in *Input) Write(p []byte) (int, error) {
 
 type writeDeadliner interface{ SetWriteDeadline(time.Time) error }
 
-// interrupt ends a Write of stdin that waits.
+// interrupt ends a blocked Write of stdin.
 func (in *Input) interrupt() {
 	if stdin, ok := in.stdin.(writeDeadliner); ok {
 		stdin.SetWriteDeadline(time.Unix(1, 0)) //nolint:errcheck // a stdin that is closed blocks nobody
 	}
 }
 
-// goesOn lets a Write continue that was interrupted by ClientLeft.
+// goesOn reports whether a Write that ClientLeft has interrupted continues.
 func (in *Input) goesOn() bool {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -218,7 +218,7 @@ func (in *Input) goesOn() bool {
 	return ok && stdin.SetWriteDeadline(time.Time{}) == nil
 }
 
-// Freeze ends the copy where it is.
+// Freeze ends the copy.
 func (in *Input) Freeze() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -232,8 +232,8 @@ func (in *Input) isFrozen() bool {
 	return in.frozen
 }
 
-// Stop ends the copy and discards what the client still sends: a client that continues to write must not fill the
-// connection up. The process's stdin is not closed: that would look like the end of input.
+// Stop ends the copy and discards what the client still sends, so that it does not fill the connection. It does not close the
+// process's stdin, because that would look like the end of input.
 func (in *Input) Stop() {
 	in.mu.Lock()
 	in.stopped = true
@@ -242,8 +242,8 @@ func (in *Input) Stop() {
 	in.from.CloseRead()
 }
 
-// Hold returns a duplicate of the process's stdin, which keeps the end of input from it: it has not been given all
-// of it, and input that was cut must not look whole. It is nil otherwise.
+// Hold returns a duplicate of the process's stdin if the process has not received all of its input, and nil otherwise. While
+// the duplicate is open, the process does not see an end of input: input that was cut must not look complete.
 func (in *Input) Hold() (held *os.File) {
 	if transport.Closed(in.ended) && !in.cut {
 		return nil
@@ -258,8 +258,8 @@ func (in *Input) Hold() (held *os.File) {
 	return held
 }
 
-// watchPipe opens another reader of the pipe whose writer is about to be closed, if the command has not read
-// it to its end. For the command nothing changes: that there are other readers matters to writers alone.
+// watchPipe opens another reader of the pipe whose writer is about to be closed, if the command has not read it to its end.
+// The command does not notice, because only writers are affected by other readers.
 func (in *Input) watchPipe() {
 	file, ok := in.stdin.(*os.File)
 	if !ok || socket.Pending(file) == 0 {
@@ -278,7 +278,7 @@ func (in *Input) watchPipe() {
 	in.unread = reader
 }
 
-// Close releases what is kept to see the command read.
+// Close releases what is kept to watch the command read.
 func (in *Input) Close() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -289,8 +289,8 @@ func (in *Input) Close() {
 	}
 }
 
-// ClientLeft begins to watch the command take what is left of the input of a client that has gone, in small steps. What is
-// returned is closed when all was written; it is nil when EndSeen was called.
+// ClientLeft begins to watch how the command reads the rest of the input of a client that has gone. The returned channel is
+// closed when everything was written. It is nil if EndSeen was called.
 func (in *Input) ClientLeft() (ended <-chan struct{}) {
 	in.mu.Lock()
 	in.left.Store(true)
@@ -307,7 +307,7 @@ func (in *Input) ClientLeft() (ended <-chan struct{}) {
 	return in.ended
 }
 
-// EndSeen is called when what ClientLeft returned is closed.
+// EndSeen must be called when the channel that ClientLeft has returned is closed.
 func (in *Input) EndSeen() {
 	in.endSeen, in.since = true, time.Now()
 	if to, ok := in.stdin.(upstream); ok {
@@ -315,8 +315,8 @@ func (in *Input) EndSeen() {
 	}
 }
 
-// Stalled reports whether the command has taken nothing for the grace period, or, of input that was cut, for a shorter one;
-// or has not ended for that long since it has taken everything. Nothing more will come from the client when it was served.
+// Stalled reports whether the command has read nothing for the grace period, or has not ended for that long after it has read
+// everything. For input that was cut, the periods are shorter. served says that nothing more will arrive from the client.
 func (in *Input) Stalled(grace time.Duration, served bool) bool {
 	now := in.progress()
 	if now != in.last {

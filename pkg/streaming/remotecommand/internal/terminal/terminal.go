@@ -1,4 +1,4 @@
-// Package terminal carries the sizes of the client's terminal to the process.
+// Package terminal passes the sizes of the client's terminal to the process.
 package terminal
 
 import (
@@ -11,12 +11,12 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Resizer has a terminal, as a process does. A size that is not known is ignored.
+// Resizer is a process with a terminal. It ignores an unknown size.
 type Resizer interface {
 	Resize(workload.Size) error
 }
 
-// Sizes are the sizes of one terminal, also those that come before there is a process.
+// Sizes handles the sizes of one terminal, including those that arrive before there is a process.
 type Sizes struct {
 	known    chan struct{} // closed with the first size
 	announce func(workload.Size)
@@ -30,15 +30,15 @@ type Sizes struct {
 	announced workload.Size // the last one
 }
 
-// State is what is known of the sizes of a terminal.
+// State is the state of Sizes for a hand-over.
 type State struct {
 	Size      workload.Size // the last one asked for
 	Announced workload.Size
 	Pending   []byte // of a message that is not complete
 }
 
-// New knows no size. Each size that a process is given is announced once, with a lock held: it is given again after a
-// hand-over, and by clients that repeat it.
+// New returns Sizes without a size. It announces each size that a process gets once, with a lock held, even if the process
+// gets it again after a hand-over or from a client that repeats it.
 func New(announce func(workload.Size)) *Sizes {
 	return &Sizes{known: make(chan struct{}), announce: announce}
 }
@@ -52,13 +52,14 @@ func (s *Sizes) Resume(state State) {
 	}
 }
 
-// State is what Resume continues from, once Follow has returned.
+// State returns the state for Resume, once Follow has returned.
 func (s *Sizes) State() State { return State{s.size, s.announced, s.parser.pending} }
 
 // Known is closed with the first size.
 func (s *Sizes) Known() <-chan struct{} { return s.known }
 
-// Follow applies the sizes of the resize stream until it ends. Sizes that cannot be read end the resizing, not the session.
+// Follow applies the sizes of the resize stream until it ends. A size that cannot be parsed ends the resizing, not the
+// session.
 func (s *Sizes) Follow(resize workload.Stream) {
 	if _, err := resize.WriteTo(writer{s}); !errors.Is(err, handover.ErrFrozen) {
 		resize.CloseRead()
@@ -92,14 +93,14 @@ func (s *Sizes) resize(size workload.Size) {
 	s.applyLocked()
 }
 
-// Last is the last size; one that is not known before the first.
+// Last returns the last size, or an unknown one before the first.
 func (s *Sizes) Last() workload.Size {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.size
 }
 
-// Attach gives the process the last size, and all that follow.
+// Attach passes the last size to the process, and all that follow.
 func (s *Sizes) Attach(process Resizer) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -123,16 +124,15 @@ func (s *Sizes) applyLocked() {
 // maxMessage bounds one JSON terminal size, in bytes; real ones have about 25.
 const maxMessage = 1024
 
-// parser takes terminal sizes, each a JSON object with Width and Height, out of a byte stream that may split and join them in any
-// way.
+// parser parses terminal sizes from a byte stream that may split and join them in any way. Each is a JSON object with Width and
+// Height.
 type parser struct {
 	pending []byte
 }
 
 var errNoSize = errors.New("the resize stream carries something else than terminal sizes")
 
-// feed adds bytes and returns the sizes that are complete now. The stream is of no more use after
-// an error.
+// feed adds bytes and returns the sizes that are complete now. After an error the parser cannot be used.
 func (p *parser) feed(b []byte) ([]workload.Size, error) {
 	var sizes []workload.Size
 	for _, c := range b {

@@ -17,32 +17,32 @@ var (
 	errSlowDisk    = errors.New("the recording's disk takes too long")
 )
 
-// firmTap is the tap of a session that must not show anything unrecorded. Its methods return once their data is
+// blockingTap is the tap of a session that must not show anything unrecorded. Its methods return once their data is
 // written to the file, or with an error. Terminal sizes are written with the next output.
-type firmTap struct {
+type blockingTap struct {
 	rec      *recording
 	room     session.TapRoom // nil means no bound
 	patience time.Duration
-	events   chan firmEvent // received by the writer
-	ended    chan struct{}  // closed when the writer receives no more
+	events   chan blockingEvent // received by the writer
+	ended    chan struct{}      // closed when the writer receives no more
 }
 
-type firmEvent struct {
+type blockingEvent struct {
 	session.TapEvent
 	written chan<- struct{} // buffered
 }
 
-func newFirmTap(rec *recording, room session.TapRoom) *firmTap {
-	return &firmTap{rec: rec, room: room, patience: diskPatience, events: make(chan firmEvent), ended: make(chan struct{})}
+func newBlockingTap(rec *recording, room session.TapRoom) *blockingTap {
+	return &blockingTap{rec: rec, room: room, patience: diskPatience, events: make(chan blockingEvent), ended: make(chan struct{})}
 }
 
 // Output implements session.Tap.
-func (t *firmTap) Output(from session.Output, p []byte) error {
+func (t *blockingTap) Output(from session.Output, p []byte) error {
 	return t.write(session.TapEvent{Kind: session.TapOutput, From: from}, p)
 }
 
 // Input implements session.Tap.
-func (t *firmTap) Input(p []byte) error {
+func (t *blockingTap) Input(p []byte) error {
 	if !t.rec.config.Input {
 		return nil
 	}
@@ -50,20 +50,20 @@ func (t *firmTap) Input(p []byte) error {
 }
 
 // Resize implements session.Tap.
-func (t *firmTap) Resize(size workload.Size) { t.rec.queue.Resize(size) }
+func (t *blockingTap) Resize(size workload.Size) { t.rec.queue.Resize(size) }
 
-// firmPiece is how much may be copied for the writer when the shared room is used up.
-const firmPiece = 16 << 10
+// minPiece is how many bytes may be copied for the writer when the shared room is used up.
+const minPiece = 16 << 10
 
 // write passes p to the writer in pieces as large as Config.Buffer and the room allow.
-func (t *firmTap) write(event session.TapEvent, p []byte) error {
+func (t *blockingTap) write(event session.TapEvent, p []byte) error {
 	timer := time.NewTimer(t.patience)
 	defer timer.Stop()
 	for len(p) > 0 {
 		size := min(len(p), t.rec.config.Buffer)
-		taken := size > firmPiece && t.room != nil
+		taken := size > minPiece && t.room != nil
 		if taken && !t.room.Take(size) {
-			size, taken = firmPiece, false
+			size, taken = minPiece, false
 		}
 		event.At = time.Now()
 		event.Data = bytes.Clone(p[:size]) // a copy, because the writer keeps it if await gives up
@@ -80,10 +80,10 @@ func (t *firmTap) write(event session.TapEvent, p []byte) error {
 }
 
 // await returns when the event is written.
-func (t *firmTap) await(event session.TapEvent, late <-chan time.Time) error {
+func (t *blockingTap) await(event session.TapEvent, late <-chan time.Time) error {
 	written := make(chan struct{}, 1)
 	select {
-	case t.events <- firmEvent{event, written}:
+	case t.events <- blockingEvent{event, written}:
 	case <-t.ended:
 		return errNotRecorded
 	case <-late:
@@ -99,7 +99,7 @@ func (t *firmTap) await(event session.TapEvent, late <-chan time.Time) error {
 	}
 }
 
-func (t *firmTap) giveUp() error {
+func (t *blockingTap) giveUp() error {
 	t.rec.flawed()
 	t.rec.failed()
 	return errSlowDisk

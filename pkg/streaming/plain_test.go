@@ -1,0 +1,7 @@
+package streaming
+
+func (p *plainConnections) count() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.elements)
+}
