@@ -104,15 +104,22 @@ func list(cmd *cobra.Command, c *admin.Client, output string, watch bool) error 
 	}
 	ticker := time.NewTicker(listInterval)
 	defer ticker.Stop()
-	last := "none yet"
+	last, answered := "none yet", time.Time{}
 	for {
 		sessions, err := c.List(ctx)
-		if err != nil {
-			if watch && ctx.Err() != nil {
-				return nil
+		switch {
+		case watch && ctx.Err() != nil:
+			return nil
+		case err != nil && time.Since(answered) < watchAgain: // another program takes over, or streamshim is started again
+			select {
+			case <-ticker.C:
+			case <-ctx.Done():
 			}
+			continue
+		case err != nil:
 			return err
 		}
+		answered = time.Now()
 		var ids strings.Builder
 		for _, s := range sessions {
 			ids.WriteString(s.ID)
@@ -257,43 +264,6 @@ func parseSignal(name string) (syscall.Signal, error) {
 	return 0, fmt.Errorf("%q is no signal", name)
 }
 
-func newWatchCommand(withClient clientCommand) *cobra.Command {
-	command := &cobra.Command{
-		Use:   "watch ID",
-		Short: "Show what a session's terminal shows from now on",
-		Long: `watch copies what a session's terminal shows, from now on, until the session ends or ^C. It is read-only and never slows
-the session: output that comes too fast for the watcher is skipped. With notify_watch the session's user is told. A
-full-screen program is complete on this terminal after its next redraw.
-
-The output controls this terminal as it does the user's. For a container that is not trusted, --escapes=show prints
-escape sequences instead of obeying them.`,
-		Args:              oneSession,
-		ValidArgsFunction: sessionIDs,
-	}
-	raw := command.Flags().Bool("asciicast", false, "write an asciicast v2 instead, with the times")
-	visible := addVisible(command)
-	command.RunE = withClient(func(cmd *cobra.Command, c *admin.Client, args []string) error {
-		ctx, stop := untilSignal(cmd.Context())
-		defer stop()
-		cast, err := c.Watch(ctx, args[0])
-		if err != nil {
-			return err
-		}
-		defer cast.Close() //nolint:errcheck // it was read
-		if *raw {
-			_, err = io.Copy(cmd.OutOrStdout(), cast)
-		} else {
-			defer borrowTerminal(os.Stdin, cmd.OutOrStdout())()
-			err = play(ctx, visible(cmd.OutOrStdout()), cast, nil)
-		}
-		if ctx.Err() != nil {
-			return nil
-		}
-		return err
-	})
-	return command
-}
-
 func newRecordingsCommand(withClient clientCommand) *cobra.Command {
 	command := &cobra.Command{
 		Use:   "recordings",
@@ -422,7 +392,7 @@ func play(ctx context.Context, out io.Writer, from io.Reader, p *pace) error {
 				return err
 			}
 		case asciicast.Marker:
-			fmt.Fprintf(os.Stderr, "\r\n[%s]\r\n", session.Printable(event.Data))
+			printRemark(event.Data)
 		}
 	}
 }

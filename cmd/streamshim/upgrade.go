@@ -45,6 +45,9 @@ func newUpgradeCommand() *cobra.Command {
 sessions, commands, forwarded connections and sockets. Clients notice only a pause. If the installed program is the same
 version, it takes over too, which applies settings that need a restart.
 
+With --dry-run no session is touched; the pause and the size of the state are estimates, from the time that the
+installed program has just taken to start and from the number of sessions. The last hand-over is told of as well.
+
 The installed program first runs beside the running one, to check that it accepts the configuration and the state. If
 anything fails before it takes over, the running one continues as before, and upgrade says why.
 
@@ -118,11 +121,41 @@ func printHandover(to io.Writer, h admin.Handover) error {
 	if h.DryRun {
 		fmt.Fprintf(to, "streamshim %s would take over from %s: %d sessions would go on, %d would end\n", h.To, h.From, h.Carried, len(h.EndedSessions))
 	} else {
-		fmt.Fprintf(to, "streamshim %s has taken over from %s: %d sessions go on, %d have ended; all stood still for %v (state of %s)\n",
-			h.To, h.From, h.Carried, len(h.EndedSessions), time.Duration(h.Pause*float64(time.Second)).Round(time.Millisecond), bytesText(int64(h.State)))
+		fmt.Fprintf(to, "streamshim %s has taken over from %s: %d sessions go on, %d have ended; all stood still for %v (%s)\n",
+			h.To, h.From, h.Carried, len(h.EndedSessions), pauseText(h), sizeText(h))
 	}
 	for _, line := range h.EndedSessions {
 		fmt.Fprintf(to, "  %s\n", line)
 	}
+	if h.DryRun {
+		printEstimate(to, h)
+	}
 	return nil
+}
+
+// printEstimate says what a hand-over would cost, and what the last one did. A streamshim of an older version does not say.
+func printEstimate(to io.Writer, h admin.Handover) {
+	if h.Descriptors > 0 {
+		fmt.Fprintf(to, "all would stand still for about %v (state of about %s; %d descriptors are open, of %d)\n",
+			pauseText(h), bytesText(int64(h.State)), h.Descriptors, h.DescriptorLimit)
+	}
+	if h.DescriptorLimit > 0 && 2*uint64(h.Descriptors) > h.DescriptorLimit {
+		fmt.Fprintln(to, "the limit of descriptors may not suffice: in a hand-over most are open twice for a moment (LimitNOFILE of the service)")
+	}
+	if last := h.Last; last != nil {
+		fmt.Fprintf(to, "the last hand-over, from %s to %s at %s, took %v with %d sessions (%s)\n",
+			last.From, last.To, last.Began.Local().Format(time.DateTime), pauseText(*last), last.Carried, sizeText(*last))
+	}
+}
+
+func pauseText(h admin.Handover) time.Duration {
+	return time.Duration(h.Pause * float64(time.Second)).Round(time.Millisecond)
+}
+
+// sizeText is how much has gone over.
+func sizeText(h admin.Handover) string {
+	if h.Descriptors == 0 { // from a version that does not say
+		return "state of " + bytesText(int64(h.State))
+	}
+	return fmt.Sprintf("state of %s, %d descriptors", bytesText(int64(h.State)), h.Descriptors)
 }

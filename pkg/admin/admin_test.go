@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -24,6 +25,7 @@ import (
 // fixture is a server on a socket with one live session behind it.
 type fixture struct {
 	*Client
+	server   *Server
 	registry *session.Registry
 	live     *session.Session
 	settings Settings
@@ -40,6 +42,7 @@ func newFixture(t *testing.T) *fixture {
 		t.Fatal(err)
 	}
 	server := NewServer(Config{Sessions: f.registry, Log: log, Settings: func() Settings { return f.settings }})
+	f.server = server
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	f.Client = NewClient(path)
@@ -198,6 +201,68 @@ func TestWatch(t *testing.T) {
 	if len(c.notices) != 1 {
 		t.Errorf("the user was told %q", c.notices)
 	}
+}
+
+// connection is one over which so much has gone.
+type connection struct {
+	session.Connection
+	sent atomic.Int64
+}
+
+func (c *connection) Transferred() (received, sent int64) { return 0, c.sent.Load() }
+
+// A watch says how it has ended, and the next one how much was missed between the two.
+func TestEndOfAWatch(t *testing.T) {
+	f := newFixture(t)
+	f.live.Taps.Open()
+	sent := new(connection)
+	f.live.Connect(sent)
+	watch := func() *Watch {
+		t.Helper()
+		w, err := f.Watch(t.Context(), f.live.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { w.Close() })
+		return w
+	}
+	wantEnd := func(w *Watch, want WatchEnd) {
+		t.Helper()
+		if got := w.End(); got != "" {
+			t.Errorf("before its end a watch says %q", got)
+		}
+		if _, err := io.ReadAll(w); err != nil {
+			t.Error(err)
+		}
+		if got := w.End(); got != want {
+			t.Errorf("a watch ends with %q, want %q", got, want)
+		}
+	}
+	sent.sent.Store(5)
+	first := watch()
+	sent.sent.Store(7)
+	f.server.Quiesce(t.Context())
+	wantEnd(first, WatchHandover)
+	f.server.Resume()
+	sent.sent.Store(10)
+	second := watch()
+	if n, known := second.Missed(first); n != 3 || !known {
+		t.Errorf("missed: %d, %v", n, known)
+	}
+	f.live.End(session.Outcome{})
+	wantEnd(second, WatchSessionEnded)
+
+	f.live = f.begin(t, session.Info{})
+	f.live.Taps.Open()
+	third := watch()
+	if n, known := third.Missed(second); known {
+		t.Errorf("of what was missed behind a session's end %d bytes are known", n)
+	}
+	if err := f.server.Shutdown(t.Context()); err != nil {
+		t.Error(err)
+	}
+	wantEnd(third, WatchShutdown)
+	f.live.End(session.Outcome{})
 }
 
 // A watcher that does not read costs its session no time, and its streamshim no more than a buffer.

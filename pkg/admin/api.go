@@ -4,7 +4,7 @@
 //	GET  /v1/sessions             all live sessions: SessionList
 //	GET  /v1/sessions/{id}        one session: Session
 //	POST /v1/sessions/{id}/kill   KillRequest; 204
-//	GET  /v1/sessions/{id}/watch  what its terminal shows from now on, as an asciicast v2
+//	GET  /v1/sessions/{id}/watch  what its terminal shows from now on, as an asciicast v2; see WatchEnd
 //	GET  /v1/recordings           the recordings on the node: RecordingList
 //	GET  /v1/recordings/{name}    one recording, as an asciicast v2
 //	POST /v1/handover             HandoverRequest; 202, and the Handover that has begun
@@ -55,6 +55,26 @@ type Session struct {
 	BytesOut        int64     `json:"bytes_out"` // to the client
 }
 
+// WatchEnd says how a watch has ended: the trailer Streamshim-Watch-End of the answer to GET .../watch. A client whose watch ends
+// with a hand-over asks again, and gets an answer from the next program.
+type WatchEnd string
+
+// The ways.
+const (
+	WatchSessionEnded WatchEnd = "session-ended"
+	WatchHandover     WatchEnd = "handover" // another program takes over, with the session
+	WatchShutdown     WatchEnd = "shutdown" // streamshim ends
+	WatchLost         WatchEnd = "lost"     // the connection has ended, or streamshim is of a version that does not say
+)
+
+// The answer to GET .../watch has in headerBytesOut how many bytes the session's client had got when it began, and in the
+// trailers how it has ended and, if not with the session, how many bytes it were then.
+const (
+	headerBytesOut  = "Streamshim-Bytes-Out"
+	trailerWatchEnd = "Streamshim-Watch-End"
+	trailerBytesOut = "Streamshim-End-Bytes-Out"
+)
+
 // RecordingList is the answer to GET /v1/recordings, newest first.
 type RecordingList struct {
 	Recordings []Recording `json:"recordings"`
@@ -97,9 +117,15 @@ type Handover struct {
 	// what would happen.
 	Carried       int      `json:"carried"`
 	EndedSessions []string `json:"ended_sessions,omitempty"`
-	State         int      `json:"state_bytes,omitempty"`
-	Pause         float64  `json:"pause_seconds,omitempty"` // how long sessions were frozen
-	Error         string   `json:"error,omitempty"`         // why the hand-over failed
+	// What went over, and for how long sessions stood still. Of a dry run it is an estimate, and Descriptors are those that
+	// are open: for a moment most of them are open twice, and DescriptorLimit is the limit of the process.
+	State           int     `json:"state_bytes,omitempty"`
+	Descriptors     int     `json:"descriptors,omitempty"`
+	DescriptorLimit uint64  `json:"descriptor_limit,omitempty"`
+	Pause           float64 `json:"pause_seconds,omitempty"`
+	// Last is the last hand-over by which this program has taken over, in the answer to a dry run; nil when there was none.
+	Last  *Handover `json:"last,omitempty"`
+	Error string    `json:"error,omitempty"` // why nothing was done
 }
 
 // HandoverPhase is the phase of a hand-over.

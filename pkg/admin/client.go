@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strconv"
 	"time"
 )
 
@@ -56,9 +57,51 @@ func (c *Client) Kill(ctx context.Context, id string, request KillRequest) error
 }
 
 // Watch returns what the session's terminal shows from now on, as an asciicast that ends with the
-// session. The caller closes it.
-func (c *Client) Watch(ctx context.Context, id string) (io.ReadCloser, error) {
-	return c.do(ctx, http.MethodGet, "/v1/sessions/"+url.PathEscape(id)+"/watch", http.NoBody)
+// session, or with the program that serves it. The caller closes it.
+func (c *Client) Watch(ctx context.Context, id string) (*Watch, error) {
+	response, err := c.ask(ctx, http.MethodGet, "/v1/sessions/"+url.PathEscape(id)+"/watch", http.NoBody) //nolint:bodyclose // Watch.Close does
+	if err != nil {
+		return nil, err
+	}
+	return &Watch{response: response}, nil
+}
+
+// Watch is what a session's terminal shows, as an asciicast. It is used by one goroutine at a time.
+type Watch struct {
+	response *http.Response
+	over     bool // Read has returned an error
+}
+
+// Read reads the asciicast.
+func (w *Watch) Read(p []byte) (int, error) {
+	n, err := w.response.Body.Read(p)
+	w.over = w.over || err != nil
+	return n, err
+}
+
+// Close ends the watch.
+func (w *Watch) Close() error { return w.response.Body.Close() }
+
+// End returns how the watch has ended, once Read has returned an error. Before that it is empty.
+func (w *Watch) End() WatchEnd {
+	if !w.over {
+		return ""
+	}
+	if end := WatchEnd(w.response.Trailer.Get(trailerWatchEnd)); end != "" {
+		return end
+	}
+	return WatchLost
+}
+
+// Missed returns how many bytes the session has sent to its client, about, between the end of an earlier watch and the
+// beginning of this one; false if that is not known.
+func (w *Watch) Missed(since *Watch) (bytes int64, known bool) {
+	before, err := strconv.ParseInt(since.response.Trailer.Get(trailerBytesOut), 10, 64)
+	if err != nil {
+		return 0, false
+	}
+	now, err := strconv.ParseInt(w.response.Header.Get(headerBytesOut), 10, 64)
+	return max(now-before, 0), err == nil
 }
 
 // Recordings returns the recordings on the node, newest first.
@@ -117,6 +160,15 @@ func (c *Client) call(ctx context.Context, method, path string, body io.Reader, 
 
 // do returns the body of the answer. The caller closes it.
 func (c *Client) do(ctx context.Context, method, path string, body io.Reader) (io.ReadCloser, error) {
+	response, err := c.ask(ctx, method, path, body)
+	if err != nil {
+		return nil, err
+	}
+	return response.Body, nil
+}
+
+// ask is do for those who need more of the response than its body, which the caller closes.
+func (c *Client) ask(ctx context.Context, method, path string, body io.Reader) (*http.Response, error) {
 	request, err := http.NewRequestWithContext(ctx, method, "http://streamshim"+path, body)
 	if err != nil {
 		return nil, err
@@ -133,7 +185,7 @@ func (c *Client) do(ctx context.Context, method, path string, body io.Reader) (i
 		return nil, fmt.Errorf("%w; is streamshim running, with its admin socket at %s?", err, c.path)
 	}
 	if response.StatusCode < 300 {
-		return response.Body, nil
+		return response, nil
 	}
 	defer response.Body.Close() //nolint:errcheck // as above
 	known := &Error{Code: response.StatusCode}

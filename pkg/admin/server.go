@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -59,14 +60,19 @@ type Server struct {
 	requests handover.Requests
 
 	mu     sync.Mutex
-	ctx    context.Context // of all watches
-	cancel context.CancelFunc
+	ctx    context.Context         // of all watches
+	cancel context.CancelCauseFunc // with a *watchesEnd
 }
+
+// watchesEnd is why all watches end.
+type watchesEnd struct{ end WatchEnd }
+
+func (e *watchesEnd) Error() string { return "watches end: " + string(e.end) }
 
 // NewServer returns a server. The caller calls Serve.
 func NewServer(config Config) *Server {
 	s := &Server{config: config}
-	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	mux := http.NewServeMux()
 	for pattern, handle := range map[string]func(http.ResponseWriter, *http.Request) error{
 		"GET /v1/sessions":            s.list,
@@ -104,7 +110,7 @@ func (s *Server) Serve(listener net.Listener) error {
 
 // Shutdown ends watches and waits for the other requests until the context is done.
 func (s *Server) Shutdown(ctx context.Context) error {
-	s.endWatches()
+	s.endWatches(WatchShutdown)
 	if err := s.http.Shutdown(ctx); err != nil {
 		return errors.Join(err, s.http.Close())
 	}
@@ -115,7 +121,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 // connections wait for Resume, or for another program that has the same socket.
 func (s *Server) Quiesce(ctx context.Context) {
 	s.requests.Pause()
-	s.endWatches()
+	s.endWatches(WatchHandover)
 	s.requests.Wait(ctx)
 }
 
@@ -124,13 +130,13 @@ func (s *Server) Resume() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.requests.Resume()
-	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 }
 
-func (s *Server) endWatches() {
+func (s *Server) endWatches(end WatchEnd) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.cancel()
+	s.cancel(&watchesEnd{end})
 }
 
 // watches returns the context of watches that begin now.
@@ -243,6 +249,9 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 
 	out := http.NewResponseController(w)
 	w.Header().Set("Content-Type", "application/x-asciicast")
+	w.Header().Set("Connection", "close") // who watches again behind a hand-over is to connect to the next program
+	w.Header().Set("Trailer", trailerWatchEnd+", "+trailerBytesOut)
+	w.Header().Set(headerBytesOut, bytesOut(live))
 	size := live.Taps.Size()
 	now := time.Now()
 	cast, err := asciicast.NewWriter(w, asciicast.Header{
@@ -265,6 +274,11 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 		case <-r.Context().Done():
 			return nil
 		case <-watches.Done():
+			var all *watchesEnd
+			if errors.As(context.Cause(watches), &all) {
+				w.Header().Set(trailerWatchEnd, string(all.end))
+				w.Header().Set(trailerBytesOut, bytesOut(live))
+			}
 			return nil
 		}
 		var events []session.TapEvent
@@ -276,7 +290,14 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 		}
 	}
 	encoder.Close(time.Now()) //nolint:errcheck // as above
+	w.Header().Set(trailerWatchEnd, string(WatchSessionEnded))
 	return nil
+}
+
+// bytesOut is what the session's client has got so far.
+func bytesOut(live *session.Session) string {
+	_, sent := live.Transferred()
+	return strconv.FormatInt(sent, 10)
 }
 
 func (s *Server) recordings(w http.ResponseWriter, _ *http.Request) error {

@@ -314,6 +314,20 @@ func TestExecSync(t *testing.T) {
 	}
 }
 
+// A panic in a call ends that call.
+func TestPanicInACall(t *testing.T) {
+	n := startNode(t, runcInfo(t))
+	ctx := testContext(t)
+	request := &runtimeapi.ExecSyncRequest{ContainerId: containerdID, Cmd: []string{"check"}}
+	n.runner.runSync = func(context.Context, workload.SyncCommand) (workload.Result, error) { panic("a fault of the test") }
+	_, err := n.client.ExecSync(ctx, request)
+	wantCode(t, err, codes.Internal, "a fault in streamshim")
+	n.runner.runSync = nil
+	if response, err := n.client.ExecSync(ctx, request); err != nil || string(response.GetStdout()) != "ok\n" {
+		t.Errorf("the next call: %v, %v", response, err)
+	}
+}
+
 func TestExecSyncOfAClientThatHasGone(t *testing.T) {
 	n := startNode(t, runcInfo(t))
 	started, ended := make(chan struct{}), make(chan struct{})

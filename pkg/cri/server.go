@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/streamshim/streamshim/pkg/cri/internal/quiet"
+	"github.com/streamshim/streamshim/pkg/rescue"
 )
 
 // keepaliveMinTime is how often a client may ping. gRPC's default of five minutes ends connections that the
@@ -132,9 +133,11 @@ func (s *Server) observeUnary(ctx context.Context, request any, info *grpc.Unary
 	start := time.Now()
 	ctx, end := s.traced(ctx, info.FullMethod)
 	var response any
-	err := s.server.Counted(func() (err error) {
-		response, err = handle(ctx, request)
-		return err
+	err := s.server.Counted(func() error {
+		return s.rescued(info.FullMethod, func() (err error) {
+			response, err = handle(ctx, request)
+			return err
+		})
 	})
 	end(err)
 	s.observed(ctx, info.FullMethod, err, time.Since(start))
@@ -145,11 +148,24 @@ func (s *Server) observeStream(server any, stream grpc.ServerStream, info *grpc.
 	start := time.Now()
 	var err error
 	if isWatch(info.FullMethod) {
-		err = s.server.Watched(stream, func(stream grpc.ServerStream) error { return handle(server, stream) })
+		err = s.server.Watched(stream, func(stream grpc.ServerStream) error {
+			return s.rescued(info.FullMethod, func() error { return handle(server, stream) })
+		})
 	} else {
-		err = s.server.Counted(func() error { return handle(server, stream) })
+		err = s.server.Counted(func() error {
+			return s.rescued(info.FullMethod, func() error { return handle(server, stream) })
+		})
 	}
 	s.observed(stream.Context(), info.FullMethod, err, time.Since(start))
+	return err
+}
+
+// rescued has a panic in a call end that call, not the process.
+func (s *Server) rescued(method string, call func() error) (err error) {
+	rescue.Call(func(fault *rescue.Panic) {
+		s.log.Error("a CRI call has panicked", "method", method, "panic", fault.Value, "stack", string(fault.Stack))
+		err = status.Error(codes.Internal, "the call was ended because of a fault in streamshim, which its log tells of")
+	}, func() { err = call() })
 	return err
 }
 

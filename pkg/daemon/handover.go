@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/pkg/admin"
 	"github.com/streamshim/streamshim/pkg/handover"
@@ -54,6 +55,7 @@ type handovers struct {
 
 	mu      sync.Mutex
 	current admin.Handover // the one under way, or the last one; its ID is empty before the first
+	done    admin.Handover // the one by which this program has taken over; its ID is empty when there was none
 	totals  handoverTotals
 }
 
@@ -130,10 +132,12 @@ func (h *handovers) failed(err error) {
 }
 
 // takenOver records, in the new program, that the hand-over is complete.
-func (h *handovers) takenOver(carried, size int, pause time.Duration) {
+func (h *handovers) takenOver(carried, size, descriptors int, pause time.Duration) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.current.Phase, h.current.Carried, h.current.State, h.current.Pause = admin.HandoverDone, carried, size, pause.Seconds()
+	h.current.Descriptors = descriptors
+	h.done = h.current
 	h.totals.Done++
 	h.totals.Carried += int64(carried)
 }
@@ -149,7 +153,7 @@ func (h *handovers) numbers() metrics.Handovers {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return metrics.Handovers{
-		Done: h.totals.Done, Failed: h.totals.Failed, Carried: h.totals.Carried, Ended: h.totals.Ended, Pause: h.current.Pause,
+		Done: h.totals.Done, Failed: h.totals.Failed, Carried: h.totals.Carried, Ended: h.totals.Ended, Pause: h.done.Pause,
 	}
 }
 
@@ -229,16 +233,18 @@ func (p *process) handOver(ctx context.Context, r handoverRequest) {
 
 // tryHandOver hands over, or returns why it could not. It returns nil only after a dry run.
 func (p *process) tryHandOver(ctx context.Context, h admin.Handover) error {
+	begun := time.Now()
 	check, err := p.startCheck(ctx)
 	if err != nil {
 		return err
 	}
 	defer check.Close()
+	started := time.Since(begun)
 	h.To = check.Program
 	p.handovers.set(func(h *admin.Handover) { h.To = check.Program })
 	p.log.Info("another program is about to take over", "version", check.Program, "reason", h.Reason, "dry run", h.DryRun)
 	if h.DryRun {
-		return p.rehearse(ctx, check, h)
+		return p.rehearse(ctx, check, h, started)
 	}
 
 	// Undo the steps below in reverse order if the new program is not executed.
@@ -407,8 +413,15 @@ func (p *process) keepUntilServing(files *handover.Files) {
 	files.Keep(program)   //nolint:errcheck // as above
 }
 
-// rehearse finds out which sessions a hand-over would carry.
-func (p *process) rehearse(ctx context.Context, check *handover.Check, h admin.Handover) error {
+// What a hand-over costs for each session, for the estimate of a dry run. docs/upgrade.md has what was measured.
+const (
+	sessionPause = 500 * time.Microsecond
+	sessionState = 4 << 10 // bytes, apart from data on its way
+)
+
+// rehearse finds out which sessions a hand-over would carry, and estimates what it would cost: the new program has taken the
+// given time to start, and now reads a state without sessions. No session is touched.
+func (p *process) rehearse(ctx context.Context, check *handover.Check, h admin.Handover, started time.Duration) error {
 	state := handover.NewState(p.version)
 	own, err := p.places()
 	if err != nil {
@@ -418,10 +431,46 @@ func (p *process) rehearse(ctx context.Context, check *handover.Check, h admin.H
 	if err := errors.Join(state.Put(criPart, p.cri.State()), state.Put(processPart, own)); err != nil {
 		return err
 	}
-	if _, _, err := check.Read(ctx, state); err != nil {
+	begun := time.Now()
+	_, size, err := check.Read(ctx, state)
+	if err != nil {
+		return err
+	}
+	read := time.Since(begun)
+	descriptors, limit, err := openDescriptors()
+	if err != nil {
 		return err
 	}
 	carried, refused := p.streams.Carriable()
-	p.handovers.set(func(h *admin.Handover) { h.Carried, h.EndedSessions = carried, lines(refused) })
+	p.handovers.rehearsed(func(h *admin.Handover) {
+		h.Carried, h.EndedSessions = carried, lines(refused)
+		h.State = size + carried*sessionState + int(p.operation.buffers.Used())
+		h.Descriptors, h.DescriptorLimit = descriptors, limit
+		h.Pause = (started + read + time.Duration(carried)*sessionPause).Seconds()
+	})
 	return nil
+}
+
+// rehearsed records what a dry run has found out, beside the last hand-over that was none.
+func (h *handovers) rehearsed(record func(*admin.Handover)) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	record(&h.current)
+	if h.done.ID != "" {
+		last := h.done
+		h.current.Last = &last
+	}
+}
+
+// openDescriptors returns how many descriptors this process has open, and how many it may have.
+func openDescriptors() (open int, limit uint64, err error) {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return 0, 0, fmt.Errorf("count descriptors: %w", err)
+	}
+	var most unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &most); err != nil {
+		return 0, 0, fmt.Errorf("limit of descriptors: %w", err)
+	}
+	return len(entries) - 1, most.Cur, nil // without the one that has read the folder
 }

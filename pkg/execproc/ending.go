@@ -9,6 +9,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
 	"github.com/streamshim/streamshim/pkg/execproc/internal/stdio"
 	"github.com/streamshim/streamshim/pkg/execproc/internal/tree"
+	"github.com/streamshim/streamshim/pkg/rescue"
 )
 
 // stage is how far the ending of a process has come.
@@ -57,18 +58,39 @@ func (e *ending) begin() {
 	r.mu.Lock()
 	r.ending[p] = struct{}{}
 	r.mu.Unlock()
-	started := r.background(func() {
+	started := r.background(r.panicked, func() {
 		defer close(e.stopped)
-		if e.run() {
-			e.removeRecord()
-			e.over()
-		}
+		rescue.Call(e.panicked, func() {
+			if e.run() {
+				e.removeRecord()
+				e.over()
+			}
+		})
 	})
 	if !started {
 		p.endLook()
 		e.over()
 		close(e.stopped)
 	}
+}
+
+// panicked ends an ending that has panicked. What has failed may fail again: it kills what it finds at once. If that fails as
+// well only the process itself gets the signal, and the recovery record stays, for the next start of streamshim.
+func (e *ending) panicked(fault *rescue.Panic) {
+	p := e.process
+	p.runner.panicked(fault)
+	gone := false
+	rescue.Call(p.runner.panicked, func() {
+		tree.New(p.leader, p.container.InitPid, p.ends).Kill()
+		gone = true
+	})
+	if gone {
+		e.removeRecord()
+	} else {
+		p.leader.Signal(unix.SIGKILL) //nolint:errcheck // it may have ended
+	}
+	p.endLook()
+	e.over()
 }
 
 // removeRecord removes the recovery record, unless the process itself survived: then the reaper removes it.
@@ -176,7 +198,6 @@ func (e *ending) run() bool {
 // and then children in sessions of their own can no longer be traced.
 //
 // It returns false when it was frozen, and must then be repeated.
-// It returns false when it was frozen, and is to be done again.
 func (p *Process) firstLook(t *tree.Tree) (living []proc.Stat, looked bool) {
 	if t.Ends.Terminal {
 		master, err := stdio.Duplicate(p.tty)

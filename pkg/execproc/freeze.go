@@ -246,7 +246,7 @@ func (r *Runner) resume(s processState, files *handover.Files) (_ *Process, err 
 	if p.ending != nil && !p.endOver {
 		p.ending.begin()
 	}
-	r.noteResumed(p)
+	r.noteResumed(p.leader)
 	return p, nil
 }
 
@@ -290,7 +290,7 @@ func (r *Runner) watchResumed(p *Process, s processState) (err error) {
 			}
 			return nil
 		}
-		if p.watch, err = r.reaper.WatchProcess(s.Pid, func() { r.exited(p) }); err != nil {
+		if p.watch, err = r.reaper.WatchProcess(s.Pid, p.onExit); err != nil {
 			return err
 		}
 		r.mu.Lock()
@@ -338,7 +338,7 @@ func (p *Process) resumeStreams(s processState, open resumedStreams) {
 		p.keepStream(stdio.NewKept(p.tty, false, true))
 	}
 	if s.Terminal.Input != nil {
-		p.stdin = stdio.ResumeInput(p.tty, s.Terminal.Input)
+		p.stdin = stdio.ResumeInput(p.tty, s.Terminal.Input, p.panicked)
 	}
 }
 

@@ -322,11 +322,11 @@ func (r *Runner) resumed() {
 	r.recover()
 }
 
-// noteResumed records that a process was resumed.
-func (r *Runner) noteResumed(p *Process) {
+// noteResumed records that a process was resumed, or cannot be.
+func (r *Runner) noteResumed(leader proc.Identity) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	delete(r.carried, p.leader)
+	delete(r.carried, leader)
 }
 
 // EndUnclaimed disconnects the processes that a session froze and none resumed. Call it after Resume and every
@@ -345,9 +345,7 @@ func (r *Runner) EndUnclaimed(files *handover.Files) {
 			p.Disconnect()
 			p.Close()
 		}
-		r.mu.Lock()
-		delete(r.carried, s.leader())
-		r.mu.Unlock()
+		r.noteResumed(s.leader())
 	}
 	r.recoverOwn()
 }

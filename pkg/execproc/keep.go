@@ -53,11 +53,11 @@ func (p *Process) keepStream(k *stdio.Kept) {
 	p.mu.Unlock()
 	r := p.runner
 	r.countKept(p, 1)
-	started := r.background(func() {
+	started := r.background(p.panicked, func() {
+		defer close(k.Done)
 		if !k.Keep(r.ctx, p.watch.Exited, p.freezing) {
 			r.countKept(p, -1)
 		}
-		close(k.Done)
 	})
 	if !started {
 		k.Stream.Close()

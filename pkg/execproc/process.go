@@ -10,6 +10,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc/internal/reaper"
 	"github.com/streamshim/streamshim/pkg/execproc/internal/stdio"
 	"github.com/streamshim/streamshim/pkg/execproc/internal/tree"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -90,12 +91,10 @@ func (p *Process) Exited() <-chan struct{} { return p.watch.Exited }
 
 // ExitCode returns the exit status: 0-255, or 128+n after signal n. It returns -1 until Exited is closed.
 func (p *Process) ExitCode() int {
-	select {
-	case <-p.watch.Exited:
+	if p.hasExited() {
 		return p.watch.Status
-	default:
-		return -1
 	}
+	return -1
 }
 
 // ContainerExited is closed when the container's main process has ended, unless the process was closed first. It
@@ -164,6 +163,12 @@ func (p *Process) killTree() {
 	}
 	p.mu.Unlock()
 	p.beginEnd()
+}
+
+// panicked kills a process one of whose goroutines has panicked: nobody knows what it would do without.
+func (p *Process) panicked(fault *rescue.Panic) {
+	p.runner.panicked(fault)
+	rescue.Go(p.runner.panicked, p.Kill) // who reports must not wait for what a Freeze holds
 }
 
 // cutLocked interrupts the ending's waits.

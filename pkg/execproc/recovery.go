@@ -96,7 +96,7 @@ func (r *Runner) recoverInBackground(f func(cut <-chan struct{})) {
 	cut, recoveries := r.recovery.Done(), r.recoveries
 	r.mu.Unlock()
 	recoveries.Add(1)
-	if !r.background(func() { defer recoveries.Done(); f(cut) }) {
+	if !r.background(r.panicked, func() { defer recoveries.Done(); f(cut) }) {
 		recoveries.Done()
 	}
 }
@@ -219,8 +219,7 @@ func (r *Runner) endOne(left record.Record, f ociruntime.Files, runtimes []proc.
 // endLeftover ends a process as its policy says, in the background. It is not our child, so we have no exit status
 // to collect.
 func (r *Runner) endLeftover(left record.Record, path string) {
-	container := workload.Container{Target: workload.Target{ContainerID: left.Container}, InitPid: left.InitPid}
-	container.InitStartTime = left.InitStart
+	container := workload.Container{Target: workload.Target{ContainerID: left.Container}, InitPid: left.InitPid, InitStartTime: left.InitStart}
 	p := newProcess(r, container, path, left.Policy)
 	p.leader, p.stranger = proc.Identity{Pid: left.Pid, Start: left.Start}, true
 	for _, pipe := range left.Pipes {

@@ -22,6 +22,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc/internal/record"
 	"github.com/streamshim/streamshim/pkg/execproc/internal/stdio"
 	"github.com/streamshim/streamshim/pkg/execproc/internal/tree"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -244,16 +245,15 @@ func (r *Runner) start(ctx context.Context, c workload.Container, command worklo
 		err = r.startWithPipes(ctx, p, spec, command, files, launch)
 	}
 	if err != nil {
-		var startError *ociruntime.StartError
-		if errors.As(err, &startError) {
+		if fault := new(rescue.Panic); errors.As(err, &fault) {
+			r.panicked(fault)
+		}
+		if errors.As(err, new(*ociruntime.StartError)) {
 			return nil, err // unwrapped: the client sees it
 		}
-		if p.init != nil && !errors.Is(err, ociruntime.ErrNotRunning) {
-			select {
-			case <-p.init.Exited: // which explains whatever the runtime reported
-				err = fmt.Errorf("%w: its main process has ended (%w)", ociruntime.ErrNotRunning, err)
-			default:
-			}
+		if p.init != nil && !errors.Is(err, ociruntime.ErrNotRunning) && isClosed(p.init.Exited) {
+			// Which explains whatever the runtime reported.
+			err = fmt.Errorf("%w: its main process has ended (%w)", ociruntime.ErrNotRunning, err)
 		}
 		return nil, fmt.Errorf("start command: %w", err)
 	}
@@ -348,7 +348,7 @@ func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.
 		p.ends = ends
 	}
 	if command.Stdin {
-		p.stdin = &stdio.TerminalInput{Terminal: p.tty}
+		p.stdin = &stdio.TerminalInput{Terminal: p.tty, Report: p.panicked}
 	}
 	if command.Stdout {
 		p.stdout = p.tty
@@ -407,7 +407,7 @@ func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher
 	if err := p.writeRecord(intent); err != nil {
 		r.log.Warn("cannot write the recovery record of an exec; were streamshim killed now, the process would stay", "error", err)
 	}
-	p.watch, err = r.reaper.WatchProcess(pid, func() { r.exited(p) })
+	p.watch, err = r.reaper.WatchProcess(pid, p.onExit)
 	if err != nil {
 		tree.New(p.leader, p.container.InitPid, p.ends).Kill()
 		return fmt.Errorf("watch process %d: %w", pid, err)
@@ -416,7 +416,9 @@ func (r *Runner) launchAndWatch(ctx context.Context, p *Process, launch launcher
 	return nil
 }
 
-// exited is called by the reaper once p.Exited is closed.
+// onExit is called by the reaper, which belongs to all processes, once p.Exited is closed.
+func (p *Process) onExit() { rescue.Call(p.panicked, func() { p.runner.exited(p) }) }
+
 func (r *Runner) exited(p *Process) {
 	p.mu.Lock()
 	if p.ending == nil || p.endOver {
@@ -480,19 +482,24 @@ func (r *Runner) leave() {
 	}
 }
 
-// background runs f in a goroutine that Shutdown waits for. It returns false if the Runner is closed.
-func (r *Runner) background(f func()) bool {
+// background runs f, with report, in a goroutine that Shutdown waits for. It returns false if the Runner is closed.
+func (r *Runner) background(report rescue.Report, f func()) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.closed {
 		return false
 	}
 	r.tasks++
-	go func() {
+	rescue.Go(rescue.Die, func() {
 		defer r.leave()
-		f()
-	}()
+		rescue.Call(report, f)
+	})
 	return true
+}
+
+// panicked is the report of goroutines that have nobody to tell.
+func (r *Runner) panicked(fault *rescue.Panic) {
+	r.log.Error("a goroutine that deals with a process in a container has panicked", "panic", fault.Value, "stack", string(fault.Stack))
 }
 
 // Shutdown refuses new starts, applies the policy to running processes, and waits for them to end. When the
@@ -548,11 +555,7 @@ func (r *Runner) killRest() bool {
 	r.mu.Unlock()
 	more := false
 	r.each(func(p *Process) {
-		select {
-		case <-p.ended:
-		default:
-			more = more || p.policy != PolicyKeep
-		}
+		more = more || p.policy != PolicyKeep && !isClosed(p.ended)
 	})
 	return more
 }

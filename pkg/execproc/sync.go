@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/execproc/internal/stdio"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -46,16 +47,22 @@ func (r *Runner) RunSync(ctx context.Context, c workload.Container, command work
 		}
 		return workload.Result{}, err
 	}
+	defer func() {
+		if value := recover(); value != nil { // the caller's to deal with, but the command is not to go on
+			p.Kill()
+			p.Close()
+			panic(rescue.Caught(value))
+		}
+	}()
 	output := stdio.Collect(p.Stdout(), p.Stderr(), r.config.OutputLimit, r.config.OutputRoom)
 	defer output.Leave()
 	exitCode, err := r.waitSync(ctx, p, output)
 	p.Close() // ends the remaining collection of output
 	<-output.Done
-	result := workload.Result{Stdout: output.Stdout, Stderr: output.Stderr, ExitCode: exitCode}
-	if err != nil {
-		result.ExitCode = 0
+	if fault := output.Panic(); fault != nil {
+		panic(fault)
 	}
-	return result, err
+	return workload.Result{Stdout: output.Stdout, Stderr: output.Stderr, ExitCode: exitCode}, err
 }
 
 func (r *Runner) startInTurn(ctx context.Context, c workload.Container, command workload.SyncCommand) (*Process, error) {
@@ -85,10 +92,8 @@ func (r *Runner) waitSync(ctx context.Context, p *Process, output *stdio.Collect
 		p.Kill()
 		return 0, fmt.Errorf("run command: %w", ErrClosed)
 	}
-	select {
-	case <-p.killNow: // by Shutdown; the resulting 137 is not the command's own
+	if p.killed() { // by Shutdown; the resulting 137 is not the command's own
 		return 0, fmt.Errorf("run command: %w", ErrClosed)
-	default:
 	}
 	exited := time.Now()
 	for {
@@ -101,15 +106,13 @@ func (r *Runner) waitSync(ctx context.Context, p *Process, output *stdio.Collect
 		}
 		timer := time.NewTimer(wait)
 		select {
-		case <-output.Done:
-			timer.Stop()
-			return p.ExitCode(), nil
-		case <-ctx.Done():
-			timer.Stop()
-			// The command is done and its status is known. Do not spend the caller's time on its children.
-			return p.ExitCode(), nil
 		case <-timer.C:
+			continue
+		case <-output.Done:
+		case <-ctx.Done(): // the command is done and its status is known: its children get none of the caller's time
 		}
+		timer.Stop()
+		return p.ExitCode(), nil
 	}
 }
 

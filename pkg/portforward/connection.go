@@ -58,6 +58,9 @@ func newConnection(pod *net.TCPConn, stream workload.Stream, halfClosedIdle time
 	c.idle = halfClosedTimer{limit: halfClosedIdle, progress: c.progress, expired: func() { c.abort(ErrHalfClosedIdle) }}
 	c.late = halfClosedTimer{limit: resetGrace, progress: c.progress, expired: c.clientReset}
 	c.left = halfClosedTimer{limit: leftGrace, progress: c.progress, expired: c.clientReset}
+	for _, t := range []*halfClosedTimer{&c.idle, &c.late, &c.left} {
+		t.panicked = c.panicked
+	}
 	return c
 }
 
@@ -263,6 +266,7 @@ type halfClosedTimer struct {
 	limit    time.Duration
 	progress func() (progress, bool) // false if the connection is closed
 	expired  func()
+	panicked rescue.Report
 
 	mu      sync.Mutex
 	timer   *time.Timer // nil until start
@@ -279,7 +283,7 @@ func (t *halfClosedTimer) start() {
 	}
 	t.last, _ = t.progress()
 	t.since = time.Now()
-	t.timer = time.AfterFunc(t.limit/4, t.look)
+	t.timer = time.AfterFunc(t.limit/4, func() { rescue.Call(t.panicked, t.look) })
 }
 
 // state returns the timer's state, after stop.
@@ -301,27 +305,31 @@ func (t *halfClosedTimer) resume(state TimerState) {
 	defer t.mu.Unlock()
 	t.last = progress{acknowledged: state.Acknowledged, taken: state.Taken}
 	t.since = time.Now().Add(-state.Still)
-	t.timer = time.AfterFunc(t.limit/4, t.look)
+	t.timer = time.AfterFunc(t.limit/4, func() { rescue.Call(t.panicked, t.look) })
 }
 
 func (t *halfClosedTimer) look() {
+	if t.isOver() {
+		t.expired()
+	}
+}
+
+// isOver reports whether there was no progress for the limit. Otherwise it has look called again.
+func (t *halfClosedTimer) isOver() bool {
 	t.mu.Lock()
+	defer t.mu.Unlock()
 	now, open := t.progress()
 	if !open || t.stopped {
-		t.mu.Unlock()
-		return
+		return false
 	}
 	if now != t.last {
 		t.last, t.since = now, time.Now()
 	}
-	idle := time.Since(t.since) >= t.limit
-	if !idle {
-		t.timer.Reset(t.limit / 4)
+	if time.Since(t.since) >= t.limit {
+		return true
 	}
-	t.mu.Unlock()
-	if idle {
-		t.expired()
-	}
+	t.timer.Reset(t.limit / 4)
+	return false
 }
 
 func (t *halfClosedTimer) stop() {

@@ -14,6 +14,14 @@ type Panic struct {
 	Stack []byte // of the goroutine
 }
 
+// Caught makes a Panic of what recover has returned: a Panic that was raised again stays what it is.
+func Caught(value any) *Panic {
+	if p, again := value.(*Panic); again {
+		return p
+	}
+	return &Panic{Value: value, Stack: debug.Stack()}
+}
+
 func (p *Panic) Error() string { return fmt.Sprintf("panic: %v", p.Value) }
 
 // Report handles a panic. It is called in the goroutine that has panicked. It must not block and must not panic.
@@ -26,7 +34,7 @@ func Die(p *Panic) { panic(p) }
 func Call(report Report, f func()) {
 	defer func() {
 		if value := recover(); value != nil {
-			report(&Panic{Value: value, Stack: debug.Stack()})
+			report(Caught(value))
 		}
 	}()
 	f()

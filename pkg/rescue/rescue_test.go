@@ -25,3 +25,13 @@ func TestPanicIsReportedAndGoesNoFurther(t *testing.T) {
 		t.Error("a panic was reported that there was not")
 	}
 }
+
+// A panic that is raised again in another goroutine stays the one that it was, with the stack of where it came from.
+func TestCaughtAgain(t *testing.T) {
+	var first, second *Panic
+	Call(func(p *Panic) { first = p }, func() { panic("a fault of the test") })
+	Call(func(p *Panic) { second = p }, func() { panic(first) })
+	if first == nil || first != second {
+		t.Errorf("%v was raised, %v was caught", first, second)
+	}
+}

@@ -48,6 +48,19 @@ func dialChannels(t *testing.T, u *url.URL, protocol string) *channelClient {
 // dialNumbered is dialChannels for a server that greets, as it does for exec and attach, or not.
 func dialNumbered(t *testing.T, u *url.URL, protocol string, greeted bool) *channelClient {
 	t.Helper()
+	c := dialSilent(t, u, protocol)
+	if greeted { // an empty message says that the connection stands; unread, it would make closing a reset
+		if _, _, err := c.ws.ReadMessage(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.reading.Go(c.read)
+	return c
+}
+
+// dialSilent is a client that reads nothing until the test has it read.
+func dialSilent(t *testing.T, u *url.URL, protocol string) *channelClient {
+	t.Helper()
 	dialer := websocket.Dialer{}
 	if protocol != "" {
 		dialer.Subprotocols = []string{protocol}
@@ -59,12 +72,6 @@ func dialNumbered(t *testing.T, u *url.URL, protocol string, greeted bool) *chan
 	response.Body.Close()
 	ws.SetCloseHandler(func(int, string) error { return nil })
 	c := &channelClient{t: t, protocol: protocol, ws: ws, tcp: ws.NetConn().(*net.TCPConn), output: map[byte][]byte{}}
-	if greeted { // an empty message says that the connection stands; unread, it would make closing a reset
-		if _, _, err := ws.ReadMessage(); err != nil {
-			t.Fatal(err)
-		}
-	}
-	c.reading.Go(c.read)
 	t.Cleanup(func() {
 		ws.Close()
 		c.reading.Wait()

@@ -55,6 +55,9 @@ type SessionState struct {
 // requestGrace is how long a freeze waits for requests that are being read or answered.
 const requestGrace = 250 * time.Millisecond
 
+// panickedGrace is how long a freeze waits for the end of sessions that have panicked.
+const panickedGrace = 500 * time.Millisecond
+
 // reasonNotCarried ends a session that cannot be handed over.
 const reasonNotCarried = "not-carried"
 
@@ -160,7 +163,7 @@ func (s *Server) Frozen() handover.Instant {
 // awaitStarts waits until no session is starting its command, so that no frozen session waits for another one's start.
 func (s *Server) awaitStarts(ctx context.Context) error {
 	for _, each := range s.all() {
-		if starting, ok := each.running.(interface{ AwaitStarted(context.Context) error }); ok {
+		if starting, ok := each.running.(interface{ AwaitStarted(context.Context) error }); ok && !lifetime.HasPanicked(each.live) {
 			if err := starting.AwaitStarted(ctx); err != nil {
 				return fmt.Errorf("session %s: %w", each.live.ID, err)
 			}
@@ -310,6 +313,10 @@ func (s *Server) freezeSessions(ctx context.Context, files *handover.Files) ([]S
 // freezeSession returns the state of a session, or nil if the session has ended instead. It returns an error only when the
 // context is done.
 func (s *Server) freezeSession(ctx context.Context, each *served, files *handover.Files) (*SessionState, error) {
+	if lifetime.HasPanicked(each.live) { // it may never come to a point where it could be frozen
+		s.awaitEnd(each, panickedGrace)
+		return nil, nil
+	}
 	state, err := each.freeze(ctx, files)
 	if err == nil {
 		<-each.done

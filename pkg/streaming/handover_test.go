@@ -92,6 +92,25 @@ func (s *testServer) serve(listener net.Listener) {
 	})
 }
 
+// upgradeForward is upgrade with a change to the state of the only session, a port-forward. It is not called when that has ended.
+func (s *testServer) upgradeForward(change func(*portforward.State)) {
+	s.t.Helper()
+	s.upgrade(func(state *State) {
+		if len(state.Sessions) == 0 {
+			return
+		}
+		var forward portforward.State
+		if err := handover.Decode(state.Sessions[0].State, &forward); err != nil {
+			s.t.Fatal(err)
+		}
+		change(&forward)
+		var err error
+		if state.Sessions[0].State, err = handover.Encode(forward); err != nil {
+			s.t.Fatal(err)
+		}
+	})
+}
+
 // thaw freezes the server and has it go on.
 func (s *testServer) thaw() {
 	s.t.Helper()
@@ -509,31 +528,15 @@ func TestHalfAPairSurvivesHandOvers(t *testing.T) {
 	if got := c.finished(failure); got != "" {
 		t.Errorf("the error stream says %q", got)
 	}
-	s.upgrade(func(state *State) {
-		s.changeForward(state, func(forward *portforward.State) {
-			waiting := half(forward, "2")
-			if waiting.Left <= creation/2 || waiting.Left >= creation {
-				t.Errorf("%v are left of %v", waiting.Left, creation)
-			}
-			waiting.Left = 10 * time.Millisecond
-		})
+	s.upgradeForward(func(forward *portforward.State) {
+		waiting := half(forward, "2")
+		if waiting.Left <= creation/2 || waiting.Left >= creation {
+			t.Errorf("%v are left of %v", waiting.Left, creation)
+		}
+		waiting.Left = 10 * time.Millisecond
 	})
 	if c.finished(lonely); c.streams[lonely].reset == 0 {
 		t.Error("half a pair is still there")
-	}
-}
-
-// changeForward changes what the state of the only session says of its port-forward.
-func (s *testServer) changeForward(state *State, change func(*portforward.State)) {
-	s.t.Helper()
-	var forward portforward.State
-	if err := handover.Decode(state.Sessions[0].State, &forward); err != nil {
-		s.t.Fatal(err)
-	}
-	change(&forward)
-	var err error
-	if state.Sessions[0].State, err = handover.Encode(forward); err != nil {
-		s.t.Fatal(err)
 	}
 }
 
@@ -736,19 +739,12 @@ func endingForwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	data, failure := c.openPair(fmt.Sprint(port), "1")
 	c.send(data, "abc", false)
 	c.until("the echo", func() bool { return string(c.streams[data].data) == "abc" }) // only a whole pair is told
-	change := func(to func(*portforward.State)) {
-		s.upgrade(func(state *State) {
-			if len(state.Sessions) > 0 {
-				s.changeForward(state, to)
-			}
-		})
-	}
 	s.started.Sessions.List()[0].Stop(&session.EndError{Reason: "test", Message: "the test says so"})
 	if got := c.finished(failure); got != "the test says so" {
 		t.Errorf("the error stream says %q", got)
 	}
 	asked := false
-	change(func(s *portforward.State) {
+	s.upgradeForward(func(s *portforward.State) {
 		asked = s.EndReason == "the test says so" && s.Told && s.Grace > 0
 		s.Grace = grace
 		drop(s)
@@ -757,7 +753,7 @@ func endingForwardAfter(t *testing.T, drop func(*portforward.State)) error {
 		t.Skip("the two seconds were over") // of a very busy machine
 	}
 	err := errors.New("the session has ended")
-	change(func(s *portforward.State) {
+	s.upgradeForward(func(s *portforward.State) {
 		err = nil
 		if s.EndReason != "the test says so" || !s.Told || s.Grace <= grace/2 || s.Grace > grace {
 			err = fmt.Errorf("%q, told: %v, %v are left", s.EndReason, s.Told, s.Grace)
@@ -785,7 +781,7 @@ func forwardAfter(t *testing.T, drop func(*portforward.State), patience time.Dur
 	c.send(early, "abc", true)
 	eventually(t, "one connection and two halves", func() bool { return s.forwarded() == 3 })
 	received, sent := s.started.Sessions.List()[0].Transferred()
-	s.upgrade(func(state *State) { s.changeForward(state, drop) })
+	s.upgradeForward(drop)
 	list := s.started.Sessions.List()
 	if len(list) != 1 || list[0].Context().Err() != nil {
 		return errors.New("the session does not go on")

@@ -3,21 +3,18 @@ package streaming
 import (
 	"context"
 	"fmt"
-	"go/ast"
-	"go/parser"
-	"go/token"
 	"io"
-	"io/fs"
-	"os"
-	"path/filepath"
-	"regexp"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"k8s.io/client-go/tools/remotecommand"
 
+	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/event"
+	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -128,38 +125,70 @@ func TestPanicEndsOneSession(t *testing.T) {
 	})
 }
 
-// Goroutines of sessions and connections are started by package rescue alone. Those that belong to no session say so.
-func TestGoroutinesAreRescued(t *testing.T) {
-	group := regexp.MustCompile(`(?m)^\s*(\w+)\s+sync\.WaitGroup`)
-	for _, root := range []string{".", "../portforward"} {
-		err := filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
-			if err != nil || entry.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
-				return err
-			}
-			text, err := os.ReadFile(path)
-			if err != nil {
-				return err
-			}
-			for _, name := range group.FindAllStringSubmatch(string(text), -1) {
-				if strings.Contains(string(text), name[1]+".Go(") {
-					t.Errorf("%s: goroutines of %s, a sync.WaitGroup", path, name[1])
-				}
-			}
-			files := token.NewFileSet()
-			file, err := parser.ParseFile(files, path, text, 0)
-			if err != nil {
-				return err
-			}
-			ast.Inspect(file, func(n ast.Node) bool {
-				if statement, ok := n.(*ast.GoStmt); ok {
-					t.Errorf("%v: a goroutine without rescue.Go", files.Position(statement.Pos()))
-				}
-				return true
-			})
-			return nil
+// stuck is a process whose session never comes to its end: what it waits for was left by a panic.
+type stuck struct {
+	*faulty
+	released chan struct{}
+}
+
+func (s *stuck) Disconnect() {
+	<-s.released
+	s.faulty.Disconnect()
+}
+
+// A session that has panicked and left something, such as a lock, for which the rest of it waits for ever, is given up: its client
+// loses the connection, it is no session any more, and a hand-over neither waits for it nor carries it.
+func TestPanicThatLeavesALock(t *testing.T) {
+	for _, in := range []string{"Read", "StandIn", "ExitCode"} {
+		t.Run(in, func(t *testing.T) {
+			t.Run("hand-over", func(t *testing.T) { giveUp(t, in, true) })
+			t.Run("grace", func(t *testing.T) { giveUp(t, in, false) })
 		})
+	}
+}
+
+func giveUp(t *testing.T, in string, handOver bool) {
+	s := startCarried(t, Config{})
+	port := pod(t, answer)
+	neighbour := s.portForward(t, "SPDY", port)
+	executor, released := &hostExecutor{t: t}, make(chan struct{})
+	release := sync.OnceFunc(func() { close(released) })
+	t.Cleanup(release)
+	options := remotecommand.StreamOptions{Stdin: strings.NewReader("line\n"), Stdout: io.Discard}
+	u := s.execURL(executorFunc(func(c workload.Command) (remoteProcess, error) {
+		p, err := executor.Start(context.Background(), c)
 		if err != nil {
-			t.Fatal(err)
+			return nil, err
+		}
+		return &stuck{&faulty{p.(*hostProcess), in}, released}, nil
+	}), options, "sh", "-c", "read line; exit 0")
+	ended := make(chan error, 1)
+	go func() { ended <- stream(context.Background(), t, "SPDY", u, options) }()
+	live := func() *session.Session { // the one with the command
+		for _, each := range s.started.Sessions.List() {
+			if each.Kind == session.Exec {
+				return each
+			}
+		}
+		return nil
+	}
+	eventually(t, "the panic", func() bool {
+		each := live()
+		return each != nil && lifetime.HasPanicked(each)
+	})
+	if handOver {
+		began := time.Now()
+		if carried, ended := s.upgrade(func(*State) {}); carried != 1 || ended != 0 {
+			t.Errorf("%d sessions were carried, %d ended", carried, ended)
+		}
+		if took := time.Since(began); took > testTimeout/2 { // it would wait for all of testTimeout
+			t.Errorf("the hand-over has waited for it: %v", took)
 		}
 	}
+	eventually(t, "the end of the session", func() bool { return live() == nil })
+	if err := receive(t, ended, "the end of its client"); err == nil {
+		t.Error("its client takes the end for success")
+	}
+	neighbour.mustAnswer(port)
+	release()
 }

@@ -119,7 +119,9 @@ type served struct {
 	live    *session.Session
 	running running
 	terms   lifetime.Terms
-	done    chan struct{} // closed when running.Run has returned, with outcome
+	once    sync.Once     // of over
+	unwatch func() bool   // nobody looks any more whether it has panicked
+	done    chan struct{} // closed when the session is over, with outcome
 	outcome session.Outcome
 }
 
@@ -433,23 +435,62 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, up transport.Upgr
 func (s *Server) run(live *session.Session, running running, terms lifetime.Terms) {
 	each := &served{live: live, running: running, terms: terms, done: make(chan struct{})}
 	live.Connect(running)
+	each.unwatch = context.AfterFunc(live.Context(), func() { rescue.Call(each.reportPanic, func() { s.endStuck(each) }) })
 	s.mu.Lock()
 	s.served[each] = struct{}{}
 	s.mu.Unlock()
 	s.sessions.Add(1)
-	panicked := func(p *rescue.Panic) {
-		lifetime.Panic(live, terms, running.Network(), p)
-		each.outcome = lifetime.Stopped(live.Context())
-	}
-	rescue.Go(panicked, func() {
+	rescue.Go(each.reportPanic, func() {
+		var outcome session.Outcome
+		rescue.Call(func(p *rescue.Panic) {
+			each.reportPanic(p)
+			outcome = lifetime.Stopped(live.Context())
+		}, func() { outcome = s.runToEnd(each) })
+		s.over(each, outcome)
+	})
+}
+
+func (each *served) reportPanic(p *rescue.Panic) {
+	lifetime.Panic(each.live, each.terms, each.running.Network(), p)
+}
+
+// over ends a session, or leaves it to be resumed when it was frozen. Further calls do nothing.
+func (s *Server) over(each *served, outcome session.Outcome) {
+	each.once.Do(func() {
 		defer s.sessions.Done()
 		defer close(each.done)
-		rescue.Call(panicked, func() { each.outcome = s.runToEnd(each) })
-		s.forget(each) // also if frozen: resumeSession adds it again
-		if !each.outcome.Frozen() {
-			live.End(each.outcome)
+		each.unwatch()
+		each.outcome = outcome
+		s.forget(each) // one that was frozen is served again when it is resumed
+		if !outcome.Frozen() {
+			each.live.End(outcome)
 		}
 	})
+}
+
+// endStuck gives a session up that was told to end because of a panic and does not: what has panicked may have left a lock for
+// which the others wait for ever.
+func (s *Server) endStuck(each *served) {
+	if lifetime.HasPanicked(each.live) {
+		s.awaitEnd(each, lifetime.StuckGrace)
+	}
+}
+
+// awaitEnd waits for the end of a session, which is given up when it takes longer: it is no session any more, whatever is left
+// of its goroutines.
+func (s *Server) awaitEnd(each *served, limit time.Duration) {
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case <-each.done:
+	case <-timer.C:
+		each.live.Log().Error("a session that has panicked does not end: it is given up", "after", limit)
+		if network := each.running.Network(); network != nil {
+			lifetime.Reset(network)
+		}
+		each.terms.Buffers.Close()
+		s.over(each, lifetime.Stopped(each.live.Context()))
+	}
 }
 
 func (s *Server) runToEnd(each *served) session.Outcome {

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
@@ -138,7 +139,7 @@ func New(config Config, log *slog.Logger) (*Log, error) {
 	if config.HandedOver {
 		l.unclaimed, l.interrupted = l.interrupted, nil
 	}
-	go l.run(destination{s, config.Fsync})
+	rescue.Go(rescue.Die, func() { l.run(destination{s, config.Fsync}) }) // without it no session may begin
 	return l, nil
 }
 

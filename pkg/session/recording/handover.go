@@ -10,6 +10,7 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/asciicast"
 	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/session/transcript"
 	"github.com/streamshim/streamshim/pkg/workload"
@@ -192,10 +193,10 @@ func (rec *recording) resume(state State, files *handover.Files) (err error) {
 // Settle waits until the recordings of ended sessions are complete. Call it after all sessions were frozen.
 func (r *Recorder) Settle(ctx context.Context) error {
 	written := make(chan struct{})
-	go func() {
+	rescue.Go(rescue.Die, func() {
 		defer close(written)
 		r.writers.Wait()
-	}()
+	})
 	select {
 	case <-written:
 		return nil

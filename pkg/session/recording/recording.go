@@ -18,6 +18,7 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/asciicast"
 	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/session/transcript"
 	"github.com/streamshim/streamshim/pkg/workload"
@@ -55,7 +56,7 @@ type Recorder struct {
 	recordings map[*session.Session]*recording
 	places     map[string]*directory // by path; one for each directory ever configured
 	closed     bool
-	writers    sync.WaitGroup
+	writers    rescue.Group
 }
 
 // New returns a recorder. room, if not nil, bounds what waits to be written for all recordings together. Close the
@@ -64,6 +65,9 @@ func New(config Config, room session.TapRoom, log *slog.Logger) *Recorder {
 	return &Recorder{
 		log: log, room: room, config: config,
 		recordings: make(map[*session.Session]*recording), places: make(map[string]*directory),
+		writers: rescue.Group{Report: func(fault *rescue.Panic) {
+			log.Error("what deals with recordings has panicked", "panic", fault.Value, "stack", string(fault.Stack))
+		}},
 	}
 }
 
@@ -215,10 +219,24 @@ func (r *Recorder) listen(rec *recording) {
 func (r *Recorder) write(rec *recording) {
 	r.writers.Go(func() {
 		defer close(rec.ended)
-		if rec.over = rec.run(); rec.over {
-			rec.place.end(filepath.Base(rec.path), rec.size)
-		}
+		rescue.Call(rec.panicked, func() {
+			if rec.over = rec.run(); rec.over {
+				rec.place.end(filepath.Base(rec.path), rec.size)
+			}
+		})
 	})
+}
+
+// panicked ends a recording that has panicked, and its session where that must be recorded.
+func (rec *recording) panicked(fault *rescue.Panic) {
+	rec.session.Log().Error("the recording of a session has panicked and ends", "panic", fault.Value, "stack", string(fault.Stack))
+	rec.flawed()
+	if rec.config.Deny {
+		rec.failed()
+	}
+	rec.queue.Close()
+	rec.queue.Release()
+	rec.file.Close() //nolint:errcheck // it is incomplete either way
 }
 
 // fileName returns a name that sorts by time and describes the session.

@@ -118,9 +118,9 @@ func Goroutines(t *testing.T, metrics string) int { return goroutines(t, metrics
 // UnusedAddress is one at which nobody listens.
 func UnusedAddress(t *testing.T) string { return unusedAddress(t) }
 
-// goroutines asks a streamshim's metrics for their number. The connection is closed each time, for it has a
-// goroutine itself.
-func goroutines(t *testing.T, metrics string) (n int) {
+// Metric asks a streamshim for one of its metrics, without labels. The connection is closed each time, for it has a goroutine
+// itself.
+func Metric(t *testing.T, metrics, name string) (value float64) {
 	t.Helper()
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: testutil.Patience}
 	response, err := client.Get("http://" + metrics + "/metrics")
@@ -132,11 +132,16 @@ func goroutines(t *testing.T, metrics string) (n int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, rest, _ := strings.Cut(string(text), "\ngo_goroutines ")
-	if _, err := fmt.Sscan(rest, &n); err != nil {
-		t.Fatalf("no number of goroutines in %s", text)
+	_, rest, _ := strings.Cut(string(text), "\n"+name+" ")
+	if _, err := fmt.Sscan(rest, &value); err != nil {
+		t.Fatalf("no %s in %s", name, text)
 	}
-	return n
+	return value
+}
+
+func goroutines(t *testing.T, metrics string) int {
+	t.Helper()
+	return int(Metric(t, metrics, "go_goroutines"))
 }
 
 // unusedAddress is one at which nobody listens.

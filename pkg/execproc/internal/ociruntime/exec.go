@@ -20,6 +20,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
 	"github.com/streamshim/streamshim/pkg/execproc/internal/stdio"
 	"github.com/streamshim/streamshim/pkg/execproc/internal/tree"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -130,10 +131,10 @@ func ExecPassing(ctx context.Context, c workload.Container, spec *specs.Process,
 	command.SysProcAttr = &unix.SysProcAttr{Setsid: true}
 	var runtime proc.Identity
 	known := make(chan struct{})
-	command.Cancel = func() error {
+	command.Cancel = func() (err error) { // called by a goroutine of os/exec
 		<-known
-		tree.New(runtime, 0, tree.StreamEnds{}).Kill()
-		return command.Process.Kill() // in case /proc could not be read
+		rescue.Call(func(fault *rescue.Panic) { err = fault }, func() { tree.New(runtime, 0, tree.StreamEnds{}).Kill() })
+		return errors.Join(err, command.Process.Kill()) // in case /proc could not be read
 	}
 	if err := command.Start(); err != nil {
 		if ctx.Err() != nil {
@@ -151,10 +152,12 @@ func ExecPassing(ctx context.Context, c workload.Container, spec *specs.Process,
 	close(known)
 	looking, stopLooking := context.WithCancel(ctx)
 	looked := make(chan struct{})
-	go func() {
+	rescue.Go(rescue.Die, func() {
 		defer close(looked)
-		endIfStopped(looking, runtime.Pid, func() { cancel(ErrStopped) })
-	}()
+		rescue.Call(func(fault *rescue.Panic) { cancel(fault) }, func() {
+			endIfStopped(looking, runtime.Pid, func() { cancel(ErrStopped) })
+		})
+	})
 	runErr := command.Wait()
 	stopLooking()
 	<-looked

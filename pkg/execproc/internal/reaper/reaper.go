@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
+	"github.com/streamshim/streamshim/pkg/rescue"
 )
 
 // Reaper waits for processes: for those started here, to collect their status the moment they end, and for
@@ -71,7 +72,7 @@ type Watch struct {
 	token  int32
 	refs   int           // only used for containers
 	Exited chan struct{} // closed once the process has ended, and has been reaped if it is ours
-	onExit func()        // called by the reaper after Exited is closed; must not block
+	onExit func()        // called by the reaper after Exited is closed; must not block or panic
 	Status int           // exit code, valid once Exited is closed
 }
 
@@ -185,8 +186,9 @@ func newReaper(successor bool) (*Reaper, error) {
 	}
 	signal.Notify(r.signals, unix.SIGCHLD)
 	r.loops.Add(2)
-	go r.waitForExits(raw)
-	go r.waitForOrphans()
+	// They belong to all processes: nothing would be reaped any more without them.
+	rescue.Go(rescue.Die, func() { r.waitForExits(raw) })
+	rescue.Go(rescue.Die, r.waitForOrphans)
 	return r, nil
 }
 

@@ -4,6 +4,8 @@ import (
 	"io"
 	"sync"
 	"time"
+
+	"github.com/streamshim/streamshim/pkg/rescue"
 )
 
 // Room bounds the output that several RunSyncs keep.
@@ -21,7 +23,7 @@ const ownOutput = 64 << 10
 // Collector collects a process's output up to a limit and drops the rest.
 type Collector struct {
 	Done chan struct{} // closed when both streams have ended
-	Full chan struct{} // closed when the shared room was exhausted
+	Full chan struct{} // closed when the shared room was exhausted, or reading has panicked
 
 	mu             sync.Mutex
 	left           int // of the limit
@@ -31,13 +33,14 @@ type Collector struct {
 	refused        bool
 	Stdout, Stderr []byte // valid once Done is closed
 	last           time.Time
+	panic          *rescue.Panic
 }
 
 // Collect reads both streams to their ends. It keeps up to limit bytes of both together; all but the first
 // ownOutput need shared room.
 func Collect(stdout, stderr io.Reader, limit int, shared Room) *Collector {
 	c := &Collector{Done: make(chan struct{}), Full: make(chan struct{}), left: limit, own: ownOutput, shared: shared}
-	var streams sync.WaitGroup
+	stderrRead := rescue.Group{Report: c.panicked}
 	read := func(from io.Reader, to *[]byte) {
 		buffer := make([]byte, 32<<10)
 		for {
@@ -48,13 +51,35 @@ func Collect(stdout, stderr io.Reader, limit int, shared Room) *Collector {
 			}
 		}
 	}
-	streams.Go(func() { read(stderr, &c.Stderr) })
-	go func() {
-		defer close(c.Done)
-		read(stdout, &c.Stdout)
-		streams.Wait()
-	}()
+	stderrRead.Go(func() { read(stderr, &c.Stderr) })
+	rescue.Go(rescue.Die, func() {
+		rescue.Call(c.panicked, func() { read(stdout, &c.Stdout) })
+		stderrRead.Wait()
+		close(c.Done)
+	})
 	return c
+}
+
+// panicked has nothing more kept: who waits learns that something is missing.
+func (c *Collector) panicked(fault *rescue.Panic) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.panic = fault
+	c.refuseLocked()
+}
+
+func (c *Collector) refuseLocked() {
+	if !c.refused {
+		c.refused = true
+		close(c.Full)
+	}
+}
+
+// Panic returns the panic with which reading has ended, once Done is closed; nil when there was none.
+func (c *Collector) Panic() *rescue.Panic {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.panic
 }
 
 func (c *Collector) add(to *[]byte, data []byte) {
@@ -75,10 +100,10 @@ func (c *Collector) add(to *[]byte, data []byte) {
 func (c *Collector) takeLocked(n int) bool {
 	own := min(n, c.own)
 	if n > own && c.shared != nil && !c.refused {
-		if c.refused = !c.shared.Take(n - own); c.refused {
-			close(c.Full)
-		} else {
+		if c.shared.Take(n - own) {
 			c.taken += n - own
+		} else {
+			c.refuseLocked()
 		}
 	}
 	c.own -= own

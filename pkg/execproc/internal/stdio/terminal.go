@@ -15,6 +15,7 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/execproc/internal/tree"
 	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -141,6 +142,8 @@ func (t *Terminal) Slave() (tree.StreamEnds, error) {
 // TerminalInput is the terminal as the process's stdin.
 type TerminalInput struct {
 	*Terminal
+	Report rescue.Report // of what types the end of file; required
+
 	mu       sync.Mutex
 	midLine  bool
 	finished bool
@@ -191,8 +194,8 @@ func (t *TerminalInput) Freeze() *InputState {
 }
 
 // ResumeInput restores the input of a terminal that was frozen.
-func ResumeInput(t *Terminal, s *InputState) *TerminalInput {
-	input := &TerminalInput{Terminal: t, midLine: s.MidLine, finished: s.Ended}
+func ResumeInput(t *Terminal, s *InputState, report rescue.Report) *TerminalInput {
+	input := &TerminalInput{Terminal: t, Report: report, midLine: s.MidLine, finished: s.Ended}
 	if s.Typing != nil {
 		e := newEndOfFile(t)
 		e.pause, e.next = s.Typing.Pause, s.Typing.Next.Time()
@@ -200,7 +203,7 @@ func ResumeInput(t *Terminal, s *InputState) *TerminalInput {
 			e.told[group] = true
 		}
 		input.typing = e
-		go e.repeat() // ends with the terminal
+		rescue.Go(report, e.repeat) // ends with the terminal
 	}
 	return input
 }
@@ -248,7 +251,7 @@ func (t *TerminalInput) Close() error {
 	}
 	typing.next = time.Now().Add(typing.pause)
 	t.typing = typing
-	go typing.repeat() // ends with the terminal
+	rescue.Go(t.Report, typing.repeat) // ends with the terminal
 	return nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
+	"github.com/streamshim/streamshim/pkg/rescue"
 )
 
 // finder searches for the trees of all processes that are being ended. It works in rounds: everyone who waits
@@ -29,7 +30,20 @@ var trees finder
 type look struct {
 	Tree   *Tree
 	living []proc.Stat
+	panic  *rescue.Panic // with which the search has ended; raised again by find
 	done   chan struct{}
+}
+
+// attempt does a part of the search. It returns false, and lets the waiting find go, when that panics.
+func (l *look) attempt(part func()) (ok bool) {
+	rescue.Call(func(fault *rescue.Panic) {
+		l.panic = fault
+		close(l.done)
+	}, func() {
+		part()
+		ok = true
+	})
+	return ok
 }
 
 // restAfterRound is how long the finder rests after a round, as a multiple of the round's duration.
@@ -68,7 +82,7 @@ func HoldLooks() (release func()) {
 func (f *finder) beginLocked() {
 	if !f.running && f.held == 0 && len(f.urgent)+len(f.waiting) > 0 {
 		f.running = true
-		go f.run()
+		rescue.Go(rescue.Die, f.run)
 	}
 }
 
@@ -93,6 +107,9 @@ func (f *finder) find(t *Tree) []proc.Stat {
 		}
 		<-l.done // its search has begun
 	}
+	if l.panic != nil {
+		panic(l.panic) // that of this tree's goroutine
+	}
 	return l.living
 }
 
@@ -114,7 +131,7 @@ func (f *finder) run() {
 			return
 		}
 		begin := time.Now()
-		round(looks)
+		rescue.Call(func(fault *rescue.Panic) { abandon(looks, fault) }, func() { round(looks) })
 		time.Sleep(restAfterRound * time.Since(begin)) // limits CPU use; it waits for nothing
 	}
 }
@@ -146,8 +163,14 @@ func round(looks []*look) {
 	v := newCensus()
 	var wide []*look
 	for _, l := range looks {
-		orphans := v.grow(l)
-		if l.Tree.mayBeHeld(l.living, orphans) {
+		held := false
+		if !l.attempt(func() {
+			orphans := v.grow(l)
+			held = l.Tree.mayBeHeld(l.living, orphans)
+		}) {
+			continue
+		}
+		if held {
 			wide = append(wide, l)
 			continue
 		}
@@ -158,9 +181,24 @@ func round(looks []*look) {
 	}
 	v.addHolders(wide)
 	for _, l := range wide {
-		if table := v.table(); table != nil {
-			l.living = l.Tree.grow(table)
+		if l.attempt(func() {
+			if table := v.table(); table != nil {
+				l.living = l.Tree.grow(table)
+			}
+		}) {
+			close(l.done)
 		}
-		close(l.done)
+	}
+}
+
+// abandon raises a panic in what all looks of a round share for each of them that waits.
+func abandon(looks []*look, fault *rescue.Panic) {
+	for _, l := range looks {
+		select {
+		case <-l.done:
+		default:
+			l.panic = fault
+			close(l.done)
+		}
 	}
 }

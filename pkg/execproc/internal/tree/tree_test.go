@@ -3,6 +3,7 @@ package tree
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"slices"
 	"strconv"
 	"testing"
@@ -10,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
+	"github.com/streamshim/streamshim/pkg/rescue"
 )
 
 // Looks are served in rounds of a limited size, those of commands whose caller waits before the others.
@@ -133,5 +135,34 @@ func TestPipeWatch(t *testing.T) {
 	check(false, "none is open")
 	if watch() != nil {
 		t.Error("pipes that are closed are watched")
+	}
+}
+
+// A search that panics is that of one tree: the others of its round are served, and only who has asked for it panics.
+func TestPanicInALook(t *testing.T) {
+	command := exec.Command("sleep", "1000")
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer command.Wait() //nolint:errcheck // it is killed
+	defer command.Process.Kill()
+	stat, err := proc.ReadStat(command.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	faulty, sound := &look{done: make(chan struct{})}, &look{Tree: New(stat.Identity, 0, StreamEnds{}), done: make(chan struct{})}
+	round([]*look{faulty, sound})
+	<-faulty.done
+	<-sound.done
+	if faulty.panic == nil || sound.panic != nil || len(sound.living) != 1 {
+		t.Errorf("panics: %v and %v, found %d processes", faulty.panic, sound.panic, len(sound.living))
+	}
+	// What all share in a round is the panic of each that still waits.
+	first, second := &look{done: make(chan struct{})}, &look{done: make(chan struct{})}
+	close(first.done)
+	abandon([]*look{first, second}, rescue.Caught("a fault of the test"))
+	<-second.done
+	if first.panic != nil || second.panic == nil {
+		t.Errorf("panics: %v and %v", first.panic, second.panic)
 	}
 }

@@ -1,6 +1,8 @@
 package lifetime
 
 import (
+	"context"
+	"errors"
 	"net"
 	"time"
 
@@ -14,6 +16,16 @@ const Panicked = "panic"
 
 // panicGrace is how long a session may take to end after one of its goroutines has panicked.
 const panicGrace = 2 * ShutdownGrace
+
+// StuckGrace is how long a session may take to end one of whose goroutines has panicked until it is given up: its connection was
+// reset by then, and what it waits for does not come.
+const StuckGrace = panicGrace + ShutdownGrace
+
+// HasPanicked tells whether the session was told to end by Panic.
+func HasPanicked(s *session.Session) bool {
+	var end *session.EndError
+	return errors.As(context.Cause(s.Context()), &end) && end.Reason == Panicked
+}
 
 // Panic ends a session after one of its goroutines has panicked. The goroutine may have left a lock held, which keeps
 // the session from ending. So the network connection, which may be nil, is reset after panicGrace.
