@@ -17,7 +17,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
-// reader is the read loop's state. Except for lastPeerStream it is owned by the goroutine of Serve.
+// reader is the state of the read loop. The goroutine of Serve owns it, except for lastPeerStream.
 type reader struct {
 	c *Conn
 
@@ -26,8 +26,8 @@ type reader struct {
 	in  buffer.Input
 	now int64 // Unix nanoseconds of the last read
 
-	// The data frame whose payload comes next.
-	stream    *Stream // nil: the payload is dropped
+	// The data frame whose payload is received next.
+	stream    *Stream // nil: the payload is discarded
 	remaining int
 	fin       bool
 
@@ -64,9 +64,9 @@ func (c *Conn) readFrames() error {
 	return err
 }
 
-// fill reads once and handles the frames that have become complete.
+// fill reads once and handles the frames that are complete then.
 func (r *reader) fill() error {
-	// Not more than a little of control frames is to be read at once: their answers take room in a queue.
+	// Read control frames in small portions: their answers take room in a queue.
 	p, err := r.in.Read(r.gather)
 	if err == nil && len(p) == 0 {
 		err = io.EOF
@@ -100,9 +100,9 @@ func (r *reader) fill() error {
 	return nil
 }
 
-// parse handles the frames in p and returns the incomplete one at its end. Payload of data frames
-// is handed on as it comes; control frames are handled when they are complete. On a frozen connection it returns all
-// that it has not begun with.
+// parse handles the frames in p and returns the incomplete one at its end. It delivers the payload of data frames as it is
+// received. It handles control frames when they are complete. On a frozen connection it returns all that it has not
+// handled.
 func (r *reader) parse(p []byte) ([]byte, error) {
 	for len(p) > 0 {
 		if r.c.frozen.Load() {
@@ -148,7 +148,7 @@ func (r *reader) parse(p []byte) ([]byte, error) {
 			return nil, err
 		}
 		p = p[frames.HeaderLen+h.Length:]
-		// One buffer may hold more frames than their answers may take in the queue.
+		// The answers to all frames of one buffer may exceed what the queue may hold.
 		if r.c.out.control.Answers() > control.MaxBestEffort {
 			r.c.out.flush()
 		}
@@ -163,7 +163,7 @@ func (r *reader) startData(h frames.Header) error {
 	s := r.c.findStream(h.StreamID)
 	switch {
 	case s == nil && !r.wasOpened(h.StreamID):
-		// The draft wants a stream error and lets the connection live (2.2.2).
+		// The draft asks for a stream error and keeps the connection (2.2.2).
 		r.c.out.control.Reset(control.BestEffort, h.StreamID, ResetInvalidStream) //nolint:errcheck // a connection that cannot be written to is noticed by its reader
 	case s != nil && h.Length > 0 && s.InputEnded():
 		s.reset(ResetStreamAlreadyClosed, "data after FIN") //nolint:errcheck // as above
@@ -171,7 +171,7 @@ func (r *reader) startData(h frames.Header) error {
 	}
 	r.stream, r.remaining, r.fin = s, h.Length, h.Flags&frames.FlagFin != 0
 	large := r.c.socket != nil && s != nil && h.Length >= gatherMin
-	// What has been gathered comes before this frame, unless it is gathered too.
+	// Gathered payload is written before this frame, unless this frame is gathered too.
 	if s != r.gathered || !large || r.fin || len(r.pieces) == maxPieces {
 		if err := r.flushGathered(); err != nil {
 			return err
@@ -188,8 +188,8 @@ func (r *reader) startData(h frames.Header) error {
 	return nil
 }
 
-// wasOpened says whether there has been a stream of this id. Frames for one that is over are late,
-// or crossed our RST_STREAM on the way, and are ignored.
+// wasOpened reports whether a stream with this id was ever opened. Frames for a stream that is over are ignored: they are
+// late, or were sent before our RST_STREAM arrived.
 func (r *reader) wasOpened(id uint32) bool {
 	if r.c.peerOpens(id) {
 		return id <= r.lastPeerStream.Load()
@@ -197,7 +197,7 @@ func (r *reader) wasOpened(id uint32) bool {
 	return r.c.out.control.Opened(id)
 }
 
-// deliver hands payload to the stream of the frame, and waits if the stream has no room.
+// deliver passes payload to the stream of the frame. It waits while the stream has no room.
 func (r *reader) deliver(p []byte) error {
 	if r.stream == nil {
 		return nil
@@ -210,7 +210,7 @@ func (r *reader) deliver(p []byte) error {
 	return r.store(r.stream, p)
 }
 
-// store is deliver for payload that is not gathered, or could not be written.
+// store delivers payload that is not gathered or could not be written.
 func (r *reader) store(s *Stream, p []byte) error {
 	for {
 		p = p[s.put(p):]
@@ -256,7 +256,7 @@ func (r *reader) handleControl(h frames.Header, payload []byte) error {
 		if err != nil {
 			return err
 		}
-		// Pings of the peer have the parity of its streams; the others answer ours (2.6.5).
+		// PINGs of the peer have the parity of its streams. Other PINGs answer ours (2.6.5).
 		if c.peerOpens(id) {
 			c.out.control.Add(control.BestEffort, func(b []byte) []byte { return frames.AppendPing(b, id) }) //nolint:errcheck // as above
 		} else {
@@ -270,7 +270,7 @@ func (r *reader) handleControl(h frames.Header, payload []byte) error {
 	case frames.TypeWindowUpdate:
 		return frames.CheckWindowUpdate(payload)
 	}
-	// Control frames of other types are to be ignored (2.2.1).
+	// The draft asks to ignore control frames of other types (2.2.1).
 	return nil
 }
 
@@ -315,14 +315,14 @@ func (r *reader) handleSynStream(flags byte, payload []byte) error {
 		return err
 	}
 	c.cfg.OnStream(s)
-	s.settle() // it may have come complete: one way, and without data
+	s.settle() // it may be over already: unidirectional, and without data
 	if err := c.out.control.Overflow(); err != nil {
-		return err // a stream that OnStream resets is forgotten at once: MaxStreams does not bound these answers
+		return err // a stream that OnStream resets is forgotten at once, so MaxStreams does not bound these answers
 	}
 	return s.Accept()
 }
 
-// readHeaders reads a header block if streams are accepted at all.
+// readHeaders reads a header block, unless all streams are refused.
 func (r *reader) readHeaders(block []byte) (header http.Header, refused bool, err error) {
 	if r.c.cfg.OnStream == nil {
 		return nil, true, nil
@@ -334,7 +334,7 @@ func (r *reader) refuse(id uint32, status ResetStatus) error {
 	return r.c.out.control.Reset(control.MustSend, id, status)
 }
 
-// handleReplyOrHeaders reads SYN_REPLY and HEADERS for the sake of the inflater and of FIN: the
+// handleReplyOrHeaders handles SYN_REPLY and HEADERS. It reads their headers only to keep the inflater in step: the
 // protocols of Kubernetes put nothing into them.
 func (r *reader) handleReplyOrHeaders(kind uint16, flags byte, payload []byte) error {
 	id, block, err := frames.ParseReplyOrHeaders(payload)

@@ -12,13 +12,13 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/state"
 )
 
-// State is a frozen connection, see Conn.State.
+// State is the state of a frozen connection. See Conn.State.
 type State = state.Conn
 
-// StreamState is a stream of a State.
+// StreamState is the state of a stream in a State.
 type StreamState = state.Stream
 
-// names are the errors that others look for.
+// names are the errors that callers compare with.
 var names = failure.NewNames(
 	failure.Name{Name: "closed", Error: ErrClosed},
 	failure.Name{Name: "goaway", Error: ErrGoAway},
@@ -26,7 +26,7 @@ var names = failure.NewNames(
 	failure.Name{Name: "peer-reset", Error: ErrPeerReset},
 )
 
-// Kinds of failures that are no names.
+// Kinds of failures that have no entry in names.
 const (
 	kindReset = "reset" // a *ResetError
 	kindFault = "fault" // a *ConnectionError
@@ -53,10 +53,10 @@ func readFailure(f *failure.Failure) error {
 	return names.Err(f)
 }
 
-// State returns the state of a frozen connection, whose Serve and whose streams' calls have all returned. With it
-// the connection is emptied and can do nothing more. The network connection below stays open, for its owner to close.
+// State returns the state of a frozen connection. Serve and all calls on its streams must have returned. It empties the
+// connection, which cannot be used any more. The network connection below stays open; its owner closes it.
 //
-// It fails where the peer's headers cannot be understood without their past.
+// State fails if the peer's headers cannot be read without those before them.
 func (c *Conn) State() (State, error) {
 	if c.serving.Load() || (!c.frozen.Load() && !c.closing.Load()) {
 		return State{}, errors.New("spdy: the state of a connection that is not frozen or still served")
@@ -121,9 +121,9 @@ func (s *Stream) state() StreamState {
 	return written
 }
 
-// Resume goes on with a connection on its network connection, which the Conn owns from now on; it is not used, and may be
-// nil, when the connection was closed. Serve is to be called soon, as after New. The streams are to be had by
-// Stream; their limits are taken again from config, even where they hold more.
+// Resume returns a connection that continues from s on conn. The Conn then owns conn. If the connection was closed, conn is
+// not used and may be nil. Call Serve soon, as after New. Stream returns the streams. Their limits come from config, even
+// for streams that hold more.
 func Resume(conn net.Conn, s State, config Config) (*Conn, error) {
 	if err := s.Check(); err != nil {
 		return nil, fmt.Errorf("spdy: resume a connection: %w", err)
@@ -181,7 +181,8 @@ func (c *Conn) resumeStream(from *StreamState) {
 	s.settle()
 }
 
-// Stream returns a stream that is open or ended a while ago, and nil for one that is long over or never was.
+// Stream returns a stream that is open or has ended a while ago. It returns nil for one that ended long ago or never
+// existed.
 func (c *Conn) Stream(id uint32) *Stream {
 	c.mu.Lock()
 	defer c.mu.Unlock()

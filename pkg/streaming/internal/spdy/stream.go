@@ -18,12 +18,12 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/direct"
 )
 
-// blockedPiece is how much WriteTo writes at once while the read loop waits for room, so that a slow
-// reader is told from one that stands still.
+// blockedPiece is how much WriteTo writes at once while the read loop waits for room. It tells a slow reader from one that
+// does not read.
 const blockedPiece = 4 << 10
 
-// Stream is one bidirectional stream. Reading and writing may go on at once from two goroutines;
-// all other methods may be called at any time from any goroutine.
+// Stream is one bidirectional stream. One goroutine may read while another writes. All other methods may be called at any
+// time from any goroutine.
 type Stream struct {
 	conn   *Conn
 	id     uint32
@@ -31,26 +31,26 @@ type Stream struct {
 	done   chan struct{}
 
 	received, sent atomic.Int64
-	moved          atomic.Int64 // Unix nanoseconds: when data was last taken, or began to wait
+	moved          atomic.Int64 // Unix nanoseconds: when data was last taken or began to wait
 
 	mu         sync.Mutex
 	arrived    sync.Cond // something to read, or the end
 	unread     buffer.Queue
-	readErr    error         // what follows the data: io.EOF after FIN, a *ResetError, or the connection's end
+	readErr    error         // what follows the data: io.EOF after FIN, a *ResetError, or why the connection has ended
 	readClosed bool          // CloseRead was called
-	dropped    bool          // a reset or our Close has thrown the data away
-	writeErr   error         // a *ResetError or the connection's end
+	dropped    bool          // a reset or our Close has discarded the data
+	writeErr   error         // a *ResetError, or why the connection has ended
 	localFin   bool          // we have sent FIN
-	replied    bool          // SYN_REPLY is queued, or not to be sent
+	replied    bool          // SYN_REPLY is queued, or must not be sent
 	over       bool          // done is closed
-	accepted   chan struct{} // closed with the peer's SYN_REPLY; nil where the peer opened the stream
+	accepted   chan struct{} // closed when the peer's SYN_REPLY arrives; nil if the peer opened the stream
 	afterReset func()        // see AfterReset; nil once called
 
-	direct   *direct.Writer // where WriteTo, which waits for data, would write it
-	writesTo *direct.Writer // the same, also while WriteTo is busy
+	direct   *direct.Writer // what WriteTo writes to, while it waits for data
+	writesTo *direct.Writer // what WriteTo writes to, also while it is busy
 	caughtUp chan struct{}  // closed when WriteTo waits for data again; nil unless the read loop waits for that
-	slow     bool           // the wait for that has timed out, and WriteTo has taken nothing since
-	directed int64          // bytes that the read loop has written there
+	slow     bool           // the wait for caughtUp has timed out, and WriteTo has taken nothing since
+	directed int64          // bytes that the read loop has written to writesTo
 }
 
 func newStream(c *Conn, id uint32, header http.Header) *Stream {
@@ -60,26 +60,26 @@ func newStream(c *Conn, id uint32, header http.Header) *Stream {
 	return s
 }
 
-// ID is the stream's number on the wire.
+// ID returns the stream's id on the wire.
 func (s *Stream) ID() uint32 { return s.id }
 
-// Header returns the headers that the stream was opened with; it must not be changed.
+// Header returns the headers that the stream was opened with. The caller must not change them.
 func (s *Stream) Header() http.Header { return s.header }
 
-// Received is how many bytes of payload have come in, read or not.
+// Received returns how many bytes of payload were received, read or not.
 func (s *Stream) Received() int64 { return s.received.Load() }
 
-// Sent is how many bytes of payload were written to the connection.
+// Sent returns how many bytes of payload were written to the connection.
 func (s *Stream) Sent() int64 { return s.sent.Load() }
 
-// Done is closed when both directions have ended: by FIN, by a reset from either side, or with the
-// connection. There may still be data to read.
+// Done is closed when both directions have ended: by FIN, by a reset from either side, or with the connection. There may
+// still be data to read.
 func (s *Stream) Done() <-chan struct{} { return s.done }
 
-// AfterReset has f called, in a goroutine of its own, when the stream is reset by either side or ends
-// with its connection, at once if that has happened. It is not called for a stream that ends by FIN in
-// both directions. It is for those who do not see the reset because they are busy elsewhere, such as
-// writing to somebody who does not read. There is one f; a second replaces it.
+// AfterReset calls f, in a goroutine of its own, when either side resets the stream or when the connection ends. If that
+// has happened already, it calls f at once. It does not call f for a stream that ends by FIN in both directions. It is for
+// callers that cannot see the reset because they are busy, such as writing to somebody who does not read. A second f
+// replaces the first.
 func (s *Stream) AfterReset(f func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -94,17 +94,17 @@ func (s *Stream) notifyResetLocked() {
 	}
 }
 
-// Err says how a stream that is Done has ended: a *ResetError, the connection's error, or nil for
-// FIN in both directions. It is nil also before.
+// Err returns how a stream that is Done has ended: a *ResetError, the connection's error, or nil for FIN in both
+// directions. Before Done it is nil.
 func (s *Stream) Err() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.writeErr
 }
 
-// Read reads what has come, waiting for the first byte. The data that came before the end of the
-// stream is always read first. Then follows io.EOF after the peer's FIN, a *ResetError after a
-// reset, or the reason why the connection is gone. While the connection is frozen, handover.ErrFrozen comes instead of data.
+// Read reads what was received, and waits for the first byte. It returns all data that was received before the end of the
+// stream. Then it returns io.EOF after the peer's FIN, a *ResetError after a reset, or the reason why the connection is
+// gone. While the connection is frozen, it returns handover.ErrFrozen instead of data.
 func (s *Stream) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
@@ -121,13 +121,13 @@ func (s *Stream) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// WriteTo writes all that comes to w, up to 64 KiB with one write, until the peer's FIN. For the
-// rest of what it returns see Read. When w fails, the data of that write is lost, but on a frozen connection: there what w
-// has not taken stays to be read, and when w fails because its deadline has passed the error is handover.ErrFrozen.
+// WriteTo writes all that is received to w, up to 64 KiB with one write, until the peer's FIN. It returns the errors that
+// Read returns, without io.EOF. When w fails, the data of that write is lost. But on a frozen connection what w has not
+// taken can still be read; and if w fails because its deadline has passed, the error is handover.ErrFrozen.
 //
-// A non-blocking *os.File or *net.TCPConn, or the file of a writer with a method DirectFile() *os.File, is also
-// written by the goroutine of Conn.Serve, while
-// WriteTo itself has nothing to write; nobody else may write to it until WriteTo returns.
+// The goroutine of Conn.Serve also writes to w while WriteTo has nothing to write, if w is a non-blocking *os.File or
+// *net.TCPConn, or has a method DirectFile() *os.File, whose file is then written to. Nobody else may write there until
+// WriteTo returns.
 func (s *Stream) WriteTo(w io.Writer) (written int64, err error) {
 	directly := direct.To(w)
 	s.mu.Lock()
@@ -167,7 +167,8 @@ func (s *Stream) WriteTo(w io.Writer) (written int64, err error) {
 	}
 }
 
-// frozenError is what a call returns that was ended by a freeze: another error only when something else has happened.
+// frozenError returns the error of a call that a freeze has ended. It is handover.ErrFrozen unless something else has
+// happened.
 func frozenError(err error) error {
 	if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, io.ErrShortWrite) || errors.Is(err, handover.ErrFrozen) {
 		return handover.ErrFrozen
@@ -195,8 +196,8 @@ func (s *Stream) writeBuffer(w io.Writer, b *buffer.Buffer) (written int, err er
 	return written, nil
 }
 
-// take waits for data and takes the oldest buffer of it out of the stream. Data that comes while it
-// waits is written directly as far as possible.
+// take waits for data and takes the oldest buffer out of the stream. While it waits, the read loop writes as much as
+// possible directly.
 func (s *Stream) take(directly *direct.Writer) (*buffer.Buffer, error) {
 	s.mu.Lock()
 	s.direct, s.slow = directly, false
@@ -217,7 +218,7 @@ func (s *Stream) take(directly *direct.Writer) (*buffer.Buffer, error) {
 	return b, nil
 }
 
-// awaitLocked waits until there is data, and returns the stream's end if there will be none.
+// awaitLocked waits until there is data. If there will be none, it returns why.
 func (s *Stream) awaitLocked() error {
 	for s.unread.Empty() && s.readErr == nil && !s.readClosed && !s.conn.frozen.Load() {
 		s.arrived.Wait()
@@ -246,7 +247,7 @@ func (s *Stream) madeRoom() {
 	s.conn.block.waiter.Wake()
 }
 
-// put stores as much of p as there is room for, and returns how much. A stream that wants no more data discards it.
+// put stores as much of p as there is room for, and returns how much that is. A stream that takes no more data discards it.
 func (s *Stream) put(p []byte) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -271,7 +272,7 @@ func (s *Stream) put(p []byte) int {
 	return stored + n
 }
 
-// noteDirectLocked counts what the read loop has written itself.
+// noteDirectLocked counts what the read loop itself has written.
 func (s *Stream) noteDirectLocked(n int) {
 	if n > 0 {
 		s.directed += int64(n)
@@ -280,7 +281,7 @@ func (s *Stream) noteDirectLocked(n int) {
 	}
 }
 
-// hasRoom says whether put would store something.
+// hasRoom reports whether put would store anything.
 func (s *Stream) hasRoom() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -295,9 +296,9 @@ func (s *Stream) held() int {
 
 func (s *Stream) lastMoved() time.Time { return time.Unix(0, s.moved.Load()) }
 
-// Write sends p. It returns when the connection has taken it all, and fails with ErrWriteClosed
-// after CloseWrite, a *ResetError after a reset, or the reason why the connection is gone. The connection may be frozen
-// meanwhile: then all of p is taken, or nothing and the error is handover.ErrFrozen.
+// Write sends p. It returns when the connection has taken it all. It fails with ErrWriteClosed after CloseWrite, with a
+// *ResetError after a reset, or with the reason why the connection is gone. If the connection is frozen meanwhile, either
+// all of p is taken, or nothing and the error is handover.ErrFrozen.
 func (s *Stream) Write(p []byte) (int, error) {
 	s.conn.out.senders.Add(1)
 	defer s.conn.out.senders.Add(-1)
@@ -321,11 +322,11 @@ func (s *Stream) send(b *buffer.Buffer, fin, committed bool) (int, error) {
 	return s.conn.out.send(s, b, fin, committed)
 }
 
-// ReadFrom sends what r gives until its end, with one read and one write for up to 1 MiB. It sends
-// no FIN. A reader with SyscallConn, such as a pipe, a terminal or a TCP connection, is read
-// directly, and while it has nothing no memory is held; such a reader must not have a buffer of its
-// own. ReadFrom ends with r or when a write fails: to end it earlier, close r. When the connection is frozen it ends with
-// handover.ErrFrozen, but not before a read of r has returned: r's deadline ends it.
+// ReadFrom sends what it reads from r until the end of r, with one read and one write for up to 1 MiB. It sends no FIN. If
+// r has SyscallConn, as a pipe, a terminal or a TCP connection has, it is read directly, and no memory is held while there
+// is nothing to read. Such a reader must not have a buffer of its own. ReadFrom ends with r or when a write fails. To end
+// it earlier, close r. On a frozen connection it returns handover.ErrFrozen, but not before a read of r has returned: set
+// r's deadline to end that read.
 func (s *Stream) ReadFrom(r io.Reader) (int64, error) {
 	source := buffer.NewSource(r)
 	var sent int64
@@ -356,8 +357,7 @@ func (s *Stream) ReadFrom(r io.Reader) (int64, error) {
 	}
 }
 
-// CloseWrite sends FIN: nothing more will be sent. Like Write it waits for the connection to take
-// it. Further calls do nothing.
+// CloseWrite sends FIN. Like Write it waits until the connection has taken it. Further calls do nothing.
 func (s *Stream) CloseWrite() error {
 	b := buffer.New(0)
 	defer b.Free()
@@ -368,7 +368,7 @@ func (s *Stream) CloseWrite() error {
 	return err
 }
 
-// CloseRead discards what is buffered and what the peer still sends, without telling it.
+// CloseRead discards what is buffered and what the peer still sends. The peer is not told.
 func (s *Stream) CloseRead() {
 	s.mu.Lock()
 	s.readClosed = true
@@ -379,9 +379,8 @@ func (s *Stream) CloseRead() {
 	s.madeRoom()
 }
 
-// Reset ends both directions at once, discards what is buffered, and sends RST_STREAM (CANCEL)
-// unless the stream has ended anyway. Called within Config.OnStream it refuses the stream. It does
-// not block.
+// Reset ends both directions at once, discards what is buffered, and sends RST_STREAM (CANCEL) unless the stream has ended
+// already. Within Config.OnStream it refuses the stream. It does not block.
 func (s *Stream) Reset() error { return s.reset(ResetCancel, "") }
 
 func (s *Stream) reset(status ResetStatus, reason string) error {
@@ -409,8 +408,8 @@ func (s *Stream) resetLocally(reset *ResetError) (err error) {
 	return err
 }
 
-// WaitAccepted waits for the peer's SYN_REPLY to a stream that was opened here. The error is the
-// context's, the stream's or the connection's, or handover.ErrFrozen.
+// WaitAccepted waits for the peer's SYN_REPLY to a stream that was opened here. It returns the error of the context, the
+// stream or the connection, or handover.ErrFrozen.
 func (s *Stream) WaitAccepted(ctx context.Context) error {
 	s.mu.Lock()
 	accepted := s.accepted
@@ -438,7 +437,7 @@ func (s *Stream) peerAccepted() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.accepted == nil {
-		return // a reply to a stream of the peer's own
+		return // a reply to a stream that the peer has opened
 	}
 	select {
 	case <-s.accepted:
@@ -447,9 +446,9 @@ func (s *Stream) peerAccepted() {
 	}
 }
 
-// Accept queues the SYN_REPLY, if it is still due, so that a Reset from now on ends an accepted stream
-// instead of refusing it. To the stock client-go the two are not the same: for a data stream that was
-// refused it keeps a goroutine for ever. It does not block.
+// Accept queues the SYN_REPLY if it is still due, so that a later Reset ends an accepted stream instead of refusing it. The
+// stock client-go tells the two apart: for a data stream that was refused it keeps a goroutine for ever. Accept does not
+// block.
 func (s *Stream) Accept() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -460,7 +459,7 @@ func (s *Stream) Accept() error {
 	return s.conn.out.control.Reply(s.id)
 }
 
-// startFrame says whether a data frame may be sent, and notes FIN.
+// startFrame returns an error if no data frame may be sent. It records FIN.
 func (s *Stream) startFrame(fin bool) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -477,7 +476,7 @@ func (s *Stream) startFrame(fin bool) error {
 	return nil
 }
 
-// InputEnded says that the peer's FIN has come, although there may still be data to read.
+// InputEnded reports whether the peer's FIN was received. There may still be data to read.
 func (s *Stream) InputEnded() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -491,7 +490,7 @@ func (s *Stream) peerReset(status ResetStatus) {
 	s.end(err, err)
 }
 
-// connEnded is told that the connection is gone.
+// connEnded ends the stream because the connection is gone. If discard is set, it discards unread data.
 func (s *Stream) connEnded(err error, discard bool) {
 	if discard {
 		s.mu.Lock()
@@ -504,8 +503,8 @@ func (s *Stream) connEnded(err error, discard bool) {
 	s.end(err, err)
 }
 
-// end notes the end of reading and, if not nil, of writing. What ended first stays: after FIN and
-// RST_STREAM a reader still sees all data and io.EOF.
+// end records the end of reading and, unless writeErr is nil, of writing. The first end counts: after FIN and RST_STREAM a
+// reader still gets all data and io.EOF.
 func (s *Stream) end(readErr, writeErr error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -526,8 +525,7 @@ func (s *Stream) settle() {
 	s.settleLocked()
 }
 
-// settleLocked closes done when both directions have ended, and makes the connection forget the
-// stream once it holds no data either.
+// settleLocked closes done when both directions have ended. It unregisters the stream when it holds no data either.
 func (s *Stream) settleLocked() {
 	if s.readErr == nil || (s.writeErr == nil && !s.localFin) {
 		return

@@ -18,30 +18,29 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
-// sharedFrame is the largest payload of a data frame while several streams send.
+// sharedFrame bounds the payload of a data frame while several streams send.
 const sharedFrame = 64 << 10
 
 // writer owns the sending half of the connection.
 //
-// Whoever has or gets the write lock writes the queue of control frames, ahead of data. So the read loop never waits for
-// a peer that does not read.
+// The holder of the write lock writes the queue of control frames before data. So the read loop never waits for a peer that
+// does not read.
 type writer struct {
 	c *Conn
 
 	senders atomic.Int32          // calls that write data now, on any stream
-	failed  atomic.Pointer[error] // nothing can be written any more
+	failed  atomic.Pointer[error] // why nothing can be written any more
 	control control.Queue
 
 	mu     sync.Mutex // the write lock: held for one frame
-	unsent []byte     // taken out of control, partly written perhaps; on a frozen connection whatever is to be written
+	unsent []byte     // taken out of control, maybe partly written; on a frozen connection all that is still to be written
 	last   uint32     // the stream of the last data frame
 
 	flushMu  sync.Mutex
 	flushing bool // the flusher runs
-	closed   bool // no flusher is to be started any more
-	// flusher is the one goroutine a connection may have of its own, while the socket is full or is
-	// no plain socket. It ends when the queue is empty; Close ends it by closing the connection, and
-	// waits.
+	closed   bool // no flusher may be started any more
+	// flusher is the only goroutine that a connection may have of its own. It runs while the socket is full or is not a
+	// plain socket. It ends when the queue is empty. Close ends it by closing the connection, and waits for it.
 	flusher rescue.Group
 
 	tryWrite func(fd uintptr) bool // (*writer).writeSocket, made once
@@ -55,7 +54,7 @@ func (w *writer) init(c *Conn) {
 	w.flusher.Report = c.cfg.OnPanic
 }
 
-// fail ends all writing, also that in progress.
+// fail ends all writes, those in progress too.
 func (w *writer) fail(err error) {
 	w.failed.CompareAndSwap(nil, &err)
 	w.c.conn.SetWriteDeadline(aLongTimeAgo)
@@ -76,7 +75,7 @@ func (w *writer) openStream(header http.Header) (s *Stream, err error) {
 			return handover.ErrFrozen
 		}
 		s = newStream(c, id, header)
-		s.replied = true // nothing to reply to
+		s.replied = true // a reply is due only to the peer's streams
 		s.accepted = make(chan struct{})
 		return c.addStream(s)
 	})
@@ -89,7 +88,7 @@ func (w *writer) openStream(header http.Header) (s *Stream, err error) {
 	return s, nil
 }
 
-// probe sends something that nobody answers, if nothing else waits to be sent.
+// probe sends a frame that the peer does not answer, unless other frames are waiting to be sent.
 func (w *writer) probe() {
 	if w.control.Waiting() == 0 {
 		w.control.Add(control.BestEffort, frames.AppendEmptySettings) //nolint:errcheck // best effort
@@ -97,8 +96,8 @@ func (w *writer) probe() {
 	w.flush()
 }
 
-// flush gets the queue on its way without waiting: here if the socket takes it at once, by the
-// holder of the write lock when it is done, or by the flusher.
+// flush has the queue written without waiting: by itself if the socket takes it at once, by the holder of the write lock
+// after unlocking, or by the flusher.
 func (w *writer) flush() {
 	for w.control.Waiting() > 0 && w.failed.Load() == nil && !w.c.held() {
 		if w.c.socket == nil {
@@ -132,7 +131,7 @@ func (w *writer) startFlusher() {
 	w.flusher.Go(w.runFlusher)
 }
 
-// writeQueue lets go of the lock also when it panics.
+// writeQueue releases the lock even if it panics.
 func (w *writer) writeQueue() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -153,8 +152,8 @@ func (w *writer) runFlusher() {
 	}
 }
 
-// writeQueueLocked writes the queue, all of it if it may block and the connection is not frozen, and says whether it
-// has. The write lock is held.
+// writeQueueLocked writes the queue, and reports whether it has written all of it. It writes all if it may block and the
+// connection is not frozen. The caller holds the write lock.
 func (w *writer) writeQueueLocked(block bool) bool {
 	for {
 		if w.failed.Load() != nil {
@@ -207,10 +206,10 @@ func (w *writer) writeSocket(fd uintptr) bool {
 	return true
 }
 
-// failLocked notes a failed write. What was known before about the peer's end explains it better.
+// failLocked records a failed write. If the peer's end is known already, its error explains the failure better.
 func (w *writer) failLocked(err error) {
 	switch {
-	case errors.Is(err, unix.EPIPE): // the peer had closed before: what was sent to it was answered with RST
+	case errors.Is(err, unix.EPIPE): // the peer had closed before, and answered what was sent to it with RST
 		err = fmt.Errorf("%w: %w", ErrPeerClosed, err)
 	case errors.Is(err, unix.ECONNRESET):
 		err = ErrPeerReset
@@ -220,9 +219,9 @@ func (w *writer) failLocked(err error) {
 	w.failed.CompareAndSwap(nil, &err)
 }
 
-// send writes the payload of b as one frame or, when others want to write too, as several. It
-// advances b past what was written. With fin the last frame carries FIN. The caller is counted in
-// senders. On a frozen connection nothing is sent: with committed, or when a part was sent, b is taken in for the state.
+// send writes the payload of b as one frame, or as several if other streams want to write too. It advances b past what was
+// written. With fin the last frame carries FIN. The caller is counted in senders. On a frozen connection it sends nothing.
+// If committed, or if a part was sent, it takes b over into the state.
 func (w *writer) send(s *Stream, b *buffer.Buffer, fin, committed bool) (sent int, err error) {
 	if err := s.Accept(); err != nil {
 		return 0, err
@@ -242,7 +241,7 @@ func (w *writer) send(s *Stream, b *buffer.Buffer, fin, committed bool) (sent in
 	}
 }
 
-// sendFrameLocked sends one frame, of no more than room bytes.
+// sendFrameLocked sends one frame of at most room bytes.
 func (w *writer) sendFrameLocked(s *Stream, b *buffer.Buffer, room int, fin, committed bool) (int, error) {
 	if w.c.closing.Load() {
 		return 0, w.c.Err()
@@ -253,20 +252,19 @@ func (w *writer) sendFrameLocked(s *Stream, b *buffer.Buffer, room int, fin, com
 	if err := w.failure(); err != nil {
 		return 0, err
 	}
-	// Under the write lock: after a RST_STREAM nothing more is sent on the stream.
+	// Checked under the write lock, so that nothing is sent on a stream after its RST_STREAM.
 	if err := s.startFrame(fin); err != nil {
 		return 0, err
 	}
 	n := min(b.Len(), room)
-	// A stream that sends what it reads is no sender while it reads. That it was there shows in the
-	// frame before.
+	// A stream that sends what it reads is not counted in senders while it reads. But then the last frame was its.
 	if w.senders.Load() > 1 || w.last != s.id {
 		n = min(n, sharedFrame)
 	}
 	w.last = s.id
 	frame := s.frame(b, n, fin)
 	if written, err := w.c.conn.Write(frame); err != nil && w.c.stopped(err) {
-		// Before the queue, which has grown since: the frame's beginning may be on the wire.
+		// Ahead of the queue, which has grown since: the beginning of the frame may have been sent.
 		w.unsent = append(w.unsent, frame[written:]...)
 		w.control.Held(len(frame) - written)
 	} else if err != nil {
@@ -278,7 +276,7 @@ func (w *writer) sendFrameLocked(s *Stream, b *buffer.Buffer, room int, fin, com
 	return n, nil
 }
 
-// frame puts a header in front of the first n bytes of b's payload, over the end of what was sent before.
+// frame puts a header before the first n bytes of b's payload. It overwrites the end of what was sent before.
 func (s *Stream) frame(b *buffer.Buffer, n int, fin bool) []byte {
 	var flags byte
 	if fin && n == b.Len() {
@@ -298,12 +296,12 @@ func (w *writer) sent(s *Stream, n int) {
 	}
 }
 
-// goAway writes GOAWAY as the last frame, if that can be done within closeTimeout.
+// goAway writes GOAWAY as the last frame, if that is possible within closeTimeout.
 func (w *writer) goAway(status frames.GoAwayStatus, lastGood uint32) {
 	w.flushMu.Lock()
 	w.closed = true
 	w.flushMu.Unlock()
-	// The deadline ends the write of a stuck holder of the lock; those in line see c.closing.
+	// The deadline unblocks a holder of the lock. Those that wait for the lock see c.closing.
 	if err := w.c.conn.SetWriteDeadline(time.Now().Add(closeTimeout)); err != nil {
 		return
 	}
