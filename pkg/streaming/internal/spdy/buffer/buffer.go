@@ -1,6 +1,5 @@
-// Package buffer is the memory that payload passes through, in pooled buffers: what was read from a connection (Input),
-// what a stream has received and nobody has read (Queue), and what is read to be sent (Source). While nothing comes,
-// none is held.
+// Package buffer holds payload in pooled buffers: what was read from a connection (Input), what a stream has received and
+// nobody has read (Queue), and what is read to be sent (Source). No buffer is held while there is nothing to hold.
 package buffer
 
 import (
@@ -9,24 +8,24 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
-// headroom is the space in front of a buffer's payload. A frame header fits into it, so that header
-// and payload leave in one write without being copied together.
+// headroom is the space before a buffer's payload. A frame header fits into it, so header and payload leave in one write
+// without a copy.
 const headroom = frames.HeaderLen
 
-// sizes are the payload sizes of pooled buffers: a keystroke or a status, a terminal's read, a
-// pipe's traditional capacity, and the size from which larger ones gain nothing.
+// sizes are the payload sizes of pooled buffers: for a keystroke or a status, for a read of a terminal, the traditional
+// capacity of a pipe, and the size above which nothing is gained.
 var sizes = [...]int{2 << 10, 16 << 10, 64 << 10, 1 << 20}
 
 const (
 	smallest = 0
-	received = 2              // the largest that a Queue keeps payload in
-	largest  = len(sizes) - 1 // and what large reads go into
+	received = 2              // the largest class in a Queue
+	largest  = len(sizes) - 1 // the class for large reads
 )
 
 var pools [len(sizes)]sync.Pool
 
-// Buffer is a pooled piece of memory with one owner at a time. data[start:end] is the payload, and
-// start is never below headroom.
+// Buffer is a pooled piece of memory. It has one owner at a time. data[start:end] is the payload. start is never below
+// headroom.
 type Buffer struct {
 	class      int
 	data       []byte
@@ -34,7 +33,7 @@ type Buffer struct {
 	next       *Buffer // in a Queue
 }
 
-// New takes an empty buffer from the pool, with space for n bytes of payload but for no more than 1 MiB.
+// New takes an empty buffer with space for n bytes of payload from the pool. It has space for 1 MiB if n is larger.
 func New(n int) *Buffer { return take(classFor(n, largest)) }
 
 func take(class int) *Buffer {
@@ -46,37 +45,37 @@ func take(class int) *Buffer {
 	return b
 }
 
-// Free gives the buffer back to the pool.
+// Free returns the buffer to the pool.
 func (b *Buffer) Free() {
 	b.next = nil
 	pools[b.class].Put(b)
 }
 
-// Payload returns what is in the buffer.
+// Payload returns the bytes in the buffer.
 func (b *Buffer) Payload() []byte { return b.data[b.start:b.end] }
 
-// Len is how many bytes are in the buffer.
+// Len returns the number of bytes in the buffer.
 func (b *Buffer) Len() int { return b.end - b.start }
 
-// Append copies the beginning of p behind the payload, as much as there is space for, and returns how much.
+// Append copies as much of p as there is space for behind the payload, and returns how much that is.
 func (b *Buffer) Append(p []byte) int {
 	n := copy(b.spare(), p)
 	b.end += n
 	return n
 }
 
-// Advance takes n bytes of payload from the front.
+// Advance removes n bytes of payload from the front.
 func (b *Buffer) Advance(n int) { b.start += n }
 
-// Frame returns the first n bytes of payload behind the room for a frame header, over what was in front of them.
+// Frame returns headroom and the first n bytes of payload. The header is written over what was before the payload.
 func (b *Buffer) Frame(n int) []byte { return b.data[b.start-headroom : b.start+n] }
 
 func (b *Buffer) spare() []byte { return b.data[b.end:] }
 
-// size is how much payload the buffer can take in all; it is what the limits count.
+// size returns how much payload the buffer can hold. The limits count sizes.
 func (b *Buffer) size() int { return sizes[b.class] }
 
-// classFor is the smallest class that takes n bytes, or the largest class there is up to limit.
+// classFor returns the smallest class that holds n bytes, but no class above limit.
 func classFor(n, limit int) int {
 	for class := smallest; class < limit; class++ {
 		if n <= sizes[class] {

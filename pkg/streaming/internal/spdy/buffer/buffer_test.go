@@ -81,7 +81,7 @@ func TestQueueLimits(t *testing.T) {
 	}
 }
 
-// An Input that waits for bytes holds no buffer, and loses none of an incomplete frame.
+// TestInputParks checks that an Input that waits for bytes holds no buffer and loses nothing of an incomplete frame.
 func TestInputParks(t *testing.T) {
 	peer, conn := testutil.TCPPair(t)
 	for name, plain := range map[string]bool{"socket": false, "other": true} {

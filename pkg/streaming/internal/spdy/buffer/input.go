@@ -9,20 +9,20 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 )
 
-// plainRead is how much is read at once from a connection that is no plain socket, such as TLS, where a
-// buffer has to be held while nothing comes. TLS keeps a record of 16 KiB itself, so a small buffer
-// costs no system calls.
+// plainRead is the size of reads from a connection that is not a plain socket, such as TLS. Such a connection holds its
+// buffer while it waits, so the buffer is small. TLS itself buffers a record of 16 KiB, so the small buffer costs no system
+// calls.
 const plainRead = 4 << 10
 
-// Input is what was read from a connection and not understood yet. One goroutine uses it.
+// Input holds what was read from a connection and not parsed yet. One goroutine uses it.
 type Input struct {
 	conn net.Conn
-	raw  syscall.RawConn // of conn; nil where it is no plain socket
+	raw  syscall.RawConn // of conn; nil if it is not a plain socket
 
-	partial []byte  // bytes of an incomplete frame, while no buffer is held
+	partial []byte  // an incomplete frame, while no buffer is held
 	buf     *Buffer // nil while there is nothing to read
 	end     int     // bytes in buf.data
-	plain   []byte  // instead of buf where the connection is no plain socket
+	plain   []byte  // used instead of buf if the connection is not a plain socket
 
 	large   bool
 	tryRead func(fd uintptr) bool // (*Input).readSocket, made once
@@ -30,19 +30,19 @@ type Input struct {
 	err     error
 }
 
-// Init makes it the input of a connection from which buffered was read before. raw is the connection's socket, and nil
-// when the connection may only be read with its own Read.
+// Init makes it the input of a connection from which buffered was read before. raw is the connection's socket, or nil if
+// the connection may be read only with its own Read.
 func (in *Input) Init(conn net.Conn, raw syscall.RawConn, buffered []byte) {
 	in.conn, in.raw = conn, raw
 	in.partial = append(in.partial, buffered...)
 	in.tryRead = in.readSocket
 }
 
-// Rest returns what Park has kept.
+// Rest returns what Park has stored.
 func (in *Input) Rest() []byte { return in.partial }
 
-// Read waits for bytes and returns what is there, behind what was kept: up to 64 KiB, or 1 MiB when large. The bytes are
-// valid until the next call. No bytes without an error are the end.
+// Read waits for bytes. It returns what was kept and what was read: up to 64 KiB, or 1 MiB if large is set. The bytes are
+// valid until the next call. At the end it returns no bytes and no error.
 func (in *Input) Read(large bool) ([]byte, error) {
 	if in.raw == nil {
 		return in.readPlain()
@@ -58,8 +58,8 @@ func (in *Input) Read(large bool) ([]byte, error) {
 	return in.buf.data[:in.end], nil
 }
 
-// readSocket is one attempt to read. A buffer is taken for the attempt and given back when there is
-// nothing: a connection that waits holds none.
+// readSocket tries to read once. It takes a buffer for the attempt and returns it if there is nothing to read, so a
+// connection that waits holds no buffer.
 func (in *Input) readSocket(fd uintptr) bool {
 	if in.buf == nil {
 		in.buf = take(readClass(in.large))
@@ -90,7 +90,7 @@ func (in *Input) readPlain() ([]byte, error) {
 	}
 	n, err := in.conn.Read(in.plain)
 	if n == 0 {
-		return nil, err // an error that comes with bytes comes again
+		return nil, err // a connection returns an error that came with bytes again
 	}
 	if len(in.partial) == 0 {
 		return in.plain[:n], nil
@@ -99,7 +99,7 @@ func (in *Input) readPlain() ([]byte, error) {
 	return in.partial, nil
 }
 
-// Keep stores the incomplete frame at the end of what was read for the next Read, which is to be large or not.
+// Keep stores the incomplete frame at the end of what was read for the next Read. large is that of the next Read.
 func (in *Input) Keep(rest []byte, large bool) {
 	if in.buf != nil {
 		if old := in.buf; old.class != readClass(large) {
@@ -116,20 +116,20 @@ func (in *Input) Keep(rest []byte, large bool) {
 	in.partial = append(in.partial[:0], rest...)
 }
 
-// Park stores rest in memory of its own: no buffer is held.
+// Park stores rest in memory of its own and releases the buffer.
 func (in *Input) Park(rest []byte) {
 	in.partial = append([]byte(nil), rest...)
 	in.Release()
 }
 
-// ParkKept does so with what Keep has stored.
+// ParkKept parks what Keep has stored.
 func (in *Input) ParkKept() {
 	if in.buf != nil {
 		in.Park(in.buf.data[:in.end])
 	}
 }
 
-// Release gives the buffer back.
+// Release returns the buffer to the pool.
 func (in *Input) Release() {
 	if in.buf != nil {
 		in.buf.Free()

@@ -6,38 +6,38 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/memory"
 )
 
-// Limits bounds the unread payload of the streams of a connection. They count buffers, not the bytes in them.
+// Limits bounds the unread payload of a connection's streams. It counts the sizes of buffers, not the bytes in them.
 type Limits struct {
-	Stream int         // bytes that each stream may hold in any case
-	Conn   int         // bytes that all streams together may hold above that
-	Room   memory.Room // what the connection shares with others
+	Stream int         // bytes that each stream may always hold
+	Conn   int         // bytes that all streams together may hold beyond that
+	Room   memory.Room // shared with other connections
 
 	borrowed atomic.Int64
 }
 
-// Borrowed is how many bytes of Conn are in use.
+// Borrowed returns how many bytes of Conn are in use.
 func (l *Limits) Borrowed() int64 { return l.borrowed.Load() }
 
-// above is how many of n bytes of one stream count against Conn.
+// above returns how many of the n bytes of a stream count against Conn.
 func (l *Limits) above(n int) int64 { return int64(max(0, n-l.Stream)) }
 
-// Queue is what one stream has received and nobody has read. Its methods are called under the stream's lock.
+// Queue holds what one stream has received and nobody has read. Callers hold the stream's lock.
 type Queue struct {
 	limits     *Limits
 	head, tail *Buffer
-	held       int // the sizes of these buffers
+	held       int // the sizes of the buffers in the queue
 }
 
 // NewQueue returns an empty queue.
 func NewQueue(limits *Limits) Queue { return Queue{limits: limits} }
 
-// Empty says that nothing is to be read.
+// Empty reports whether there is nothing to read.
 func (q *Queue) Empty() bool { return q.head == nil }
 
-// Held is how much of the limits the queue uses.
+// Held returns how much of the limits the queue uses.
 func (q *Queue) Held() int { return q.held }
 
-// Read copies the oldest bytes into p; the queue is not empty.
+// Read copies the oldest bytes into p. The queue must not be empty.
 func (q *Queue) Read(p []byte) int {
 	n := copy(p, q.head.Payload())
 	q.head.Advance(n)
@@ -47,7 +47,7 @@ func (q *Queue) Read(p []byte) int {
 	return n
 }
 
-// Take takes the oldest buffer out; the queue is not empty.
+// Take removes and returns the oldest buffer. The queue must not be empty.
 func (q *Queue) Take() *Buffer {
 	b := q.head
 	q.head = b.next
@@ -59,7 +59,7 @@ func (q *Queue) Take() *Buffer {
 	return b
 }
 
-// PutBack puts a buffer back that Take has returned, as the oldest, whatever the limits are.
+// PutBack puts back a buffer that Take has returned, as the oldest. It ignores the limits.
 func (q *Queue) PutBack(b *Buffer) {
 	b.next = q.head
 	q.head = b
@@ -69,21 +69,21 @@ func (q *Queue) PutBack(b *Buffer) {
 	q.exceed(b.size())
 }
 
-// Drop throws everything away.
+// Drop discards everything.
 func (q *Queue) Drop() {
 	for q.head != nil {
 		q.Take().Free()
 	}
 }
 
-// Append stores as much of p as there is room for, and returns how much. An empty queue always has room for some.
+// Append stores as much of p as there is room for, and returns how much that is. An empty queue always has some room.
 func (q *Queue) Append(p []byte) int {
 	stored := 0
 	for stored < len(p) {
 		if q.tail == nil || len(q.tail.spare()) == 0 {
 			class := classFor(len(p)-stored, received)
 			if q.tail != nil {
-				// Nobody is keeping up: fewer, larger buffers.
+				// The reader does not keep up: use fewer, larger buffers.
 				class = max(class, min(q.tail.class+1, received))
 			}
 			if !q.take(sizes[class]) {
@@ -96,7 +96,7 @@ func (q *Queue) Append(p []byte) int {
 	return stored
 }
 
-// AppendAll is Append whatever the limits are, for what is there already.
+// AppendAll stores all of p and ignores the limits. It is for what was already accepted.
 func (q *Queue) AppendAll(p []byte) {
 	for len(p) > 0 {
 		if q.tail == nil || len(q.tail.spare()) == 0 {
@@ -108,7 +108,7 @@ func (q *Queue) AppendAll(p []byte) {
 	}
 }
 
-// HasRoom says whether Append would store something.
+// HasRoom reports whether Append would store anything.
 func (q *Queue) HasRoom() bool {
 	if q.held == 0 {
 		return true
@@ -121,7 +121,7 @@ func (q *Queue) HasRoom() bool {
 	return true
 }
 
-// Bytes returns a copy of everything, nil when there is nothing.
+// Bytes returns a copy of everything, or nil if the queue is empty.
 func (q *Queue) Bytes() []byte {
 	var all []byte
 	for b := q.head; b != nil; b = b.next {
@@ -139,8 +139,8 @@ func (q *Queue) extend(b *Buffer) {
 	q.tail = b
 }
 
-// take counts n more bytes against the stream's own limit and, past that, against the connection's. A
-// queue that holds nothing always gets its first buffer.
+// take counts n more bytes against the stream's own limit and, beyond it, against the connection's. It reports whether the
+// limits allow them. They always allow the first buffer of an empty queue.
 func (q *Queue) take(n int) bool {
 	l := q.limits
 	if q.held > 0 && l.Room.Full() {
@@ -156,7 +156,7 @@ func (q *Queue) take(n int) bool {
 	return true
 }
 
-// exceed counts n more bytes whatever the limits are.
+// exceed counts n more bytes and ignores the limits.
 func (q *Queue) exceed(n int) {
 	q.limits.borrowed.Add(q.limits.above(q.held+n) - q.limits.above(q.held))
 	q.held += n

@@ -11,11 +11,11 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 )
 
-// Source reads what is to be sent, into buffers that grow and shrink with what there is: a terminal
-// never gets more than 4 KiB at once, a pipe may have a megabyte. One goroutine uses it.
+// Source reads what is to be sent. Its buffers grow and shrink with what there is to read: a terminal never has more than 4
+// KiB at once, a pipe may have 1 MiB. One goroutine uses it.
 type Source struct {
 	r     io.Reader
-	raw   syscall.RawConn // nil: only r can be read
+	raw   syscall.RawConn // nil if only r can be read
 	class int
 	limit int
 
@@ -25,7 +25,7 @@ type Source struct {
 	err     error
 }
 
-// NewSource returns one that reads r: directly where r has SyscallConn, such as a pipe, a terminal or a TCP connection.
+// NewSource returns a Source of r. It reads r directly if r has SyscallConn, as a pipe, a terminal or a TCP connection has.
 // Such a reader must not have a buffer of its own.
 func NewSource(r io.Reader) *Source {
 	src := &Source{r: r, limit: received}
@@ -38,8 +38,7 @@ func NewSource(r io.Reader) *Source {
 	return src
 }
 
-// Read waits for bytes and returns them in a buffer that is the caller's; or none with an error, or
-// both.
+// Read waits for bytes and returns them in a buffer, which the caller then owns. It returns a buffer, an error, or both.
 func (src *Source) Read() (*Buffer, error) {
 	var err error
 	if src.raw != nil {
@@ -51,8 +50,8 @@ func (src *Source) Read() (*Buffer, error) {
 			err = io.EOF
 		}
 	}
-	// A terminal whose other side is closed fails with EIO. What that means is for the reader to
-	// say, which may wait for somebody to open it again.
+	// A terminal whose other side is closed fails with EIO. Only the reader knows what that means: it may wait until
+	// somebody opens the terminal again.
 	if src.raw == nil || errors.Is(err, unix.EIO) {
 		src.takeBuffer()
 		src.n, err = src.r.Read(src.b.spare())

@@ -1,5 +1,5 @@
-// Package control queues a connection's control frames until they are written. It writes nothing itself and waits for
-// nobody, so a read loop may answer frames through it whether the peer reads or not.
+// Package control queues a connection's control frames until they are written. It neither writes nor waits, so a read loop
+// can answer frames through it even if the peer does not read.
 package control
 
 import (
@@ -12,68 +12,69 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
-// Limits of the bytes that wait. A thousand streams take some 26 KiB.
+// Limits of the bytes that wait to be written. A thousand streams take some 26 KiB.
 const (
-	MaxBestEffort = 16 << 10 // past it PING is not answered any more
+	MaxBestEffort = 16 << 10 // PINGs above it are not answered
 	MaxMustSend   = 64 << 10 // a peer that provokes more answers than this without reading them loses the connection
 )
 
-// Priority says what becomes of a control frame when the queue is full.
+// Priority is what happens to a control frame when the queue is full.
 type Priority int
 
 // Priorities of control frames.
 const (
 	BestEffort Priority = iota // dropped
-	MustSend                   // an error, with which the connection ends
-	Unlimited                  // queued all the same: no more of them than open streams, or bounded by Overflow
+	MustSend                   // an error that ends the connection
+	Unlimited                  // queued anyway: the open streams or Overflow bound them
 )
 
-// ErrNoStreamID is returned when the ids for streams of this side are used up.
+// ErrNoStreamID is returned when this side has used up its stream ids.
 var ErrNoStreamID = errors.New("spdy: no stream id is left")
 
-// Queue is what is to be sent ahead of data. Bytes that were taken out of it count as waiting until they are written. Its
-// methods may be called from any goroutine.
+// Queue holds what is to be sent ahead of data. Bytes that were taken out wait until they are written, and count as
+// waiting. All methods may be called from any goroutine.
 type Queue struct {
 	waiting atomic.Int64
-	carried atomic.Int64 // of these, what a hand-over has left: payload too
+	carried atomic.Int64 // how many of them a hand-over has left, payload too
 
 	mu          sync.Mutex
 	frames      []byte
-	pingQueued  bool // one of Ping's is in frames
+	pingQueued  bool // a PING of Ping's is in frames
 	headersSent bool
 	openNext    uint32
 	pingNext    uint32
 }
 
-// State is what the next program goes on with; the frames that wait are not in it.
+// State is what the next program continues from. It does not have the frames that wait.
 type State struct {
 	HeadersSent bool   // the zlib stream of our direction has begun
 	OpenNext    uint32 // the id of the next stream of this side
-	PingNext    uint32 // and of its next PING
+	PingNext    uint32 // the id of the next PING of this side
 }
 
-// Start begins with a state: a client's ids are odd, a server's even. carried is how many bytes a hand-over has left to be
-// written. It is called before the connection is used.
+// Start begins with a state. A client's ids are odd, a server's even. carried is the number of bytes that a hand-over has
+// left to be written. Call Start before the connection is used.
 func (q *Queue) Start(s State, carried int) {
 	q.headersSent, q.openNext, q.pingNext = s.HeadersSent, s.OpenNext, s.PingNext
 	q.waiting.Store(int64(carried))
 	q.carried.Store(int64(carried))
 }
 
-// State returns the present state.
+// State returns the current state.
 func (q *Queue) State() State {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return State{HeadersSent: q.headersSent, OpenNext: q.openNext, PingNext: q.pingNext}
 }
 
-// Waiting is how many bytes are not written yet, also of those that were taken.
+// Waiting returns how many bytes are not written yet. It counts those that were taken, too.
 func (q *Queue) Waiting() int64 { return q.waiting.Load() }
 
-// Answers is Waiting without what a hand-over has left.
+// Answers returns Waiting without what a hand-over has left.
 func (q *Queue) Answers() int64 { return q.waiting.Load() - q.carried.Load() }
 
-// Overflow is the end of a peer that provokes answers and does not read them, nil while it is not.
+// Overflow returns the error that ends a peer which provokes answers and does not read them. It is nil while there is no
+// such error.
 func (q *Queue) Overflow() error {
 	if waiting := q.Answers(); waiting > MaxMustSend {
 		return frames.ProtocolErrorf("does not read the answers to its frames, %d bytes wait", waiting)
@@ -81,7 +82,7 @@ func (q *Queue) Overflow() error {
 	return nil
 }
 
-// Add appends what build appends.
+// Add appends a frame with build.
 func (q *Queue) Add(p Priority, build func([]byte) []byte) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -121,8 +122,9 @@ func (q *Queue) Reply(stream uint32) error {
 	})
 }
 
-// Open takes the next stream id and appends the SYN_STREAM, both at once, as ids have to leave in order. add is called with
-// the id before the peer can hear of it; after its error, which is returned, there is no such stream.
+// Open takes the next stream id and appends the SYN_STREAM. It does both under one lock, because ids must be sent in order.
+// It calls add with the id before the peer can hear of the stream. If add returns an error, Open returns it, and there is
+// no such stream.
 func (q *Queue) Open(header http.Header, maxFrame int, add func(id uint32) error) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -144,14 +146,14 @@ func (q *Queue) Open(header http.Header, maxFrame int, add func(id uint32) error
 	return q.addLocked(Unlimited, func(b []byte) []byte { return frames.AppendSynStream(b, id, 0, block) })
 }
 
-// Opened says whether this side has opened a stream with the id, which is one of its own.
+// Opened reports whether this side has opened a stream with the id, which must be one of its own ids.
 func (q *Queue) Opened(id uint32) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return id < q.openNext
 }
 
-// Ping appends a PING, unless there is one that was not taken yet.
+// Ping appends a PING, unless an earlier one was not taken yet.
 func (q *Queue) Ping() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -163,8 +165,8 @@ func (q *Queue) Ping() {
 	q.addLocked(Unlimited, func(b []byte) []byte { return frames.AppendPing(b, id) }) //nolint:errcheck // has no limit
 }
 
-// Pings appends several PINGs in a row, which nothing comes between, and returns the id of the first; the
-// others follow in steps of two. It fails when the queue is full.
+// Pings appends n PINGs with nothing between them and returns the id of the first. The ids of the others follow in steps of
+// two. It returns false if the queue is full.
 func (q *Queue) Pings(n int) (first uint32, ok bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -191,7 +193,7 @@ func (q *Queue) nextPingLocked(n int) uint32 {
 	return first
 }
 
-// Take takes everything out, to be written and reported to Wrote.
+// Take removes and returns everything. The caller writes it and calls Wrote.
 func (q *Queue) Take() []byte {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -200,7 +202,7 @@ func (q *Queue) Take() []byte {
 	return taken
 }
 
-// Wrote says that n of the bytes that were taken, or left over, are written.
+// Wrote records that n of the bytes that were taken, or left by a hand-over, are written.
 func (q *Queue) Wrote(n int) {
 	q.waiting.Add(-int64(n))
 	if carried := q.carried.Load(); carried > 0 {
@@ -208,5 +210,5 @@ func (q *Queue) Wrote(n int) {
 	}
 }
 
-// Held says that n more bytes wait which are not in the queue.
+// Held counts n more bytes that wait outside the queue.
 func (q *Queue) Held(n int) { q.waiting.Add(int64(n)) }

@@ -46,7 +46,7 @@ func TestPriorities(t *testing.T) {
 	}
 }
 
-// What a hand-over has left provokes no answers: a peer is not blamed for it.
+// TestLeftOversAreNoAnswers checks that a peer is not blamed for what a hand-over has left.
 func TestLeftOversAreNoAnswers(t *testing.T) {
 	var q Queue
 	q.Start(State{OpenNext: 2, PingNext: 2}, 2*MaxMustSend)
@@ -106,7 +106,7 @@ func TestPings(t *testing.T) {
 	var q Queue
 	q.Start(State{OpenNext: 2, PingNext: 2}, 0)
 	q.Ping()
-	q.Ping() // the first was not taken yet
+	q.Ping() // the first is still in the queue
 	if first, ok := q.Pings(3); first != 4 || !ok {
 		t.Errorf("PINGs from %d, %v", first, ok)
 	}

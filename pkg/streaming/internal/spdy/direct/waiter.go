@@ -10,13 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Waiter waits for a full pipe or TCP connection to take something. The wait has a limit of its own, beside
-// the deadlines of whoever else writes there, and holds no thread: an epoll descriptor can itself be waited for, by
-// Go's own poller.
+// Waiter waits until a full pipe or TCP connection accepts data. The wait has its own limit, apart from the deadlines of
+// other writers. It holds no thread: Go's poller can wait for an epoll descriptor.
 //
-// One goroutine uses it, but Interrupt may be called from any. The zero value is ready; close it when done.
+// One goroutine uses it, but Interrupt may be called from any. The zero value is ready. Close it when done.
 type Waiter struct {
-	stopped atomic.Bool // by Interrupt: nothing is waited for any more
+	stopped atomic.Bool // set by Interrupt: later waits end at once
 
 	raw syscall.RawConn
 
@@ -24,7 +23,7 @@ type Waiter struct {
 	epoll *os.File
 }
 
-// Await waits until the destination of to takes something, and says whether it does.
+// Await waits until the destination of to accepts data, and reports whether it does.
 func (w *Waiter) Await(to *Writer, limit time.Duration) bool {
 	destination := to.raw
 	if limit <= 0 || !w.open() {
@@ -38,12 +37,12 @@ func (w *Waiter) Await(to *Writer, limit time.Duration) bool {
 	if err != nil || !watched {
 		return false
 	}
-	// A destination that is closed meanwhile has left the set by itself.
+	// A destination that was closed meanwhile has already left the set.
 	defer destination.Control(func(fd uintptr) { w.control(unix.EPOLL_CTL_DEL, fd, nil) }) //nolint:errcheck // it has left, as said
 	if err := w.epoll.SetReadDeadline(time.Now().Add(limit)); err != nil {
 		return false
 	}
-	if w.stopped.Load() { // perhaps before the deadline was set
+	if w.stopped.Load() { // maybe before the deadline was set
 		return false
 	}
 	var events [1]unix.EpollEvent
@@ -60,7 +59,7 @@ func (w *Waiter) control(operation int, fd uintptr, event *unix.EpollEvent) (ok 
 	return ok && err == nil
 }
 
-// open makes the epoll descriptor, the first time.
+// open creates the epoll descriptor if there is none.
 func (w *Waiter) open() bool {
 	if w.epoll != nil {
 		return true
@@ -83,7 +82,7 @@ func (w *Waiter) open() bool {
 	return true
 }
 
-// Interrupt ends a wait, and all later ones.
+// Interrupt ends the current wait and all later ones.
 func (w *Waiter) Interrupt() {
 	w.stopped.Store(true)
 	w.mu.Lock()
@@ -93,7 +92,7 @@ func (w *Waiter) Interrupt() {
 	}
 }
 
-// Close gives the epoll descriptor back. It does not close the destinations.
+// Close closes the epoll descriptor. It does not close the destinations.
 func (w *Waiter) Close() {
 	w.mu.Lock()
 	defer w.mu.Unlock()

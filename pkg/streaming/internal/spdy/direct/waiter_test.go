@@ -11,7 +11,7 @@ import (
 
 const testTimeout = 30 * time.Second
 
-// fullPipe returns the end of a full pipe that is written to, and the other.
+// fullPipe returns both ends of a full pipe, and a Writer to it.
 func fullPipe(t *testing.T) (write, read *os.File, to *Writer) {
 	t.Helper()
 	read, write, err := os.Pipe()
@@ -30,7 +30,7 @@ func fullPipe(t *testing.T) (write, read *os.File, to *Writer) {
 	return write, read, to
 }
 
-// Uploads to commands that do not read hold no threads, however many there are.
+// TestWaitingHoldsNoThread checks that uploads to commands that do not read hold no threads, however many there are.
 func TestWaitingHoldsNoThread(t *testing.T) {
 	threads := func() int {
 		tasks, err := os.ReadDir("/proc/self/task")
@@ -55,7 +55,7 @@ func TestWaitingHoldsNoThread(t *testing.T) {
 			}
 		})
 	}
-	time.Sleep(200 * time.Millisecond) // for all of them to wait
+	time.Sleep(200 * time.Millisecond) // until all of them wait
 	if more := threads() - before; more > waits/4 {
 		t.Errorf("%d more threads with %d waiting", more, waits)
 	}
@@ -77,7 +77,7 @@ func TestAwait(t *testing.T) {
 	if w.Await(to, 20*time.Millisecond) {
 		t.Error("a full pipe has room")
 	}
-	for range 3 { // once more with the same descriptor, which had been in the set
+	for range 3 { // again with the same descriptor, which was in the set before
 		if _, err := io.ReadFull(read, make([]byte, 8<<10)); err != nil {
 			t.Fatal(err)
 		}

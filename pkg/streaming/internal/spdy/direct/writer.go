@@ -1,6 +1,6 @@
-// Package direct writes received payload to a pipe or a TCP connection out of the buffer that it was received in, from
-// the goroutine that has read it, without waiting for the goroutine that copies the stream. That saves a copy and two
-// changes of goroutine for each buffer.
+// Package direct writes received payload to a pipe or a TCP connection straight from the buffer that it was received in.
+// The goroutine that has read it writes it, without waiting for the goroutine that copies the stream. That saves a copy and
+// two goroutine switches for each buffer.
 package direct
 
 import (
@@ -14,8 +14,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 )
 
-// Writer writes as much as its destination takes at once. What does not fit takes another way. One goroutine uses it at
-// a time.
+// Writer writes as much as its destination accepts at once. The caller delivers the rest another way. One goroutine uses it
+// at a time.
 type Writer struct {
 	raw      syscall.RawConn
 	tryWrite func(fd uintptr) bool // (*Writer).writeNow, made once
@@ -28,12 +28,12 @@ type Writer struct {
 	tryPieces func(fd uintptr) bool // (*Writer).writePiecesNow, made once
 }
 
-// filed is a writer past which may be written directly, to a file; nil when not.
+// filed is implemented by a writer to a file that may also be written to directly. The file is nil if it may not.
 type filed interface{ DirectFile() *os.File }
 
-// To returns a Writer to a non-blocking *os.File or *net.TCPConn, or to the file of a writer with a method
-// DirectFile() *os.File, and nil when w is none of these. Types that embed one are not trusted: they may do something of
-// their own in Write, as a terminal's input does.
+// To returns a Writer to a non-blocking *os.File or *net.TCPConn, or to the file of a writer with a method DirectFile()
+// *os.File. It returns nil if w is none of these. It does not accept types that embed one of them: their Write may do
+// something else, as that of a terminal's input does.
 func To(w io.Writer) *Writer {
 	if f, ok := w.(filed); ok {
 		if file := f.DirectFile(); file != nil {
@@ -67,15 +67,14 @@ func To(w io.Writer) *Writer {
 	return direct
 }
 
-// Failed says that nothing more is written directly, because of Err or because the destination was closed or its
-// deadline has passed; the latter whoever writes there the usual way meets himself.
+// Failed reports whether nothing more is written directly. The reason is Err, or the destination was closed or its deadline
+// has passed. In the latter cases a usual write to the destination fails, too.
 func (w *Writer) Failed() bool { return w.failed }
 
-// Err is the error of a write, nil when there was none. The kernel has told it here, and may tell the next who writes
-// another.
+// Err returns the error of a write, or nil. The kernel has reported it here, and may report another one to the next writer.
 func (w *Writer) Err() error { return w.err }
 
-// Write writes what is taken at once, and nothing more after an error.
+// Write writes what is accepted at once, and returns how much that is. After an error it writes nothing.
 func (w *Writer) Write(p []byte) int {
 	if w.failed {
 		return 0
@@ -103,7 +102,7 @@ func (w *Writer) writeNow(fd uintptr) bool {
 	return true
 }
 
-// WritePieces is Write for several pieces, with one system call.
+// WritePieces is like Write, for several pieces with one system call.
 func (w *Writer) WritePieces(pieces [][]byte) int {
 	if w.failed {
 		return 0

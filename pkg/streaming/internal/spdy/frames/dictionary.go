@@ -2,11 +2,10 @@ package frames
 
 import "encoding/binary"
 
-// dictionaryID is the Adler-32 of the Dictionary; it stands in the zlib header of every header
-// stream.
+// dictionaryID is the Adler-32 of the Dictionary. The zlib header of every header stream contains it.
 const dictionaryID = 0xe3c6a7c2
 
-// dictionaryWords stand in the Dictionary each behind its length, as in a header block.
+// dictionaryWords are in the Dictionary, each after its length, as in a header block.
 var dictionaryWords = [...]string{
 	"options", "head", "post", "put", "delete", "trace", "accept", "accept-charset",
 	"accept-encoding", "accept-language", "accept-ranges", "age", "allow", "authorization",
@@ -29,7 +28,7 @@ const dictionaryTail = "10010120120220520630030230330430530630740240540640740840
 	"image/gif,application/xml,application/xhtml+xml,text/plain,text/javascript,public" +
 	"privatemax-age=gzip,deflate,sdchcharset=utf-8charset=iso-8859-1,utf-,*,enq=0."
 
-// Dictionary is what both ends prime zlib with for header blocks (SPDY/3.1 draft, 2.6.10.1).
+// Dictionary is the preset zlib dictionary of header blocks (SPDY/3.1 draft, 2.6.10.1).
 var Dictionary = makeDictionary()
 
 func makeDictionary() []byte {

@@ -2,8 +2,8 @@ package frames
 
 import "fmt"
 
-// ConnectionError is a fault after which the connection cannot go on: the peer broke the protocol
-// or a limit. The connection is closed with a GOAWAY that carries Status.
+// ConnectionError ends the connection: the peer broke the protocol or exceeded a limit. The connection is closed with a
+// GOAWAY that carries Status.
 type ConnectionError struct {
 	Status GoAwayStatus
 	Reason string
@@ -11,16 +11,16 @@ type ConnectionError struct {
 
 func (e *ConnectionError) Error() string { return "spdy: " + e.Reason }
 
-// ProtocolErrorf is a fault of the peer.
+// ProtocolErrorf returns a ConnectionError that blames the peer.
 func ProtocolErrorf(format string, args ...any) *ConnectionError {
 	return &ConnectionError{Status: GoAwayProtocolError, Reason: "peer broke the protocol: " + fmt.Sprintf(format, args...)}
 }
 
-// ResetError is the end of one stream by RST_STREAM, from the peer or from this side.
+// ResetError is the end of one stream by a RST_STREAM of either side.
 type ResetError struct {
 	Status ResetStatus
 	Remote bool   // the peer sent it
-	Reason string // why this side sent it, when it was not asked to
+	Reason string // why this side sent it on its own
 }
 
 func (e *ResetError) Error() string {

@@ -2,7 +2,7 @@ package frames
 
 import "testing"
 
-// FuzzHeaderBlock feeds a header reader with two blocks in a row.
+// FuzzHeaderBlock feeds a header reader two blocks in a row.
 func FuzzHeaderBlock(f *testing.F) {
 	f.Add(plainBlock(true, 1, "name", "value"), plainBlock(false, 2, "a", "1", "b", "2"))
 	f.Add(plainBlock(true, 0), []byte{})

@@ -14,25 +14,23 @@ import (
 	"sync"
 )
 
-// A header block (draft, 2.6.10) is a list of name-value pairs, compressed with zlib. All blocks of
-// one direction of a connection are one zlib stream, each ended by a sync flush. Therefore every
-// block of the peer has to be inflated, wanted or not, for as long as a later one is to be
-// understood; and therefore ours have to leave in the order in which they were made.
+// A header block (draft, 2.6.10) is a list of name-value pairs, compressed with zlib. All blocks of one direction of a
+// connection form one zlib stream. Each block ends with a sync flush. So every block of the peer must be inflated, wanted
+// or not, as long as a later one must be read. And ours must be sent in the order in which they were made.
 
-// zlibHeader opens a zlib stream with the SPDY Dictionary (RFC 1950, 2.2): deflate with a 32 KiB
-// window, FDICT, the check bits, and the Dictionary's Adler-32.
+// zlibHeader begins a zlib stream with the SPDY Dictionary (RFC 1950, 2.2): deflate with a 32 KiB window, FDICT, the check
+// bits, and the Dictionary's Adler-32.
 var zlibHeader = []byte{0x78, 0xbb, dictionaryID >> 24, dictionaryID >> 16 & 0xff, dictionaryID >> 8 & 0xff, dictionaryID & 0xff}
 
-// syncFlush is an empty stored block (RFC 1951, 3.2.4). Without it an inflater holds the bytes
-// before it back.
+// syncFlush is an empty stored block (RFC 1951, 3.2.4). Without it an inflater holds back the bytes before it.
 var syncFlush = []byte{0x00, 0x00, 0x00, 0xff, 0xff}
 
-// maxStored is the longest stored block of deflate.
+// maxStored is the largest size of a stored block of deflate.
 const maxStored = 1<<16 - 1
 
-// AppendHeaderBlock appends a header block, opening the zlib stream when it is the first of its
-// direction. It does not compress: the pairs travel in stored blocks, which every inflater takes.
-// A compressor would cost some 800 KiB for every connection, to save a hundred bytes once.
+// AppendHeaderBlock appends a header block. It begins the zlib stream if the block is the first of its direction. It does
+// not compress: the pairs are in stored blocks, which every inflater accepts. A compressor would cost some 800 KiB for each
+// connection, to save a hundred bytes once.
 func AppendHeaderBlock(b []byte, first bool, header http.Header) []byte {
 	if first {
 		b = append(b, zlibHeader...)
@@ -48,8 +46,7 @@ func AppendHeaderBlock(b []byte, first bool, header http.Header) []byte {
 	return append(b, syncFlush...)
 }
 
-// AppendHeaderPairs appends the uncompressed form: names in lower case and in order, several values
-// of a name separated by NUL.
+// AppendHeaderPairs appends the uncompressed form: names in lower case and sorted, the values of a name separated by NUL.
 func AppendHeaderPairs(b []byte, header http.Header) []byte {
 	names := make([]string, 0, len(header))
 	for name := range header {
@@ -68,7 +65,7 @@ func AppendHeaderPairs(b []byte, header http.Header) []byte {
 	return b
 }
 
-// EmptyHeaderBlock is what AppendHeaderBlock gives for no headers, which is all a SYN_REPLY carries.
+// EmptyHeaderBlock is what AppendHeaderBlock appends for no headers. A SYN_REPLY carries nothing else.
 var EmptyHeaderBlock = []byte{
 	0x00, 0x04, 0x00, 0xfb, 0xff, // stored block of four bytes
 	0x00, 0x00, 0x00, 0x00, // no pairs
@@ -82,39 +79,39 @@ type HeaderLimits struct {
 	Total int // bytes of a block, inflated
 }
 
-// HeaderFault is a well-formed block with content that the draft forbids. It costs the stream and
-// not the connection, since the zlib stream is intact.
+// HeaderFault is a fault in a well-formed block: the draft forbids its content. It ends the stream but not the connection,
+// because the zlib stream is intact.
 type HeaderFault string
 
 func (f HeaderFault) Error() string { return "header block: " + string(f) }
 
-// maxLeftover is how many bytes of a block an inflater may leave for later: a sync flush, and the
-// last bits of the block before it.
+// maxLeftover bounds the bytes of a block that an inflater may leave for later: a sync flush, and the last bits of the
+// block before it.
 const maxLeftover = 16
 
 // HistorySize is how far back an inflater looks (RFC 1951, 2).
 const HistorySize = 32 << 10
 
-// HeaderReader inflates the header blocks of one direction. It is about 45 KiB, and 40 KiB more when there were many
-// headers; see TakeHeaderReader and Release.
+// HeaderReader inflates the header blocks of one direction. It takes about 45 KiB, and 40 KiB more if there were many
+// headers. See TakeHeaderReader and Release.
 type HeaderReader struct {
-	inflater io.ReadCloser // nil in one never used
+	inflater io.ReadCloser // nil before the first use
 	input    blockReader
 	started  bool // the inflater has seen the first block of this connection
 	broken   bool
 
-	past    []byte // the Dictionary and what was inflated, its last HistorySize bytes at least
+	past    []byte // the Dictionary and what was inflated, at least the last HistorySize bytes
 	flushed bool   // the last block ended with a sync flush
-	resumed bool   // inflater is of another kind, not for the next connection
+	resumed bool   // inflater is of another kind, which the next connection cannot use
 }
 
-// headerReaders keeps them for the next connection.
+// headerReaders keeps readers for later connections.
 var headerReaders = sync.Pool{New: func() any { return new(HeaderReader) }}
 
-// TakeHeaderReader returns one for a new connection.
+// TakeHeaderReader returns a reader for a new connection.
 func TakeHeaderReader() *HeaderReader { return headerReaders.Get().(*HeaderReader) }
 
-// Release gives the reader back; the caller must not use it any more.
+// Release returns the reader to the pool. The caller must not use it any more.
 func (r *HeaderReader) Release() {
 	if r.resumed {
 		return
@@ -124,7 +121,8 @@ func (r *HeaderReader) Release() {
 	headerReaders.Put(r)
 }
 
-// History is what a reader in another process needs to go on after the last block. The reader is of no use afterwards.
+// History returns what a reader in another process needs to continue after the last block. The reader cannot be used
+// afterwards.
 func (r *HeaderReader) History() ([]byte, error) {
 	if !r.started {
 		return nil, nil
@@ -133,7 +131,8 @@ func (r *HeaderReader) History() ([]byte, error) {
 		return nil, errInflaterBroken
 	}
 	r.broken = true
-	// What is left is the end of the block and the empty one of the flush, behind which the next begins with a byte of its own.
+	// What remains is the end of the block and the empty block of the flush. The next block begins on a byte boundary after
+	// it.
 	n, err := r.inflater.Read(make([]byte, 1))
 	if !r.flushed || n > 0 || err != io.ErrUnexpectedEOF {
 		return nil, errors.New("header blocks that do not end with a sync flush")
@@ -141,14 +140,14 @@ func (r *HeaderReader) History() ([]byte, error) {
 	return slices.Clone(r.past[max(0, len(r.past)-HistorySize):]), nil // past serves the next connection
 }
 
-// ResumeHeaderReader goes on behind that.
+// ResumeHeaderReader returns a reader that continues after that history.
 func ResumeHeaderReader(history []byte) *HeaderReader {
 	r := &HeaderReader{started: true, flushed: true, resumed: true, past: slices.Clone(history)}
 	r.inflater = flate.NewReaderDict(&r.input, history)
 	return r
 }
 
-// remember keeps what was inflated.
+// remember adds to the past what was inflated.
 func (r *HeaderReader) remember(p []byte) {
 	const slack = 8 << 10
 	if len(r.past)+len(p) > HistorySize+slack {
@@ -160,8 +159,8 @@ func (r *HeaderReader) remember(p []byte) {
 
 var errInflaterBroken = errors.New("header block after a broken one")
 
-// Read inflates one block. A HeaderFault costs the stream, any other error the connection: the zlib
-// stream is lost.
+// Read inflates one block. A HeaderFault ends the stream. Any other error ends the connection, because the zlib stream is
+// lost.
 func (r *HeaderReader) Read(block []byte, limits HeaderLimits) (http.Header, error) {
 	if r.broken {
 		return nil, errInflaterBroken
@@ -268,7 +267,7 @@ func (r *HeaderReader) open() error {
 	return nil
 }
 
-// IsHeaderFault tells whether an error costs the stream alone.
+// IsHeaderFault reports whether an error ends only the stream.
 func IsHeaderFault(err error) bool {
 	var fault HeaderFault
 	return errors.As(err, &fault)
@@ -281,20 +280,20 @@ func noEOF(err error) error {
 	return err
 }
 
-// blockReader feeds an inflater with what is left of the last block and then with the next. It
-// offers ReadByte so that the inflater adds no buffer of its own, which would read ahead.
+// blockReader feeds an inflater with the rest of the last block and then with the next one. It has ReadByte so that the
+// inflater does not add a buffer of its own, which would read ahead.
 type blockReader struct {
 	rest  [maxLeftover]byte
 	restN int    // bytes in rest
-	restR int    // of which these are read
-	block []byte // borrowed for the length of one readBlock
+	restR int    // how many of them are read
+	block []byte // borrowed during one readBlock
 }
 
 func (b *blockReader) add(block []byte) { b.block = block }
 
 func (b *blockReader) left() int { return b.restN - b.restR + len(b.block) }
 
-// keep moves what is left, at most maxLeftover bytes, out of the borrowed block.
+// keep copies the rest, at most maxLeftover bytes, out of the borrowed block.
 func (b *blockReader) keep() {
 	n := copy(b.rest[:], b.rest[b.restR:b.restN])
 	n += copy(b.rest[n:], b.block)

@@ -5,8 +5,8 @@ import (
 	"sync"
 )
 
-// PeerHeaders understands the header blocks of a connection's peer, until it is told to refuse them. The memory that
-// takes is there from the first block on. Its methods may be called from any goroutine.
+// PeerHeaders reads the header blocks of a connection's peer until it refuses them. It takes the memory for that with the
+// first block. All methods may be called from any goroutine.
 type PeerHeaders struct {
 	Limits HeaderLimits // set before the first block
 
@@ -15,8 +15,8 @@ type PeerHeaders struct {
 	reader  *HeaderReader // nil before the first block and after Refuse
 }
 
-// Read reads a block. Once blocks are refused it does nothing: there will never be one to understand, and the
-// inflater may fall behind. A HeaderFault costs the stream, any other error the connection.
+// Read reads a block. After Refuse it does nothing: no later block will be read, so the inflater may fall behind. A
+// HeaderFault ends the stream, any other error the connection.
 func (p *PeerHeaders) Read(block []byte) (header http.Header, refused bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -30,7 +30,7 @@ func (p *PeerHeaders) Read(block []byte) (header http.Header, refused bool, err 
 	return header, false, err
 }
 
-// Refuse refuses all further blocks, and gives the memory back.
+// Refuse refuses all further blocks and releases the memory.
 func (p *PeerHeaders) Refuse() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -41,15 +41,15 @@ func (p *PeerHeaders) Refuse() {
 	}
 }
 
-// Refuses says whether Refuse was called.
+// Refuses reports whether Refuse was called.
 func (p *PeerHeaders) Refuses() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.refuses
 }
 
-// History returns what Resume needs in another process, nil when there was no block or they are refused. No block can be read
-// after it.
+// History returns what Resume needs in another process, or nil if there was no block or blocks are refused. No block can be
+// read after it.
 func (p *PeerHeaders) History() ([]byte, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -59,7 +59,7 @@ func (p *PeerHeaders) History() ([]byte, error) {
 	return p.reader.History()
 }
 
-// Resume goes on after the last block that a History is of.
+// Resume continues after the last block of the history.
 func (p *PeerHeaders) Resume(history []byte) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

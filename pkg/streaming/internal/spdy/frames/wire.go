@@ -1,4 +1,4 @@
-// Package frames is the wire format of SPDY/3.1 and nothing else: frames, and the header blocks in them.
+// Package frames implements the wire format of SPDY/3.1: frames, and the header blocks in them. It does no I/O.
 package frames
 
 import (
@@ -6,11 +6,10 @@ import (
 	"fmt"
 )
 
-// This file is frames: functions from bytes to values and back. Section
-// numbers are those of the SPDY/3.1 draft
+// This file has the frames: functions from bytes to values and back. Section numbers are those of the SPDY/3.1 draft
 // (https://www.chromium.org/spdy/spdy-protocol/spdy-protocol-draft3-1/).
 
-// ProtocolVersion is the version in every control frame; SPDY/3.1 kept the number 3.
+// ProtocolVersion is the version in every control frame. SPDY/3.1 kept the number 3.
 const ProtocolVersion = 3
 
 // Sizes.
@@ -54,7 +53,7 @@ const (
 	ResetStreamAlreadyClosed ResetStatus = 9
 )
 
-// String names the status as the draft does.
+// String returns the draft's name of the status.
 func (s ResetStatus) String() string {
 	switch s {
 	case ResetProtocolError:
@@ -78,14 +77,14 @@ func (s ResetStatus) String() string {
 // GoAwayStatus is the reason in a GOAWAY frame (2.6.6).
 type GoAwayStatus uint32
 
-// All the reasons the draft knows.
+// All reasons in the draft.
 const (
 	GoAwayOK            GoAwayStatus = 0
 	GoAwayProtocolError GoAwayStatus = 1
 	GoAwayInternalError GoAwayStatus = 2
 )
 
-// Header is the first eight bytes of a frame, unpacked.
+// Header is the unpacked header of a frame, its first eight bytes.
 type Header struct {
 	Control  bool
 	Version  uint16 // control frames only
@@ -95,8 +94,8 @@ type Header struct {
 	Length   int // of what follows the header
 }
 
-// ParseHeader unpacks the first HeaderLen bytes of b, which must be there. Every eight bytes
-// are a header; whether it makes sense is for the caller to say.
+// ParseHeader unpacks the first HeaderLen bytes of b, which must exist. It accepts any bytes: the caller decides whether
+// the header makes sense.
 func ParseHeader(b []byte) Header {
 	_ = b[HeaderLen-1]
 	word := binary.BigEndian.Uint32(b)
@@ -168,8 +167,8 @@ func AppendGoAway(b []byte, lastGoodStreamID uint32, status GoAwayStatus) []byte
 	return binary.BigEndian.AppendUint32(b, uint32(status))
 }
 
-// ParseSynStream returns the stream id and the still compressed header block. The associated
-// stream, the priority and the slot mean nothing to the protocols of Kubernetes and are skipped.
+// ParseSynStream returns the stream id and the compressed header block. It skips the associated stream, the priority and
+// the slot, which mean nothing to the protocols of Kubernetes.
 func ParseSynStream(payload []byte) (streamID uint32, headerBlock []byte, err error) {
 	if len(payload) < 10 {
 		return 0, nil, ProtocolErrorf("SYN_STREAM of %d bytes, need at least 10", len(payload))
@@ -177,7 +176,7 @@ func ParseSynStream(payload []byte) (streamID uint32, headerBlock []byte, err er
 	return binary.BigEndian.Uint32(payload) & streamIDMask, payload[10:], nil
 }
 
-// ParseReplyOrHeaders reads the payload of SYN_REPLY and of HEADERS, which are alike (2.6.2, 2.6.7).
+// ParseReplyOrHeaders reads the payload of SYN_REPLY or HEADERS, which have the same format (2.6.2, 2.6.7).
 func ParseReplyOrHeaders(payload []byte) (streamID uint32, headerBlock []byte, err error) {
 	if len(payload) < 4 {
 		return 0, nil, ProtocolErrorf("SYN_REPLY or HEADERS of %d bytes, need at least 4", len(payload))
@@ -193,8 +192,8 @@ func ParseRstStream(payload []byte) (streamID uint32, status ResetStatus, err er
 	return binary.BigEndian.Uint32(payload) & streamIDMask, ResetStatus(binary.BigEndian.Uint32(payload[4:])), nil
 }
 
-// CheckSettings checks that the entry count fits the frame and nothing more: no setting changes
-// anything here. A decoder that believes the count allocates gigabytes (CVE-2026-35469).
+// CheckSettings checks only that the number of entries fits the frame: no setting changes anything here. A decoder that
+// trusts the number allocates gigabytes (CVE-2026-35469).
 func CheckSettings(payload []byte) error {
 	if len(payload) < 4 {
 		return ProtocolErrorf("SETTINGS of %d bytes, need at least 4", len(payload))
@@ -221,7 +220,7 @@ func ParseGoAway(payload []byte) (lastGoodStreamID uint32, status GoAwayStatus, 
 	return binary.BigEndian.Uint32(payload) & streamIDMask, GoAwayStatus(binary.BigEndian.Uint32(payload[4:])), nil
 }
 
-// CheckWindowUpdate checks that it has its size; we know no windows.
+// CheckWindowUpdate checks only the size: this package has no windows.
 func CheckWindowUpdate(payload []byte) error {
 	if len(payload) != 8 {
 		return ProtocolErrorf("WINDOW_UPDATE of %d bytes, must be 8", len(payload))

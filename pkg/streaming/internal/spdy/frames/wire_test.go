@@ -67,7 +67,7 @@ func TestParseFrameHeader(t *testing.T) {
 	}
 }
 
-// TestParsePayloads checks that each kind takes its own form and refuses every other length.
+// TestParsePayloads checks that each kind accepts its own form and refuses every other length.
 func TestParsePayloads(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
@@ -106,7 +106,7 @@ func TestParsePayloads(t *testing.T) {
 			}
 		}
 	}
-	// CVE-2026-35469: a count that promises more than there is.
+	// CVE-2026-35469: the count promises more entries than there are.
 	if err := CheckSettings(unhex(t, "ffffffff 00000000 00000000")); err == nil {
 		t.Error("SETTINGS with 4294967295 entries in 8 bytes was taken")
 	}
@@ -133,7 +133,7 @@ func TestHeaderBlockBytes(t *testing.T) {
 	}
 }
 
-// plainBlock is a header block from raw pairs, which need not be valid ones.
+// plainBlock returns a header block of raw pairs, which may be invalid.
 func plainBlock(first bool, count uint32, pairs ...string) []byte {
 	plain := []byte{byte(count >> 24), byte(count >> 16), byte(count >> 8), byte(count)}
 	for _, s := range pairs {
@@ -155,7 +155,7 @@ func TestHeaderReader(t *testing.T) {
 		name  string
 		block []byte
 		want  http.Header // nil: an error
-		fault bool        // that costs the stream only
+		fault bool        // it ends only the stream
 	}{
 		{"one", good, http.Header{"Name": {"value"}}, false},
 		{"none", plainBlock(true, 0), http.Header{}, false},
@@ -184,7 +184,7 @@ func TestHeaderReader(t *testing.T) {
 		if tt.want == nil && (err == nil || IsHeaderFault(err) != tt.fault) {
 			t.Errorf("%s: got %v, %v", tt.name, got, err)
 		}
-		// A fault of content leaves the zlib stream usable; any other does not.
+		// A fault of the content leaves the zlib stream usable. Any other fault does not.
 		next, err := r.Read(plainBlock(false, 1, "next", "one"), testLimits)
 		if usable := tt.want != nil || tt.fault; usable != (err == nil && next.Get("next") == "one") {
 			t.Errorf("%s: the next block: %v, %v", tt.name, next, err)
@@ -193,7 +193,7 @@ func TestHeaderReader(t *testing.T) {
 	}
 }
 
-// TestHeaderReaderBomb sends 16 MiB as 16 KiB.
+// TestHeaderReaderBomb sends 16 MiB compressed to 16 KiB.
 func TestHeaderReaderBomb(t *testing.T) {
 	testutil.Slow(t)
 	var bomb bytes.Buffer
@@ -215,7 +215,7 @@ func TestHeaderReaderBomb(t *testing.T) {
 	}
 }
 
-// What History has returned stays as it is when the reader's memory serves the next connection.
+// TestHistoryStays checks that the result of History does not change when the reader's memory serves the next connection.
 func TestHistoryStays(t *testing.T) {
 	limits := HeaderLimits{Count: 10, Field: 1 << 10, Total: 1 << 12}
 	var peer PeerHeaders

@@ -1,4 +1,4 @@
-// Package spdytest connects two ends of package spdy for the tests of its users.
+// Package spdytest connects two ends of package spdy for the tests of other packages.
 package spdytest
 
 import (
@@ -10,7 +10,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy"
 )
 
-// Stream returns both ends of a stream over a real connection, which is closed when the test ends.
+// Stream returns both ends of a stream over a real connection. The connection is closed when the test ends.
 func Stream(t testing.TB) (ours, client *spdy.Stream) {
 	t.Helper()
 	dialled, accepted := testutil.TCPPair(t)

@@ -1,4 +1,4 @@
-// Package state is a frozen SPDY connection as it is written down for a hand-over.
+// Package state defines the state of a frozen SPDY connection for a hand-over.
 package state
 
 import (
@@ -10,36 +10,36 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
-// Conn is a frozen connection: all that is needed to go on with it on the same socket, in this program or in
-// another. Receipts are not in it: they begin anew, and answers to PINGs from before are ignored.
+// Conn is the state of a frozen connection: all that is needed to continue on the same socket, in this program or in
+// another. It has no receipts: those begin anew, and answers to earlier PINGs are ignored.
 //
-// It is written to a hand-over's state, so its fields keep their names and meanings.
+// It is part of a hand-over's state, so its fields must keep their names and meanings.
 type Conn struct {
 	Server bool // the peer opens odd streams
 	Closed bool // this side has closed the connection: there is no socket
 
-	// Input is what was read and not understood yet. Before it may come the rest of a data frame's payload.
+	// Input is what was read and not parsed yet. It may begin with the rest of a data frame's payload.
 	Input     []byte
-	Stream    uint32 // of that data frame; 0: its payload is dropped
-	Remaining int    // bytes of it that are still to come
-	Fin       bool   // it has FIN
+	Stream    uint32 // of that data frame; 0 if its payload is discarded
+	Remaining int    // bytes of it that were not parsed yet
+	Fin       bool   // the frame has FIN
 
-	// Output is what is to be written first: whole frames, but perhaps for the beginning of the first.
+	// Output is what must be written first: whole frames, except that the beginning of the first may have been sent.
 	Output []byte
 
 	LastPeerStream uint32 // the highest id that the peer has used
-	OpenNext       uint32 // the id of our next stream
-	PingNext       uint32 // and of our next PING
+	OpenNext       uint32 // the id of the next stream of this side
+	PingNext       uint32 // the id of the next PING of this side
 	HeadersSent    bool   // the zlib stream of our direction has begun
-	RefuseStreams  bool   // no more streams of the peer are accepted
-	// History is the end of what was inflated of the peer's headers, the frames.Dictionary included. Empty: the first
-	// header block is still to come.
+	RefuseStreams  bool   // further streams of the peer are refused
+	// History is the end of the peer's inflated headers, with the frames.Dictionary. It is empty before the first header
+	// block.
 	History []byte
 
 	LastActivity, LastReceived int64 // Unix nanoseconds
 
 	Gone     *failure.Failure // why the connection is over
-	Ended    *failure.Failure // why no frame is read any more
+	Ended    *failure.Failure // why no more frames are read
 	Unwanted *failure.Failure // why nothing can be written any more
 
 	Streams []Stream
@@ -57,10 +57,10 @@ type Stream struct {
 	FinSent        bool // FIN is in Output or before
 	Replied        bool // SYN_REPLY is in Output or before, or is not to be sent
 	Opened         bool // by this side
-	Accepted       bool // of those, the peer has replied
+	Accepted       bool // the peer has replied to it
 }
 
-// Check refuses what no connection can be in.
+// Check returns an error for a state that no connection can have.
 func (s *Conn) Check() error {
 	first := uint32(1)
 	if s.Server {
