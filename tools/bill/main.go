@@ -1,5 +1,5 @@
-// Command bill adds the libraries in the page of "streamshim ui" to a bill of materials (CycloneDX): they are no Go
-// modules, so that cyclonedx-gomod does not know them. pkg/ui/static/NOTICE names them.
+// Command bill adds the libraries of the page of "streamshim ui" to a bill of materials (CycloneDX). They are not Go
+// modules, so cyclonedx-gomod does not find them. pkg/ui/static/NOTICE names them.
 package main
 
 import (
@@ -35,7 +35,7 @@ type license struct {
 	Expression string `json:"expression"` // SPDX
 }
 
-// named is a line of NOTICE: where a library comes from, its name, version and licence.
+// named matches a line of NOTICE: where a library comes from, its name, version and licence.
 var named = regexp.MustCompile(`(?m)^(npm|cargo) +(\S+) +(\S+) +((?:MIT|Apache-2\.0)(?: or Apache-2\.0)?)\b`)
 
 func add(file, notice string) error {

@@ -1,4 +1,4 @@
-// Package buffers bounds the unread data that all sessions keep together.
+// Package buffers bounds the unread data of all sessions together.
 package buffers
 
 import (
@@ -6,35 +6,35 @@ import (
 	"sync/atomic"
 )
 
-// Pool bounds the unread data of all sessions together, where each may have a lot for itself. Its methods may be
-// called from several goroutines. A nil *Pool has no limit.
+// Pool bounds the unread data of all sessions together. A single session may use much of it. All methods may be called from
+// several goroutines. A nil *Pool has no limit.
 type Pool struct {
 	limit   atomic.Int64
 	used    atomic.Int64
 	refused atomic.Int64
 }
 
-// New returns room for so many bytes; 0 is no limit.
+// New returns a Pool with a limit in bytes. 0 is no limit.
 func New(limit int64) *Pool {
 	b := &Pool{}
 	b.Update(limit)
 	return b
 }
 
-// Update changes the limit. What is buffered stays.
+// Update changes the limit. Data that is already buffered stays.
 func (b *Pool) Update(limit int64) { b.limit.Store(limit) }
 
-// Used is how many bytes are buffered, rounded up to whole buffers.
+// Used returns how many bytes are buffered, rounded up to whole buffers.
 func (b *Pool) Used() int64 { return b.used.Load() }
 
-// Refused is how many times data had to wait, or was skipped, because there was no room.
+// Refused returns how many times data had to wait, or was skipped, because there was no room.
 func (b *Pool) Refused() int64 { return b.refused.Load() }
 
-// Share is what one session has of it. The caller closes it when the session is over.
+// Share returns the room of one session. The caller closes it when the session is over.
 func (b *Pool) Share() *Share { return &Share{buffers: b} }
 
-// Share is the room of one session, the memory.Room of its connections. When it is closed it
-// gives back what the connections never did: what has arrived and is not read when a session ends stays in their streams.
+// Share is the room of one session, the memory.Room of its connections. Close also returns what the connections do not:
+// data that is received but not read when a session ends stays in their streams.
 type Share struct {
 	buffers *Pool
 
@@ -43,7 +43,7 @@ type Share struct {
 	closed bool
 }
 
-// Full says that no more should be kept than what a session cannot go on without.
+// Full reports whether a session should buffer only what it cannot continue without.
 func (s *Share) Full() bool {
 	b := s.buffers
 	if b == nil {
@@ -57,10 +57,10 @@ func (s *Share) Full() bool {
 	return true
 }
 
-// Take says that n more bytes are kept.
+// Take counts n more bytes.
 func (s *Share) Take(n int) { s.add(int64(n)) }
 
-// Return says that n bytes are not kept any more.
+// Return counts n bytes less.
 func (s *Share) Return(n int) { s.add(-int64(n)) }
 
 func (s *Share) add(n int64) {
@@ -76,7 +76,7 @@ func (s *Share) add(n int64) {
 	s.buffers.used.Add(n)
 }
 
-// Close gives everything back. What the connections say afterwards does not count.
+// Close returns everything. Later calls of Take and Return do nothing.
 func (s *Share) Close() {
 	if s.buffers == nil {
 		return

@@ -12,7 +12,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
-// WaitAccepted tells when the peer has replied, which the relay must know before it may close.
+// TestWaitAccepted checks that WaitAccepted returns when the peer has replied. The relay must know that before it may
+// close.
 func TestWaitAccepted(t *testing.T) {
 	near, far := testutil.TCPPair(t)
 	c := NewClient(near, nil, Config{})
@@ -38,7 +39,7 @@ func TestWaitAccepted(t *testing.T) {
 	if _, err := far.Write(replies); err != nil {
 		t.Fatal(err)
 	}
-	for range 2 { // a reply stays one
+	for range 2 { // a second reply changes nothing
 		if err := streams[0].WaitAccepted(t.Context()); err != nil {
 			t.Errorf("after the reply: %v", err)
 		}

@@ -14,8 +14,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
-// Each benchmark runs the same transfer with this package and with spdystream. The other end is
-// always a plain socket, so that only one implementation is measured.
+// Each benchmark runs the same transfer with this package and with spdystream. The other end is always a plain socket, so
+// only one implementation is measured.
 
 var benchSizes = []int{4 << 10, 32 << 10, 256 << 10}
 
@@ -26,12 +26,12 @@ func benchBoth(b *testing.B, ours, theirs func(b *testing.B, size int)) {
 	}
 }
 
-// openRaw is the SYN_STREAM of stream 1.
+// openRaw returns the SYN_STREAM of stream 1.
 func openRaw() []byte {
 	return frames.AppendSynStream(nil, 1, 0, frames.AppendHeaderBlock(nil, true, http.Header{}))
 }
 
-// drain reads all that comes until the connection ends.
+// drain reads until the connection ends.
 func drain(r io.Reader) {
 	buf := make([]byte, 1<<20)
 	for {
@@ -41,7 +41,7 @@ func drain(r io.Reader) {
 	}
 }
 
-// flood sends n data frames for stream 1, one with FIN at the end.
+// flood sends n data frames on stream 1, with FIN at the end.
 func flood(w io.Writer, n, size int) {
 	frame := make([]byte, frames.HeaderLen+size)
 	frames.PutDataHeader(frame, 1, 0, size)
@@ -93,7 +93,7 @@ func BenchmarkSend(b *testing.B) {
 	})
 }
 
-// BenchmarkReceive measures from the socket to a writer that costs nothing.
+// BenchmarkReceive measures the way from the socket to a writer that costs nothing.
 func BenchmarkReceive(b *testing.B) {
 	benchBoth(b, func(b *testing.B, size int) {
 		a, peer := testutil.TCPPair(b)
@@ -120,7 +120,7 @@ func BenchmarkReceive(b *testing.B) {
 		b.ResetTimer()
 		n := b.N
 		goDo(b, func() { flood(peer, n, size) })
-		// It ends its streams without waiting for their readers, so count.
+		// spdystream ends its streams without waiting for their readers, so count.
 		got, want := int64(0), int64(n)*int64(size)
 		buf := make([]byte, 64<<10)
 		for got < want {
@@ -133,9 +133,9 @@ func BenchmarkReceive(b *testing.B) {
 	})
 }
 
-// BenchmarkUpload measures from the socket to a pipe that somebody reads: a command's stdin.
+// BenchmarkUpload measures the way from the socket to a pipe that is read, as the stdin of a command is.
 func BenchmarkUpload(b *testing.B) {
-	const size = 32 << 10 // of a frame, as kubectl's client sends them
+	const size = 32 << 10 // of a frame, as kubectl sends them
 	a, peer := testutil.TCPPair(b)
 	streams := make(chan *Stream, 1)
 	serve(b, NewServer(a, nil, Config{OnStream: func(s *Stream) { streams <- s }}))
@@ -162,7 +162,7 @@ type nowhere struct{}
 
 func (nowhere) Write(p []byte) (int, error) { return len(p), nil }
 
-// BenchmarkPipeToPeer is a command's output: a pipe of 1 MiB, sent as fast as it can be.
+// BenchmarkPipeToPeer measures the way of a command's output: a pipe of 1 MiB, sent as fast as possible.
 func BenchmarkPipeToPeer(b *testing.B) {
 	const size = 64 << 10
 	fill := func(b *testing.B, n int) *os.File {

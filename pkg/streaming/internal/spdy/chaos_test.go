@@ -13,7 +13,7 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil"
 )
 
-// sessionServer serves one connection; it reads every stream to its end and then answers "done".
+// sessionServer serves one connection. It reads every stream to its end and then answers "done".
 type sessionServer struct {
 	*Conn
 	wg   sync.WaitGroup
@@ -58,8 +58,8 @@ func checkStreams(t *testing.T, srv *sessionServer) {
 	}
 }
 
-// TestSessionInPieces plays the recorded session in pieces of every size, over a socket and over a
-// net.Pipe, which is no socket and hands over each piece by itself.
+// TestSessionInPieces sends the recorded session in pieces of every size, over a socket and over a net.Pipe, which is not a
+// socket and delivers each piece by itself.
 func TestSessionInPieces(t *testing.T) {
 	session := recordedSession()
 	kinds := map[string]func(t *testing.T) (server, client net.Conn){
@@ -98,8 +98,8 @@ func TestSessionInPieces(t *testing.T) {
 	}
 }
 
-// TestSessionCutAnywhere ends the connection after every byte of the session, by FIN and by RST.
-// Nothing may hang or leak, and complete streams are complete.
+// TestSessionCutAnywhere ends the connection after every byte of the session, by FIN and by RST. Nothing may hang or leak.
+// Streams that were complete must be complete.
 func TestSessionCutAnywhere(t *testing.T) {
 	session := recordedSession()
 	for cut := range len(session) + 1 {
@@ -112,7 +112,7 @@ func TestSessionCutAnywhere(t *testing.T) {
 			if hard {
 				client.SetLinger(0)
 				client.Close()
-			} else { // with what the server sends unread, the kernel would make an RST of its close
+			} else { // if it left unread what the server sends, the kernel would turn its close into RST
 				goDo(t, func() { io.Copy(io.Discard, client) })
 				client.CloseWrite()
 			}
@@ -123,7 +123,7 @@ func TestSessionCutAnywhere(t *testing.T) {
 			testutil.Receive(t, "the streams", finished)
 			srv.Close()
 			if !hard && cut == len(session) {
-				checkStreams(t, srv) // an answer may have met the closed connection before its GOAWAY was read
+				checkStreams(t, srv) // an answer may have reached the closed connection before its GOAWAY was read
 			}
 			if got := srv.data[3]; srv.errs[3] == nil && got != "" && got != "hello world!" {
 				t.Errorf("cut at %d: stream 3 ended well with %q", cut, got)
@@ -133,7 +133,7 @@ func TestSessionCutAnywhere(t *testing.T) {
 	}
 }
 
-// TestSessionBuffered hands over any part of the session as read before the upgrade was done.
+// TestSessionBuffered passes each prefix of the session as what was read before the upgrade was done.
 func TestSessionBuffered(t *testing.T) {
 	session := recordedSession()
 	for n := 0; n <= len(session); n += 7 {

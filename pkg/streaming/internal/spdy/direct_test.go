@@ -12,8 +12,8 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil"
 )
 
-// TestWriteToPipe sends more than a pipe and all buffers hold to a pipe that is read in pieces: what
-// the read loop has written itself and what has waited must come in order and be counted.
+// TestWriteToPipe sends more than a pipe and all buffers hold to a pipe that is read in pieces. What the read loop has
+// written itself and what was buffered must arrive in order and be counted.
 func TestWriteToPipe(t *testing.T) {
 	streams := make(chan *Stream, 1)
 	client, _ := mobyClient(t, Config{ConnBuffer: 256 << 10, OnStream: func(s *Stream) { streams <- s }})
@@ -54,8 +54,8 @@ func TestWriteToPipe(t *testing.T) {
 	}
 }
 
-// TestWriteToDirectly lets WriteTo wait before the data comes, so that the read loop writes it, and
-// then ends the pipe: the error of the write must come back, not that of a second one.
+// TestWriteToDirectly sends data while WriteTo waits, so that the read loop writes it, and then closes the pipe. WriteTo
+// must return the error of that write, not the error of a second one.
 func TestWriteToDirectly(t *testing.T) {
 	streams := make(chan *Stream, 1)
 	client, _ := mobyClient(t, Config{OnStream: func(s *Stream) { streams <- s }})

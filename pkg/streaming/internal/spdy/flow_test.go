@@ -23,8 +23,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
-// TestUnreadStreamLeavesNeighboursAlone leaves 8 MiB of one stream unread and talks on another
-// (kubernetes#78446).
+// TestUnreadStreamLeavesNeighboursAlone leaves 8 MiB of one stream unread and uses another (kubernetes#78446).
 func TestUnreadStreamLeavesNeighboursAlone(t *testing.T) {
 	testutil.Slow(t)
 	unread := make(chan *Stream, 1)
@@ -60,7 +59,7 @@ func TestUnreadStreamLeavesNeighboursAlone(t *testing.T) {
 	}
 }
 
-// blockedPeer makes a connection whose read loop waits for room, with a client that still sends.
+// blockedPeer returns a connection whose read loop waits for room, and a client that is still sending.
 func blockedPeer(t *testing.T, cfg Config) (peer *rawPeer, ours *Conn, s *Stream) {
 	streams := make(chan *Stream, 1)
 	cfg.StreamBuffer, cfg.ConnBuffer = 64<<10, 1<<20
@@ -77,7 +76,7 @@ func blockedPeer(t *testing.T, cfg Config) (peer *rawPeer, ours *Conn, s *Stream
 	return peer, ours, s
 }
 
-// floodUntilStuck sends on stream 1 until the socket takes no more.
+// floodUntilStuck sends on stream 1 until the socket accepts no more.
 func floodUntilStuck(peer *rawPeer) {
 	frame := make([]byte, frames.HeaderLen+32<<10)
 	frames.PutDataHeader(frame, 1, 0, 32<<10)
@@ -92,7 +91,7 @@ func floodUntilStuck(peer *rawPeer) {
 func TestDoneWhileBlocked(t *testing.T) {
 	testutil.Slow(t)
 	for name, end := range map[string]func(*rawPeer){
-		// The first FIN stands behind bytes that do not fit the window, so it never arrives.
+		// The FIN is behind bytes that do not fit the window, so it never arrives.
 		"killed while sending": func(p *rawPeer) { p.expect(frames.TypeSynReply, 1); floodUntilStuck(p); p.Close() },
 		"reset":                func(p *rawPeer) { floodUntilStuck(p); p.SetLinger(0); p.Close() },
 		"closed": func(p *rawPeer) {
@@ -108,11 +107,11 @@ func TestDoneWhileBlocked(t *testing.T) {
 			end(peer)
 			testutil.Receive(t, "the end to be noticed", ours.Done())
 			if name == "closed" {
-				// Seen at the socket, and not only by the probe a second later.
+				// Noticed at the socket, not only by the probe a second later.
 				if err := ours.Err(); !errors.Is(err, ErrPeerClosed) {
 					t.Errorf("got %v", err)
 				}
-				// All that had come can still be read.
+				// All that was received can still be read.
 				var got int
 				buf := make([]byte, 100_000)
 				for err := error(nil); err == nil; {
@@ -128,8 +127,8 @@ func TestDoneWhileBlocked(t *testing.T) {
 	}
 }
 
-// TestClientDoesNotProbe has a server close right after its last byte, as those of containerd and
-// CRI-O do, while this side is blocked: nothing may be lost, however late it is read.
+// TestClientDoesNotProbe has a server close right after its last byte, as containerd and CRI-O do, while this side is
+// blocked. Nothing may be lost, however late it is read.
 func TestClientDoesNotProbe(t *testing.T) {
 	a, b := testutil.TCPPair(t)
 	client := serve(t, NewClient(b, nil, Config{StreamBuffer: 64 << 10, ConnBuffer: 256 << 10}))
@@ -144,14 +143,14 @@ func TestClientDoesNotProbe(t *testing.T) {
 	if _, err := io.CopyN(io.Discard, a, int64(frames.ParseHeader(synStream).Length)); err != nil {
 		t.Fatal(err)
 	}
-	// As much as the sockets take: the last of it waits on the server's side when it closes.
+	// As much as the sockets accept: the rest waits on the server's side when it closes.
 	frame := make([]byte, frames.HeaderLen+frames.MaxLen)
 	frames.PutDataHeader(frame, 1, frames.FlagFin, frames.MaxLen)
 	a.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
 	n, _ := a.Write(frame)
 	a.Close()
 	testutil.Eventually(t, "the read loop to be blocked", client.block.waiter.Waiting)
-	time.Sleep(probeInterval + probeInterval/2) // when a probe would have gone out
+	time.Sleep(probeInterval + probeInterval/2) // when a probe would have been sent
 	got, err := io.Copy(io.Discard, s)
 	if got != int64(n-frames.HeaderLen) || !errors.Is(err, ErrPeerClosed) {
 		t.Errorf("read %d bytes of %d, %v", got, n-frames.HeaderLen, err)
@@ -175,7 +174,7 @@ func TestStalledStreamIsReset(t *testing.T) {
 	}
 	peer.expect(frames.TypeSynReply, 1)
 	peer.expect(frames.TypeRstStream, 1, uint32(ResetFlowControlError))
-	// The rest of its data is swallowed, and the connection lives.
+	// The rest of its data is discarded, and the connection goes on.
 	testutil.Receive(t, "the flood to end", flooded)
 	peer.data(1, 0, nil)
 	peer.send(ping(1))
@@ -185,7 +184,7 @@ func TestStalledStreamIsReset(t *testing.T) {
 	}
 }
 
-// TestStallHitsTheHog has one stream use up the common room and another stand in the way.
+// TestStallHitsTheHog has one stream use up the common room and another one block the connection.
 func TestStallHitsTheHog(t *testing.T) {
 	streams := make(chan *Stream, 2)
 	peer, ours := newRawPeer(t, Config{
@@ -205,7 +204,7 @@ func TestStallHitsTheHog(t *testing.T) {
 	testutil.Eventually(t, "the room to be returned", func() bool { return ours.limits.Borrowed() == 0 })
 }
 
-// TestSlowStreamIsNotReset reads a little now and then, for longer than Stall in all.
+// TestSlowStreamIsNotReset reads a little from time to time, for longer than Stall in all.
 func TestSlowStreamIsNotReset(t *testing.T) {
 	testutil.Slow(t)
 	const stall = 3 * time.Second
@@ -216,7 +215,7 @@ func TestSlowStreamIsNotReset(t *testing.T) {
 	testutil.Eventually(t, "the read loop to be blocked", ours.block.waiter.Waiting)
 	buf := make([]byte, 1000)
 	for range 12 {
-		time.Sleep(stall / 8) // the slowness itself
+		time.Sleep(stall / 8) // the slow reader
 		if _, err := io.ReadFull(s, buf); err != nil {
 			t.Fatal(err)
 		}
@@ -237,7 +236,7 @@ func TestCloseUnblocksWriters(t *testing.T) {
 	}
 	go func() { _, err := s.Read(make([]byte, 1)); ended <- err }()
 	testutil.Eventually(t, "the writers to wait", func() bool { return ours.out.senders.Load() == 3 })
-	// A PING meanwhile must not make the read loop wait for them.
+	// A PING meanwhile must not make the read loop wait for the writers.
 	testutil.Eventually(t, "a PING to wait for them", func() bool {
 		peer.send(ping(1))
 		return ours.out.control.Waiting() > 0
@@ -255,15 +254,15 @@ func TestPeerGoneUnblocksWriters(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { _, err := s.Write(make([]byte, 64<<20)); ended <- err }()
 	testutil.Eventually(t, "the writer to wait", func() bool { return ours.out.senders.Load() == 1 })
-	peer.CloseWrite() // only the read loop can see this
+	peer.CloseWrite() // only the read loop can notice this
 	testutil.Receive(t, "the end", ours.Done())
 	if err := testutil.Receive(t, "the writer", ended); !errors.Is(err, ErrPeerClosed) {
 		t.Errorf("got %v", err)
 	}
 }
 
-// TestPingOvertakesData has two streams write without end and PINGs answered meanwhile; while both
-// write, no frame is longer than 64 KiB.
+// TestPingOvertakesData has two streams write without end and checks that PINGs are answered meanwhile. While both write,
+// no frame is longer than 64 KiB.
 func TestPingOvertakesData(t *testing.T) {
 	var senders sync.WaitGroup
 	peer, ours := newRawPeer(t, Config{OnStream: func(s *Stream) {
@@ -289,7 +288,7 @@ func TestPingOvertakesData(t *testing.T) {
 			}
 		}
 	}
-	if before > 24<<20 { // what the sockets hold, and some
+	if before > 24<<20 { // what the sockets hold, and some more
 		t.Errorf("PING answered after %d bytes", before)
 	}
 	ours.Close()
@@ -315,8 +314,8 @@ func TestCloseRead(t *testing.T) {
 	}
 }
 
-// TestRelay moves data through two connections: client, server whose stream is a stream of a second
-// client, echo server.
+// TestRelay moves data through two connections: from a client to a server, whose stream is copied to a stream of a second
+// client, and to an echo server.
 func TestRelay(t *testing.T) {
 	a, b := testutil.TCPPair(t)
 	serve(t, NewServer(a, nil, echoConfig()))
@@ -338,7 +337,7 @@ func TestRelay(t *testing.T) {
 	}
 }
 
-// TestReadFromKinds sends from everything a session reads from.
+// TestReadFromKinds sends from every kind of reader that a session has.
 func TestReadFromKinds(t *testing.T) {
 	want := string(pattern(700_000))
 	for name, open := range map[string]func(t *testing.T) (io.ReadCloser, io.WriteCloser){
@@ -383,8 +382,7 @@ func TestReadFromKinds(t *testing.T) {
 	}
 }
 
-// TestReadFromTerminal ends when the terminal's other side is closed: what that is called is for
-// the reader to say.
+// TestReadFromTerminal checks that ReadFrom returns the reader's own error when the terminal's other side is closed.
 func TestReadFromTerminal(t *testing.T) {
 	master, slave, err := pty.Open()
 	if err != nil {
@@ -410,8 +408,8 @@ func TestReadFromTerminal(t *testing.T) {
 	}
 }
 
-// TestIdleConnectionsAreSmall counts what a thousand idle connections hold, each with the four
-// streams of an exec, and one reader each.
+// TestIdleConnectionsAreSmall measures what a thousand idle connections hold, each with the four streams of an exec and a
+// reader of each.
 func TestIdleConnectionsAreSmall(t *testing.T) {
 	const conns = 200
 	heap := func() int64 {
@@ -481,7 +479,7 @@ func TestNoAllocationPerFrame(t *testing.T) {
 	}
 }
 
-// TestOverTLS checks the path of connections that are no plain sockets.
+// TestOverTLS checks connections that are not plain sockets.
 func TestOverTLS(t *testing.T) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
 	if err != nil {

@@ -11,7 +11,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
-// recordedSession is what a client sends: streams, data, half-closes, a reset, PING, SETTINGS.
+// recordedSession returns what a client sends: streams, data, half-closes, a reset, PING, SETTINGS.
 func recordedSession() []byte {
 	var b []byte
 	data := func(id uint32, flags byte, payload string) {
@@ -37,7 +37,7 @@ func recordedSession() []byte {
 	return frames.AppendGoAway(b, 0, frames.GoAwayOK)
 }
 
-// FuzzFrames feeds a connection with arbitrary bytes. It must end by itself, with every stream.
+// FuzzFrames feeds a connection arbitrary bytes. The connection and its streams must end by themselves.
 func FuzzFrames(f *testing.F) {
 	session := recordedSession()
 	f.Add(session)
@@ -73,7 +73,7 @@ func FuzzFrames(f *testing.F) {
 	})
 }
 
-// deadEnd is a connection whose peer has sent all it had.
+// deadEnd is a connection whose peer has sent all that it had.
 type deadEnd struct{ net.Conn }
 
 func (*deadEnd) Read([]byte) (int, error)         { return 0, io.EOF }

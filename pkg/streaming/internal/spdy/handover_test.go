@@ -44,7 +44,7 @@ func (c *carried) serve() {
 	c.served = served
 }
 
-// freeze returns the state as another program reads it.
+// freeze returns the state as another program decodes it.
 func (c *carried) freeze() State {
 	c.t.Helper()
 	c.Freeze()
@@ -70,7 +70,7 @@ func (c *carried) handOver() {
 	c.serve()
 }
 
-// end ends the connection from outside.
+// end closes the connection from outside.
 func (c *carried) end() {
 	c.Close()
 	testutil.Receive(c.t, "the end of Serve", c.served)
@@ -100,7 +100,7 @@ func dataFrame(id uint32, flags byte, payload string) []byte {
 	return append(b, payload...)
 }
 
-// conversation is what a client may send, each kind of frame once.
+// conversation returns each kind of frame that a client may send, once.
 func conversation() []byte {
 	b := newBlocks()
 	headersFrame := func(id uint32, flags byte, block []byte) []byte {
@@ -121,8 +121,8 @@ func conversation() []byte {
 	)
 }
 
-// talk has the conversation with a connection that is handed over behind each of so many bytes, and returns what
-// became of it, in words.
+// talk sends the conversation to a connection that is handed over after each of the given numbers of bytes. It returns, in
+// words, what the connection has received.
 func talk(t *testing.T, ours, peer net.Conn, cuts ...int) string {
 	t.Helper()
 	var opened []string
@@ -130,7 +130,7 @@ func talk(t *testing.T, ours, peer net.Conn, cuts ...int) string {
 		opened = append(opened, fmt.Sprintf("%d %v", s.ID(), s.Header()))
 	}})
 	var answers bytes.Buffer
-	answered := make(chan struct{}) // with the last PING, behind which nothing happens any more
+	answered := make(chan struct{}) // closed with the last PING, after which nothing happens
 	var reading sync.WaitGroup
 	reading.Go(func() {
 		p := make([]byte, 1<<10)
@@ -149,7 +149,7 @@ func talk(t *testing.T, ours, peer net.Conn, cuts ...int) string {
 	at := 0
 	for _, cut := range append(cuts, len(wire)) {
 		if at == cut {
-			continue // net.Pipe makes an empty read of it
+			continue // net.Pipe would turn it into an empty read
 		}
 		if _, err := peer.Write(wire[at:cut]); err != nil {
 			t.Fatal(err)
@@ -172,7 +172,7 @@ func talk(t *testing.T, ours, peer net.Conn, cuts ...int) string {
 		content, err := io.ReadAll(s)
 		story += fmt.Sprintf("%d: %q, %v, received %d, %v, %v\n", id, content, err, s.Received(), s.InputEnded(), s.Err())
 	}
-	c.handOver() // also when all of that was read
+	c.handOver() // also when all of it was read
 	c.Freeze()
 	testutil.Receive(t, "Serve", c.served)
 	c.Discard()
@@ -201,7 +201,7 @@ func taken(t *testing.T, conn net.Conn) {
 	})
 }
 
-// A client's bytes may be cut anywhere.
+// TestHandOverBehindEachByte cuts what a client sends after each byte.
 func TestHandOverBehindEachByte(t *testing.T) {
 	for _, network := range []struct {
 		name string
@@ -234,7 +234,7 @@ func TestHandOverBehindEachByte(t *testing.T) {
 	}
 }
 
-// contents are the frames of wire, payload by stream and the others by kind.
+// contents returns the frames in wire: payload by stream, others by kind.
 func contents(t *testing.T, wire []byte) (payload map[uint32]string, others string) {
 	t.Helper()
 	payload = map[uint32]string{}
@@ -254,7 +254,7 @@ func contents(t *testing.T, wire []byte) (payload map[uint32]string, others stri
 	return payload, others
 }
 
-// What is sent may be cut anywhere too: the peer reads so many bytes, and no more.
+// TestHandOverOfOutputBehindEachByte cuts what is sent after each byte: the peer reads as many bytes and no more.
 func TestHandOverOfOutputBehindEachByte(t *testing.T) {
 	for cut, total := 0, 1; cut < total; cut++ {
 		ours, peer := net.Pipe()
@@ -314,7 +314,7 @@ func TestHandOverOfOutputBehindEachByte(t *testing.T) {
 	}
 }
 
-// The peer's headers refer to those of long ago.
+// TestHandOverOfHeaders has the peer's headers refer to those of long ago.
 func TestHandOverOfHeaders(t *testing.T) {
 	ours, peer := testutil.TCPPair(t)
 	opened := make(chan http.Header, 1)
@@ -341,7 +341,8 @@ func TestHandOverOfHeaders(t *testing.T) {
 	peer.Close()
 }
 
-// Who does not end header blocks with a sync flush has state that we cannot see.
+// TestHeadersWithoutFlush checks a peer whose header blocks do not end with a sync flush: its compressor has state that is
+// not visible here.
 func TestHeadersWithoutFlush(t *testing.T) {
 	ours, peer := testutil.TCPPair(t)
 	opened := make(chan struct{}, 1)
@@ -360,7 +361,7 @@ func TestHeadersWithoutFlush(t *testing.T) {
 	c.Discard()
 }
 
-// Nothing that is frozen waits for a peer that does not read.
+// TestFreezeWithAPeerThatDoesNotRead checks that a frozen connection does not wait for its peer.
 func TestFreezeWithAPeerThatDoesNotRead(t *testing.T) {
 	ours, peer := testutil.TCPPair(t)
 	streams := make(chan *Stream, 1)
@@ -382,7 +383,7 @@ func TestFreezeWithAPeerThatDoesNotRead(t *testing.T) {
 		time.Sleep(20 * time.Millisecond)
 		return before > 0 && s.Sent() == before
 	})
-	peer.Write(ping(1)) // its answer waits too
+	peer.Write(ping(1)) // its answer waits, too
 	for range 3 {
 		began := time.Now()
 		c.Freeze()
@@ -400,7 +401,7 @@ func TestFreezeWithAPeerThatDoesNotRead(t *testing.T) {
 		}
 		c.handOver()
 	}
-	// The answers that wait for it are few, whatever else waits.
+	// Few answers wait for it, whatever else waits.
 	peer.Write(slices.Concat(ping(3), ping(5)))
 	var got bytes.Buffer
 	for got.Len() < len(sent) {
@@ -423,7 +424,7 @@ func TestFreezeWithAPeerThatDoesNotRead(t *testing.T) {
 	c.end()
 }
 
-// Calls on streams of a frozen connection.
+// TestFrozenStreams checks calls on the streams of a frozen connection.
 func TestFrozenStreams(t *testing.T) {
 	ours, peer := testutil.TCPPair(t)
 	streams := make(chan *Stream, 4)
@@ -437,7 +438,7 @@ func TestFrozenStreams(t *testing.T) {
 	one, three, five, seven := c.Stream(1), c.Stream(3), c.Stream(5), c.Stream(7)
 	testutil.Eventually(t, "the data", func() bool { return seven.Received() == 8 })
 	taken(t, ours)
-	// A short write leaves the rest, and a reader that waits is woken.
+	// A short write keeps the rest, and a reader that waits is unblocked.
 	r, w := io.Pipe()
 	writing := make(chan error, 1)
 	go func() {
@@ -454,7 +455,7 @@ func TestFrozenStreams(t *testing.T) {
 		reading <- err
 	}()
 	c.Freeze()
-	r.CloseWithError(os.ErrDeadlineExceeded) // as a pipe's writer
+	r.CloseWithError(os.ErrDeadlineExceeded) // as the writer of a pipe does
 	if err := testutil.Receive(t, "WriteTo", writing); err != handover.ErrFrozen {
 		t.Errorf("WriteTo: %v", err)
 	}
@@ -518,7 +519,7 @@ func TestFrozenStreams(t *testing.T) {
 	})
 }
 
-// Ends from before a hand-over are the same behind it.
+// TestHandOverOfEnds checks that ends from before a hand-over are the same after it.
 func TestHandOverOfEnds(t *testing.T) {
 	for _, test := range []struct {
 		name string
@@ -587,7 +588,8 @@ func TestHandOverOfEnds(t *testing.T) {
 	}
 }
 
-// What lies in a resumed connection counts against the limits again, and against those of the old one no more.
+// TestHandOverTakesRoom checks that unread data of a resumed connection counts against the limits again, and no longer
+// against those of the old one.
 func TestHandOverTakesRoom(t *testing.T) {
 	ours, peer := testutil.TCPPair(t)
 	streams := make(chan *Stream, 1)
@@ -609,7 +611,8 @@ func TestHandOverTakesRoom(t *testing.T) {
 	c.end()
 }
 
-// fields calls f with each field of a state that is set, set to zero, those of its first stream of such a kind too.
+// fields calls f for each field that is set in a state, with the field set to zero. It does so for the fields of the first
+// stream, too.
 func fields(t *testing.T, s State, f func(name string, without State)) {
 	t.Helper()
 	of := reflect.TypeFor[State]()
@@ -632,7 +635,7 @@ func fields(t *testing.T, s State, f func(name string, without State)) {
 	}
 }
 
-// expectation is a state and what a connection does that is resumed from it; the error says what it did not.
+// expectation is a state and what a connection resumed from it must do. The error tells what it did not do.
 type expectation struct {
 	name  string
 	state State
@@ -729,11 +732,11 @@ func expectations() []expectation {
 				}
 				return nil
 			}
-			// The reader sends the reply: what others send may stand before it.
+			// The reader sends the reply, so what others send may come before it.
 			if err := sent(slices.Concat([]byte("output"), frames.AppendSynReply(nil, 9, 0, frames.EmptyHeaderBlock))); err != nil {
 				return err
 			}
-			go func() { // a writer waits for who reads
+			go func() { // a writer waits for the reader
 				for _, id := range []uint32{1, 3} {
 					c.Stream(id).Write([]byte("x"))
 				}
@@ -799,7 +802,7 @@ func expectations() []expectation {
 	}
 }
 
-// readSoon is a read's error; nil also when it waits.
+// readSoon returns the error of a read, or nil if the read waits.
 func readSoon(s *Stream) error {
 	read := make(chan error, 1)
 	go func() {
@@ -814,7 +817,7 @@ func readSoon(s *Stream) error {
 	}
 }
 
-// No field of a state can be left out.
+// TestEachFieldOfAState checks that no field of a state can be left out.
 func TestEachFieldOfAState(t *testing.T) {
 	noticed := map[string]bool{}
 	for _, e := range expectations() {
@@ -852,7 +855,7 @@ func TestEachFieldOfAState(t *testing.T) {
 	}
 }
 
-// A state that is damaged is an error, or a connection that fails; never a panic.
+// FuzzResume checks that a damaged state gives an error or a connection that fails, and never a panic.
 func FuzzResume(f *testing.F) {
 	for _, e := range expectations() {
 		encoded, err := handover.Encode(e.state)
@@ -881,7 +884,7 @@ func FuzzResume(f *testing.F) {
 	})
 }
 
-// fedEnd is a peer that sends its input and goes.
+// fedEnd is a peer that sends its input and leaves.
 type fedEnd struct {
 	deadEnd
 	input []byte

@@ -15,14 +15,14 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// spdystream waits a second for somebody to collect the error of a close.
+	// spdystream waits a second for a reader of the error of a close.
 	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("github.com/moby/spdystream.(*Connection).shutdown"))
 }
 
 // testTimeout only bounds tests that would hang.
 const testTimeout = 60 * time.Second
 
-// serve runs Serve until the test ends, and closes the connection then.
+// serve runs Serve until the test ends, and then closes the connection.
 func serve(t testing.TB, c *Conn) *Conn {
 	t.Helper()
 	ended := make(chan struct{})
@@ -49,7 +49,7 @@ func goDo(t testing.TB, f func()) {
 	})
 }
 
-// echo answers each stream with what comes in, then FIN.
+// echo answers each stream with what it receives, then FIN.
 func echo(s *Stream) {
 	io.Copy(s, s)
 	s.CloseWrite()
@@ -73,12 +73,12 @@ func headers(kv ...string) http.Header {
 	return h
 }
 
-// storedBlock is a header block from raw bytes, fewer than 256, which need not be valid.
+// storedBlock returns a header block of raw bytes, at most 255, which may be invalid.
 func storedBlock(plain string) []byte {
 	n := byte(len(plain))
 	b := append([]byte{0, n, 0, ^n, 0xff}, plain...)
 	return append(b, 0, 0, 0, 0xff, 0xff)
 }
 
-// zlibHeader is what comes before the first block.
+// zlibHeader is what precedes the first block.
 var zlibHeader = frames.AppendHeaderBlock(nil, true, nil)[:6]

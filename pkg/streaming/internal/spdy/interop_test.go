@@ -18,11 +18,10 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil"
 )
 
-// The other side of these tests is moby/spdystream, which is what kubectl, the kubelet, containerd
-// and CRI-O speak.
+// The other side of these tests is moby/spdystream, which kubectl, the kubelet, containerd and CRI-O use.
 
-// pattern is n random bytes, which after a prime number repeat: to make megabytes of them takes seconds with
-// the race detector.
+// pattern returns n bytes: random ones, repeated after a prime number of them. Random megabytes would take seconds with the
+// race detector.
 func pattern(n int) []byte {
 	p := make([]byte, n)
 	r := rand.New(rand.NewPCG(1, uint64(n)))
@@ -127,7 +126,7 @@ func TestInteropServerHalfClose(t *testing.T) {
 	theirs := mobyOpen(t, client, headers("streamtype", "data"))
 	ours := testutil.Receive(t, "the stream", streams)
 
-	// The peer finishes first: what is answered afterwards still arrives.
+	// The peer closes first: the answer still arrives.
 	theirs.Write([]byte("question"))
 	theirs.Close()
 	if got, err := io.ReadAll(ours); err != nil || string(got) != "question" {
@@ -158,7 +157,7 @@ func TestInteropServerManyStreams(t *testing.T) {
 		s := mobyOpen(t, client, headers("streamtype", "data"))
 		wg.Go(func() {
 			sent := pattern(10_000 + i)
-			// spdystream stops its whole connection while a stream is not read.
+			// spdystream blocks its whole connection while a stream is not read.
 			wg.Go(func() { s.Write(sent); s.Close() })
 			if got, err := io.ReadAll(s); err != nil || !bytes.Equal(got, sent) {
 				t.Errorf("stream %d: %d bytes, %v", i, len(got), err)
@@ -313,8 +312,8 @@ func TestInteropOurCloseEndsThePeer(t *testing.T) {
 	}
 }
 
-// mobyServer connects a client of ours to a spdystream server that handles streams as the servers
-// of containerd and CRI-O do: the handler replies before it returns.
+// mobyServer connects a client of ours to a spdystream server that handles streams as containerd and CRI-O do: the handler
+// replies before it returns.
 func mobyServer(t testing.TB, handler func(*spdystream.Stream)) *Conn {
 	t.Helper()
 	a, b := testutil.TCPPair(t)

@@ -20,7 +20,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
-// rawPeer is a client made by hand: it writes bytes and collects the control frames that come back.
+// rawPeer is a client that writes raw bytes and collects the control frames that it receives.
 type rawPeer struct {
 	*net.TCPConn
 	t    testing.TB
@@ -54,7 +54,7 @@ func (p *rawPeer) data(id uint32, flags byte, payload []byte) {
 	p.send(append(header, payload...))
 }
 
-// next returns the next frame, without SETTINGS.
+// next returns the next frame other than SETTINGS.
 func (p *rawPeer) next() (frames.Header, []byte) {
 	p.t.Helper()
 	p.SetReadDeadline(time.Now().Add(testTimeout))
@@ -183,9 +183,9 @@ func TestStreamFaultsCostTheStream(t *testing.T) {
 	peer.open(13)
 	peer.expect(frames.TypeRstStream, 13, uint32(ResetRefusedStream))
 
-	peer.send(frames.AppendSynReply(nil, 2, 0, frames.EmptyHeaderBlock))                    // to nothing we opened
+	peer.send(frames.AppendSynReply(nil, 2, 0, frames.EmptyHeaderBlock))                    // of no stream of ours
 	peer.send([]byte{0x80, 3, 0, 99, 0, 0, 0, 2, 1, 2}, []byte{0x80, 3, 0, 10, 0, 0, 0, 0}) // unknown kinds
-	peer.send(ping(2))                                                                      // no answer to a PING we did not send
+	peer.send(ping(2))                                                                      // does not answer a PING of ours
 	alive()
 }
 
@@ -232,7 +232,7 @@ func TestReplyComesBeforeData(t *testing.T) {
 	}
 }
 
-// TestOpenAndDrop opens and resets ten thousand streams, and leaves no trace of them.
+// TestOpenAndDrop opens and resets ten thousand streams and checks that nothing of them remains.
 func TestOpenAndDrop(t *testing.T) {
 	var before, after runtime.MemStats
 	peer, ours := newRawPeer(t, Config{OnStream: func(s *Stream) { go echo(s) }})
@@ -257,7 +257,7 @@ func TestOpenAndDrop(t *testing.T) {
 	open(201, 10_000)
 	testutil.Eventually(t, "the goroutines to go", func() bool { return runtime.NumGoroutine() <= goroutines })
 	collect(&after)
-	if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc); grown > 4<<20 { // ten thousand streams are more than 10 MB
+	if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc); grown > 4<<20 { // ten thousand streams take more than 10 MB
 		t.Errorf("10000 streams left %d bytes", grown)
 	}
 	if ours.limits.Borrowed() != 0 {
@@ -265,7 +265,7 @@ func TestOpenAndDrop(t *testing.T) {
 	}
 }
 
-// TestPingFlood sends PINGs and reads nothing: memory stays bounded, and the end is still noticed.
+// TestPingFlood sends PINGs and reads nothing. Memory must stay bounded, and the end must still be noticed.
 func TestPingFlood(t *testing.T) {
 	peer, ours := newRawPeer(t, echoConfig())
 	peer.SetReadBuffer(4 << 10)
@@ -281,8 +281,7 @@ func TestPingFlood(t *testing.T) {
 	testutil.Receive(t, "the end", ours.Done())
 }
 
-// TestOpenFloodWithoutReading ends a connection whose peer provokes answers and does not read them,
-// whatever the answers are.
+// TestOpenFloodWithoutReading checks that a connection ends whose peer provokes answers of any kind and does not read them.
 func TestOpenFloodWithoutReading(t *testing.T) {
 	testutil.Slow(t)
 	for name, onStream := range map[string]func(*Stream){
@@ -292,8 +291,8 @@ func TestOpenFloodWithoutReading(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			a, b := testutil.TCPPair(t)
-			// Little, or most of the time goes into filling what the kernel would take. The peer's read buffer stays as
-			// it is: made smaller on a connection that stands, it now and then kept both sides' kernels from sending.
+			// Small, because filling the kernel's buffers would take most of the time. The peer's read buffer keeps its
+			// size: made smaller on an established connection, it sometimes kept both kernels from sending.
 			a.SetWriteBuffer(64 << 10)
 			peer, ours := &rawPeer{TCPConn: b, t: t}, serve(t, NewServer(a, nil, Config{OnStream: onStream}))
 			go func() {
@@ -337,7 +336,7 @@ func TestServeEndsWithContext(t *testing.T) {
 	c.Close()
 }
 
-// collect reads the statistics when nothing is left in pools: it takes two collections to empty them.
+// collect reads the statistics when the pools are empty, which takes two collections.
 func collect(m *runtime.MemStats) {
 	runtime.GC()
 	runtime.GC()
@@ -359,7 +358,7 @@ func TestAcceptThenReset(t *testing.T) {
 	peer.expect(frames.TypeRstStream, 3, uint32(ResetCancel))
 }
 
-// TestAfterReset calls back for each way in which a stream breaks off, once, and not for FIN.
+// TestAfterReset checks that f is called once for each way in which a stream breaks off, and not for FIN.
 func TestAfterReset(t *testing.T) {
 	streams := make(chan *Stream, 1)
 	peer, ours := newRawPeer(t, Config{OnStream: func(s *Stream) { streams <- s }})

@@ -21,7 +21,8 @@ func (r *smallRoom) Await(_, _, _ <-chan struct{}) int { return r.room }
 func (r *smallRoom) Sent(n int)                        { r.sent.Add(int64(n)) }
 func (r *smallRoom) Answered(id uint32)                { r.answered <- id }
 
-// A connection sends no more than there is room for, and tells what it has sent and which of its PINGs were answered.
+// TestReceiptsAreAsked checks that a connection sends no more than there is room for, and reports what it has sent and
+// which of its PINGs were answered.
 func TestReceiptsAreAsked(t *testing.T) {
 	const size, room = 10_000, 3000
 	receipts, streams := &smallRoom{room: room, answered: make(chan uint32, 3)}, make(chan *Stream, 1)
@@ -77,7 +78,8 @@ func (r noRoom) Await(stream, conn, freezing <-chan struct{}) int {
 func (noRoom) Sent(int)        {}
 func (noRoom) Answered(uint32) {}
 
-// A sender that waits for receipts is woken when the stream is reset, the connection ends or is frozen.
+// TestWaitForReceiptsEnds checks that a sender that waits for receipts is unblocked when the stream is reset, or the
+// connection ends or is frozen.
 func TestWaitForReceiptsEnds(t *testing.T) {
 	for name, end := range map[string]func(*rawPeer, *Conn){
 		"reset":       func(p *rawPeer, _ *Conn) { p.send(frames.AppendRstStream(nil, 1, ResetCancel)) },

@@ -15,7 +15,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/spdy/frames"
 )
 
-// destination is where WriteTo writes, and where what it has written is read.
+// destination is what WriteTo writes to, and where that can be read.
 type destination struct {
 	to   io.WriteCloser
 	from io.ReadCloser
@@ -40,15 +40,15 @@ func destinations(t *testing.T) map[string]func() destination {
 	}
 }
 
-// uploaded is a stream to which large frames are sent, and the end of its WriteTo.
+// uploaded is a stream that receives large frames, and the end of its WriteTo.
 type uploaded struct {
 	peer   *rawPeer
 	stream *Stream
 	done   chan error
-	n      int64 // written, once done has its error
+	n      int64 // written; valid once done has its error
 }
 
-// upload serves a stream whose payload goes to the destination, which is closed at its end.
+// upload serves a stream whose payload goes to the destination. The destination is closed at the end.
 func upload(t *testing.T, cfg Config, to io.WriteCloser) *uploaded {
 	streams := make(chan *Stream, 8)
 	cfg.OnStream = func(s *Stream) { streams <- s }
@@ -64,7 +64,7 @@ func upload(t *testing.T, cfg Config, to io.WriteCloser) *uploaded {
 	return u
 }
 
-// slowReader reads in bursts, with pauses in between that are longer than the read loop waits.
+// slowReader reads in bursts. The pauses between them are longer than the read loop waits.
 type slowReader struct {
 	r    io.Reader
 	left int // of the burst
@@ -80,8 +80,8 @@ func (r *slowReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// TestUpload sends frames of all sizes, with some pings in between, to each kind of destination and to
-// readers that keep up and that do not: every byte arrives, in its place, and is counted.
+// TestUpload sends frames of all sizes and some PINGs to each kind of destination, with readers that keep up and readers
+// that do not. Every byte must arrive in its place and be counted.
 func TestUpload(t *testing.T) {
 	testutil.Slow(t)
 	for kind, open := range destinations(t) {
@@ -101,14 +101,14 @@ func TestUpload(t *testing.T) {
 							flags = frames.FlagFin
 						}
 						u.peer.data(1, flags, p[:n])
-						if rand.IntN(8) == 0 { // which ends a gathering, and may not be what keeps the order
+						if rand.IntN(8) == 0 { // ends a gathering; the order must hold without it, too
 							u.peer.send(ping(id))
 						}
 						p = p[n:]
 					}
 				})
 				defer u.peer.Close()
-				goDo(t, func() { io.Copy(io.Discard, u.peer) }) // the answers to the pings
+				goDo(t, func() { io.Copy(io.Discard, u.peer) }) // the answers to the PINGs
 				from := io.Reader(d.from)
 				if slow {
 					from = &slowReader{r: from}
@@ -128,7 +128,7 @@ func TestUpload(t *testing.T) {
 	}
 }
 
-// TestUploadIsGathered has it seen that large frames leave together, for each kind of destination.
+// TestUploadIsGathered checks that large frames are written together, for each kind of destination.
 func TestUploadIsGathered(t *testing.T) {
 	for kind, open := range destinations(t) {
 		t.Run(kind, func(t *testing.T) {
@@ -155,8 +155,8 @@ func TestUploadIsGathered(t *testing.T) {
 	}
 }
 
-// TestUploadToFullDestination leaves the destination unread: the connection's other streams go on, and
-// what was in the way of the destination arrives when it is read, though nothing comes after it.
+// TestUploadToFullDestination leaves the destination unread. The connection's other streams must go on. When the
+// destination is read, the rest must arrive, even if nothing is sent after it.
 func TestUploadToFullDestination(t *testing.T) {
 	for kind, open := range destinations(t) {
 		t.Run(kind, func(t *testing.T) {
@@ -175,7 +175,7 @@ func TestUploadToFullDestination(t *testing.T) {
 					peer.data(1, 0, p[:min(len(p), 50_000)])
 				}
 			}
-			// What goes through at first has the direct way taken when the destination gets full.
+			// The first part makes the direct way the one in use when the destination is full.
 			first, sent := pattern(1<<20), pattern(8<<20)
 			for p := first; len(p) > 0; p = p[64<<10:] {
 				send(p[:64<<10])
@@ -202,7 +202,7 @@ func TestUploadToFullDestination(t *testing.T) {
 	}
 }
 
-// TestUploadToClosedDestination closes the reading end in the middle: WriteTo says so.
+// TestUploadToClosedDestination closes the reading end in the middle. WriteTo must return the error.
 func TestUploadToClosedDestination(t *testing.T) {
 	for kind, open := range destinations(t) {
 		t.Run(kind, func(t *testing.T) {
@@ -228,13 +228,13 @@ func TestUploadToClosedDestination(t *testing.T) {
 			if !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
 				t.Errorf("WriteTo returned %v", err)
 			}
-			u.stream.CloseRead() // the sender's last frames find room
+			u.stream.CloseRead() // makes room for the sender's last frames
 			close(ended)
 		})
 	}
 }
 
-// Pings are answered while a command takes its input in drops.
+// TestPingsBehindSlowUpload checks that PINGs are answered while a command reads its input slowly.
 func TestPingsBehindSlowUpload(t *testing.T) {
 	read, write, err := os.Pipe() // of 64 KiB
 	if err != nil {
@@ -242,7 +242,7 @@ func TestPingsBehindSlowUpload(t *testing.T) {
 	}
 	defer read.Close()
 	u := upload(t, Config{ConnBuffer: 1 << 20, Stall: -1}, write)
-	u.peer.data(1, 0, make([]byte, 60<<10)) // WriteTo waits for more, so that the read loop writes itself
+	u.peer.data(1, 0, make([]byte, 60<<10)) // WriteTo waits for more, so the read loop itself writes
 	if _, err := io.ReadFull(read, make([]byte, 60<<10)); err != nil {
 		t.Fatal(err)
 	}

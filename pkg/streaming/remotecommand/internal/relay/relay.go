@@ -35,7 +35,7 @@ import (
 const (
 	upstreamReplyTimeout = 10 * time.Second // for the upstream to accept the streams
 	maxUpstreamStatus    = 64 << 10         // bytes read of the upstream's error stream
-	maxUpstreamMessage   = 1 << 10          // bytes shown of an upstream's error
+	maxUpstreamMessage   = 1 << 10          // bytes of an upstream's error that are shown
 	upstreamDetachWait   = time.Second      // for the upstream to end an attach whose client has detached
 	detachMax            = 10 * time.Second // for the container to become silent; then a client whose input has ended is detached anyway
 )
@@ -379,7 +379,7 @@ func (r *Relay) detach() {
 
 // Pending returns the number of bytes that the upstream's kernel has not acknowledged.
 func (i input) Pending() int {
-	n, _ := socket.Unacknowledged(i.relay.network) // 0 if unknown
+	n, _ := socket.Unacknowledged(i.relay.network) // 0 if it is not known
 	return n
 }
 

@@ -10,8 +10,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/buffers"
 )
 
-// Whatever the order of writes and reads: a skipBuffer holds no more than its limit, never
-// makes its writer wait, and what it gives out and says that it has skipped is what was written.
+// TestSkipBuffer checks, for any order of writes and reads, that a skipBuffer holds no more than its limit and never blocks
+// its writer. What it returns and what it reports as skipped must add up to what was written.
 func TestSkipBuffer(t *testing.T) {
 	b := newSkipBuffer(1000, false, (*buffers.Pool)(nil).Share())
 	write := func(s string) {
@@ -44,7 +44,7 @@ func TestSkipBuffer(t *testing.T) {
 
 	write(strings.Repeat("b", 1500))
 	read(strings.Repeat("b", 500))
-	write(strings.Repeat("c", 2000)) // the line and more than what is free beside it
+	write(strings.Repeat("c", 2000)) // the line, and more than fits beside it
 	write("d")
 	fits := 500 - len(gap(500))
 	read(strings.Repeat("b", 500) + gap(500) + strings.Repeat("c", fits))
@@ -58,7 +58,8 @@ func TestSkipBuffer(t *testing.T) {
 	}
 }
 
-// An attached client that is too slow misses output earlier when there is no room, and none of it counts later.
+// TestAttachWithoutRoom checks that a slow attached client misses output earlier if there is no room, and that none of it
+// counts afterwards.
 func TestAttachWithoutRoom(t *testing.T) {
 	pool := buffers.New(1000)
 	share := pool.Share()

@@ -15,7 +15,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/transport"
 )
 
-// frozenState is the state of a relay, with something in each field, whose connection nothing was sent on.
+// frozenState returns the state of a relay with something in each field. Nothing was sent on its connection.
 func frozenState(t testing.TB, files *handover.Files) relayState {
 	t.Helper()
 	_, network := testutil.TCPPair(t)
@@ -47,7 +47,7 @@ func frozenState(t testing.TB, files *handover.Files) relayState {
 	return state
 }
 
-// What is in a relay's state is there again when it is frozen again.
+// TestEachFieldOfTheState checks that what is in a relay's state is there again when the relay is frozen again.
 func TestEachFieldOfTheState(t *testing.T) {
 	leak.Check(t)
 	files := handover.NewFiles()

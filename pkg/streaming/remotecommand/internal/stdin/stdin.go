@@ -45,8 +45,8 @@ type Input struct {
 	from  workload.Stream
 	stdin io.WriteCloser
 
-	ended chan struct{} // closed when the copy has ended, not when it was frozen
-	cut   bool          // the input's end did not come, valid once ended is closed
+	ended chan struct{} // closed when the copy has ended, but not when it was frozen
+	cut   bool          // the input ended without its end; valid once ended is closed
 
 	moved atomic.Int64 // bytes that stdin accepted, not counting those written directly
 	// left is set when the client has left, and failed when stdin accepts no more.

@@ -17,8 +17,8 @@ func say(t *testing.T, w io.Writer, text string) {
 	}
 }
 
-// The end of the client's input is the command's; then nothing is held, and all that is pending is what the command has
-// not read.
+// TestInputThatEnds checks that the end of the client's input ends that of the command. Then nothing is held, and only what
+// the command has not read is pending.
 func TestInputThatEnds(t *testing.T) {
 	ours, client := spdytest.Stream(t)
 	r, w := testutil.Pipe(t)
@@ -49,7 +49,7 @@ func TestInputThatEnds(t *testing.T) {
 	group.Wait()
 }
 
-// Input that was cut does not end for the command, as long as its end is held.
+// TestInputThatIsCut checks that input that was cut does not end for the command while it is held.
 func TestInputThatIsCut(t *testing.T) {
 	ours, client := spdytest.Stream(t)
 	r, w := testutil.Pipe(t)
