@@ -1,12 +1,11 @@
-// Package ui serves a page for operators of one node: live sessions, what their terminals show, recordings,
-// and some figures. It is a client of the admin API and can do no more than that.
+// Package ui serves a page for operators of one node: live sessions, what their terminals show, recordings, and some
+// figures. It is a client of the admin API and can do no more than that API allows.
 //
-// Who may use it: the browser tab that first opens the page's address. A one-time token stands in the address's
-// fragment, which browsers do not send; the page exchanges it for a secret that stays in the tab and goes with each
-// of its requests. A cookie would not do: a browser sends it to every port of the host, so that any user of the
-// machine could read it with a server of their own (RFC 6265, section 8.5). Requests with a foreign Host (DNS
-// rebinding), Origin or site are refused, and the page may load nothing that does not come from here
-// (Content-Security-Policy).
+// Only the browser tab that first opens the page's address may use it. The address has a one-time token in its fragment,
+// which browsers do not send. The page exchanges the token for a secret, which stays in the tab and goes with each of its
+// requests. A cookie would not do: a browser sends it to every port of the host, so any user of the machine could read it
+// with a server of their own (RFC 6265, section 8.5). The server refuses requests with a foreign Host (DNS rebinding),
+// Origin or site. The page may load only what this server serves (Content-Security-Policy).
 package ui
 
 import (
@@ -37,28 +36,27 @@ var static embed.FS
 const (
 	readHeaderTimeout = 10 * time.Second
 	readTimeout       = 10 * time.Second // of a whole request
-	writeTimeout      = 30 * time.Second // for a browser to take what was sent
+	writeTimeout      = 30 * time.Second // for a browser to accept what was sent
 	idleTimeout       = 2 * time.Minute
 	shutdownTimeout   = 2 * time.Second
-	answerTimeout     = 10 * time.Second // of the admin socket and the metrics, hand-overs included
-	maxConnections    = 64               // more wait
-	maxStreams        = 16               // terminals and recordings that are sent at the same time
+	answerTimeout     = 10 * time.Second // for the admin socket and the metrics to answer, also during a hand-over
+	maxConnections    = 64               // further ones wait
+	maxStreams        = 16               // terminals and recordings that are sent at once
 	maxHeader         = 16 << 10         // bytes
 	maxBody           = 4 << 10          // bytes
 	maxMetrics        = 4 << 20          // bytes
-	maxRecording      = 64 << 20         // bytes; what is longer is cut
+	maxRecording      = 64 << 20         // bytes; longer recordings are cut
 	chunk             = 32 << 10
 )
 
-// policy lets the page load its own files alone. xterm.js writes style elements; the player's terminal is
-// WebAssembly.
+// policy allows the page to load only its own files. xterm.js writes style elements. The player's terminal is WebAssembly.
 const policy = "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; " +
 	"font-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 // Config is what a Server needs.
 type Config struct {
 	Admin *admin.Client
-	// Metrics is HOST:PORT where streamshim serves its metrics; empty when it does not.
+	// Metrics is the HOST:PORT where streamshim serves its metrics, or empty if it serves none.
 	Metrics string
 	Log     *slog.Logger
 }
@@ -69,15 +67,15 @@ type Server struct {
 	listener net.Listener
 	http     *http.Server
 	metrics  *http.Client
-	streams  chan struct{} // one for each stream that is being sent
+	streams  chan struct{} // an element for each stream that is being sent
 	url      string
 	secret   string // what the token is exchanged for
 
 	mu    sync.Mutex
-	token string // empty once it was used
+	token string // empty once it is used
 }
 
-// Listen opens the address, HOST:PORT of this machine alone; port 0 takes any. Serve closes it.
+// Listen opens the address, a HOST:PORT of this machine only. Port 0 is any free port. Serve closes it.
 func Listen(config Config, address string) (*Server, error) {
 	resolved, err := net.ResolveTCPAddr("tcp", address)
 	if err != nil {
@@ -92,11 +90,11 @@ func Listen(config Config, address string) (*Server, error) {
 	}
 	pages, err := fs.Sub(static, "static")
 	if err != nil {
-		return nil, err // cannot happen: it is embedded
+		return nil, err // cannot happen: the files are embedded
 	}
 	s := &Server{
 		config: config, listener: listener, streams: make(chan struct{}, maxStreams), secret: rand.Text(), token: rand.Text(),
-		// What listens there is trusted with nothing: it cannot send this program elsewhere.
+		// The server at that address is not trusted: it cannot redirect this program.
 		metrics: &http.Client{
 			Transport:     &http.Transport{},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -104,7 +102,7 @@ func Listen(config Config, address string) (*Server, error) {
 	}
 	s.url = "http://" + listener.Addr().String() + "/#token=" + s.token
 	mux := http.NewServeMux()
-	mux.Handle("GET /", http.FileServerFS(pages)) // no secret: the page has nothing before it has signed in
+	mux.Handle("GET /", http.FileServerFS(pages)) // needs no secret: the page has nothing before it has signed in
 	mux.HandleFunc("POST /api/sign-in", answer(s.signIn))
 	for pattern, handle := range map[string]handler{
 		"GET /api/sessions":            s.listSessions,
@@ -124,12 +122,12 @@ func Listen(config Config, address string) (*Server, error) {
 	return s, nil
 }
 
-// URL is the page's address, with the token.
+// URL returns the page's address with the token.
 func (s *Server) URL() string { return s.url }
 
 // Serve serves until the context ends.
 func (s *Server) Serve(ctx context.Context) error {
-	// Streams end with it.
+	// Ends the streams with the context.
 	s.http.BaseContext = func(net.Listener) context.Context { return ctx }
 	served := make(chan error, 1)
 	go func() { served <- s.http.Serve(netutil.LimitListener(s.listener, maxConnections)) }()
@@ -148,8 +146,8 @@ func (s *Server) Serve(ctx context.Context) error {
 	return nil
 }
 
-// guard refuses what another page has sent, and tells the browser what this one may do. The port is not compared:
-// a tunnel (ssh -L) may have another one.
+// guard refuses requests of other pages, and tells the browser what this page may do. It does not compare the port: a
+// tunnel (ssh -L) may have another one.
 func guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
@@ -168,7 +166,7 @@ func guard(next http.Handler) http.Handler {
 			http.Error(w, "the request comes from another page", http.StatusForbidden)
 			return
 		}
-		// A link on another page, such as a terminal in a browser, may open this one, and can do nothing else.
+		// A link of another site, for example in a terminal in the browser, may open this page but do nothing else.
 		opened := r.URL.Path == "/" && r.Header.Get("Sec-Fetch-Mode") == "navigate"
 		if site := r.Header.Get("Sec-Fetch-Site"); site != "" && site != "same-origin" && site != "none" && !opened {
 			http.Error(w, "the request comes from another site", http.StatusForbidden)
@@ -179,7 +177,7 @@ func guard(next http.Handler) http.Handler {
 	})
 }
 
-// local tells whether a Host header names this machine.
+// local reports whether a Host header names this machine.
 func local(hostPort string) bool {
 	host, _, err := net.SplitHostPort(hostPort)
 	if err != nil {
@@ -191,7 +189,7 @@ func local(hostPort string) bool {
 
 type handler func(http.ResponseWriter, *http.Request) error
 
-// answer says what a handler returns: the admin API's errors as they are, others as those of a bad gateway.
+// answer sends the error of a handler: errors of the admin API unchanged, others as 502.
 func answer(handle handler) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		err := handle(w, r)
@@ -207,7 +205,7 @@ func answer(handle handler) http.HandlerFunc {
 
 var errNotSignedIn = &admin.Error{Code: http.StatusUnauthorized, Message: "The page's address works once: run \"streamshim ui\" again for a new one."}
 
-// signIn exchanges the token, which is the body, for the secret.
+// signIn exchanges the token, which is the request's body, for the secret.
 func (s *Server) signIn(w http.ResponseWriter, r *http.Request) error {
 	token, err := io.ReadAll(r.Body)
 	if err != nil {
@@ -222,7 +220,7 @@ func (s *Server) signIn(w http.ResponseWriter, r *http.Request) error {
 	}{s.secret})
 }
 
-// redeem tells whether the token is the one that nobody has used yet.
+// redeem reports whether the token is right and not used yet.
 func (s *Server) redeem(token []byte) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -233,7 +231,7 @@ func (s *Server) redeem(token []byte) bool {
 	return true
 }
 
-// signedIn serves only requests that have the secret.
+// signedIn calls handle only for requests with the secret.
 func (s *Server) signedIn(handle handler) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		secret, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
@@ -291,8 +289,8 @@ func (s *Server) sendRecording(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// stream sends what comes as it comes. A browser that does not read holds up this stream alone, for writeTimeout;
-// streamshim skips what is too much for its watcher.
+// stream sends what it reads at once. A browser that does not read blocks only its own stream, for writeTimeout. streamshim
+// skips output that its watcher does not keep up with.
 func (s *Server) stream(w http.ResponseWriter, open func() (io.ReadCloser, error)) error {
 	select {
 	case s.streams <- struct{}{}:
@@ -322,7 +320,7 @@ func (s *Server) stream(w http.ResponseWriter, open func() (io.ReadCloser, error
 	}
 }
 
-// metrics hands on what streamshim serves. 204 is that it serves none.
+// sendMetrics passes streamshim's metrics on. It answers 204 if streamshim serves none.
 func (s *Server) sendMetrics(w http.ResponseWriter, r *http.Request) error {
 	if s.config.Metrics == "" {
 		w.WriteHeader(http.StatusNoContent)

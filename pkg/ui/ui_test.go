@@ -22,7 +22,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/admin"
 )
 
-// fixture is a server of the page in front of an admin socket that is played by the test.
+// fixture is a server of the page, in front of an admin socket that the test serves.
 type fixture struct {
 	*Server
 	t      *testing.T
@@ -66,7 +66,7 @@ func newFixtureWith(t *testing.T, metrics string, change func(*Server)) *fixture
 	return f
 }
 
-// do sends one request on a connection of its own, and follows no redirect.
+// do sends one request on a connection of its own. It follows no redirect.
 func (f *fixture) do(method, path string, body io.Reader, change func(*http.Request)) *http.Response {
 	f.t.Helper()
 	request, err := http.NewRequestWithContext(f.t.Context(), method, "http://"+f.listener.Addr().String()+path, body)
@@ -125,7 +125,7 @@ func TestTokenSignsOneBrowserIn(t *testing.T) {
 	f := newFixtureWith(t, "", func(s *Server) { s.config.Log = slog.New(slog.NewTextHandler(&log, nil)) })
 	f.serveSessions()
 	token := f.token
-	// What follows # stays in the browser.
+	// The browser does not send what follows #.
 	if want := "http://" + f.listener.Addr().String() + "/#token=" + token; f.URL() != want || len(token) < 26 {
 		t.Errorf("the address is %s; want %s", f.URL(), want)
 	}
@@ -217,7 +217,7 @@ func TestForeignRequestsAreRefused(t *testing.T) {
 	}
 }
 
-// Every answer, errors included, tells the browser what it may do.
+// TestHeaders checks that every answer, also an error, tells the browser what it may do.
 func TestHeaders(t *testing.T) {
 	f := newFixture(t, "")
 	for _, path := range []string{"/", "/page.js", "/vendor/xterm.js", "/none", "/api/sessions", "/api/none"} {
@@ -231,7 +231,7 @@ func TestHeaders(t *testing.T) {
 			"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
 			"Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin", "X-Frame-Options": "DENY",
 		} {
-			if h.Get(name) != want && !(name == "Cache-Control" && strings.HasSuffix(path, "none")) { // net/http takes it from errors
+			if h.Get(name) != want && !(name == "Cache-Control" && strings.HasSuffix(path, "none")) { // net/http removes it from errors
 				t.Errorf("%s: %s is %q; want %q", path, name, h.Get(name), want)
 			}
 		}
@@ -269,7 +269,8 @@ func TestEnd(t *testing.T) {
 	}
 }
 
-// What the admin API says goes on with its status; what cannot be reached is a bad gateway that says so.
+// TestErrors checks that errors of the admin API keep their status, and that an admin socket which cannot be reached gives
+// 502 with the reason.
 func TestErrors(t *testing.T) {
 	f := newFixture(t, "127.0.0.1:1")
 	f.signIn()
@@ -319,7 +320,7 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// A terminal is seen as it is written, without waiting for more or for the end.
+// TestWatchIsSentAsItComes checks that output is sent at once, without waiting for more or for the end.
 func TestWatchIsSentAsItComes(t *testing.T) {
 	f := newFixture(t, "")
 	f.signIn()
@@ -378,7 +379,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		// An answer shows that it was accepted.
+		// An answer shows that the connection was accepted.
 		fmt.Fprintf(conn, "GET /none HTTP/1.1\r\nHost: localhost\r\n\r\n")
 		if _, err := bufio.NewReader(conn).ReadString('\n'); err != nil {
 			t.Fatal(err)
@@ -424,7 +425,7 @@ func TestRecordingsAreBounded(t *testing.T) {
 	}
 }
 
-// Text of containers reaches the page as text alone, and nothing is loaded from elsewhere.
+// TestPageIsSafe checks that text of containers is set only as text, and that the page loads nothing from elsewhere.
 func TestPageIsSafe(t *testing.T) {
 	for _, name := range []string{"index.html", "page.js", "style.css"} {
 		text, err := os.ReadFile(filepath.Join("static", name))
@@ -439,7 +440,8 @@ func TestPageIsSafe(t *testing.T) {
 	}
 }
 
-// Each library has its licence beside it, and NOTICE names it with its version.
+// TestLibrariesHaveLicences checks that the licence of each library is beside it, and that NOTICE names the library with
+// its version.
 func TestLibrariesHaveLicences(t *testing.T) {
 	notice, err := os.ReadFile("static/NOTICE")
 	if err != nil {
