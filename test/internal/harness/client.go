@@ -21,11 +21,10 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil"
 )
 
-// Transports are the two ways in which clients speak to the server: SPDY/3.1 with protocol v4, and
-// WebSocket with v5.
+// Transports are the two protocols between clients and server: SPDY/3.1 with protocol v4, and WebSocket with v5.
 var Transports = []string{"SPDY", "WebSocket"}
 
-// ForEachTransport runs a test over each of Transports, at the same time.
+// ForEachTransport runs a test over each of Transports, in parallel.
 func ForEachTransport(t *testing.T, f func(t *testing.T, transport string)) {
 	for _, transport := range Transports {
 		t.Run(transport, func(t *testing.T) {
@@ -35,7 +34,7 @@ func ForEachTransport(t *testing.T, f func(t *testing.T, transport string)) {
 	}
 }
 
-// ExecURL asks for the URL of a command with the streams that the options have.
+// ExecURL asks for the URL of a command with the streams in the options.
 func (s *Streamshim) ExecURL(t *testing.T, container string, options remotecommand.StreamOptions, args ...string) *url.URL {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
@@ -50,7 +49,7 @@ func (s *Streamshim) ExecURL(t *testing.T, container string, options remotecomma
 	return parseURL(t, response.Url)
 }
 
-// AttachURL is the URL of an attach with the streams of the options.
+// AttachURL asks for the URL of an attach with the streams in the options.
 func (s *Streamshim) AttachURL(t *testing.T, container string, options remotecommand.StreamOptions) *url.URL {
 	t.Helper()
 	response, err := s.Runtime.Attach(t.Context(), &runtimeapi.AttachRequest{
@@ -72,8 +71,8 @@ func parseURL(t *testing.T, raw string) *url.URL {
 	return u
 }
 
-// Stream serves the URL with stock client-go, which sends pings every 5 s. It always returns, if need be
-// without client-go, which cannot leave while one of its writes is stuck.
+// Stream serves the URL with stock client-go, which sends a ping every 5 s. It returns even if client-go does not:
+// client-go cannot return while one of its writes is blocked.
 func Stream(ctx context.Context, transport, u string, options remotecommand.StreamOptions) error {
 	if g, ok := options.Stdout.(*Gate); ok {
 		defer g.leave()
@@ -111,7 +110,7 @@ func Stream(ctx context.Context, transport, u string, options remotecommand.Stre
 	return err
 }
 
-// Exec runs a command to its end, as kubectl would.
+// Exec runs a command to its end, as kubectl does.
 func (s *Streamshim) Exec(t *testing.T, transport, container string, options remotecommand.StreamOptions, args ...string) error {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
@@ -119,7 +118,7 @@ func (s *Streamshim) Exec(t *testing.T, transport, container string, options rem
 	return Stream(ctx, transport, s.ExecURL(t, container, options, args...).String(), options)
 }
 
-// Begin runs a session in the background. Cancelling ends it as a client does that closes politely.
+// Begin runs a session in the background. Cancelling it closes the connection in order.
 func Begin(t *testing.T, transport string, u *url.URL, options remotecommand.StreamOptions) (result <-chan error, cancel context.CancelFunc) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -129,7 +128,7 @@ func Begin(t *testing.T, transport string, u *url.URL, options remotecommand.Str
 	return ended, cancel
 }
 
-// AwaitEnd returns what the client of a session that is due to end was told.
+// AwaitEnd returns the result of a session that is about to end.
 func AwaitEnd(t *testing.T, ended <-chan error) error {
 	t.Helper()
 	select {
@@ -141,7 +140,7 @@ func AwaitEnd(t *testing.T, ended <-chan error) error {
 	}
 }
 
-// ExitCode is what kubectl would exit with.
+// ExitCode returns the exit code that kubectl would have.
 func ExitCode(t *testing.T, err error) int {
 	t.Helper()
 	if err == nil {
@@ -154,8 +153,8 @@ func ExitCode(t *testing.T, err error) int {
 	return exit.Code
 }
 
-// ThroughProxies puts upgrade proxies before the URL: one as the kubelet is, two as kubelet and API
-// server are, of which the latter translates WebSocket to SPDY.
+// ThroughProxies puts upgrade proxies before the URL. One proxy is like the kubelet. Two are like kubelet and API server,
+// the latter of which translates WebSocket to SPDY.
 func ThroughProxies(t *testing.T, target *url.URL, hops int, transport string, options remotecommand.StreamOptions) *url.URL {
 	for i := range hops {
 		upstream := *target
@@ -194,13 +193,13 @@ func (proxyError) Error(w http.ResponseWriter, _ *http.Request, err error) {
 	http.Error(w, err.Error(), http.StatusBadGateway)
 }
 
-// Gate is a writer that takes nothing until it is opened: a client that does not read.
+// Gate is a writer that accepts nothing until it is opened. It makes a client that does not read.
 type Gate struct {
 	io.Writer
 	opened, left chan struct{}
 }
 
-// NewGate returns a closed gate in front of a writer.
+// NewGate returns a closed gate before a writer.
 func NewGate(w io.Writer) *Gate {
 	return &Gate{Writer: w, opened: make(chan struct{}), left: make(chan struct{})}
 }
@@ -214,10 +213,10 @@ func (g *Gate) Write(p []byte) (int, error) {
 	}
 }
 
-// Open lets it take everything.
+// Open lets all data through.
 func (g *Gate) Open() { close(g.opened) }
 
-// leave ends what is stuck in the gate once the session is over; it would be in every dump of goroutines.
+// leave unblocks what waits in the gate once the session is over. Otherwise it would be in every dump of goroutines.
 func (g *Gate) leave() { close(g.left) }
 
 // Flood is a stdin that never ends.
@@ -225,14 +224,14 @@ type Flood struct{}
 
 func (Flood) Read(p []byte) (int, error) { return len(p), nil }
 
-// OpenStdin is a stdin on which nothing comes until the test ends.
+// OpenStdin returns a stdin that has no input until the test ends.
 func OpenStdin(t *testing.T) io.Reader {
 	r, w := io.Pipe()
 	t.Cleanup(func() { w.Close() })
 	return r
 }
 
-// ExitCodeOf is exitCode for goroutines: -1 when there is none.
+// ExitCodeOf is like ExitCode, for use in goroutines. It returns -1 if there is no exit code.
 func ExitCodeOf(err error) int {
 	var exit utilexec.CodeExitError
 	switch {
@@ -244,7 +243,7 @@ func ExitCodeOf(err error) int {
 	return -1
 }
 
-// Sizes gives client-go terminal sizes.
+// Sizes passes terminal sizes to client-go.
 type Sizes chan remotecommand.TerminalSize
 
 // Next implements remotecommand.TerminalSizeQueue.

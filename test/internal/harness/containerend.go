@@ -10,18 +10,18 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// Ending is a way in which a container ends under its sessions.
+// Ending is a way in which a container ends while it has sessions.
 type Ending struct {
 	Name      string
 	Pod       node.PodSpec
 	Container node.ContainerSpec
-	// End ends the container and returns when the runtime has said so.
+	// End ends the container and returns when the runtime reports the end.
 	End func(t *testing.T, pod, container string)
-	// Reasons are what a client may be told, one of them.
+	// Reasons are what a client may be told. One of them must match.
 	Reasons []string
 }
 
-// Endings are the ways in which a container ends under its sessions.
+// Endings are all the ways.
 var Endings = []Ending{
 	{Name: "stopped", End: StopContainer, Reasons: []string{"container exited with code 137"}},
 	{Name: "removed", End: removeContainer, Reasons: []string{"container exited with code 137", "container was removed"}},
@@ -58,7 +58,7 @@ func stopSandbox(t *testing.T, pod, _ string) {
 	}
 }
 
-// tellContainer lets the main process end by itself.
+// tellContainer tells the main process to end.
 func tellContainer(t *testing.T, _, container string) {
 	t.Helper()
 	Shared.Shim.MustSync(t, container, "touch /tmp/go")
@@ -68,5 +68,5 @@ func tellContainer(t *testing.T, _, container string) {
 	})
 }
 
-// EndLimit is the second within which a session ends with its container, and room for a busy machine.
+// EndLimit is the second within which a session ends with its container, and a margin for a busy machine.
 const EndLimit = time.Second + 9*time.Second

@@ -24,16 +24,16 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// Pod is a pod whose programs are played by the test itself, in the pod's network namespace.
+// Pod is a pod whose programs the test itself plays, in the pod's network namespace.
 type Pod struct {
 	t       testing.TB
 	runtime runtimeapi.RuntimeServiceClient
 	ID      string
 	Address string
-	netns   string // path; empty in a host-network pod
+	netns   string // path; empty for a pod with hostNetwork
 }
 
-// NewPod runs a pod whose parts are played by this test, or with For by another.
+// NewPod runs a pod for this test. With For another test can play its programs.
 func NewPod(t testing.TB, n *node.Node, spec node.PodSpec) *Pod {
 	t.Helper()
 	id, err := n.RunPod(t.Context(), spec)
@@ -55,22 +55,21 @@ func NewPod(t testing.TB, n *node.Node, spec node.PodSpec) *Pod {
 	return p
 }
 
-// For is the same pod for a subtest.
+// For returns the same pod for a subtest.
 func (p *Pod) For(t testing.TB) *Pod {
 	q := *p
 	q.t = t
 	return &q
 }
 
-// Through is the same pod, its ports forwarded by another streamshim.
+// Through returns the same pod with its ports forwarded by another streamshim.
 func (p *Pod) Through(shim *Streamshim) *Pod {
 	q := *p
 	q.runtime = shim.Runtime
 	return &q
 }
 
-// Listen has a program of the pod listen on an address, a port of its own choice, and serve each
-// connection. The port is returned.
+// Listen listens on an address in the pod, on any free port, and serves each connection. It returns the port.
 func (p *Pod) Listen(host string, serve func(*net.TCPConn)) int {
 	p.t.Helper()
 	listener, err := p.listenIn(net.JoinHostPort(host, "0"))
@@ -97,11 +96,11 @@ func (p *Pod) Listen(host string, serve func(*net.TCPConn)) int {
 	return listener.Addr().(*net.TCPAddr).Port
 }
 
-// hostNetwork is this machine's network namespace. It is opened before any thread enters another: /proc/self is
-// the process's first thread, which may be in a pod at any later moment.
+// hostNetwork is this machine's network namespace. It is opened before any thread enters another one: /proc/self is the
+// process's first thread, which may be in a pod later.
 var hostNetwork, errHostNetwork = os.Open("/proc/self/ns/net")
 
-// listenIn makes the socket on a thread that is in the pod's namespace meanwhile; the socket stays.
+// listenIn opens the socket on a thread that enters the pod's namespace for that time. The socket stays in the namespace.
 func (p *Pod) listenIn(address string) (net.Listener, error) {
 	if p.netns == "" {
 		return net.Listen("tcp", address)
@@ -121,13 +120,13 @@ func (p *Pod) listenIn(address string) (net.Listener, error) {
 	}
 	listener, err := net.Listen("tcp", address)
 	if back := unix.Setns(int(hostNetwork.Fd()), unix.CLONE_NEWNET); back != nil {
-		return nil, back // and the thread stays locked, so that it ends with the goroutine
+		return nil, back // the thread stays locked, so it ends with the goroutine
 	}
 	runtime.UnlockOSThread()
 	return listener, err
 }
 
-// UnusedPort is one on which nothing in the pod listens.
+// UnusedPort returns a port on which nothing in the pod listens.
 func (p *Pod) UnusedPort() int {
 	p.t.Helper()
 	listener, err := p.listenIn("127.0.0.1:0")
@@ -152,7 +151,7 @@ func (p *Pod) Forward(transport string, ports ...int) *Forward {
 	return StartForward(p.t, p.runtime, p.ID, transport, ports...)
 }
 
-// StartForward forwards ports of a pod, with stock client-go.
+// StartForward forwards ports of a pod with stock client-go.
 func StartForward(t testing.TB, streamshim runtimeapi.RuntimeServiceClient, pod, transport string, ports ...int) *Forward {
 	t.Helper()
 	request := &runtimeapi.PortForwardRequest{PodSandboxId: pod}
@@ -207,7 +206,7 @@ func StartForward(t testing.TB, streamshim runtimeapi.RuntimeServiceClient, pod,
 	return f
 }
 
-// Close ends the port-forward, if it has not ended, and waits for it.
+// Close ends the port-forward and waits for its end.
 func (f *Forward) Close() {
 	f.t.Helper()
 	f.stop()
@@ -229,7 +228,7 @@ func (f *Forward) Dial(port int) (*net.TCPConn, error) {
 	return conn.(*net.TCPConn), nil
 }
 
-// Talk sends a line and returns everything that comes back.
+// Talk sends a line and returns all that it receives.
 func (f *Forward) Talk(port int, line string) (string, error) {
 	conn, err := f.Dial(port)
 	if err != nil {
@@ -251,7 +250,7 @@ func Answer(conn *net.TCPConn) {
 	}
 }
 
-// MustAnswer has Answer, which listens on a port of the pod, answer.
+// MustAnswer checks that Answer, which listens on a port of the pod, answers.
 func (f *Forward) MustAnswer(port int) {
 	f.t.Helper()
 	select {

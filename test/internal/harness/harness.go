@@ -1,5 +1,5 @@
-// Package harness is what the tests of test/integration stand on: a node that a package's tests share,
-// clients as users have them, what sessions leave behind, and port-forwards.
+// Package harness supports the tests of test/integration: a node that the tests of a package share, clients as users have
+// them, what sessions leave behind, and port-forwards.
 package harness
 
 import (
@@ -21,16 +21,15 @@ import (
 // sessionTimeout bounds sessions that are long on purpose.
 const sessionTimeout = 5 * time.Minute
 
-// Shared is the node of all tests of a package, with the pod that their containers run in unless a test
-// needs another. Main makes it.
+// Shared is the node of all tests of a package, with a pod for their containers. Main makes it.
 var Shared struct {
 	Node *node.Node
 	Pod  string
 	Shim *Streamshim
 }
 
-// Main brings the shared node up, runs a package's tests, takes the node down and returns the exit code. The
-// name is that of the package. Without root or programs nothing runs, which is a failure with STREAMSHIM_REAL=required.
+// Main starts the shared node, runs a package's tests, takes the node down and returns the exit code. name is the name of
+// the package. Without root or the programs it runs nothing, which is a failure with STREAMSHIM_REAL=required.
 func Main(m *testing.M, name string) int {
 	binary, err := node.FindBinary()
 	if ready := node.Ready(""); ready != nil {
@@ -43,7 +42,7 @@ func Main(m *testing.M, name string) int {
 		}
 		return 0
 	}
-	// The same for each run in this working copy, so that a run that was killed is cleaned up after.
+	// The name is the same for each run in this working copy, so that the next run cleans up after one that was killed.
 	sum := fnv.New32a()
 	sum.Write([]byte(binary)) //nolint:errcheck // never fails
 	folder := filepath.Join(os.TempDir(), "streamshim-test", fmt.Sprintf("%s-%08x", name, sum.Sum32()))
@@ -87,8 +86,8 @@ func Main(m *testing.M, name string) int {
 	return code
 }
 
-// patient lets starts take long unless the configuration says otherwise: on a busy machine the OCI runtime
-// takes longer than the 30 s that users wait for it.
+// patient allows long starts unless the configuration sets a limit. On a busy machine the OCI runtime takes longer than the
+// 30 s that users wait for it.
 func patient(configuration string) string {
 	const exec, longer = "[exec]\n", "start_timeout = \"2m\"\n"
 	switch {
@@ -138,7 +137,7 @@ func RunContainerIn(t *testing.T, pod string, spec node.ContainerSpec) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		// Of containerd itself: the test may have ended its streamshim.
+		// Ask containerd itself: the test may have ended its streamshim.
 		_, err := Shared.Node.Upstream().RemoveContainer(context.Background(), &runtimeapi.RemoveContainerRequest{ContainerId: id})
 		if err != nil {
 			t.Error(err)

@@ -20,7 +20,7 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil"
 )
 
-// resident is how much memory a process holds, in KiB.
+// resident returns how much memory a process uses, in KiB.
 func resident(t *testing.T, pid int) (size int) {
 	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
@@ -36,8 +36,8 @@ func resident(t *testing.T, pid int) (size int) {
 
 func threads(pid int) int { return len(Glob(fmt.Sprintf("/proc/%d/task/*", pid))) }
 
-// InParallel calls f for 0 to n-1, a few at a time. After a failure it begins no more: were all sessions
-// to wait in vain, as they do when a container is stuck, the rest would take hours.
+// InParallel calls f for 0 to n-1, atOnce at a time. After a failure it starts no more: if every session waited in vain, as
+// they do when a container hangs, the rest would take hours.
 func InParallel(t *testing.T, n, atOnce int, f func(i int)) {
 	t.Helper()
 	var next atomic.Int64
@@ -55,14 +55,14 @@ func InParallel(t *testing.T, n, atOnce int, f func(i int)) {
 	}
 }
 
-// ExpectNoLeak runs a load against a streamshim of its own and compares what the process holds before
-// and after. At last it asks the process for its goroutines, in the way that ends it.
+// ExpectNoLeak runs a load against its own streamshim and compares what the process holds before and after. At the end it
+// gets the stacks of the goroutines with SIGQUIT, which ends the process.
 func ExpectNoLeak(t *testing.T, load func(shim *Streamshim, n int), n int) {
 	t.Helper()
 	metrics := unusedAddress(t)
 	shim := StartStreamshim(t, fmt.Sprintf("metrics_address = %q\n", metrics))
 	idle := goroutines(t, metrics)
-	load(shim, 50) // buffers and threads that are kept
+	load(shim, 50) // fills buffers and threads that are kept
 	pid := shim.PID()
 	files, memory, tasks := Descriptors(pid), resident(t, pid), threads(pid)
 	load(shim, n)
@@ -83,7 +83,7 @@ func ExpectNoLeak(t *testing.T, load func(shim *Streamshim, n int), n int) {
 	testutil.Eventually(t, "no files are left", func() bool {
 		return len(Glob(filepath.Join(shim.Folder, "state", "exec", "*"))) == 0
 	})
-	// The last of a session comes after its log line. Whatever number is left then is told by its stacks.
+	// Some goroutines of a session end after its log line. If there are too many at the end, their stacks tell which.
 	for begin := time.Now(); goroutines(t, metrics) > idle && time.Since(begin) < testutil.Patience; {
 		time.Sleep(100 * time.Millisecond)
 	}
@@ -112,14 +112,14 @@ func ExpectNoLeak(t *testing.T, load func(shim *Streamshim, n int), n int) {
 	}
 }
 
-// Goroutines is the number of goroutines of a streamshim, by its metrics at this address.
+// Goroutines returns the number of goroutines of the streamshim that serves metrics at this address.
 func Goroutines(t *testing.T, metrics string) int { return goroutines(t, metrics) }
 
-// UnusedAddress is one at which nobody listens.
+// UnusedAddress returns an address at which nobody listens.
 func UnusedAddress(t *testing.T) string { return unusedAddress(t) }
 
-// Metric asks a streamshim for one of its metrics, without labels. The connection is closed each time, for it has a goroutine
-// itself.
+// Metric returns a metric of a streamshim, one without labels. It closes the connection each time, because streamshim has a
+// goroutine for each connection.
 func Metric(t *testing.T, metrics, name string) (value float64) {
 	t.Helper()
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: testutil.Patience}
@@ -144,7 +144,6 @@ func goroutines(t *testing.T, metrics string) int {
 	return int(Metric(t, metrics, "go_goroutines"))
 }
 
-// unusedAddress is one at which nobody listens.
 func unusedAddress(t *testing.T) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -155,8 +154,8 @@ func unusedAddress(t *testing.T) string {
 	return listener.Addr().String()
 }
 
-// LogContainerdStacks logs those of containerd's goroutines that name one of the parts: who keeps the
-// container's output.
+// LogContainerdStacks logs those goroutines of containerd that name one of the parts. They tell who keeps the container's
+// output.
 func LogContainerdStacks(t *testing.T, parts ...string) {
 	t.Helper()
 	if err := syscall.Kill(Shared.Node.PID("containerd"), syscall.SIGUSR1); err != nil {
@@ -178,7 +177,7 @@ func LogContainerdStacks(t *testing.T, parts ...string) {
 	}
 }
 
-// WriterFunc is a function that is a writer.
+// WriterFunc is a function that implements io.Writer.
 type WriterFunc func([]byte) (int, error)
 
 func (f WriterFunc) Write(p []byte) (int, error) { return f(p) }
@@ -186,7 +185,7 @@ func (f WriterFunc) Write(p []byte) (int, error) { return f(p) }
 // Usage is what a process holds.
 type Usage struct{ Descriptors, Threads, RSSKiB int }
 
-// UsageOf returns what a process holds now; of its memory only what is no file.
+// UsageOf returns what a process holds now. Of its memory it counts only anonymous memory.
 func UsageOf(t testing.TB, pid int) Usage {
 	t.Helper()
 	var u Usage

@@ -14,16 +14,16 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil"
 )
 
-// markVariable marks the processes of one session: children inherit it.
+// markVariable marks the processes of one session. Children inherit it.
 const markVariable = "SYMPTOM_MARK"
 
-// Marked is a command line whose process, with all that descends from it, carries the mark.
+// Marked returns a command line whose process and all its descendants carry the mark.
 func Marked(mark, script string) []string {
 	return []string{"env", markVariable + "=" + mark, "sh", "-c", script}
 }
 
-// WithMark finds the living processes that carry a mark; zombies have no environment any more. Many tests ask
-// at once and again and again, so that it must not be what the machine is busy with.
+// WithMark returns the living processes that carry a mark. Zombies have no environment. It must be cheap, because many
+// tests call it again and again at the same time.
 func WithMark(mark string) []int {
 	pids, _ := os.ReadDir("/proc") //nolint:errcheck // it is there
 	carried := []byte("\x00" + markVariable + "=" + mark + "\x00")
@@ -47,13 +47,13 @@ func WithMark(mark string) []int {
 	return found
 }
 
-// Glob are the paths that match.
+// Glob returns the paths that match.
 func Glob(pattern string) []string {
 	paths, _ := filepath.Glob(pattern) //nolint:errcheck // the patterns are good
 	return paths
 }
 
-// AwaitMarked waits until so many processes carry the mark.
+// AwaitMarked waits until at least so many processes carry the mark.
 func AwaitMarked(t *testing.T, mark string, atLeast int) []int {
 	t.Helper()
 	var found []int
@@ -85,13 +85,13 @@ func AwaitNone(t *testing.T, mark string, limit time.Duration) time.Duration {
 	}
 }
 
-// CommandLine is a process's command line, empty when it has ended.
+// CommandLine returns a process's command line. It is empty if the process has ended.
 func CommandLine(pid int) string {
 	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)) //nolint:errcheck // empty when it has ended
 	return strings.ReplaceAll(strings.TrimRight(string(text), "\x00"), "\x00", " ")
 }
 
-// Zombies are the children of a process that have ended and were not reaped.
+// Zombies returns the children of a process that have ended and were not reaped.
 func Zombies(parent int) []string {
 	var found []string
 	for _, path := range Glob("/proc/[0-9]*/stat") {

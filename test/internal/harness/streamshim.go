@@ -22,26 +22,24 @@ import (
 type Streamshim struct {
 	Runtime runtimeapi.RuntimeServiceClient
 	Socket  string // unix://...
-	Log     string // path
+	Log     string // its path
 	PID     func() int
 
-	// What one of StartStreamshim has besides.
+	// Only StartStreamshim and StartInstalled set these.
 	Folder     string
-	Program    string // which is run; of the test's own where it is in Folder
+	Program    string // the path of the program; it is the test's own if it is in Folder
 	Command    *exec.Cmd
 	Ended      chan struct{} // closed when it has ended
 	connection *grpc.ClientConn
 }
 
-// StartStreamshim starts another streamshim before the shared node's containerd, with a
-// configuration of its own.
+// StartStreamshim starts another streamshim in front of the shared node's containerd, with its own configuration.
 func StartStreamshim(t *testing.T, configuration string) *Streamshim {
 	t.Helper()
 	return startStreamshim(t, configuration, "")
 }
 
-// StartInstalled is StartStreamshim with a program of the test's own, in the place of which another one can be
-// installed.
+// StartInstalled is like StartStreamshim with the test's own copy of a program, which Install can replace.
 func StartInstalled(t *testing.T, configuration, program string) *Streamshim {
 	t.Helper()
 	return startStreamshim(t, configuration, program)
@@ -84,7 +82,7 @@ func startStreamshim(t *testing.T, configuration, program string) *Streamshim {
 	return s
 }
 
-// Start runs it, again after Stop.
+// Start runs it. It may be called again after Stop.
 func (s *Streamshim) Start(t *testing.T) {
 	t.Helper()
 	log, err := os.OpenFile(s.Log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
@@ -120,7 +118,7 @@ func (s *Streamshim) Start(t *testing.T) {
 	})
 }
 
-// Install puts a program in the place of the one that runs, as a package does: in one step.
+// Install replaces its program atomically, as a package does.
 func (s *Streamshim) Install(t *testing.T, program string) {
 	t.Helper()
 	text, err := os.ReadFile(program)
@@ -135,7 +133,7 @@ func (s *Streamshim) Install(t *testing.T, program string) {
 	}
 }
 
-// Upgrade runs "streamshim upgrade", which has the installed program take over.
+// Upgrade runs "streamshim upgrade", so that the installed program takes over.
 func (s *Streamshim) Upgrade(t *testing.T, args ...string) (output string, err error) {
 	t.Helper()
 	c := Command(t, node.Binary(t), append([]string{"upgrade", "--admin", "unix://" + filepath.Join(s.Folder, "admin.sock")}, args...)...)
@@ -143,7 +141,7 @@ func (s *Streamshim) Upgrade(t *testing.T, args ...string) (output string, err e
 	return string(text), err
 }
 
-// Stop ends it and waits for that.
+// Stop ends it and waits until it has ended.
 func (s *Streamshim) Stop(t *testing.T, signal syscall.Signal) {
 	t.Helper()
 	s.Command.Process.Signal(signal) //nolint:errcheck // it may have ended
@@ -163,7 +161,7 @@ func (s *Streamshim) ExecSync(ctx context.Context, container string, timeout tim
 	})
 }
 
-// MustSync is execSync of a shell command that must succeed; it returns its output.
+// MustSync runs a shell command through ExecSync and returns its output. The command must succeed.
 func (s *Streamshim) MustSync(t *testing.T, container, script string) string {
 	t.Helper()
 	response, err := s.ExecSync(t.Context(), container, 0, "sh", "-c", script)
@@ -173,7 +171,7 @@ func (s *Streamshim) MustSync(t *testing.T, container, script string) string {
 	return string(response.Stdout)
 }
 
-// Command is a program that is killed if it does not end.
+// Command returns a command that is killed if it does not end.
 func Command(t *testing.T, name string, args ...string) *exec.Cmd {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
@@ -189,14 +187,14 @@ func Command(t *testing.T, name string, args ...string) *exec.Cmd {
 	return c
 }
 
-// Crictl is a crictl command that speaks to this streamshim.
+// Crictl returns a crictl command for this streamshim.
 func (s *Streamshim) Crictl(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
 	return Command(t, Shared.Node.Program("crictl"),
 		append([]string{"--runtime-endpoint", s.Socket, "--image-endpoint", s.Socket, "--timeout", "60s"}, args...)...)
 }
 
-// Descriptors counts the open files of a process.
+// Descriptors returns the number of open files of a process.
 func Descriptors(pid int) int {
 	entries, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid)) //nolint:errcheck // 0 will not do
 	return len(entries)

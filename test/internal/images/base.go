@@ -22,8 +22,8 @@ const (
 	groupFile = "root:x:0:\ndaemon:x:1:\nusers:x:100:\nwww-data:x:33:\nnogroup:x:65534:\n"
 )
 
-// baseFiles is the layer below nearly every image: a busybox system with one entry per applet, and
-// the commands that Debian's busybox lacks but critest or the benchmarks call, played by the actor.
+// baseFiles is the layer below nearly every image: a busybox system with one entry for each applet, and the actor as the
+// commands that critest or the benchmarks call and Debian's busybox lacks.
 func baseFiles(busybox string, actor []byte) ([]file, error) {
 	binary, err := os.ReadFile(busybox)
 	if err != nil {
@@ -52,8 +52,8 @@ func baseFiles(busybox string, actor []byte) ([]file, error) {
 		if applet == "busybox" {
 			continue
 		}
-		// Hard links as in the real image, not symbolic ones: the MaskedPaths spec mounts over
-		// /bin/ls, which must not hide busybox itself.
+		// Hard links as in the real image. With symbolic links the MaskedPaths spec, which mounts over /bin/ls, would hide
+		// busybox itself.
 		files = append(files, file{path: "bin/" + applet, mode: 0o755, hardLink: "bin/busybox"})
 	}
 	files = append(files, program("usr/bin/actor", actor))
@@ -65,8 +65,8 @@ func baseFiles(busybox string, actor []byte) ([]file, error) {
 	return files, nil
 }
 
-// sharedLibraries returns the ELF interpreter and the libraries that a dynamic program needs, from
-// this machine, with the folders they lie in; nothing for a static program.
+// sharedLibraries returns the ELF interpreter and the libraries of a dynamic program, from this machine, with their
+// folders. It returns nothing for a static program.
 func sharedLibraries(binary string) ([]file, error) {
 	interpreter, err := interpreterOf(binary)
 	if err != nil || interpreter == "" {
@@ -108,7 +108,7 @@ func interpreterOf(binary string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer func() { _ = f.Close() }() // only read from
+	defer func() { _ = f.Close() }() // was only read from
 	for _, segment := range f.Progs {
 		if segment.Type != elf.PT_INTERP {
 			continue

@@ -5,10 +5,10 @@ import (
 	"runtime"
 )
 
-// Repositories and references that callers name. The host in front of them is the caller's choice.
+// Repositories and references that callers name. The caller chooses the host before them.
 const (
-	// Sandbox is the image of pod sandboxes. It is not critest's pause:3.9, because the image
-	// specs remove that one and count its tags.
+	// Sandbox is the image of pod sandboxes. It is not critest's pause:3.9, because the image specs remove that one and
+	// count its tags.
 	Sandbox = "pause:sandbox"
 	// Busybox is a plain busybox system whose command is sh.
 	Busybox = "busybox:latest"
@@ -19,8 +19,8 @@ const (
 	CritestDigest = "k8s-staging-cri-tools/test-image-digest:latest"
 )
 
-// catalogue lists every image: those of critest v1.36.0 (pkg/common and pkg/validate name them),
-// the sandbox's and the lab's.
+// catalogue lists every image: those of critest v1.36.0 (named in pkg/common and pkg/validate), the sandbox's and the
+// lab's.
 func catalogue(base *layer, actor []byte) []definition {
 	const e2e, cri = "e2e-test-images/", "k8s-staging-cri-tools/"
 	shell := imageConfig{Cmd: []string{"sh"}}
@@ -32,7 +32,7 @@ func catalogue(base *layer, actor []byte) []definition {
 	pauseProgram := newLayer(program("pause", actor))
 	nginxProgram := newLayer(program("usr/sbin/nginx", actor))
 	runAs := func(user string) imageConfig { return imageConfig{Cmd: []string{"sh"}, User: user} }
-	// marked gives an image content of its own.
+	// marked gives an image its own content.
 	marked := func(mark string, references ...string) definition {
 		return definition{references, shell, []*layer{base, newLayer(text("test-image.txt", mark))}}
 	}

@@ -1,12 +1,12 @@
-// Package images builds, in memory and without any network, the container images that the tests
-// and the lab need, and serves them as a read-only registry.
+// Package images builds the container images that the tests and the lab need, in memory and without a network, and serves
+// them as a read-only registry.
 //
-// The images are made of Debian's busybox and of one small static Go program (./actor) that plays
-// nginx, httpd, pause and whatever else critest expects to find. They imitate the real images as
-// far as critest v1.36.0 looks. The same inputs give the same digests.
+// The images consist of Debian's busybox and one small static Go program (./actor) that plays nginx, httpd, pause and
+// whatever else critest expects. They imitate the real images as far as critest v1.36.0 looks. The same inputs give the
+// same digests.
 //
-// Repositories have no host: a runtime sends every registry host to this one (containerd's
-// certs.d/_default), which is also how critest gets "the same image from two registries".
+// Repositories have no host: a runtime asks this registry for every registry host (containerd's certs.d/_default). That is
+// also how critest gets "the same image from two registries".
 package images
 
 import (
@@ -18,11 +18,10 @@ import (
 	"time"
 )
 
-// Inputs are the programs that the images are made of.
+// Inputs are the programs in the images.
 type Inputs struct {
-	// Busybox is the path of a busybox binary. A dynamic one brings its libraries along from this
-	// machine. Debian's busybox-static will not do: its shell runs applets without exec, which
-	// defeats critest's MaskedPaths spec.
+	// Busybox is the path of a busybox binary. If it is dynamic, its libraries on this machine are added. Debian's
+	// busybox-static does not work: its shell runs applets without exec, which defeats critest's MaskedPaths spec.
 	Busybox string
 	// Actor is the path of the static program built from ./actor.
 	Actor string
@@ -30,13 +29,13 @@ type Inputs struct {
 
 // Image is one image of a Registry.
 type Image struct {
-	// References are "repository:tag", all without a registry host.
+	// References are "repository:tag", without a registry host.
 	References []string
-	// Digest is the manifest's, "sha256:" and 64 hexadecimal digits.
+	// Digest is that of the manifest: "sha256:" and 64 hexadecimal digits.
 	Digest string
 }
 
-// Build makes every image of the catalogue. It reads the inputs and keeps nothing open.
+// Build builds every image of the catalogue. It reads the inputs and keeps nothing open.
 func Build(inputs Inputs) (*Registry, error) {
 	actor, err := os.ReadFile(inputs.Actor)
 	if err != nil {
@@ -62,7 +61,7 @@ type definition struct {
 	layers     []*layer
 }
 
-// imageConfig is the part of an OCI image configuration that says how to run it.
+// imageConfig is the part of an OCI image configuration that describes how to run it.
 type imageConfig struct {
 	User       string   `json:"User,omitempty"`
 	Env        []string `json:"Env,omitempty"`
@@ -79,7 +78,7 @@ const (
 
 const searchPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// buildTime is the one time stamp in all images, so that digests do not depend on the clock.
+// buildTime is the only time stamp in the images, so that digests do not depend on the clock.
 var buildTime = time.Date(2026, time.January, 1, 0, 0, 0, 0, time.UTC)
 
 type descriptor struct {
@@ -106,7 +105,7 @@ func (r *Registry) add(d definition) error {
 		"created": buildTime, "architecture": runtime.GOARCH, "os": "linux",
 		"config": d.config,
 		"rootfs": map[string]any{"type": "layers", "diff_ids": diffIDs},
-		// Without the name here, images of equal content would be one image, and critest counts.
+		// Without the name, images of equal content would be one image, and critest counts images.
 		"history": []any{map[string]any{"created": buildTime, "comment": d.references[0]}},
 	})
 	if err != nil {

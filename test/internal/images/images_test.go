@@ -15,8 +15,8 @@ import (
 	"testing"
 )
 
-// TestMain lets the test binary stand in for busybox: it is an ELF program (a dynamic one with
-// -race) and lists applets when asked.
+// TestMain lets the test binary take the place of busybox: it is an ELF program, a dynamic one with -race, and lists
+// applets when asked.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 2 && os.Args[1] == "--list" {
 		fmt.Println("sh\nls\nbusybox\nls\npgrep")
@@ -66,7 +66,7 @@ func TestMissingInputIsNamed(t *testing.T) {
 	}
 }
 
-// TestPull fetches every image as a container runtime does and checks all digests on the way.
+// TestPull fetches every image as a container runtime does and checks all digests.
 func TestPull(t *testing.T) {
 	registry := buildRegistry(t)
 	server := httptest.NewServer(registry)
@@ -206,8 +206,8 @@ func TestBaseLayer(t *testing.T) {
 	}
 	for name, want := range map[string]string{
 		"bin/ls":    "bin/busybox",
-		"bin/pgrep": "bin/busybox",   // this busybox has one
-		"bin/ipcs":  "usr/bin/actor", // and none of this
+		"bin/pgrep": "bin/busybox",   // busybox has one
+		"bin/ipcs":  "usr/bin/actor", // busybox does not have it
 	} {
 		if entries[name] == nil || entries[name].Linkname != want {
 			t.Errorf("%s: %+v, want a link to %s", name, entries[name], want)

@@ -10,8 +10,8 @@ import (
 	"io/fs"
 )
 
-// file is one entry of a layer. Exactly one of data and hardLink may be set; neither means an empty
-// file, or a folder if mode says so.
+// file is one entry of a layer. At most one of data and hardLink is set. If neither is set, it is an empty file, or a
+// folder if mode says so.
 type file struct {
 	path     string      // without a leading slash
 	mode     fs.FileMode // permission bits, fs.ModeDir, fs.ModeSetuid, fs.ModeSticky
@@ -42,7 +42,7 @@ func newLayer(files ...file) *layer {
 	return &layer{files: files}
 }
 
-// pack fills in the archive: the files as they come, all owned by root.
+// pack makes the archive: the files in their order, all owned by root.
 func (l *layer) pack() error {
 	if l.archive != nil {
 		return nil

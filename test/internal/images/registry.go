@@ -8,9 +8,8 @@ import (
 	"strings"
 )
 
-// Registry holds images and serves them: it implements the pull half of the OCI distribution
-// specification (version check, manifests, blobs; GET and HEAD, with ranges). It never changes
-// once built and is safe for concurrent use.
+// Registry holds images and serves them. It implements the pull half of the OCI distribution specification (version check,
+// manifests, blobs; GET and HEAD, with ranges). It does not change once built and is safe for concurrent use.
 type Registry struct {
 	images    []Image
 	blobs     map[string]blob   // by digest
@@ -39,7 +38,7 @@ func (r *Registry) put(mediaType string, content []byte) descriptor {
 	return descriptor{mediaType, digest, len(content)}
 }
 
-// ServeHTTP answers the registry API. What is not there is 404 with the API's error body.
+// ServeHTTP implements the registry API. If something does not exist, it answers 404 with the API's error body.
 func (r *Registry) ServeHTTP(w http.ResponseWriter, request *http.Request) {
 	path, isAPI := strings.CutPrefix(request.URL.Path, "/v2/")
 	switch {
@@ -88,5 +87,5 @@ func fail(w http.ResponseWriter, status int, code, message string) {
 func reply(w http.ResponseWriter, status int, body string) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_, _ = io.WriteString(w, body) // a client that is gone needs no answer
+	_, _ = io.WriteString(w, body) // a client that has left needs no answer
 }

@@ -20,8 +20,8 @@ import (
 // certificateLife is long enough for any lab session.
 const certificateLife = 30 * 24 * time.Hour
 
-// writeCertificates makes one authority and every certificate that a cluster needs, in the folder
-// "pki", and the kubeconfig files made of them.
+// writeCertificates makes an authority and every certificate that a cluster needs, in the folder "pki", and the kubeconfig
+// files with them.
 func (c *Cluster) writeCertificates() error {
 	if err := os.MkdirAll(c.path("pki"), 0o700); err != nil {
 		return err
@@ -104,7 +104,7 @@ func (a *authority) issue(path string, subject pkix.Name, usage x509.ExtKeyUsage
 }
 
 func writeKey(path string, key *ecdsa.PrivateKey) error {
-	der, err := x509.MarshalECPrivateKey(key) // the one form of an EC key that service accounts take
+	der, err := x509.MarshalECPrivateKey(key) // the only form of an EC key that service accounts accept
 	if err != nil {
 		return err
 	}
@@ -129,7 +129,7 @@ current-context: test
 	return os.WriteFile(path, []byte(text), 0o600)
 }
 
-// httpClient returns a client that is the administrator.
+// httpClient returns an HTTP client that is the administrator.
 func (c *Cluster) httpClient() (*http.Client, error) {
 	certificate, err := tls.LoadX509KeyPair(c.path("pki/admin.crt"), c.path("pki/admin.key"))
 	if err != nil {

@@ -1,12 +1,11 @@
-// Package kubernetes runs a small real Kubernetes cluster for tests: etcd, kube-apiserver and a
-// kubelet for each node of test/internal/node, with streamshim in front of the node's containerd or without.
-// There is no scheduler and no controller-manager: pods name their node. Everything listens on
-// loopback addresses of the cluster's own and lies under one folder, so that clusters can run side
-// by side. It needs root and the programs that "test/internal/peers/build.sh etcd kubernetes" makes besides
-// those of test/internal/node.
+// Package kubernetes runs a small real Kubernetes cluster for tests: etcd, kube-apiserver and a kubelet for each node of
+// test/internal/node, with or without streamshim in front of the node's containerd. There is no scheduler and no
+// controller-manager: pods name their node. Everything listens on loopback addresses of this cluster and is below one
+// folder, so clusters can run side by side. It needs root and the programs that "test/internal/peers/build.sh etcd
+// kubernetes" builds, in addition to those of test/internal/node.
 //
-// All processes are companions of the cluster's nodes, so that taking down the nodes takes down the
-// cluster, also one whose owner was killed.
+// All processes are companions of the cluster's nodes. So taking down the nodes takes down the cluster, even one whose
+// owner was killed.
 package kubernetes
 
 import (
@@ -24,23 +23,22 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// Config says what cluster to start.
+// Config describes a cluster to start.
 type Config struct {
-	// Dir is the folder that everything lies under, at most 70 bytes long.
+	// Dir is the folder that everything is below. Its path has at most 70 bytes.
 	Dir string
-	// Nodes are the cluster's nodes. The first one's folder also records the control plane.
+	// Nodes are the cluster's nodes. The folder of the first one also records the control plane.
 	Nodes []NodeConfig
-	// Logf is told what happens, line by line. Nil means nobody.
+	// Logf is called with each line about what happens. It may be nil.
 	Logf func(format string, args ...any)
 }
 
-// NodeConfig says what node to start.
+// NodeConfig describes a node to start.
 type NodeConfig struct {
-	// Name of the folder below Config.Dir: lower-case letters, at most 6. It is not the node's name
-	// in Kubernetes, which has to be an IP address; see Node.Address.
+	// Name is that of the folder below Config.Dir: at most 6 lower-case letters. It is not the node's name in Kubernetes,
+	// which must be an IP address. See Node.Address.
 	Name string
-	// Streamshim is the path of the streamshim program; empty means that the kubelet talks to
-	// containerd itself.
+	// Streamshim is the path of the streamshim program. If empty, the kubelet talks to containerd itself.
 	Streamshim string
 }
 
@@ -55,20 +53,20 @@ type Cluster struct {
 // Node is one node of a cluster.
 type Node struct {
 	*node.Node
-	// Address is the node's IP address and its name in Kubernetes. A node whose name is an IP address
-	// has that address; any other way, the kubelet refuses a loopback address.
+	// Address is the node's IP address and its name in Kubernetes. A node whose name is an IP address has that address. A
+	// kubelet refuses a loopback address that it gets in any other way.
 	Address string
 	cluster *Cluster
 }
 
-// The names of the processes, of their records and of their log files.
+// The names of the processes, which their records and log files have too.
 const (
 	etcdProcess      = "etcd"
 	apiServerProcess = "kube-apiserver"
 	kubeletProcess   = "kubelet"
 )
 
-// The ports are unlike those of a real cluster, which may listen on all addresses of this machine.
+// The ports differ from those of a real cluster, which may listen on all addresses of this machine.
 const (
 	etcdPort          = 22379
 	etcdPeerPort      = 22380
@@ -83,8 +81,8 @@ const (
 	stopGrace    = 15 * time.Second
 )
 
-// Start brings a cluster up and returns when all nodes are Ready. What an earlier one left in the
-// folder is taken down first. The caller must end the cluster with Close, or give it up with Detach.
+// Start brings a cluster up and returns when all nodes are Ready. It first takes down what an earlier cluster has left in
+// the folder. The caller ends the cluster with Close or releases it with Detach.
 func Start(ctx context.Context, config Config) (*Cluster, error) {
 	if err := Ready(); err != nil {
 		return nil, err
@@ -103,7 +101,7 @@ func Start(ctx context.Context, config Config) (*Cluster, error) {
 	if c.logf == nil {
 		c.logf = func(string, ...any) {}
 	}
-	// Also nodes that this cluster will not have.
+	// Includes nodes that this cluster does not have.
 	if err := Cleanup(dir, c.logf); err != nil {
 		return nil, err
 	}
@@ -156,7 +154,7 @@ func (c *Cluster) start(ctx context.Context, config Config) error {
 // Close takes the cluster down. Only logs stay in its folder.
 func (c *Cluster) Close() error {
 	var errs []error
-	for i := len(c.nodes) - 1; i >= 0; i-- { // the control plane is the first one's
+	for i := len(c.nodes) - 1; i >= 0; i-- { // the first one has the control plane
 		errs = append(errs, c.nodes[i].Close())
 	}
 	if c.client != nil {
@@ -170,7 +168,7 @@ func (c *Cluster) Close() error {
 	return removeFiles(c.dir)
 }
 
-// Detach gives the cluster up but leaves it running. Cleanup ends it.
+// Detach releases the cluster but leaves it running. Cleanup ends it.
 func (c *Cluster) Detach() {
 	for _, n := range c.nodes {
 		n.Detach()
@@ -179,8 +177,8 @@ func (c *Cluster) Detach() {
 	c.nodes = nil
 }
 
-// Cleanup takes down what a dead owner left in the folder, or a cluster that was given up with
-// Detach. A folder without a cluster is no error. Logs stay.
+// Cleanup takes down what a dead owner has left in the folder, or a cluster that was released with Detach. A folder without
+// a cluster is no error. Logs stay.
 func Cleanup(dir string, logf func(string, ...any)) error {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -200,7 +198,7 @@ func Cleanup(dir string, logf func(string, ...any)) error {
 	return removeFiles(dir)
 }
 
-// removeFiles removes what lies outside the nodes' folders.
+// removeFiles removes what is outside the nodes' folders.
 func removeFiles(dir string) error {
 	errs := []error{removeTraces(dir)}
 	for _, name := range []string{"pki", "home", "kubeconfig"} {
@@ -209,7 +207,7 @@ func removeFiles(dir string) error {
 	return errors.Join(errs...)
 }
 
-// Node returns the node that was configured by this name.
+// Node returns the node with this name in the configuration.
 func (c *Cluster) Node(name string) *Node {
 	for _, n := range c.nodes {
 		if filepath.Base(n.Dir()) == name {
@@ -219,11 +217,10 @@ func (c *Cluster) Node(name string) *Node {
 	return nil
 }
 
-// StopAPIServer ends the API server. Pods live on; streaming sessions through it end.
+// StopAPIServer ends the API server. Pods go on. Streaming sessions through it end.
 func (c *Cluster) StopAPIServer() error { return c.nodes[0].StopCompanion(apiServerProcess, stopGrace) }
 
-// StartAPIServer starts the API server and waits until it is ready. The feature gate is
-// ExtendWebSocketsToKubelet.
+// StartAPIServer starts the API server and waits until it is ready. The feature gate is ExtendWebSocketsToKubelet.
 func (c *Cluster) StartAPIServer(ctx context.Context, extendWebSocketsToKubelet bool) error {
 	n := c.nodes[0]
 	if err := n.StartCompanion(apiServerProcess, n.Program("kube-apiserver"), c.apiServerArguments(extendWebSocketsToKubelet)...); err != nil {
@@ -248,11 +245,11 @@ func (c *Cluster) startEtcd() error {
 		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "test="+peer)
 }
 
-// StopKubelet ends the kubelet. Containers live on.
+// StopKubelet ends the kubelet. Containers go on.
 func (n *Node) StopKubelet() error { return n.StopCompanion(kubeletProcess, stopGrace) }
 
-// StartKubelet starts the kubelet and waits until it is healthy, which is some seconds before its
-// node is Ready. The feature gate is ExtendWebSocketsToKubelet.
+// StartKubelet starts the kubelet and waits until it is healthy, which is some seconds before its node is Ready. The
+// feature gate is ExtendWebSocketsToKubelet.
 func (n *Node) StartKubelet(ctx context.Context, extendWebSocketsToKubelet bool) error {
 	if err := n.makeCgroupRoot(); err != nil {
 		return err
@@ -270,8 +267,8 @@ func (n *Node) StartKubelet(ctx context.Context, extendWebSocketsToKubelet bool)
 	})
 }
 
-// WaitReady waits until the API server knows the node as Ready. A kubelet that was restarted may not
-// have said anything yet.
+// WaitReady waits until the API server shows the node as Ready. A kubelet that was restarted may not have reported its
+// status yet.
 func (n *Node) WaitReady(ctx context.Context) error {
 	return n.waitFor(ctx, kubeletProcess, func(ctx context.Context) error {
 		ready, _, err := n.Condition(ctx)
@@ -282,7 +279,7 @@ func (n *Node) WaitReady(ctx context.Context) error {
 	})
 }
 
-// Condition tells whether the node is Ready, and since when it has been so or not.
+// Condition returns whether the node is Ready, and since when that has not changed.
 func (n *Node) Condition(ctx context.Context) (ready bool, since time.Time, err error) {
 	text, err := n.cluster.Get(ctx, "/api/v1/nodes/"+n.Address)
 	if err != nil {
@@ -337,7 +334,8 @@ func get(ctx context.Context, client *http.Client, url string) ([]byte, error) {
 	return text, err
 }
 
-// waitFor asks until a process that this node records is ready, has ended, or has had its time.
+// waitFor calls ask until it succeeds, the process has ended, or the time is up. The node must have a record of the
+// process.
 func (n *Node) waitFor(ctx context.Context, process string, ask func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
@@ -363,7 +361,7 @@ func (n *Node) waitFor(ctx context.Context, process string, ask func(context.Con
 
 func (c *Cluster) path(name string) string { return filepath.Join(c.dir, name) }
 
-// address returns an IPv4 loopback address of this cluster's own, by its last byte.
+// address returns a loopback IPv4 address of this cluster with this last byte.
 func (c *Cluster) address(last int) string {
 	h := hash(c.dir)
 	return fmt.Sprintf("127.%d.%d.%d", 64+h%128, h/128%256, last)

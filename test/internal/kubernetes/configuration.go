@@ -15,21 +15,21 @@ func (c *Cluster) apiServerArguments(extendWebSocketsToKubelet bool) []string {
 	return []string{
 		fmt.Sprintf("--etcd-servers=http://%s:%d", c.address(1), etcdPort),
 		"--bind-address=" + c.address(1), fmt.Sprintf("--secure-port=%d", apiServerPort), "--advertise-address=" + c.address(1),
-		"--endpoint-reconciler-type=none", // it refuses a loopback address
+		"--endpoint-reconciler-type=none", // the default refuses a loopback address
 		"--tls-cert-file=" + pki("apiserver.crt"), "--tls-private-key-file=" + pki("apiserver.key"),
 		"--client-ca-file=" + pki("ca.crt"), "--kubelet-certificate-authority=" + pki("ca.crt"),
 		"--kubelet-client-certificate=" + pki("apiserver-kubelet.crt"), "--kubelet-client-key=" + pki("apiserver-kubelet.key"),
 		"--service-account-issuer=https://streamshim.test", "--service-account-key-file=" + pki("service-accounts.key"),
 		"--service-account-signing-key-file=" + pki("service-accounts.key"), "--service-cluster-ip-range=10.254.0.0/24",
 		"--authorization-mode=Node,RBAC",
-		// Otherwise a pod needs a service account, which only the controller-manager would make.
+		// Otherwise a pod needs a service account, which only the controller-manager creates.
 		"--disable-admission-plugins=ServiceAccount",
-		"--allow-privileged=true", // test/fleet's DaemonSet
+		"--allow-privileged=true", // needed by test/fleet's DaemonSet
 		fmt.Sprintf("--feature-gates=ExtendWebSocketsToKubelet=%t", extendWebSocketsToKubelet), "--v=2",
 	}
 }
 
-// kubeletConfiguration is what differs from a kubelet's defaults so that it runs beside others, on
+// kubeletConfiguration has the settings that differ from a kubelet's defaults. With them it runs beside other kubelets, on
 // loopback, with few rights, and leaves the machine as it is.
 const kubeletConfiguration = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -79,8 +79,8 @@ func (n *Node) kubeletArguments(extendWebSocketsToKubelet bool) ([]string, error
 	}, err
 }
 
-// makeCgroupRoot makes the cgroup that the kubelet is to put its pods in, in every hierarchy: it
-// wants it to exist. The node's Close removes it.
+// makeCgroupRoot creates the parent of the kubelet's pods' cgroups, in every hierarchy: the kubelet needs it to exist. The
+// node's Close removes it.
 func (n *Node) makeCgroupRoot() error {
 	table, err := os.ReadFile("/proc/self/mounts")
 	if err != nil {
@@ -107,7 +107,7 @@ func (n *Node) makeCgroupRoot() error {
 	return nil
 }
 
-// delegateControllers gives the groups below the top of a cgroup v2 hierarchy what the top has.
+// delegateControllers enables in the groups below the top of a cgroup v2 hierarchy the controllers of the top.
 func delegateControllers(hierarchy string) error {
 	controllers, err := os.ReadFile(filepath.Join(hierarchy, "cgroup.controllers"))
 	if err != nil {

@@ -12,18 +12,17 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// Protocol is what kubectl speaks to the API server for exec, attach, cp and port-forward.
+// Protocol is what kubectl uses to the API server for exec, attach, cp and port-forward.
 type Protocol string
 
 const (
 	// WebSocket is kubectl's default since 1.31.
 	WebSocket Protocol = "WebSocket"
-	// SPDY is what it spoke before and still can.
+	// SPDY is what kubectl used before and still can.
 	SPDY Protocol = "SPDY"
 )
 
-// Kubectl returns a kubectl command that is ready to run, as the administrator. When the context
-// ends, it is killed.
+// Kubectl returns a kubectl command for the administrator. The caller runs it. It is killed when the context ends.
 func (c *Cluster) Kubectl(ctx context.Context, protocol Protocol, args ...string) *exec.Cmd {
 	command := exec.CommandContext(ctx, c.nodes[0].Program("kubectl"), args...)
 	useWebSockets := fmt.Sprint(protocol != SPDY)
@@ -33,7 +32,7 @@ func (c *Cluster) Kubectl(ctx context.Context, protocol Protocol, args ...string
 	return command
 }
 
-// Ready says whether a cluster can be started here. The error tells what to do.
+// Ready returns nil if a cluster can be started here. The error tells what to do.
 func Ready() error {
 	if err := node.Ready(""); err != nil {
 		return err

@@ -7,8 +7,8 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// LabPod is the manifest of the pod "lab", which serves what the lab shows. It is bound to a node by the node's name,
-// because a cluster need not have a scheduler.
+// LabPod returns the manifest of the pod "lab", which serves what the lab shows. It names its node, because a cluster may
+// have no scheduler.
 func LabPod(nodeName string) string { return fmt.Sprintf(labPod, nodeName, node.Image(images.Lab)) }
 
 const labPod = `

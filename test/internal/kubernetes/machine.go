@@ -11,15 +11,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Two places that a kubelet uses whatever it is configured to.
+// Two paths that every kubelet uses, however it is configured.
 const (
 	devicePlugins = "/var/lib/kubelet/device-plugins"
 	logLinks      = "/var/log/containers"
 )
 
-// checkNoKubelet fails when a real kubelet runs here: ours would empty its folder of device plugins.
-// Kubelets of other test clusters, which have none, and those in a file system of their own, as in a
-// container, are no obstacle.
+// checkNoKubelet fails if a real kubelet runs here, because ours would empty its folder of device plugins. Kubelets of
+// other test clusters do not matter, because they have no plugins. Nor do kubelets with their own file system, as in a
+// container.
 func checkNoKubelet() error {
 	ours, err := os.Readlink("/proc/self/ns/mnt")
 	if err != nil {
@@ -29,10 +29,10 @@ func checkNoKubelet() error {
 	for _, path := range paths {
 		text, err := os.ReadFile(path)
 		if err != nil {
-			continue // ended meanwhile
+			continue // it has ended meanwhile
 		}
 		arguments := strings.Split(strings.TrimSuffix(string(text), "\x00"), "\x00")
-		namespace, _ := os.Readlink(filepath.Join(filepath.Dir(path), "ns/mnt")) // empty when it ended meanwhile
+		namespace, _ := os.Readlink(filepath.Join(filepath.Dir(path), "ns/mnt")) // empty if it has ended meanwhile
 		if filepath.Base(arguments[0]) != "kubelet" || namespace != ours || strings.Contains(string(text), "\x00--hostname-override=127.") {
 			continue
 		}
@@ -42,7 +42,7 @@ func checkNoKubelet() error {
 	return nil
 }
 
-// removeTraces removes what the kubelets of a cluster have left in the places they cannot be kept from.
+// removeTraces removes what the kubelets of a cluster have left at paths that cannot be configured.
 func removeTraces(dir string) error {
 	entries, err := os.ReadDir(logLinks)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -57,11 +57,11 @@ func removeTraces(dir string) error {
 	}
 	socket := filepath.Join(devicePlugins, "kubelet.sock")
 	if connection, err := net.Dial("unix", socket); err == nil {
-		return errors.Join(append(errs, connection.Close())...) // another cluster's kubelet
+		return errors.Join(append(errs, connection.Close())...) // the kubelet of another cluster
 	} else if errors.Is(err, unix.ECONNREFUSED) {
 		errs = append(errs, os.Remove(socket))
 	}
-	// These fail, rightly, unless they are empty.
+	// These fail, as they should, unless they are empty.
 	_ = unix.Rmdir(logLinks)
 	_ = unix.Rmdir(devicePlugins)
 	_ = unix.Rmdir(filepath.Dir(devicePlugins))

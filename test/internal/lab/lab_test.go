@@ -11,7 +11,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// TestLab goes through what "make lab" does without a terminal, twice, and "make lab-down".
+// TestLab does what "make lab" does without a terminal, twice, and "make lab-down".
 func TestLab(t *testing.T) {
 	node.Require(t)
 	binary := node.Binary(t)

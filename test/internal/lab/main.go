@@ -89,7 +89,7 @@ func up(ctx context.Context, dir, streamshim string) error {
 	if err != nil {
 		return errors.Join(err, n.Close())
 	}
-	// From here on the lab stays up without this program, until lab down.
+	// From here on the lab stays up without this program, until "lab down".
 	n.Detach()
 	printHelp(dir, n, p)
 	if term.IsTerminal(int(os.Stdin.Fd())) && term.IsTerminal(int(os.Stdout.Fd())) {
@@ -111,7 +111,7 @@ func down(dir string) error {
 	return nil
 }
 
-// ensurePod returns the lab's pod, a new one if there is none or its container has ended.
+// ensurePod returns the lab's pod. It creates one if there is none or its container has ended.
 func ensurePod(ctx context.Context, n *node.Node) (pod, error) {
 	list, err := n.Runtime().ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{
 		State:         &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_RUNNING},
@@ -132,7 +132,7 @@ func ensurePod(ctx context.Context, n *node.Node) (pod, error) {
 	return pod{sandbox, container}, err
 }
 
-// writeScripts leaves scripts in the lab's folder that are crictl and streamshim with the lab's own sockets.
+// writeScripts writes scripts into the lab's folder that run crictl and streamshim with the lab's sockets.
 func writeScripts(n *node.Node, binary string) error {
 	for name, script := range map[string]string{
 		"crictl": fmt.Sprintf("exec '%s' --config '%s' \"$@\"\n", n.Program("crictl"), filepath.Join(n.Dir(), "crictl.yaml")),
@@ -170,17 +170,17 @@ Logs are in %[6]s. To end it: make lab-down
 `, n.Socket(), n.ContainerdSocket(), crictl, container, sandbox, filepath.Join(dir, "log"), filepath.Join(dir, "streamshim"))
 }
 
-// shell puts the user into the pod.
+// shell gives the user a shell in the pod.
 func shell(dir string, n *node.Node, p pod) error {
 	progress("you are now in the pod, by way of streamshim; exit or ctrl-D leaves")
-	signal.Ignore(syscall.SIGINT, syscall.SIGQUIT) // they are for the shell in the pod
+	signal.Ignore(syscall.SIGINT, syscall.SIGQUIT) // the shell in the pod handles them
 	command := n.Crictl("exec", "-it", p.container, "sh")
 	command.Stdin, command.Stdout, command.Stderr = os.Stdin, os.Stdout, os.Stderr
 	err := command.Run()
 	if failed := new(exec.ExitError); err != nil && !errors.As(err, &failed) {
 		return err
 	}
-	// crictl fails when the shell's last command did, which is no failure of the lab.
+	// crictl fails if the last command of the shell has failed, which is not a failure of the lab.
 	progress("the lab stays up. Back in:  %s exec -it %s sh   The end:  make lab-down", filepath.Join(dir, "crictl"), p.container[:13])
 	return nil
 }

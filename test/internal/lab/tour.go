@@ -18,10 +18,10 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// stepTimeout bounds each stop of the tour, on a machine that may be busy.
+// stepTimeout bounds each step of the tour, on a machine that may be busy.
 const stepTimeout = time.Minute
 
-// step is one thing that streamshim does, tried with crictl.
+// step tries one thing that streamshim does, with crictl.
 type step struct {
 	name string
 	try  func(ctx context.Context, n *node.Node, p pod) error
@@ -38,7 +38,7 @@ var steps = []step{
 	{"port-forward reaches the web server", tryPortForward},
 }
 
-// tour goes through all steps, says how each went, and fails if one failed.
+// tour runs all steps, reports how each went, and fails if one failed.
 func tour(ctx context.Context, n *node.Node, p pod) error {
 	progress("no terminal here, so this is a tour")
 	failures := 0
@@ -61,7 +61,7 @@ func tour(ctx context.Context, n *node.Node, p pod) error {
 	return nil
 }
 
-// crictl is a crictl command that ends with the context.
+// crictl returns a crictl command that ends with the context.
 func crictl(ctx context.Context, n *node.Node, args ...string) *exec.Cmd {
 	template := n.Crictl(args...)
 	command := exec.CommandContext(ctx, template.Path, template.Args[1:]...)
@@ -69,7 +69,7 @@ func crictl(ctx context.Context, n *node.Node, args ...string) *exec.Cmd {
 	return command
 }
 
-// run runs crictl and returns its output, apart. How crictl ended is in the error.
+// run runs crictl and returns its stdout and stderr. The error tells how crictl ended.
 func run(ctx context.Context, n *node.Node, stdin io.Reader, args ...string) (stdout, stderr string, err error) {
 	var out, errOut bytes.Buffer
 	command := crictl(ctx, n, args...)
@@ -98,7 +98,7 @@ func tryExec(ctx context.Context, n *node.Node, p pod) error {
 
 func tryExitCode(ctx context.Context, n *node.Node, p pod) error {
 	_, stderr, err := run(ctx, n, nil, "exec", p.container, "sh", "-c", "exit 3")
-	// crictl itself ends with 1 and says the code.
+	// crictl itself ends with 1 and prints the code.
 	failed := new(exec.ExitError)
 	if !errors.As(err, &failed) || !strings.Contains(stderr, "exit code 3") {
 		return fmt.Errorf("crictl did not report exit code 3 but %.200q", stderr)
@@ -158,8 +158,8 @@ func tryPortForward(ctx context.Context, n *node.Node, p pod) error {
 	})
 }
 
-// withCommand runs a crictl command that does not end by itself: it writes the input, waits for a
-// line of output that matches, does something with what the pattern's group matched, and ends it.
+// withCommand runs a crictl command that does not end by itself. It writes the input, waits for a line of output that
+// matches the pattern, calls then with the match of the pattern's group, and ends the command.
 func withCommand(ctx context.Context, n *node.Node, args []string, input, pattern string, then func(match string) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

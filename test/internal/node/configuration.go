@@ -15,8 +15,8 @@ import (
 	"github.com/streamshim/streamshim/test/internal/images"
 )
 
-// ImageHost is the registry host in the node's own image references. It is a name only: every host
-// leads to the node's image server.
+// ImageHost is the registry host in the node's own image references. No such host exists: the node asks its image server
+// for every host.
 const ImageHost = "streamshim.test"
 
 // Image returns the full reference of one of the images of test/internal/images, such as images.Busybox.
@@ -103,8 +103,8 @@ var networkConfiguration = template.Must(template.New("cni").Parse(`{
 }
 `))
 
-// registryConfiguration sends every registry host to the image server. Without its first line,
-// containerd would go on to ask the real host for an image that is not there.
+// registryConfiguration sends requests for every registry host to the image server. Without its first line, containerd
+// would then ask the real host for an image that the image server does not have.
 var registryConfiguration = template.Must(template.New("hosts.toml").Parse(`server = "http://{{.Registry}}"
 [host."http://{{.Registry}}"]
   capabilities = ["pull", "resolve"]
@@ -115,18 +115,18 @@ image-endpoint: {{.Socket}}
 timeout: 60
 `))
 
-// The names that the node's traces outside its folder are found by.
+// The names of the node's traces outside its folder.
 func (n *Node) bridge() string  { return "ss-" + n.state.Name }
 func (n *Node) network() string { return "streamshim-" + n.state.Name }
 
-// subnet spreads nodes over 10.200.0.0 to 10.249.249.255 by their names.
+// subnet derives a subnet from the node's name, in 10.200.0.0 to 10.249.249.255.
 func (n *Node) subnet() string {
 	h := hash(n.state.Name)
 	return fmt.Sprintf("10.%d.%d.0/24", 200+h%50, h/50%250)
 }
 
-// shimSockets is where the shims' sockets are. Their names are 64 characters long, so a folder with
-// a long path needs another place for them.
+// shimSockets is the folder of the shims' sockets. Their names have 64 characters, so a node whose folder has a long path
+// puts them elsewhere.
 func (n *Node) shimSockets() string {
 	inside := n.path("s")
 	if len(inside)+len("/")+64 < 107 {
@@ -180,8 +180,8 @@ func (n *Node) startStreamshim() error {
 	}, n.state.StreamshimArgs...))
 }
 
-// startImageServer builds the image server and starts it on a socket that is open beforehand, so
-// that its address is known and requests wait for it instead of failing.
+// startImageServer builds the image server and starts it on a socket that is already open. So its address is known, and
+// requests wait for it instead of failing.
 func (n *Node) startImageServer(ctx context.Context) error {
 	const module = "github.com/streamshim/streamshim/test/internal/images/"
 	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w",
@@ -194,7 +194,7 @@ func (n *Node) startImageServer(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer func() { _ = listener.Close() }() // the image server has its own copy
+	defer func() { _ = listener.Close() }() // the image server has a duplicate
 	file, err := listener.(*net.TCPListener).File()
 	if err != nil {
 		return err

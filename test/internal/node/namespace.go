@@ -9,11 +9,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// InNetworkNamespace runs do in the network namespace of a process. Sockets that it makes stay there.
+// InNetworkNamespace runs do in the network namespace of a process. Sockets that do opens stay there.
 func InNetworkNamespace(pid int, do func() error) error {
 	result := make(chan error)
 	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		runtime.LockOSThread() // never unlocked, so the thread ends with the goroutine
 		result <- func() error {
 			namespace, err := os.Open("/proc/" + strconv.Itoa(pid) + "/ns/net")
 			if err != nil {

@@ -1,11 +1,11 @@
-// Package node runs a Kubernetes node's container side for tests: an image registry, a private
-// containerd and, in front of it, streamshim. Everything lies under one folder, with sockets,
-// runtime roots, a bridge and a subnet of its own, so that several nodes can run side by side and
-// beside a real one. It needs root and the programs that test/internal/peers/build.sh makes.
+// Package node runs the container side of a Kubernetes node for tests: an image registry, a private containerd and, in
+// front of it, streamshim. Everything is below one folder, with its own sockets, runtime roots, bridge and subnet. So
+// several nodes can run side by side and beside a real one. It needs root and the programs that
+// test/internal/peers/build.sh builds.
 //
-// Taking a node down leaves nothing behind: no pod, process, mount, network namespace, bridge,
-// cgroup, iptables chain or CNI record. That also holds for a node whose owner was killed: the
-// folder says what there is (node.json), and the next Start or Cleanup on it ends that first.
+// Taking a node down leaves nothing behind: no pod, process, mount, network namespace, bridge, cgroup, iptables chain or
+// CNI record. That holds even for a node whose owner was killed: the folder records what there is (node.json), and the next
+// Start or Cleanup on it ends that first.
 package node
 
 import (
@@ -30,25 +30,25 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// Config says what node to start.
+// Config describes a node to start.
 type Config struct {
-	// Dir is the folder that everything lies under, at most 80 bytes long. It is made if need be.
+	// Dir is the folder that everything is below. Its path has at most 80 bytes. It is created if it does not exist.
 	Dir string
-	// Name tells nodes on one machine apart: bridge and subnet are derived from it. Lower-case
-	// letters, digits and hyphens, at most 12. Empty means a name derived from Dir.
+	// Name distinguishes nodes on one machine: bridge and subnet are derived from it. It has at most 12 lower-case letters,
+	// digits and hyphens. If empty, it is derived from Dir.
 	Name string
-	// Streamshim is the path of the streamshim program, run with StreamshimArgs after the node's
-	// own ones. Empty means no streamshim: Socket is then containerd's.
+	// Streamshim is the path of the streamshim program. It runs with the node's own arguments and then StreamshimArgs. If
+	// empty, there is no streamshim, and Socket is containerd's.
 	Streamshim     string
 	StreamshimArgs []string
-	// Programs is the folder of containerd, runc and the others; DefaultPrograms when empty.
+	// Programs is the folder of containerd, runc and the others. It defaults to DefaultPrograms.
 	Programs string
-	// Logf is told what happens, line by line. Nil means nobody.
+	// Logf is called with each line about what happens. It may be nil.
 	Logf func(format string, args ...any)
 }
 
-// Node is a running node. Its methods may be called from several goroutines, except those that
-// start and stop parts of it.
+// Node is a running node. Its methods may be called from several goroutines, except for those that start and stop parts of
+// it.
 type Node struct {
 	dir  string
 	logf func(string, ...any)
@@ -58,10 +58,10 @@ type Node struct {
 	state state
 	pods  map[string]*runtimeapi.PodSandboxConfig // by sandbox ID, as given to RunPod
 
-	upstream, front *grpc.ClientConn // equal when there is no streamshim
+	upstream, front *grpc.ClientConn // equal if there is no streamshim
 }
 
-// state is what node.json holds: everything a later process needs to take the node down.
+// state is what node.json holds: all that a later process needs to take the node down.
 type state struct {
 	Name           string             `json:"name"`
 	Programs       string             `json:"programs"`
@@ -72,7 +72,7 @@ type state struct {
 	Companions     []string           `json:"companions,omitempty"` // in the order they were started
 }
 
-// The names of a node's processes, of their records and of their log files.
+// The names of a node's processes, which their records and log files have too.
 const (
 	containerdProcess  = "containerd"
 	streamshimProcess  = "streamshim"
@@ -85,9 +85,9 @@ const maxDir = 80
 // readyTimeout bounds the start of one process, on a machine that is busy with other tests.
 const readyTimeout = 2 * time.Minute
 
-// Start brings a node up and returns when it can run pods. What an earlier node left in the folder
-// is taken down first; if its owner still lives, Start fails. The context bounds the start alone.
-// The caller must end the node with Close, or give it up with Detach.
+// Start brings a node up and returns when it can run pods. It first takes down what an earlier node has left in the folder.
+// If the owner of that node still lives, Start fails. The context bounds only the start. The caller ends the node with
+// Close or releases it with Detach.
 func Start(ctx context.Context, config Config) (*Node, error) {
 	if err := Ready(config.Programs); err != nil {
 		return nil, err
@@ -103,8 +103,8 @@ func Start(ctx context.Context, config Config) (*Node, error) {
 	return n, nil
 }
 
-// Open takes over a node that was given up with Detach. It fails with ErrNotRunning when nothing
-// usable runs there, in which case Start or Cleanup is the thing to call.
+// Open takes over a node that was released with Detach. It returns ErrNotRunning if nothing usable runs there. Then call
+// Start or Cleanup.
 func Open(ctx context.Context, dir string, logf func(string, ...any)) (*Node, error) {
 	if _, err := os.Stat(filepath.Join(dir, "node.json")); err != nil {
 		return nil, fmt.Errorf("%s: %w", dir, ErrNotRunning)
@@ -136,8 +136,8 @@ var ErrNotRunning = errors.New("no node runs here")
 // ErrInUse is what Start, Open and Cleanup return when another process holds the node.
 var ErrInUse = errors.New("the node belongs to another process, which still runs")
 
-// Cleanup takes down what a dead owner left in the folder, or a node that was given up with Detach.
-// A folder without a node is no error. Logs stay.
+// Cleanup takes down what a dead owner has left in the folder, or a node that was released with Detach. A folder without a
+// node is no error. Logs stay.
 func Cleanup(dir string, logf func(string, ...any)) error {
 	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -164,7 +164,7 @@ func open(dir string, logf func(string, ...any)) (*Node, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	// Temporary folders are made 0700, which keeps a pod's own root user out of its root file system.
+	// Temporary folders have mode 0700, which keeps a pod's root user out of its root file system.
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return nil, err
 	}
@@ -233,8 +233,8 @@ func (n *Node) start(ctx context.Context, config Config) error {
 	return n.waitReady(ctx)
 }
 
-// Close takes the node down, whatever state it is in, and gives the folder free. Only the logs stay
-// in it. It is safe to call twice.
+// Close takes the node down, in whatever state it is, and releases the folder. Only the logs stay in it. It may be called
+// twice.
 func (n *Node) Close() error {
 	if n.lock == nil {
 		return nil
@@ -247,24 +247,22 @@ func (n *Node) Close() error {
 	return nil
 }
 
-// Detach gives the node up but leaves it running, for Open or Cleanup to find, also in another
-// process.
+// Detach releases the node but leaves it running. Open or Cleanup finds it, in another process too.
 func (n *Node) Detach() {
 	n.disconnect()
 	if n.lock != nil {
-		_ = n.lock.Close() // which is what unlocks it
+		_ = n.lock.Close() // releases the lock
 		n.lock = nil
 	}
 }
 
-// Dir returns the folder the node lies under.
+// Dir returns the node's folder.
 func (n *Node) Dir() string { return n.dir }
 
 // ContainerdSocket returns containerd's CRI endpoint as a URL, "unix:///...".
 func (n *Node) ContainerdSocket() string { return "unix://" + n.containerdSocketPath() }
 
-// Socket returns the endpoint a kubelet would be given: streamshim's, or containerd's if the node
-// has no streamshim.
+// Socket returns the endpoint for a kubelet: streamshim's, or containerd's if the node has no streamshim.
 func (n *Node) Socket() string {
 	if n.state.Streamshim == "" {
 		return n.ContainerdSocket()
@@ -281,7 +279,7 @@ func (n *Node) RuncRoot() string { return n.path("run/runc/k8s.io") }
 // LogPath returns the log of "containerd", "streamshim" or "imageserver".
 func (n *Node) LogPath(process string) string { return n.path("log/" + process + ".log") }
 
-// Program returns the path of one of the programs the node uses, such as "runc" or "critest".
+// Program returns the path of a program that the node uses, such as "runc" or "critest".
 func (n *Node) Program(name string) string { return filepath.Join(n.state.Programs, name) }
 
 // PID returns the process ID of "containerd" or "streamshim", or 0 if it does not run.
@@ -293,12 +291,12 @@ func (n *Node) PID(process string) int {
 	return p.PID
 }
 
-// Crictl returns a crictl command against Socket that is ready to run.
+// Crictl returns a crictl command for Socket. The caller runs it.
 func (n *Node) Crictl(args ...string) *exec.Cmd {
 	return exec.Command(n.Program("crictl"), append([]string{"--config", n.path("crictl.yaml")}, args...)...)
 }
 
-// Connection returns a gRPC connection to Socket. It belongs to the node.
+// Connection returns a gRPC connection to Socket. The node closes it.
 func (n *Node) Connection() *grpc.ClientConn { return n.front }
 
 // Runtime returns a CRI client of Socket.
@@ -311,7 +309,7 @@ func (n *Node) Upstream() runtimeapi.RuntimeServiceClient {
 	return runtimeapi.NewRuntimeServiceClient(n.upstream)
 }
 
-// KillContainerd ends containerd with SIGKILL and waits until it is gone. Pods live on.
+// KillContainerd ends containerd with SIGKILL and waits until it is gone. Pods go on.
 func (n *Node) KillContainerd() error {
 	return n.stopProcess(containerdProcess, 0)
 }
@@ -324,8 +322,8 @@ func (n *Node) StartContainerd(ctx context.Context) error {
 	return n.waitFor(ctx, containerdProcess, n.Upstream())
 }
 
-// StopStreamshim ends streamshim with SIGTERM, and with SIGKILL if it takes longer than the grace;
-// a grace of zero is SIGKILL at once. It waits until streamshim is gone.
+// StopStreamshim ends streamshim with SIGTERM, and with SIGKILL if it takes longer than the grace period. With a grace
+// period of zero it sends SIGKILL at once. It waits until streamshim is gone.
 func (n *Node) StopStreamshim(grace time.Duration) error {
 	return n.stopProcess(streamshimProcess, grace)
 }
@@ -348,7 +346,7 @@ func (n *Node) processNames() []string {
 	return names
 }
 
-// save writes node.json, whole or not at all.
+// save replaces node.json atomically.
 func (n *Node) save() error {
 	text, err := json.MarshalIndent(n.state, "", "  ")
 	if err != nil {
@@ -373,17 +371,17 @@ func (n *Node) connect() error {
 func (n *Node) disconnect() {
 	for _, connection := range []**grpc.ClientConn{&n.upstream, &n.front} {
 		if *connection != nil {
-			_ = (*connection).Close() // fails only when it is closed already
+			_ = (*connection).Close() // fails only if it is closed already
 			*connection = nil
 		}
 	}
 }
 
-// callTimeout bounds the calls that their caller does not bound: one that hangs is to be told by its name,
-// and to let the test that made it clean up.
+// callTimeout bounds calls whose caller does not bound them. A call that hangs then shows in an error with its name, and
+// its test can clean up.
 const callTimeout = 3 * time.Minute
 
-// Dial makes a client of a CRI socket, unix://..., of which no call lasts for ever.
+// Dial returns a client of a CRI socket, unix://... No call of it lasts for ever.
 func Dial(endpoint string) (*grpc.ClientConn, error) {
 	bounded := func(ctx context.Context, method string, request, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, options ...grpc.CallOption) error {
 		if _, has := ctx.Deadline(); has {
@@ -402,7 +400,7 @@ func Dial(endpoint string) (*grpc.ClientConn, error) {
 		grpc.WithNoProxy(),
 		grpc.WithUnaryInterceptor(bounded),
 		grpc.WithConnectParams(grpc.ConnectParams{
-			// The default backs off for a second and more, which a restart of containerd would cost.
+			// The default backoff of a second and more would delay each restart of containerd.
 			Backoff:           backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 500 * time.Millisecond},
 			MinConnectTimeout: 5 * time.Second,
 		}))
@@ -448,7 +446,7 @@ func checkReady(ctx context.Context, client runtimeapi.RuntimeServiceClient) err
 		return err
 	}
 	for _, condition := range response.GetStatus().GetConditions() {
-		// containerd adds conditions of its own, such as one about deprecated settings.
+		// containerd adds its own conditions, for example about deprecated settings.
 		needed := condition.GetType() == runtimeapi.RuntimeReady || condition.GetType() == runtimeapi.NetworkReady
 		if needed && !condition.GetStatus() {
 			return fmt.Errorf("%s is not yet: %s", condition.GetType(), condition.GetMessage())

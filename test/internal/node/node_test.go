@@ -22,7 +22,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// ownerVariable makes the test binary the owner of a node in this folder, to be killed by the test.
+// ownerVariable makes the test binary the owner of a node in this folder. The test kills it.
 const ownerVariable = "STREAMSHIM_TEST_NODE_OWNER"
 
 func TestMain(m *testing.M) {
@@ -36,7 +36,7 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// ownNode starts a node with pods, says so, and waits to be killed.
+// ownNode starts a node with pods, reports it, and waits to be killed.
 func ownNode(dir string) error {
 	n, err := node.Start(context.Background(), node.Config{Dir: dir, Name: nameOf(dir)})
 	if err != nil {
@@ -46,11 +46,11 @@ func ownNode(dir string) error {
 		return errors.Join(err, n.Close())
 	}
 	fmt.Println("up")
-	_, err = bufio.NewReader(os.Stdin).ReadString('\n') // until the test ends, if it forgets to kill us
+	_, err = bufio.NewReader(os.Stdin).ReadString('\n') // until the test ends, should it not kill this process
 	return errors.Join(err, n.Close())
 }
 
-// populate makes one pod of every kind that leaves traces of its own.
+// populate creates one pod of every kind that leaves its own traces.
 func populate(ctx context.Context, n *node.Node) error {
 	user := int64(1234)
 	for _, test := range []struct {
@@ -77,7 +77,7 @@ func populate(ctx context.Context, n *node.Node) error {
 	return nil
 }
 
-// traces returns what can be seen on this machine of a node, by kind.
+// traces returns what can be seen of a node on this machine, by kind.
 func traces(t *testing.T, dir string) map[string][]string {
 	t.Helper()
 	name := nameOf(dir)
@@ -114,7 +114,7 @@ func traces(t *testing.T, dir string) map[string][]string {
 		cgroups, _ := os.ReadFile(process + "/cgroup")
 		status, _ := os.ReadFile(process + "/status")
 		if strings.Contains(string(status), "\nState:\tZ") {
-			continue // ended; it is for process 1 to reap an orphan, in its own time
+			continue // ended: process 1 reaps orphans, in its own time
 		}
 		daemon := strings.Contains(string(arguments), dir+"/")
 		member := strings.Contains(string(cgroups), "/streamshim-"+name+"/")
@@ -172,7 +172,7 @@ func expectNoTraces(t *testing.T, dir string) {
 	}
 }
 
-// testFolder is short enough for sockets, unlike t.TempDir of a test with a long name.
+// testFolder returns a folder whose path is short enough for sockets. That of t.TempDir may be too long.
 func testFolder(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "node")
@@ -181,7 +181,7 @@ func testFolder(t *testing.T) string {
 	}
 	t.Cleanup(func() {
 		err := node.Cleanup(dir, t.Logf)
-		if err == nil { // or else something may still be mounted there
+		if err == nil { // otherwise something may still be mounted there
 			err = os.RemoveAll(dir)
 		}
 		if err != nil {
@@ -191,7 +191,7 @@ func testFolder(t *testing.T) string {
 	return dir
 }
 
-// nameOf is a node's name that nobody else on this machine has: the digits that os.MkdirTemp chose.
+// nameOf returns a node's name that is unique on this machine: the digits that os.MkdirTemp has chosen.
 func nameOf(dir string) string { return strings.TrimPrefix(filepath.Base(dir), "node") }
 
 func TestStartTwiceInARow(t *testing.T) {
@@ -246,7 +246,7 @@ func TestCleanupAfterOwnerWasKilled(t *testing.T) {
 			if err := owner.Process.Kill(); err != nil {
 				t.Fatal(err)
 			}
-			_ = owner.Wait() // killed, as it says
+			_ = owner.Wait() // killed, as intended
 			if containerdToo {
 				n, err := node.Open(t.Context(), dir, t.Logf)
 				if err != nil {
@@ -318,8 +318,8 @@ func TestPodsSurviveContainerd(t *testing.T) {
 	}
 }
 
-// TestCleanupWithoutRecord: whoever removes the folder after Cleanup must not remove what is mounted
-// there.
+// TestCleanupWithoutRecord checks that after Cleanup nothing is mounted in the folder, so that removing it cannot remove
+// what was mounted.
 func TestCleanupWithoutRecord(t *testing.T) {
 	node.Require(t)
 	dir := testFolder(t)
@@ -459,7 +459,7 @@ func TestKindsOfTracesAreDistinct(t *testing.T) {
 	}
 }
 
-// crictl is a crictl that is killed if it does not end.
+// crictl returns a crictl command that is killed if it does not end.
 func crictl(t *testing.T, n *node.Node, args ...string) *exec.Cmd {
 	t.Helper()
 	template := n.Crictl(args...)

@@ -15,32 +15,32 @@ import (
 	"github.com/streamshim/streamshim/test/internal/images"
 )
 
-// PodSpec says what pod to run. The zero value is a plain pod.
+// PodSpec describes a pod to run. The zero value is a plain pod.
 type PodSpec struct {
-	// Name, Namespace and UID default to "pod", "default" and a UID that is new each time. The
-	// labels that the kubelet derives from them are always set; Labels and Annotations come on top.
+	// Name, Namespace and UID default to "pod", "default" and a new UID each time. The labels that the kubelet derives from
+	// them are always set, in addition to Labels and Annotations.
 	Name, Namespace, UID string
 	Labels, Annotations  map[string]string
 
 	HostNetwork bool
 	HostPID     bool
 	SharedPID   bool // one process namespace for the sandbox and all its containers
-	// UserNamespace maps the pod's users 0-65535 to 100000-165535 of the host, which must be able to
-	// pass through (x) every folder above the node's.
+	// UserNamespace maps the pod's users 0-65535 to 100000-165535 of the host. These need execute permission (x) for every
+	// folder above the node's.
 	UserNamespace bool
 	Privileged    bool // needed for privileged containers
 
 	PortMappings []*runtimeapi.PortMapping
 
-	// Change may alter the request before it is sent, for what has no field here. May be nil.
+	// Change may change the request before it is sent, for what has no field here. It may be nil.
 	Change func(*runtimeapi.PodSandboxConfig)
 }
 
-// ContainerSpec says what container to run in a pod. The zero value is busybox, sleeping for ever.
+// ContainerSpec describes a container to run in a pod. The zero value is busybox, sleeping for ever.
 type ContainerSpec struct {
 	Name  string // "main" by default
 	Image string // a full reference, see Image; images.Busybox by default
-	// Command and Args as in Kubernetes: nil means the image's own, except that busybox sleeps.
+	// Command and Args are as in Kubernetes: nil means the image's own. But busybox sleeps then.
 	Command, Args []string
 	Env           map[string]string
 	WorkingDir    string
@@ -59,7 +59,7 @@ type ContainerSpec struct {
 	Labels, Annotations map[string]string
 	Mounts              []*runtimeapi.Mount
 
-	// Change may alter the request before it is sent, for what has no field here. May be nil.
+	// Change may change the request before it is sent, for what has no field here. It may be nil.
 	Change func(*runtimeapi.ContainerConfig)
 }
 
@@ -127,8 +127,8 @@ func (n *Node) sandboxConfig(spec PodSpec) *runtimeapi.PodSandboxConfig {
 	return config
 }
 
-// RunContainer creates and starts a container in a pod that RunPod made, and returns its ID. Its
-// log is below the pod's log folder as with the kubelet; see ContainerLog.
+// RunContainer creates and starts a container in a pod of RunPod, and returns its ID. Its log is below the pod's log
+// folder, as with the kubelet. See ContainerLog.
 func (n *Node) RunContainer(ctx context.Context, podID string, spec ContainerSpec) (string, error) {
 	id, err := n.CreateContainer(ctx, podID, spec)
 	if err != nil {
@@ -140,7 +140,7 @@ func (n *Node) RunContainer(ctx context.Context, podID string, spec ContainerSpe
 	return id, nil
 }
 
-// CreateContainer creates a container without starting it; otherwise it is like RunContainer.
+// CreateContainer is like RunContainer, but does not start the container.
 func (n *Node) CreateContainer(ctx context.Context, podID string, spec ContainerSpec) (string, error) {
 	n.mu.Lock()
 	pod := n.pods[podID]
@@ -218,7 +218,7 @@ func containerConfig(pod *runtimeapi.PodSandboxConfig, spec ContainerSpec) *runt
 	return config
 }
 
-// ContainerLog returns the path of the log of a container in a pod that RunPod made.
+// ContainerLog returns the path of the log of a container in a pod of RunPod.
 func (n *Node) ContainerLog(podID, containerName string) string {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -228,7 +228,7 @@ func (n *Node) ContainerLog(podID, containerName string) string {
 	return ""
 }
 
-// RemovePod stops and removes a pod with everything in it. A pod that is gone is no error.
+// RemovePod stops and removes a pod with everything in it. It returns no error for a pod that does not exist.
 func (n *Node) RemovePod(ctx context.Context, podID string) error {
 	return removePod(ctx, n.Runtime(), podID)
 }
@@ -272,7 +272,7 @@ func int64Value(value *int64) *runtimeapi.Int64Value {
 	return &runtimeapi.Int64Value{Value: *value}
 }
 
-// ContainerPID returns the process ID of a container's main process, on the node.
+// ContainerPID returns the process ID of a container's main process on the node.
 func ContainerPID(ctx context.Context, client runtimeapi.RuntimeServiceClient, id string) (int, error) {
 	response, err := client.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id, Verbose: true})
 	if err != nil {

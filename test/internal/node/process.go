@@ -13,24 +13,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// killTimeout is how long a process may take to vanish after SIGKILL.
+// killTimeout is how long a process may take to end after SIGKILL.
 const killTimeout = 30 * time.Second
 
-// process identifies a process for good: its ID may be given to another one when it is gone, its
-// start time may not.
+// process identifies a process. Its ID may be reused after its end, but not with its start time.
 type process struct {
 	PID int `json:"pid"`
 	// StartTime is in clock ticks since boot, field 22 of proc(5)'s stat.
 	StartTime string `json:"startTime"`
 }
 
-// identify returns the process that has this ID now.
+// identify returns the process that now has this ID.
 func identify(pid int) (process, error) {
 	startTime, _, err := readStat(pid)
 	return process{pid, startTime}, err
 }
 
-// alive is whether the process still runs; a zombie does not.
+// alive reports whether the process still runs. A zombie does not.
 func (p process) alive() bool {
 	startTime, state, err := readStat(p.PID)
 	return err == nil && startTime == p.StartTime && state != "Z"
@@ -41,7 +40,7 @@ func readStat(pid int) (startTime, processState string, err error) {
 	if err != nil {
 		return "", "", err
 	}
-	// The second field is the name in parentheses, which may itself hold spaces and parentheses.
+	// The second field is the name in parentheses. The name may contain spaces and parentheses.
 	fields := bytes.Fields(text[bytes.LastIndexByte(text, ')')+1:])
 	if len(fields) < 20 {
 		return "", "", fmt.Errorf("/proc/%d/stat is too short", pid)
@@ -49,8 +48,8 @@ func readStat(pid int) (startTime, processState string, err error) {
 	return string(fields[19]), string(fields[0]), nil
 }
 
-// stop ends the process with SIGTERM and, after the grace, SIGKILL; without a grace with SIGKILL at
-// once. It returns when the process is gone, and does nothing when it has been gone already.
+// stop ends the process with SIGTERM and, after the grace period, SIGKILL. With a grace period of zero it sends SIGKILL at
+// once. It returns when the process is gone. If the process was gone before, it does nothing.
 func (p process) stop(grace time.Duration) error {
 	handle, err := unix.PidfdOpen(p.PID, 0)
 	if errors.Is(err, unix.ESRCH) {
@@ -60,7 +59,7 @@ func (p process) stop(grace time.Duration) error {
 		return fmt.Errorf("open process %d: %w", p.PID, err)
 	}
 	defer func() { _ = unix.Close(handle) }()
-	if !p.alive() { // asked only now: from here on the handle keeps the ID from meaning another process
+	if !p.alive() { // asked only now, because from here on the handle cannot mean another process
 		return nil
 	}
 	if grace > 0 {
@@ -93,8 +92,8 @@ func waitEnded(handle int, limit time.Duration) (bool, error) {
 	}
 }
 
-// startProcess runs a program in a session of its own, so that an interrupt at the terminal does
-// not reach it before Close does its work, with its output appended to its log, and records it.
+// startProcess runs a program, appends its output to its log, and records it. The program has its own session, so that an
+// interrupt at the terminal does not reach it before Close ends it.
 func (n *Node) startProcess(name, program string, args []string, inherited ...*os.File) error {
 	if n.process(name).alive() {
 		return fmt.Errorf("%s runs already", name)
@@ -112,13 +111,13 @@ func (n *Node) startProcess(name, program string, args []string, inherited ...*o
 	command.Stdout, command.Stderr = log, log
 	command.ExtraFiles = inherited
 	command.SysProcAttr = &unix.SysProcAttr{Setsid: true}
-	// A root shell does not always have the sbin folders, where iptables is.
+	// The PATH of a root shell may lack the sbin folders, where iptables is.
 	command.Env = append(os.Environ(), "PATH="+n.state.Programs+":"+os.Getenv("PATH")+":/usr/local/sbin:/usr/sbin:/sbin")
 	if err := command.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", name, err)
 	}
 	started, err := identify(command.Process.Pid)
-	// Reaps the process whenever it ends. How it ended is seen in its log.
+	// Reaps the process when it ends. Its log shows how it ended.
 	go func() { _ = command.Wait() }()
 	if err != nil {
 		return fmt.Errorf("%s ended at once; its log ends with:\n%s", name, n.logTail(name))
@@ -130,7 +129,7 @@ func (n *Node) startProcess(name, program string, args []string, inherited ...*o
 	return n.save()
 }
 
-// stopProcess ends a recorded process and forgets it.
+// stopProcess ends a recorded process and removes its record.
 func (n *Node) stopProcess(name string, grace time.Duration) error {
 	p := n.process(name)
 	if p.PID == 0 {

@@ -8,14 +8,14 @@ import (
 	"testing"
 )
 
-// programs are what a node runs, made by test/internal/peers/build.sh.
+// programs are what a node runs. test/internal/peers/build.sh builds them.
 var programs = []string{
 	"containerd", "containerd-shim-runc-v2", "runc", "crictl",
 	"bridge", "host-local", "loopback", "portmap", "busybox",
 }
 
-// DefaultPrograms returns the folder that test/internal/peers/build.sh puts the programs in:
-// $STREAMSHIM_CACHE/peers/bin, where STREAMSHIM_CACHE defaults to ~/.cache/streamshim.
+// DefaultPrograms returns the folder that test/internal/peers/build.sh puts the programs in: $STREAMSHIM_CACHE/peers/bin.
+// STREAMSHIM_CACHE defaults to ~/.cache/streamshim.
 func DefaultPrograms() string {
 	cache := os.Getenv("STREAMSHIM_CACHE")
 	if cache == "" {
@@ -28,8 +28,8 @@ func DefaultPrograms() string {
 	return filepath.Join(cache, "peers", "bin")
 }
 
-// Ready says whether a node can be started here: root, and the programs in the folder
-// (DefaultPrograms when it is empty). The error tells what to do.
+// Ready returns nil if a node can be started here. That needs root, and the programs in the folder (DefaultPrograms if it
+// is empty). The error tells what to do.
 func Ready(programFolder string) error {
 	if os.Geteuid() != 0 {
 		return errors.New("real containers need root")
@@ -45,8 +45,8 @@ func Ready(programFolder string) error {
 	return nil
 }
 
-// Require skips a test that needs a node where none can be started. With STREAMSHIM_REAL=required in
-// the environment, as make test sets it, such a test fails instead of passing unseen.
+// Require skips a test that needs a node if none can be started. If the environment has STREAMSHIM_REAL=required, as make
+// test sets it, the test fails instead, so that it cannot be skipped unnoticed.
 func Require(t testing.TB) {
 	t.Helper()
 	if err := Ready(""); err != nil {
@@ -57,9 +57,9 @@ func Require(t testing.TB) {
 	}
 }
 
-// StartForTest starts a node for one test and closes it when the test ends. Dir may be empty: it is
-// then always the same for the same Name and working copy, so that a run that was killed is cleaned
-// up after by the next one. When the test has failed, the logs stay and their folder is named.
+// StartForTest starts a node for one test and closes it when the test ends. If Dir is empty, it is always the same for the
+// same Name and working copy, so that the next run cleans up after a run that was killed. If the test has failed, the logs
+// stay and the test's log names their folder.
 func StartForTest(t testing.TB, config Config) *Node {
 	t.Helper()
 	Require(t)
@@ -94,8 +94,8 @@ func StartForTest(t testing.TB, config Config) *Node {
 	return n
 }
 
-// Binary returns the path of the streamshim program under test, see FindBinary. If there is none, the
-// test is skipped, or fails as with Require.
+// Binary returns the path of the streamshim program under test. See FindBinary. If there is none, the test is skipped or
+// fails, as with Require.
 func Binary(t testing.TB) string {
 	t.Helper()
 	path, err := FindBinary()

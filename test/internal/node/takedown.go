@@ -18,26 +18,26 @@ import (
 )
 
 const (
-	stopGrace     = 10 * time.Second // for SIGTERM to be obeyed
+	stopGrace     = 10 * time.Second // for a process to obey SIGTERM
 	removeTimeout = time.Minute      // for all pods through the CRI
 )
 
-// resultsCache is where CNI's library keeps a record of every attachment. It cannot be configured.
+// resultsCache is where CNI's library records every attachment. It cannot be configured.
 const resultsCache = "/var/lib/cni/results"
 
-// takeDown ends everything that may be left of a node, in whatever state it is. It goes on after
-// errors and returns them all.
+// takeDown ends all that may be left of a node, in whatever state the node is. It continues after errors and returns them
+// all.
 func (n *Node) takeDown() error {
 	if n.state.Name == "" {
-		// Never started, or node.json was lost. Callers may remove the folder next, so that at least
-		// nothing may be mounted below it.
+		// The node was never started, or node.json was lost. The caller may remove the folder next, so at least unmount all
+		// below it.
 		return n.unmountAll()
 	}
-	ids := n.knownIDs() // while containerd's folders still tell
+	ids := n.knownIDs() // while containerd's folders still have them
 	errs := n.stopCompanions()
 	errs = append(errs, n.stopProcess(streamshimProcess, stopGrace))
 	if n.process(containerdProcess).alive() {
-		// The orderly way first; what it leaves or cannot do, the rest does by force.
+		// First the orderly way. The rest of this function removes by force what that leaves.
 		if err := n.removeAllPods(); err != nil {
 			n.logf("could not remove all pods in the orderly way: %v", err)
 		}
@@ -55,12 +55,12 @@ func (n *Node) takeDown() error {
 		n.removeResults(ids),
 	)
 	if err := errors.Join(errs...); err != nil {
-		return err // keeps node.json, for another attempt
+		return err // keeps node.json for another attempt
 	}
 	return n.removeFiles()
 }
 
-// knownIDs returns the IDs of all sandboxes and containers that containerd knows of.
+// knownIDs returns the IDs of all sandboxes and containers that containerd knows.
 func (n *Node) knownIDs() []string {
 	var ids []string
 	for _, folder := range []string{
@@ -69,7 +69,7 @@ func (n *Node) knownIDs() []string {
 	} {
 		entries, err := os.ReadDir(n.path(folder))
 		if err != nil {
-			continue // containerd never came so far
+			continue // containerd has not created it
 		}
 		for _, entry := range entries {
 			ids = append(ids, entry.Name())
@@ -99,8 +99,8 @@ func (n *Node) removeAllPods() error {
 	return errors.Join(errs...)
 }
 
-// killShims ends the shims of this node's containerd. They are nobody's children and nobody records
-// them, but their command line names our containerd's socket.
+// killShims ends the shims of this node's containerd. They have no parent and no record, but their command line has the
+// socket of this containerd.
 func (n *Node) killShims() error {
 	var errs []error
 	for pid, arguments := range commandLines() {
@@ -131,12 +131,12 @@ func commandLines() map[int][]string {
 	return all
 }
 
-// deleteContainers removes what runc still has, together with all processes in it, wherever the
-// cgroups are: a kubelet chooses parents of its own.
+// deleteContainers removes what runc still has, with all processes in it. It finds them whatever their cgroup: a kubelet
+// chooses its own parents.
 func (n *Node) deleteContainers() error {
 	entries, err := os.ReadDir(n.RuncRoot())
 	if errors.Is(err, os.ErrNotExist) {
-		return nil // never made
+		return nil // was never created
 	}
 	errs := []error{err}
 	for _, entry := range entries {
@@ -151,12 +151,12 @@ func (n *Node) deleteContainers() error {
 	return errors.Join(errs...)
 }
 
-// cgroupParent is where the helpers' pods have their cgroups. Pods made by other clients, such as
-// critest, are below "k8s.io", which containerd takes when it is given no parent.
+// cgroupParent is the parent of the cgroups of this package's pods. Pods of other clients, such as critest, are below
+// "k8s.io", which is containerd's default.
 func (n *Node) cgroupParent() string { return "/" + n.network() }
 
-// removeCgroups kills what still runs in the cgroups of this node's pods and removes them, in every
-// hierarchy (cgroup v1 has several).
+// removeCgroups kills what still runs in the cgroups of this node's pods and removes them, in every hierarchy (cgroup v1
+// has several).
 func (n *Node) removeCgroups(ids []string) error {
 	hierarchies, err := mountPoints(func(m mount) bool { return m.kind == "cgroup" || m.kind == "cgroup2" })
 	if err != nil {
@@ -169,15 +169,15 @@ func (n *Node) removeCgroups(ids []string) error {
 		for _, id := range ids {
 			errs = append(errs, removeCgroup(filepath.Join(shared, id)))
 		}
-		_ = unix.Rmdir(shared) // fails, rightly, while it holds other people's pods
+		_ = unix.Rmdir(shared) // fails, as it should, if it has pods of others
 	}
 	return errors.Join(errs...)
 }
 
-// removeCgroup removes a cgroup with those below it, killing their processes.
+// removeCgroup removes a cgroup and those below it. It kills their processes.
 func removeCgroup(root string) error {
 	deadline := time.Now().Add(killTimeout)
-	retry := time.NewTicker(20 * time.Millisecond) // the kernel frees a cgroup some time after its last process
+	retry := time.NewTicker(20 * time.Millisecond) // the kernel releases a cgroup some time after its last process has ended
 	defer retry.Stop()
 	for {
 		var folders []string
@@ -185,7 +185,7 @@ func removeCgroup(root string) error {
 			if err == nil && entry.IsDir() {
 				folders = append(folders, path)
 			}
-			return nil // what vanishes while we look is what we want
+			return nil // it may vanish meanwhile, which is the aim
 		})
 		if err != nil {
 			return err
@@ -215,14 +215,14 @@ func killMembers(cgroup string) {
 	}
 	for _, field := range strings.Fields(string(text)) {
 		if pid, err := strconv.Atoi(field); err == nil && pid > 1 {
-			_ = unix.Kill(pid, unix.SIGKILL) // gone meanwhile is as good
+			_ = unix.Kill(pid, unix.SIGKILL) // it may have ended meanwhile
 		}
 	}
 }
 
 type mount struct{ point, kind string }
 
-// mountPoints returns the mount points that a condition holds for, in the order they were mounted.
+// mountPoints returns the mount points for which the condition holds, in the order in which they were mounted.
 func mountPoints(condition func(mount) bool) ([]string, error) {
 	table, err := os.ReadFile("/proc/self/mounts")
 	if err != nil {
@@ -246,7 +246,7 @@ func (n *Node) ownMounts() ([]string, error) {
 	return mountPoints(func(m mount) bool { return strings.HasPrefix(m.point, n.dir+"/") })
 }
 
-// unmountAll unmounts everything below the folder: root file systems, network namespaces, shm.
+// unmountAll unmounts all below the folder: root file systems, network namespaces, shm.
 func (n *Node) unmountAll() error {
 	points, err := n.ownMounts()
 	if err != nil {
@@ -255,7 +255,7 @@ func (n *Node) unmountAll() error {
 	slices.Reverse(points)
 	var errs []error
 	for _, point := range points {
-		// Detached, because a process may still be on its way out. EINVAL: it went with its parent.
+		// Detached, because a process may still be ending. EINVAL means that it went with its parent.
 		if err := unix.Unmount(point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 			errs = append(errs, fmt.Errorf("unmount %s: %w", point, err))
 		}
@@ -271,13 +271,13 @@ func (n *Node) removeBridge() error {
 	return err
 }
 
-// removePortRules removes what CNI's portmap has made in iptables for this node's network, and its
-// common chains when no network uses them any more.
+// removePortRules removes the iptables rules of CNI's portmap for this node's network. It removes portmap's common chains
+// if no network uses them any more.
 func (n *Node) removePortRules() error {
 	const common = "CNI-HOSTPORT-DNAT"
 	rules, err := run("iptables", "-w", "10", "-t", "nat", "-S")
 	if errors.Is(err, exec.ErrNotFound) || errors.Is(err, os.ErrNotExist) {
-		return nil // without iptables portmap could not make any either
+		return nil // without iptables portmap could not create any
 	}
 	if err != nil {
 		return err
@@ -291,7 +291,7 @@ func (n *Node) removePortRules() error {
 		errs = append(errs, err)
 	}
 	commonInUse := false
-	var jumps [][]string // into the common chains, from the built-in ones
+	var jumps [][]string // from the built-in chains into the common ones
 	for line := range strings.Lines(rules) {
 		words := splitRule(strings.TrimSpace(line))
 		switch {
@@ -323,8 +323,7 @@ func (n *Node) removePortRules() error {
 	return errors.Join(errs...)
 }
 
-// splitRule splits a line of "iptables -S" into arguments. Quoted ones may hold spaces and escaped
-// quotes.
+// splitRule splits a line of "iptables -S" into arguments. Quoted arguments may have spaces and escaped quotes.
 func splitRule(line string) []string {
 	var words []string
 	var word strings.Builder
@@ -355,12 +354,12 @@ func splitRule(line string) []string {
 	return words
 }
 
-// removeResults removes CNI's records of this node's pods: those of its own network by name, those
-// of the loopback network, which all nodes share, by sandbox ID.
+// removeResults removes CNI's records of this node's pods. Those of its own network are found by its name, those of the
+// loopback network, which all nodes share, by sandbox ID.
 func (n *Node) removeResults(ids []string) error {
 	entries, err := os.ReadDir(resultsCache)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil // nobody has used CNI here
+		return nil // CNI was never used here
 	}
 	errs := []error{err}
 	for _, entry := range entries {
@@ -370,14 +369,14 @@ func (n *Node) removeResults(ids []string) error {
 			errs = append(errs, os.Remove(filepath.Join(resultsCache, entry.Name())))
 		}
 	}
-	// Both fail, rightly, unless they are empty.
+	// Both fail, as they should, unless they are empty.
 	_ = unix.Rmdir(resultsCache)
 	_ = unix.Rmdir(filepath.Dir(resultsCache))
 	return errors.Join(errs...)
 }
 
-// removeFiles removes all but the logs. It refuses while something is mounted below the folder,
-// because it would remove what is there.
+// removeFiles removes all but the logs. It fails if something is mounted below the folder, because it would remove what is
+// mounted.
 func (n *Node) removeFiles() error {
 	points, err := n.ownMounts()
 	if err != nil {
@@ -403,10 +402,10 @@ func (n *Node) removeFiles() error {
 		}
 	}
 	n.state = state{Processes: map[string]process{}}
-	return os.Remove(n.path("node.json")) // last: until here another attempt must be possible
+	return os.Remove(n.path("node.json")) // last, because until here another attempt must be possible
 }
 
-// lookPath finds a program also where a root shell's PATH does not always lead.
+// lookPath also finds a program that is not in the PATH of every root shell.
 func lookPath(name string) (string, error) {
 	path, err := exec.LookPath(name)
 	for _, folder := range []string{"/usr/sbin", "/sbin"} {
@@ -417,7 +416,7 @@ func lookPath(name string) (string, error) {
 	return path, err
 }
 
-// run runs a program of the system and returns what it prints.
+// run runs a program of the system and returns its output.
 func run(name string, args ...string) (string, error) {
 	path, err := lookPath(name)
 	if err != nil {

@@ -63,7 +63,7 @@ func TestStopKillsWhatIgnoresSIGTERM(t *testing.T) {
 	if p.alive() {
 		t.Error("still alive")
 	}
-	_ = command.Wait() // killed, as it should be
+	_ = command.Wait() // killed, as intended
 	if err := p.stop(time.Second); err != nil {
 		t.Errorf("stop of a process that is gone: %v", err)
 	}

@@ -1,5 +1,5 @@
-// Package tables writes the parts of docs/compatibility.md that come from runs. Each run owns one part of
-// the document, between two comments that name it, and leaves all others as they are.
+// Package tables writes the parts of docs/compatibility.md that come from runs. Each run owns one part, between two
+// comments that name it, and leaves the rest of the document as it is.
 package tables
 
 import (
@@ -10,8 +10,8 @@ import (
 	"strings"
 )
 
-// Replace writes text as the part called name of the document at path. A part that is not there yet is added at the
-// end, and a document that is not there is made.
+// Replace writes text as the part called name of the document at path. It adds the part at the end if there is none, and
+// creates the document if it does not exist.
 func Replace(path, name, text string) error {
 	document, err := os.ReadFile(path)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -29,7 +29,7 @@ func Replace(path, name, text string) error {
 	return os.WriteFile(path, []byte(replaced), 0o644)
 }
 
-// Cell makes text fit for a cell of a table: on one line, at most 160 characters, without what would end the cell.
+// Cell makes text fit into a cell of a table: on one line, at most 160 characters, with what would end the cell escaped.
 func Cell(text string) string {
 	text = strings.ReplaceAll(strings.Join(strings.Fields(text), " "), "|", "\\|")
 	if runes := []rune(text); len(runes) > 160 {

@@ -13,7 +13,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// SessionTimeout bounds one session on a busy machine; it is there to end a run that hangs.
+// SessionTimeout bounds one session on a busy machine. It ends a run that hangs.
 const SessionTimeout = 3 * time.Minute
 
 // Command is an exec that the client asks for.
@@ -22,10 +22,10 @@ type Command struct {
 	Stdin, Stderr, TTY bool
 }
 
-// Exec is an exec under way.
+// Exec is an exec in progress.
 type Exec struct {
 	*Conn
-	Failure, Stdin, Stdout, Stderr, Resize uint32 // the streams' numbers, 0 where there is none
+	Failure, Stdin, Stdout, Stderr, Resize uint32 // the ids of the streams; 0 if there is none
 }
 
 // StartExec asks for an exec, upgrades, and opens the streams. It does not wait for the command.
@@ -39,7 +39,7 @@ func StartExec(ctx context.Context, client runtimeapi.RuntimeServiceClient, cont
 	return Open(response.Url, c)
 }
 
-// Open upgrades the URL of an exec or attach and opens the streams. The arguments of the command do not count.
+// Open upgrades the URL of an exec or attach and opens the streams. It ignores the arguments of the command.
 func Open(address string, c Command) (*Exec, error) {
 	conn, err := Upgrade(address, "v4.channel.k8s.io")
 	if err != nil {
@@ -68,8 +68,8 @@ func Open(address string, c Command) (*Exec, error) {
 	return s, nil
 }
 
-// Finish reads until the status has come and all streams have ended, says how many bytes came on
-// stdout, and closes the connection. A command that failed is an error.
+// Finish reads until it has the status and all streams have ended. It returns how many bytes of stdout it has received, and
+// closes the connection. A command that failed is an error.
 func (s *Exec) Finish() (received int64, err error) {
 	defer func() { err = errors.Join(err, s.Close()) }()
 	var stdout counter
@@ -87,8 +87,8 @@ func (c *counter) Write(data []byte) (int, error) {
 	return len(data), nil
 }
 
-// Copy reads until the status has come and all streams have ended. It is an error when they end without a
-// status. The connection stays open.
+// Copy reads until it has the status and all streams have ended. If they end without a status, it returns an error. The
+// connection stays open.
 func (s *Exec) Copy(stdout, stderr io.Writer) (metav1.Status, error) {
 	open := map[uint32]bool{s.Failure: true, s.Stdout: true}
 	if s.Stderr != 0 {
@@ -125,8 +125,8 @@ func (s *Exec) Copy(stdout, stderr io.Writer) (metav1.Status, error) {
 	return status, nil
 }
 
-// FrameSize is the payload of the frames the client sends: what io.Copy in client-go makes. Several
-// of them leave with one write.
+// FrameSize is the payload of the frames that the client sends, as io.Copy in client-go makes them. Several are sent with
+// one write.
 const (
 	FrameSize      = 32 << 10
 	FramesPerWrite = 8
@@ -147,7 +147,7 @@ func (c *Conn) Upload(stream uint32, total int64) error {
 	return c.WriteFrames(AppendDataHeader(nil, stream, true, 0))
 }
 
-// Expect reads until the text has come on the stream.
+// Expect reads until the stream has sent the text.
 func (c *Conn) Expect(stream uint32, text string) error {
 	var got []byte
 	for {
@@ -166,7 +166,7 @@ func (c *Conn) Expect(stream uint32, text string) error {
 	}
 }
 
-// First reads until something has come on the stream and says how many bytes.
+// First reads until the stream has sent something, and returns how many bytes that is.
 func (c *Conn) First(stream uint32) (int, error) {
 	for {
 		e, err := c.Next()

@@ -1,5 +1,5 @@
-// Package wire is the client's end of a streaming connection for benchmarks and soaks: cheap, and with every
-// frame in the caller's hand.
+// Package wire is the client's end of a streaming connection for benchmarks and soaks. It is cheap, and the caller sees
+// every frame.
 package wire
 
 import (
@@ -14,12 +14,12 @@ import (
 	"sync"
 )
 
-// It speaks just enough SPDY/3.1 to be cheap: it reads 256 KiB at a time, looks at frame
-// headers in place, never inflates a header block, and sends its own blocks as stored deflate
-// blocks. It has no goroutine: whoever uses it reads its events.
+// It implements just enough of SPDY/3.1 to be cheap. It reads 256 KiB at a time, looks at frame headers in place, never
+// inflates a header block, and sends its own blocks as stored deflate blocks. It has no goroutine: the caller reads the
+// events.
 
 const (
-	// HeaderLength is that of a frame, in bytes.
+	// HeaderLength is the length of a frame's header, in bytes.
 	HeaderLength = 8
 	// ReadBuffer is how much is read at once, in bytes.
 	ReadBuffer = 256 << 10
@@ -33,13 +33,13 @@ const (
 	typeGoAway    = 7
 )
 
-// Conn is the client's end. Reading belongs to one goroutine, writing may be done by others.
+// Conn is the client's end. One goroutine reads. Others may write.
 type Conn struct {
 	net.Conn
 
-	buffer     []byte // buffer[start:end] is read and not looked at
+	buffer     []byte // buffer[start:end] is read and not parsed yet
 	start, end int
-	stream     uint32 // of the data frame whose payload comes next
+	stream     uint32 // of the data frame whose payload is read next
 	remaining  int
 	fin        bool
 
@@ -48,15 +48,15 @@ type Conn struct {
 	next     uint32
 }
 
-// Event is something that came from the server. Its data is valid until the next one.
+// Event is something that the server has sent. Its data is valid until the next call of Next.
 type Event struct {
 	Stream uint32
 	Data   []byte
-	Fin    bool // the stream's last
+	Fin    bool // the last of the stream
 	Reset  bool
 }
 
-// ErrGoAway is the error of Next when the server ends the connection.
+// ErrGoAway is returned by Next when the server ends the connection.
 var ErrGoAway = errors.New("the server said GOAWAY")
 
 // Upgrade dials a streaming URL and upgrades the connection.
@@ -94,14 +94,14 @@ func Upgrade(address, protocol string) (*Conn, error) {
 	return c, nil
 }
 
-// Release gives the buffer back, for a connection that is to be idle; nothing may be unread.
+// Release frees the buffer of a connection that will be idle. Nothing may be unread.
 func (c *Conn) Release() {
 	if c.start == c.end {
 		c.buffer, c.start, c.end = nil, 0, 0
 	}
 }
 
-// fill reads more, keeping what is there.
+// fill reads more and keeps what is there.
 func (c *Conn) fill() error {
 	if c.buffer == nil {
 		c.buffer = make([]byte, ReadBuffer)
@@ -118,7 +118,7 @@ func (c *Conn) fill() error {
 	return err
 }
 
-// Next returns the next event: payload as it comes, the end of a stream, a reset.
+// Next returns the next event: payload as it is received, the end of a stream, or a reset.
 func (c *Conn) Next() (Event, error) {
 	for {
 		if c.remaining > 0 {
@@ -168,7 +168,7 @@ func (c *Conn) Next() (Event, error) {
 		case typeRstStream:
 			return Event{Stream: binary.BigEndian.Uint32(payload), Reset: true}, nil
 		case typePing:
-			if binary.BigEndian.Uint32(payload)%2 == 0 { // the server's own; answers to ours are odd
+			if binary.BigEndian.Uint32(payload)%2 == 0 { // a PING of the server; answers to ours are odd
 				if err := c.WriteFrames(append([]byte(nil), frame...)); err != nil {
 					return Event{}, err
 				}
@@ -187,8 +187,8 @@ func (c *Conn) WriteFrames(frames []byte) error {
 	return err
 }
 
-// AppendStream appends a SYN_STREAM with the given headers, name after value after name, and returns
-// the new stream's number. The caller is the only one to open streams.
+// AppendStream appends a SYN_STREAM with the given headers, alternately names and values, and returns the id of the new
+// stream. Only one caller may open streams.
 func (c *Conn) AppendStream(frames []byte, headers ...string) ([]byte, uint32) {
 	id := c.next
 	c.next += 2
@@ -198,7 +198,7 @@ func (c *Conn) AppendStream(frames []byte, headers ...string) ([]byte, uint32) {
 		block = append(block, text...)
 	}
 	var packed []byte
-	if !c.zlibOpen { // zlib's own header (RFC 1950) begins the one zlib stream of all header blocks
+	if !c.zlibOpen { // zlib's header (RFC 1950) begins the one zlib stream of all header blocks
 		c.zlibOpen = true
 		packed = append(packed, 0x78, 0x01)
 	}
@@ -207,7 +207,7 @@ func (c *Conn) AppendStream(frames []byte, headers ...string) ([]byte, uint32) {
 	packed = binary.LittleEndian.AppendUint16(packed, uint16(len(block)))
 	packed = binary.LittleEndian.AppendUint16(packed, ^uint16(len(block)))
 	packed = append(packed, block...)
-	packed = append(packed, 0, 0, 0, 0xff, 0xff) // an empty one, which makes inflaters hand out what they have
+	packed = append(packed, 0, 0, 0, 0xff, 0xff) // an empty one, which makes inflaters return all that they have
 
 	frames = binary.BigEndian.AppendUint32(frames, 1<<31|3<<16|typeSynStream)
 	frames = binary.BigEndian.AppendUint32(frames, uint32(10+len(packed)))
@@ -222,7 +222,7 @@ func AppendData(frames []byte, stream uint32, fin bool, payload []byte) []byte {
 	return append(frames, payload...)
 }
 
-// AppendDataHeader appends a data frame of that length without its payload.
+// AppendDataHeader appends the header of a data frame with a payload of the given length.
 func AppendDataHeader(frames []byte, stream uint32, fin bool, length int) []byte {
 	frames = binary.BigEndian.AppendUint32(frames, stream)
 	word := uint32(length)

@@ -12,7 +12,7 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil"
 )
 
-// pair is a client and the server's end of its connection.
+// pair returns a client and the server's end of its connection.
 func pair(t *testing.T) (*Conn, net.Conn) {
 	t.Helper()
 	client, server := testutil.TCPPair(t)
@@ -26,7 +26,7 @@ func TestReadFrames(t *testing.T) {
 	c, server := pair(t)
 	var frames []byte
 	frames = AppendData(frames, 1, false, []byte("hello"))
-	frames = append(frames, 0x80, 3, 0, typePing, 0, 0, 0, 4, 0, 0, 0, 2) // is answered
+	frames = append(frames, 0x80, 3, 0, typePing, 0, 0, 0, 4, 0, 0, 0, 2) // the client answers it
 	frames = append(frames, 0x80, 3, 0, typeSynReply, 0, 0, 0, 4, 0, 0, 0, 1)
 	frames = AppendData(frames, 1, true, nil)
 	frames = append(frames, 0x80, 3, 0, typeRstStream, 0, 0, 0, 8, 0, 0, 0, 3, 0, 0, 0, 5)

@@ -40,7 +40,7 @@ func main() {
 	}
 }
 
-// partOf tells the part from argument zero.
+// partOf returns the part that argument zero names.
 func partOf(name string) string {
 	if strings.HasPrefix(name, nginxTitle) {
 		return nginxTitle
@@ -55,7 +55,7 @@ func play(part string, arguments []string) error {
 	case "lab":
 		return lab()
 	case "nginx":
-		// A process can choose its own command line only by running itself again.
+		// A process can set its command line only by executing itself again.
 		title := nginxTitle + " nginx " + strings.Join(arguments, " ")
 		return syscall.Exec("/proc/self/exe", []string{title}, os.Environ()) //nolint:gosec // runs only itself
 	case nginxTitle:
@@ -83,11 +83,11 @@ func play(part string, arguments []string) error {
 	}
 }
 
-// hog ends by a signal.
+// hog ends only by a signal.
 func hog() error {
 	for {
 		if _, err := syscall.Dup(1); err != nil {
-			break // there are as many as the limit allows
+			break // the limit of descriptors is reached
 		}
 	}
 	return syscall.Pause() // time.Sleep would need a descriptor
@@ -105,7 +105,7 @@ func pause() error {
 	return nil
 }
 
-// reapChildren waits for all children that have ended. One SIGCHLD may stand for several of them.
+// reapChildren waits for all children that have ended. One SIGCHLD may announce several of them.
 func reapChildren() {
 	for {
 		if pid, err := syscall.Wait4(-1, nil, syscall.WNOHANG, nil); pid <= 0 || err != nil {
@@ -114,7 +114,7 @@ func reapChildren() {
 	}
 }
 
-// lab is the main process of the lab's pod. It goes on serving when its stdin ends.
+// lab is the main process of the lab's pod. It continues to serve when its stdin ends.
 func lab() error {
 	go func() {
 		lines := bufio.NewScanner(os.Stdin)
@@ -161,12 +161,12 @@ func serve(address, page string) error {
 func handler(page string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/html")
-		_, _ = io.WriteString(w, page) // a client that is gone needs no page
+		_, _ = io.WriteString(w, page) // a client that has left needs no page
 		fmt.Printf("%s - - %q 200\n", r.RemoteAddr, r.Method+" "+r.URL.Path)
 	})
 }
 
-// errNoMatch makes pgrep end with 1 and without a word.
+// errNoMatch makes pgrep end with 1 and no message.
 var errNoMatch = errors.New("no process matches")
 
 func printProcesses(w io.Writer, pattern string) error {
@@ -179,7 +179,7 @@ func printProcesses(w io.Writer, pattern string) error {
 		pid := filepath.Base(filepath.Dir(path))
 		name, err := os.ReadFile(path)
 		if err != nil || pid == fmt.Sprint(os.Getpid()) || !strings.Contains(string(name), pattern) {
-			continue // ended meanwhile, or this process, or another
+			continue // it has ended meanwhile, or is this process, or does not match
 		}
 		found = true
 		if _, err := fmt.Fprintln(w, pid); err != nil {

@@ -1,6 +1,6 @@
-// Command lab runs a Kubernetes cluster of one node to play with: "lab up" leaves it running with
-// streamshim between kubelet and containerd and a pod to exec into, in place of an earlier one; "lab
-// down" removes it. On a terminal, "lab up" ends in a shell in the pod.
+// Command lab runs a Kubernetes cluster of one node to try things in. "lab up" starts it in place of an earlier one, with
+// streamshim between kubelet and containerd and a pod to exec into, and leaves it running. On a terminal it ends in a shell
+// in the pod. "lab down" removes the cluster.
 package main
 
 import (
@@ -20,7 +20,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/kubernetes"
 )
 
-// startTimeout is for everything until the pod runs.
+// startTimeout bounds the time until the pod runs.
 const startTimeout = 5 * time.Minute
 
 func main() {
@@ -88,7 +88,7 @@ func up(dir, streamshim string) error {
 	shell := exec.Command(kubectl, "exec", "-it", "lab", "--", "sh")
 	shell.Env = append(os.Environ(), "KUBECONFIG="+kubeconfig)
 	shell.Stdin, shell.Stdout, shell.Stderr = os.Stdin, os.Stdout, os.Stderr
-	_ = shell.Run() // ends with whatever the last command in the shell ended with
+	_ = shell.Run() // its exit code is that of the last command in the shell
 	return nil
 }
 

@@ -63,7 +63,7 @@ func run(out, tag, version, license string, programs []string) error {
 	if err != nil {
 		return err
 	}
-	// containerd reads the first annotation, others the second.
+	// containerd reads the first annotation, other runtimes read the second.
 	if err := path.AppendIndex(index, layout.WithAnnotations(map[string]string{
 		"io.containerd.image.name":          tag,
 		"org.opencontainers.image.ref.name": tag[strings.LastIndex(tag, ":")+1:],
@@ -112,7 +112,7 @@ func build(platform, path, license, version string) (v1.Image, error) {
 	return mutate.ConfigFile(image, file)
 }
 
-// files is a layer with these files, and the folders above them, owned by root.
+// files returns a layer with these files and the folders above them, owned by root.
 func files(sources map[string]string) ([]byte, error) {
 	var buffer bytes.Buffer
 	archive := tar.NewWriter(&buffer)
@@ -149,7 +149,7 @@ func files(sources map[string]string) ([]byte, error) {
 
 var epoch = time.Unix(0, 0).UTC()
 
-// pack writes the folder as a tar, in the order of names.
+// pack writes the folder as a tar, sorted by name.
 func pack(folder, out string) error {
 	file, err := os.Create(out + ".tmp")
 	if err != nil {
