@@ -1,14 +1,14 @@
-// The page of "streamshim ui". What comes from containers and users (names, commands, terminals) is only ever set
-// as text, or written to a terminal emulator.
+// The page of "streamshim ui". What comes from containers and users (names, commands, terminals) is only set as text or
+// written to a terminal emulator.
 "use strict";
 
 const pollInterval = 1000, recordingsInterval = 10000, points = 120;
-const reconnects = 20, reconnectPause = 500; // of a watch that a hand-over has cut
-// Of a terminal, which may say it has 65535; of one number in a command to it; characters that are written to it at a
-// time; rows of a table.
+const reconnects = 20, reconnectPause = 500; // of a watch that a hand-over has ended; the pause is in ms
+// Limits: columns and rows of a terminal, which may claim 65535; one number in a command to the terminal; characters written
+// to it at once; rows of a table.
 const most = { columns: 500, rows: 200, repeats: 1000, piece: 4096, listed: 500 };
 const smallestFont = 9; // of a terminal, in pixels
-const wide = 0.605; // a character, to the size of its font
+const wide = 0.605; // width of a character, in sizes of its font
 const find = (id) => document.getElementById(id);
 const state = { sessions: null, recordings: null, last: null, watching: null, ending: null, player: null };
 
@@ -27,7 +27,7 @@ async function call(path, options = {}) {
   }
   if (!response.ok) {
     let message = response.statusText;
-    try { message = (await response.json()).error || message; } catch { /* not ours */ }
+    try { message = (await response.json()).error || message; } catch { /* not an error of this server */ }
     throw new Refused(message, response.status);
   }
   return response;
@@ -42,7 +42,7 @@ async function signIn() {
     const answer = await (await call("sign-in", { method: "POST", body: token() })).json();
     sessionStorage.setItem("secret", answer.secret);
   } catch (problem) {
-    if (problem.status !== 401) return; // loaded again, it tries again
+    if (problem.status !== 401) return; // the address keeps its token, so loading the page again tries again
   }
   history.replaceState(null, "", "/");
 }
@@ -53,7 +53,7 @@ function element(name, properties = {}, ...children) {
   return made;
 }
 
-// Characters that do not show, or turn text around (U+202E), are written as their number.
+// plain writes characters that are invisible or reverse text (U+202E) as numbers.
 function plain(text) {
   return String(text ?? "").replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Co}\p{Cs}]/gu, (c) => "\\u" + c.codePointAt(0).toString(16).padStart(4, "0"));
 }
@@ -74,7 +74,7 @@ function age(seconds) {
 const place = (item) => [item.pod_namespace, item.pod_name, item.container].filter(Boolean).map(plain).join(" / ") || "(no pod)";
 const commandOf = (s) => plain((s.command || []).join(" "));
 
-// Figures: small plots of the last two minutes. They stand from the beginning, so that nothing moves later.
+// Figures are small plots of the last two minutes. They are made at the start, so that nothing moves later.
 const rate = (n) => bytes(n) + "/s";
 const figures = {
   sessions: { name: "Live sessions", show: String },
@@ -121,7 +121,7 @@ function figure(key, value, without) {
   f.area.setAttribute("d", "M" + start + " 32L" + line + "L" + (points - 1) + " 32Z");
 }
 
-// sum is that of a metric over its labels, NaN when it is not there.
+// sum adds up a metric over its labels. It returns NaN if there is no such metric.
 function sum(text, name) {
   let total = NaN;
   for (const [, value] of text.matchAll(new RegExp("^" + name + "(?:\\{[^\\n]*\\})? ([0-9.eE+-]+)", "gm"))) {
@@ -143,7 +143,7 @@ function drawFigures(sessions, metrics) {
   figure("input", input / passed);
   figure("output", output / passed);
   const without = metrics === "" ? "metrics are off" : metrics === null ? "no answer" : "";
-  // A program that has just taken over has had no call yet.
+  // A program that has just taken over has no calls yet.
   const text = metrics || "", calls = text && (sum(text, "streamshim_cri_calls_total") || 0), cpu = sum(text, "process_cpu_seconds_total");
   figure("calls", text ? Math.max(0, (calls - before?.calls) / passed) : NaN, without);
   figure("cpu", Math.max(0, (cpu - before?.cpu) / passed), without);
@@ -151,7 +151,7 @@ function drawFigures(sessions, metrics) {
   state.last = { at: now, cpu, calls, bytes: new Map(sessions.map((s) => [s.id, { in: s.bytes_in, out: s.bytes_out }])) };
 }
 
-// Tables. Rows are kept by their key and changed in place, so that focus and reading stay where they are.
+// rows fills a table. It keeps rows by their keys and changes them in place, so that the focus and what is read stay in place.
 function rows(body, items, key, cells, acts) {
   const kept = new Map([...body.children].map((row) => [row.dataset.key, row]));
   const wanted = new Set(items.map(key));
@@ -317,20 +317,20 @@ async function watch(id) {
   const session = state.sessions.find((s) => s.id === id);
   if (!session || !session.watchable) return;
   const stop = openScreen("Live: " + place(session));
-  // Read-only: nothing is typed into it, what it would answer goes nowhere, and its links do not open.
+  // Read-only: it takes no input, its answers are discarded, and its links do not open.
   const terminal = new Terminal({ disableStdin: true, cursorBlink: false, scrollback: 5000, fontSize: 14, screenReaderMode: true, linkHandler: { activate() {} }, theme: { background: "#121314" } });
   const size = (columns, lines) => {
     columns = within(columns, most.columns);
-    // As large as fits, but not too small to be read: then the box scrolls.
+    // As large as fits. If that is too small to read, the box scrolls.
     terminal.options.fontSize = Math.max(smallestFont, Math.min(15, Math.floor((find("terminal").clientWidth - 24) / columns / wide * 2) / 2));
     terminal.resize(columns, within(lines, most.rows));
   };
   const fit = () => size(terminal.cols, terminal.rows);
   terminal.open(find("terminal"));
-  // Commands that the emulator carries out as often as they say: a container may say 2147483647, and the page stands still.
+  // The emulator repeats these commands as often as they ask. A container may ask for 2147483647, which would block the page.
   const tooOften = ([times]) => times > most.repeats;
   for (const final of "ILMSTZ") terminal.parser.registerCsiHandler({ final }, tooOften);
-  // This one repeats the character before the cursor, which is one or two cells wide and may have any number of marks.
+  // This one repeats the character before the cursor, which has one or two cells and any number of combining marks.
   terminal.parser.registerCsiHandler({ final: "b" }, ([times]) => {
     const at = terminal.buffer.active, line = at.getLine(at.baseY + at.cursorY);
     return [1, 2].some((back) => times * (line?.getCell(at.cursorX - back)?.getChars().length || 1) > most.repeats);
@@ -364,11 +364,11 @@ async function watch(id) {
       if (tries === 0 && problem.status >= 400 && problem.status < 500) return note(problem.message);
     }
     if (stop.aborted) return;
-    // The stream ends with the session, and at a hand-over to another streamshim, which has the session too.
+    // The stream ends with the session. It also ends at a hand-over, after which the next streamshim has the session.
     try {
       const live = (await (await call("sessions", { signal: stop })).json()).sessions || [];
       if (!live.some((s) => s.id === id)) return note("The session has ended.");
-    } catch { /* not yet */ }
+    } catch { /* the next streamshim does not answer yet */ }
     if (stop.aborted) return;
     if (tries >= reconnects) return note("The connection was lost. Close, and watch again.");
     note("Reconnecting");
@@ -376,7 +376,7 @@ async function watch(id) {
   }
 }
 
-// lines are those of an asciicast, as they come. One that is cut off is the end.
+// lines yields the lines of an asciicast as they arrive. It ends at an incomplete line.
 async function* lines(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
@@ -409,8 +409,8 @@ async function play(name) {
   }
 }
 
-// bounded is a recording with terminals of a size that a browser can draw, without a line that was cut off, and how wide it
-// begins.
+// bounded returns a recording whose terminals have a size that a browser can draw, without an incomplete last line, and the
+// width with which it begins.
 function bounded(text) {
   const end = text.indexOf("\n");
   if (end < 0) throw new Error("it is empty");
@@ -422,7 +422,7 @@ function bounded(text) {
   return { data: JSON.stringify(header) + "\n" + events, columns: header.width };
 }
 
-// Ending a session has a question first.
+// Ending a session asks for confirmation first.
 function confirmEnd(id) {
   const s = state.sessions.find((one) => one.id === id);
   if (!s) return;
@@ -439,7 +439,7 @@ async function end() {
   try {
     await call("sessions/" + encodeURIComponent(state.ending) + "/end", { method: "POST" });
   } catch (problem) {
-    if (problem.status !== 404) { // which is that it has ended
+    if (problem.status !== 404) { // 404: it has ended already
       setText(find("confirm-problem"), problem.message);
       find("confirm-yes").disabled = false;
       return;
@@ -474,7 +474,7 @@ document.addEventListener("keydown", (event) => {
 });
 find("screen-close").addEventListener("click", () => find("screen").close());
 find("screen").addEventListener("close", closeScreen);
-// Before the player, which takes Esc for itself.
+// In the capture phase, before the player, which uses Esc itself.
 find("screen").addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || document.fullscreenElement) return;
   event.preventDefault();
@@ -485,7 +485,7 @@ find("confirm-no").addEventListener("click", () => find("confirm").close());
 find("confirm-yes").addEventListener("click", end);
 find("namespace").addEventListener("change", draw);
 find("pod").addEventListener("input", draw);
-// An address with another token, opened in the tab that has the page.
+// An address with another token was opened in the tab with the page.
 window.addEventListener("hashchange", () => { if (token()) location.reload(); });
 makeFigures();
 signIn().then(() => { poll(); pollRecordings(); });
