@@ -13,15 +13,15 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/buffers"
 )
 
-// What clients send to commands that do not read is bounded for all sessions together, a session whose
-// command reads goes on meanwhile, and nothing counts any more when the sessions are over.
+// TestBuffersAreShared checks that what clients send to commands that do not read is bounded for all sessions together,
+// that a session whose command reads goes on meanwhile, and that nothing counts any more when the sessions are over.
 func TestBuffersAreShared(t *testing.T) {
 	testutil.Slow(t)
 	forEachTransport(t, func(t *testing.T, transport string) {
 		const (
 			limit    = 1 << 20
 			sessions = 6
-			// What one session may have in any case: its first buffer, or 64 KiB and the piece that is being read.
+			// What one session may always have: its first buffer, or 64 KiB and the piece that is being read.
 			least = 192 << 10
 		)
 		pool := buffers.New(limit)

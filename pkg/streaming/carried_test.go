@@ -26,7 +26,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// handedOver freezes the server, lets look see the states of its commands, and resumes it.
+// handedOver freezes the server, calls look with the states of its commands, and resumes it.
 func (s *testServer) handedOver(look func(commands.State)) {
 	s.t.Helper()
 	files := handover.NewFiles()
@@ -53,7 +53,7 @@ func (s *testServer) handedOver(look func(commands.State)) {
 	}
 }
 
-// inPhase hands the server over some times once a session is in a phase, and it stays in it.
+// inPhase hands the server over several times while a session is in a phase, and checks that the session stays in it.
 func (s *testServer) inPhase(want string) {
 	s.t.Helper()
 	var got string
@@ -61,7 +61,7 @@ func (s *testServer) inPhase(want string) {
 		s.handedOver(func(state commands.State) { got = string(state.Phase) })
 	}
 	eventually(s.t, "the phase "+want, func() bool {
-		time.Sleep(100 * time.Millisecond) // or none would ever come further: some look at their clients as seldom as that
+		time.Sleep(100 * time.Millisecond) // otherwise no session would get on: some look at their clients this rarely
 		hand()
 		return got == want
 	})
@@ -73,7 +73,7 @@ func (s *testServer) inPhase(want string) {
 	}
 }
 
-// sumOf reads random bytes with a sum.
+// sumOf returns random bytes and their sum.
 func sumOf(size int64) (io.Reader, hash.Hash) {
 	sum := sha256.New()
 	seed := [32]byte{byte(rand.Int())}
@@ -84,8 +84,8 @@ type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
-// Hand-overs at random moments, lose no byte in either direction and no exit code: of commands that
-// are started here, of those that an upstream serves, and of attached ones.
+// TestCommandsAreHandedOver checks that hand-overs at random moments lose no byte in either direction and no exit code: of
+// commands that are started here, of commands that an upstream serves, and of attached ones.
 func TestCommandsAreHandedOver(t *testing.T) {
 	const size = 4 << 20
 	for _, kind := range []string{"exec", "relayed", "bandwidth"} {
@@ -136,7 +136,7 @@ func TestCommandsAreHandedOver(t *testing.T) {
 	}
 }
 
-// A terminal is typed into, and resized, while it is handed over.
+// TestTerminalsAreHandedOver types into a terminal and resizes it while it is handed over.
 func TestTerminalsAreHandedOver(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -169,7 +169,7 @@ func TestTerminalsAreHandedOver(t *testing.T) {
 	})
 }
 
-// A client that does not read, and a process that exits meanwhile: nothing is lost.
+// TestExitDuringAHandOver checks that nothing is lost if the client does not read and the process exits meanwhile.
 func TestExitDuringAHandOver(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -188,7 +188,7 @@ func TestExitDuringAHandOver(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			time.Sleep(150 * time.Millisecond) // until after its exit, or its first output
+			time.Sleep(150 * time.Millisecond) // until it has exited or written its first output
 			if _, _, err := s.Server.Resume(state, files); err != nil {
 				t.Fatal(err)
 			}
@@ -200,7 +200,7 @@ func TestExitDuringAHandOver(t *testing.T) {
 	})
 }
 
-// stubborn is a process that does not follow its client, and that nothing kills.
+// stubborn is a process that ignores the end of its client and that no signal kills.
 type stubborn struct{ *hostProcess }
 
 func (stubborn) Disconnect() {}
@@ -210,7 +210,7 @@ func (p stubborn) Freeze(files *handover.Files) ([]byte, error) {
 	return freezeFiles(p, files, p.stdin, p.stdout, p.stderr)
 }
 
-// Each phase is left and entered again, and ends as it would have.
+// TestEachPhaseIsHandedOver hands over in each phase. The phase must end as it would have.
 func TestEachPhaseIsHandedOver(t *testing.T) {
 	options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}
 	t.Run("opening", func(t *testing.T) {
@@ -220,7 +220,7 @@ func TestEachPhaseIsHandedOver(t *testing.T) {
 		defer c.conn.Close()
 		s.inPhase("opening")
 		began := time.Now()
-		defer s.beRestless(20 * time.Millisecond)() // the deadline stays what it was
+		defer s.beRestless(20 * time.Millisecond)() // the deadline must not move
 		eventually(t, "the end", func() bool { return len(s.config.Sessions.List()) == 0 })
 		if took := time.Since(began); took > 20*time.Second {
 			t.Errorf("ended after %v", took)
@@ -272,7 +272,7 @@ func TestEachPhaseIsHandedOver(t *testing.T) {
 			}
 			syscall.Kill(-executor.last().cmd.Process.Pid, syscall.SIGKILL)
 		})
-		// One output has ended because it was silent, the other one goes on.
+		// One output has ended because it was silent. The other one goes on.
 		t.Run("draining one of two", func(t *testing.T) {
 			s := startServer(t, Config{Commands: commandConfig{DrainIdle: 2 * time.Second}})
 			executor := &hostExecutor{t: t}
@@ -393,7 +393,7 @@ func TestEachPhaseIsHandedOver(t *testing.T) {
 		}
 		executor.last().Kill()
 	})
-	// The receipt that is due comes to another program, which has to ask again.
+	// A receipt that is due goes to another program, which must ask again.
 	t.Run("holding", func(t *testing.T) {
 		s := startServer(t, Config{Commands: commandConfig{StatusWait: 10 * testTimeout}})
 		reader, _, ended := beginHeldBack(t, s)
@@ -403,7 +403,7 @@ func TestEachPhaseIsHandedOver(t *testing.T) {
 			t.Errorf("%d bytes, %v", reader.taken, err)
 		}
 	})
-	// These last only as long as the client does not take what is said, which fits into every socket: the state says that they
+	// These phases last only until the client reads what is sent, which fits into every socket. So the state says that they
 	// have just begun.
 	for _, phase := range []string{"telling", "holding", "saying"} {
 		t.Run("at the beginning of "+phase, func(t *testing.T) {

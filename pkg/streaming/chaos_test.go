@@ -22,7 +22,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// roughNetwork makes the URL go through a network that splits, joins and delays what it carries.
+// roughNetwork leads the URL through a network that splits, joins and delays what it carries.
 func roughNetwork(t *testing.T, u *url.URL) {
 	t.Helper()
 	seed := rand.Uint64()
@@ -63,7 +63,7 @@ func carryRoughly(to, from net.Conn, random *rand.Rand) {
 	buffer := make([]byte, 128<<10)
 	for {
 		filled, err := 0, error(nil)
-		want := 1 + random.IntN(len(buffer)) // wait a little for so much, so that writes are joined
+		want := 1 + random.IntN(len(buffer)) // wait a little for this much, so that writes are joined
 		for filled < want && err == nil {
 			from.SetReadDeadline(time.Now().Add(time.Duration(random.IntN(5)+1) * time.Millisecond))
 			if filled == 0 {
@@ -95,7 +95,7 @@ func carryRoughly(to, from net.Conn, random *rand.Rand) {
 	}
 }
 
-// An exec comes through whole, whatever the network does to its frames.
+// TestExecOverRoughNetwork checks that an exec loses nothing, whatever the network does to its frames.
 func TestExecOverRoughNetwork(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -111,7 +111,7 @@ func TestExecOverRoughNetwork(t *testing.T) {
 	})
 }
 
-// So does everything of a port-forward.
+// TestPortForwardOverRoughNetwork checks the same for a port-forward.
 func TestPortForwardOverRoughNetwork(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -144,15 +144,15 @@ type sentBytes struct{ bytes.Buffer }
 
 func (r *sentBytes) Read([]byte) (int, error) { return 0, io.EOF }
 
-// record returns what a client sends after its head.
+// record returns what a client sends after the head of its request.
 func record(t *testing.T, speak func(c *rawClient)) []byte {
 	var wire sentBytes
 	speak(newRawClient(t, nil, &wire))
 	return wire.Bytes()
 }
 
-// cutAnywhere plays a client's part of a session up to each of its bytes and then ends the connection,
-// by turns with FIN and with RST; check looks after each at what is left of the session.
+// cutAnywhere sends a client's part of a session up to each of its bytes and then ends the connection, alternately with FIN
+// and RST. After each it calls check, which looks at what is left of the session.
 func cutAnywhere(t *testing.T, s *testServer, u func() *url.URL, head func(*url.URL) []byte, body []byte, check func(cut int)) {
 	t.Helper()
 	length := len(head(u())) + len(body)
@@ -163,7 +163,7 @@ func cutAnywhere(t *testing.T, s *testServer, u func() *url.URL, head func(*url.
 		if err != nil {
 			t.Fatal(err)
 		}
-		if cut > len(wire)-len(body) { // the head is whole: see the upgrade first, so that there is a session
+		if cut > len(wire)-len(body) { // the head is complete, so wait for the upgrade, after which there is a session
 			conn.Write(wire[:len(wire)-len(body)])
 			readHead(t, conn)
 			conn.Write(wire[len(wire)-len(body) : min(cut, len(wire))])
@@ -181,7 +181,7 @@ func cutAnywhere(t *testing.T, s *testServer, u func() *url.URL, head func(*url.
 	}
 }
 
-// readHead reads the answer's head byte by byte, and nothing behind it.
+// readHead reads the head of the answer byte by byte, and nothing after it.
 func readHead(t *testing.T, conn net.Conn) {
 	t.Helper()
 	conn.SetDeadline(time.Now().Add(testTimeout))
@@ -193,7 +193,7 @@ func readHead(t *testing.T, conn net.Conn) {
 	}
 }
 
-// An exec that is cut anywhere ends, its process is told, and nothing is left.
+// TestExecCutAnywhere checks that an exec that is cut anywhere ends, that its process is told, and that nothing is left.
 func TestExecCutAnywhere(t *testing.T) {
 	bodies := map[string][]byte{
 		"SPDY": record(t, func(c *rawClient) {
@@ -228,7 +228,7 @@ func TestExecCutAnywhere(t *testing.T) {
 			return p, err
 		})
 		options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true}
-		for range 20 { // on a busy machine most clients have gone before the start
+		for range 20 { // on a busy machine most clients leave before the start
 			cutAnywhere(t, s, func() *url.URL { return s.execURL(executor, options, "cat") }, heads[transport], bodies[transport], func(cut int) {
 				mu.Lock()
 				defer mu.Unlock()
@@ -244,7 +244,7 @@ func TestExecCutAnywhere(t *testing.T) {
 	})
 }
 
-// So does a port-forward, and its connections into the pod.
+// TestPortForwardCutAnywhere checks the same for a port-forward and its connections into the pod.
 func TestPortForwardCutAnywhere(t *testing.T) {
 	s := startServer(t, Config{})
 	var open atomic.Int32

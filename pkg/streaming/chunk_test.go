@@ -15,7 +15,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// countingListener counts what is written to its connections, call by call.
+// countingListener counts the writes to its connections.
 type countingListener struct {
 	net.Listener
 	writes *atomic.Int64
@@ -36,8 +36,8 @@ func (c countingConn) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// A chunk of output costs one read and one write, framing included. Each read is followed by a write, so
-// that it is enough to count those.
+// TestOneWriteForAChunk checks that a chunk of output costs one read and one write, framing included. A write follows each
+// read, so counting writes is enough.
 func TestOneWriteForAChunk(t *testing.T) {
 	const chunk = 200 << 10
 	forEachTransport(t, func(t *testing.T, transport string) {
@@ -48,8 +48,8 @@ func TestOneWriteForAChunk(t *testing.T) {
 		}
 		var writes, received atomic.Int64
 		log := slog.New(slog.DiscardHandler)
-		// A peer that may translate for a slow reader is asked how far it has come, by a write of its own for each
-		// half of a window (package holdback); that is not what is counted here.
+		// A peer that may translate for a slow reader is asked for a receipt with a write for each half of a window
+		// (package holdback). Those writes must not be counted here.
 		s := newTestServer(t, ordinary(Config{Log: log, Sessions: session.NewRegistry(log), Commands: commandConfig{StatusWait: unlimited}}), listener.Addr())
 		go func() { s.served <- s.Serve(countingListener{listener, &writes}) }()
 		t.Cleanup(s.stop)
@@ -82,7 +82,7 @@ func TestOneWriteForAChunk(t *testing.T) {
 			cost()
 		}
 		least := cost()
-		for attempts := 0; least > 1 && attempts < 50; attempts++ { // pings are answered meanwhile
+		for attempts := 0; least > 1 && attempts < 50; attempts++ { // PINGs are answered meanwhile
 			least = min(least, cost())
 		}
 		if least != 1 {

@@ -25,9 +25,9 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil"
 )
 
-// The table of ends in docs/protocols.md.
+// The tests in this file check the table of ends in docs/protocols.md.
 
-// channelClient is a client of the channel protocols that decides itself how its connection ends.
+// channelClient is a client of the channel protocols that decides how its connection ends.
 type channelClient struct {
 	t        *testing.T
 	protocol string
@@ -45,11 +45,11 @@ func dialChannels(t *testing.T, u *url.URL, protocol string) *channelClient {
 	return dialNumbered(t, u, protocol, true)
 }
 
-// dialNumbered is dialChannels for a server that greets, as it does for exec and attach, or not.
+// dialNumbered is like dialChannels, for a server that greets, as for exec and attach, or does not.
 func dialNumbered(t *testing.T, u *url.URL, protocol string, greeted bool) *channelClient {
 	t.Helper()
 	c := dialSilent(t, u, protocol)
-	if greeted { // an empty message says that the connection stands; unread, it would make closing a reset
+	if greeted { // the greeting is an empty message; left unread, it would turn the close into a reset
 		if _, _, err := c.ws.ReadMessage(); err != nil {
 			t.Fatal(err)
 		}
@@ -58,7 +58,7 @@ func dialNumbered(t *testing.T, u *url.URL, protocol string, greeted bool) *chan
 	return c
 }
 
-// dialSilent is a client that reads nothing until the test has it read.
+// dialSilent returns a client that reads nothing until the test calls read.
 func dialSilent(t *testing.T, u *url.URL, protocol string) *channelClient {
 	t.Helper()
 	dialer := websocket.Dialer{}
@@ -81,7 +81,7 @@ func dialSilent(t *testing.T, u *url.URL, protocol string) *channelClient {
 
 func (c *channelClient) base64() bool { return strings.Contains(c.protocol, "base64") }
 
-// read takes everything, so that closing the socket does not reset the connection by itself.
+// read reads everything, so that closing the socket does not reset the connection.
 func (c *channelClient) read() {
 	for {
 		_, message, err := c.ws.ReadMessage()
@@ -109,7 +109,7 @@ func (c *channelClient) on(channel byte) string {
 	return string(c.output[channel])
 }
 
-// awaitClose waits until reading has ended, by the server's Close.
+// awaitClose waits until reading has ended with the server's Close.
 func (c *channelClient) awaitClose() {
 	c.t.Helper()
 	eventually(c.t, "the server's Close", func() bool {
@@ -134,7 +134,7 @@ func (c *channelClient) send(channel byte, data []byte) {
 	}
 }
 
-// closeFrame is a Close with this code; 0 is none.
+// closeFrame returns a Close with this code. 0 is no code.
 func (c *channelClient) closeFrame(code int) {
 	var payload []byte
 	if code != 0 {
@@ -190,7 +190,7 @@ func randomBytes(size int) []byte {
 	return data
 }
 
-// upload is a command that writes its stdin to a file and, only when it has seen the end, its sum to another.
+// upload is a command that writes its stdin to a file and, only after the end of its input, its sum to another.
 type upload struct {
 	t   *testing.T
 	dir string
@@ -198,18 +198,18 @@ type upload struct {
 
 func newUpload(t *testing.T) upload { return upload{t, t.TempDir()} }
 
-// args is the command; before it reads it does what is said, and it reads by these means.
+// args returns the command. It runs before, and then reads with read.
 func (u upload) args(before, read string) []string {
 	return []string{"sh", "-c", fmt.Sprintf("cd %s; %s; %s > up; sha256sum < up > whole.tmp; mv whole.tmp whole", u.dir, before, read)}
 }
 
-// received is how many bytes have arrived.
+// received returns how many bytes have arrived.
 func (u upload) received() int {
 	data, _ := os.ReadFile(filepath.Join(u.dir, "up"))
 	return len(data)
 }
 
-// whole is the sum of what the command takes for the whole input, empty while it waits for more.
+// whole returns the sum of what the command takes as the complete input. It is empty while the command waits for more.
 func (u upload) whole() string {
 	text, _ := os.ReadFile(filepath.Join(u.dir, "whole"))
 	return strings.TrimSuffix(string(text), "  -\n")
@@ -218,11 +218,12 @@ func (u upload) whole() string {
 var readers = map[string][2]string{
 	"at once": {":", "cat"},
 	"late":    {"sleep 1.5", "cat"},
-	// 32 KiB and then a pause.
+	// Reads 32 KiB and then pauses.
 	"slow": {":", "while dd bs=32k count=1 2>/dev/null | tee piece && test -s piece; do sleep 0.05; done"},
 }
 
-// What has come in before an orderly end of the client arrives, whole, and only what is whole looks so.
+// TestInputArrivesWhole checks that what was sent before an orderly end of the client arrives completely, and that only
+// complete input looks complete.
 func TestInputArrivesWhole(t *testing.T) {
 	testutil.Slow(t)
 	ends := map[string][]string{
@@ -238,7 +239,7 @@ func TestInputArrivesWhole(t *testing.T) {
 		name string
 		size int
 	}
-	const more = 5 << 20 // than a connection keeps whose client has a small buffer
+	const more = 5 << 20 // more than a connection with a small client buffer keeps
 	runTogether(t, func(t *testing.T) {
 		for protocol, ways := range ends {
 			for _, way := range ways {
@@ -279,7 +280,7 @@ func TestInputArrivesWhole(t *testing.T) {
 	})
 }
 
-// narrowFor has the kernel keep little for the sender of much, who waits for the reader then.
+// narrowFor makes the kernel keep little for a sender of much data, so that the sender waits for the reader.
 func narrowFor(conn net.Conn, data []byte) {
 	if len(data) > 4<<20 {
 		conn.(*net.TCPConn).SetWriteBuffer(64 << 10) //nolint:errcheck // it only makes the test quicker
@@ -302,7 +303,7 @@ func uploadOverSPDY(t *testing.T, u *url.URL, data []byte, way string) {
 	client.end(connectionEnd)
 }
 
-// end ends the connection in one of these ways; any other is to close the socket.
+// end ends the connection in one of these ways. Any other value closes the socket.
 func (c *rawClient) end(way string) {
 	tcp := c.conn.(*net.TCPConn)
 	switch way {
@@ -319,8 +320,8 @@ func (c *rawClient) end(way string) {
 	}
 }
 
-// Input that was cut is given to the command as far as it came, but never looks whole: the command sees no end
-// of input before it is hung up.
+// TestCutInputDoesNotLookWhole checks that the command gets input that was cut as far as it arrived, but sees no end of
+// input before it is hung up.
 func TestCutInputDoesNotLookWhole(t *testing.T) {
 	testutil.Slow(t)
 	runTogether(t, func(t *testing.T) {
@@ -346,7 +347,7 @@ func TestCutInputDoesNotLookWhole(t *testing.T) {
 					}
 					left := time.Now()
 					eventually(t, "the command's start", func() bool { return executor.count() == 1 || len(s.config.Sessions.List()) == 0 })
-					if executor.count() == 0 { // the reset came before
+					if executor.count() == 0 { // the reset came first
 						return
 					}
 					receive(t, executor.last().disconnected, "the command to be hung up")
@@ -367,8 +368,8 @@ func TestCutInputDoesNotLookWhole(t *testing.T) {
 	})
 }
 
-// A command that does not end although it has everything is hung up after Config.InputGrace, and so is one that
-// takes nothing. Neither a terminal nor a command without input gets it.
+// TestHangUpAfterInput checks that a command which does not end although it has all its input is hung up after
+// Config.InputGrace, and so is one that reads nothing. That holds neither for a terminal nor for a command without input.
 func TestHangUpAfterInput(t *testing.T) {
 	testutil.Slow(t)
 	const grace = time.Second
@@ -402,8 +403,8 @@ func TestHangUpAfterInput(t *testing.T) {
 	})
 }
 
-// A command whose client does not take its output any more still takes its input: it does not end because of
-// its output.
+// TestOutputOfAnUploadGoesNowhere checks that a command still reads its input when its client no longer reads its output:
+// it must not end because of its output.
 func TestOutputOfAnUploadGoesNowhere(t *testing.T) {
 	s, up, data := startServer(t, Config{}), newUpload(t), randomBytes(100_000)
 	options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}
@@ -417,7 +418,7 @@ func TestOutputOfAnUploadGoesNowhere(t *testing.T) {
 	}
 }
 
-// A client that says everything in one breath, and goes, is served all the same.
+// TestUploadInOneBreath checks a client that sends everything in one write and leaves.
 func TestUploadInOneBreath(t *testing.T) {
 	testutil.Slow(t)
 	s := startServer(t, Config{})

@@ -15,7 +15,7 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil"
 )
 
-// fairTest is a port-forward with one connection into a pod that reads nothing, and others beside it.
+// fairTest is a port-forward with one connection into a pod that does not read, and others beside it.
 type fairTest struct {
 	*rawClient
 	good, stuck string
@@ -40,7 +40,7 @@ func newFairTest(t *testing.T, transport string, config Config) *fairTest {
 	return f
 }
 
-// neighbourAnswers opens another connection and has it answered.
+// neighbourAnswers opens another connection and checks that it is answered.
 func (f *fairTest) neighbourAnswers() {
 	f.t.Helper()
 	f.neighbours++
@@ -55,8 +55,8 @@ func (f *fairTest) neighbourAnswers() {
 	}
 }
 
-// 8 MiB that a pod does not read are kept for it, and cost its neighbours nothing: no stall is waited
-// for, no stream is reset.
+// TestUnreadConnectionLeavesNeighboursAlone checks that 8 MiB that a pod does not read cost its neighbours nothing: none
+// waits for the stall timeout, and no stream is reset.
 func TestUnreadConnectionLeavesNeighboursAlone(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		f := newFairTest(t, transport, Config{PortForwards: forwardConfig{Stall: time.Hour}})
@@ -72,18 +72,18 @@ func TestUnreadConnectionLeavesNeighboursAlone(t *testing.T) {
 	})
 }
 
-// More than all room there is makes the neighbours wait, but only for the stall: then the connection
-// in the way is reset, it alone, and what was on its way to it is swallowed.
+// TestStalledConnectionIsResetAlone checks that neighbours wait when the room is used up, but only for the stall timeout.
+// Then only the connection that blocks them is reset, and the data on its way to it is discarded.
 func TestStalledConnectionIsResetAlone(t *testing.T) {
 	testutil.Slow(t)
 	forEachTransport(t, func(t *testing.T, transport string) {
 		f := newFairTest(t, transport, Config{PortForwards: forwardConfig{Stall: 500 * time.Millisecond}})
-		patient, _ := f.openPair(f.stuck, "patient") // does not read either, but is not in the way
+		patient, _ := f.openPair(f.stuck, "patient") // does not read either, but blocks nobody
 		f.send(patient, "x", false)
 		stuck, failure := f.openPair(f.stuck, "stuck")
 		f.neighbourAnswers()
 		sent := make(chan error, 1)
-		go func() { // 16 MiB of room for all streams, and what the kernel takes
+		go func() { // 16 MiB of room for all streams, and what the kernel buffers
 			chunk := []byte(strings.Repeat("x", 1<<20))
 			for range 48 {
 				if err := f.framer.WriteFrame(&spdy.DataFrame{StreamId: stuck, Data: chunk}); err != nil {
@@ -109,7 +109,7 @@ func TestStalledConnectionIsResetAlone(t *testing.T) {
 	})
 }
 
-// A pod that reads slowly is no stall: back-pressure, but no reset.
+// TestSlowConnectionIsNotReset checks that a pod that reads slowly causes backpressure but no reset.
 func TestSlowConnectionIsNotReset(t *testing.T) {
 	testutil.Slow(t)
 	const size = 40 << 20
@@ -141,7 +141,7 @@ func TestSlowConnectionIsNotReset(t *testing.T) {
 	}
 }
 
-// An exec's stdin may stay unread for as long as the command likes: there is no stall there.
+// TestUnreadStdinIsNoStall checks that an exec's stdin may stay unread for as long as the command likes.
 func TestUnreadStdinIsNoStall(t *testing.T) {
 	s := startServer(t, Config{PortForwards: forwardConfig{Stall: 100 * time.Millisecond}})
 	options := streamOptionsOfCat()
@@ -166,8 +166,8 @@ func TestUnreadStdinIsNoStall(t *testing.T) {
 	}
 }
 
-// A client that gives up a connection whose pod does not read leaves nothing of it behind, although
-// both directions wait for the pod.
+// TestClientGivesUpStuckConnection checks that nothing is left of a connection that its client gives up, even if both
+// directions wait for the pod.
 func TestClientGivesUpStuckConnection(t *testing.T) {
 	testutil.Slow(t)
 	forEachTransport(t, func(t *testing.T, transport string) {

@@ -14,8 +14,8 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil"
 )
 
-// A client that sends no size is not waited for longer than needed to know that: until it answers a ping, or sends
-// something else. Otherwise it may be far away, behind a translator.
+// TestClientWithoutASize checks that a client that sends no size is waited for only until it answers a ping or sends
+// something else. A client that has done neither may be far away, behind a translator.
 func TestClientWithoutASize(t *testing.T) {
 	testutil.Slow(t)
 	terminal := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true}
@@ -24,7 +24,7 @@ func TestClientWithoutASize(t *testing.T) {
 		name    string
 		lines   []string
 		input   bool
-		pings   bool // the client answers them
+		pings   bool // the client answers pings
 		waits   bool
 		overWeb bool
 	}{
@@ -37,7 +37,7 @@ func TestClientWithoutASize(t *testing.T) {
 		{name: "SPDY, kubectl", lines: []string{handedOn, "Kubectl-Command: kubectl exec"}, pings: true, input: true, waits: true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			wait := testTimeout // what does not wait for it takes less on any machine
+			wait := testTimeout // without the wait it takes less on any machine
 			if test.waits {
 				wait = time.Second
 			}
@@ -47,7 +47,7 @@ func TestClientWithoutASize(t *testing.T) {
 			began := time.Now()
 			switch {
 			case test.overWeb && !test.pings:
-				client := dialWebSocket(t, u, "v4.channel.k8s.io") // which does not read
+				client := dialWebSocket(t, u, "v4.channel.k8s.io") // this client does not read
 				if test.input {
 					client.write([]byte("\x00x"))
 				}
@@ -74,7 +74,7 @@ func TestClientWithoutASize(t *testing.T) {
 	}
 }
 
-// answerPings reads until the end.
+// answerPings reads until the end and answers pings.
 func (c *rawClient) answerPings() {
 	for {
 		frame, err := c.framer.ReadFrame()

@@ -18,7 +18,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/portforward"
 )
 
-// What a port-forward has used of its bandwidth, and since when nothing has moved, goes with it.
+// TestClocksOfAPortForward checks that a port-forward keeps the bandwidth that it has used and the time since which it is
+// idle.
 func TestClocksOfAPortForward(t *testing.T) {
 	for name, drop := range map[string]func(*portforward.State){
 		"complete":           func(*portforward.State) {},
@@ -35,7 +36,7 @@ func TestClocksOfAPortForward(t *testing.T) {
 	}
 }
 
-// clocksAfter says what is wrong with the clocks of a port-forward behind two hand-overs, the first of which has set them.
+// clocksAfter returns what is wrong with the clocks of a port-forward after two hand-overs, the first of which sets them.
 func clocksAfter(t *testing.T, drop func(*portforward.State)) error {
 	s := startCarried(t, Config{Settings: Settings{
 		Bandwidth: 1 << 20, IdleTimeout: map[session.Kind]time.Duration{session.PortForward: time.Hour},
@@ -66,7 +67,7 @@ func clocksAfter(t *testing.T, drop func(*portforward.State)) error {
 	return err
 }
 
-// patience is how long a test waits for what must come, and for what must not.
+// patience returns how long a test waits for something that must come, or must not.
 func patience(comes bool) time.Duration {
 	if comes {
 		return testTimeout
@@ -74,8 +75,8 @@ func patience(comes bool) time.Duration {
 	return time.Second
 }
 
-// The client of an old WebSocket protocol is told that no port says anything more when the last one has ended, also when others
-// have ended before the hand-over.
+// TestEndsOfLegacyPortsAreHandedOver checks that the client of an old WebSocket protocol is told when the last port has
+// ended, even if other ports have ended before the hand-over.
 func TestEndsOfLegacyPortsAreHandedOver(t *testing.T) {
 	for name, drop := range map[string]func(*portforward.State){
 		"complete": func(*portforward.State) {},
@@ -94,7 +95,8 @@ func TestEndsOfLegacyPortsAreHandedOver(t *testing.T) {
 	}
 }
 
-// legacyEndsAfter says what is wrong with the end of a port-forward of two ports, one of which has ended before a hand-over.
+// legacyEndsAfter returns what is wrong with the end of a port-forward of two ports, one of which has ended before a
+// hand-over.
 func legacyEndsAfter(t *testing.T, drop func(*portforward.State), patience time.Duration) error {
 	s := startCarried(t, Config{})
 	listen := func(conn *net.TCPConn) {
@@ -136,7 +138,8 @@ func legacyEndsAfter(t *testing.T, drop func(*portforward.State), patience time.
 	return nil
 }
 
-// Why a connection has failed is told once, by whoever serves it when its client takes something again.
+// TestLastWordsAreHandedOver checks that the client is told once why a connection has failed, by the program that serves it
+// when the client reads again.
 func TestLastWordsAreHandedOver(t *testing.T) {
 	for kind, after := range map[string]func(t *testing.T, drop func(*portforward.State)) error{
 		"SPDY": wordsAfter, "legacy": legacyWordsAfter,
@@ -158,7 +161,7 @@ func TestLastWordsAreHandedOver(t *testing.T) {
 	}
 }
 
-// flood is the port of a pod that says more than its client takes, until the returned function is called.
+// flood is a port of a pod that sends more than its client reads, until stop is called.
 func flood(t *testing.T) (port int, stop func()) {
 	stopping := make(chan struct{})
 	block := make([]byte, 64<<10)
@@ -177,8 +180,8 @@ func flood(t *testing.T) (port int, stop func()) {
 	return port, sync.OnceFunc(func() { close(stopping) })
 }
 
-// unsaid hands over until the connection to a port has ended. It returns what is still to be said of it, empty when that was said,
-// and drops it.
+// unsaid hands over until the connection to a port has ended. It returns, and drops, what the client must still be told
+// about the connection. That is empty if the client was told.
 func (s *testServer) unsaid(port int, drop func(*portforward.State)) (words string) {
 	s.t.Helper()
 	eventually(s.t, "the end of a connection", func() bool {
@@ -198,7 +201,7 @@ func (s *testServer) unsaid(port int, drop func(*portforward.State)) (words stri
 	return words
 }
 
-// wordsAfter says what is wrong with what a client is told of refused connections, when it reads only behind a hand-over.
+// wordsAfter returns what is wrong with what a client is told about refused connections if it reads only after a hand-over.
 func wordsAfter(t *testing.T, drop func(*portforward.State)) error {
 	s := startCarried(t, Config{PortForwards: forwardConfig{ReportRefused: true}})
 	flooding, stop := flood(t)
@@ -206,11 +209,11 @@ func wordsAfter(t *testing.T, drop func(*portforward.State)) error {
 	u := s.portForwardURL(make(chan struct{}))
 	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
 	data, _ := c.openPair(fmt.Sprint(flooding), "flood")
-	delete(c.streams, data) // it takes a lot of memory
+	delete(c.streams, data) // it takes much memory
 	refused := unusedPort(t)
 	var failures []spdystreams.StreamId
 	words := ""
-	// What is said of the first ones may still find room in the socket.
+	// The words about the first ones may still fit into the socket.
 	eventually(t, "a client that takes nothing", func() bool {
 		_, failure := c.openPair(fmt.Sprint(refused), fmt.Sprint(len(failures)))
 		failures = append(failures, failure)
@@ -226,7 +229,7 @@ func wordsAfter(t *testing.T, drop func(*portforward.State)) error {
 	return nil
 }
 
-// legacyWordsAfter is wordsAfter for ports that are named in the CRI request, and resets.
+// legacyWordsAfter is like wordsAfter, for ports that are named in the CRI request, and for resets.
 func legacyWordsAfter(t *testing.T, drop func(*portforward.State)) error {
 	s := startCarried(t, Config{})
 	flooding, stop := flood(t)
@@ -244,7 +247,7 @@ func legacyWordsAfter(t *testing.T, drop func(*portforward.State)) error {
 		})))
 	}
 	client := dialSilent(t, s.portForwardURL(make(chan struct{}), ports...), "v4.channel.k8s.io")
-	for before, sent := int64(-1), int64(0); sent == 0 || sent > before; time.Sleep(50 * time.Millisecond) { // until the socket is full, as it seems
+	for before, sent := int64(-1), int64(0); sent == 0 || sent > before; time.Sleep(50 * time.Millisecond) { // until the socket seems to be full
 		before = sent
 		_, sent = s.started.Sessions.List()[0].Transferred()
 	}
@@ -261,7 +264,7 @@ func legacyWordsAfter(t *testing.T, drop func(*portforward.State)) error {
 	}
 	stop()
 	client.reading.Go(client.read)
-	const port = 2 // bytes, with which the channel begins
+	const port = 2 // in bytes; the channel begins with them
 	eventually(t, "the last words", func() bool { return len(client.on(channel)) > port })
 	if got := client.on(channel)[port:]; got != words {
 		return fmt.Errorf("%q was said instead of %q", got, words)

@@ -9,7 +9,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/handover"
 )
 
-// frozenProcesses are the processes of tests that were frozen: what is no file stays where it is.
+// frozenProcesses are the frozen processes of tests. It keeps what is not a file.
 var frozenProcesses = struct {
 	sync.Mutex
 	last int

@@ -19,7 +19,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// A client that says goodbye and leaves its connection open, as a proxy may, has gone all the same.
+// TestClientSaysGoodbye checks that a client that says goodbye but leaves its connection open, as a proxy may, counts as
+// gone.
 func TestClientSaysGoodbye(t *testing.T) {
 	testutil.Slow(t)
 	start := func(t *testing.T) (*hostExecutor, *url.URL) {
@@ -51,8 +52,8 @@ func TestClientSaysGoodbye(t *testing.T) {
 	})
 }
 
-// A background child that holds the output does not hold a session whose client has gone, also where it
-// is waited for without limit.
+// TestClientGoneWhileOutputIsHeld checks that a background child that keeps the output open does not hold a session whose
+// client has gone, even if the wait for the child has no limit.
 func TestClientGoneWhileOutputIsHeld(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{Commands: commandConfig{DrainIdle: unlimited}})
@@ -74,7 +75,8 @@ func TestClientGoneWhileOutputIsHeld(t *testing.T) {
 	})
 }
 
-// A session ends within a second of its container, in words, also while the upstream cannot say why.
+// TestContainerEndIsToldWithinASecond checks that a session ends within a second of its container, with a reason, even
+// while the upstream cannot tell why.
 func TestContainerEndIsToldWithinASecond(t *testing.T) {
 	silent := func(ctx context.Context) string {
 		gaveUp, cancel := context.WithTimeout(ctx, 700*time.Millisecond) // as pkg/cri does
@@ -90,7 +92,7 @@ func TestContainerEndIsToldWithinASecond(t *testing.T) {
 			forEachTransport(t, func(t *testing.T, transport string) {
 				s := startServer(t, Config{})
 				soonest := time.Hour
-				for attempts := 0; soonest > time.Second && attempts < 10; attempts++ { // a busy machine may hold up some of them
+				for attempts := 0; soonest > time.Second && attempts < 10; attempts++ { // a busy machine may delay some of them
 					executor := &hostExecutor{t: t}
 					request := s.localRequest(executor, workload.Command{Args: []string{"sleep", "600"}, Stdout: true, Stderr: true})
 					s.testNode.mu.Lock()
@@ -119,7 +121,7 @@ func TestContainerEndIsToldWithinASecond(t *testing.T) {
 	}
 }
 
-// within waits for a channel to be closed.
+// within waits until a channel is closed.
 func within(t *testing.T, done <-chan struct{}, what string) {
 	t.Helper()
 	select {

@@ -30,7 +30,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// upgrade has another server, with a registry of its own, take over everything. Change may change the state.
+// upgrade hands everything over to another server with its own registry. change may change the state.
 func (s *testServer) upgrade(change func(*State)) (carried, ended int) {
 	s.t.Helper()
 	files := handover.NewFiles()
@@ -59,7 +59,7 @@ func (s *testServer) upgrade(change func(*State)) (carried, ended int) {
 	if files, err = handover.Inherited(descriptors); err != nil {
 		s.t.Fatal(err)
 	}
-	s.stop() // as if the old program had gone
+	s.stop() // as if the old program had ended
 	<-s.served
 
 	listener, err := files.TakeListener(kept)
@@ -92,7 +92,8 @@ func (s *testServer) serve(listener net.Listener) {
 	})
 }
 
-// upgradeForward is upgrade with a change to the state of the only session, a port-forward. It is not called when that has ended.
+// upgradeForward is like upgrade, with a change to the state of the only session, a port-forward. It does not call change
+// if the port-forward has ended.
 func (s *testServer) upgradeForward(change func(*portforward.State)) {
 	s.t.Helper()
 	s.upgrade(func(state *State) {
@@ -111,7 +112,7 @@ func (s *testServer) upgradeForward(change func(*portforward.State)) {
 	})
 }
 
-// thaw freezes the server and has it go on.
+// thaw freezes the server and lets it continue.
 func (s *testServer) thaw() {
 	s.t.Helper()
 	before := s.started.Sessions.List()
@@ -123,7 +124,7 @@ func (s *testServer) thaw() {
 	}
 }
 
-// startCarried is startServer with a listener that can be paused.
+// startCarried is like startServer, with a listener that can be paused.
 func startCarried(t *testing.T, config Config) *testServer {
 	t.Helper()
 	s := startServer(t, config)
@@ -154,12 +155,12 @@ func (s *testServer) upgrades(times int, longest time.Duration) {
 	}
 }
 
-// sums is what one end of a connection has sent and received.
+// sums are the sums of what one end of a connection has sent and received.
 type sums struct{ sent, received hash.Hash }
 
 func newSums() sums { return sums{sha256.New(), sha256.New()} }
 
-// pour sends random bytes in random pieces until it is told to stop, and counts them.
+// pour sends random bytes in random pieces until stop is closed. It returns their number.
 func (s sums) pour(w io.Writer, stop <-chan struct{}, pause bool) (int64, error) {
 	var total int64
 	piece := make([]byte, 8<<10)
@@ -203,8 +204,8 @@ func (s sums) drain(r io.Reader, pause bool) (int64, error) {
 	}
 }
 
-// peer moves bytes both ways over one end of a connection until stopped, and returns the sums. Second has its FIN come only behind
-// the other end's: client-go gives an upload up when the pod's answer has ended.
+// peer moves bytes both ways over one end of a connection until stop is closed, and returns the sums. With second it sends
+// its FIN only after that of the other end, because client-go gives up an upload when the pod's answer has ended.
 func peer(conn *net.TCPConn, stop <-chan struct{}, slow, second bool) (sums, error) {
 	s := newSums()
 	var both sync.WaitGroup
@@ -228,8 +229,8 @@ func peer(conn *net.TCPConn, stop <-chan struct{}, slow, second bool) (sums, err
 
 const carriedConnections = 50
 
-// Fifty connections, fast and slow ones, half-closed at different times, lose no byte in either direction, however often and
-// at whatever moment the server is handed over.
+// TestForwardedBytesSurviveHandOvers checks that fifty connections lose no byte in either direction, however often and
+// whenever the server is handed over. Some are fast and some slow, and they are half-closed at different times.
 func TestForwardedBytesSurviveHandOvers(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startCarried(t, Config{PortForwards: forwardConfig{Stall: unlimited}})
@@ -294,7 +295,7 @@ func TestForwardedBytesSurviveHandOvers(t *testing.T) {
 	})
 }
 
-// handOvers is how many a test does.
+// handOvers is the number of hand-overs of a test.
 func handOvers() int {
 	if testing.Short() {
 		return 10
@@ -302,7 +303,8 @@ func handOvers() int {
 	return 30
 }
 
-// What is not a stream of bytes survives too: resets of either side, refused ports, and connections that begin all the time.
+// TestForwardedEndsSurviveHandOvers checks what is not a stream of bytes: resets by either side, refused ports, and
+// connections that begin all the time.
 func TestForwardedEndsSurviveHandOvers(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startCarried(t, Config{})
@@ -333,7 +335,7 @@ func TestForwardedEndsSurviveHandOvers(t *testing.T) {
 				if got, _ := f.talk(refused, "abc"); got != "" {
 					t.Errorf("a port on which nobody listens answered %q", got)
 				}
-				abandoned := f.dial(answering) // a reset of the client's
+				abandoned := f.dial(answering) // the client resets it
 				abandoned.SetLinger(0)
 				abandoned.Close()
 			}
@@ -348,7 +350,8 @@ func TestForwardedEndsSurviveHandOvers(t *testing.T) {
 	})
 }
 
-// A port on which somebody listens but takes no connection yet has its dial under way at the hand-over: it is dialled again.
+// TestDialSurvivesHandOver checks a port that listens but does not accept yet: the dial that is in progress at the
+// hand-over is repeated.
 func TestDialSurvivesHandOver(t *testing.T) {
 	s := startCarried(t, Config{})
 	full, release := fullListener(t)
@@ -367,7 +370,7 @@ func TestDialSurvivesHandOver(t *testing.T) {
 	}
 }
 
-// forwarded is how many connections the only port-forward has.
+// forwarded returns how many connections the only port-forward has.
 func (s *testServer) forwarded() int {
 	list := s.started.Sessions.List()
 	if len(list) != 1 {
@@ -380,7 +383,8 @@ func (s *testServer) forwarded() int {
 	return forward.Connections()
 }
 
-// The old WebSocket protocols go on too: bytes both ways, the pod's end before the client's, and the Close and the FIN behind it.
+// TestLegacyForwardSurvivesHandOvers checks the old WebSocket protocols: bytes both ways, the pod's end before the
+// client's, and then the Close and the FIN.
 func TestLegacyForwardSurvivesHandOvers(t *testing.T) {
 	for _, protocol := range []string{"", "v4.channel.k8s.io", "v4.base64.channel.k8s.io"} {
 		t.Run(protocol, func(t *testing.T) {
@@ -444,8 +448,8 @@ func TestLegacyForwardSurvivesHandOvers(t *testing.T) {
 	}
 }
 
-// Tokens stay good, for as long as they would have been, and their requests complete; connections that come during a
-// hand-over wait in the listener's queue.
+// TestURLsSurviveHandOvers checks that tokens stay good for as long as they would have been, that their requests complete,
+// and that connections that come during a hand-over wait in the listener's queue.
 func TestURLsSurviveHandOvers(t *testing.T) {
 	s := startCarried(t, Config{})
 	port := pod(t, answer)
@@ -480,7 +484,7 @@ func TestURLsSurviveHandOvers(t *testing.T) {
 		t.Errorf("the exec's request is %+v", request)
 	}
 
-	// A client that connects while the server stands still is served after it.
+	// A client that connects while the server stands still is served afterwards.
 	files := handover.NewFiles()
 	defer files.Close()
 	state, err := s.Freeze(t.Context(), files)
@@ -507,7 +511,7 @@ func TestURLsSurviveHandOvers(t *testing.T) {
 	}
 }
 
-// Half a pair waits for its other half, for the rest of its time.
+// TestHalfAPairSurvivesHandOvers checks that a half pair waits for the other half for the rest of its time.
 func TestHalfAPairSurvivesHandOvers(t *testing.T) {
 	const creation = time.Hour // not over on any machine
 	s := startCarried(t, Config{PortForwards: forwardConfig{StreamCreation: creation}})
@@ -540,7 +544,8 @@ func TestHalfAPairSurvivesHandOvers(t *testing.T) {
 	}
 }
 
-// A session that cannot be taken over ends alone: its client is told, or loses its connection, and the others go on.
+// TestSessionThatIsNotCarriedEndsAlone checks that a session which cannot be taken over ends alone. Its client is told or
+// loses its connection. The others go on.
 func TestSessionThatIsNotCarriedEndsAlone(t *testing.T) {
 	for name, damage := range map[string]func(*SessionState){
 		"session":   func(state *SessionState) { state.Live = []byte("nonsense") },
@@ -584,7 +589,8 @@ func TestSessionThatIsNotCarriedEndsAlone(t *testing.T) {
 	}
 }
 
-// A session that another program cannot carry is told so by the one that it has; the others go on.
+// TestUncarriedSessionsAreTold checks that a session which another program cannot carry is told so by the program that has
+// it. The others go on.
 func TestUncarriedSessionsAreTold(t *testing.T) {
 	s := startCarried(t, Config{})
 	port := pod(t, answer)
@@ -593,7 +599,7 @@ func TestUncarriedSessionsAreTold(t *testing.T) {
 	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
 	data, failure := c.openPair(fmt.Sprint(pod(t, func(c *net.TCPConn) { io.Copy(c, c) })), "1")
 	c.send(data, "abc", false)
-	c.until("the echo", func() bool { return string(c.streams[data].data) == "abc" }) // only a whole pair is told
+	c.until("the echo", func() bool { return string(c.streams[data].data) == "abc" }) // only a complete pair is told
 	var options remotecommand.StreamOptions
 	var out syncBuffer
 	options.Stdin, options.Stdout = openStdin(t), &out
@@ -601,7 +607,7 @@ func TestUncarriedSessionsAreTold(t *testing.T) {
 	commandURL := s.execURL(&hostExecutor{t: t}, options, "sh", "-c", "echo ready; cat")
 	go func() { commandEnded <- stream(t.Context(), t, "SPDY", commandURL, options) }()
 	eventually(t, "the command", func() bool { return out.String() == "ready\n" })
-	s.handOver() // as when another program has refused them
+	s.handOver() // as if another program had refused them
 	list := s.started.Sessions.List()
 	reasons := map[string]string{"nobody": "no"}
 	for _, live := range list[1:] {
@@ -627,14 +633,14 @@ func TestUncarriedSessionsAreTold(t *testing.T) {
 	sound.mustAnswer(port)
 }
 
-// When the sessions cannot be frozen in time all goes on as if nothing had happened.
+// TestFreezeInVain checks that all goes on as before if the sessions cannot be frozen in time.
 func TestFreezeInVain(t *testing.T) {
 	s := startCarried(t, Config{})
 	port := pod(t, answer)
 	f := s.portForward(t, "SPDY", port)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	s.pass() // somebody who does not come to an end
+	s.pass() // a caller that is still inside
 	if _, err := s.Freeze(ctx, handover.NewFiles()); err == nil {
 		t.Error("it was frozen")
 	}
@@ -645,7 +651,7 @@ func TestFreezeInVain(t *testing.T) {
 	}
 }
 
-// Limits are those that a session began with.
+// TestTermsSurviveHandOvers checks that a session keeps the limits that it began with.
 func TestTermsSurviveHandOvers(t *testing.T) {
 	testutil.DropEachField(t, func(t *testing.T, change func(*SessionState)) error {
 		s := startCarried(t, Config{Settings: Settings{
@@ -680,7 +686,7 @@ func TestTermsSurviveHandOvers(t *testing.T) {
 	})
 }
 
-// What a port-forward knows beside its connections goes with it.
+// TestStateOfAPortForward checks what a port-forward has besides its connections.
 func TestStateOfAPortForward(t *testing.T) {
 	all := func(*portforward.State) {}
 	runTogether(t, func(t *testing.T) {
@@ -696,7 +702,7 @@ func TestStateOfAPortForward(t *testing.T) {
 		} {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
-				patience := time.Second // for what is not to come
+				patience := time.Second // for what must not come
 				if name == "complete" {
 					patience = testTimeout
 				}
@@ -708,12 +714,13 @@ func TestStateOfAPortForward(t *testing.T) {
 	})
 }
 
-// half is the half pair with this id.
+// half returns the half pair with this id.
 func half(s *portforward.State, id string) *portforward.WaitingState {
 	return &s.Waiting[slices.IndexFunc(s.Waiting, func(w portforward.WaitingState) bool { return w.ID == id })]
 }
 
-// A port-forward that is being ended when it is handed over gives its client the rest of the time, and no new one.
+// TestEndOfAPortForwardIsHandedOver checks that a port-forward that is ending when it is handed over gives its client the
+// rest of the time, not the whole time again.
 func TestEndOfAPortForwardIsHandedOver(t *testing.T) {
 	for name, drop := range map[string]func(*portforward.State){
 		"complete":  func(*portforward.State) {},
@@ -729,7 +736,8 @@ func TestEndOfAPortForwardIsHandedOver(t *testing.T) {
 	}
 }
 
-// endingForwardAfter says what is wrong with a port-forward that was told to end before a hand-over. Its client does not close.
+// endingForwardAfter returns what is wrong with a port-forward that was told to end before a hand-over. Its client does not
+// close.
 func endingForwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	const grace = time.Hour // instead of two seconds, so that it is not over on a busy machine
 	s := startCarried(t, Config{})
@@ -738,7 +746,7 @@ func endingForwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
 	data, failure := c.openPair(fmt.Sprint(port), "1")
 	c.send(data, "abc", false)
-	c.until("the echo", func() bool { return string(c.streams[data].data) == "abc" }) // only a whole pair is told
+	c.until("the echo", func() bool { return string(c.streams[data].data) == "abc" }) // only a complete pair is told
 	s.started.Sessions.List()[0].Stop(&session.EndError{Reason: "test", Message: "the test says so"})
 	if got := c.finished(failure); got != "the test says so" {
 		t.Errorf("the error stream says %q", got)
@@ -750,7 +758,7 @@ func endingForwardAfter(t *testing.T, drop func(*portforward.State)) error {
 		drop(s)
 	})
 	if !asked {
-		t.Skip("the two seconds were over") // of a very busy machine
+		t.Skip("the two seconds were over") // on a very busy machine
 	}
 	err := errors.New("the session has ended")
 	s.upgradeForward(func(s *portforward.State) {
@@ -762,7 +770,7 @@ func endingForwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	return err
 }
 
-// forwardAfter says what is wrong with a port-forward behind a hand-over, whose streams are waited for with some patience.
+// forwardAfter returns what is wrong with a port-forward after a hand-over. patience is how long it waits for the streams.
 func forwardAfter(t *testing.T, drop func(*portforward.State), patience time.Duration) error {
 	s := startCarried(t, Config{})
 	answering, echo := fmt.Sprint(pod(t, answer)), fmt.Sprint(pod(t, func(c *net.TCPConn) { io.Copy(c, c) }))
@@ -822,7 +830,7 @@ func FuzzServerState(f *testing.F) {
 	f.Fuzz(func(_ *testing.T, encoded []byte) { CheckState(encoded) }) //nolint:errcheck // it must not panic
 }
 
-// fullListener is a port whose queue is full, so that a connection to it hangs until release, when it echoes.
+// fullListener returns a port whose queue is full. A connection to it hangs until release is called, and then echoes.
 func fullListener(t *testing.T) (port int, release func()) {
 	t.Helper()
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)

@@ -37,10 +37,10 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// testTimeout only bounds what would hang.
+// testTimeout only bounds tests that would hang.
 const testTimeout = 60 * time.Second
 
-// transports are the two ways in which clients speak to the server.
+// transports are the two protocols between clients and server.
 var transports = []string{"SPDY", "WebSocket"}
 
 func forEachTransport(t *testing.T, f func(t *testing.T, transport string)) {
@@ -54,11 +54,11 @@ func forEachTransport(t *testing.T, f func(t *testing.T, transport string)) {
 	}
 }
 
-// togetherTests has the names of the tests whose cases run at the same time.
+// togetherTests has the names of the tests whose cases run in parallel.
 var togetherTests sync.Map
 
-// runTogether runs the parallel cases of a test that mostly waits, and looks for leaks once, after all of
-// them. A case of it calls t.Parallel; forEachTransport does so for its own.
+// runTogether runs the parallel cases of a test that mostly waits, and looks for leaks once, after all of them. Each case
+// calls t.Parallel. forEachTransport does so for its own cases.
 func runTogether(t *testing.T, cases func(t *testing.T)) {
 	leak.Check(t)
 	togetherTests.Store(t.Name(), nil)
@@ -81,8 +81,8 @@ type testServer struct {
 	handovers atomic.Int64
 }
 
-// testNode serves each request as the test that has made it wants. Requests are told apart by the IDs of
-// their containers and sandboxes.
+// testNode serves each request as the test that has made it wants. It tells requests apart by the IDs of their containers
+// and sandboxes.
 type testNode struct {
 	mu       sync.Mutex
 	requests int
@@ -99,7 +99,7 @@ func newTestNode() *testNode {
 	}
 }
 
-// next is the target of another request; set keeps what it is served with.
+// next returns the target of another request. set stores what serves it.
 func (n *testNode) next(set func(id string)) workload.Target {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -109,7 +109,7 @@ func (n *testNode) next(set func(id string)) workload.Target {
 	return workload.Target{ContainerID: id, SandboxID: id}
 }
 
-// of is what a request is served with.
+// of returns what serves a request.
 func of[T any](n *testNode, all map[string]T, id string) T {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -120,7 +120,7 @@ func (n *testNode) Start(ctx context.Context, container workload.Container, comm
 	return of(n, n.start, container.ContainerID)(ctx, command)
 }
 
-// Resume finds a process that was frozen.
+// Resume returns a process that was frozen.
 func (n *testNode) Resume(_ context.Context, state []byte, files *handover.Files) (remoteProcess, error) {
 	return thawProcess(state, files)
 }
@@ -150,25 +150,25 @@ func (n *testNode) ResumeForwarder(state []byte, files *handover.Files) (forward
 	return podForwarder{f, f.Gone()}, nil
 }
 
-// localRequest is for a command that an executor starts.
+// localRequest returns a request for a command that an executor starts.
 func (n *testNode) localRequest(e executor, command workload.Command) *commandRequest {
 	target := n.next(func(id string) { n.start[id] = e.Start })
 	return &commandRequest{Container: workload.Container{Target: target, Runtime: "/of/the/test"}, Command: command}
 }
 
-// relayedRequest is for what an upstream serves.
+// relayedRequest returns a request for what an upstream serves.
 func (n *testNode) relayedRequest(upstream func() *url.URL, command workload.Command) *commandRequest {
 	target := n.next(func(id string) { n.upstream[id] = upstream })
 	return &commandRequest{Container: workload.Container{Target: target}, Command: command, Call: []byte(target.ContainerID)}
 }
 
-// podRequest is for the ports of a pod.
+// podRequest returns a request for ports of a pod.
 func (n *testNode) podRequest(open func() (forwarder, error), ports ...int32) *forwardRequest {
 	target := n.next(func(id string) { n.pods[id] = open })
 	return &forwardRequest{Sandbox: workload.Sandbox{Target: workload.Target{SandboxID: target.SandboxID}}, Ports: ports}
 }
 
-// streamsOf is a command with the streams that a client's options name.
+// streamsOf returns a command with the streams in a client's options.
 func streamsOf(options remotecommand.StreamOptions, args ...string) workload.Command {
 	return workload.Command{
 		Args: args, Stdin: options.Stdin != nil, Stdout: options.Stdout != nil,
@@ -176,7 +176,7 @@ func streamsOf(options remotecommand.StreamOptions, args ...string) workload.Com
 	}
 }
 
-// url is the URL that a request was answered with.
+// url returns the URL of a response.
 func (s *testServer) url(raw string, err error) *url.URL {
 	s.t.Helper()
 	if err != nil {
@@ -194,10 +194,10 @@ type executor interface {
 	Start(context.Context, workload.Command) (remoteProcess, error)
 }
 
-// unlimited stands in a test's Config for a limit that is off, because zero there means an ordinary one.
+// unlimited in a test's Config turns a limit off. Zero there is an ordinary limit.
 const unlimited = -1
 
-// ordinary fills in what a test leaves open.
+// ordinary sets what a test leaves open.
 func ordinary(c Config) Config {
 	for _, limit := range []struct {
 		value    *time.Duration
@@ -232,7 +232,7 @@ func startServer(t *testing.T, config Config) *testServer {
 	s := newTestServer(t, config, listener.Addr())
 	serving := &accepting{Listener: listener, begun: make(chan struct{})}
 	go func() { s.served <- s.Serve(serving) }()
-	receive(t, serving.begun, "the server to accept") // so that another server's check for leaks knows this one's goroutines
+	receive(t, serving.begun, "the server to accept") // so that the leak check of another server counts this one's goroutines
 	t.Cleanup(s.stop)
 	if *restless > 0 {
 		t.Cleanup(s.beRestless(*restless))
@@ -240,7 +240,7 @@ func startServer(t *testing.T, config Config) *testServer {
 	return s
 }
 
-// accepting is a listener that tells when the first connection is waited for.
+// accepting is a listener that reports when it waits for the first connection.
 type accepting struct {
 	net.Listener
 	once  sync.Once
@@ -252,14 +252,14 @@ func (l *accepting) Accept() (net.Conn, error) {
 	return l.Listener.Accept()
 }
 
-// newTestServer makes a server that is not served yet.
+// newTestServer returns a server that is not served yet.
 func newTestServer(t *testing.T, config Config, address net.Addr) *testServer {
 	node := newTestNode()
 	config.Commands.Runtime, config.PortForwards.Pods = node, node
 	return &testServer{Server: NewServer(config, address), testNode: node, t: t, started: config, served: make(chan error, 1)}
 }
 
-// stop ends the server at once; sessions that are left end with it.
+// stop ends the server at once, and with it the sessions that are left.
 func (s *testServer) stop() {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
@@ -270,7 +270,7 @@ func (s *testServer) stop() {
 	s.served <- nil // for a second stop
 }
 
-// restless has each server of the tests handed over to itself all the time, with this pause in between at most.
+// restless hands each server of the tests over to itself again and again, with at most this pause between.
 var restless = flag.Duration("restless", 0, "hand over every so often")
 
 // beRestless hands the server over to itself until the test ends.
@@ -312,7 +312,7 @@ func (s *testServer) handOver() {
 	s.handovers.Add(1)
 }
 
-// hostExecutor starts processes on the host: everything but the container is real.
+// hostExecutor starts processes on the host. All but the container is real.
 type hostExecutor struct {
 	t        *testing.T
 	startErr error
@@ -323,7 +323,7 @@ type hostExecutor struct {
 
 type hostProcess struct {
 	cmd                     *exec.Cmd
-	files                   sync.Mutex // of what follows, which is replaced at a hand-over
+	files                   sync.Mutex // guards the following, which a hand-over replaces
 	stdin, stdout, stderr   *os.File
 	exited                  chan struct{}
 	code                    int
@@ -348,7 +348,7 @@ func (e *hostExecutor) Start(_ context.Context, c workload.Command) (remoteProce
 		if err != nil {
 			return nil, err
 		}
-		// creack/pty leaves the master in blocking mode, in which Close does not wake a Read.
+		// creack/pty leaves the master in blocking mode, in which Close does not unblock a Read.
 		fd, err := syscall.Dup(int(master.Fd()))
 		master.Close()
 		if err != nil {
@@ -418,7 +418,7 @@ func (p *hostProcess) Stdin() io.WriteCloser {
 	return p.stdin
 }
 
-// terminalInput types the end of input instead of closing the terminal.
+// terminalInput sends an end-of-input character instead of closing the terminal.
 type terminalInput struct{ *os.File }
 
 func (i terminalInput) Close() error {
@@ -426,7 +426,7 @@ func (i terminalInput) Close() error {
 	return err
 }
 
-// output is a pty or pipe; EIO is how a pty says that nobody has the other end.
+// output is a pty or pipe. A pty returns EIO when its other end is closed.
 type output struct{ *os.File }
 
 func (o output) Read(b []byte) (int, error) {
@@ -543,7 +543,7 @@ func (e *hostExecutor) last() *hostProcess {
 	return e.started[len(e.started)-1]
 }
 
-// execURL is the URL of a command that wants the streams of the options.
+// execURL returns the URL of a command with the streams in the options.
 func (s *testServer) execURL(e executor, options remotecommand.StreamOptions, args ...string) *url.URL {
 	s.t.Helper()
 	return s.url(s.Exec(s.localRequest(e, streamsOf(options, args...))))
@@ -565,7 +565,7 @@ func stream(ctx context.Context, t *testing.T, transport string, u *url.URL, opt
 	return receive(t, ended, "the end of a "+transport+" session")
 }
 
-// receive waits for what comes, or for the channel to be closed. It may be called from any goroutine.
+// receive waits for a value, or until the channel is closed. It may be called from any goroutine.
 func receive[T any](t *testing.T, from <-chan T, what string) (value T) {
 	t.Helper()
 	select {
@@ -576,8 +576,8 @@ func receive[T any](t *testing.T, from <-chan T, what string) (value T) {
 	return value
 }
 
-// throughProxies puts upgrade proxies before the URL, as the kubelet and the API server are. The
-// one next to a WebSocket client translates to SPDY.
+// throughProxies puts upgrade proxies before the URL, like those of kubelet and API server. The one next to a WebSocket
+// client translates to SPDY.
 func throughProxies(t *testing.T, target *url.URL, hops int, transport string, options remotecommand.StreamOptions) *url.URL {
 	for i := range hops {
 		upstream := *target
@@ -608,7 +608,7 @@ func (proxyError) Error(w http.ResponseWriter, _ *http.Request, err error) {
 	http.Error(w, err.Error(), http.StatusBadGateway)
 }
 
-// eventually waits for a condition that is due to come true by itself.
+// eventually waits until a condition becomes true by itself.
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()
 	deadline := time.Now().Add(testTimeout)
@@ -620,7 +620,7 @@ func eventually(t *testing.T, what string, condition func() bool) {
 	}
 }
 
-// webSocket is a WebSocket client that sees messages.
+// webSocket is a WebSocket client that reads messages.
 type webSocket struct {
 	t    *testing.T
 	conn *websocket.Conn
@@ -639,7 +639,7 @@ func dialWebSocket(t *testing.T, u *url.URL, protocol string) *webSocket {
 	return &webSocket{t, conn}
 }
 
-// read returns a message, nil after an orderly close.
+// read returns a message, or nil after an orderly close.
 func (w *webSocket) read() []byte {
 	w.t.Helper()
 	_, message, err := w.conn.ReadMessage()

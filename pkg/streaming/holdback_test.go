@@ -15,7 +15,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/event"
 )
 
-// pacedReader takes rate bytes a second.
+// pacedReader reads rate bytes a second.
 type pacedReader struct {
 	rate  float64
 	taken int
@@ -42,9 +42,10 @@ func heldBack(c Config) (Config, *atomic.Int64) {
 	return c, held
 }
 
-// Who translates WebSocket closes its client's connection as soon as it has the status, and the client's
-// ping after five seconds would make the rest be lost (kubernetes#60140): 12 MB to readers of 2 MB/s, who
-// are behind by some 5 MB when the translator has taken everything.
+// TestSlowReaderBehindTranslator checks that output is complete behind a translator of WebSocket. A translator closes its
+// client's connection when it has the status, and then the client's next ping, five seconds later, would lose the rest
+// (kubernetes#60140). The output is 12 MB, the readers read 2 MB/s, and they are about 5 MB behind when the translator has
+// read everything.
 func TestSlowReaderBehindTranslator(t *testing.T) {
 	testutil.Slow(t)
 	const size, readers = 12_000_000, 4
@@ -71,7 +72,7 @@ func TestSlowReaderBehindTranslator(t *testing.T) {
 	}
 }
 
-// A fast reader pays nothing, whatever is between.
+// TestFastReaderIsNotHeldBack checks that the holdback costs a fast reader nothing, whatever is between.
 func TestFastReaderIsNotHeldBack(t *testing.T) {
 	testutil.Slow(t)
 	forEachTransport(t, func(t *testing.T, transport string) {
@@ -98,7 +99,8 @@ func TestFastReaderIsNotHeldBack(t *testing.T) {
 	})
 }
 
-// A command that writes what it reads, more than all buffers hold, is not held up by its own output.
+// TestBothWaysAtOnce checks that a command which writes what it reads, more than all buffers hold, is not blocked by its
+// own output.
 func TestBothWaysAtOnce(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -112,7 +114,7 @@ func TestBothWaysAtOnce(t *testing.T) {
 	})
 }
 
-// stuckReader takes some bytes and then nothing until it is let go.
+// stuckReader reads some bytes and then nothing until it is released.
 type stuckReader struct {
 	takes int
 	goOn  chan struct{}
@@ -127,8 +129,7 @@ func (r *stuckReader) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// beginHeldBack begins a session whose command has ended with exit code 3 and whose status waits for a reader that has
-// stopped.
+// beginHeldBack begins a session whose command has ended with exit code 3. Its status waits for a reader that has stopped.
 func beginHeldBack(t *testing.T, s *testServer) (reader *stuckReader, c *cable, ended <-chan error) {
 	reader = &stuckReader{takes: 140_000, goOn: make(chan struct{})}
 	options := remotecommand.StreamOptions{Stdout: reader}
@@ -149,7 +150,7 @@ func beginHeldBack(t *testing.T, s *testServer) (reader *stuckReader, c *cable, 
 	return reader, c, result
 }
 
-// The wait for a reader ends at once when the client goes.
+// TestHoldbackEndsWithTheClient checks that the wait for a reader ends at once when the client leaves.
 func TestHoldbackEndsWithTheClient(t *testing.T) {
 	s := startServer(t, Config{Commands: commandConfig{StatusWait: 10 * testTimeout}})
 	reader, cable, ended := beginHeldBack(t, s)
@@ -159,7 +160,8 @@ func TestHoldbackEndsWithTheClient(t *testing.T) {
 	<-ended
 }
 
-// It ends at once at shutdown, and the client is told how its command has ended.
+// TestHoldbackEndsWithTheServer checks that the wait ends at once at shutdown, and that the client is told how its command
+// has ended.
 func TestHoldbackEndsWithTheServer(t *testing.T) {
 	s := startServer(t, Config{Commands: commandConfig{StatusWait: 10 * testTimeout}})
 	reader, _, ended := beginHeldBack(t, s)
@@ -174,7 +176,7 @@ func TestHoldbackEndsWithTheServer(t *testing.T) {
 	}
 }
 
-// It ends when the reader shows no progress for StatusWait.
+// TestHoldbackIsBounded checks that the wait ends when the reader makes no progress for StatusWait.
 func TestHoldbackIsBounded(t *testing.T) {
 	config, held := heldBack(Config{Commands: commandConfig{StatusWait: 1100 * time.Millisecond}})
 	s := startServer(t, config)

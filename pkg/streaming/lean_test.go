@@ -26,15 +26,14 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// The most that a session may cost.
+// What a session may cost at most.
 const (
 	maxExecGoroutines       = 5
 	maxConnectionGoroutines = 2
-	maxIdleTerminalMemory   = 80 << 10 // of the 100 KiB, for what this process holds; the rest is the kernel's
+	maxIdleTerminalMemory   = 80 << 10 // of the 100 KiB, what this process may hold; the rest is the kernel's
 )
 
-// idleProcess is a process that does nothing until it is told that its client has gone. It costs
-// nothing but its pipes.
+// idleProcess is a process that does nothing until it is told that its client has gone. It costs only its pipes.
 type idleProcess struct {
 	stdin, stdout  [2]*os.File // read end, write end
 	exited         chan struct{}
@@ -100,14 +99,14 @@ func (p *idleProcess) Close() error {
 	return nil
 }
 
-// executorFunc is an Executor of one function.
+// executorFunc is a function that implements executor.
 type executorFunc func(workload.Command) (remoteProcess, error)
 
 func (f executorFunc) Start(_ context.Context, c workload.Command) (remoteProcess, error) {
 	return f(c)
 }
 
-// ourGoroutines counts those that have a function of the product on their stack.
+// ourGoroutines counts the goroutines with a function of the product on their stack.
 func ourGoroutines() int {
 	stacks := make([]byte, 1<<20)
 	for {
@@ -131,7 +130,7 @@ func ourGoroutines() int {
 	return count
 }
 
-// settled waits until a count has stopped to change: what is on its way, up or down, has arrived.
+// settled waits until a count no longer changes.
 func settled(t *testing.T, count func() int) int {
 	t.Helper()
 	last, same := count(), 0
@@ -146,13 +145,13 @@ func settled(t *testing.T, count func() int) int {
 	return last
 }
 
-// upgradeWebSocket is the head of an upgrade to WebSocket.
+// upgradeWebSocket returns the head of an upgrade to WebSocket.
 func upgradeWebSocket(u *url.URL, protocol string) []byte {
 	return upgradeRequest(http.MethodGet, u, "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13",
 		"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", "Sec-WebSocket-Protocol: "+protocol)
 }
 
-// startRaw starts a command for a client without goroutines, and types its terminal's first size.
+// startRaw starts a command for a client without goroutines, and sends the first size of its terminal.
 func startRaw(t *testing.T, transport string, u *url.URL, c workload.Command) net.Conn {
 	t.Helper()
 	if transport == "WebSocket" {
@@ -176,7 +175,7 @@ func startRaw(t *testing.T, transport string, u *url.URL, c workload.Command) ne
 	return raw.conn
 }
 
-// maskedMessage is a short binary message as a WebSocket client sends it, the mask being zero.
+// maskedMessage returns a short binary message as a WebSocket client sends it, with a mask of zero.
 func maskedMessage(payload string) []byte {
 	return append([]byte{0x82, 0x80 | byte(len(payload)), 0, 0, 0, 0}, payload...)
 }
@@ -231,8 +230,8 @@ func TestGoroutinesOfAForwardedConnection(t *testing.T) {
 	})
 }
 
-// What an idle session with a terminal holds of this process's memory. What the kernel holds, sockets
-// and a pty, is measured on a real node in test/integration/portforward.
+// TestIdleTerminalIsSmall measures how much memory of this process an idle session with a terminal holds.
+// test/integration/exec measures what the kernel holds, sockets and a pty, on a real node.
 func TestIdleTerminalIsSmall(t *testing.T) {
 	testutil.Slow(t)
 	const sessions = 100
@@ -250,7 +249,7 @@ func TestIdleTerminalIsSmall(t *testing.T) {
 		open := func() net.Conn {
 			conn := startRaw(t, transport, s.execURL(executor, options, "sh"), workload.Command{TTY: true})
 			p := receive(t, started, "the command's start")
-			// The session has been used: a line went in and an answer came out.
+			// The session was used: it has transferred a line of input and its answer.
 			if _, err := fmt.Fprint(p.stdout[1], strings.Repeat("output", 1000)); err != nil {
 				t.Fatal(err)
 			}
@@ -276,8 +275,8 @@ func TestIdleTerminalIsSmall(t *testing.T) {
 	})
 }
 
-// memoryInUse is the heap and the stacks when nothing is left in pools, which takes two collections,
-// and stacks that were deep for a moment are small again: each collection halves them.
+// memoryInUse returns the size of heap and stacks after two collections, which empty the pools. Each collection also halves
+// stacks that were deep for a moment.
 func memoryInUse() int64 {
 	var m runtime.MemStats
 	for range 8 {
@@ -287,7 +286,8 @@ func memoryInUse() int64 {
 	return int64(m.HeapAlloc + m.StackInuse) //nolint:gosec // far from the limits
 }
 
-// A client that opens and drops connections costs a bounded amount, whatever it leaves half done.
+// TestOpenAndDropThousands checks that a client that opens and drops connections costs a bounded amount, whatever it leaves
+// unfinished.
 func TestOpenAndDropThousands(t *testing.T) {
 	testutil.Slow(t)
 	const pairs, most = 1500, 3 << 20 // a pair that stays takes some KiB
@@ -318,7 +318,7 @@ func TestOpenAndDropThousands(t *testing.T) {
 			before := memoryInUse()
 			for i := range pairs {
 				drop(c, i)
-				if i%500 == 499 { // what comes back is read, so that the server need not give the client up
+				if i%500 == 499 { // reads the answers, so that the server does not give the client up
 					pongs := c.pongs
 					c.ping()
 					c.until("the pong", func() bool { return c.pongs > pongs })
@@ -339,7 +339,7 @@ func TestOpenAndDropThousands(t *testing.T) {
 	}
 }
 
-// neverAccepts is a port that keeps whoever connects waiting: its queue of connections is full.
+// neverAccepts returns a port that keeps clients waiting: its queue of connections is full.
 func neverAccepts(t *testing.T) (port int) {
 	t.Helper()
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -364,7 +364,7 @@ func neverAccepts(t *testing.T) (port int) {
 	}
 }
 
-// A peer that connects and says nothing, or stops half way, does not stay for ever.
+// TestSilentPeersAreLetGo checks that a peer that connects and sends nothing, or stops halfway, does not stay for ever.
 func TestSilentPeersAreLetGo(t *testing.T) {
 	s := startServer(t, Config{
 		Commands:     commandConfig{Waits: commandWaits{StreamCreation: 200 * time.Millisecond}},

@@ -6,7 +6,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/remotecommand"
 )
 
-// The tests speak of the two kinds of sessions by names of their own: client-go has packages of the same names.
+// Names for the two kinds of sessions: client-go has packages with the names of ours.
 type (
 	commandConfig  = remotecommand.Config
 	commandWaits   = remotecommand.Waits

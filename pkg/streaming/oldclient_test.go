@@ -18,7 +18,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Every way in which clients have asked for their protocol, in GET and in POST.
+// TestUpgradeVariants checks every way in which clients have asked for their protocol, with GET and with POST.
 func TestUpgradeVariants(t *testing.T) {
 	s := startServer(t, Config{})
 	for _, test := range []struct {
@@ -68,8 +68,8 @@ func TestUpgradeVariants(t *testing.T) {
 	}
 }
 
-// What the error stream says in each version: JSON from v4 on, behind a space; before that text, and nothing at all
-// when all is well.
+// TestStatusOfEachVersion checks the error stream of each version. From v4 on it has JSON after a space. Before v4 it has
+// text, and nothing at success.
 func TestStatusOfEachVersion(t *testing.T) {
 	s := startServer(t, Config{})
 	for _, version := range []string{"v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io", ""} {
@@ -86,7 +86,7 @@ func TestStatusOfEachVersion(t *testing.T) {
 				ids := c.remoteCommandStreams(streamTypeError, streamTypeStdout)
 				expected := want[1]
 				if version == "v4.channel.k8s.io" {
-					expected = " " + want[0] // promiseStatus
+					expected = " " + want[0] // see protocol.Version.PromiseStatus
 				}
 				if got := c.finished(ids[streamTypeError]); got != expected {
 					t.Errorf("error stream %q, want %q", got, expected)
@@ -96,8 +96,8 @@ func TestStatusOfEachVersion(t *testing.T) {
 	}
 }
 
-// Stream headers as clients have written them: a name in capitals on the wire is a fault of the frame
-// (draft, 2.6.10), a value in capitals is not.
+// TestStreamHeaderVariants checks stream headers as clients have written them. A name in capitals on the wire is a fault of
+// the frame (draft, 2.6.10), a value in capitals is not.
 func TestStreamHeaderVariants(t *testing.T) {
 	s := startServer(t, Config{})
 	options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Stderr: io.Discard}
@@ -111,7 +111,7 @@ func TestStreamHeaderVariants(t *testing.T) {
 				if capital {
 					value = strings.ToUpper(kind[:1]) + kind[1:]
 				}
-				ids[kind] = c.open(name, value) // the framer writes names in lower case, as all clients' do
+				ids[kind] = c.open(name, value) // the framer writes names in lower case, as those of all clients do
 			}
 			c.send(ids[streamTypeStdin], "hello", false)
 			c.send(ids[streamTypeStdin], "", true)
@@ -125,7 +125,7 @@ func TestStreamHeaderVariants(t *testing.T) {
 	}
 }
 
-// A v2 client with a terminal opens no resize stream, and is not waited for.
+// TestTerminalBeforeResizing checks that a v2 client with a terminal, which opens no resize stream, is not waited for.
 func TestTerminalBeforeResizing(t *testing.T) {
 	s := startServer(t, Config{})
 	options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Tty: true}
@@ -137,8 +137,8 @@ func TestTerminalBeforeResizing(t *testing.T) {
 	}
 }
 
-// Clients before Kubernetes 1.2 send no request IDs with their streams: the pairs are found by the
-// streams' numbers.
+// TestPortForwardWithoutRequestIDs checks clients before Kubernetes 1.2, which send no request IDs with their streams:
+// stream ids find the pairs.
 func TestPortForwardWithoutRequestIDs(t *testing.T) {
 	s := startServer(t, Config{})
 	port := pod(t, answer)
@@ -166,7 +166,7 @@ func TestPortForwardWithoutRequestIDs(t *testing.T) {
 	}
 }
 
-// Streams of a port-forward that make no sense cost themselves alone.
+// TestPortForwardOddStreams checks that nonsensical streams of a port-forward end alone.
 func TestPortForwardOddStreams(t *testing.T) {
 	s := startServer(t, Config{})
 	port := pod(t, answer)
@@ -197,8 +197,8 @@ func TestPortForwardOddStreams(t *testing.T) {
 	}
 }
 
-// A port-forward asked for with a remote command's protocol, and the other way round, is refused
-// without using the token up.
+// TestProtocolOfAnotherKind checks that a port-forward with a remote command's protocol, or the other way round, is refused
+// and leaves the token usable.
 func TestProtocolOfAnotherKind(t *testing.T) {
 	s := startServer(t, Config{})
 	forward := s.portForwardURL(make(chan struct{}))
@@ -219,8 +219,8 @@ func TestProtocolOfAnotherKind(t *testing.T) {
 	}
 }
 
-// Clients up to Kubernetes 1.22 neither close nor reset anything after the pod's EOF before the error
-// stream has ended.
+// TestErrorStreamEndsWithPodsEOF checks the error stream for clients up to Kubernetes 1.22, which after the pod's EOF
+// neither close nor reset anything before the error stream has ended.
 func TestErrorStreamEndsWithPodsEOF(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -243,8 +243,8 @@ func TestErrorStreamEndsWithPodsEOF(t *testing.T) {
 	})
 }
 
-// A port that nobody listens on is a data stream that was accepted and then reset: client-go keeps a
-// goroutine for ever for one that was refused.
+// TestRefusedPortIsAcceptedThenReset checks that the data stream for a port on which nobody listens is accepted and then
+// reset. If it were refused, client-go would keep a goroutine for ever.
 func TestRefusedPortIsAcceptedThenReset(t *testing.T) {
 	s := startServer(t, Config{})
 	u := s.url(s.PortForward(s.podRequest(func() (forwarder, error) {
@@ -264,7 +264,7 @@ func TestRefusedPortIsAcceptedThenReset(t *testing.T) {
 	}
 }
 
-// refuser is a pod on whose ports nobody listens, and that takes no time to say so.
+// refuser is a pod on whose ports nobody listens. It refuses at once.
 type refuser struct{ *podforward.Forwarder }
 
 func (refuser) Forward(_ context.Context, _ uint16, stream workload.Stream) (sent, received int64, err error) {
@@ -272,8 +272,8 @@ func (refuser) Forward(_ context.Context, _ uint16, stream workload.Stream) (sen
 	return 0, 0, errors.New("refused")
 }
 
-// When the pod goes, every open connection's error stream says so, and its data stream is reset, so
-// that kubectl looks at the error stream.
+// TestSandboxGoneIsSaidOnErrorStreams checks that when the pod ends, the error stream of every open connection says so. The
+// data stream must be reset, so that kubectl reads the error stream.
 func TestSandboxGoneIsSaidOnErrorStreams(t *testing.T) {
 	s := startServer(t, Config{})
 	port := strconv.Itoa(pod(t, func(c *net.TCPConn) { io.Copy(c, c) }))

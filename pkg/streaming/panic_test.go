@@ -18,7 +18,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// faulty is a process with a fault in one of its methods.
+// faulty is a process one of whose methods panics.
 type faulty struct {
 	*hostProcess
 	in string
@@ -63,7 +63,8 @@ func (f *faulty) ExitCode() int              { f.fault("ExitCode"); return f.hos
 func (f *faulty) StandIn() string            { f.fault("StandIn"); return "" }
 func (f *faulty) Resize(workload.Size) error { f.fault("Resize"); return nil }
 
-// A panic in a goroutine of one session ends that session, and tells its client. Everything else goes on.
+// TestPanicEndsOneSession checks that a panic in a goroutine of one session ends that session and tells its client. All
+// else goes on.
 func TestPanicEndsOneSession(t *testing.T) {
 	runTogether(t, func(t *testing.T) {
 		forEachTransport(t, func(t *testing.T, transport string) {
@@ -125,7 +126,7 @@ func TestPanicEndsOneSession(t *testing.T) {
 	})
 }
 
-// stuck is a process whose session never comes to its end: what it waits for was left by a panic.
+// stuck is a process whose session never ends, because a panic has left what it waits for.
 type stuck struct {
 	*faulty
 	released chan struct{}
@@ -136,8 +137,9 @@ func (s *stuck) Disconnect() {
 	s.faulty.Disconnect()
 }
 
-// A session that has panicked and left something, such as a lock, for which the rest of it waits for ever, is given up: its client
-// loses the connection, it is no session any more, and a hand-over neither waits for it nor carries it.
+// TestPanicThatLeavesALock checks a session that has panicked and left something, such as a lock, for which the rest of it
+// waits for ever. It is given up: its client loses the connection, it no longer counts as a session, and a hand-over
+// neither waits for it nor carries it.
 func TestPanicThatLeavesALock(t *testing.T) {
 	for _, in := range []string{"Read", "StandIn", "ExitCode"} {
 		t.Run(in, func(t *testing.T) {
@@ -164,7 +166,7 @@ func giveUp(t *testing.T, in string, handOver bool) {
 	}), options, "sh", "-c", "read line; exit 0")
 	ended := make(chan error, 1)
 	go func() { ended <- stream(context.Background(), t, "SPDY", u, options) }()
-	live := func() *session.Session { // the one with the command
+	live := func() *session.Session { // the session with the command
 		for _, each := range s.started.Sessions.List() {
 			if each.Kind == session.Exec {
 				return each
@@ -181,7 +183,7 @@ func giveUp(t *testing.T, in string, handOver bool) {
 		if carried, ended := s.upgrade(func(*State) {}); carried != 1 || ended != 0 {
 			t.Errorf("%d sessions were carried, %d ended", carried, ended)
 		}
-		if took := time.Since(began); took > testTimeout/2 { // it would wait for all of testTimeout
+		if took := time.Since(began); took > testTimeout/2 { // waiting for it would take all of testTimeout
 			t.Errorf("the hand-over has waited for it: %v", took)
 		}
 	}

@@ -19,20 +19,20 @@ type podUpload struct {
 	err  error // nil for FIN
 }
 
-// uploadPod is a program that reads to the end, late, and then answers.
+// uploadPod is a program that begins to read late, reads to the end, and then answers.
 func uploadPod(t *testing.T, late time.Duration) (port int, uploads chan podUpload) {
 	uploads = make(chan podUpload, 10)
 	return pod(t, func(c *net.TCPConn) {
 		c.SetReadDeadline(time.Now().Add(2 * testTimeout))
 		time.Sleep(late)
 		data, err := io.ReadAll(c)
-		fmt.Fprintf(c, "got %d", len(data)) // nobody may be there any more
+		fmt.Fprintf(c, "got %d", len(data)) // the client may have gone
 		uploads <- podUpload{data, err}
 	}), uploads
 }
 
-// A client of the legacy port-forward that sends and leaves in order has everything delivered, and FIN; one that breaks
-// off has its connection reset.
+// TestLegacyPortForwardUploads checks that a client of the legacy port-forward that sends and leaves in order has
+// everything delivered, with FIN. If it breaks off, its connection is reset.
 func TestLegacyPortForwardUploads(t *testing.T) {
 	testutil.Slow(t)
 	runTogether(t, func(t *testing.T) {
@@ -77,7 +77,7 @@ func TestLegacyPortForwardUploads(t *testing.T) {
 	})
 }
 
-// Failures of a port are told on its error channel, in which no other port has a part.
+// TestLegacyPortForwardTellsFailures checks that failures of a port are reported on its own error channel only.
 func TestLegacyPortForwardTellsFailures(t *testing.T) {
 	s := startServer(t, Config{})
 	good, refused := pod(t, answer), unusedPort(t)
@@ -99,12 +99,12 @@ func TestLegacyPortForwardTellsFailures(t *testing.T) {
 	if got := client.on(3); len(got) != 2 {
 		t.Errorf("the good port's error channel says %q", got[2:])
 	}
-	// All three have nothing more to say.
+	// All three have ended.
 	client.awaitClose()
 	client.end("Close 1000")
 }
 
-// greetingPod is a pod that says hello, ends its side, and takes an upload.
+// greetingPod is a pod that sends a greeting, ends its side, and reads an upload.
 func greetingPod(t *testing.T) (port int, uploads <-chan podUpload) {
 	t.Helper()
 	came := make(chan podUpload, 1)
@@ -117,7 +117,8 @@ func greetingPod(t *testing.T) (port int, uploads <-chan podUpload) {
 	}), came
 }
 
-// A pod that has ended its side still gets what its client sends until the client has seen that.
+// TestLegacyPortForwardPodEndsFirst checks that a pod that has ended its side still gets what its client sends before the
+// client has seen that end.
 func TestLegacyPortForwardPodEndsFirst(t *testing.T) {
 	s := startServer(t, Config{})
 	port, uploads := greetingPod(t)
@@ -133,8 +134,8 @@ func TestLegacyPortForwardPodEndsFirst(t *testing.T) {
 	}
 }
 
-// A client that does not answer the Close, because it sees no frame until something else comes, gets FIN, which it sees.
-// What it sends still arrives.
+// TestLegacyPortForwardEndsBehindClose checks a client that does not answer the Close, because it sees no frame until
+// something else arrives. It gets FIN, which it sees. What it sends still arrives.
 func TestLegacyPortForwardEndsBehindClose(t *testing.T) {
 	s := startServer(t, Config{})
 	port, uploads := greetingPod(t)
@@ -152,7 +153,8 @@ func TestLegacyPortForwardEndsBehindClose(t *testing.T) {
 	}
 }
 
-// Over SPDY and the tunnel a connection that had its FIN before the client left is finished, one without is reset.
+// TestPortForwardUploadsOfAClientThatLeaves checks, over SPDY and the tunnel, that a connection with FIN before its client
+// left is finished, and one without is reset.
 func TestPortForwardUploadsOfAClientThatLeaves(t *testing.T) {
 	testutil.Slow(t)
 	runTogether(t, func(t *testing.T) {

@@ -26,7 +26,7 @@ import (
 // podForwarder dials the host's loopback as if it were a pod's.
 type podForwarder struct {
 	*podforward.Forwarder
-	gone <-chan struct{} // closed by a test to make the sandbox vanish
+	gone <-chan struct{} // a test closes it to end the sandbox
 }
 
 func (f podForwarder) Forward(ctx context.Context, port uint16, stream workload.Stream) (sent, received int64, err error) {
@@ -35,7 +35,7 @@ func (f podForwarder) Forward(ctx context.Context, port uint16, stream workload.
 
 func (f podForwarder) Gone() <-chan struct{} { return f.gone }
 
-// pod is a program that listens, once per connection.
+// pod is a program that listens. It calls serve for each connection.
 func pod(t *testing.T, serve func(*net.TCPConn)) (port int) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -62,7 +62,7 @@ func pod(t *testing.T, serve func(*net.TCPConn)) (port int) {
 	return listener.Addr().(*net.TCPAddr).Port
 }
 
-// unusedPort is one on which nobody listens.
+// unusedPort returns a port on which nobody listens.
 func unusedPort(t *testing.T) int {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -87,7 +87,7 @@ func (s *testServer) portForward(t *testing.T, transport string, ports ...int) *
 	return s.portForwardThrough(t, func(*url.URL) {}, transport, ports...)
 }
 
-// portForwardThrough is portForward over a network that the URL is made to lead through.
+// portForwardThrough is like portForward, over a network that changes the URL.
 func (s *testServer) portForwardThrough(t *testing.T, network func(*url.URL), transport string, ports ...int) *portForward {
 	t.Helper()
 	f := &portForward{
@@ -148,7 +148,7 @@ func (s *testServer) portForwardURL(gone chan struct{}, ports ...int32) *url.URL
 	}, ports...)))
 }
 
-// alive fails the test when kubectl's port-forward has ended.
+// alive fails the test if kubectl's port-forward has ended.
 func (f *portForward) alive() {
 	f.t.Helper()
 	select {
@@ -170,7 +170,7 @@ func (f *portForward) dial(port int) *net.TCPConn {
 	return conn.(*net.TCPConn)
 }
 
-// talk sends a line and returns everything that comes back.
+// talk sends a line and returns all that it receives.
 func (f *portForward) talk(port int, line string) (string, error) {
 	f.t.Helper()
 	conn := f.dial(port)
@@ -198,7 +198,8 @@ func (f *portForward) mustAnswer(port int) {
 	}
 }
 
-// One connection that the pod resets does not end the port-forward (kubernetes#74551, #111825).
+// TestOneResetDoesNotEndPortForward checks that a connection that the pod resets does not end the port-forward
+// (kubernetes#74551, #111825).
 func TestOneResetDoesNotEndPortForward(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -215,7 +216,8 @@ func TestOneResetDoesNotEndPortForward(t *testing.T) {
 	})
 }
 
-// Nor does one connection to a port on which nobody listens (kubectl#1169).
+// TestOneRefusedConnectionDoesNotEndPortForward checks the same for a connection to a port on which nobody listens
+// (kubectl#1169).
 func TestOneRefusedConnectionDoesNotEndPortForward(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -230,7 +232,7 @@ func TestOneRefusedConnectionDoesNotEndPortForward(t *testing.T) {
 	})
 }
 
-// ReportRefused is the behaviour of other runtimes.
+// TestRefusedConnectionIsReportedWhenAsked checks ReportRefused, the behaviour of other runtimes.
 func TestRefusedConnectionIsReportedWhenAsked(t *testing.T) {
 	s := startServer(t, Config{PortForwards: forwardConfig{ReportRefused: true}})
 	nobody := unusedPort(t)
@@ -247,7 +249,8 @@ func TestRefusedConnectionIsReportedWhenAsked(t *testing.T) {
 	}
 }
 
-// A client that ends its side gets the answer that the pod gives after that (kubernetes#8766).
+// TestHalfCloseDeliversLateAnswer checks that a client that ends its side gets what the pod answers afterwards
+// (kubernetes#8766).
 func TestHalfCloseDeliversLateAnswer(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -256,7 +259,7 @@ func TestHalfCloseDeliversLateAnswer(t *testing.T) {
 			if err != nil {
 				return
 			}
-			time.Sleep(1500 * time.Millisecond) // longer than the second that other runtimes give
+			time.Sleep(1500 * time.Millisecond) // longer than the second that other runtimes allow
 			fmt.Fprintf(c, "%d bytes", len(all))
 		})
 		f := s.portForward(t, transport, port)
@@ -269,8 +272,8 @@ func TestHalfCloseDeliversLateAnswer(t *testing.T) {
 	})
 }
 
-// The end of the pod's side reaches the client although the client has not ended his. That an upload
-// then goes on is seen with a client of our own: client-go gives its side up.
+// TestPodClosesFirst checks that the end of the pod's side reaches the client even if the client has not ended its side.
+// Only a raw client shows that an upload then goes on: client-go gives up its side.
 func TestPodClosesFirst(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -282,7 +285,7 @@ func TestPodClosesFirst(t *testing.T) {
 		})
 		f := s.portForward(t, transport, port)
 		soonest := time.Hour
-		for attempts := 0; soonest > 500*time.Millisecond && attempts < 10; attempts++ { // a busy machine may hold up some
+		for attempts := 0; soonest > 500*time.Millisecond && attempts < 10; attempts++ { // a busy machine may delay some
 			conn := f.dial(port)
 			begin := time.Now()
 			conn.Write([]byte("x"))
@@ -300,7 +303,8 @@ func TestPodClosesFirst(t *testing.T) {
 	})
 }
 
-// A connection whose pod does not read stops only itself (kubernetes#78446).
+// TestStuckUploadDoesNotStopNeighbours checks that a connection whose pod does not read blocks only itself
+// (kubernetes#78446).
 func TestStuckUploadDoesNotStopNeighbours(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -323,7 +327,8 @@ func TestStuckUploadDoesNotStopNeighbours(t *testing.T) {
 	})
 }
 
-// When the sandbox is gone the client is told and released at once (kubernetes#59816, kubectl#686).
+// TestSandboxGoneEndsPortForward checks that the client is told and released at once when the sandbox ends
+// (kubernetes#59816, kubectl#686).
 func TestSandboxGoneEndsPortForward(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		for _, open := range []bool{false, true} {
@@ -356,10 +361,10 @@ func TestSandboxGoneEndsPortForward(t *testing.T) {
 	})
 }
 
-// Many connections over one tunnel leave nothing behind.
+// TestManyConnectionsLeaveNothing checks that many connections over one tunnel leave nothing behind.
 func TestManyConnectionsLeaveNothing(t *testing.T) {
 	testutil.Slow(t)
-	const connections, atOnce = 500, 20 // ten thousand are tried on a node, see test/integration/portforward
+	const connections, atOnce = 500, 20 // test/integration/portforward tries ten thousand on a node
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
 		port := pod(t, answer)
@@ -391,7 +396,7 @@ func TestManyConnectionsLeaveNothing(t *testing.T) {
 	})
 }
 
-// A port-forward in a WebSocket client's own way: the port in the CRI request, two channels.
+// TestLegacyWebSocketPortForward checks the port-forward of WebSocket clients: the port in the CRI request, two channels.
 func TestLegacyWebSocketPortForward(t *testing.T) {
 	s := startServer(t, Config{})
 	port := pod(t, answer)

@@ -16,33 +16,33 @@ import (
 	"github.com/moby/spdystream/spdy"
 )
 
-// rawClient is a SPDY client that is driven frame by frame, by hand: one of any age, or of no good
-// will. It has no goroutines, so that everything that runs is the server's.
+// rawClient is a SPDY client that the test drives frame by frame, to play clients of any age and malicious ones. It has no
+// goroutines, so all goroutines are the server's.
 type rawClient struct {
 	t        testing.TB
 	conn     net.Conn
 	framer   *spdy.Framer
 	response *http.Response
 	nextID   spdy.StreamId
-	streams  map[spdy.StreamId]*rawStream // those that the test still wants to hear of
+	streams  map[spdy.StreamId]*rawStream // those that the test still follows
 	pongs    int
 	ended    error // of reading
 }
 
-// rawStream is what has come on a stream.
+// rawStream is what was received on a stream.
 type rawStream struct {
 	data    []byte
 	replied bool
 	fin     bool
-	reset   spdy.RstStreamStatus // 0 when it was not
+	reset   spdy.RstStreamStatus // 0 if it was not reset
 }
 
-// upgradeRequest is the head of an upgrade as a client sends it, with these header lines.
+// upgradeRequest returns the head of an upgrade as a client sends it, with these header lines.
 func upgradeRequest(method string, u *url.URL, lines ...string) []byte {
 	return fmt.Appendf(nil, "%s %s HTTP/1.1\r\nHost: %s\r\n%s\r\n\r\n", method, u.Path, u.Host, strings.Join(lines, "\r\n"))
 }
 
-// spdyLines are the header lines of today's clients, for these protocols.
+// spdyLines returns the header lines of today's clients, for these protocols.
 func spdyLines(protocols ...string) []string {
 	lines := []string{"Connection: Upgrade", "Upgrade: SPDY/3.1"}
 	for _, p := range protocols {
@@ -76,7 +76,7 @@ func dialRaw(t testing.TB, u *url.URL, head []byte) *rawClient {
 	return c
 }
 
-// dialTunnel is dialRaw through the tunnel of port-forward over WebSocket.
+// dialTunnel is like dialRaw, through the tunnel of port-forward over WebSocket.
 func dialTunnel(t testing.TB, u *url.URL) *rawClient {
 	t.Helper()
 	dialer := websocket.Dialer{Subprotocols: []string{"SPDY/3.1+portforward.k8s.io"}}
@@ -131,7 +131,7 @@ func newRawClient(t testing.TB, conn net.Conn, wire io.ReadWriter) *rawClient {
 	return &rawClient{t: t, conn: conn, framer: framer, nextID: 1, streams: map[spdy.StreamId]*rawStream{}}
 }
 
-// open opens a stream with these headers, name after value, and does not wait for the reply.
+// open opens a stream with these headers, alternately names and values. It does not wait for the reply.
 func (c *rawClient) open(pairs ...string) spdy.StreamId {
 	c.t.Helper()
 	header := http.Header{}
@@ -179,7 +179,7 @@ func (c *rawClient) reset(id spdy.StreamId) {
 	c.write(&spdy.RstStreamFrame{StreamId: id, Status: spdy.Cancel})
 }
 
-// read takes in one frame. It returns false at the end of the connection.
+// read reads one frame. It returns false at the end of the connection.
 func (c *rawClient) read() bool {
 	frame, err := c.framer.ReadFrame()
 	if err != nil {
@@ -216,7 +216,7 @@ func (c *rawClient) until(what string, condition func() bool) {
 	}
 }
 
-// finished waits for the end of a stream and returns what came on it.
+// finished waits for the end of a stream and returns what was received on it.
 func (c *rawClient) finished(id spdy.StreamId) string {
 	c.t.Helper()
 	s := c.streams[id]
@@ -234,7 +234,7 @@ func (c *rawClient) remoteCommandStreams(types ...string) map[string]spdy.Stream
 	return ids
 }
 
-// body reads the answer of a request that was not upgraded.
+// body reads the answer to a request that was not upgraded.
 func (c *rawClient) body() string {
 	c.t.Helper()
 	defer c.response.Body.Close()
@@ -245,7 +245,7 @@ func (c *rawClient) body() string {
 	return b.String()
 }
 
-// ping asks for a pong, which read counts.
+// ping sends a PING. read counts the answers.
 func (c *rawClient) ping() {
 	c.t.Helper()
 	c.write(&spdy.PingFrame{Id: 1})

@@ -15,15 +15,15 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil"
 )
 
-// relayedURL is the URL of a command that an upstream's streaming server serves.
+// relayedURL returns the URL of a command that an upstream's streaming server serves.
 func (s *testServer) relayedURL(upstream *url.URL, options remotecommand.StreamOptions) *url.URL {
 	s.t.Helper()
 	request := s.relayedRequest(func() *url.URL { return upstream }, streamsOf(options, "the", "upstream", "knows"))
 	return s.url(s.Exec(request))
 }
 
-// A command in a container whose runtime is no runc is served by the upstream, and its client sees no
-// difference: input, both outputs, exit code, terminal.
+// TestExecIsRelayed checks that the upstream serves a command in a container whose runtime is not runc, and that the client
+// sees no difference: input, both outputs, exit code, terminal.
 func TestExecIsRelayed(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		patient := Config{Commands: commandConfig{Waits: commandWaits{FirstSize: 10 * time.Second}}} // a busy machine must not fail the test
@@ -57,8 +57,8 @@ func TestExecIsRelayed(t *testing.T) {
 	})
 }
 
-// When the upstream fails its client, at whatever time, the client is told so and does not take it for
-// a success.
+// TestUpstreamFails checks that the client is told when the upstream fails, whenever that is, and does not take it for a
+// success.
 func TestUpstreamFails(t *testing.T) {
 	options := remotecommand.StreamOptions{Stdout: io.Discard, Stderr: io.Discard}
 	forEachTransport(t, func(t *testing.T, transport string) {
@@ -83,14 +83,14 @@ func TestUpstreamFails(t *testing.T) {
 		go func() { ended <- stream(t.Context(), t, transport, u, options) }()
 		eventually(t, "the command's start", func() bool { return executor.count() == 1 })
 		eventually(t, "the session runs", func() bool { return len(upstream.config.Sessions.List()) == 1 })
-		upstream.stop() // gone without a word about the command's end but that it is shutting down
+		upstream.stop() // it ends with no word about the command but that it is shutting down
 		expect("the upstream ends", <-ended, "shutting down")
 		eventually(t, "the session's end", func() bool { return len(s.config.Sessions.List()) == 0 })
 	})
 }
 
-// A client detaches from a terminal by ending its input; the session ends, and well, also where the upstream does
-// not end it (CRI-O), and what the container had said before has come.
+// TestDetachFromTerminal checks that a client detaches from a terminal by ending its input. The session ends with success,
+// even if the upstream does not end it (CRI-O), and what the container has written before arrives.
 func TestDetachFromTerminal(t *testing.T) {
 	testutil.Slow(t)
 	runTogether(t, func(t *testing.T) {
@@ -120,8 +120,8 @@ func TestDetachFromTerminal(t *testing.T) {
 	})
 }
 
-// A client without a terminal whose input has ended is detached once the answer has come, or stays where the
-// configuration says so.
+// TestInputEndDetaches checks that a client without a terminal is detached when its input has ended and the answer has
+// arrived. It stays if the configuration says so.
 func TestInputEndDetaches(t *testing.T) {
 	testutil.Slow(t)
 	runTogether(t, func(t *testing.T) {
@@ -132,7 +132,7 @@ func TestInputEndDetaches(t *testing.T) {
 					upstream, s := startServer(t, Config{}), startServer(t, Config{Commands: commandConfig{AttachBuffer: 64 << 10, AttachStays: stays}})
 					var out syncBuffer
 					options := remotecommand.StreamOptions{Stdin: strings.NewReader("one\n"), Stdout: &out}
-					// The last word of the answer comes later than detachGrace, but the container is never silent for so long.
+					// The end of the answer comes later than detachGrace, but the container is never silent for that long.
 					main := func() *url.URL {
 						return upstream.execURL(&hostExecutor{t: t}, options, "sh", "-c",
 							"trap '' HUP; read line; for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 0.3; done; echo answered $line; while :; do sleep 600; done")
@@ -165,8 +165,8 @@ func TestInputEndDetaches(t *testing.T) {
 	})
 }
 
-// A viewer that does not read does not hold up what it is attached to (moby#41827): the main process
-// writes all it wants, and the viewer finds a line in place of what it missed.
+// TestSlowViewerMissesOutput checks that a viewer that does not read does not block what it is attached to (moby#41827).
+// The main process writes all that it wants, and the viewer gets a line instead of what it has missed.
 func TestSlowViewerMissesOutput(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		upstream, s := startServer(t, Config{}), startServer(t, Config{Commands: commandConfig{AttachBuffer: 64 << 10}})
@@ -196,7 +196,7 @@ func TestSlowViewerMissesOutput(t *testing.T) {
 	})
 }
 
-// gatedBuffer takes nothing until it is opened.
+// gatedBuffer accepts nothing until it is opened.
 type gatedBuffer struct {
 	opened chan struct{}
 	bytes.Buffer

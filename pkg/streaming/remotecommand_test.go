@@ -22,7 +22,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// exitCode is what kubectl would exit with.
+// exitCode returns the exit code that kubectl would have.
 func exitCode(t *testing.T, err error) int {
 	t.Helper()
 	if err == nil {
@@ -61,7 +61,7 @@ func TestExecKilledBySignal(t *testing.T) {
 	})
 }
 
-// A command that cannot be started gets one line on stderr and the exit code a shell gives
+// TestCommandNotFound checks that a command that cannot be started gives one line on stderr and the exit code of a shell
 // (kubernetes#40820).
 func TestCommandNotFound(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
@@ -96,7 +96,7 @@ func TestStartFails(t *testing.T) {
 	})
 }
 
-// sizes gives client-go's executor terminal sizes.
+// sizes passes terminal sizes to client-go.
 type sizes chan remotecommand.TerminalSize
 
 func (s sizes) Next() *remotecommand.TerminalSize {
@@ -107,14 +107,15 @@ func (s sizes) Next() *remotecommand.TerminalSize {
 	return &size
 }
 
-// The command sees the size of the client's terminal from its first instruction (kubernetes#47990).
+// TestFirstTerminalSize checks that the command sees the size of the client's terminal from its first instruction
+// (kubernetes#47990).
 func TestFirstTerminalSize(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{Commands: commandConfig{Waits: commandWaits{FirstSize: 10 * time.Second, SizeSlack: 10 * time.Second}}}) // a busy machine must not fail the test
 		for range 10 {
 			var stdout bytes.Buffer
 			queue := make(sizes, 2)
-			queue <- remotecommand.TerminalSize{} // a client that does not know yet
+			queue <- remotecommand.TerminalSize{} // a client that does not know its size yet
 			queue <- remotecommand.TerminalSize{Width: 123, Height: 45}
 			options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: &stdout, Tty: true, TerminalSizeQueue: queue}
 			err := stream(t.Context(), t, transport, s.execURL(&hostExecutor{t: t}, options, "stty", "size"), options)
@@ -126,7 +127,7 @@ func TestFirstTerminalSize(t *testing.T) {
 	})
 }
 
-// openStdin is a stdin on which nothing comes until the test ends.
+// openStdin returns a stdin that has no input until the test ends.
 func openStdin(t *testing.T) io.Reader {
 	r, w := io.Pipe()
 	t.Cleanup(func() { w.Close() })
@@ -173,7 +174,7 @@ func (b *syncBuffer) String() string {
 	return b.b.String()
 }
 
-// The end of stdin on a terminal does not cut the output (cri-tools#269).
+// TestTerminalOutputAfterStdinEOF checks that the end of stdin on a terminal does not cut the output (cri-tools#269).
 func TestTerminalOutputAfterStdinEOF(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -186,7 +187,7 @@ func TestTerminalOutputAfterStdinEOF(t *testing.T) {
 	})
 }
 
-// slowReader takes rate bytes a second.
+// slowReader reads rate bytes a second.
 type slowReader struct {
 	rate int
 	n    int
@@ -198,8 +199,8 @@ func (r *slowReader) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Everything that a command wrote reaches a slow reader, also through the proxies of kubelet and API
-// server, with clients that send pings all the while (kubernetes#60140).
+// TestSlowReaderGetsAllOutput checks that all that a command has written reaches a slow reader, also through the proxies of
+// kubelet and API server, with clients that send pings all the time (kubernetes#60140).
 func TestSlowReaderGetsAllOutput(t *testing.T) {
 	testutil.Slow(t)
 	const size, rate = 8 << 20, 4 << 20
@@ -224,7 +225,8 @@ func TestSlowReaderGetsAllOutput(t *testing.T) {
 	})
 }
 
-// A background child that holds stdout does not hold the session (kubernetes#44371).
+// TestBackgroundChildHoldsStdout checks that a background child that keeps stdout open does not hold the session
+// (kubernetes#44371).
 func TestBackgroundChildHoldsStdout(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{Commands: commandConfig{DrainIdle: 100 * time.Millisecond}})
@@ -237,7 +239,7 @@ func TestBackgroundChildHoldsStdout(t *testing.T) {
 	})
 }
 
-// Output that still flows after the command's end is not cut.
+// TestBackgroundChildStillWrites checks that output which still flows after the command's end is not cut.
 func TestBackgroundChildStillWrites(t *testing.T) {
 	runTogether(t, func(t *testing.T) {
 		forEachTransport(t, func(t *testing.T, transport string) {
@@ -253,7 +255,7 @@ func TestBackgroundChildStillWrites(t *testing.T) {
 	})
 }
 
-// A process that closes one of its outputs keeps its stdin.
+// TestStdinSurvivesClosedOutput checks that a process that closes one of its outputs keeps its stdin.
 func TestStdinSurvivesClosedOutput(t *testing.T) {
 	const size = 20 << 20
 	for _, closed := range []string{"exec 2>&-", "exec >&-"} {
@@ -278,7 +280,7 @@ func (zeros) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// A process that does not read its stdin does not hold the session up.
+// TestProcessIgnoresStdin checks that a process that does not read its stdin does not block the session.
 func TestProcessIgnoresStdin(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -290,8 +292,8 @@ func TestProcessIgnoresStdin(t *testing.T) {
 	})
 }
 
-// When the client goes, its process is told (kubernetes#89031): also when the client does not read,
-// and when the process does not read what the client sends.
+// TestClientGone checks that the process is told when its client leaves (kubernetes#89031), even if the client does not
+// read or the process does not read what the client sends.
 func TestClientGone(t *testing.T) {
 	runTogether(t, func(t *testing.T) {
 		for _, test := range []struct {
@@ -306,7 +308,7 @@ func TestClientGone(t *testing.T) {
 		} {
 			for _, politely := range []bool{true, false} {
 				if politely && strings.HasPrefix(test.name, "blocked") {
-					continue // client-go's own close waits behind what is blocked
+					continue // client-go's own close waits behind the blocked write
 				}
 				t.Run(fmt.Sprintf("%s/politely=%v", test.name, politely), func(t *testing.T) {
 					t.Parallel()
@@ -327,7 +329,7 @@ func TestClientGone(t *testing.T) {
 						done := make(chan error, 1)
 						go func() { done <- stream(ctx, t, transport, u, options) }()
 						eventually(t, "the command's start", func() bool { return executor.count() == 1 })
-						time.Sleep(200 * time.Millisecond) // let buffers fill; when that takes longer the test is only easier
+						time.Sleep(200 * time.Millisecond) // lets buffers fill; if that takes longer, the test is only easier
 						if politely {
 							cancel()
 						} else {
@@ -350,19 +352,19 @@ func TestClientGone(t *testing.T) {
 	})
 }
 
-// cable is a network between client and server that can be cut, as when the client is killed.
+// cable is a network between client and server that can be cut, as if the client were killed.
 type cable struct {
 	mu    sync.Mutex
 	conns []net.Conn
 }
 
-// newCable makes the URL go through a new cable.
+// newCable leads the URL through a new cable.
 func newCable(t *testing.T, u *url.URL) *cable {
 	t.Helper()
 	return layCable(t, u, func(*net.TCPConn) {})
 }
 
-// newNarrowCable is newCable for one that keeps little of what is on its way to the client.
+// newNarrowCable is like newCable, for a cable that buffers little on the way to the client.
 func newNarrowCable(t *testing.T, u *url.URL) *cable {
 	t.Helper()
 	return layCable(t, u, func(server *net.TCPConn) { server.SetReadBuffer(64 << 10) }) //nolint:errcheck // it only makes the test quicker
@@ -420,7 +422,7 @@ func (c *cable) cut() {
 	}
 }
 
-// never is a writer that never takes anything.
+// never is a writer that never accepts anything.
 type never struct{ stop chan struct{} }
 
 func newNever(t *testing.T) never {
@@ -434,7 +436,7 @@ func (n never) Write([]byte) (int, error) {
 	return 0, io.ErrClosedPipe
 }
 
-// The end of stdin is not the end of the client.
+// TestStdinEOFIsNotADisconnect checks that the end of stdin is not taken for the end of the client.
 func TestStdinEOFIsNotADisconnect(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -453,7 +455,7 @@ func TestStdinEOFIsNotADisconnect(t *testing.T) {
 	})
 }
 
-// When the container ends, so does the session, with a status that says why.
+// TestContainerEnds checks that the session ends with its container, with a status that says why.
 func TestContainerEnds(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -472,7 +474,8 @@ func TestContainerEnds(t *testing.T) {
 	})
 }
 
-// A process that ends with its container ends first; how long before depends on how busy the machine is.
+// TestContainerEndsAfterItsProcess checks a process that ends because of its container but before it. How long before
+// depends on how busy the machine is.
 func TestContainerEndsAfterItsProcess(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -508,7 +511,8 @@ func TestContainerEndsAfterItsProcess(t *testing.T) {
 	})
 }
 
-// Every end from our side has a status: an empty error stream would count as success (kubectl#1208).
+// TestShutdownEndsSessionsWithAStatus checks that sessions which the server ends get a status: an empty error stream would
+// count as success (kubectl#1208).
 func TestShutdownEndsSessionsWithAStatus(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -529,8 +533,8 @@ func TestShutdownEndsSessionsWithAStatus(t *testing.T) {
 	})
 }
 
-// As long as a session goes on, new ones are taken, also by URLs that are given out now; when none does, or time is
-// up, no more.
+// TestShutdownTakesSessionsUntilItsEnd checks that new sessions are accepted, also with URLs issued now, while a session
+// goes on. When none is left or the time is up, no more are accepted.
 func TestShutdownTakesSessionsUntilItsEnd(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		s := startServer(t, Config{})
@@ -569,7 +573,7 @@ func TestShutdownTakesSessionsUntilItsEnd(t *testing.T) {
 			_, err := s.Exec(&commandRequest{})
 			return errors.Is(err, ErrShuttingDown)
 		})
-		// A URL that was given out before is good until redeemGrace is over.
+		// A URL issued before stays good until redeemGrace is over.
 		if err := stream(t.Context(), t, transport, last, remotecommand.StreamOptions{Stdout: io.Discard}); err != nil {
 			t.Errorf("the last URL: %v", err)
 		}
@@ -620,7 +624,7 @@ func TestTokenAnswers(t *testing.T) {
 	if code, body := get("/exec/" + token); code != http.StatusBadRequest || !strings.Contains(body, "SPDY/3.1 or WebSocket") {
 		t.Errorf("no upgrade: %d %s", code, body)
 	}
-	// None of these used the token up.
+	// None of these has used the token up.
 	if err := stream(t.Context(), t, "SPDY", u, options); err != nil {
 		t.Errorf("first use: %v", err)
 	}
@@ -629,7 +633,7 @@ func TestTokenAnswers(t *testing.T) {
 	}
 }
 
-// A client that does not open its streams is let go.
+// TestMissingStreams checks that a client that does not open its streams is disconnected.
 func TestMissingStreams(t *testing.T) {
 	s := startServer(t, Config{Commands: commandConfig{Waits: commandWaits{StreamCreation: 100 * time.Millisecond}}})
 	u := s.execURL(&hostExecutor{t: t}, remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}, "true")

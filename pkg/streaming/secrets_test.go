@@ -15,7 +15,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/session"
 )
 
-// No token, argument, variable or byte of a stream is in the log, at whatever level; and a token has 256 bits.
+// TestNothingSecretIsLogged checks that the log has no token, argument, variable or byte of a stream, at any level, and
+// that a token has 256 bits.
 func TestNothingSecretIsLogged(t *testing.T) {
 	forEachTransport(t, func(t *testing.T, transport string) {
 		var logged syncBuffer

@@ -26,8 +26,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// startHastyServer is startServer with HTTP limits that a test need not wait for long: those that are
-// set are a hundredth of what they are, those that are not stay so.
+// startHastyServer is like startServer, with HTTP limits that a test can wait for: each limit that is set is a hundredth of
+// the usual one, and the others stay off.
 func startHastyServer(t *testing.T) *testServer {
 	t.Helper()
 	leak.Check(t)
@@ -57,8 +57,8 @@ func (s *testServer) dial(t *testing.T) net.Conn {
 	return conn
 }
 
-// A client that never finishes a request, or never takes an answer, is let go (slow loris), whatever
-// part of the request it is slow with.
+// TestSlowRequestsAreLetGo checks that a client that never finishes a request or never reads an answer is disconnected
+// (slow loris), whatever part of the request is slow.
 func TestSlowRequestsAreLetGo(t *testing.T) {
 	s := startHastyServer(t)
 	const head = "POST /exec/nothing HTTP/1.1\r\nHost: localhost\r\n"
@@ -89,7 +89,7 @@ func TestSlowRequestsAreLetGo(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			conn := s.dial(t)
 			closed := make(chan struct{})
-			go func() { // what ends the sending loops above is the server
+			go func() { // only the server ends the loops above
 				defer close(closed)
 				send(conn)
 			}()
@@ -107,7 +107,7 @@ func TestSlowRequestsAreLetGo(t *testing.T) {
 	eventually(t, "no connection is left", func() bool { return s.plain.count() == 0 })
 }
 
-// A request head has its limit.
+// TestLargeRequestIsRefused checks that the head of a request is bounded.
 func TestLargeRequestIsRefused(t *testing.T) {
 	s := startServer(t, Config{})
 	for size, want := range map[int]string{maxHeaderBytes / 2: "HTTP/1.1 404 ", 2 * maxHeaderBytes: "HTTP/1.1 431 "} {
@@ -125,7 +125,8 @@ func isTimeout(err error) bool {
 	return ok && timeout.Timeout()
 }
 
-// Connections that are not upgraded are bounded, and whoever has a token is served all the same.
+// TestPlainConnectionsAreBounded checks that connections without an upgrade are bounded, and that a client with a token is
+// served all the same.
 func TestPlainConnectionsAreBounded(t *testing.T) {
 	const limit = 10
 	s := startServer(t, Config{})
@@ -136,7 +137,7 @@ func TestPlainConnectionsAreBounded(t *testing.T) {
 	options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard, Stderr: io.Discard}
 	var idle []net.Conn
 	for i := range 3 * limit {
-		idle = append(idle, s.dial(t)) // says nothing
+		idle = append(idle, s.dial(t)) // sends nothing
 		if i%limit == 0 {
 			startRaw(t, "SPDY", s.execURL(executor, options, "sleep", "600"), workload.Command{})
 		}
@@ -155,8 +156,8 @@ func TestPlainConnectionsAreBounded(t *testing.T) {
 	}
 }
 
-// A listener that fails is opened again at the same address, and until then no URLs are given out that
-// nobody serves.
+// TestListenerFails checks that a listener that fails is opened again at the same address. Until then no URLs are issued,
+// because nobody would serve them.
 func TestListenerFails(t *testing.T) {
 	leak.Check(t)
 	config := ordinary(Config{Log: slog.New(slog.DiscardHandler)})
@@ -216,7 +217,8 @@ func TestListenerFails(t *testing.T) {
 	}
 }
 
-// A hung upstream, which keeps attaches and relayed commands from starting, does not keep local commands.
+// TestOnlyLocalStartsTakeTurns checks that a hung upstream, which keeps attaches and relayed commands from starting, does
+// not keep local commands from starting.
 func TestOnlyLocalStartsTakeTurns(t *testing.T) {
 	gate := &countingGate{}
 	upstream, s := startServer(t, Config{}), startServer(t, Config{Commands: commandConfig{Starts: gate}})
@@ -245,8 +247,8 @@ func (g *countingGate) Acquire(context.Context, session.Info) (func(), error) {
 	return func() {}, nil
 }
 
-// Stock clients show why a request is refused, in full: client-go takes a plain text with a colon and a blank for
-// YAML and shows nothing.
+// TestRefusalsAreShown checks that stock clients show why a request is refused, in full. client-go takes plain text with a
+// colon and a space for YAML and shows nothing.
 func TestRefusalsAreShown(t *testing.T) {
 	for code, message := range map[int]string{
 		http.StatusInternalServerError: "port-forward into the pod: open namespace: permission denied",
@@ -267,7 +269,7 @@ func TestRefusalsAreShown(t *testing.T) {
 	}
 }
 
-// No file answers a request in plain text, except where no client-go looks.
+// TestNoPlainTextAnswers checks that no file answers a request in plain text, except where no client-go reads it.
 func TestNoPlainTextAnswers(t *testing.T) {
 	files, err := filepath.Glob("*.go")
 	if err != nil || len(files) == 0 {

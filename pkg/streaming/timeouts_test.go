@@ -21,18 +21,18 @@ func streamOptionsOfCat() remotecommand.StreamOptions {
 	return remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}
 }
 
-// attachURL attaches to what an upstream's streaming server serves.
+// attachURL returns the URL of an attach to what an upstream's streaming server serves.
 func (s *testServer) attachURL(upstream func() *url.URL, options remotecommand.StreamOptions) *url.URL {
 	s.t.Helper()
 	return s.url(s.Attach(s.relayedRequest(upstream, streamsOf(options))))
 }
 
-// limitOf is a limit for one kind of session, so that the test of one sees no other's.
+// limitOf returns a limit for one kind of session, so that the test of one kind does not meet another's.
 func limitOf(kind session.Kind, limit time.Duration) map[session.Kind]time.Duration {
 	return map[session.Kind]time.Duration{kind: limit}
 }
 
-// Both limits end a session of each kind, over each transport, with words that say why.
+// TestLimitsEndSessionsWithAStatus checks that both limits end a session of each kind, over each transport, with a reason.
 func TestLimitsEndSessionsWithAStatus(t *testing.T) {
 	const limits = 2 * time.Second // a busy machine may take as long to start a command
 	runTogether(t, func(t *testing.T) {
@@ -92,7 +92,8 @@ func TestLimitsEndSessionsWithAStatus(t *testing.T) {
 	})
 }
 
-// Pings keep no session alive, whoever sends them; payload and terminal sizes do (containerd#5563).
+// TestOnlyPayloadCounts checks that pings of either side keep no session alive, but payload and terminal sizes do
+// (containerd#5563).
 func TestOnlyPayloadCounts(t *testing.T) {
 	runTogether(t, func(t *testing.T) {
 		for name, active := range map[string]bool{"ping": false, "stdin": true, "stdout": true, "resize": true} {
@@ -105,7 +106,7 @@ func TestOnlyPayloadCounts(t *testing.T) {
 						}
 						return
 					}
-					// A busy machine may take seconds between two activities; a longer limit is tried then.
+					// A busy machine may take seconds between two activities. Then a longer limit is tried.
 					for idle := 2 * time.Second; endsAsIdle(t, transport, name, idle); idle *= 2 {
 						if idle > 10*time.Second {
 							t.Fatalf("sessions with %s ended as idle, also after %v", name, idle)
@@ -117,8 +118,8 @@ func TestOnlyPayloadCounts(t *testing.T) {
 	})
 }
 
-// endsAsIdle does one kind of thing all the time in a session with this limit, and says whether it ends. Only what is
-// activity is given up after a while.
+// endsAsIdle repeats one kind of action in a session with this limit, and reports whether the session ends. If the action
+// counts as activity, it gives up after a while.
 func endsAsIdle(t *testing.T, transport, kind string, idle time.Duration) bool {
 	t.Helper()
 	s := startServer(t, Config{Settings: Settings{IdleTimeout: limitOf(session.Exec, idle)}})
@@ -158,7 +159,7 @@ func endsAsIdle(t *testing.T, transport, kind string, idle time.Duration) bool {
 	}
 }
 
-// activity connects a client and returns what makes it do one kind of thing once.
+// activity connects a client and returns a function that does one kind of action once.
 func activity(t *testing.T, transport string, u *url.URL, kind string) (act func(), conn net.Conn) {
 	size, widths := "", 80
 	next := func() string {
@@ -187,7 +188,8 @@ func activity(t *testing.T, transport string, u *url.URL, kind string) (act func
 	}[kind], c.conn
 }
 
-// The user of a terminal is warned before either limit, and the warning does not count as activity.
+// TestWarningBeforeALimit checks that the user of a terminal is warned before either limit, and that the warning does not
+// count as activity.
 func TestWarningBeforeALimit(t *testing.T) {
 	const limit = 3 * time.Second
 	runTogether(t, func(t *testing.T) {
@@ -198,7 +200,7 @@ func TestWarningBeforeALimit(t *testing.T) {
 			} {
 				t.Run(says, func(t *testing.T) {
 					t.Parallel()
-					config.warning = limit * 2 / 5 // less than half of it, or there is none
+					config.warning = limit * 2 / 5 // less than half of it, otherwise there is none
 					s := startServer(t, config)
 					var output syncBuffer
 					options := remotecommand.StreamOptions{Stdin: openStdin(t), Stdout: &output, Tty: true}

@@ -79,7 +79,7 @@ func TestTokensAreLimited(t *testing.T) {
 	if _, err := c.insert(session.Exec, &commandRequest{}); !errors.Is(err, ErrTooManyRequests) {
 		t.Fatalf("one token too many: %v", err)
 	}
-	now = time.Unix(1000, 0).Add(time.Millisecond + tokenTTL) // the first has expired, the others not
+	now = time.Unix(1000, 0).Add(time.Millisecond + tokenTTL) // the first has expired, the others have not
 	if _, err := c.insert(session.Exec, &commandRequest{}); err != nil {
 		t.Errorf("after the oldest expired: %v", err)
 	}
@@ -88,7 +88,7 @@ func TestTokensAreLimited(t *testing.T) {
 	}
 }
 
-// Each token's way is told once.
+// TestTokensAreCounted checks that what happens to each token is counted once.
 func TestTokensAreCounted(t *testing.T) {
 	seen := map[event.Event]int{}
 	now := time.Unix(1000, 0)
