@@ -8,7 +8,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// kubectl's own SPDY needs no receipts, and who sends input could not answer.
+// TestKubectlIsNotAsked checks that no receipts are asked for where they are not needed or possible: kubectl's own SPDY
+// does not need them, and a client that sends input could not answer.
 func TestKubectlIsNotAsked(t *testing.T) {
 	for _, test := range []struct {
 		name   string

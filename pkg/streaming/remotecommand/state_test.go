@@ -31,7 +31,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// idle is a process that does nothing, and a runtime of it.
+// idle is a process that does nothing, and its runtime.
 type idle struct{ state []byte }
 
 func (i *idle) Start(context.Context, workload.Container, workload.Command) (Process, error) {
@@ -62,7 +62,7 @@ func (i *idle) Close() error                                      { return nil }
 func (i *idle) Discard()                                          {}
 func (i *idle) Freeze(*handover.Files) ([]byte, error)            { return i.state, nil }
 
-// frozenConn is the state of a connection of which nothing has been used yet.
+// frozenConn returns the state of a connection that was not used yet.
 func frozenConn(t testing.TB, files *handover.Files, make func(net.Conn) *spdy.Conn) transport.State {
 	t.Helper()
 	_, network := testutil.TCPPair(t)
@@ -92,12 +92,12 @@ func keptPipe(t testing.TB, files *handover.Files) handover.Descriptor {
 
 func newServerConn(c net.Conn) *spdy.Conn { return spdy.NewServer(c, nil, spdy.Config{}) }
 
-// wholeState has something in each field.
+// wholeState returns a state with something in each field.
 func wholeState(t testing.TB, files *handover.Files) State {
 	at := time.Now().Add(time.Hour)
 	streams := map[string]StreamState{}
 	for i, name := range []string{transport.StreamError, transport.StreamStdin, transport.StreamStdout, transport.StreamStderr} {
-		streams[name] = StreamState{uint32(2*i + 1), int64(i + 10), int64(i + 20)} // long over
+		streams[name] = StreamState{uint32(2*i + 1), int64(i + 10), int64(i + 20)} // ended long ago
 	}
 	return State{
 		Envelope: Envelope{
@@ -133,7 +133,7 @@ func wholeState(t testing.TB, files *handover.Files) State {
 	}
 }
 
-// terms are those of a session that has all limits.
+// allTerms returns the terms of a session that has all limits.
 func allTerms() lifetime.Terms {
 	return lifetime.Terms{
 		Limits:    lifetime.Limits{Idle: time.Hour, Max: 24 * time.Hour, Warning: time.Minute},
@@ -151,7 +151,7 @@ func liveSession(t testing.TB) *session.Session {
 	return live
 }
 
-// leaves calls f with each value below v that is no structure, by its path.
+// leaves calls f with each value below v that is not a struct, and its path.
 func leaves(path string, v reflect.Value, f func(path string, v reflect.Value)) {
 	if _, ok := v.Interface().(time.Time); ok {
 		f(path, v)
@@ -175,8 +175,8 @@ func leaves(path string, v reflect.Value, f func(path string, v reflect.Value)) 
 	}
 }
 
-// What is in a state is there again when the session that was resumed from it is frozen. A field that is missing
-// in wholeState, or that Resume or Freeze forget, is found here.
+// TestEachFieldOfAState checks that what is in a state is there again when the session resumed from it is frozen. It finds
+// a field that is missing in wholeState, or that Resume or Freeze forgets.
 func TestEachFieldOfAState(t *testing.T) {
 	leak.Check(t)
 	files := handover.NewFiles()
@@ -215,7 +215,7 @@ func TestEachFieldOfAState(t *testing.T) {
 	if err := handover.Decode(encoded, &again); err != nil {
 		t.Fatal(err)
 	}
-	// A start's part is not carried any further, and descriptors have other numbers.
+	// The part for starting is not carried any further, and descriptors have other numbers.
 	state.Request.Call, state.Request.Container.Process, state.Request.Command.Args = nil, nil, nil
 	for _, d := range []*handover.Descriptor{&again.Ending.HeldInput, &again.Input.Unread, &again.Client.Conn.Descriptor} {
 		if *d == 0 {
@@ -232,7 +232,7 @@ func TestEachFieldOfAState(t *testing.T) {
 	})
 }
 
-// same compares times but for what a wall clock's reading costs.
+// same compares times, but ignores what reading a wall clock costs.
 func same(a, b reflect.Value) bool {
 	if !b.IsValid() || a.Type() != b.Type() {
 		return false
@@ -252,7 +252,7 @@ func same(a, b reflect.Value) bool {
 	return reflect.DeepEqual(a.Interface(), b.Interface())
 }
 
-// A session of which this program cannot go on still tells its client.
+// TestStatesThatAreRefused checks that a session which this program cannot continue still tells its client.
 func TestStatesThatAreRefused(t *testing.T) {
 	for name, spoil := range map[string]func(*State){
 		"another version":      func(s *State) { s.Version++ },

@@ -20,10 +20,9 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// BenchmarkTapPoint measures what listening costs a session: the output of a terminal, and of a pipe,
-// sent over a real connection as it is, past a tap point that nobody uses, to a listener, and
-// recorded on the disk. The ways take turns, and the best time of each counts, so that they are
-// measured under the same conditions. A ratio of 1 costs nothing.
+// BenchmarkTapPoint measures what listening costs a session. The output of a terminal and of a pipe is sent over a real
+// connection in several ways: as it is, through a tap point that nobody uses, to a listener, and recorded on disk. The ways
+// take turns, and the best time of each counts, so that the conditions are the same. A ratio of 1 costs nothing.
 func BenchmarkTapPoint(b *testing.B) {
 	for _, from := range []string{"terminal", "pipe"} {
 		b.Run(from, func(b *testing.B) {

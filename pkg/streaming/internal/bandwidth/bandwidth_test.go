@@ -26,7 +26,7 @@ func TestTokenBucket(t *testing.T) {
 	if wait := b.reserve(25_000, now.Add(time.Hour)); wait <= 0 || wait > time.Millisecond {
 		t.Errorf("an hour does not fill it above its size: %v", wait)
 	}
-	// Nobody waits after the end.
+	// After the end there is no wait.
 	end := make(chan struct{})
 	close(end)
 	b = newTokenBucket(1, end, nil)

@@ -6,18 +6,18 @@ import (
 	"time"
 )
 
-// river is a command's output on its way: a window of our own, a peer that has it in its memory, the
-// buffers behind it, and a reader. Time goes by in steps.
+// river is a command's output on its way: through our window, to a peer that holds it in memory, the buffers behind the
+// peer, and a reader. Time passes in steps.
 type river struct {
-	tank     float64 // what the buffers behind the peer hold
-	step     float64 // a full tank takes more when so much of it is free, as a third of a socket's buffer
+	tank     float64 // bytes that the buffers behind the peer hold
+	step     float64 // a full tank accepts more when this much of it is free, for example a third of a socket's buffer
 	speed    float64 // bytes a second that the peer moves while there is room
 	output   func(at float64) float64
 	reader   func(at float64) float64 // bytes a second
 	duration float64                  // of the output, in seconds
 }
 
-// run returns how long the reader needs when all has been taken, and what the model says then.
+// run returns how long the reader still needs when all was sent, and what the model estimates then.
 func (r river) run() (needed, estimated time.Duration) {
 	const tick = 0.001
 	type asked struct{ bytes, first, at float64 }
@@ -71,16 +71,16 @@ func (r river) run() (needed, estimated time.Duration) {
 
 func constant(pace float64) func(float64) float64 { return func(float64) float64 { return pace } }
 
-// at once is an output that is all there at once.
+// burst returns output that is all there at once.
 func burst(size float64) func(float64) float64 { return func(float64) float64 { return size } }
 
-// The model says how long a reader still needs, and nothing where it has seen nothing.
+// TestBacklog checks that the model estimates how long a reader still needs, and estimates nothing if it has seen nothing.
 func TestBacklog(t *testing.T) {
 	const mb = 1e6
 	for _, test := range []struct {
 		name     string
 		river    river
-		min, max float64 // of the estimate, as parts of what is needed; both 0: no wait at all
+		min, max float64 // of the estimate, relative to what is needed; both 0: no wait at all
 	}{
 		{"slow reader", river{output: burst(20 * mb), reader: constant(1.25 * mb)}, 0.95, 1.6},
 		{"slow reader, a long output", river{output: burst(300 * mb), reader: constant(1.25 * mb)}, 0.95, 1.6},
@@ -162,7 +162,7 @@ func TestBacklog(t *testing.T) {
 			needed, estimated := r.run()
 			t.Logf("needed %v, estimated %v", needed.Round(time.Millisecond), estimated.Round(time.Millisecond))
 			if test.max == 0 {
-				// What is needed by a fast reader anyway is no loss.
+				// It costs nothing to wait as long as a fast reader needs anyway.
 				if estimated > max(needed, 50*time.Millisecond) {
 					t.Errorf("a wait of %v, the reader needs %v", estimated, needed)
 				}

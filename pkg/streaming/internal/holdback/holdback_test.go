@@ -12,9 +12,9 @@ func TestHoldbackUntil(t *testing.T) {
 	for _, test := range []struct {
 		name         string
 		coming, ever bool
-		last         time.Duration // of the last receipt, from begin; 0 is none
-		rest         time.Duration // according to the model, from the last receipt on
-		want         time.Duration // from begin; negative or 0 is no wait
+		last         time.Duration // of the last receipt, since begin; 0 is none
+		rest         time.Duration // by the model, since the last receipt
+		want         time.Duration // since begin; at most 0 is no wait
 	}{
 		{"nothing was asked", false, false, 0, 0, 0},
 		{"nothing was seen", false, true, -time.Second, 0, 0},
@@ -46,7 +46,7 @@ func TestHoldbackUntil(t *testing.T) {
 	}
 }
 
-// Before the client's first ping there is nothing to wait for.
+// TestHoldbackOfShortSessions checks that there is no wait before the client's first ping.
 func TestHoldbackOfShortSessions(t *testing.T) {
 	start := time.Unix(1000, 0)
 	if got := beforeNoPing(start, start.Add(time.Second), 2*time.Second); got.After(start.Add(time.Second)) {

@@ -18,7 +18,7 @@ import (
 // testTimeout only bounds tests that would hang.
 const testTimeout = 60 * time.Second
 
-// stubConn is a connection that nobody answers on, unless the test does.
+// stubConn is a connection that only the test answers.
 type stubConn struct{ pings int }
 
 func (c *stubConn) Pings(n int) (first uint32, ok bool) {
@@ -29,7 +29,7 @@ func (c *stubConn) Pings(n int) (first uint32, ok bool) {
 
 func (c *stubConn) Flush() {}
 
-// told hands receipts on as they come.
+// told passes receipts on.
 type told struct {
 	*receipts
 	came chan receipt
@@ -41,7 +41,8 @@ func (t told) Answered(id uint32) {
 	}
 }
 
-// stockClient is connected to a server of ours whose streams and receipts are handed on.
+// stockClient returns a stock client connected to a server of ours. streams and ours pass on the server's streams and
+// receipts.
 func stockClient(t *testing.T) (client *spdystream.Connection, streams chan *spdy.Stream, ours told) {
 	t.Helper()
 	dialled, accepted := testutil.TCPPair(t)
@@ -80,8 +81,9 @@ func open(t *testing.T, client *spdystream.Connection, streams chan *spdy.Stream
 	return theirs, <-streams
 }
 
-// A stock client's receipts say what its reader has taken, but for the frame that it has in its hands, and
-// the sender gets no further ahead than the window, whichever of the client's workers has the stream.
+// TestReceiptsFollowTheReader checks that the receipts of a stock client report what its reader has read, except for the
+// frame that the client is delivering. The sender must stay within the window, whichever worker of the client has the
+// stream.
 func TestReceiptsFollowTheReader(t *testing.T) {
 	for _, streamsBefore := range []int{0, 1, 2, 3, 4} {
 		const size = 6 << 20
@@ -90,12 +92,12 @@ func TestReceiptsFollowTheReader(t *testing.T) {
 			open(t, client, streams)
 		}
 		theirs, s := open(t, client, streams)
-		// A machine that stops for a moment makes the way to the client look long, and the window wide.
+		// A machine that pauses makes the way to the client look long, and widens the window.
 		var longestTrip, read atomic.Int64
 		window := func() int64 {
 			return (&receipts{trip: time.Duration(longestTrip.Load()), taken: size}).window()
 		}
-		unasked := make(chan int64, 1) // a little at the end that is not worth a question
+		unasked := make(chan int64, 1) // a little at the end that is not worth a PING
 		var flows sync.WaitGroup
 		flows.Go(func() {
 			if _, err := s.Write(make([]byte, size)); err != nil {
@@ -116,7 +118,7 @@ func TestReceiptsFollowTheReader(t *testing.T) {
 				}
 				// A frame is sent before it is counted.
 				ahead := s.Sent() - read.Load()
-				for range 100 { // the longest trip may be about to be told
+				for range 100 { // the longest trip may not be reported yet
 					if ahead <= 2*window() {
 						break
 					}
@@ -177,7 +179,7 @@ func TestWindow(t *testing.T) {
 	}
 }
 
-// send sends as a connection does, until a wait ends for another reason than a receipt, and returns how long that took.
+// send sends as a connection does, until a wait ends for another reason than a receipt. It returns how long that took.
 func send(r *receipts, bytes int, stream, conn, freezing <-chan struct{}) time.Duration {
 	begin := time.Now()
 	for bytes > 0 {
@@ -188,7 +190,7 @@ func send(r *receipts, bytes int, stream, conn, freezing <-chan struct{}) time.D
 	return time.Since(begin)
 }
 
-// A peer that does not answer PINGs gets its data all the same, after one wait.
+// TestPeerThatSendsNoReceipts checks that a peer that does not answer PINGs gets its data after one wait.
 func TestPeerThatSendsNoReceipts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &receipts{conn: &stubConn{}}
@@ -201,7 +203,8 @@ func TestPeerThatSendsNoReceipts(t *testing.T) {
 	})
 }
 
-// A peer that stops answering delays each window for a while, and gets its data.
+// TestPeerThatStopsSendingReceipts checks that a peer that stops answering delays each window for a while, and gets its
+// data.
 func TestPeerThatStopsSendingReceipts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &receipts{conn: &stubConn{}}
@@ -215,7 +218,7 @@ func TestPeerThatStopsSendingReceipts(t *testing.T) {
 	})
 }
 
-// A little is not worth a question: ordinary commands cost nothing.
+// TestNoReceiptsForALittle checks that little output is not worth a PING: ordinary commands cost nothing.
 func TestNoReceiptsForALittle(t *testing.T) {
 	conn := &stubConn{}
 	r := &receipts{conn: conn}
@@ -225,7 +228,7 @@ func TestNoReceiptsForALittle(t *testing.T) {
 	}
 }
 
-// A sender that waits for a receipt is woken by it, and by each of the ends.
+// TestWaitForReceiptsEnds checks that a receipt unblocks a sender that waits for it, and that each of the ends does.
 func TestWaitForReceiptsEnds(t *testing.T) {
 	for i, name := range []string{"stream", "connection", "hand-over", "receipt"} {
 		t.Run(name, func(t *testing.T) {

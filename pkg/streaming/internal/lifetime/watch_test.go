@@ -15,7 +15,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/event"
 )
 
-// watchedFake is a client of whom the test says what it does.
+// watchedFake is a client that does what the test tells it to.
 type watchedFake struct {
 	received, sent int64
 	lastReceived   time.Time
@@ -31,8 +31,8 @@ func (f *watchedFake) Close() error {
 	return nil
 }
 
-// A finished session waits for its client for as long as anything moves, and no longer than LingerIdle
-// after that (kubernetes#60140): not for a fixed time, and not for ever.
+// TestLingerIsBoundedByLackOfProgress checks that a finished session waits for its client while anything moves, and for
+// LingerIdle after that (kubernetes#60140): neither for a fixed time nor for ever.
 func TestLingerIsBoundedByLackOfProgress(t *testing.T) {
 	const limit = 10 * time.Minute
 	sessions := session.NewRegistry(slog.New(slog.DiscardHandler))
@@ -60,7 +60,7 @@ func TestLingerIsBoundedByLackOfProgress(t *testing.T) {
 		t.Fatal("a session whose command runs was ended")
 	}
 	live.SetPhase(session.Lingering)
-	look(time.Second) // sees how things stand
+	look(time.Second) // takes the first look
 	for _, progress := range []func(){
 		func() { client.sent++ },
 		func() { client.received++ },
@@ -82,8 +82,8 @@ func TestLingerIsBoundedByLackOfProgress(t *testing.T) {
 	}
 }
 
-// A client whose network is gone is told from one that merely does not read, and from one to whom nothing
-// is said.
+// TestPeerIsDead distinguishes a client whose network is gone from one that does not read, and from one to which nothing is
+// sent.
 func TestPeerIsDead(t *testing.T) {
 	const limit = 300 * time.Millisecond
 	network := newLoneNetwork(t)
@@ -100,7 +100,7 @@ func TestPeerIsDead(t *testing.T) {
 			break
 		}
 	}
-	// The kernel does not answer the first probes, which come too fast for it.
+	// The kernel does not answer the first probes, because they come too fast.
 	testutil.Eventually(t, "a client that does not read owes nothing either", func() bool { return !peerIsDead(unread, 0) })
 	network.cut(t)
 	if _, err := reading.Write([]byte("lost")); err != nil {
@@ -109,11 +109,11 @@ func TestPeerIsDead(t *testing.T) {
 	testutil.Eventually(t, "the client that owes an acknowledgement is dead", func() bool { return peerIsDead(reading, limit) })
 	testutil.Eventually(t, "the client that owes an answer to a probe of its window is dead", func() bool { return peerIsDead(unread, limit) })
 	if peerIsDead(silent, limit) {
-		t.Error("a client that owes nothing is taken for dead") // TCP keepalive is for that
+		t.Error("a client that owes nothing is taken for dead") // TCP keepalive is for such a client
 	}
 }
 
-// loneNetwork is a network namespace with nothing but its loopback, which can be cut.
+// loneNetwork is a network namespace with only its loopback, which can be cut.
 type loneNetwork struct {
 	listener *net.TCPListener
 	dial     func() (net.Conn, error)
@@ -125,7 +125,7 @@ func newLoneNetwork(t *testing.T) *loneNetwork {
 	network := &loneNetwork{}
 	inside, answers := make(chan func() error), make(chan error)
 	go func() {
-		runtime.LockOSThread() // for good: the thread ends with the goroutine
+		runtime.LockOSThread() // never unlocked, so the thread ends with the goroutine
 		for work := range inside {
 			answers <- work()
 		}
@@ -177,7 +177,7 @@ func (n *loneNetwork) setLoopback(flags uint16) error {
 	return unix.IoctlIfreq(n.control, unix.SIOCSIFFLAGS, request)
 }
 
-// cut has every packet from now on vanish.
+// cut drops every packet from now on.
 func (n *loneNetwork) cut(t *testing.T) {
 	t.Helper()
 	if err := n.setLoopback(0); err != nil {

@@ -10,7 +10,7 @@ import (
 
 const testTimeout = 30 * time.Second
 
-// wait waits in a goroutine that asks nothing, and returns when it waits.
+// wait waits in a goroutine whose condition is never true. It returns when that goroutine waits.
 func wait(t *testing.T, w *Waiter) (returned <-chan error) {
 	t.Helper()
 	done, asked := make(chan error, 1), make(chan struct{}, 100)
@@ -79,7 +79,7 @@ func TestWaiter(t *testing.T) {
 	}
 }
 
-// The end of a connection shows also behind bytes that nobody reads.
+// TestPeerEnd checks that the end of a connection is seen behind bytes that nobody reads.
 func TestPeerEnd(t *testing.T) {
 	tests := []struct {
 		name string

@@ -8,7 +8,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// The status must mean to a client what the stock server's means.
+// TestStatusIsAMetaV1Status checks that our status means the same to a client as that of the stock server.
 func TestStatusIsAMetaV1Status(t *testing.T) {
 	const v4 = true
 	tests := []struct {

@@ -17,14 +17,14 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Stock client-go runs cat, whose connection is handed over again and again.
+// TestHandOverWithClientGo runs cat with stock client-go and hands its connection over again and again.
 func TestHandOverWithClientGo(t *testing.T) {
 	for _, kind := range []string{"SPDY", "WebSocket"} {
 		t.Run(kind, func(t *testing.T) {
 			leaks(t)
 			s := newSession(t)
 			cat := &line{outEnded: make(chan struct{})} // stdin is stdout
-			ready := make(chan workload.Stream, 1)      // the error stream
+			ready := make(chan workload.Stream, 1)      // receives the error stream
 			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				if kind == "SPDY" {
 					serveSPDYExec(t, w, s, cat, ready)

@@ -35,8 +35,8 @@ const testTimeout = 2 * time.Minute
 
 var longAgo = time.Unix(1, 0)
 
-// session plays the part of a session: it moves bytes between the streams of a connection and pipes, and is handed over
-// again and again.
+// session plays a session: it moves bytes between the streams of a connection and pipes, and is handed over again and
+// again.
 type session struct {
 	t      *testing.T
 	config ResumeConfig
@@ -47,22 +47,22 @@ type session struct {
 	frozen bool
 	group  sync.WaitGroup // Serve and the lines
 
-	longest time.Duration // a freeze has taken
+	longest time.Duration // that a freeze has taken
 	states  int           // bytes of the largest state
 }
 
-// line is one stream. Without in the client sends nothing on it, without out it gets nothing.
+// line is one stream. Without in the client sends nothing on it, without out it receives nothing.
 type line struct {
 	stream  workload.Stream
 	in, out *os.File
-	plain   bool // in is not written past WriteTo
+	plain   bool // in is not written to directly
 
-	outEnded chan struct{} // closed behind the last of out
+	outEnded chan struct{} // closed after the last byte of out
 }
 
 func newSession(t *testing.T) *session { return &session{t: t, lines: map[uint32]*line{}} }
 
-// add begins with a stream, or leaves that to the next resume.
+// add starts a stream, or leaves that to the next resume.
 func (s *session) add(stream workload.Stream, l *line) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -127,7 +127,7 @@ func await(t *testing.T, done <-chan struct{}, what string) {
 	}
 }
 
-// handOver freezes, writes the state down, reads it, and goes on.
+// handOver freezes, encodes the state, decodes it, and continues.
 func (s *session) handOver() {
 	s.t.Helper()
 	s.mu.Lock()
@@ -146,7 +146,7 @@ func (s *session) handOver() {
 	s.mu.Unlock()
 	wait(s.t, &s.group, "calls on a frozen connection")
 	s.longest = max(s.longest, time.Since(began))
-	s.conn.Close() // as a session's deferred one
+	s.conn.Close() // as a session does with defer
 
 	files := handover.NewFiles()
 	state, err := s.conn.State(files)
@@ -178,7 +178,7 @@ func (s *session) handOver() {
 	s.serve(resumed.Conn)
 }
 
-// throughMemory is a state as the next program sees it.
+// throughMemory returns a state as the next program decodes it.
 func throughMemory(t *testing.T, state State, files *handover.Files, largest *int) (State, *handover.Files) {
 	t.Helper()
 	encoded, err := handover.Encode(state)
@@ -209,18 +209,18 @@ func (s *session) end() {
 	s.t.Logf("the longest freeze took %v, the largest state %d bytes", s.longest, s.states)
 }
 
-// flow is bytes on one way, made here, and compared where they come out.
+// flow is the bytes of one direction: made here, and compared where they arrive.
 type flow struct {
 	sent, received hash.Hash
 	n, m           int64
-	slow           bool // who takes them rests now and then
+	slow           bool // the reader pauses now and then
 }
 
 func newFlow(slow bool) *flow {
 	return &flow{sent: sha256.New(), received: sha256.New(), slow: slow}
 }
 
-// pour writes pieces of all sizes until it is told to stop.
+// pour writes pieces of all sizes until stop is closed.
 func (f *flow) pour(t *testing.T, w io.Writer, stop <-chan struct{}) {
 	chunk := make([]byte, 64<<10)
 	for {
@@ -273,12 +273,12 @@ func (f *flow) check(t *testing.T, name string) {
 	}
 }
 
-// duplex is a stream with both flows: the pipes at the session's side, and what is done with them.
+// duplex is a stream with both flows: the pipes at the session's side, and what happens with them.
 type duplex struct {
 	up, down *flow
 	name     string
 	line     *line
-	inR      *os.File // the other ends of line's
+	inR      *os.File // the other ends of the line's pipes
 	outW     *os.File
 }
 
@@ -301,7 +301,7 @@ func (d *duplex) onlyDown() {
 	d.line.in, d.inR = nil, nil
 }
 
-// run is the process at the session's side.
+// run plays the process at the session's side.
 func (d *duplex) run(t *testing.T, group *sync.WaitGroup, stop <-chan struct{}) {
 	d.runUp(t, group)
 	d.runDown(t, group, stop)
@@ -335,7 +335,7 @@ func (d *duplex) check(t *testing.T) {
 	}
 }
 
-// count is how many hand-overs a test does.
+// count is the number of hand-overs of a test.
 func count() int {
 	if testing.Short() {
 		return 10
@@ -343,7 +343,7 @@ func count() int {
 	return 40
 }
 
-// handOvers does them at random moments.
+// handOvers hands over at random moments.
 func (s *session) handOvers() {
 	for range count() {
 		time.Sleep(rand.N(15 * time.Millisecond))
@@ -353,7 +353,7 @@ func (s *session) handOvers() {
 
 func header(name string) http.Header { return http.Header{"Streamtype": {name}} }
 
-// threeStreams are of all kinds.
+// threeStreams returns a stream of each kind.
 func threeStreams(t *testing.T) map[string]*duplex {
 	return map[string]*duplex{
 		"0": newDuplex(t, "both fast", false, false, false),
@@ -362,7 +362,7 @@ func threeStreams(t *testing.T) map[string]*duplex {
 	}
 }
 
-// mobyStream is one of spdystream in a test.
+// mobyFlows runs the flows of a spdystream stream.
 func mobyFlows(t *testing.T, clients *sync.WaitGroup, stream *spdystream.Stream, d *duplex, stop <-chan struct{}) {
 	clients.Go(func() {
 		d.up.pour(t, stream, stop)
@@ -371,7 +371,7 @@ func mobyFlows(t *testing.T, clients *sync.WaitGroup, stream *spdystream.Stream,
 	clients.Go(func() { d.down.drain(t, stream) })
 }
 
-// servedSPDY hands a server over whose client is spdystream.
+// servedSPDY hands over a server whose client is spdystream.
 func servedSPDY(t *testing.T, network net.Conn, config spdy.Config, client net.Conn) {
 	s := newSession(t)
 	streams := threeStreams(t)
@@ -436,14 +436,14 @@ func TestHandOverSPDYWithReceipts(t *testing.T) {
 	}}, client)
 }
 
-// A session with little room, where the connection is not read for much of the time.
+// TestHandOverSPDYWithoutRoom hands over a session with little room, whose connection is often not read.
 func TestHandOverSPDYWithoutRoom(t *testing.T) {
 	leaks(t)
 	client, network := testutil.TCPPair(t)
 	servedSPDY(t, network, spdy.Config{StreamBuffer: 1, ConnBuffer: 1, Stall: time.Hour}, client)
 }
 
-// Our client's end, as the relay to the runtime is.
+// TestHandOverSPDYClient hands over our client's end, which the relay to the runtime has.
 func TestHandOverSPDYClient(t *testing.T) {
 	leaks(t)
 	network, server := testutil.TCPPair(t)
@@ -486,7 +486,7 @@ func TestHandOverSPDYClient(t *testing.T) {
 	s.end()
 }
 
-// upgraded is a WebSocket client connected to a handler, which owns the connection until it returns.
+// upgraded returns a WebSocket client connected to a handler. The handler owns the connection until it returns.
 func upgraded(t *testing.T, protocol websocket.Protocol, handler http.HandlerFunc) *gorilla.Conn {
 	t.Helper()
 	var handlers sync.WaitGroup
@@ -558,7 +558,7 @@ func TestHandOverTunnel(t *testing.T) {
 	servedSPDY(t, <-accepted, spdy.Config{}, &tunnelled{Conn: client})
 }
 
-// channelWriter sends messages, some of them in fragments and with pings in the middle.
+// channelWriter sends messages, some of them in fragments with pings between.
 type channelWriter struct {
 	t       *testing.T
 	mu      *sync.Mutex
@@ -578,7 +578,7 @@ func (c channelWriter) Write(p []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	// gorilla fragments what is longer than its buffer.
+	// gorilla sends what is longer than its buffer in fragments.
 	if _, err := w.Write(message[:len(message)/2]); err != nil {
 		return 0, err
 	}

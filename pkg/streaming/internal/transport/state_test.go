@@ -17,7 +17,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket"
 )
 
-// kinds are connections of each kind, with their clients' sockets.
+// kinds returns connections of each kind, with their clients' sockets.
 func kinds(t *testing.T) map[string]func() (Conn, io.ReadCloser) {
 	t.Helper()
 	return map[string]func() (Conn, io.ReadCloser){
@@ -50,7 +50,7 @@ func kinds(t *testing.T) map[string]func() (Conn, io.ReadCloser) {
 	}
 }
 
-// freeze serves a connection for a moment.
+// freeze serves a connection for a moment and freezes it.
 func freeze(t *testing.T, conn Conn) {
 	t.Helper()
 	served := make(chan struct{})
@@ -65,7 +65,8 @@ func freeze(t *testing.T, conn Conn) {
 	await(t, served, "Serve")
 }
 
-// A state that nobody takes, and a connection that is discarded, leave no descriptor, and the client sees its end.
+// TestDiscard checks that a state that nobody takes, or a connection that is discarded, leaves no descriptor, and that the
+// client sees the end.
 func TestDiscard(t *testing.T) {
 	for name := range kinds(t) {
 		for _, what := range []string{"discard", "state", "resume"} {
@@ -83,7 +84,7 @@ func TestDiscard(t *testing.T) {
 						t.Fatal(err)
 					}
 					if what == "resume" {
-						// A damaged one: the descriptor that was taken is closed.
+						// A damaged state: the descriptor that was taken must be closed.
 						if state.SPDY != nil {
 							state.SPDY.OpenNext = 0
 						} else {
@@ -104,7 +105,7 @@ func TestDiscard(t *testing.T) {
 	}
 }
 
-// No field of a state can be left out.
+// TestEachFieldOfAState checks that no field of a state can be left out.
 func TestEachFieldOfAState(t *testing.T) {
 	noticed := map[string]bool{}
 	of := reflect.TypeFor[State]()
@@ -128,7 +129,7 @@ func TestEachFieldOfAState(t *testing.T) {
 				freeze(t, resumed.Conn)
 				resumed.Conn.Discard()
 			default:
-				// Without the tunnel SPDY goes over the socket itself.
+				// Without the tunnel SPDY uses the socket itself.
 				noticed[of.Field(i).Name] = noticed[of.Field(i).Name] || resumed.SPDY != nil && resumed.SPDY.NetConn() == resumed.Network && name == "tunnel"
 				resumed.Conn.Close()
 			}
@@ -143,7 +144,7 @@ func TestEachFieldOfAState(t *testing.T) {
 	}
 }
 
-// A state of another version, or of nothing, is an error.
+// TestStateOfAnotherVersion checks that a state of another version, or an empty one, is an error.
 func TestStateOfAnotherVersion(t *testing.T) {
 	for _, s := range []State{{Version: version + 1}, {Version: version}, {Version: version, Descriptor: 12345}} {
 		if _, err := Resume(s, handover.NewFiles(), ResumeConfig{}); err == nil {
@@ -152,7 +153,7 @@ func TestStateOfAnotherVersion(t *testing.T) {
 	}
 }
 
-// What a TLS library knows cannot be taken out.
+// TestTLSIsNotPortable checks that TLS connections are refused: the state inside a TLS library cannot be extracted.
 func TestTLSIsNotPortable(t *testing.T) {
 	client, network := testutil.TCPPair(t)
 	conn := Streams{spdy.NewClient(tls.Client(network, &tls.Config{ServerName: "x"}), nil, spdy.Config{})}
@@ -170,7 +171,7 @@ func TestTLSIsNotPortable(t *testing.T) {
 	client.Close()
 }
 
-// Names of streams are those of the connection.
+// TestStreamID checks that streams are named by their connection's ids.
 func TestStreamID(t *testing.T) {
 	if StreamID(nil) != 0 {
 		t.Error("nil has a name")

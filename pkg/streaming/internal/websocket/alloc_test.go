@@ -9,7 +9,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
-// TestNoAllocationPerMessage checks both directions, and a process's pipe.
+// TestNoAllocationPerMessage checks both directions, and the pipe of a process.
 func TestNoAllocationPerMessage(t *testing.T) {
 	const size = 32 << 10
 	accepted := make(chan *ChannelConn, 1)

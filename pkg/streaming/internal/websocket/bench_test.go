@@ -18,7 +18,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
-// benchmarkConn gives the benchmark a served connection and its raw client.
+// benchmarkConn runs run with a served connection and its raw client.
 func benchmarkConn(b *testing.B, protocol Protocol, run func(c *ChannelConn, client *net.TCPConn)) {
 	b.Helper()
 	accepted := make(chan *ChannelConn, 1)
@@ -41,7 +41,7 @@ func drain(client *net.TCPConn) {
 	}
 }
 
-// BenchmarkWrite writes from the caller's memory, by one system call.
+// BenchmarkWrite writes from the caller's memory, with one system call.
 func BenchmarkWrite(b *testing.B) {
 	for _, protocol := range []Protocol{ChannelV5, ChannelV4Base64} {
 		for _, size := range []int{16, 4 << 10, 32 << 10, 256 << 10} {
@@ -64,7 +64,7 @@ func BenchmarkWrite(b *testing.B) {
 	}
 }
 
-// BenchmarkReadFromPipe moves what a process would write to its stdout, 64 KiB at a time.
+// BenchmarkReadFromPipe moves what a process writes to its stdout, 64 KiB at a time.
 func BenchmarkReadFromPipe(b *testing.B) {
 	for _, protocol := range []Protocol{ChannelV5, ChannelV4Base64} {
 		b.Run(string(protocol), func(b *testing.B) {
@@ -95,7 +95,7 @@ func BenchmarkReadFromPipe(b *testing.B) {
 	}
 }
 
-// BenchmarkReceive takes in stdin in messages of this size.
+// BenchmarkReceive receives stdin in messages of this size.
 func BenchmarkReceive(b *testing.B) {
 	for _, protocol := range []Protocol{ChannelV5, ChannelV4Base64} {
 		for _, size := range []int{16, 4 << 10, 32 << 10} {
@@ -129,7 +129,7 @@ func BenchmarkReceive(b *testing.B) {
 
 var errEnough = io.ErrNoProgress
 
-// untilCount fails with errEnough when it has got that many bytes.
+// untilCount fails with errEnough after that many bytes.
 type untilCount struct{ left int64 }
 
 func (u *untilCount) Write(p []byte) (int, error) {
@@ -140,9 +140,9 @@ func (u *untilCount) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// BenchmarkIdle reports what an idle session holds, with Serve waiting for the client and a
-// goroutine waiting for output of a process. net/http's own parts of a connection, measured with a
-// handler that hijacks and does nothing, are in the "hijacked" numbers.
+// BenchmarkIdle reports what an idle session holds. Serve waits for the client, and a goroutine waits for output of a
+// process. The "hijacked" numbers are those of net/http's part of a connection, measured with a handler that hijacks and
+// does nothing.
 func BenchmarkIdle(b *testing.B) {
 	const count = 300
 	measure := func(name string, handler http.HandlerFunc, wait func()) {
@@ -219,7 +219,7 @@ func heapInUse() (heap, stack float64) {
 }
 
 func growPipe(f *os.File) {
-	// The streaming server's pipes are enlarged in the same way.
+	// The streaming server enlarges its pipes in the same way.
 	if raw, err := f.SyscallConn(); err == nil {
 		raw.Control(func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, 1<<20) })
 	}

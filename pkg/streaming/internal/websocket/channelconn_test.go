@@ -54,7 +54,7 @@ func TestHandshakeRefusals(t *testing.T) {
 	}
 }
 
-// TestOldClients talks to the server with the client that the stock server's own tests use.
+// TestOldClients talks to the server with the client of the stock server's own tests.
 func TestOldClients(t *testing.T) {
 	for _, protocol := range protocols {
 		t.Run(string(protocol), func(t *testing.T) {
@@ -114,8 +114,8 @@ func TestOldClients(t *testing.T) {
 	}
 }
 
-// TestBrowserGetsNoUnofferedProtocol: RFC 6455 section 4.1 makes a client fail on a header it did
-// not ask for.
+// TestBrowserGetsNoUnofferedProtocol checks that no protocol is chosen that the client has not offered: RFC 6455 section
+// 4.1 makes the client fail on such a header.
 func TestBrowserGetsNoUnofferedProtocol(t *testing.T) {
 	s := newTestServer(t, execConfig(), untilDone)
 	client, response, err := websocket.DefaultDialer.Dial("ws"+strings.TrimPrefix(s.URL, "http"), nil)
@@ -132,7 +132,7 @@ func TestFragmentedMessages(t *testing.T) {
 	s := newTestServer(t, execConfig(), echo)
 	client := s.dialRaw(t, ChannelV5)
 	var wire []byte
-	// The channel byte alone, empty fragments, a Ping in between; then a half-close in two parts.
+	// The channel byte alone, empty fragments, and a Ping between; then a half-close in two parts.
 	wire = append(wire, clientFrame(frames.OpBinary, false, "")...)
 	wire = append(wire, clientFrame(frames.OpBinary&0, false, "\x00")...)
 	wire = append(wire, clientFrame(frames.OpPing, true, "here?")...)
@@ -166,7 +166,7 @@ func TestFragmentedMessages(t *testing.T) {
 	}
 }
 
-// readUntilClose reads a raw client's frames up to and with the server's Close.
+// readUntilClose reads a raw client's frames, up to the server's Close and with it.
 func readUntilClose(t testing.TB, client net.Conn) (sent []wireFrame) {
 	t.Helper()
 	client.SetReadDeadline(time.Now().Add(patience))
@@ -221,8 +221,7 @@ func TestViolationsAreClosedWithTheirCode(t *testing.T) {
 			config.MaxMessage = 2000
 			s := newTestServer(t, config, untilDone)
 			client := s.dialRaw(t, test.protocol)
-			// What follows the violation is unread when the server closes, and must not cost the
-			// client the Close.
+			// What follows the violation is unread when the server closes. That must not cost the client the Close.
 			client.Write(append(test.wire, clientFrame(frames.OpBinary, true, "\x00more")...))
 			frames := readUntilClose(t, client)
 			closing := frames[len(frames)-1].payload
@@ -237,8 +236,8 @@ func TestViolationsAreClosedWithTheirCode(t *testing.T) {
 	}
 }
 
-// TestViolationIsToldBehindOutput: the Close is still in our kernel, behind output, when the
-// connection ends with input that nobody read.
+// TestViolationIsToldBehindOutput checks that the Close arrives even if it is still in our kernel, after output, when the
+// connection ends with unread input.
 func TestViolationIsToldBehindOutput(t *testing.T) {
 	const size = 200 << 10
 	written := make(chan struct{})
@@ -295,8 +294,8 @@ func TestClientsCloseIsAnswered(t *testing.T) {
 	}
 }
 
-// TestSlowReaderGetsEverything is kubernetes#60140: with a client that pings and reads slowly, an
-// early close by the server loses what is under way.
+// TestSlowReaderGetsEverything checks kubernetes#60140: if the server closes early, a client that pings and reads slowly
+// loses what is on its way.
 func TestSlowReaderGetsEverything(t *testing.T) {
 	const size = 24 << 20
 	output := make([]byte, size)
@@ -326,8 +325,7 @@ func TestSlowReaderGetsEverything(t *testing.T) {
 		if err := c.CloseAndWait(ctx); err != nil {
 			t.Errorf("CloseAndWait: %v", err)
 		}
-		// A resize may just come before the end begins, but what comes later, up to the last moment, is
-		// no activity.
+		// A resize may still arrive before the end begins. What arrives later, up to the last moment, is not activity.
 		if after := c.LastActivity(); after.Sub(activityBefore) > time.Since(after) {
 			t.Error("pings count as activity")
 		}
@@ -345,7 +343,7 @@ func TestSlowReaderGetsEverything(t *testing.T) {
 		for {
 			select {
 			case <-ticker.C:
-				// Resizes too: bytes that a session at its end does not read.
+				// Also resizes: bytes that a session does not read at its end.
 				if _, err := client.Write(append(clientFrame(frames.OpPing, true, "p"), clientFrame(frames.OpBinary, true, "\x04{}")...)); err != nil {
 					t.Errorf("ping: %v", err)
 					return
@@ -397,8 +395,7 @@ func TestSlowReaderGetsEverything(t *testing.T) {
 	}
 }
 
-// TestBlockedStdinHoldsUpNothingElse: behind stdin that nobody reads resizes, Pings and the
-// half-close get through.
+// TestBlockedStdinHoldsUpNothingElse checks that resizes, Pings and the half-close get past stdin that nobody reads.
 func TestBlockedStdinHoldsUpNothingElse(t *testing.T) {
 	resized := make(chan string, 1)
 	proceed := make(chan struct{})
@@ -443,7 +440,7 @@ func TestBlockedStdinHoldsUpNothingElse(t *testing.T) {
 	}
 }
 
-// blockStdin sends stdin until the server takes no more, reading what comes meanwhile.
+// blockStdin sends stdin until the server accepts no more. It reads what arrives meanwhile.
 func blockStdin(t *testing.T, client *net.TCPConn) {
 	t.Helper()
 	message := clientFrame(frames.OpBinary, true, "\x00"+strings.Repeat("x", 32<<10))
@@ -457,8 +454,8 @@ func blockStdin(t *testing.T, client *net.TCPConn) {
 	}
 }
 
-// TestClientGoneBehindBlockedStdin: the client's FIN waits in its kernel behind stdin that the
-// server takes none of, and the read loop must notice all the same (kubernetes#89031).
+// TestClientGoneBehindBlockedStdin checks that the read loop notices the client's FIN although the FIN waits in the
+// client's kernel, behind stdin that the server does not read (kubernetes#89031).
 func TestClientGoneBehindBlockedStdin(t *testing.T) {
 	for _, protocol := range []Protocol{ChannelV4, ChannelV5} {
 		config := execConfig()
@@ -466,7 +463,7 @@ func TestClientGoneBehindBlockedStdin(t *testing.T) {
 		s := newTestServer(t, config, untilDone)
 		client := s.dialRaw(t, protocol)
 		reading := make(chan struct{})
-		go func() { // nothing may be unread at the client's close, or its kernel would send RST by itself
+		go func() { // nothing may be unread when the client closes, or its kernel would send RST
 			defer close(reading)
 			io.Copy(io.Discard, client)
 		}()
@@ -480,7 +477,7 @@ func TestClientGoneBehindBlockedStdin(t *testing.T) {
 	}
 }
 
-// TestBudgetIsKept: what is not read is not kept beyond the budget, in how many channels ever.
+// TestBudgetIsKept checks that unread data is not kept beyond the budget, in however many channels it is.
 func TestBudgetIsKept(t *testing.T) {
 	config := Config{Channels: []Direction{Read, Read, Read, Read}, Budget: 256 << 10, ChannelBuffer: 1 << 20}
 	blocked := make(chan struct{})
@@ -506,7 +503,7 @@ func TestBudgetIsKept(t *testing.T) {
 	}
 }
 
-// TestCloseReadUnblocks: what nobody wants any more neither blocks the connection nor uses it up.
+// TestCloseReadUnblocks checks that data nobody wants any more neither blocks the connection nor uses up its budget.
 func TestCloseReadUnblocks(t *testing.T) {
 	config := execConfig()
 	config.Budget = 64 << 10
@@ -536,7 +533,7 @@ func TestCloseReadUnblocks(t *testing.T) {
 	}
 }
 
-// TestCloseIsBounded: with a client that reads nothing a writer is stuck, and Close still returns.
+// TestCloseIsBounded checks that Close returns although a writer is blocked by a client that does not read.
 func TestCloseIsBounded(t *testing.T) {
 	s := newTestServer(t, execConfig(), func(c *ChannelConn) {
 		stuck := make(chan error)
@@ -548,7 +545,7 @@ func TestCloseIsBounded(t *testing.T) {
 				}
 			}
 		}()
-		for last := int64(-1); c.Channel(Stdout).Sent() != last; { // until it is stuck
+		for last := int64(-1); c.Channel(Stdout).Sent() != last; { // until the writer is blocked
 			last = c.Channel(Stdout).Sent()
 			time.Sleep(200 * time.Millisecond)
 		}
@@ -643,7 +640,7 @@ func TestWriteSides(t *testing.T) {
 	})
 	client := s.dial(t, ChannelV5)
 	readMessage(t, client, Stdout)
-	// Nothing, not even [255, 1], comes before this: client-go would take it for an unknown channel.
+	// Nothing, not even [255, 1], may come before this: client-go would take it for an unknown channel.
 	if got := readMessage(t, client, Stderr); got != "still open" {
 		t.Errorf("got %q", got)
 	}
@@ -653,7 +650,7 @@ func TestWriteSides(t *testing.T) {
 	s.waitEnded(t)
 }
 
-// TestLargeWrites sends by all ways of writing, over TCP and TLS, in binary and base64.
+// TestLargeWrites sends in all ways, over TCP and TLS, in binary and base64.
 func TestLargeWrites(t *testing.T) {
 	payload := make([]byte, 1<<20+17)
 	rand.NewChaCha8([32]byte{2}).Read(payload)
@@ -701,7 +698,7 @@ func TestLargeWrites(t *testing.T) {
 						t.Fatal(err)
 					}
 					defer client.Close()
-					client.SetReadLimit(frames.MaxMessage) // the strictest of the clients
+					client.SetReadLimit(frames.MaxMessage) // the strictest limit of all clients
 					client.SetReadDeadline(time.Now().Add(patience))
 					var got []byte
 					for {
@@ -731,7 +728,7 @@ func TestLargeWrites(t *testing.T) {
 	}
 }
 
-// TestReadFromEndsWithTheTerminal: the master of a pseudo-terminal says EIO where a pipe says EOF.
+// TestReadFromEndsWithTheTerminal checks the end of a pseudo-terminal, whose master returns EIO where a pipe returns EOF.
 func TestReadFromEndsWithTheTerminal(t *testing.T) {
 	s := newTestServer(t, execConfig(), func(c *ChannelConn) {
 		master, terminal, err := pty.Open()
@@ -767,7 +764,7 @@ func TestReadFromEndsWithTheTerminal(t *testing.T) {
 	s.waitEnded(t)
 }
 
-// reopenable is the master of a terminal that waits for somebody to open the other end again.
+// reopenable is the master of a terminal that waits until the other end is opened again.
 type reopenable struct {
 	*os.File
 	asked, reopened chan struct{}
@@ -779,8 +776,8 @@ func (r *reopenable) Read(p []byte) (int, error) {
 	return r.File.Read(p)
 }
 
-// TestReadFromReopenedTerminal: a command that closes its terminal may open /dev/tty again. Whether it
-// may is for the reader to say.
+// TestReadFromReopenedTerminal checks a command that closes its terminal and opens /dev/tty again. Only the reader decides
+// whether that may happen.
 func TestReadFromReopenedTerminal(t *testing.T) {
 	for _, protocol := range []Protocol{ChannelV5, ChannelV4Base64} {
 		s := newTestServer(t, execConfig(), func(c *ChannelConn) {
@@ -815,7 +812,7 @@ func TestReadFromReopenedTerminal(t *testing.T) {
 				terminal.Close()
 				<-source.asked
 			}
-			close(source.reopened) // now it says EIO itself
+			close(source.reopened) // now it returns EIO itself
 			if err := <-finished; err != nil {
 				t.Errorf("ReadFrom: %v", err)
 			}
@@ -865,8 +862,8 @@ func TestReadFromFileErrors(t *testing.T) {
 	s.waitEnded(t)
 }
 
-// TestClientVanishesAtAnyByte cuts the client's side after every byte of a session, the handshake
-// included, and expects that nothing stays.
+// TestClientVanishesAtAnyByte cuts the client's side after every byte of a session, the handshake included, and checks that
+// nothing is left.
 func TestClientVanishesAtAnyByte(t *testing.T) {
 	s := newTestServer(t, execConfig(), echo)
 	var wire []byte
@@ -900,8 +897,8 @@ func TestClientVanishesAtAnyByte(t *testing.T) {
 	}
 }
 
-// FuzzServe sends anything at all behind the handshake. Whatever it is, the connection ends, orderly
-// or not, when the client has said it all.
+// FuzzServe sends arbitrary bytes after the handshake. Whatever they are, the connection must end, in order or not, when
+// the client has sent them all.
 func FuzzServe(f *testing.F) {
 	for _, seed := range [][]byte{
 		nil,
@@ -931,7 +928,7 @@ func FuzzServe(f *testing.F) {
 	})
 }
 
-// TestClientVanishesDuringOutput cuts it after more and more of the server's bytes.
+// TestClientVanishesDuringOutput cuts the client's side after more and more of the server's bytes.
 func TestClientVanishesDuringOutput(t *testing.T) {
 	s := newTestServer(t, execConfig(), func(c *ChannelConn) {
 		stdout := c.Channel(Stdout)
@@ -950,8 +947,9 @@ func TestClientVanishesDuringOutput(t *testing.T) {
 	}
 }
 
-// A client of a protocol without half-close gets the end of the connection soon after our Close, without having
-// answered it, and what it sends afterwards is still read: it gets no reset. A client of v5 closes itself.
+// TestEndOfConnectionAfterClose checks that a client of a protocol without half-close sees the end of the connection soon
+// after our Close, even if it does not answer. What it sends afterwards is still read, so it gets no reset. A client of v5
+// closes itself.
 func TestEndOfConnectionAfterClose(t *testing.T) {
 	for protocol, ends := range map[Protocol]bool{ChannelV4: true, ChannelUnnamed: true, ChannelV5: false} {
 		t.Run(string(protocol), func(t *testing.T) {
@@ -968,7 +966,7 @@ func TestEndOfConnectionAfterClose(t *testing.T) {
 				if _, err := client.Write(clientFrame(frames.OpPing, true, "p")); err != nil {
 					t.Fatal(err)
 				}
-				time.Sleep(10 * time.Millisecond) // for a reset to come, if one did
+				time.Sleep(10 * time.Millisecond) // time for a reset to arrive
 			}
 			client.Write(clientFrame(frames.OpClose, true, "\x03\xe8"))
 		})

@@ -30,7 +30,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// A channel is what the streaming server's sessions work with.
+// The sessions of the streaming server use a Channel as this.
 var _ workload.Stream = (*websocket.Channel)(nil)
 
 // serve runs an HTTP server whose handlers have returned when the test ends.
@@ -48,7 +48,7 @@ func serve(t *testing.T, handler http.HandlerFunc) *httptest.Server {
 	return s
 }
 
-// execServer plays a process on the channels of each connection; what it returns is its exit code.
+// execServer plays a process on the channels of each connection. process returns its exit code.
 func execServer(t *testing.T, stdin, stdout, stderr bool, process func(*websocket.ChannelConn) int) *httptest.Server {
 	return serve(t, func(w http.ResponseWriter, r *http.Request) {
 		protocol, err := websocket.Negotiate(r, websocket.RemoteCommand)
@@ -182,8 +182,8 @@ func TestClientGoExecTerminal(t *testing.T) {
 	}
 }
 
-// TestClientGoPortForwardTunnel runs the stock SPDY server in the tunnel, with client-go at the
-// other end, and sends 4 MiB through each of several streams.
+// TestClientGoPortForwardTunnel runs the stock SPDY server in the tunnel, with client-go at the other end, and sends 4 MiB
+// through each of several streams.
 func TestClientGoPortForwardTunnel(t *testing.T) {
 	s := serve(t, func(w http.ResponseWriter, r *http.Request) {
 		protocol, err := websocket.Negotiate(r, websocket.PortForward)

@@ -52,7 +52,7 @@ func (c *carried) serve() {
 	c.served = served
 }
 
-// handOver goes on from a state that was written down. Serve may have ended by itself before.
+// handOver continues from an encoded state. Serve may have ended by itself before.
 func (c *carried) handOver() {
 	c.t.Helper()
 	c.Freeze()
@@ -70,7 +70,7 @@ func (c *carried) handOver() {
 	c.serve()
 }
 
-// conversation is what a client may send, each kind of frame once.
+// conversation returns each kind of frame that a client may send, once.
 func conversation(protocol Protocol) []byte {
 	var wire []byte
 	frame := func(opcode byte, final bool, payload string) {
@@ -107,8 +107,8 @@ func conversation(protocol Protocol) []byte {
 	return wire
 }
 
-// talk has the conversation with a connection that is handed over behind each of so many bytes, and returns what
-// became of it, in words.
+// talk sends the conversation to a connection that is handed over after each of the given numbers of bytes. It returns, in
+// words, what the connection has received.
 func talk(t *testing.T, protocol Protocol, cuts ...int) string {
 	t.Helper()
 	ours, peer := net.Pipe()
@@ -132,7 +132,7 @@ func talk(t *testing.T, protocol Protocol, cuts ...int) string {
 		}
 	}
 	testutil.Receive(t, "the client's Close", c.Done())
-	c.handOver() // while it ends, or behind its end
+	c.handOver() // while it ends, or after its end
 	served := testutil.Receive(t, "the end", c.served)
 	c.served <- nil
 	c.handOver()
@@ -151,11 +151,11 @@ func talk(t *testing.T, protocol Protocol, cuts ...int) string {
 	return story + fmt.Sprintf("answers %x", testutil.Receive(t, "the answers", answers))
 }
 
-// A client's bytes may be cut anywhere.
+// TestHandOverBehindEachByte cuts what a client sends after each byte.
 func TestHandOverBehindEachByte(t *testing.T) {
 	for _, protocol := range []Protocol{ChannelV5, ChannelV4, ChannelV4Base64} {
 		t.Run(string(protocol), func(t *testing.T) {
-			// A pong may be left out once the Close has come (RFC 6455, section 5.5.2).
+			// A pong may be left out once the Close was received (RFC 6455, section 5.5.2).
 			const pong = "8a0674686572653f"
 			talk := func(cuts ...int) string { return strings.Replace(talk(t, protocol, cuts...), pong, "", 1) }
 			want := talk()
@@ -176,7 +176,7 @@ func TestHandOverBehindEachByte(t *testing.T) {
 	}
 }
 
-// sentFrames are the frames of wire that a server has sent, in words.
+// sentFrames returns the frames in wire that a server has sent, in words.
 func sentFrames(t *testing.T, wire []byte) (frames []string) {
 	t.Helper()
 	for len(wire) > 0 {
@@ -193,7 +193,7 @@ func sentFrames(t *testing.T, wire []byte) (frames []string) {
 	return frames
 }
 
-// What is sent may be cut anywhere too: the peer reads so many bytes, and no more.
+// TestHandOverOfOutputBehindEachByte cuts what is sent after each byte: the peer reads as many bytes and no more.
 func TestHandOverOfOutputBehindEachByte(t *testing.T) {
 	for _, protocol := range []Protocol{ChannelV5, ChannelV4Base64} {
 		total := 1
@@ -277,17 +277,17 @@ func TestHandOverOfOutputBehindEachByte(t *testing.T) {
 			if !slices.Equal(frames[:last], want) {
 				t.Fatalf("cut at %d: sent %q", cut, frames)
 			}
-			total = len(wire) - 4 // not the Close
+			total = len(wire) - 4 // without the Close
 		}
 	}
 }
 
-// Nothing that is frozen waits for a client that does not read.
+// TestFreezeWithAClientThatDoesNotRead checks that a frozen connection does not wait for its client.
 func TestFreezeWithAClientThatDoesNotRead(t *testing.T) {
 	accepted := make(chan *ChannelConn, 1)
 	s := newTestServer(t, execConfig(), func(c *ChannelConn) { accepted <- c; <-c.Frozen() })
 	client := s.dialRaw(t, ChannelV5)
-	client.SetReadBuffer(64 << 10) // for less data that does not fit: it is to be read within closeTimeout
+	client.SetReadBuffer(64 << 10) // so that less data does not fit: it must be read within closeTimeout
 	c := testutil.Receive(t, "the connection", accepted)
 	sent := bytes.Repeat([]byte("0123456789abcdef"), 3<<18)
 	written := make(chan int, 1)
@@ -345,7 +345,7 @@ func TestFreezeWithAClientThatDoesNotRead(t *testing.T) {
 	}
 }
 
-// Calls on channels of a frozen connection.
+// TestFrozenChannels checks calls on the channels of a frozen connection.
 func TestFrozenChannels(t *testing.T) {
 	ours, peer := net.Pipe()
 	c := carry(t, ours, ChannelV5)
@@ -367,7 +367,7 @@ func TestFrozenChannels(t *testing.T) {
 	}()
 	io.ReadFull(r, make([]byte, 2))
 	c.Freeze()
-	r.CloseWithError(os.ErrDeadlineExceeded) // as a pipe's writer
+	r.CloseWithError(os.ErrDeadlineExceeded) // as the writer of a pipe does
 	if err := testutil.Receive(t, "WriteTo", writing); err != handover.ErrFrozen {
 		t.Errorf("WriteTo: %v", err)
 	}
@@ -409,7 +409,7 @@ func TestFrozenChannels(t *testing.T) {
 	peer.Close()
 }
 
-// A close handshake goes on after a hand-over, and no second Close is sent.
+// TestHandOverOfAClose checks that a close handshake continues after a hand-over, and that no second Close is sent.
 func TestHandOverOfAClose(t *testing.T) {
 	ours, peer := net.Pipe()
 	c := carry(t, ours, ChannelV5)
@@ -442,7 +442,7 @@ func TestHandOverOfAClose(t *testing.T) {
 	peer.Close()
 }
 
-// Ends from before a hand-over are the same behind it.
+// TestHandOverOfEnds checks that ends from before a hand-over are the same after it.
 func TestHandOverOfEnds(t *testing.T) {
 	for _, test := range []struct {
 		name string
@@ -502,7 +502,8 @@ func TestHandOverOfEnds(t *testing.T) {
 	}
 }
 
-// What lies in a resumed connection counts against the limits again, and against those of the old one no more.
+// TestHandOverTakesRoom checks that unread data of a resumed connection counts against the limits again, and no longer
+// against those of the old one.
 func TestHandOverTakesRoom(t *testing.T) {
 	ours, peer := net.Pipe()
 	before, after := &testutil.Room{}, &testutil.Room{}
@@ -525,7 +526,7 @@ func TestHandOverTakesRoom(t *testing.T) {
 	peer.Close()
 }
 
-// eachField calls f with the name of each plain field in a state, and with the value to change it by.
+// eachField calls f with the name of each plain field of a state, and with the value, which f may change.
 func eachField(path string, v reflect.Value, f func(name string, field reflect.Value)) {
 	switch {
 	case v.Kind() == reflect.Struct && v.Type().PkgPath() == reflect.TypeFor[State]().PkgPath():
@@ -542,7 +543,7 @@ func eachField(path string, v reflect.Value, f func(name string, field reflect.V
 	}
 }
 
-// expectation is a state and what a connection does that is resumed from it; the error says what it did not.
+// expectation is a state and what a connection resumed from it must do. The error tells what it did not do.
 type expectation struct {
 	name  string
 	state ChannelsState
@@ -755,7 +756,7 @@ func expectations() []expectation {
 	}
 }
 
-// No field of a state can be left out.
+// TestEachFieldOfAState checks that no field of a state can be left out.
 func TestEachFieldOfAState(t *testing.T) {
 	noticed := map[string]bool{}
 	all := map[string]bool{}
@@ -802,7 +803,7 @@ func TestEachFieldOfAState(t *testing.T) {
 	}
 }
 
-// A state that is damaged is an error, or a connection that fails; never a panic.
+// FuzzResume checks that a damaged state gives an error or a connection that fails, and never a panic.
 func FuzzResume(f *testing.F) {
 	for _, e := range expectations() {
 		encoded, err := handover.Encode(e.state)
@@ -830,7 +831,7 @@ func FuzzResume(f *testing.F) {
 	})
 }
 
-// fedConn is a client that sends its input and goes.
+// fedConn is a client that sends its input and leaves.
 type fedConn struct {
 	net.Conn
 	*bytes.Reader

@@ -109,7 +109,7 @@ func TestNegotiate(t *testing.T) {
 			r.Host = "localhost:1234"
 			r.Header.Set("Origin", "http://evil.example")
 		}, http.StatusForbidden},
-		{"a browser behind kubectl proxy", func(r *http.Request) { // Host is what the API server was called
+		{"a browser behind kubectl proxy", func(r *http.Request) { // Host is the name that the client used for the API server
 			r.Host = "10.0.0.1:6443"
 			r.Header.Set("Origin", "http://localhost:8001")
 		}, 0},

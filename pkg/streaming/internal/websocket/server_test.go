@@ -24,7 +24,7 @@ import (
 func TestMain(m *testing.M) {
 	code := m.Run()
 	if code == 0 {
-		// spdystream waits a second for somebody to collect the error of a close.
+		// spdystream waits a second for a reader of the error of a close.
 		if err := goleak.Find(goleak.IgnoreTopFunction("github.com/moby/spdystream.(*Connection).shutdown")); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1
@@ -33,18 +33,17 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// patience is for what must happen; it is never waited for in a test that passes.
+// patience bounds the wait for what must happen. No test that passes waits that long.
 const patience = 30 * time.Second
 
 // testServer is an HTTP server that accepts channel connections and plays a session on each.
 type testServer struct {
 	*httptest.Server
-	// ended receives Serve's error for each connection, after its session returned.
+	// ended receives Serve's error for each connection, after its session has returned.
 	ended chan error
 }
 
-// newTestServer runs session beside Serve on each connection; the session ends the connection, or
-// returns when it is over.
+// newTestServer runs session beside Serve on each connection. The session ends the connection, or returns when it is over.
 func newTestServer(t testing.TB, config Config, session func(*ChannelConn)) *testServer {
 	t.Helper()
 	s := &testServer{ended: make(chan error, 1000)}
@@ -65,7 +64,7 @@ func newTestServer(t testing.TB, config Config, session func(*ChannelConn)) *tes
 		}
 		c, err := Accept(w, r, protocol, config)
 		if err != nil {
-			s.ended <- err // the client went away before the greeting
+			s.ended <- err // the client left before the greeting
 			return
 		}
 		mu.Lock()
@@ -90,7 +89,7 @@ func newTestServer(t testing.TB, config Config, session func(*ChannelConn)) *tes
 	t.Cleanup(func() {
 		s.Close()
 		mu.Lock()
-		for _, c := range accepted { // a test that failed may leave some
+		for _, c := range accepted { // a test that has failed may leave some
 			c.CloseNow()
 		}
 		mu.Unlock()
@@ -130,7 +129,7 @@ func (s *testServer) dial(t testing.TB, offers ...Protocol) *websocket.Conn {
 const rawHandshake = "GET / HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" +
 	"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Protocol: %s\r\n\r\n"
 
-// dialRaw connects and upgrades by hand, and returns the TCP connection behind the answer's head.
+// dialRaw connects and upgrades by hand. It returns the TCP connection after the head of the answer.
 func (s *testServer) dialRaw(t testing.TB, protocol Protocol) *net.TCPConn {
 	t.Helper()
 	client := s.dialTCP(t)
@@ -166,7 +165,7 @@ func skipHead(t testing.TB, r io.Reader) {
 	}
 }
 
-// clientFrame is a masked frame, with a mask of zeros so that the payload can be read.
+// clientFrame returns a masked frame. The mask is zero, so that the payload is readable.
 func clientFrame(opcode byte, final bool, payload string) []byte {
 	b := make([]byte, frames.MaxHeader)
 	b = b[:frames.PutHeader(b, opcode, len(payload))]
@@ -191,7 +190,7 @@ func readMessage(t testing.TB, client *websocket.Conn, channel byte) string {
 	return string(message[1:])
 }
 
-// echo sends stdin back on stdout until stdin's end, then a status, and ends in order.
+// echo sends stdin back on stdout until the end of stdin, then a status, and ends in order.
 func echo(c *ChannelConn) {
 	if _, err := io.Copy(c.Channel(Stdout), c.Channel(Stdin)); err != nil {
 		<-c.Done()
@@ -206,20 +205,20 @@ func echo(c *ChannelConn) {
 // untilDone leaves the connection alone.
 func untilDone(c *ChannelConn) { <-c.Done() }
 
-// newTLSServer is the plain server's handler behind TLS.
+// newTLSServer serves the handler of the plain server over TLS.
 func newTLSServer(t testing.TB, plain *testServer) (*httptest.Server, *tls.Config) {
 	s := httptest.NewTLSServer(plain.Config.Handler)
 	t.Cleanup(s.Close)
 	return s, s.Client().Transport.(*http.Transport).TLSClientConfig
 }
 
-// protocols are those of channels.
+// protocols are those with channels.
 var protocols = []Protocol{ChannelUnnamed, ChannelV1, ChannelV1Base64, ChannelV4, ChannelV4Base64, ChannelV5}
 
-// halfClose is what a v5 client's half-close begins with.
+// halfClose is the first byte of a v5 client's half-close.
 const halfClose = 255
 
-// wireFrame is a frame from us.
+// wireFrame is a frame that the server has sent.
 type wireFrame struct {
 	opcode  byte
 	payload []byte

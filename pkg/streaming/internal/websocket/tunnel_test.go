@@ -17,7 +17,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/websocket/frames"
 )
 
-// newTunnelServer runs session on each tunnel and closes the tunnel afterwards.
+// newTunnelServer runs session on each tunnel and then closes the tunnel.
 func newTunnelServer(t *testing.T, session func(*TunnelConn)) *testServer {
 	s := &testServer{ended: make(chan error, 100)}
 	s.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -125,7 +125,7 @@ func TestTunnelDeadlines(t *testing.T) {
 	s = newTunnelServer(t, func(tunnel *TunnelConn) {
 		tunnel.SetDeadline(time.Now().Add(100 * time.Millisecond))
 		var err error
-		for err == nil { // the client reads nothing
+		for err == nil { // the client does not read
 			_, err = tunnel.Write(make([]byte, 1<<20))
 		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -140,7 +140,7 @@ func TestTunnelDeadlines(t *testing.T) {
 	s.waitEnded(t)
 }
 
-// TestTunnelEndsInOrder: CloseWrite, then reading to the end, loses nothing to a client that still
+// TestTunnelEndsInOrder checks that CloseWrite, followed by reading to the end, loses nothing for a client that still
 // sends.
 func TestTunnelEndsInOrder(t *testing.T) {
 	const size = 8 << 20
@@ -168,7 +168,7 @@ func TestTunnelEndsInOrder(t *testing.T) {
 	s.waitEnded(t)
 }
 
-// TestTunnelAnswersPings while a big message is being written to a client that reads slowly.
+// TestTunnelAnswersPings checks that pings are answered while a large message is written to a client that reads slowly.
 func TestTunnelAnswersPings(t *testing.T) {
 	s := newTunnelServer(t, func(tunnel *TunnelConn) {
 		written := make(chan struct{})

@@ -54,7 +54,7 @@ func TestPutClose(t *testing.T) {
 	}
 }
 
-// splitFrames cuts wire bytes into frames and fails if a length is not in its shortest form.
+// splitFrames splits wire bytes into frames. It fails if a length is not in its shortest form.
 func splitFrames(t *testing.T, wire []byte) (frames []wireFrame) {
 	t.Helper()
 	for len(wire) > 0 {

@@ -12,7 +12,7 @@ import (
 	"testing/iotest"
 )
 
-// heard is what a client's bytes come to: its messages and control frames, and how they end.
+// heard returns the messages and control frames in a client's bytes, and how they end.
 func heard(r *Reader) (events []string, err error) {
 	r.control = func(opcode byte, payload []byte) {
 		events = append(events, fmt.Sprintf("control %x %q", opcode, payload))
@@ -34,7 +34,7 @@ func newReader(source io.Reader, limit uint64) *Reader {
 	return &Reader{source: bufio.NewReader(source), limit: limit}
 }
 
-// raw is a frame with a length of any form, with a mask of 0.
+// raw returns a frame with a length of any form and a mask of 0.
 func raw(first, second byte, length ...byte) string {
 	return string(append([]byte{first, second}, append(length, 0, 0, 0, 0)...))
 }
@@ -47,7 +47,7 @@ func TestReader(t *testing.T) {
 	for _, test := range []struct {
 		name, wire string
 		events     []string
-		code       int // of the Close that answers a violation, 0 for none
+		code       int // of the Close that answers a violation; 0 for none
 		end        string
 	}{
 		{name: "nothing", end: "EOF"},
@@ -101,7 +101,7 @@ func TestReader(t *testing.T) {
 	}
 }
 
-// A message of which not all was read is skipped, with its further fragments.
+// TestReaderSkips checks that the rest of a message that was not read to its end is skipped, with its further fragments.
 func TestReaderSkips(t *testing.T) {
 	wire := append(clientFrame(OpBinary, false, "abc"), clientFrame(OpPing, true, "")...)
 	wire = append(wire, clientFrame(OpContinuation, true, "def")...)
@@ -131,8 +131,8 @@ func TestUnmask(t *testing.T) {
 	}
 }
 
-// FuzzReader reads anything at all, whole and so that another reader goes on at some byte with a copy of the state,
-// which must come to the same.
+// FuzzReader reads arbitrary bytes twice: at once, and with another reader that continues at some byte from a copy of the
+// state. Both must read the same.
 func FuzzReader(f *testing.F) {
 	f.Add(clientFrame(OpBinary, true, "hello"), uint16(3))
 	f.Add(append(clientFrame(OpText, false, "a"), clientFrame(OpContinuation, true, "b")...), uint16(1))
@@ -147,7 +147,7 @@ func FuzzReader(f *testing.F) {
 	})
 }
 
-// contents is all that a reader gives, small pieces at a time; after so many of them another reader goes on.
+// contents returns all that a reader reads, in small pieces. After handOver of them another reader continues.
 func contents(r *Reader, handOver int) (all []byte, err error) {
 	note := func(opcode byte, payload []byte) {
 		all = append(append(all, opcode), payload...)
@@ -178,7 +178,7 @@ func contents(r *Reader, handOver int) (all []byte, err error) {
 	}
 }
 
-// clientFrame is a masked frame, with a mask of zeros so that the payload can be read.
+// clientFrame returns a masked frame. The mask is zero, so that the payload is readable.
 func clientFrame(opcode byte, final bool, payload string) []byte {
 	b := make([]byte, MaxHeader)
 	b = b[:PutHeader(b, opcode, len(payload))]

@@ -24,7 +24,7 @@ var (
 	v5       = Format{HalfClose: true}
 )
 
-// takeIn gives the messages to a fresh set of five readable channels and returns their payload.
+// takeIn passes the messages to a fresh set of five readable channels and returns their payload.
 func takeIn(protocol Format, wrap func(io.Reader) io.Reader, messages ...[]byte) (payload [5][]byte, ended [5]bool, err error) {
 	wanted := []bool{true, true, true, true, true}
 	in := New(protocol, wanted, 1<<20, 1<<20, memory.Unshared{})
@@ -98,7 +98,7 @@ func TestReceive(t *testing.T) {
 				t.Errorf("got error %v, want Close code %d", err, test.code)
 			}
 			for i := range payload {
-				// What precedes a violation inside one message may or may not have been given out.
+				// What precedes a violation in the same message may have been delivered or not.
 				if got := string(payload[i]); got != test.want[i] && !(test.code != 0 && strings.HasPrefix(test.want[i], got)) {
 					t.Errorf("channel %d: got %q, want %q", i, got, test.want[i])
 				}
@@ -112,7 +112,7 @@ func TestReceive(t *testing.T) {
 
 var protocols = []Format{unnamed, v1, v1Base64, v4, v4Base64, v5}
 
-// FuzzReceive takes a message in whole and byte by byte, and compares with decoding it at once.
+// FuzzReceive receives a message at once and byte by byte, and compares both with decoding it directly.
 func FuzzReceive(f *testing.F) {
 	for i := range protocols {
 		for _, message := range []string{"", "\x00", "\x00abc", "\x04{}", "\xff\x00", "\xff", "\xff\x00x", "\xff\xff", "\x05x",

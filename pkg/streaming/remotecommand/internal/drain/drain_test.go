@@ -20,7 +20,7 @@ func say(t *testing.T, w io.Writer, text string) {
 	}
 }
 
-// A background child that holds the output does not keep it from being complete once it is silent.
+// TestOutputThatIsHeld checks that output counts as complete once a background child that keeps it open is silent.
 func TestOutputThatIsHeld(t *testing.T) {
 	ours, client := spdytest.Stream(t)
 	r, w := testutil.Pipe(t)
@@ -46,7 +46,8 @@ func TestOutputThatIsHeld(t *testing.T) {
 	}
 }
 
-// An output that was frozen continues where it was, and one that has ended does not begin again.
+// TestOutputThatIsFrozen checks that an output that was frozen continues where it was, and that one that has ended does not
+// begin again.
 func TestOutputThatIsFrozen(t *testing.T) {
 	ours, client := spdytest.Stream(t)
 	r, w := testutil.Pipe(t)
@@ -65,7 +66,7 @@ func TestOutputThatIsFrozen(t *testing.T) {
 	if err := state.Check(); err != nil || d.Over() || len(state.Outputs) != 2 || !state.Outputs[1].Ended {
 		t.Fatalf("%v, over: %v, %+v", err, d.Over(), state)
 	}
-	r.SetReadDeadline(time.Time{}) // as of another descriptor in another program
+	r.SetReadDeadline(time.Time{}) // as another descriptor in another program would have it
 	d = &Drain{Config: d.Config}
 	d.Resume(state)
 	d.Copy(&group, session.Stdout, r, ours, true)
