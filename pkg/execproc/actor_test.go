@@ -28,21 +28,21 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// An actor is the test's program as a streamshim that does what it is told, one line of JSON after the other on stdin and
-// stdout, and hands over to itself by a real execve.
+// An actor is the test binary as a streamshim that follows orders, one line of JSON each on stdin with an answer on stdout.
+// It hands over to itself with a real execve.
 
 const (
 	actorVariable = "EXECPROC_TEST_ACTOR" // the state directory
-	stateVariable = "EXECPROC_TEST_STATE" // descriptor of the state
+	stateVariable = "EXECPROC_TEST_STATE" // the descriptor of the state
 )
 
 func init() {
 	if os.Getenv(actorVariable) != "" {
-		runtime.LockOSThread() // to the main thread, as the real program does
+		runtime.LockOSThread() // to the main thread, as in the real program
 	}
 }
 
-// order is what an actor is to do.
+// order is what an actor must do.
 type order struct {
 	Do        string
 	Name      string // of a command
@@ -51,18 +51,18 @@ type order struct {
 	Text      string
 	Size      workload.Size
 	Gates     bool // stop at each step of a hand-over
-	Thread    bool // execute on another thread than the main one
+	Thread    bool // call execve on a thread other than the main one
 	Without   []string
-	Lose      bool // the state
+	Lose      bool // lose the state
 }
 
-// answer is what it says.
+// answer is what an actor answers.
 type answer struct {
 	Error  string
 	Text   string
 	Number int
 	Yes    bool
-	Counts [3]int // resources
+	Counts [3]int // see resources
 }
 
 // passed is what one actor leaves to the next.
@@ -123,7 +123,7 @@ func (a *actorProgram) say(reply answer) {
 	os.Stdout.Write(append(line, '\n'))
 }
 
-// gate says where a hand-over is, and waits to be told to go on.
+// gate reports which step a hand-over has reached, and waits for the order to continue.
 func (a *actorProgram) gate(gates bool, where string) {
 	if gates {
 		a.say(answer{Text: where})
@@ -189,7 +189,7 @@ func (a *actorProgram) resume(state passed, files *handover.Files) error {
 	return nil
 }
 
-// handOver returns only when it fails.
+// handOver returns only if it fails.
 func (a *actorProgram) handOver(o order) error {
 	files := handover.NewFiles()
 	if err := a.runner.Quiesce(context.Background()); err != nil {
@@ -268,7 +268,7 @@ func (a *actorProgram) do(o order) (answer, error) {
 	case "write":
 		_, err := io.WriteString(p.Stdin(), o.Text)
 		return answer{}, err
-	case "read": // until the text
+	case "read": // reads until the text
 		var seen bytes.Buffer
 		buffer := make([]byte, 1)
 		for !strings.HasSuffix(seen.String(), o.Text) {
@@ -289,7 +289,7 @@ func (a *actorProgram) do(o order) (answer, error) {
 	case "kill":
 		p.Kill()
 		return answer{}, nil
-	case "close": // and forget
+	case "close": // closes and forgets
 		delete(a.processes, o.Name)
 		return answer{}, p.Close()
 	case "wait":
@@ -317,7 +317,7 @@ func (a *actorProgram) do(o order) (answer, error) {
 	return answer{}, fmt.Errorf("cannot %q", o.Do)
 }
 
-// actor is the test's side.
+// actor is the test's side of an actor.
 type actor struct {
 	testing.TB
 	command *exec.Cmd
@@ -429,7 +429,7 @@ func (a *actor) exit(name string, code int) {
 	}
 }
 
-// handOver hands over, and does at each gate what is given for it.
+// handOver hands over. At each gate it calls the function for that gate, if there is one.
 func (a *actor) handOver(o order, at map[string]func()) {
 	a.Helper()
 	if o.Do == "" {
@@ -455,7 +455,7 @@ func (a *actor) handOver(o order, at map[string]func()) {
 	}
 }
 
-// leaves checks that the actor has no more than before, and nothing in its state directory.
+// leaves checks that the actor has no more than before, and that its state directory is empty.
 func (a *actor) leaves(before [3]int) {
 	a.Helper()
 	var now [3]int

@@ -17,7 +17,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// The time from the call to the exit of `true`, with what a session wants: three pipes or a terminal.
+// BenchmarkStart measures the time from the call to the exit of `true`, with what a session needs: three pipes or a
+// terminal.
 func BenchmarkStart(b *testing.B) {
 	r := newRunner(b)
 	c := newContainer(b)
@@ -48,7 +49,7 @@ func BenchmarkRunSync(b *testing.B) {
 	}
 }
 
-// What the above is to be compared with: a plain runc exec in the foreground.
+// BenchmarkPlainRunc measures a plain runc exec in the foreground, to compare BenchmarkStart with.
 func BenchmarkPlainRunc(b *testing.B) {
 	c := newContainer(b)
 	for b.Loop() {
@@ -58,7 +59,7 @@ func BenchmarkPlainRunc(b *testing.B) {
 	}
 }
 
-// Bytes of a process's stdout that arrive here.
+// BenchmarkStdout measures how many bytes of a process's stdout arrive here.
 func BenchmarkStdout(b *testing.B) {
 	r := newRunner(b)
 	c := newContainer(b)
@@ -73,7 +74,8 @@ func BenchmarkStdout(b *testing.B) {
 	}
 }
 
-// What a streamshim pays that finds the records of starts during which its predecessor was killed.
+// BenchmarkInterruptedStarts measures what a streamshim pays if it finds the records of starts during which its predecessor
+// was killed.
 func BenchmarkInterruptedStarts(b *testing.B) {
 	for _, n := range []int{1, 10, 100, 1000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
@@ -104,7 +106,7 @@ func BenchmarkInterruptedStarts(b *testing.B) {
 	}
 }
 
-// cpuTime is what this process has used.
+// cpuTime returns how much CPU time this process has used.
 func cpuTime(b *testing.B) time.Duration {
 	b.Helper()
 	var usage syscall.Rusage
@@ -114,7 +116,7 @@ func cpuTime(b *testing.B) time.Duration {
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
-// What a hand-over costs by the commands that are carried; execve itself comes on top.
+// BenchmarkHandOver measures what a hand-over costs by the number of commands carried. execve is not included.
 func BenchmarkHandOver(b *testing.B) {
 	for _, n := range []int{1, 200} {
 		b.Run(fmt.Sprintf("commands=%d", n), func(b *testing.B) {

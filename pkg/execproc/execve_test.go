@@ -20,7 +20,7 @@ import (
 
 const echo = "while read line; do echo got $line; done; exit 7"
 
-// Commands and their Runner live through one execve after the other.
+// TestManyHandOvers checks that commands and their Runner live through one execve after the other.
 func TestManyHandOvers(t *testing.T) {
 	a := newActor(t, PolicyHangup)
 	c := newContainer(t)
@@ -44,7 +44,7 @@ func TestManyHandOvers(t *testing.T) {
 			t.Fatalf("read %q", got)
 		}
 		a.read("terminal", fmt.Sprintf("30 %d\r\n", 100+i))
-		if i%8 == 0 { // starts go on
+		if i%8 == 0 { // new commands start, too
 			if reply := a.tell(order{Do: "sync", Container: &c, Command: workload.Command{Args: shell("echo sync; exit 3")}}); reply.Text != "sync\n" || reply.Number != 3 {
 				t.Errorf("RunSync: %+v", reply)
 			}
@@ -64,7 +64,8 @@ func TestManyHandOvers(t *testing.T) {
 	a.leaves(before)
 }
 
-// A process that ends at any step of a hand-over keeps its exit code, and nothing its zombie.
+// TestExitDuringHandOver checks that a process that ends at any step of a hand-over keeps its exit code, and that nothing
+// keeps its zombie.
 func TestExitDuringHandOver(t *testing.T) {
 	a := newActor(t, PolicyHangup)
 	c := newContainer(t)
@@ -93,7 +94,7 @@ func TestExitDuringHandOver(t *testing.T) {
 					if gate == "begun" {
 						end()
 					}
-					// The reaper of the new program is told of a child's end before it knows whose children there are.
+					// The reaper of the new program is notified of a child's end before it knows the children.
 					unix.Kill(a.command.Process.Pid, unix.SIGCHLD)
 					time.Sleep(50 * time.Millisecond)
 				}
@@ -107,8 +108,8 @@ func TestExitDuringHandOver(t *testing.T) {
 	}
 }
 
-// An orphan that has ended in a hand-over is reaped, though nobody was there for its SIGCHLD, and so is a child
-// that the program before has started with os/exec.
+// TestOrphansOfHandOver checks that an orphan that has ended during a hand-over is reaped although nobody received its
+// SIGCHLD. So is a child that the earlier program has started with os/exec.
 func TestOrphansOfHandOver(t *testing.T) {
 	a := newActor(t, PolicyHangup)
 	c := newContainer(t, shareHostPID)
@@ -130,8 +131,8 @@ func TestOrphansOfHandOver(t *testing.T) {
 	a.leaves(before)
 }
 
-// What goes on without a session goes on in the next program: here a command that is kept, whose output somebody must
-// read.
+// TestKeptThroughHandOver checks that what goes on without a session goes on in the next program: a command that is kept,
+// whose output somebody must read.
 func TestKeptThroughHandOver(t *testing.T) {
 	for _, tty := range []bool{false, true} {
 		t.Run(fmt.Sprint("terminal ", tty), func(t *testing.T) {
@@ -158,7 +159,7 @@ func TestKeptThroughHandOver(t *testing.T) {
 			last := written()
 			eventually(t, "the command goes on", func() bool { return written() > last+10 })
 			writeFile(t, filepath.Join(rootfs, "tmp", "stop"+progress), "", 0o600)
-			// Its stdin is held open as before: the input was not at its end.
+			// Its stdin stays open as before, because the input was not at its end.
 			time.Sleep(100 * time.Millisecond)
 			if !(mustStat(t, pid).Identity).Alive() {
 				t.Error("the command has seen an end of its input")
@@ -170,7 +171,7 @@ func TestKeptThroughHandOver(t *testing.T) {
 	}
 }
 
-// The end of a process keeps its times, and each signal is sent once.
+// TestEndingThroughHandOvers checks that the ending of a process keeps its times, and that each signal is sent once.
 func TestEndingThroughHandOvers(t *testing.T) {
 	a := newActor(t, PolicyHangup)
 	c := newContainer(t)
@@ -180,7 +181,7 @@ func TestEndingThroughHandOvers(t *testing.T) {
 	note := func(signal string) string {
 		return "trap 'echo " + signal + " >> /tmp/" + filepath.Base(log) + "' " + signal + "; "
 	}
-	// One with a child in a session of its own, which nothing but the state knows once the leader is gone.
+	// It has a child in its own session, which only the state knows once the leader is gone.
 	script := "trap '' HUP; setsid sleep " + marker + " & " + note("HUP") + note("TERM") + "echo ready; while :; do sleep 0.01; done"
 	a.start("dying", c, workload.Command{Args: shell(script), Stdin: true, Stdout: true})
 	a.read("dying", "ready")
@@ -210,13 +211,13 @@ func TestEndingThroughHandOvers(t *testing.T) {
 	a.leaves(before)
 }
 
-// A leader that ends early leaves the rest of its tree to the state.
+// TestTreeIsRememberedInHandOver checks that the state knows the rest of the tree of a leader that has ended early.
 func TestTreeIsRememberedInHandOver(t *testing.T) {
 	a := newActor(t, PolicyHangup)
 	c := newContainer(t)
 	before := a.do("resources", "").Counts
 	marker := newMarker()
-	// A child in a session of its own, whose parent ends at SIGHUP.
+	// It has a child in its own session, whose parent ends at SIGHUP.
 	a.start("tree", c, workload.Command{Args: shell("trap '' HUP TERM; setsid sleep " + marker + " </dev/null >/dev/null 2>&1 & trap - HUP TERM; echo ready; exec sleep " + marker), Stdout: true})
 	a.read("tree", "ready")
 	eventually(t, "both run", func() bool { return len(marked(t, marker)) == 2 })
@@ -231,7 +232,7 @@ func TestTreeIsRememberedInHandOver(t *testing.T) {
 	a.leaves([3]int{before[0] + 10, before[1] + 2, before[2]}) // the first program's
 }
 
-// A container that ends while its streamshim is between two programs has ended for the next one.
+// TestContainerEndsDuringHandOver checks that a container that ends between two programs has ended for the next one.
 func TestContainerEndsDuringHandOver(t *testing.T) {
 	for _, gate := range []string{"frozen", "executed", "begun"} {
 		t.Run(gate, func(t *testing.T) {
@@ -258,7 +259,7 @@ func TestContainerEndsDuringHandOver(t *testing.T) {
 	}
 }
 
-// Of a process whose session was not resumed nothing stays.
+// TestUnclaimedProcess checks that nothing is left of a process whose session was not resumed.
 func TestUnclaimedProcess(t *testing.T) {
 	a := newActor(t, PolicyHangup)
 	c := newContainer(t)
@@ -277,7 +278,7 @@ func TestUnclaimedProcess(t *testing.T) {
 	a.leaves(before)
 }
 
-// When the state cannot be read, what runs is found by the records, as after a crash.
+// TestLostState checks that processes are found by their records, as after a crash, if the state cannot be read.
 func TestLostState(t *testing.T) {
 	a := newActor(t, PolicyHangup)
 	c := newContainer(t)
@@ -297,7 +298,7 @@ func TestLostState(t *testing.T) {
 	}
 }
 
-// Recovery works after a hand-over as before it.
+// TestKilledAfterHandOver checks that recovery works after a hand-over as before it.
 func TestKilledAfterHandOver(t *testing.T) {
 	a := newActor(t, PolicyHangup)
 	c := newContainer(t)
@@ -323,8 +324,8 @@ func TestKilledAfterHandOver(t *testing.T) {
 	eventually(t, "nothing is left", func() bool { return len(marked(t, marker)) == 0 && len(recordsIn(a.dir)) == 0 })
 }
 
-// A predecessor's processes, which are no children, go on being ended by a program that takes over while it ends
-// them.
+// TestLeftoversThroughHandOver checks that a program continues to end the processes of a predecessor, which are not its
+// children, if it takes over while they are being ended.
 func TestLeftoversThroughHandOver(t *testing.T) {
 	newRunner(t) // reaps what the killed one leaves
 	c := newContainer(t)
@@ -344,7 +345,8 @@ func TestLeftoversThroughHandOver(t *testing.T) {
 	eventually(t, "its record is gone", func() bool { return len(recordsIn(first.dir)) == 0 })
 }
 
-// Starts during which a predecessor was killed are ended also by a program that takes over while they are.
+// TestInterruptedStartsThroughHandOver checks that starts during which a predecessor was killed are ended, even by a
+// program that takes over meanwhile.
 func TestInterruptedStartsThroughHandOver(t *testing.T) {
 	newRunner(t) // reaps what the killed one leaves
 	c := newContainer(t)
@@ -363,13 +365,14 @@ func TestInterruptedStartsThroughHandOver(t *testing.T) {
 	})
 }
 
-// Who is killed while it ends a tree leaves the rest of it to the next one, also when the command itself has ended.
+// TestKilledWhileEnding checks that a program that is killed while it ends a tree leaves the rest to the next one, even if
+// the command itself has ended.
 func TestKilledWhileEnding(t *testing.T) {
 	newRunner(t) // reaps what the killed one leaves
 	c := newContainer(t)
 	marker := newMarker()
 	first := newActor(t, PolicyHangup)
-	// One child in the session of the command, and one that has nothing but its output.
+	// One child is in the session of the command. Another one has only its output.
 	script := "trap '' HUP TERM; sleep " + marker + " </dev/null >/dev/null 2>&1 & (setsid sleep " + marker + " &); trap - HUP TERM; echo ready; exec sleep 1" + marker
 	first.start("tree", c, workload.Command{Args: shell(script), Stdin: true, Stdout: true})
 	first.read("tree", "ready")
@@ -387,8 +390,9 @@ func TestKilledWhileEnding(t *testing.T) {
 	eventually(t, "nothing is left", func() bool { return len(marked(t, marker)) == 0 && len(recordsIn(first.dir)) == 0 })
 }
 
-// The kernel sends PDEATHSIG when the thread dies that a process is the child of, and execve ends all threads but the one
-// that calls it. Commands are children of the main thread; so it is the main thread that must execute.
+// TestParentDeathSignalAtExecve checks that commands with PDEATHSIG survive a hand-over. The kernel sends that signal when
+// the thread that is the parent ends, and execve ends all threads but the one that calls it. Commands are children of the
+// main thread, so the main thread must call execve.
 func TestParentDeathSignalAtExecve(t *testing.T) {
 	for _, other := range []bool{false, true} {
 		t.Run(fmt.Sprint("on another thread ", other), func(t *testing.T) {
@@ -406,7 +410,7 @@ func TestParentDeathSignalAtExecve(t *testing.T) {
 				}
 			}
 			marker := newMarker()
-			// Not before runc has ended, which is its first parent.
+			// Not before runc, its first parent, has ended.
 			pid := a.start("careful", c, workload.Command{Args: shell("read line; exec setpriv-util-linux --pdeathsig KILL sleep " + marker), Stdin: true})
 			a.write("careful", "\n")
 			eventually(t, "it sleeps", func() bool { return len(marked(t, "sleep\x00"+marker)) == 1 })
@@ -414,7 +418,7 @@ func TestParentDeathSignalAtExecve(t *testing.T) {
 				a.handOver(order{Thread: other}, nil)
 			}
 			if other {
-				a.exit("careful", 128+int(unix.SIGKILL)) // as long as it is, the rule is needed
+				a.exit("careful", 128+int(unix.SIGKILL)) // as long as this holds, the rule is needed
 				return
 			}
 			if !(mustStat(t, pid).Identity).Alive() {
@@ -427,7 +431,8 @@ func TestParentDeathSignalAtExecve(t *testing.T) {
 	}
 }
 
-// Signals that the first program was started to ignore end neither the next one nor stay ignored in its commands.
+// TestIgnoredSignalsThroughHandOver checks that signals which the first program was started to ignore neither end the next
+// program nor stay ignored in its commands.
 func TestIgnoredSignalsThroughHandOver(t *testing.T) {
 	a := newActor(t, PolicyHangup, "sh", "-c", "trap '' HUP INT; exec \"$0\"")
 	c := newContainer(t)

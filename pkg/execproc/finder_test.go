@@ -19,8 +19,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// A command that has nothing but its own children costs no look at all the machine's processes, whatever else
-// runs in its container.
+// TestCostOfLook checks that a command with nothing but its own children never costs a look at all processes of the
+// machine, whatever else runs in its container.
 func TestCostOfLook(t *testing.T) {
 	testutil.Slow(t)
 	r := newRunner(t)
@@ -49,7 +49,8 @@ func TestCostOfLook(t *testing.T) {
 	}
 }
 
-// Who was handed a stream, or has opened it, need not descend from the command.
+// TestHolderThatDoesNotDescend checks that a process that has received or opened a stream is found, even if it does not
+// descend from the command.
 func TestHolderThatDoesNotDescend(t *testing.T) {
 	testutil.Slow(t)
 	for _, tty := range []bool{false, true} {
@@ -80,7 +81,8 @@ func TestHolderThatDoesNotDescend(t *testing.T) {
 	}
 }
 
-// A process may be a sibling of its maker (CLONE_PARENT), and one whose first thread has ended is no zombie.
+// TestStrangeKinship checks that a process may be a sibling of its creator (CLONE_PARENT), and that one whose first thread
+// has ended is not taken for a zombie.
 func TestStrangeKinship(t *testing.T) {
 	testutil.Slow(t)
 	for _, hostPID := range []bool{false, true} {
@@ -123,7 +125,7 @@ func TestStrangeKinship(t *testing.T) {
 	}
 }
 
-// inSession finds the processes of a session of which a thread lives.
+// inSession returns the processes of a session that have a living thread.
 func inSession(t *testing.T, session int) (found []proc.Stat) {
 	t.Helper()
 	all, err := proc.All()
@@ -138,7 +140,7 @@ func inSession(t *testing.T, session int) (found []proc.Stat) {
 	return found
 }
 
-// inner is a process's pid in its own namespace.
+// inner returns a process's pid in its own namespace.
 func inner(t *testing.T, pid int) int {
 	t.Helper()
 	status, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")

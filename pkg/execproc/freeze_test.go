@@ -68,7 +68,7 @@ func TestFreezeAndResumeWithPipes(t *testing.T) {
 			io.Reader
 			prefix string
 		}{{p.Stdout(), "got "}, {p.Stderr(), "err "}} {
-			// No more than a line lies in the pipe.
+			// The pipe has only one line.
 			line, err := bufio.NewReader(from).ReadString('\n')
 			if line != from.prefix+word+"\n" {
 				t.Fatalf("read %q, %v", line, err)
@@ -119,12 +119,12 @@ func TestFreezeAndResumeWithTerminal(t *testing.T) {
 	}
 }
 
-// A process that ends while it is frozen is a zombie until it is resumed.
+// TestExitWhileFrozen checks that a process that ends while it is frozen stays a zombie until it is resumed.
 func TestExitWhileFrozen(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
 	p := start(t, r, c, workload.Command{Args: shell("read line; exit 5"), Stdin: true})
-	// Its end is seen by a Runner's look for orphans, as others end at the same time.
+	// A Runner that looks for orphans sees its end, because others end at the same time.
 	other := start(t, r, c, workload.Command{Args: shell("read line"), Stdin: true})
 	files := handover.NewFiles()
 	defer files.Close()
@@ -155,8 +155,8 @@ func TestExitWhileFrozen(t *testing.T) {
 	eventually(t, "the record is removed", func() bool { _, err := os.Stat(p.record); return err != nil })
 }
 
-// A freeze waits for no look at /proc that has not begun, and the look is for the process's own terminal and pipes
-// afterwards.
+// TestFreezeBeforeTheFirstLook checks that a freeze does not wait for a look at /proc that has not begun, and that the look
+// is for the process's own terminal and pipes afterwards.
 func TestFreezeBeforeTheFirstLook(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -164,7 +164,7 @@ func TestFreezeBeforeTheFirstLook(t *testing.T) {
 		for _, kill := range []bool{false, true} {
 			t.Run(fmt.Sprintf("terminal %v, kill %v", tty, kill), func(t *testing.T) {
 				marker := newMarker()
-				// The holder of a stream that has no parent any more is found by the stream alone.
+				// The holder of a stream without a parent is found only by the stream.
 				p := start(t, r, c, workload.Command{Args: shell("(setsid sleep " + marker + " &); echo ready; exec sleep " + marker), Stdin: true, Stdout: true, TTY: tty})
 				awaitText(t, p.Stdout(), "ready")
 				eventually(t, "both run", func() bool { return len(marked(t, "sleep\x00"+marker)) == 2 })
@@ -199,7 +199,7 @@ func TestFreezeBeforeTheFirstLook(t *testing.T) {
 	}
 }
 
-// Nothing is started while the Runner is quiet, and everything is afterwards.
+// TestQuiesce checks that nothing starts while the Runner is quiet, and everything does afterwards.
 func TestQuiesce(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)

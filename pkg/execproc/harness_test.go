@@ -28,8 +28,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// The tests run real commands in real containers: runc, and a root file system made of busybox.
-// Both come from test/internal/peers/build.sh; STREAMSHIM_PEERS names another folder that has them.
+// The tests run real commands in real containers, with runc and a root file system of busybox. test/internal/peers/build.sh
+// builds both. STREAMSHIM_PEERS names another folder that has them.
 
 var rootfs string // made once, shared by all containers
 
@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv("EXECPROC_TEST_PREDECESSOR"); dir != "" {
 		predecessor(dir) // does not return
 	}
-	// What the Go runtime opens or starts once and keeps is no leak.
+	// What the Go runtime opens or starts once and keeps is not a leak.
 	signal.Stop(func() chan os.Signal { c := make(chan os.Signal, 1); signal.Notify(c, unix.SIGUSR1); return c }())
 	if r, w, err := os.Pipe(); err == nil {
 		r.Close()
@@ -75,7 +75,7 @@ func peer(t testing.TB, name string) string {
 	return path
 }
 
-// makeRootfs unpacks busybox with the libraries it needs, once.
+// makeRootfs unpacks busybox with the libraries that it needs, once.
 func makeRootfs(t testing.TB) string {
 	t.Helper()
 	if _, err := os.Stat(rootfs); err == nil {
@@ -112,7 +112,7 @@ func makeRootfs(t testing.TB) string {
 	writeFile(t, filepath.Join(rootfs, "etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n", 0o644)
 	writeFile(t, filepath.Join(rootfs, "bin/not-executable"), "#!/bin/sh\n", 0o644)
 	writeFile(t, filepath.Join(rootfs, "bin/missing-interpreter"), "#!/nope\n", 0o755)
-	// An ELF header for a machine that this one is not.
+	// An ELF header for a machine other than this one.
 	other := []byte("\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\x16\x00\x01\x00\x00\x00")
 	writeFile(t, filepath.Join(rootfs, "bin/wrong-machine"), string(append(other, make([]byte, 64)...)), 0o755)
 	return rootfs
@@ -139,13 +139,13 @@ func writeFile(t testing.TB, path, content string, mode os.FileMode) {
 
 var containers atomic.Int64
 
-// newContainer runs a container whose main process sleeps, changed by the functions.
+// newContainer runs a container whose main process sleeps. The functions may change its specification.
 func newContainer(t testing.TB, changes ...func(*specs.Spec)) workload.Container {
 	t.Helper()
 	return newContainerOf(t, peer(t, "runc"), changes...)
 }
 
-// newContainerOf does so with another OCI runtime; the specification is runc's.
+// newContainerOf is like newContainer, with another OCI runtime. The specification is runc's.
 func newContainerOf(t testing.TB, binary string, changes ...func(*specs.Spec)) workload.Container {
 	t.Helper()
 	id := fmt.Sprintf("execproc-test-%d-%d-", os.Getpid(), containers.Add(1))
@@ -153,7 +153,7 @@ func newContainerOf(t testing.TB, binary string, changes ...func(*specs.Spec)) w
 	return runContainer(t, binary, t.TempDir(), id, changes...)
 }
 
-// runContainer is newContainerOf with an id and the runtime's folder for its state.
+// runContainer is like newContainerOf, with an id and the folder for the runtime's state.
 func runContainer(t testing.TB, binary, root, id string, changes ...func(*specs.Spec)) workload.Container {
 	t.Helper()
 	fs := makeRootfs(t)
@@ -202,7 +202,7 @@ func runContainer(t testing.TB, binary, root, id string, changes ...func(*specs.
 	}
 	t.Cleanup(func() {
 		runc(t, workload.Container{Runtime: binary, Root: root}, "delete", "--force", id)
-		// Once a subreaper, always: without a Runner nobody else reaps it.
+		// A process stays a subreaper. Without a Runner nobody else reaps.
 		eventually(t, "the container's main process is reaped", func() bool {
 			_, err := unix.Wait4(pid, nil, unix.WNOHANG, nil)
 			return err == unix.ECHILD
@@ -222,8 +222,7 @@ func runc(t testing.TB, c workload.Container, args ...string) {
 	}
 }
 
-// noLeaks fails the test when, after all its clean-up, more goroutines, descriptors or children are
-// there than before.
+// noLeaks fails the test if, after all its clean-up, there are more goroutines, descriptors or children than before.
 func noLeaks(t testing.TB) {
 	t.Helper()
 	before := resources(t)
@@ -260,7 +259,7 @@ func resources(t testing.TB) [3]int {
 	return [3]int{runtime.NumGoroutine(), len(fds), len(children)}
 }
 
-// testConfig has the times that users have by default.
+// testConfig has the default times of users.
 func testConfig(stateDir string) Config {
 	return Config{
 		StateDir: stateDir, OnDisconnect: PolicyHangup,
@@ -269,7 +268,7 @@ func testConfig(stateDir string) Config {
 	}
 }
 
-// newRunner returns a Runner with short graces that is closed at the test's end and must not leak.
+// newRunner returns a Runner with short graces. It is closed at the end of the test and must not leak.
 func newRunner(t testing.TB, changes ...func(*Config)) *Runner {
 	t.Helper()
 	noLeaks(t)
@@ -312,7 +311,7 @@ func start(t testing.TB, r *Runner, c workload.Container, command workload.Comma
 
 func shell(script string) []string { return []string{"sh", "-c", script} }
 
-// output runs a command to its end and returns what it wrote to stdout and its exit code.
+// output runs a command to its end and returns its stdout and exit code.
 func output(t testing.TB, r *Runner, c workload.Container, command workload.Command) (string, int) {
 	t.Helper()
 	command.Stdout = true
@@ -331,7 +330,7 @@ func exitCode(t testing.TB, p *Process) int {
 	return p.ExitCode()
 }
 
-// patience is for what should happen soon, on a machine that is busy with other things.
+// patience bounds waits for what happens soon, on a machine that is busy with other things.
 const patience = 20 * time.Second
 
 func closes(t testing.TB, c <-chan struct{}, what string) {
@@ -352,8 +351,8 @@ func eventually(t testing.TB, what string, condition func() bool) {
 	}
 }
 
-// marked finds the living processes that have the marker among their arguments. Tests ask every few
-// milliseconds, so that only what is found is looked at more closely.
+// marked returns the living processes that have the marker among their arguments. Tests call it every few milliseconds, so
+// it looks more closely only at what it finds.
 func marked(t testing.TB, marker string) []int {
 	t.Helper()
 	entries, err := os.ReadDir("/proc")
@@ -388,5 +387,5 @@ func marked(t testing.TB, marker string) []int {
 
 var markers atomic.Int64
 
-// newMarker returns a number of seconds to sleep that nobody else sleeps.
+// newMarker returns a number of seconds that no other process sleeps.
 func newMarker() string { return fmt.Sprintf("3%05d%03d", os.Getpid(), markers.Add(1)) }

@@ -19,11 +19,11 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// What containers, and those who replace them, do to a start.
+// The tests in this file check what containers, and those who replace them, can do to a start.
 
-// The container ends and another one has its id by the time the runtime looks for it. The command then runs
-// in the other one, which nobody can prevent who has only the id to give; it is ended and its client sees
-// nothing of it.
+// TestContainerReplacedDuringStart has the container end and another one get its id before the runtime looks for it. The
+// command then runs in the other one. Nobody who has only the id can prevent that. So the command must be ended, and its
+// client must see nothing of it.
 func TestContainerReplacedDuringStart(t *testing.T) {
 	testutil.Slow(t)
 	named := func(name string) func(*specs.Spec) { return func(spec *specs.Spec) { spec.Hostname = name } }
@@ -55,7 +55,7 @@ func TestContainerReplacedDuringStart(t *testing.T) {
 	}
 }
 
-// stopper compiles testdata/stopper.c, to be mounted into a container.
+// stopper compiles testdata/stopper.c, to mount it into a container.
 func stopper(t *testing.T) string {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "stopper")
@@ -65,8 +65,8 @@ func stopper(t *testing.T) string {
 	return program
 }
 
-// A container that stops everything that enters it does not hold its starts up until their timeout, and
-// not at all those in another container.
+// TestStoppedStartEnds checks that a container which stops everything that enters it does not delay its own starts until
+// their timeout, and does not delay those in another container at all.
 func TestStoppedStartEnds(t *testing.T) {
 	testutil.Slow(t)
 	program := stopper(t)

@@ -8,7 +8,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// An ending that panics kills what it was to end, and the runner goes on with everything else.
+// TestPanicWhileEnding checks that an ending that panics kills what it was ending, and that the Runner goes on with all
+// else.
 func TestPanicWhileEnding(t *testing.T) {
 	r := newRunner(t, func(config *Config) { config.OnKill = func() { panic("a fault of the test") } })
 	c := newContainer(t)
@@ -29,13 +30,13 @@ func TestPanicWhileEnding(t *testing.T) {
 	}
 }
 
-// faultyRoom is one with a fault.
+// faultyRoom is a Room that panics.
 type faultyRoom struct{}
 
 func (faultyRoom) Take(int) bool { panic("a fault of the test") }
 func (faultyRoom) Return(int)    {}
 
-// A panic while output is collected is that of the call, and its command does not go on.
+// TestPanicInOutput checks that a panic while output is collected is that of the call, and that its command does not go on.
 func TestPanicInOutput(t *testing.T) {
 	r := newRunner(t, func(config *Config) { config.OutputRoom = faultyRoom{} })
 	c := newContainer(t)

@@ -20,8 +20,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Many short processes, os/exec's own children and orphans, all at once: everybody gets the status
-// that is theirs, and no zombie stays.
+// TestEveryStatusReachesItsOwner runs many short processes, children of os/exec and orphans at the same time. Each status
+// must reach its owner, and no zombie may stay.
 func TestEveryStatusReachesItsOwner(t *testing.T) {
 	testutil.Slow(t)
 	r := newRunner(t)
@@ -46,7 +46,7 @@ func TestEveryStatusReachesItsOwner(t *testing.T) {
 				p.Close()
 			}
 		})
-		all.Go(func() { // commands that failed to start
+		all.Go(func() { // commands that fail to start
 			for range 20 {
 				var failed *ociruntime.StartError
 				if _, err := r.Start(context.Background(), c, workload.Command{Args: []string{"nope"}, Stdout: true}); !errors.As(err, &failed) {
@@ -54,7 +54,7 @@ func TestEveryStatusReachesItsOwner(t *testing.T) {
 				}
 			}
 		})
-		all.Go(func() { // somebody else's children in this process
+		all.Go(func() { // other children of this process
 			for i := range 100 {
 				code := (worker*100 + i) % 256
 				err := exec.Command("sh", "-c", fmt.Sprintf("exit %d", code)).Run()
@@ -80,7 +80,8 @@ func TestEveryStatusReachesItsOwner(t *testing.T) {
 	})
 }
 
-// Good and failing, with and without terminal: nothing stays (containerd#9668).
+// TestThousandExecsLeaveNothing checks that commands that succeed or fail, with and without terminal, leave nothing
+// (containerd#9668).
 func TestThousandExecsLeaveNothing(t *testing.T) {
 	testutil.Slow(t)
 	count := 1000
@@ -124,7 +125,7 @@ func TestThousandExecsLeaveNothing(t *testing.T) {
 	})
 }
 
-// One descriptor watches a container, however many look.
+// TestContainerWatchIsShared checks that one descriptor watches a container, however many watch it.
 func TestContainerWatchIsShared(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -146,7 +147,7 @@ func TestContainerWatchIsShared(t *testing.T) {
 	closes(t, processes[0].ContainerExited(), "the end of the container, by the one that still looks")
 }
 
-// A command ignores no signal that its container's configuration does not make it ignore.
+// TestIgnoresNothing checks that a command ignores only the signals that its container's configuration makes it ignore.
 func TestIgnoresNothing(t *testing.T) {
 	c := newContainer(t)
 	for range 2 { // the second time in a process that has had a Runner before
@@ -161,8 +162,9 @@ func TestIgnoresNothing(t *testing.T) {
 	}
 }
 
-// ...however this process was started: nohup makes it ignore the hang-up, a shell that puts it in the
-// background the interrupt. Commands would inherit that, and could neither be hung up nor trap it.
+// TestStartedIgnoringSignals checks the same however this process was started: nohup makes it ignore the hang-up, a shell
+// that starts it in the background the interrupt. Commands would inherit that, and could neither be hung up nor trap the
+// signal.
 func TestStartedIgnoringSignals(t *testing.T) {
 	testutil.Slow(t)
 	again := exec.Command("sh", "-c", "trap '' HUP INT TSTP TTIN TTOU; exec \"$0\" -test.v -test.timeout 5m -test.run '^(TestIgnoresNothing|TestHangupComesFirst)$'", os.Args[0])
@@ -171,7 +173,8 @@ func TestStartedIgnoringSignals(t *testing.T) {
 	}
 }
 
-// Shutdown refuses, ends what runs as the policy says, and leaves nothing (newRunner checks).
+// TestShutdown checks that Shutdown refuses new commands, ends the running ones by their policy, and leaves nothing
+// (newRunner checks that).
 func TestShutdown(t *testing.T) {
 	r := newRunner(t, func(config *Config) { config.TermAfter, config.KillAfter = patience, patience })
 	c := newContainer(t)

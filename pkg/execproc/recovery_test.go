@@ -25,8 +25,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// predecessor is the test binary playing a streamshim that is going to be killed: it starts the
-// commands it is given, says so, and waits.
+// predecessor plays a streamshim that will be killed: it starts the commands that it is given, reports that, and waits.
 func predecessor(dir string) {
 	fail := func(err error) {
 		fmt.Fprintln(os.Stderr, err)
@@ -60,7 +59,7 @@ func predecessor(dir string) {
 	time.Sleep(time.Hour)
 }
 
-// startWithoutEnd starts one command after the other, several at a time, until the process is killed.
+// startWithoutEnd starts commands one after the other, several at a time, until the process is killed.
 func startWithoutEnd(r *Runner, c workload.Container, marker string) {
 	for i := range 4 {
 		go func() {
@@ -108,8 +107,8 @@ func startPredecessor(t *testing.T, c workload.Container, dir, marker string, po
 	return command
 }
 
-// What a streamshim that was killed has left running is ended by the next one, unless the policy is
-// to keep it, and never while the other still lives.
+// TestKilledPredecessor checks that the next streamshim ends what one that was killed has left running. It must not if the
+// policy is to keep it, and never while the other still lives.
 func TestKilledPredecessor(t *testing.T) {
 	for _, policy := range []Policy{PolicyHangup, PolicyKill, PolicyKeep} {
 		t.Run(string(policy), func(t *testing.T) {
@@ -150,8 +149,8 @@ func TestKilledPredecessor(t *testing.T) {
 	}
 }
 
-// A streamshim that is killed while it starts commands leaves none that the next one does not end, at
-// whatever step of a start it was. EXECPROC_TEST_KILLS says how many are killed.
+// TestKilledWhileStarting checks that a streamshim that is killed at any step of a start leaves no command that the next
+// one does not end. EXECPROC_TEST_KILLS sets how many are killed.
 func TestKilledWhileStarting(t *testing.T) {
 	kills := 10
 	if n, err := strconv.Atoi(os.Getenv("EXECPROC_TEST_KILLS")); err == nil {
@@ -182,15 +181,15 @@ func TestKilledWhileStarting(t *testing.T) {
 		return len(marked(t, marker)) == 0 && err == nil && len(entries) == 0
 	})
 	successor.Close()
-	// Copies of a predecessor that was killed between fork and execve. The reaper takes them for children of
-	// the test's own, because of their session; of a service they would be init's.
+	// Copies of a predecessor that was killed between fork and execve. The reaper takes them for children of this test,
+	// because of their session. Those of a service would belong to init.
 	for pid := 1; pid > 0; {
 		pid, _ = unix.Wait4(-1, nil, unix.WNOHANG, nil)
 	}
 }
 
-// A streamshim can be killed between fork and execve of a runtime: what is going to be the runtime does not look
-// like one yet, but holds the lock of the start's record.
+// TestForkedRuntimeIsAwaited checks a streamshim that is killed between fork and execve of a runtime. The child does not
+// look like a runtime yet, but holds the lock of the start's record.
 func TestForkedRuntimeIsAwaited(t *testing.T) {
 	testutil.Slow(t)
 	dir := filepath.Join(t.TempDir(), "exec")
@@ -228,7 +227,7 @@ func recordsIn(dir string) []string {
 	return names
 }
 
-// A record whose pid now belongs to somebody else must hurt nobody.
+// TestRecordOfReusedPid checks that a record whose pid belongs to another process by now hurts nobody.
 func TestRecordOfReusedPid(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "exec")
 	stranger := exec.Command("sleep", "1000")
@@ -262,8 +261,8 @@ func TestRecordOfReusedPid(t *testing.T) {
 	}
 }
 
-// A disk that becomes full while a command is being started does not keep its pid out of the record: with a kill
-// of streamshim while the command runs it would stay for ever.
+// TestRecordOnFullDisk checks that the record of a command has its pid even if the disk becomes full during the start.
+// Without the pid the command would stay for ever if streamshim were killed while it runs.
 func TestRecordOnFullDisk(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)

@@ -23,7 +23,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// The exit code of a command that ran is its own; of one that could not be run, a shell's
+// TestExitCodes checks that a command that ran has its own exit code, and one that could not be run that of a shell
 // (kubernetes#40820).
 func TestExitCodes(t *testing.T) {
 	r := newRunner(t)
@@ -32,7 +32,7 @@ func TestExitCodes(t *testing.T) {
 		name string
 		args []string
 		want int
-		text string // of the error, when the start fails
+		text string // of the error, if the start fails
 	}{
 		{"success", []string{"true"}, 0, ""},
 		{"three", shell("exit 3"), 3, ""},
@@ -72,7 +72,8 @@ func TestExitCodes(t *testing.T) {
 	}
 }
 
-// Not the command's fault: an error without an exit code, which says what to do.
+// TestStartFailuresThatAreNotTheCommands checks that such failures are an error without an exit code, which says what to
+// do.
 func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
 	marker := newMarker()
 	script := func(t *testing.T, text string) string {
@@ -165,7 +166,7 @@ func TestStartFailuresThatAreNotTheCommands(t *testing.T) {
 	}
 }
 
-// Whatever the moment, a start that is given up leaves nothing behind.
+// TestCancelledStartLeavesNothing checks that a start that is given up at any moment leaves nothing behind.
 func TestCancelledStartLeavesNothing(t *testing.T) {
 	testutil.Slow(t)
 	r := newRunner(t)
@@ -194,7 +195,7 @@ func TestCancelledStartLeavesNothing(t *testing.T) {
 	eventually(t, "no process is left", func() bool { return len(marked(t, marker)) == 0 && len(marked(t, c.ContainerID)) == before })
 }
 
-// No descriptor free: an error, no crash, and the next start works.
+// TestNoDescriptorFree checks that without a free descriptor a start fails, nothing crashes, and the next start works.
 func TestNoDescriptorFree(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -230,8 +231,8 @@ func TestNoDescriptorFree(t *testing.T) {
 	}
 }
 
-// The three streams are what they should be, and each lives its own life: stdin goes on when the
-// process has closed its stdout (containerd#12734 cut uploads short).
+// TestStdinSurvivesStdoutEOF checks that the three streams are what they should be and independent of each other: stdin
+// goes on if the process has closed its stdout (containerd#12734 cut uploads short).
 func TestStdinSurvivesStdoutEOF(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -253,7 +254,7 @@ func TestStdinSurvivesStdoutEOF(t *testing.T) {
 	}
 }
 
-// Streams that were not asked for are /dev/null, and nil here.
+// TestStreamsNotAskedFor checks that streams that were not asked for are /dev/null there and nil here.
 func TestStreamsNotAskedFor(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -273,8 +274,8 @@ func TestStreamsNotAskedFor(t *testing.T) {
 	}
 }
 
-// With everything that the kernel knows of a process compared, an exec is the container's main
-// process again (kubernetes#73275, kata#1500).
+// TestIdentityIsTheContainers compares all that the kernel knows of an exec and of the container's main process
+// (kubernetes#73275, kata#1500).
 func TestIdentityIsTheContainers(t *testing.T) {
 	umask := uint32(0o027)
 	user := func(spec *specs.Spec) {
@@ -305,7 +306,7 @@ func TestIdentityIsTheContainers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := newRunner(t)
 			c := newContainer(t, changes...)
-			// Written by the shell itself, not by a child, and read of pid 1 with what pid 1 may read.
+			// The shell itself writes it, not a child, and reads of pid 1 what pid 1 may read.
 			script := `
 				p=$1
 				grep -E '^(Uid|Gid|Groups|Umask|Cap...|NoNewPrivs|Seccomp|Seccomp_filters|Cpus_allowed):' /proc/$p/status
@@ -333,8 +334,8 @@ func TestIdentityIsTheContainers(t *testing.T) {
 	}
 }
 
-// The container's main process has its limits from the container's spec or from the runtime that started it,
-// which need not have those of streamshim.
+// TestLimitsAreTheContainers checks limits. The container's main process has them from the container's spec or from the
+// runtime that started it, whose limits may differ from streamshim's.
 func TestLimitsAreTheContainers(t *testing.T) {
 	for name, changes := range map[string][]func(*specs.Spec){
 		"inherited": {func(spec *specs.Spec) { spec.Process.Rlimits = nil }},
@@ -373,7 +374,8 @@ func TestLimitsAreTheContainers(t *testing.T) {
 	}
 }
 
-// A runtime that does not care leaves a command with streamshim's oom_score_adj, by its unit -999.
+// TestOOMScoreAdjIsTheContainers checks that a command does not get streamshim's oom_score_adj, which its unit sets to
+// -999, even if the runtime does not set it.
 func TestOOMScoreAdjIsTheContainers(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t, func(spec *specs.Spec) { spec.Process.OOMScoreAdj = nil })
@@ -409,7 +411,7 @@ func slicesDelete(mounts []specs.Mount, destination string) []specs.Mount {
 	return kept
 }
 
-// A program may open /dev/stdin and the like by name, whoever it runs as (cri-o#5391,
+// TestStreamsCanBeReopened checks that a program may open /dev/stdin and the like by name, whatever its user (cri-o#5391,
 // containerd#10598, moby#31243).
 func TestStreamsCanBeReopened(t *testing.T) {
 	user := func(spec *specs.Spec) { spec.Process.User = specs.User{UID: 1000, GID: 2000} }
@@ -441,7 +443,8 @@ func TestStreamsCanBeReopened(t *testing.T) {
 	})
 }
 
-// The end of the container is seen at once, and is the end of the process (kubernetes#129144).
+// TestContainerExitEndsProcess checks that the end of the container is seen at once and ends the process
+// (kubernetes#129144).
 func TestContainerExitEndsProcess(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -466,8 +469,8 @@ func TestContainerExitEndsProcess(t *testing.T) {
 	}
 }
 
-// A process that is dead is reaped although nobody reads what it wrote: unreaped, it would keep the
-// container from stopping.
+// TestSlowReaderDoesNotDelayReaping checks that a dead process is reaped although nobody reads what it wrote. Unreaped, it
+// would keep the container from stopping.
 func TestSlowReaderDoesNotDelayReaping(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -489,7 +492,7 @@ func TestSlowReaderDoesNotDelayReaping(t *testing.T) {
 	}
 }
 
-// pending is how many bytes lie in a pipe.
+// pending returns how many bytes are in a pipe.
 func pending(t *testing.T, pipe *os.File) (n int) {
 	t.Helper()
 	raw, err := pipe.SyscallConn()
@@ -502,7 +505,7 @@ func pending(t *testing.T, pipe *os.File) (n int) {
 	return n
 }
 
-// A main process that was killed and has not been given a CPU since is one that ends.
+// TestContainerEndingBeforeItRuns checks that a main process that was killed and has not had a CPU since counts as ending.
 func TestContainerEndingBeforeItRuns(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -521,8 +524,8 @@ func TestContainerEndingBeforeItRuns(t *testing.T) {
 	closes(t, p.ContainerExited(), "the container's end")
 }
 
-// A container's main process is the last to be gone: it waits in the kernel for the others to be reaped.
-// That it has begun to end shows before.
+// TestContainerEnding checks that the end of a main process shows before it is gone. It is the last to go: it waits in the
+// kernel until the others are reaped.
 func TestContainerEnding(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -531,7 +534,7 @@ func TestContainerEnding(t *testing.T) {
 	if p.ContainerEnding() {
 		t.Error("the container is said to end")
 	}
-	// An orphan is not reaped while a start is under way, and holds the main process up.
+	// An orphan is not reaped during a start, and delays the main process.
 	begun := r.reaper.BeginStart()
 	r.reaper.DropProcess(last.watch)
 	runc(t, c, "kill", c.ContainerID, "KILL")
@@ -545,7 +548,7 @@ func TestContainerEnding(t *testing.T) {
 	default:
 	}
 	r.mu.Lock()
-	delete(r.running, last) // nobody will say that it has ended
+	delete(r.running, last) // nobody will report that it has ended
 	r.mu.Unlock()
 	os.Remove(last.record)
 	r.reaper.EndStart(begun)
@@ -555,7 +558,7 @@ func TestContainerEnding(t *testing.T) {
 	}
 }
 
-// A command cannot be named by way of a descriptor that only its start had open: from a folder of the
+// TestNoWayOut checks that a command cannot be named by a descriptor that only its start had open. From a folder of the
 // host, such as a cgroup's, the way up leads out of the container (CVE-2024-21626).
 func TestNoWayOut(t *testing.T) {
 	testutil.Slow(t)
@@ -577,8 +580,8 @@ func TestNoWayOut(t *testing.T) {
 	}
 }
 
-// Whatever a runtime does, and whatever it leaves behind stopped: a start ends with its time-out and the time that
-// ending a tree may take, also when the machine is busy.
+// TestNoStartOutlastsItsTimeout checks that a start ends within its timeout and the time for ending a tree, whatever a
+// runtime does or leaves stopped, even on a busy machine.
 func TestNoStartOutlastsItsTimeout(t *testing.T) {
 	testutil.Slow(t)
 	const timeout = 300 * time.Millisecond
@@ -622,8 +625,8 @@ func TestNoStartOutlastsItsTimeout(t *testing.T) {
 	}
 }
 
-// A runtime that says it has started a terminal's command and sends no terminal has no more time for it than the
-// start has.
+// TestTerminalThatNeverComes checks that a runtime that reports the start of a command with a terminal but sends no
+// terminal has no more time for it than the start has.
 func TestTerminalThatNeverComes(t *testing.T) {
 	r := newRunner(t, func(c *Config) { c.StartTimeout = time.Second })
 	c := newContainer(t)
@@ -637,7 +640,8 @@ func TestTerminalThatNeverComes(t *testing.T) {
 	}
 }
 
-// A runtime that fails when the command has begun leaves nothing of it, though nobody knows its pid.
+// TestRuntimeThatFailsTooLate checks that a runtime that fails after the command has begun leaves nothing of it, although
+// nobody knows its pid.
 func TestRuntimeThatFailsTooLate(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)

@@ -24,8 +24,9 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Each field of a process's state is that of some process here, and comes back when what was resumed from it is frozen
-// again. A field that is not written, not read, not taken from the process or not given to it is missing then.
+// TestEachFieldOfTheState checks that each field of a process's state is set for some process here, and is the same when
+// the process resumed from it is frozen again. It finds a field that is not written, not read, not taken from the process
+// or not given to it.
 func TestEachFieldOfTheState(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -180,7 +181,7 @@ func TestEachFieldOfTheState(t *testing.T) {
 	}
 }
 
-// known puts the file in a descriptor's place, and what has no order into one.
+// known replaces descriptors by their files, and sorts what has no order.
 func known(t *testing.T, s processState) processState {
 	t.Helper()
 	file := func(d *handover.Descriptor) {
@@ -221,7 +222,7 @@ func known(t *testing.T, s processState) processState {
 	return copied
 }
 
-// sameTimes makes instants that are nearly those of another value those.
+// sameTimes replaces times by those of another value if they are nearly equal.
 func sameTimes(v, of reflect.Value) {
 	switch {
 	case v.Type() == reflect.TypeFor[handover.Instant]():
@@ -237,7 +238,7 @@ func sameTimes(v, of reflect.Value) {
 	}
 }
 
-// fieldsOf notes the fields of a value that are not zero.
+// fieldsOf records the fields of a value that are not zero.
 func fieldsOf(v reflect.Value, path string, seen map[string]bool) {
 	switch v.Kind() {
 	case reflect.Pointer:
@@ -270,7 +271,7 @@ func fieldTypes(of reflect.Type, path string, all map[string]bool) {
 	}
 }
 
-// In the same program os/exec goes on waiting for its children.
+// TestThawLeavesChildrenAlone checks that in the same program os/exec still waits for its children.
 func TestThawLeavesChildrenAlone(t *testing.T) {
 	r := newRunner(t)
 	command := exec.Command("sh", "-c", "read line; exit 3")
@@ -291,7 +292,7 @@ func TestThawLeavesChildrenAlone(t *testing.T) {
 	}
 }
 
-// A freeze for which there is no descriptor fails, and all goes on as it was.
+// TestFreezeWithoutDescriptors checks that a freeze for which there is no descriptor fails and leaves everything as it was.
 func TestFreezeWithoutDescriptors(t *testing.T) {
 	r := newRunner(t, func(config *Config) { config.OnDisconnect = PolicyKeep })
 	c := newContainer(t)
@@ -338,7 +339,7 @@ func TestFreezeWithoutDescriptors(t *testing.T) {
 	if _, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: []string{"true"}}); err != nil {
 		t.Error(err)
 	}
-	kept.Kill() // of no effect: it was resumed as another
+	kept.Kill() // has no effect: it was resumed as another
 	for _, p := range r.watched() {
 		p.Kill()
 		closes(t, p.Exited(), "its end")
@@ -360,7 +361,7 @@ func withoutDescriptors(t *testing.T, f func()) {
 	f()
 }
 
-// A state that is not of this version, or is damaged, is an error.
+// TestDecodeState checks that a damaged state, or one of another version, is an error.
 func TestDecodeState(t *testing.T) {
 	good := processState{Version: stateVersion, Pid: 1 << 30, Start: 1, Policy: PolicyHangup}
 	for what, change := range map[string]func(*processState){
@@ -454,7 +455,7 @@ func FuzzDecodeState(f *testing.F) {
 		if decoded, err := decodeProcess(again); err != nil || !reflect.DeepEqual(s, decoded) {
 			t.Errorf("%+v\n%+v, %v", s, decoded, err)
 		}
-		// No descriptor of it was handed over, and no such process is ours.
+		// None of its descriptors was handed over, and there is no such process here.
 		takeStreams(stdio.TakeFrom(handover.NewFiles()), s)
 		s.Ends.Resume()
 	})

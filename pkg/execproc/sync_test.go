@@ -13,7 +13,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// What the runtime's environment has for the runtime's own sake is not in the command's.
+// TestRuntimeEnvironmentStaysOut checks that the command does not inherit the environment of the runtime.
 func TestRuntimeEnvironmentStaysOut(t *testing.T) {
 	r, c := newRunner(t), newContainer(t)
 	result, err := r.RunSync(t.Context(), c, workload.SyncCommand{Args: []string{"env"}, Env: []string{"GOGC=7"}})
@@ -46,8 +46,8 @@ func TestRunSync(t *testing.T) {
 	}
 }
 
-// A command whose child keeps the pipe open returns with its own exit code (kubernetes#44371), and
-// leaves the child alone.
+// TestBackgroundChildHoldsPipe checks that a command whose child keeps the pipe open returns with its own exit code
+// (kubernetes#44371) and leaves the child alone.
 func TestBackgroundChildHoldsPipe(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -62,7 +62,7 @@ func TestBackgroundChildHoldsPipe(t *testing.T) {
 	}
 }
 
-// A child that goes on writing is listened to, but not for ever.
+// TestBackgroundChildWrites checks that the output of a child that goes on writing is read, but not for ever.
 func TestBackgroundChildWrites(t *testing.T) {
 	testutil.Slow(t)
 	r := newRunner(t, func(config *Config) { config.DrainIdle, config.DrainMax = 5*time.Second, 4*time.Second })
@@ -78,10 +78,11 @@ func TestBackgroundChildWrites(t *testing.T) {
 	}
 }
 
-// The timeout is kept, and nothing of the tree survives it (containerd#4594, containerd#9568).
+// TestTimeoutKillsTree checks that the timeout is kept and nothing of the tree survives it (containerd#4594,
+// containerd#9568).
 func TestTimeoutKillsTree(t *testing.T) {
 	testutil.Slow(t)
-	const timeout = 2 * time.Second // within which the command has to be started, and to say so
+	const timeout = 2 * time.Second // within it the command must start and write
 	r := newRunner(t)
 	c := newContainer(t)
 	for _, script := range []string{
@@ -102,7 +103,7 @@ func TestTimeoutKillsTree(t *testing.T) {
 		}
 		eventually(t, "the tree is gone", func() bool { return len(marked(t, marker)) == 0 })
 	}
-	// The command itself has ended in time, only its child has not.
+	// The command itself has ended in time, but its child has not.
 	began := time.Now()
 	marker := newMarker()
 	r.config.DrainIdle, r.config.DrainMax = time.Hour, time.Hour
@@ -129,7 +130,7 @@ func TestCancelKillsTree(t *testing.T) {
 	eventually(t, "the command is gone", func() bool { return len(marked(t, marker)) == 0 })
 }
 
-// A timeout that comes during the start counts as well.
+// TestTimeoutDuringStart checks that a timeout during the start counts, too.
 func TestTimeoutDuringStart(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -144,8 +145,8 @@ func TestTimeoutDuringStart(t *testing.T) {
 	}
 }
 
-// Output beyond the limit is dropped, both streams counted together, and the command goes on
-// (CVE-2022-1708).
+// TestOutputLimit checks that output beyond the limit is dropped, with both streams counted together, and that the command
+// goes on (CVE-2022-1708).
 func TestOutputLimit(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -183,8 +184,8 @@ func (r *room) Return(n int) {
 	r.left += n
 }
 
-// What all keep together is bounded: a command for whose output there is no room is ended with its tree, and says
-// so. What a probe writes always has room.
+// TestOutputRoom checks that the output that all calls hold together is bounded. A command without room for its output is
+// ended with its tree, and the error says so. The output of a probe always has room.
 func TestOutputRoom(t *testing.T) {
 	shared := &room{left: 1 << 20}
 	r := newRunner(t, func(config *Config) { config.OutputRoom, config.OutputLimit = shared, 16<<20 })
@@ -209,7 +210,7 @@ func TestOutputRoom(t *testing.T) {
 	}
 }
 
-// A command waits for its turn within its timeout, and has it only while it starts.
+// TestTurn checks that a command waits for its turn within its timeout, and has the turn only while it starts.
 func TestTurn(t *testing.T) {
 	var turn func(context.Context) (func(), error)
 	r := newRunner(t, func(config *Config) {
@@ -252,7 +253,7 @@ func TestTurn(t *testing.T) {
 	}
 }
 
-// A probe that is cut off by the end of the Runner did not fail.
+// TestShutdownDuringRunSync checks that a probe that is cut off by the end of the Runner is not reported as failed.
 func TestShutdownDuringRunSync(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)

@@ -19,7 +19,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// The first command already sees the size (kubernetes#47990, cri-o#9246).
+// TestTerminalSizeOnFirstCommand checks that the first command sees the size (kubernetes#47990, cri-o#9246).
 func TestTerminalSizeOnFirstCommand(t *testing.T) {
 	testutil.Slow(t)
 	r := newRunner(t)
@@ -32,8 +32,9 @@ func TestTerminalSizeOnFirstCommand(t *testing.T) {
 	}
 }
 
-// crun sets the size only after it has let the command go, so that the first instructions may find none; a moment
-// later it is there, always, and whoever asked too early gets SIGWINCH. See docs/behaviour.md.
+// TestTerminalSizeWithCrun checks that the size is there a moment after the start. crun sets the size only after it has let
+// the command run, so the first instructions may see none. A program that asked too early gets SIGWINCH. See
+// docs/behaviour.md.
 func TestTerminalSizeWithCrun(t *testing.T) {
 	testutil.Slow(t)
 	binary, err := exec.LookPath("crun")
@@ -43,11 +44,11 @@ func TestTerminalSizeWithCrun(t *testing.T) {
 		}
 		t.Skip(err)
 	}
-	// crun refuses a hybrid cgroup hierarchy whose second version has controllers; seen from here it has none.
+	// crun refuses a hybrid cgroup hierarchy whose v2 part has controllers. The wrapper hides it.
 	wrapper := filepath.Join(t.TempDir(), "crun")
 	writeFile(t, wrapper, "#!/bin/sh\nexec unshare -m sh -c 'umount /sys/fs/cgroup/unified 2>/dev/null; exec \"$0\" \"$@\"' "+binary+" \"$@\"\n", 0o755)
 	r := newRunner(t)
-	c := newContainerOf(t, wrapper, func(s *specs.Spec) { s.Version = "1.0.2" }) // crun 1.8 knows no later one
+	c := newContainerOf(t, wrapper, func(s *specs.Spec) { s.Version = "1.0.2" }) // crun 1.8 accepts no later version
 	first := 0
 	for range 100 {
 		out, _ := output(t, r, c, workload.Command{
@@ -85,7 +86,7 @@ func TestResize(t *testing.T) {
 	}
 }
 
-// TERM is set for those who have none, and left alone for those who have.
+// TestTerminalName checks that TERM is set if there is none, and left alone otherwise.
 func TestTerminalName(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -102,7 +103,8 @@ func TestTerminalName(t *testing.T) {
 	}
 }
 
-// A short command with a terminal loses none of its output (cri-o#8483: about one in a hundred).
+// TestShortTerminalCommandsLoseNothing checks that a short command with a terminal loses none of its output (cri-o#8483:
+// about one in a hundred did).
 func TestShortTerminalCommandsLoseNothing(t *testing.T) {
 	testutil.Slow(t)
 	r := newRunner(t)
@@ -118,7 +120,7 @@ func TestShortTerminalCommandsLoseNothing(t *testing.T) {
 	}
 }
 
-// Output of a terminal that nobody wants does not stop the process.
+// TestTerminalWithoutStdout checks that a terminal's output that nobody wants does not stop the process.
 func TestTerminalWithoutStdout(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -131,7 +133,8 @@ func TestTerminalWithoutStdout(t *testing.T) {
 	}
 }
 
-// The end of input reaches a program with a terminal, and its output still comes (cri-tools#269).
+// TestTerminalStdinEOF checks that the end of input reaches a program with a terminal, and that its output still arrives
+// (cri-tools#269).
 func TestTerminalStdinEOF(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -156,15 +159,15 @@ func TestTerminalStdinEOF(t *testing.T) {
 	}
 }
 
-// The end of input stays the end for whoever reads next, and reaches a shell that edits lines. A program that takes
-// keys, such as an editor, gets it as a key and so only once.
+// TestTerminalStdinEOFReachesReaders checks that the end of input is also the end for later readers, and that it reaches a
+// shell that edits lines. A program that reads keys, such as an editor, gets it as a key, and so only once.
 func TestTerminalStdinEOFReachesReaders(t *testing.T) {
 	testutil.Slow(t)
 	r := newRunner(t)
 	c := newContainer(t)
 	for name, test := range map[string]struct {
 		args []string
-		want string // the last that is said
+		want string // the last output
 	}{
 		"one reader after another": {shell("stty -echo; echo ready; cat; sleep 0.5; cat; sleep 1; cat; echo end"), "end\r\n"},
 		"a shell":                  {[]string{"sh"}, ""},
@@ -195,7 +198,7 @@ func TestTerminalStdinEOFReachesReaders(t *testing.T) {
 	}
 }
 
-// A program may close its terminal and open it again.
+// TestTerminalReopened checks that a program may close its terminal and open it again.
 func TestTerminalReopened(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -205,7 +208,7 @@ func TestTerminalReopened(t *testing.T) {
 	}
 }
 
-// Closing interrupts a read, and does not wait for it.
+// TestCloseInterruptsRead checks that Close unblocks a read and does not wait for it.
 func TestCloseInterruptsRead(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -223,7 +226,7 @@ func TestCloseInterruptsRead(t *testing.T) {
 	}
 }
 
-// A Unix socket's path has at most 107 bytes, a state directory's may have more.
+// TestLongStateDirectory checks a state directory whose path is longer than the 107 bytes of a Unix socket's path.
 func TestLongStateDirectory(t *testing.T) {
 	r := newRunner(t, func(config *Config) {
 		config.StateDir = filepath.Join(config.StateDir, strings.Repeat("long", 30))
@@ -234,7 +237,8 @@ func TestLongStateDirectory(t *testing.T) {
 	}
 }
 
-// Whatever a runtime sends over the console socket, no descriptor of it stays open.
+// TestConsoleSocketClosesWhatElseArrives checks that no descriptor stays open, whatever a runtime sends over the console
+// socket.
 func TestConsoleSocketClosesWhatElseArrives(t *testing.T) {
 	noLeaks(t)
 	for count := range 4 {

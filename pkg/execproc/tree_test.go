@@ -16,8 +16,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// family is a shell script that makes the processes of a row, all of which sleep for the marker,
-// and then goes on itself. It says "ready" once they are there.
+// families are shell scripts. Each starts the processes of its row, all of which sleep for the marker, prints "ready" when
+// they exist, and continues.
 var families = []struct {
 	name     string
 	script   string // %[1]s is the marker
@@ -36,7 +36,8 @@ var families = []struct {
 	{"stopped with handlers", "trap 'exit 9' HUP; sleep %[1]s & echo ready; kill -STOP $$; wait", 1},
 }
 
-// The client has gone: so does everything that it started (kubernetes#89031, runc#3359).
+// TestDisconnectEndsTree checks that all that a command has started ends when its client leaves (kubernetes#89031,
+// runc#3359).
 func TestDisconnectEndsTree(t *testing.T) {
 	for _, hostPID := range []bool{false, true} {
 		r := newRunner(t)
@@ -103,7 +104,7 @@ func startFamily(t *testing.T, r *Runner, c workload.Container, script, marker s
 	return p
 }
 
-// Each step in its turn: who heeds the hang-up is not bothered with TERM.
+// TestHangupComesFirst checks the order of the signals: a process that obeys the hang-up gets no TERM.
 func TestHangupComesFirst(t *testing.T) {
 	testutil.Slow(t)
 	for _, tty := range []bool{false, true} {
@@ -117,7 +118,7 @@ func TestHangupComesFirst(t *testing.T) {
 		}
 		p = startFamily(t, r, c, "trap '' HUP; echo ready; while :; do sleep 0.05; done #%s", "", tty)
 		p.Disconnect()
-		p.Kill() // does not wait for the rest of the grace
+		p.Kill() // does not wait for the rest of the grace period
 		if code := exitCode(t, p); code != 137 {
 			t.Errorf("tty %v: exit code %d", tty, code)
 		}
@@ -131,7 +132,7 @@ func TestHangupComesFirst(t *testing.T) {
 	}
 }
 
-// A daemon started on purpose outlives the command that started it, which ended by itself.
+// TestNormalEndKillsNobody checks that a daemon started on purpose outlives its command if that ends by itself.
 func TestNormalEndKillsNobody(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -148,7 +149,8 @@ func TestNormalEndKillsNobody(t *testing.T) {
 	eventually(t, "the daemon is gone", func() bool { return len(marked(t, marker)) == 0 })
 }
 
-// Only the tree: neither other execs in the container nor the daemons of other commands.
+// TestKillHurtsNobodyElse checks that only the tree is killed: neither other execs in the container nor the daemons of
+// other commands.
 func TestKillHurtsNobodyElse(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
@@ -166,7 +168,7 @@ func TestKillHurtsNobodyElse(t *testing.T) {
 	}
 }
 
-// The number of a terminal that was hung up soon belongs to the next one.
+// TestReusedTerminalNumber checks that the number of a terminal that was hung up may belong to another terminal soon.
 func TestReusedTerminalNumber(t *testing.T) {
 	testutil.Slow(t)
 	r := newRunner(t, func(config *Config) { config.TermAfter, config.KillAfter = 2*time.Second, 3*time.Second })
@@ -187,7 +189,7 @@ func TestReusedTerminalNumber(t *testing.T) {
 	}
 }
 
-// A process to be kept neither blocks nor dies when nobody reads any more.
+// TestKeep checks that a process to be kept neither blocks nor dies when nobody reads its output any more.
 func TestKeep(t *testing.T) {
 	for _, tty := range []bool{false, true} {
 		r := newRunner(t, func(config *Config) { config.OnDisconnect = PolicyKeep })
@@ -200,26 +202,27 @@ func TestKeep(t *testing.T) {
 		if code := exitCode(t, p); code != 7 {
 			t.Errorf("tty %v: exit code %d", tty, code)
 		}
-		// It outlives even the Runner.
+		// It even outlives the Runner.
 		marker := newMarker()
 		p = startFamily(t, r, c, "echo ready; exec sleep %s", marker, tty)
 		p.Disconnect()
 		p.Close()
 		r.Close()
-		if len(marked(t, marker)) == 0 && !tty { // a terminal's end cannot outlive its master's
+		if len(marked(t, marker)) == 0 && !tty { // a terminal ends with its master
 			t.Error("the process did not outlive the Runner")
 		}
 		for _, pid := range marked(t, marker) {
 			unix.Kill(pid, unix.SIGKILL)
 		}
 		eventually(t, "the process is gone", func() bool {
-			_, err := unix.Wait4(p.leader.Pid, nil, unix.WNOHANG, nil) // no Runner does it any more
+			_, err := unix.Wait4(p.leader.Pid, nil, unix.WNOHANG, nil) // no Runner reaps it any more
 			return err == unix.ECHILD && len(marked(t, marker)) == 0
 		})
 	}
 }
 
-// Input that was cut does not look whole to a process that is kept: only who has given it all ends it.
+// TestKeepDoesNotEndInput checks that a kept process does not take input that was cut for complete: it sees the end only if
+// it was sent.
 func TestKeepDoesNotEndInput(t *testing.T) {
 	r := newRunner(t, func(config *Config) { config.OnDisconnect = PolicyKeep })
 	c := newContainer(t)
@@ -233,7 +236,7 @@ func TestKeepDoesNotEndInput(t *testing.T) {
 	if code := exitCode(t, whole); code != 5 {
 		t.Errorf("with all of its input it ended with %d", code)
 	}
-	time.Sleep(200 * time.Millisecond) // a wrong end of input takes effect meanwhile
+	time.Sleep(200 * time.Millisecond) // time for a wrong end of input to take effect
 	if cut.hasExited() {
 		t.Error("the process took its cut input for all of it")
 	}

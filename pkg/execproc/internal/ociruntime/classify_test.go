@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// What runtimes say when they do not start a command.
+// TestClassify checks what runtimes report when they do not start a command.
 func TestClassify(t *testing.T) {
 	const runcPrefix = "exec failed: unable to start container process: "
 	for _, test := range []struct {
@@ -56,7 +56,8 @@ func FuzzRuntimeLog(f *testing.F) {
 	})
 }
 
-// A helper may stand in for a command that is not there, not for one that is there and does not work.
+// TestMissingCommandIsKnown checks that a helper may replace a command that does not exist, but not one that exists and
+// does not work.
 func TestMissingCommandIsKnown(t *testing.T) {
 	for reason, want := range map[string]bool{
 		`exec: "tar": executable file not found in $PATH`:                     true,

@@ -10,7 +10,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// Everything but the command is the container's, including what is added to the spec one day.
+// TestProcessSpecIsTheContainers checks that all but the command is the container's, even what is added to the spec one
+// day.
 func TestProcessSpecIsTheContainers(t *testing.T) {
 	text := `{
 		"terminal": true, "consoleSize": {"height": 1, "width": 2}, "args": ["main"], "commandLine": "main",

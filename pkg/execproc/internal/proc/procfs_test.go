@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// The kernel's list of processes may hold anything as a name.
+// FuzzParseStat checks the parser with arbitrary names: a process may have any.
 func FuzzParseStat(f *testing.F) {
 	f.Add("42 (a b) c) S 1 42 43 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 12345 0 0 0 0 0 0 0 0 0")
 	f.Add("42 () Z 1 42 43")

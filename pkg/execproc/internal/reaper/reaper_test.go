@@ -19,7 +19,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc/internal/proc"
 )
 
-// A process may be dead before its pid is known. While a start is under way, its zombie waits.
+// TestZombieWaitsForStartUnderWay checks that a zombie waits while a start is in progress: a process may end before its pid
+// is known.
 func TestZombieWaitsForStartUnderWay(t *testing.T) {
 	leak.Check(t)
 	r, err := Acquire()
@@ -65,7 +66,7 @@ func TestZombieWaitsForStartUnderWay(t *testing.T) {
 		t.Error("the orphan was reaped too early")
 	}
 	r.mu.Lock()
-	r.looked = time.Time{} // long ago, so that the end of a start brings a look although another goes on
+	r.looked = time.Time{} // long ago, so that the end of a start causes a look although another one goes on
 	r.mu.Unlock()
 	r.EndStart(first)
 	testutil.Eventually(t, "the orphan is reaped", reaped(orphan))
@@ -74,8 +75,8 @@ func TestZombieWaitsForStartUnderWay(t *testing.T) {
 	testutil.Eventually(t, "an orphan is reaped at once when nothing is under way", reaped(orphan))
 }
 
-// A child that os/exec has started here may be a zombie for as long as nobody asks os/exec: its status is
-// left alone.
+// TestOwnChildIsNoOrphan checks that the status of a child of os/exec is left alone, even if it is a zombie for a long time
+// because nobody asks os/exec.
 func TestOwnChildIsNoOrphan(t *testing.T) {
 	leak.Check(t)
 	r, err := Acquire()
@@ -99,7 +100,8 @@ func TestOwnChildIsNoOrphan(t *testing.T) {
 	}
 }
 
-// A zombie that a debugger has cannot be reaped. It costs nothing meanwhile, and is reaped when the debugger lets go.
+// TestZombieHeldByTracer checks that a zombie that a debugger holds and that cannot be reaped costs nothing meanwhile, and
+// is reaped when the debugger releases it.
 func TestZombieHeldByTracer(t *testing.T) {
 	r, err := Acquire()
 	if err != nil {
@@ -116,7 +118,7 @@ func TestZombieHeldByTracer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The tracer is a process of its own: a tracer that is the parent as well is no obstacle.
+	// The tracer is a separate process: a tracer that is also the parent would not be in the way.
 	tracer := exec.Command(os.Args[0], "-test.run=^$")
 	tracer.Env = append(os.Environ(), tracerVariable+"="+strconv.Itoa(pid))
 	release, err := tracer.StdinPipe()
@@ -172,7 +174,7 @@ func ownTime(t *testing.T) time.Duration {
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
-// tracerVariable makes the test's program one that traces this process until its input ends.
+// tracerVariable makes the test binary trace this process until its input ends.
 const tracerVariable = "EXECPROC_TEST_TRACE"
 
 func trace(pid string) {
@@ -190,7 +192,8 @@ func trace(pid string) {
 	os.Exit(0)
 }
 
-// What a zombie costs that nobody waits for, as each start leaves some, while N commands live.
+// BenchmarkReapOrphans measures the cost of a zombie that nobody waits for, as each start leaves some, while N commands
+// live.
 func BenchmarkReapOrphans(b *testing.B) {
 	for _, n := range []int{10, 100, 1000, 4000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {

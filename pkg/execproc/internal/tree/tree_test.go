@@ -14,7 +14,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/rescue"
 )
 
-// Looks are served in rounds of a limited size, those of commands whose caller waits before the others.
+// TestFinderOrder checks that looks are served in rounds of bounded size, those of commands whose caller waits before the
+// others.
 func TestFinderOrder(t *testing.T) {
 	look := func(urgent bool) *look { return &look{Tree: &Tree{Urgent: urgent}} }
 	f := &finder{limit: 3, running: true}
@@ -44,7 +45,8 @@ func TestFinderOrder(t *testing.T) {
 	}
 }
 
-// A container may have any number of descriptors open, at the cost of who reads them.
+// TestDescriptorsHaveBudget checks that the number of descriptors that are read is bounded, however many a container has
+// open.
 func TestDescriptorsHaveBudget(t *testing.T) {
 	self, err := proc.ReadStat(os.Getpid())
 	if err != nil {
@@ -89,7 +91,7 @@ func TestDescriptorsHaveBudget(t *testing.T) {
 	}
 }
 
-// Pipes say themselves whether anybody else holds them, also after our ends were closed.
+// TestPipeWatch checks that pipes themselves tell whether others hold them, even after our ends were closed.
 func TestPipeWatch(t *testing.T) {
 	var ours, others [3]*os.File
 	var err error
@@ -138,7 +140,8 @@ func TestPipeWatch(t *testing.T) {
 	}
 }
 
-// A search that panics is that of one tree: the others of its round are served, and only who has asked for it panics.
+// TestPanicInALook checks that a search that panics concerns one tree: the others of its round are served, and only the
+// caller that asked for it panics.
 func TestPanicInALook(t *testing.T) {
 	command := exec.Command("sleep", "1000")
 	if err := command.Start(); err != nil {
@@ -157,7 +160,7 @@ func TestPanicInALook(t *testing.T) {
 	if faulty.panic == nil || sound.panic != nil || len(sound.living) != 1 {
 		t.Errorf("panics: %v and %v, found %d processes", faulty.panic, sound.panic, len(sound.living))
 	}
-	// What all share in a round is the panic of each that still waits.
+	// A panic in what all looks of a round share is that of each that still waits.
 	first, second := &look{done: make(chan struct{})}, &look{done: make(chan struct{})}
 	close(first.done)
 	abandon([]*look{first, second}, rescue.Caught("a fault of the test"))
