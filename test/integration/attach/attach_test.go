@@ -15,8 +15,8 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// A viewer that does not read does not stop the container and its log (moby#41827, A1): the output and the
-// log go on; the viewer finds a gap when it reads again.
+// TestSlowViewerLeavesTheContainerRunning checks that a viewer that does not read does not stop the container and its log
+// (moby#41827, A1). Output and log go on. The viewer finds a gap when it reads again.
 func TestSlowViewerLeavesTheContainerRunning(t *testing.T) {
 	t.Parallel()
 	for _, tty := range []bool{false, true} {
@@ -52,8 +52,9 @@ func TestSlowViewerLeavesTheContainerRunning(t *testing.T) {
 	}
 }
 
-// A client that leaves while it is being attached does not stop the container for good: containerd would wait for a
-// reply that it can no longer send, with its lock on the output held. The relay lets it reply first.
+// TestViewerThatLeavesAtOnceLeavesTheContainerRunning checks that a client that leaves while it is being attached does not
+// stop the container for good. Without the relay, containerd would wait for a reply that it can no longer send, and hold
+// its lock on the output. The relay lets it reply first.
 func TestViewerThatLeavesAtOnceLeavesTheContainerRunning(t *testing.T) {
 	t.Parallel()
 	for _, transport := range harness.Transports {
@@ -73,7 +74,7 @@ func TestViewerThatLeavesAtOnceLeavesTheContainerRunning(t *testing.T) {
 			options := remotecommand.StreamOptions{Stdout: io.Discard, Stderr: io.Discard}
 			for i := range 150 {
 				ended, cancel := harness.Begin(t, transport, harness.Shared.Shim.AttachURL(t, container, options), options)
-				time.Sleep(time.Duration(i%15) * time.Millisecond) // to leave at any point of the way
+				time.Sleep(time.Duration(i%15) * time.Millisecond) // to leave at any point of the start
 				cancel()
 				harness.AwaitEnd(t, ended) //nolint:errcheck // cancelled
 			}
@@ -83,12 +84,12 @@ func TestViewerThatLeavesAtOnceLeavesTheContainerRunning(t *testing.T) {
 	}
 }
 
-// The table of docs/attach.md (kubernetes#56453, A3): what becomes of the container's stdin, and of the
-// session, when the client's input ends and when the client goes.
+// The table of docs/attach.md (kubernetes#56453, A3): what happens to the container's stdin and to the session when the
+// client's input ends, and when the client leaves.
 var attachTable = []struct {
 	once, tty bool
-	// eofEndsStdin: the main process sees the end of its input when the client's has ended.
-	// goneEndsStdin: it does when the client has gone.
+	// eofEndsStdin: the main process sees the end of its input when the client's input has ended. goneEndsStdin: it sees
+	// the end when the client has left.
 	eofEndsStdin, goneEndsStdin bool
 }{
 	{once: false, tty: false},
@@ -121,7 +122,7 @@ func TestAttachStdinTable(t *testing.T) {
 				input, typed := io.Pipe()
 				defer typed.Close()
 				if row.tty {
-					options.Stdin = input // whose end is a detach
+					options.Stdin = input // its end is a detach
 				}
 				ended, cancel := harness.Begin(t, transport, harness.Shared.Shim.AttachURL(t, container, options), options)
 				if row.tty {
@@ -142,7 +143,7 @@ func TestAttachStdinTable(t *testing.T) {
 					if err := harness.AwaitEnd(t, ended); err != nil {
 						t.Errorf("the input ended and the client got %v", err)
 					}
-					expectAnswer(t, container, transport, row.tty) // others may go on typing
+					expectAnswer(t, container, transport, row.tty) // others may still type
 				}
 				cancel()
 			})
@@ -168,7 +169,7 @@ func TestAttachStdinTable(t *testing.T) {
 	}
 }
 
-// expectAnswer attaches another client and has a line answered.
+// expectAnswer attaches another client and checks that a line is answered.
 func expectAnswer(t *testing.T, container, transport string, tty bool) {
 	t.Helper()
 	output := &testutil.Buffer{}
@@ -181,7 +182,8 @@ func expectAnswer(t *testing.T, container, transport string, tty bool) {
 	testutil.Eventually(t, "a second client's line is answered", func() bool { return strings.Contains(output.String(), "got again") })
 }
 
-// The size of the client's terminal reaches the container it is attached to (cri-o#9246, A6).
+// TestAttachedTerminalHasTheClientsSize checks that the size of the client's terminal reaches the container that it is
+// attached to (cri-o#9246, A6).
 func TestAttachedTerminalHasTheClientsSize(t *testing.T) {
 	t.Parallel()
 	harness.ForEachTransport(t, func(t *testing.T, transport string) {

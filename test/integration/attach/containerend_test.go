@@ -10,7 +10,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/harness"
 )
 
-// Attach ends with its container (A5).
+// TestAttachEndsWithItsContainer checks that an attach ends with its container (A5).
 func TestAttachEndsWithItsContainer(t *testing.T) {
 	t.Parallel()
 	for _, e := range harness.Endings {

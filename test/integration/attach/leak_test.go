@@ -13,7 +13,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// No goroutine, descriptor or memory leaks with an attach (CVE-2025-64329, A7).
+// TestAttachLeaksNothing checks that an attach leaks no goroutine, descriptor or memory (CVE-2025-64329, A7).
 func TestAttachLeaksNothing(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{Stdin: true, Command: []string{"sh", "-c", "while :; do echo output; sleep 0.05; done"}})
@@ -21,8 +21,8 @@ func TestAttachLeaksNothing(t *testing.T) {
 		harness.InParallel(t, n, 8, func(i int) {
 			ctx, cancel := context.WithTimeout(context.Background(), testutil.Patience)
 			defer cancel()
-			// Dropped with the first output. Earlier would be a test of containerd 2.4, whose containers
-			// may lose their output for good when a client goes while it is being attached.
+			// Dropped with the first output. Dropping earlier would test containerd 2.4: its containers may lose their
+			// output for good when a client leaves while it is being attached.
 			output := harness.WriterFunc(func(p []byte) (int, error) { cancel(); return len(p), nil })
 			options := remotecommand.StreamOptions{Stdin: harness.OpenStdin(t), Stdout: output, Stderr: io.Discard}
 			u := shim.AttachURL(t, container, options)

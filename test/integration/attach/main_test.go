@@ -1,4 +1,4 @@
-// Package attach tests what users see of attach, with stock client-go against a real node.
+// Package attach tests what users see of attach, with stock client-go on a real node.
 package attach
 
 import (

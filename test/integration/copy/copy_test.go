@@ -1,5 +1,5 @@
-// Package copy tests exec.helpers: what kubectl cp sends, into and out of real containers that have no tar, and what
-// a container can do to the helper.
+// Package copy tests exec.helpers: what kubectl cp sends, into and out of real containers that have no tar, and what a
+// container can do to the helper.
 package copy
 
 import (
@@ -29,7 +29,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// patience is for what should happen soon, on a machine that is busy with other things.
+// patience bounds waits for what happens soon, on a machine that is busy with other things.
 const patience = 90 * time.Second
 
 // copying is a node with one pod.
@@ -55,7 +55,8 @@ func start(t *testing.T, name, config string) *copying {
 	return c
 }
 
-// static runs a container that has nothing but one static program, and a folder of the host at /data, which it returns.
+// static runs a container with only one static program, and a folder of the host at /data. It returns the container and the
+// folder.
 func (c *copying) static(name string, change func(*node.ContainerSpec)) (container, data string) {
 	c.t.Helper()
 	data = filepath.Join(c.dir, name)
@@ -79,7 +80,7 @@ func (c *copying) static(name string, change func(*node.ContainerSpec)) (contain
 	return container, data
 }
 
-// crictl runs a command in a container as kubectl cp would, and returns what it says. crictl itself ends with 1.
+// crictl runs a command in a container as kubectl cp would, and returns its output. crictl itself ends with 1.
 func (c *copying) crictl(stdin io.Reader, container string, args ...string) (stdout []byte, stderr string, err error) {
 	c.t.Helper()
 	ctx, cancel := context.WithTimeout(c.t.Context(), 2*patience)
@@ -105,7 +106,7 @@ file = "@DIR@/audit.log"
 fsync = "always"
 `
 
-// sums are the contents of an archive: what each member is and holds.
+// sums returns the contents of an archive: what each member is and holds.
 func sums(t *testing.T, archive io.Reader) map[string]string {
 	t.Helper()
 	all := map[string]string{}
@@ -159,7 +160,8 @@ func upload(t *testing.T) []byte {
 	return archive.Bytes()
 }
 
-// Files go into a container of one static program and come back as they were, and the audit log says by what.
+// TestCopyWithoutTar checks that files go into a container with one static program and come back unchanged, and that the
+// audit log names the helper.
 func TestCopyWithoutTar(t *testing.T) {
 	c := start(t, "copy", config)
 	archive := upload(t)
@@ -200,14 +202,14 @@ func TestCopyWithoutTar(t *testing.T) {
 				t.Errorf("%d members, want %d", len(got), len(want))
 			}
 			for name, w := range want {
-				if owner != "0:0" { // nobody but root gives files away
+				if owner != "0:0" { // only root gives files away
 					w = owners.ReplaceAllString(w, " "+owner+" ")
 				}
 				if g := got["data/"+name]; g != w {
 					t.Errorf("%q came back as %q, want %q", name, g, w)
 				}
 			}
-			// What kubectl cp does not send fails as ever.
+			// What kubectl cp does not send fails as without the helper.
 			if _, stderr, err := c.crictl(nil, container, "tar", "tf", "/data/x"); err == nil || !strings.Contains(stderr, `"tar": executable file not found`) {
 				t.Errorf("tar tf: %v %s", err, stderr)
 			}
@@ -239,7 +241,7 @@ func TestCopyWithoutTar(t *testing.T) {
 
 var owners = regexp.MustCompile(` \d+:\d+ `)
 
-// Without the setting nothing changes.
+// TestCopyIsOffByDefault checks that nothing changes without the setting.
 func TestCopyIsOffByDefault(t *testing.T) {
 	c := start(t, "copyoff", "")
 	container, _ := c.static("off", nil)
@@ -250,10 +252,11 @@ func TestCopyIsOffByDefault(t *testing.T) {
 	}
 }
 
-// The helper has what the command would have had and nothing of the host, and its container cannot change it.
+// TestHelperUnderAttack checks that the helper has what the command would have had and nothing of the host, and that its
+// container cannot change it.
 func TestHelperUnderAttack(t *testing.T) {
 	c := start(t, "copyatk", config)
-	// A container with a shell, to attack from, and without tar.
+	// A container with a shell to attack from, and without tar.
 	container, err := c.RunContainer(t.Context(), c.pod, node.ContainerSpec{Name: "attacker", AddCapabilities: []string{"SYS_PTRACE", "FOWNER"}})
 	if err != nil {
 		t.Fatal(err)
@@ -261,7 +264,7 @@ func TestHelperUnderAttack(t *testing.T) {
 	if out, stderr, err := c.crictl(nil, container, "rm", "/bin/tar"); err != nil {
 		t.Fatal(err, string(out), stderr)
 	}
-	// One that waits for its input.
+	// A helper that waits for its input.
 	input, typed := io.Pipe()
 	ended := make(chan error, 1)
 	go func() {
@@ -328,7 +331,7 @@ func TestHelperUnderAttack(t *testing.T) {
 				continue
 			}
 			n, _ := strconv.Atoi(entry.Name()) //nolint:errcheck // the kernel writes numbers
-			// Go's own: its poller, and its container's share of the processors.
+			// Go's own descriptors: its poller, and the cgroup's share of the processors.
 			own := strings.HasPrefix(target, "anon_inode:[event") || strings.HasPrefix(target, "/sys/fs/cgroup/") && n > 2
 			if stream := n <= 2 && strings.HasPrefix(target, "pipe:"); !stream && !own {
 				last = fmt.Sprintf("descriptor %d is %s", n, target)
@@ -347,7 +350,7 @@ func TestHelperUnderAttack(t *testing.T) {
 		t.Errorf("seals %x, %v", seals, err)
 	}
 
-	// From inside: write it, cut it, take its execute bits away. Its pid there is found by its name.
+	// Attacks from inside: write to it, truncate it, remove its execute permissions. Its name leads to its pid there.
 	const attack = `for p in /proc/[0-9]*; do case $(readlink $p/exe) in *memfd*)
 	  echo found; (echo x >>$p/exe) 2>/dev/null && echo WRITTEN; (: >$p/exe) 2>/dev/null && echo CUT
 	  chmod 000 $p/exe 2>/dev/null; echo tried;; esac; done`
@@ -370,7 +373,7 @@ func TestHelperUnderAttack(t *testing.T) {
 	if out, stderr, err := c.crictl(nil, container, "cat", "/tmp/tree/plain"); err != nil || string(out) != "plain\n" {
 		t.Errorf("%q %s %v", out, stderr, err)
 	}
-	// The next one is not affected, and none stands in for a tar that is there, whatever it does.
+	// The next helper is not affected. No helper replaces a tar that is there, whatever that does.
 	if _, stderr, err := c.crictl(nil, container, "tar", "cf", "-", "/tmp/tree"); err != nil {
 		t.Errorf("the next helper: %s %v", stderr, err)
 	}
@@ -382,7 +385,7 @@ func TestHelperUnderAttack(t *testing.T) {
 	}
 }
 
-// initPID is the container's main process on this machine.
+// initPID returns the pid of the container's main process on this machine.
 func (c *copying) initPID(container string) int {
 	c.t.Helper()
 	response, err := c.Runtime().ContainerStatus(c.t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: container, Verbose: true})

@@ -12,8 +12,8 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// TestCrictl is what people do by hand with crictl, over both transports it knows. crictl's own exit
-// code is 1 whatever the command's was; the command's is in its last line.
+// TestCrictl does what people do by hand with crictl, over both of its transports. crictl's own exit code is 1 whatever the
+// command's is. The command's is in its last line.
 func TestCrictl(t *testing.T) {
 	n := harness.Shared.Node
 	_, container := runLab(t, n, node.PodSpec{Name: "plain"}, node.ContainerSpec{Stdin: true})
@@ -53,10 +53,10 @@ func TestCrictl(t *testing.T) {
 				if err := pty.Setsize(shell.terminal, &pty.Winsize{Cols: 101, Rows: 42}); err != nil {
 					t.Fatal(err)
 				}
-				// The new size comes at some time; the shell asks until it is there.
+				// The new size arrives at some time. The shell asks until it is there.
 				shell.write("until stty size | grep '42 101'; do sleep 0.1; done\n")
 				shell.expectMatch(`\n42 101\r\n`)
-				// The quotes tell what the command prints from the terminal's echo of it.
+				// The quotes distinguish what the command prints from the terminal's echo of it.
 				shell.write("sh -c 'echo sta\"\"rted; exec sleep 1000'\n")
 				shell.expect("started")
 				shell.write(interrupt)
@@ -88,7 +88,7 @@ func TestCrictl(t *testing.T) {
 				command.Stdin = strings.NewReader(input)
 				var stdout, stderr strings.Builder
 				command.Stdout, command.Stderr = &stdout, &stderr
-				_ = command.Run() // its exit code is looked at below
+				_ = command.Run() // its exit code is checked below
 				if stdout.String() != input {
 					t.Errorf("%d bytes came back of %d", stdout.Len(), len(input))
 				}
@@ -113,7 +113,7 @@ func TestCrictl(t *testing.T) {
 			},
 			"attach": func(t *testing.T) {
 				viewer := crictl("attach", container)
-				// The viewer sees only what is said after it has come, so it is said again and again.
+				// The viewer sees only what is written after it has attached, so it is written again and again.
 				talker := crictl("exec", container, "sh", "-c", "while wget -qO /dev/null http://127.0.0.1/; do sleep 0.2; done")
 				viewer.expect(`"GET /" 200`)
 				for _, program := range []*program{viewer, talker} {
@@ -122,8 +122,8 @@ func TestCrictl(t *testing.T) {
 				}
 			},
 			"attach -i": func(t *testing.T) {
-				// Without stdin_once the container's stdin stays open for the next one, and the answer to
-				// the last line comes although the client's input has ended.
+				// Without stdin_once the container's stdin stays open for the next client, and the answer to the last line
+				// arrives although the client's input has ended.
 				for _, word := range []string{"hello", "again"} {
 					attach := crictl("attach", "-i", container)
 					attach.write(word + "\n")

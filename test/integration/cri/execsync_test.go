@@ -15,8 +15,8 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// TestExecSyncTimeoutIsDeadlineExceeded checks the code by which the kubelet knows a probe that timed out. It takes
-// any other for a result it does not know, and a liveness probe then never restarts its container.
+// TestExecSyncTimeoutIsDeadlineExceeded checks the code by which the kubelet recognizes a probe that timed out. It takes
+// any other code for an unknown result, and then a liveness probe never restarts its container.
 func TestExecSyncTimeoutIsDeadlineExceeded(t *testing.T) {
 	n := harness.Shared.Node
 	_, container := runLab(t, n, node.PodSpec{}, node.ContainerSpec{})

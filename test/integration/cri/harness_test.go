@@ -1,5 +1,5 @@
-// Package cri tests streamshim from outside, as a node has it: in front of a real containerd, called
-// through CRI and through crictl.
+// Package cri tests streamshim from outside, as a node uses it: in front of a real containerd, called through CRI and
+// through crictl.
 package cri
 
 import (
@@ -25,7 +25,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// waitTimeout bounds every wait of a test; it is long because the machine may be busy.
+// waitTimeout bounds every wait of a test. It is long because the machine may be busy.
 const waitTimeout = 30 * time.Second
 
 // The tests share a node, one after the other: none is parallel, and each removes its pods.
@@ -38,7 +38,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// runTwoServers runs a pod that serves HTTP on the ports 80 and 81, from a container each.
+// runTwoServers runs a pod that serves HTTP on the ports 80 and 81, each from its own container.
 func runTwoServers(t *testing.T, n *node.Node) (podID string, containers []string) {
 	t.Helper()
 	podID, first := runLab(t, n, node.PodSpec{Name: "servers"}, node.ContainerSpec{})
@@ -51,10 +51,10 @@ func runTwoServers(t *testing.T, n *node.Node) (podID string, containers []strin
 	return podID, []string{first, second}
 }
 
-// What the two servers of runTwoServers answer.
+// The answers of the two servers of runTwoServers.
 const firstPage, secondPage = "hello from the pod", "Welcome to nginx!"
 
-// runLab runs a pod with a container that serves HTTP and answers lines, see images.Lab.
+// runLab runs a pod with a container that serves HTTP and answers lines. See images.Lab.
 func runLab(t *testing.T, n *node.Node, pod node.PodSpec, spec node.ContainerSpec) (podID, containerID string) {
 	t.Helper()
 	spec.Image = node.Image(images.Lab)
@@ -80,15 +80,14 @@ func runContainer(t *testing.T, n *node.Node, pod node.PodSpec, spec node.Contai
 	return podID, containerID
 }
 
-// program is a program that runs beside the test, with pipes or, if terminal is set, in a terminal
-// of its own.
+// program is a program that runs beside the test, with pipes, or in its own terminal if terminal is set.
 type program struct {
 	t        *testing.T
 	name     string
 	command  *exec.Cmd
 	terminal *os.File
 	stdin    io.WriteCloser
-	output   *testutil.Buffer // stdout, and with a terminal everything
+	output   *testutil.Buffer // stdout, and with a terminal all output
 	stderr   *testutil.Buffer // empty with a terminal
 	done     chan struct{}    // closed when it has ended and its output was read
 }
@@ -131,13 +130,13 @@ func startInTerminal(t *testing.T, command *exec.Cmd, columns, rows uint16) *pro
 	return p
 }
 
-// watch waits for the program in the background, then calls finish. A program that the test leaves
-// running is killed at its end.
+// watch waits for the program in the background, and then calls finish. A program that still runs at the end of the test is
+// killed.
 func (p *program) watch(finish func()) {
 	p.name = strings.Join(p.command.Args[3:], " ") // without crictl --config FILE
 	go func() {
 		defer close(p.done)
-		_ = p.command.Wait() // the exit code is looked at by end
+		_ = p.command.Wait() // end checks the exit code
 		finish()
 	}()
 	p.t.Cleanup(func() {
@@ -158,13 +157,13 @@ func (p *program) write(text string) {
 	}
 }
 
-// expect waits until the text has appeared in the output, and forgets the output up to its end.
+// expect waits until the text has appeared in the output, and drops the output up to the end of the text.
 func (p *program) expect(text string) {
 	p.t.Helper()
 	p.expectMatch(regexp.QuoteMeta(text))
 }
 
-// expectMatch is like expect, with a regular expression; it returns the match and its groups.
+// expectMatch is like expect, with a regular expression. It returns the match and its groups.
 func (p *program) expectMatch(pattern string) []string {
 	p.t.Helper()
 	match := p.output.Take(regexp.MustCompile(pattern), p.done)
@@ -187,8 +186,7 @@ func (p *program) end(exitCode int) {
 	}
 }
 
-// forwardedTo waits for crictl port-forward to say at which local address it listens for a port of
-// the pod.
+// forwardedTo waits until crictl port-forward prints the local address on which it listens for a port of the pod.
 func (p *program) forwardedTo(port int) string {
 	p.t.Helper()
 	return p.expectMatch(fmt.Sprintf(`Forwarding from (127\.0\.0\.1:\d+) -> %d\n`, port))[1]
@@ -221,7 +219,7 @@ type footprint struct {
 	members     int // processes in the containers
 }
 
-// takeFootprint looks at streamshim and at the containers.
+// takeFootprint counts it.
 func takeFootprint(t *testing.T, n *node.Node, containers ...string) footprint {
 	t.Helper()
 	pid := n.PID("streamshim")
@@ -248,7 +246,7 @@ func takeFootprint(t *testing.T, n *node.Node, containers ...string) footprint {
 		}
 		cgroup, _ := os.ReadFile(process + "/cgroup")
 		for _, container := range containers {
-			if !zombie && bytes.Contains(cgroup, []byte(container)) { // to reap orphans is the container's task
+			if !zombie && bytes.Contains(cgroup, []byte(container)) { // reaping orphans is the container's task
 				found.members++
 			}
 		}
@@ -256,7 +254,7 @@ func takeFootprint(t *testing.T, n *node.Node, containers ...string) footprint {
 	return found
 }
 
-// expectNothingLeft waits until no more is there than before.
+// expectNothingLeft waits until there is no more than before.
 func expectNothingLeft(t *testing.T, n *node.Node, before footprint, containers ...string) {
 	t.Helper()
 	var now footprint

@@ -19,8 +19,8 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// TestContainerdRestart kills containerd under open sessions and starts it again: the sessions go on
-// all the time, calls fail with Unavailable while it is away, and streamshim finds it again by itself.
+// TestContainerdRestart kills containerd during sessions and starts it again. The sessions must go on all the time, calls
+// must fail with Unavailable while it is away, and streamshim must find it again by itself.
 func TestContainerdRestart(t *testing.T) {
 	n := harness.Shared.Node
 	pod, known := runLab(t, n, node.PodSpec{Name: "known"}, node.ContainerSpec{})
@@ -32,7 +32,7 @@ func TestContainerdRestart(t *testing.T) {
 
 	for _, transport := range []string{"spdy", "websocket"} {
 		t.Run(transport, func(t *testing.T) {
-			_, fresh := runLab(t, n, node.PodSpec{Name: "fresh-" + transport}, node.ContainerSpec{}) // nobody execs in it before
+			_, fresh := runLab(t, n, node.PodSpec{Name: "fresh-" + transport}, node.ContainerSpec{}) // no earlier exec was in it
 			shell := startInTerminal(t, n.Crictl("exec", "-r", transport, "-it", known, "sh"), 80, 24)
 			cat := start(t, n.Crictl("exec", "-r", transport, "-i", known, "cat"))
 			forward := start(t, n.Crictl("port-forward", "-r", transport, pod, ":80"))
@@ -44,7 +44,7 @@ func TestContainerdRestart(t *testing.T) {
 				t.Helper()
 				rounds++
 				shell.write(fmt.Sprintf("echo round $((%d+1000))\n", rounds))
-				shell.expect(fmt.Sprintf("round %d", rounds+1000)) // what the shell says, not the terminal's echo
+				shell.expect(fmt.Sprintf("round %d", rounds+1000)) // what the shell prints, not the terminal's echo
 				line := fmt.Sprintf("line %d\n", rounds)
 				cat.write(line)
 				cat.expect(line)
@@ -89,8 +89,8 @@ func TestContainerdRestart(t *testing.T) {
 				}
 				t.Logf("%s failed after %v", name, time.Since(start))
 			}
-			// A running container that is known needs no containerd, neither for a probe nor for an exec.
-			// crictl would: it asks for the Version first.
+			// A running container that is known needs no containerd, neither for a probe nor for an exec. crictl needs it,
+			// because it asks for the Version first.
 			result, err := n.Runtime().ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{ContainerId: known, Cmd: []string{"echo", "still here"}})
 			if err != nil || string(result.GetStdout()) != "still here\n" {
 				t.Errorf("ExecSync while containerd is away: %v, %v", result, err)
@@ -134,7 +134,7 @@ type httpConnection struct {
 	reader *bufio.Reader
 }
 
-// dialHTTP connects; the connection is closed when the test ends, or before with close.
+// dialHTTP connects. The connection is closed when the test ends, or earlier with close.
 func dialHTTP(t *testing.T, address string) *httpConnection {
 	t.Helper()
 	conn, err := net.DialTimeout("tcp", address, waitTimeout)

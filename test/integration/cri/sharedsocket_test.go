@@ -20,7 +20,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// relayTo serves what a shared socket takes for gRPC by a real runtime.
+// relayTo passes what a shared socket takes for gRPC to a real runtime.
 func relayTo(t *testing.T, socket *criosocket.Socket, runtime string) {
 	t.Helper()
 	var group sync.WaitGroup
@@ -50,7 +50,8 @@ func relayTo(t *testing.T, socket *criosocket.Socket, runtime string) {
 	})
 }
 
-// containerd behind a socket that is as strict as CRI-O's: everything that is forwarded, asked or relayed works.
+// TestSharedSocket checks, with containerd behind a socket as strict as CRI-O's, that all that is forwarded, asked or
+// relayed works.
 func TestSharedSocket(t *testing.T) {
 	binary := node.Binary(t)
 	n := harness.Shared.Node

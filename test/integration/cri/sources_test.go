@@ -11,8 +11,8 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// TestContainerdAPIAndVerboseStatusAgree brings up what the test of the same name in pkg/cri needs, which
-// compares what the package reads of containers from containerd's own API and from the CRI.
+// TestContainerdAPIAndVerboseStatusAgree starts what the test of the same name in pkg/cri needs. That test compares what
+// the package reads of containers from containerd's own API and from the CRI.
 func TestContainerdAPIAndVerboseStatusAgree(t *testing.T) {
 	n := harness.Shared.Node
 	var containers []string

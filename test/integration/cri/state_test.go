@@ -12,7 +12,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// calls are the streaming calls and ExecSync for a container.
+// calls makes the streaming calls and ExecSync for a container.
 func calls(t *testing.T, n *node.Node, container string) map[string]error {
 	t.Helper()
 	client := n.Runtime()
@@ -31,7 +31,7 @@ func wantCalls(t *testing.T, n *node.Node, container string, code codes.Code, te
 	}
 }
 
-// TestContainerStates calls for containers in all states, by full and by shortened ID.
+// TestContainerStates makes these calls for containers in all states, with full and shortened IDs.
 func TestContainerStates(t *testing.T) {
 	n := harness.Shared.Node
 	pod, running := runContainer(t, n, node.PodSpec{}, node.ContainerSpec{})

@@ -18,8 +18,8 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// A session ends with its container or pod, and with a status that says why, where others freeze
-// (kubernetes#129144, kubernetes#89233, E3) or tell a success (E5).
+// TestSessionEndsWithItsContainer checks that a session ends with its container or pod, with a status that says why. Others
+// hang (kubernetes#129144, kubernetes#89233, E3) or report success (E5).
 func TestSessionEndsWithItsContainer(t *testing.T) {
 	t.Parallel()
 	for _, e := range harness.Endings {
@@ -62,7 +62,7 @@ func TestSessionEndsWithItsContainer(t *testing.T) {
 			e.End(t, pod, container)
 			took := time.Since(begin)
 			t.Logf("the container was gone after %v", took)
-			// E12: a client that does not read must not hold the container up.
+			// E12: a client that does not read must not delay the container's end.
 			if took > 15*time.Second {
 				t.Errorf("with sessions in it the container took %v to end", took)
 			}
@@ -71,7 +71,7 @@ func TestSessionEndsWithItsContainer(t *testing.T) {
 			}
 			for _, c := range clients {
 				if c.output != nil {
-					c.output.Open() // it reads again, and is told as well
+					c.output.Open() // it reads again, and is told, too
 				}
 				select {
 				case err := <-c.ended:
@@ -92,7 +92,8 @@ func namesOneOf(said string, reasons []string) bool {
 	return slices.ContainsFunc(reasons, func(reason string) bool { return strings.Contains(said, "[streamshim: "+reason+"]") })
 }
 
-// Our own ends have a status too: an empty error stream would be a success (kubectl#1208, E5).
+// TestSessionEndedByUsIsAFailure checks that a session that streamshim ends gets a status: an empty error stream would be a
+// success (kubectl#1208, E5).
 func TestSessionEndedByUsIsAFailure(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct{ name, configuration, reason string }{
@@ -135,7 +136,8 @@ func TestSessionEndedByUsIsAFailure(t *testing.T) {
 	}
 }
 
-// A session with a client that does not read must not delay StopContainer (E12, cri-o#6699).
+// TestStopDoesNotWaitForSession checks that a session whose client does not read does not delay StopContainer (E12,
+// cri-o#6699).
 func TestStopDoesNotWaitForSession(t *testing.T) {
 	t.Parallel()
 	stop := func(sessions int) time.Duration {

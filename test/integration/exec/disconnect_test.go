@@ -26,7 +26,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// left is a command whose client goes, and how many processes it has at least.
+// left is a command whose client leaves, and the least number of its processes.
 type left struct {
 	name, script string
 	processes    int
@@ -34,9 +34,9 @@ type left struct {
 	blocked      bool
 }
 
-// leftBehind are commands that stay behind, each in its own way. One is not among them: a daemon,
-// that is a process in a session of its own whose parent has ended and that holds none of the
-// command's streams. Nothing in /proc leads from the command to it (docs/behaviour.md).
+// leftBehind are commands that stay behind in different ways. One way is missing: a daemon, a process in its own session
+// whose parent has ended and that holds none of the command's streams. Nothing in /proc leads from the command to it
+// (docs/behaviour.md).
 var leftBehind = []left{
 	{name: "silent", script: "sleep 1000; :", processes: 2},
 	{name: "silent-stdin", script: "sleep 1000; :", processes: 2, stdin: "open"},
@@ -49,14 +49,14 @@ var leftBehind = []left{
 	{name: "family", script: "sleep 1000 & (sleep 1000 & sleep 1000) & setsid sh -c 'trap \"\" HUP; sleep 1000; :' & sleep 1000; :", processes: 6},
 }
 
-// begun is a session whose client will go.
+// begun is a session whose client will leave.
 type begun struct {
 	mark    string
 	session clientSession
 }
 
-// leaveBehind starts all commands, with and without a terminal, over each protocol. through may put
-// something between client and server.
+// leaveBehind starts all commands, with and without a terminal, over each protocol. through may put something between
+// client and server.
 func leaveBehind(t *testing.T, shim *harness.Streamshim, through func(*url.URL) *url.URL, run func([]clientSession)) []begun {
 	t.Helper()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -96,11 +96,11 @@ func expectNoneLeft(t *testing.T, all []begun, limit time.Duration) {
 	t.Logf("the last processes were gone after %v (%s or one before it)", slowest, last)
 }
 
-// goneLimit is the 20 s after which nothing may be left of a process whose client has gone, and room
-// for a busy machine.
+// goneLimit is the 20 s after which nothing may be left of a process whose client has left, and a margin for a busy
+// machine.
 const goneLimit = 20*time.Second + 20*time.Second
 
-// No process stays behind when its client is killed (kubernetes#89031, E2).
+// TestNoProcessStaysAfterClientIsKilled checks that no process stays when its client is killed (kubernetes#89031, E2).
 func TestNoProcessStaysAfterClientIsKilled(t *testing.T) {
 	t.Parallel()
 	var client *os.Process
@@ -111,7 +111,8 @@ func TestNoProcessStaysAfterClientIsKilled(t *testing.T) {
 	expectNoneLeft(t, all, goneLimit)
 }
 
-// ...or leaves politely: SPDY's GOAWAY, WebSocket's close.
+// TestNoProcessStaysAfterClientLeaves checks the same for a client that leaves in order: with SPDY's GOAWAY or WebSocket's
+// Close.
 func TestNoProcessStaysAfterClientLeaves(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -120,7 +121,7 @@ func TestNoProcessStaysAfterClientLeaves(t *testing.T) {
 	all := leaveBehind(t, harness.Shared.Shim, nil, func(sessions []clientSession) {
 		for i, s := range sessions {
 			if s.Stdin == "flood" && s.Transport == "SPDY" {
-				// Stock client-go cannot leave while one of its writes is stuck; it can only be killed.
+				// Stock client-go cannot return while one of its writes is blocked. It can only be killed.
 				client := startClient(t, sessions[i:i+1])
 				context.AfterFunc(ctx, func() { client.Kill() }) //nolint:errcheck // then the test fails
 				continue
@@ -132,7 +133,7 @@ func TestNoProcessStaysAfterClientLeaves(t *testing.T) {
 	expectNoneLeft(t, all, goneLimit)
 }
 
-// ...or crictl, killed as well.
+// TestNoProcessStaysAfterCrictlIsKilled checks the same for crictl.
 func TestNoProcessStaysAfterCrictlIsKilled(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -153,7 +154,8 @@ func TestNoProcessStaysAfterCrictlIsKilled(t *testing.T) {
 	}
 }
 
-// ...or resets its streams and leaves the connection open, as a proxy may.
+// TestNoProcessStaysAfterStreamsAreReset checks the same for a client that resets its streams and leaves the connection
+// open, as a proxy may.
 func TestNoProcessStaysAfterStreamsAreReset(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -190,7 +192,7 @@ func TestNoProcessStaysAfterStreamsAreReset(t *testing.T) {
 				streams = append(streams, s)
 			}
 			harness.AwaitMarked(t, mark, l.processes)
-			for _, s := range slices.Backward(streams) { // the error stream, which ends the session, last
+			for _, s := range slices.Backward(streams) { // last the error stream, which ends the session
 				if err := s.Reset(); err != nil {
 					t.Error(err)
 				}
@@ -200,10 +202,11 @@ func TestNoProcessStaysAfterStreamsAreReset(t *testing.T) {
 	}
 }
 
-// ...or the network between is gone, without one packet more (default: noticed in less than 60 s).
+// TestNoProcessStaysAfterNetworkIsGone checks the same for a network that fails without another packet. By default that is
+// noticed in less than 60 s.
 func TestNoProcessStaysAfterNetworkIsGone(t *testing.T) {
 	t.Parallel()
-	const address = "127.83.77.9" // the clients' side, of this test alone
+	const address = "127.83.77.9" // the clients' side; only this test uses it
 	rules := [][]string{
 		{"INPUT", "-i", "lo", "-s", address, "-j", "DROP"},
 		{"INPUT", "-i", "lo", "-d", address, "-j", "DROP"},
@@ -215,7 +218,7 @@ func TestNoProcessStaysAfterNetworkIsGone(t *testing.T) {
 		return nil
 	}
 	for _, rule := range rules {
-		for iptables("-C", rule) == nil { // of a run that was killed
+		for iptables("-C", rule) == nil { // those of a run that was killed
 			if err := iptables("-D", rule); err != nil {
 				t.Fatal(err)
 			}
@@ -269,16 +272,16 @@ func TestNoProcessStaysAfterNetworkIsGone(t *testing.T) {
 	expectNoneLeft(t, all, 60*time.Second+goneLimit)
 }
 
-// The end of stdin is no disconnect: see also TestEndOfStdin.
+// The end of stdin is not a disconnect: see also TestEndOfStdin.
 
-// on_disconnect = "keep" keeps, and "kill" kills at once.
+// TestOnDisconnect checks that on_disconnect = "keep" keeps processes and "kill" kills them at once.
 func TestOnDisconnect(t *testing.T) {
 	t.Parallel()
 	for _, policy := range []string{"keep", "kill"} {
 		t.Run(policy, func(t *testing.T) {
 			t.Parallel()
 			configuration := fmt.Sprintf("[exec]\non_disconnect = %q\n", policy)
-			if policy == "kill" { // long before these would
+			if policy == "kill" { // it must act long before these
 				configuration += "term_after = \"90s\"\nkill_after = \"180s\"\n"
 			}
 			shim := harness.StartStreamshim(t, configuration)
@@ -291,7 +294,7 @@ func TestOnDisconnect(t *testing.T) {
 					mark := harness.Unique(t.Name())
 					marks = append(marks, mark)
 					s := clientSession{Transport: transport, TTY: tty}
-					// It writes all the while, and goes on after its terminal's or pipe's reader has left.
+					// It writes all the time, and goes on after the reader of its terminal or pipe has left.
 					u := shim.ExecURL(t, container, s.options(), harness.Marked(mark, "trap 'echo $? > /tmp/end' EXIT; trap '' HUP TERM; n=0; while :; do echo $n; n=$((n+1)); echo $n > /tmp/"+mark[len(mark)-3:]+"; sleep 0.1; done")...)
 					go harness.Stream(ctx, s.Transport, u.String(), s.options()) //nolint:errcheck // cancelled
 				}
@@ -318,8 +321,8 @@ func TestOnDisconnect(t *testing.T) {
 	}
 }
 
-// No child survives a probe that timed out (containerd#4594, S2), and the probe is answered in time although
-// one of them holds the pipe (containerd#9568, S1).
+// TestProbeTimeoutLeavesNoProcess checks that no child survives a probe that timed out (containerd#4594, S2), and that the
+// probe is answered in time although a child keeps the pipe open (containerd#9568, S1).
 func TestProbeTimeoutLeavesNoProcess(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -328,7 +331,7 @@ func TestProbeTimeoutLeavesNoProcess(t *testing.T) {
 			t.Parallel()
 			mark := harness.Unique(t.Name())
 			begin := time.Now()
-			// "shell" ends by itself, as a probe's stdin is empty.
+			// "shell" ends by itself, because a probe's stdin is empty.
 			_, err := harness.Shared.Shim.ExecSync(t.Context(), container, 3*time.Second, harness.Marked(mark, "trap '' PIPE; "+l.script+"; sleep 1000; :")...)
 			took := time.Since(begin)
 			if status.Code(err) != codes.DeadlineExceeded {
@@ -343,7 +346,8 @@ func TestProbeTimeoutLeavesNoProcess(t *testing.T) {
 	}
 }
 
-// A probe whose background child holds the pipe answers with its own exit code.
+// TestProbeDoesNotWaitForItsChild checks that a probe whose background child keeps the pipe open answers with its own exit
+// code.
 func TestProbeDoesNotWaitForItsChild(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -357,13 +361,13 @@ func TestProbeDoesNotWaitForItsChild(t *testing.T) {
 	}
 }
 
-// A probe's output cannot fill memory or break the answer (CVE-2022-1708, S3).
+// TestProbeOutputIsBounded checks that a probe's output cannot fill memory or break the answer (CVE-2022-1708, S3).
 func TestProbeOutputIsBounded(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	response, err := harness.Shared.Shim.Runtime.ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{
 		ContainerId: container, Cmd: []string{"sh", "-c", "head -c 40000000 /dev/zero; head -c 9000000 /dev/zero >&2; exit 3"},
-	}, grpc.MaxCallRecvMsgSize(16<<20)) // as the kubelet has it
+	}, grpc.MaxCallRecvMsgSize(16<<20)) // as the kubelet sets it
 	if err == nil {
 		t.Logf("%d bytes of stdout, %d of stderr", len(response.Stdout), len(response.Stderr))
 	}

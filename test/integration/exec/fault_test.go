@@ -19,8 +19,8 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// expectStartFailure runs a command that cannot start over each protocol and through ExecSync, and
-// expects an error that says why, soon.
+// expectStartFailure runs a command that cannot start, over each protocol and through ExecSync. It expects an early error
+// that says why.
 func expectStartFailure(t *testing.T, shim *harness.Streamshim, container, mark string, words ...string) {
 	t.Helper()
 	check := func(how string, err error, took time.Duration) {
@@ -42,7 +42,7 @@ func expectStartFailure(t *testing.T, shim *harness.Streamshim, container, mark 
 	for _, transport := range harness.Transports {
 		for _, tty := range []bool{false, true} {
 			options := remotecommand.StreamOptions{Stdout: io.Discard, Tty: tty}
-			if !tty { // else the runtime's own words have nowhere to go
+			if !tty { // otherwise the runtime's message has nowhere to go
 				options.Stderr = io.Discard
 			}
 			begin := time.Now()
@@ -67,7 +67,7 @@ func expectWorking(t *testing.T, shim *harness.Streamshim, container string) {
 	}
 }
 
-// fakeRuntime is a program that stands in for runc.
+// fakeRuntime returns a program to use instead of runc.
 func fakeRuntime(t *testing.T, script string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "runc")
@@ -116,7 +116,7 @@ func TestFailureOfTheOCIRuntimeIsTold(t *testing.T) {
 	}
 }
 
-// The bundle is not needed for an exec, so that nothing happens when it is gone.
+// TestBundleIsGone checks that an exec works without the bundle, which it does not need.
 func TestBundleIsGone(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -133,7 +133,7 @@ func TestBundleIsGone(t *testing.T) {
 	expectWorking(t, harness.Shared.Shim, container)
 }
 
-// No room is left for the files of a start.
+// TestStateDirectoryIsFull checks that a start fails cleanly if there is no space for its files.
 func TestStateDirectoryIsFull(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -175,7 +175,7 @@ func TestContainerIsPaused(t *testing.T) {
 		}
 	}()
 	expectStartFailure(t, harness.Shared.Shim, container, harness.Unique(t.Name()), "paused")
-	// A client that leaves a paused container leaves processes that cannot be ended now, but then.
+	// A client that leaves a paused container leaves processes that can end only when the container goes on.
 	cancel()
 	harness.AwaitEnd(t, ended) //nolint:errcheck // cancelled
 	time.Sleep(12 * time.Second)
@@ -185,7 +185,7 @@ func TestContainerIsPaused(t *testing.T) {
 	expectWorking(t, harness.Shared.Shim, container)
 }
 
-// setFreeFiles sets the limit of open files so that a process can open exactly so many more.
+// setFreeFiles sets the limit of open files so that a process can open exactly this many more.
 func setFreeFiles(t *testing.T, pid, free int) {
 	t.Helper()
 	limit := 0
@@ -213,8 +213,8 @@ func setFileLimit(t *testing.T, pid int, limit uint64) {
 	}
 }
 
-// fewestDescriptors is how many a process has when nothing of its last session is left: the fewest that
-// are seen in a second.
+// fewestDescriptors returns how many descriptors a process has when nothing of its last session is left: the fewest seen
+// within a second.
 func fewestDescriptors(pid int) int {
 	fewest := harness.Descriptors(pid)
 	for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
@@ -223,7 +223,8 @@ func fewestDescriptors(pid int) int {
 	return fewest
 }
 
-// The limit of open files is reached: the client is told, and afterwards all is well again.
+// TestFileLimitIsReached checks that the client is told when the limit of open files is reached, and that all works again
+// afterwards.
 func TestFileLimitIsReached(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -234,7 +235,7 @@ func TestFileLimitIsReached(t *testing.T) {
 		t.Fatal(err)
 	}
 	idle := fewestDescriptors(shim.PID())
-	// One is for the connection itself: without it the client could not be told anything, see below.
+	// One is for the connection itself. Without it nobody could tell the client anything, see below.
 	for spare := 1; spare <= 12; spare++ {
 		mark := harness.Unique(t.Name())
 		options := remotecommand.StreamOptions{Stdin: harness.OpenStdin(t), Stdout: io.Discard, Stderr: io.Discard}
@@ -277,8 +278,7 @@ func TestFileLimitIsReached(t *testing.T) {
 	expectWorking(t, shim, container)
 }
 
-// streamshim is killed in the middle of sessions. What it leaves is ended by the next one, unless it is
-// to be kept.
+// TestStreamshimIsKilled kills streamshim during sessions. The next one must end what is left, unless it is to be kept.
 func TestStreamshimIsKilled(t *testing.T) {
 	t.Parallel()
 	for _, policy := range []string{"hangup", "kill", "keep"} {

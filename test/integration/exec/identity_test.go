@@ -18,7 +18,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// identity is what a process is allowed and where it is, as the kernel tells it from outside.
+// identity returns what a process may do and where it is, as the kernel shows it from outside.
 func identity(t *testing.T, pid int) map[string]string {
 	t.Helper()
 	found := map[string]string{}
@@ -53,10 +53,10 @@ func identity(t *testing.T, pid int) map[string]string {
 	return found
 }
 
-// A command has the identity of its container (E14-E18): user, groups, umask, capabilities,
-// NoNewPrivs, seccomp, limits, cgroup, namespaces, environment and working directory are those of the
-// container's main process. And its /dev/stdin and /dev/stdout can be opened again, whoever it is
-// (containerd#10598, cri-o#5391, E17).
+// TestCommandHasTheContainersIdentity checks that a command has the identity of its container (E14-E18): user, groups,
+// umask, capabilities, NoNewPrivs, seccomp, limits, cgroup, namespaces, environment and working directory are those of the
+// container's main process. Its /dev/stdin and /dev/stdout can be opened again, whatever its user (containerd#10598,
+// cri-o#5391, E17).
 func TestCommandHasTheContainersIdentity(t *testing.T) {
 	t.Parallel()
 	user, group := int64(1234), int64(2345)
@@ -125,7 +125,7 @@ func TestCommandHasTheContainersIdentity(t *testing.T) {
 					t.Errorf("%s: reopened streams: %q, %q, %v", transport, &output, &errors, err)
 				}
 			}
-			// ExecSync is another way to the same.
+			// ExecSync must give the same identity.
 			response, err := shim.ExecSync(t.Context(), container, 0, "cat", "/proc/self/status")
 			if err != nil {
 				t.Fatal(err)
@@ -139,12 +139,12 @@ func TestCommandHasTheContainersIdentity(t *testing.T) {
 	}
 }
 
-// runtimeDefault gives a container the seccomp profile that containerd calls its default.
+// runtimeDefault gives a container the seccomp profile that is containerd's default.
 func runtimeDefault(c *runtimeapi.ContainerConfig) {
 	c.Linux.SecurityContext.Seccomp = &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_RuntimeDefault}
 }
 
-// initPid finds the container's main process.
+// initPid returns the pid of the container's main process.
 func initPid(t *testing.T, container string) int {
 	t.Helper()
 	response, err := harness.Shared.Node.Upstream().ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: container, Verbose: true})
@@ -159,8 +159,8 @@ func initPid(t *testing.T, container string) int {
 	return pid
 }
 
-// A command can have an environment of its own (kubernetes#11815, E15): KEP-6035's field 7 is
-// honoured, although the cri-api of this module does not know it.
+// TestCommandHasEnvironmentOfItsOwn checks that a command can have its own environment (kubernetes#11815, E15): field 7 of
+// KEP-6035 is honoured, although the cri-api of this module does not have it.
 func TestCommandHasEnvironmentOfItsOwn(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{Env: map[string]string{"COLOUR": "green", "SHAPE": "round"}})

@@ -19,12 +19,12 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// TestIdleTerminalsAreSmall measures the streamshim program with many idle shells, each on a terminal
-// of a real container: under 100 KiB each, where the runtimes' own servers take several hundred.
+// TestIdleTerminalsAreSmall measures the streamshim program with many idle shells, each on a terminal of a real container.
+// Each must take less than 100 KiB. The runtimes' own servers take several hundred.
 func TestIdleTerminalsAreSmall(t *testing.T) {
 	const sessions, mostKiB = 100, 100
-	// What is held is measured, and not what has been let go of and waits for the next collection, which
-	// in an idle process is up to two minutes away.
+	// So that memory which was released does not count until the next collection, up to two minutes later in an idle
+	// process.
 	t.Setenv("GOGC", "10")
 	shim := harness.StartStreamshim(t, "")
 	pid := shim.PID()
@@ -68,14 +68,14 @@ func TestIdleTerminalsAreSmall(t *testing.T) {
 				tooLate.Stop()
 				clients.Go(func() { io.Copy(io.Discard, screen) })
 			}
-			for range 10 { // what is made once is there afterwards
+			for range 10 { // after this, what is made once exists
 				open()
 			}
 			before := harness.UsageOf(t, pid)
 			for range sessions {
 				open()
 			}
-			// Memory that is free goes back to the kernel after a while; until then it counts too.
+			// Free memory returns to the kernel after a while. Until then it counts, too.
 			deadline := time.Now().Add(testutil.Patience)
 			after := harness.UsageOf(t, pid)
 			for ; (after.RSSKiB-before.RSSKiB)/sessions >= mostKiB && time.Now().Before(deadline); after = harness.UsageOf(t, pid) {

@@ -15,7 +15,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/harness"
 )
 
-// clientVariable makes this test binary a client of several sessions, to be killed.
+// clientVariable makes this test binary a client of several sessions. The test kills it.
 const clientVariable = "STREAMSHIM_SYMPTOMS_CLIENT"
 
 // clientSession is one session of a client.
@@ -23,7 +23,7 @@ type clientSession struct {
 	Transport, URL string
 	TTY            bool
 	Stdin          string // "", "open" or "flood"
-	Blocked        bool   // reads no output
+	Blocked        bool   // does not read output
 }
 
 func (c clientSession) options() remotecommand.StreamOptions {
@@ -56,12 +56,11 @@ func clientMain() int {
 			}
 		}()
 	}
-	time.Sleep(time.Hour) // it is to be killed
+	time.Sleep(time.Hour) // until it is killed
 	return 0
 }
 
-// startClient runs sessions in a process of their own, which the caller may kill and else is killed
-// when the test ends.
+// startClient runs sessions in a separate process. The caller may kill it. Otherwise it is killed when the test ends.
 func startClient(t *testing.T, sessions []clientSession) *os.Process {
 	t.Helper()
 	text, err := json.Marshal(sessions)

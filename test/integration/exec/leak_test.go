@@ -14,7 +14,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// The same for exec: 1000, good and failing and cut off, over both protocols.
+// TestExecLeaksNothing runs 1000 execs over both protocols. They succeed, fail, or are cut off.
 func TestExecLeaksNothing(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -33,7 +33,7 @@ func TestExecLeaksNothing(t *testing.T) {
 				command, want = []string{"false"}, 1
 			case 2:
 				command, want = []string{"/no/such/file"}, 127
-			case 3: // the client goes with the first output
+			case 3: // the client leaves with the first output
 				command, want = []string{"sh", "-c", "echo begin; exec sleep 1000"}, -1
 				options.Stdout = harness.WriterFunc(func(p []byte) (int, error) { cancel(); return len(p), nil })
 			}
@@ -45,8 +45,8 @@ func TestExecLeaksNothing(t *testing.T) {
 	}, 1000)
 }
 
-// No zombies pile up: as subreaper streamshim also inherits the orphans of containers that share the
-// host's processes. None stays a zombie, and no status that somebody waits for is taken away.
+// TestOrphansAreReaped checks that no zombies stay. As a subreaper streamshim also inherits the orphans of containers that
+// share the host's processes. No status that somebody waits for may be lost.
 func TestOrphansAreReaped(t *testing.T) {
 	t.Parallel()
 	pod := harness.RunPod(t, node.PodSpec{HostPID: true})

@@ -1,5 +1,5 @@
-// Package exec tests what users see of exec at the edges of a session, and what containers and probes see
-// of it, with stock client-go and crictl against a real node.
+// Package exec tests what users see of exec at the edges of a session, and what containers and probes see of it, with stock
+// client-go and crictl on a real node.
 package exec
 
 import (

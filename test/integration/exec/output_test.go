@@ -20,7 +20,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// slowReader takes rate bytes a second and remembers what they were.
+// slowReader reads rate bytes a second and keeps them.
 type slowReader struct {
 	rate  int
 	begin time.Time
@@ -38,18 +38,19 @@ func (r *slowReader) Write(p []byte) (int, error) {
 	return r.sum.Write(p)
 }
 
-// Output is complete, however slow the reader (kubernetes#60140, E1: cut off with exit code 0, the slower the
-// reader, the more). 24 MiB to readers of 1 MB/s that send pings all the while, directly and behind
-// one and two proxies, 25 runs for each protocol, the exit codes 0 and 3 in turn: every byte and the
-// exit code arrive. Only what the API server's own translator of WebSocket loses, where buffers hide that
-// the reader is slow, cannot be mended here; it must not be taken for a success. The command itself is done at once; all the rest is the session's lingering.
+// TestOutputIsComplete checks that output is complete, however slow the reader is (kubernetes#60140, E1: it was cut with
+// exit code 0, the more the slower the reader). 24 MiB go to readers of 1 MB/s that send pings all the time, directly and
+// behind one and two proxies. There are 25 runs for each protocol, alternately with exit codes 0 and 3. Every byte and the
+// exit code must arrive. One loss cannot be prevented here: that of the API server's own translator of WebSocket, whose
+// buffers hide that the reader is slow. Even that must not be taken for a success. The command itself ends at once. The
+// rest of the time is the session's linger.
 func TestOutputIsComplete(t *testing.T) {
 	t.Parallel()
 	const size, rate, runs = 24 << 20, 1_000_000, 25
 	want := sha256.New()
 	io.Copy(want, io.LimitReader(&counting{}, size)) //nolint:errcheck // a hash takes everything
 	container := harness.RunContainer(t, node.ContainerSpec{})
-	// What the commands send, made by the client side so that it is known here.
+	// What the commands send. The client side makes it, so it is known here.
 	options := remotecommand.StreamOptions{Stdin: io.LimitReader(&counting{}, size), Stdout: io.Discard}
 	if err := harness.Shared.Shim.Exec(t, "SPDY", container, options, "sh", "-c", "cat > /tmp/data"); err != nil {
 		t.Fatal(err)
@@ -65,8 +66,8 @@ func TestOutputIsComplete(t *testing.T) {
 			all.Go(func() {
 				err := harness.Stream(t.Context(), transport, u.String(), options)
 				if transport == "WebSocket" && hops == 2 && err != nil && harness.ExitCodeOf(err) < 0 && output.size > size/2 {
-					// The API server's translator closes its client's connection with data on its way; the
-					// client's next ping makes the rest be thrown away. It is an error at least.
+					// The API server's translator closes its client's connection with data on its way. The client's next
+					// ping then discards the rest. At least that is an error.
 					t.Logf("lost by the API server's translator: %d of %d bytes: %v", output.size, size, err)
 					return
 				}
@@ -82,7 +83,7 @@ func TestOutputIsComplete(t *testing.T) {
 	all.Wait()
 }
 
-// counting is data in which nothing can be missing unnoticed.
+// counting is data in which every gap shows.
 type counting struct{ n uint32 }
 
 func (c *counting) Read(p []byte) (int, error) {
@@ -93,8 +94,8 @@ func (c *counting) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Short commands with a terminal keep their last output (cri-o#8483, E7): 500 of them, and no line is
-// lost.
+// TestShortTerminalCommandsKeepOutput checks that 500 short commands with a terminal lose no line of output (cri-o#8483,
+// E7).
 func TestShortTerminalCommandsKeepOutput(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -111,7 +112,8 @@ func TestShortTerminalCommandsKeepOutput(t *testing.T) {
 	})
 }
 
-// exec returns although a background child holds stdout (kubernetes#44371, E4).
+// TestBackgroundChildDoesNotHoldTheSession checks that exec returns although a background child keeps stdout open
+// (kubernetes#44371, E4).
 func TestBackgroundChildDoesNotHoldTheSession(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -130,14 +132,14 @@ func TestBackgroundChildDoesNotHoldTheSession(t *testing.T) {
 				t.Errorf("tty %v: it took %v", tty, took)
 			}
 		}
-		// The children of a command that has ended in good order live on, as after `docker exec`.
+		// The children of a command that has ended by itself live on, as after `docker exec`.
 		if left := harness.WithMark(t.Name()); len(left) == 0 {
 			t.Error("the background children were ended")
 		}
 	})
 }
 
-// ...but output that still flows is never cut, even if it takes longer than drain_idle.
+// TestFlowingOutputIsNotCutOff checks that output that still flows is never cut, even if it takes longer than drain_idle.
 func TestFlowingOutputIsNotCutOff(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -151,7 +153,8 @@ func TestFlowingOutputIsNotCutOff(t *testing.T) {
 	})
 }
 
-// A process that closes one of its outputs keeps its stdin (E10): an upload of 50 MB is complete.
+// TestClosedOutputLeavesStdinOpen checks that a process that closes one of its outputs keeps its stdin (E10): an upload of
+// 50 MB is complete.
 func TestClosedOutputLeavesStdinOpen(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -175,7 +178,7 @@ func TestClosedOutputLeavesStdinOpen(t *testing.T) {
 	})
 }
 
-// raggedReader reads pieces of all sizes, and so has a client send frames of all sizes.
+// raggedReader reads pieces of all sizes, so that a client sends frames of all sizes.
 type raggedReader struct{ r io.Reader }
 
 func (r raggedReader) Read(p []byte) (int, error) {
@@ -185,8 +188,8 @@ func (r raggedReader) Read(p []byte) (int, error) {
 	return r.r.Read(p)
 }
 
-// The end of stdin cannot be sent over WebSocket (kubernetes#89899, E9), and where it can it passes for
-// the end of the client (E2): the command sees the end of its input and goes on.
+// TestEndOfStdin checks that the command sees the end of its input and goes on. Over WebSocket that end cannot be sent
+// (kubernetes#89899, E9). Where it can be sent, others take it for the end of the client (E2).
 func TestEndOfStdin(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})

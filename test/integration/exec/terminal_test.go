@@ -14,11 +14,11 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// The terminal has the right size at first (kubernetes#47990, E8): 100 times of 100, with each
-// protocol and behind proxies, as the first thing that the command looks at.
+// TestTerminalSizeIsRightAtFirst checks that the terminal has the right size when the command first looks at it
+// (kubernetes#47990, E8): 100 times of 100, with each protocol and behind proxies.
 func TestTerminalSizeIsRightAtFirst(t *testing.T) {
-	// Not beside the other tests, with which the machine has nothing left for a client to send its size
-	// within the half second that the command waits for it.
+	// Not in parallel with the other tests: beside them, a client may not be able to send its size within the half second
+	// that the command waits for it.
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	harness.InParallel(t, 100, 2, func(i int) {
 		transport, hops := harness.Transports[i%2], i/4%3
@@ -38,7 +38,7 @@ func TestTerminalSizeIsRightAtFirst(t *testing.T) {
 	})
 }
 
-// Later sizes arrive in their order, and 0x0 is no size.
+// TestTerminalIsResized checks that later sizes arrive in their order, and that 0x0 is no size.
 func TestTerminalIsResized(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -73,7 +73,8 @@ func TestTerminalIsResized(t *testing.T) {
 	})
 }
 
-// With a terminal the end of stdin does not cut the output (cri-tools#269, E11).
+// TestEndOfStdinKeepsTerminalOutput checks that the end of stdin does not cut the output of a terminal (cri-tools#269,
+// E11).
 func TestEndOfStdinKeepsTerminalOutput(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})
@@ -92,8 +93,8 @@ func TestEndOfStdinKeepsTerminalOutput(t *testing.T) {
 	})
 }
 
-// A command that closes its terminal and opens it again, as daemons and passphrase prompts do, is not at
-// its end in between.
+// TestReopenedTerminalGoesOn checks that a command that closes its terminal and opens it again, as daemons and passphrase
+// prompts do, does not count as ended between.
 func TestReopenedTerminalGoesOn(t *testing.T) {
 	t.Parallel()
 	container := harness.RunContainer(t, node.ContainerSpec{})

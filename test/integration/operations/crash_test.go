@@ -20,15 +20,16 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// cutClient is a client whose session is there when its output has the text, and that ends with an error.
+// cutClient is a client whose session ends with an error. The session has begun when its output has the text.
 type cutClient struct {
 	output *testutil.Buffer
 	ready  string
 	ended  chan error
 }
 
-// No client takes the end of streamshim by SIGKILL for the good end of its session. spdystream ends all streams of a
-// connection that breaks as if they had ended well; the error stream has a byte in it by then that is no status.
+// TestNoClientTakesAKillForSuccess checks that no client takes the end of streamshim by SIGKILL for a success. When a
+// connection breaks, spdystream ends all its streams as if they had ended well. But then the error stream has a byte that
+// is not a status.
 func TestNoClientTakesAKillForSuccess(t *testing.T) {
 	o := start(t, "crash", operatedConfig)
 	pod, err := o.RunPod(t.Context(), node.PodSpec{Name: "ticks"})
@@ -88,7 +89,7 @@ func TestNoClientTakesAKillForSuccess(t *testing.T) {
 	if err := o.StartStreamshim(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	// A whole session after it ends as ever: the byte is part of a status.
+	// A complete session afterwards ends as usual: the byte is part of a status.
 	again, err := o.Runtime().Exec(t.Context(), &runtimeapi.ExecRequest{ContainerId: ticks, Cmd: []string{"echo", "ready"}, Stdout: true, Stderr: true})
 	if err != nil {
 		t.Fatal(err)
@@ -111,7 +112,7 @@ func webSocketExecutor(u *url.URL) (remotecommand.Executor, error) {
 	return remotecommand.NewWebSocketExecutor(&rest.Config{Host: u.Host}, http.MethodGet, u.String())
 }
 
-// stream runs a session by client-go.
+// stream runs a session with client-go.
 func stream(t *testing.T, executor func(*url.URL) (remotecommand.Executor, error), address string) *cutClient {
 	t.Helper()
 	u, err := url.Parse(address)
@@ -129,7 +130,7 @@ func stream(t *testing.T, executor func(*url.URL) (remotecommand.Executor, error
 	return c
 }
 
-// crictl runs it.
+// crictl runs a session with crictl.
 func (o *operated) crictl(ready string, args ...string) *cutClient {
 	o.t.Helper()
 	template := o.Crictl(args...)
@@ -145,7 +146,7 @@ func (o *operated) crictl(ready string, args ...string) *cutClient {
 	return c
 }
 
-// forwardPorts forwards a port by client-go.
+// forwardPorts forwards a port with client-go.
 func forwardPorts(t *testing.T, address string) *cutClient {
 	t.Helper()
 	u, err := url.Parse(address)

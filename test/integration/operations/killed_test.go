@@ -8,7 +8,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/session/audit"
 )
 
-// What a SIGKILL of streamshim cuts has an end in the audit log once it runs again: as many ends as starts.
+// TestKillLeavesNoStartWithoutEnd checks that what a SIGKILL of streamshim cuts has an end in the audit log once it runs
+// again: as many ends as starts.
 func TestKillLeavesNoStartWithoutEnd(t *testing.T) {
 	o := start(t, "killed", operatedConfig)
 	for range 3 {

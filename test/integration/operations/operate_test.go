@@ -1,5 +1,5 @@
-// Package operations tests what operators get: live sessions, audit, recordings, limits and reload, with
-// the real program in front of real containerd and runc, and stock client-go as the user.
+// Package operations tests what operators use: live sessions, audit, recordings, limits and reload, with the real program
+// in front of real containerd and runc, and stock client-go as the user.
 package operations
 
 import (
@@ -41,7 +41,7 @@ type operated struct {
 	*node.Node
 	t          *testing.T
 	dir        string
-	config     string // path
+	config     string // its path
 	containers map[string]string
 }
 
@@ -64,8 +64,8 @@ non_tty = true
 pod_labels = { record = "yes" }
 `
 
-// start brings up a node with two pods: "web" in namespace shop, whose sessions are recorded, and
-// "db" in namespace bank. Each has one container.
+// start starts a node with two pods: "web" in namespace shop, whose sessions are recorded, and "db" in namespace bank. Each
+// has one container.
 func start(t *testing.T, name, config string) *operated {
 	t.Helper()
 	o := &operated{t: t, dir: t.TempDir(), containers: make(map[string]string)}
@@ -97,7 +97,7 @@ func (o *operated) configure(text string) {
 	}
 }
 
-// reload changes the configuration and waits until the log says how it went.
+// reload changes the configuration and waits until the log reports the result.
 func (o *operated) reload(config, says string) {
 	o.t.Helper()
 	before := strings.Count(o.log(), says)
@@ -122,7 +122,7 @@ func (o *operated) cli(args ...string) (string, error) {
 	return string(out), err
 }
 
-// command is a "streamshim sessions" that is killed if it does not end.
+// command returns a "streamshim sessions" command that is killed if it does not end.
 func (o *operated) command(args ...string) *exec.Cmd {
 	o.t.Helper()
 	ctx, cancel := context.WithTimeout(o.t.Context(), 2*testutil.Patience)
@@ -189,7 +189,7 @@ func (o *operated) request(pod string, tty bool, command ...string) (*url.URL, e
 	return url.Parse(response.GetUrl())
 }
 
-// exec runs a command as kubectl exec -i, or -it, does.
+// exec runs a command as kubectl exec -i or -it does.
 func (o *operated) exec(pod string, tty bool, command ...string) *shell {
 	o.t.Helper()
 	u, err := o.request(pod, tty, command...)
@@ -250,7 +250,7 @@ func (s *shell) end(t *testing.T) error {
 	return s.err
 }
 
-// check runs "streamshim check" on this node, which is a good one, with a kubelet's configuration.
+// check runs "streamshim check" on this node, which is in order, with a kubelet's configuration.
 func (o *operated) check() {
 	o.t.Helper()
 	kubelet := filepath.Join(o.dir, "kubelet.yaml")
@@ -280,7 +280,7 @@ func TestOperateSessions(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// A terminal, listed and shown.
+	// A terminal is listed and shown.
 	u := o.exec("web", true, "sh", "-c", "echo ready; exec sh")
 	u.shows(t, "ready")
 	list := o.sessions()
@@ -316,7 +316,7 @@ func TestOperateSessions(t *testing.T) {
 
 	testutil.Eventually(t, "list --watch has shown the session", func() bool { return strings.Contains(followed.String(), s.ID) })
 
-	// Watched: the user is told, the operator sees what comes.
+	// It is watched: the user is told, and the operator sees what is shown.
 	watch := o.command("watch", s.ID)
 	seen := &testutil.Buffer{}
 	watch.Stdout, watch.Stderr = seen, seen
@@ -328,7 +328,7 @@ func TestOperateSessions(t *testing.T) {
 	u.shows(t, "secret42")
 	testutil.Eventually(t, "the watcher sees it, too", func() bool { return strings.Contains(seen.String(), "secret42") })
 
-	// Signalled, then ended by an operator.
+	// It is signalled, then ended by an operator.
 	u.say(t, "trap 'echo got usr1' USR1; echo trapped$((1+1))\n")
 	u.shows(t, "trapped2")
 	o.mustCLI("kill", s.ID, "--signal", "USR1")
@@ -428,8 +428,8 @@ func TestOperateSessions(t *testing.T) {
 	}
 }
 
-// Rules and limits refuse at the CRI call, with the code that says why; and a reload changes them
-// without touching live sessions.
+// TestLimitsAndReload checks that rules and limits refuse at the CRI call, with the code that says why, and that a reload
+// changes them without touching live sessions.
 func TestLimitsAndReload(t *testing.T) {
 	o := start(t, "limits", operatedConfig)
 	o.check()
@@ -468,7 +468,7 @@ kinds = ["execsync"]
 	if status.Code(err) != codes.ResourceExhausted || !strings.Contains(err.Error(), "sessions_per_container") {
 		t.Errorf("a second session in web: %v", err)
 	}
-	// Asked for before the limit came: the client that redeems its URL learns why not.
+	// Issued before the limit: the client that redeems its URL is told why it is refused.
 	if err := o.redeem(unused[0], true).end(t); err == nil || !strings.Contains(err.Error(), "sessions_per_container") {
 		t.Errorf("the URL from before: %v", err)
 	}
@@ -486,7 +486,7 @@ kinds = ["execsync"]
 	live.say(t, "echo still $((40+2))\n")
 	live.shows(t, "still 42")
 
-	// A file with a mistake is refused, with its line, and the old configuration stays.
+	// A file with a mistake is refused with the line, and the old configuration stays.
 	o.reload("\n[limits]\nsesions = 1\n", "config.toml:3: ")
 	if !strings.Contains(o.log(), `did you mean \"limits.sessions\"`) {
 		t.Errorf("the log has no hint: %s", o.log())
@@ -495,7 +495,7 @@ kinds = ["execsync"]
 		t.Errorf("after the refused reload: %v", err)
 	}
 
-	// What needs a restart is named, the rest taken over.
+	// Settings that need a restart are named, the others apply at once.
 	o.reload("stream_address = '127.0.0.1:1'\n"+operatedConfig+"[limits]\nbandwidth = 65536\n[exec]\ndrain_idle = '1s'\n", "need a restart")
 	testutil.Eventually(t, "the keys are named", func() bool { return strings.Contains(o.log(), "exec.drain_idle") })
 	shellInBank := o.exec("db", true, "sh", "-c", "echo in")
@@ -503,7 +503,7 @@ kinds = ["execsync"]
 		t.Errorf("a terminal in the bank, allowed again: %v", err)
 	}
 
-	// 256 KiB at 64 KiB a second take at least three seconds, the first burst of 16 KiB being free.
+	// 256 KiB at 64 KiB a second take at least three seconds. The first burst of 16 KiB is free.
 	began := time.Now()
 	limited := o.exec("db", false, "head", "-c", "262144", "/dev/zero")
 	if err := limited.end(t); err != nil || len(limited.out.String()) != 262144 {
@@ -528,8 +528,7 @@ kinds = ["execsync"]
 	}
 }
 
-// auditedEnvs are the bytes of ExecRequest.envs with an audit ID, field 7 of newer APIs than ours
-// (KEP-6035).
+// auditedEnvs returns the bytes of ExecRequest.envs with an audit ID, field 7 of newer APIs than ours (KEP-6035).
 func auditedEnvs(id string) []byte {
 	var variable []byte
 	variable = protowire.AppendTag(variable, 1, protowire.BytesType)
@@ -539,7 +538,7 @@ func auditedEnvs(id string) []byte {
 	return protowire.AppendBytes(protowire.AppendTag(nil, 7, protowire.BytesType), variable)
 }
 
-// The other kinds of session are seen, audited and ended like an exec.
+// TestOtherKinds checks that the other kinds of session are shown, audited and ended like an exec.
 func TestOtherKinds(t *testing.T) {
 	o := start(t, "kinds", operatedConfig)
 	request := &runtimeapi.ExecRequest{ContainerId: o.containers["db"], Cmd: []string{"true"}, Stdout: true}
@@ -619,7 +618,7 @@ func TestOtherKinds(t *testing.T) {
 	}
 	testutil.Eventually(t, "no session is left", func() bool { return len(o.sessions()) == 0 })
 
-	// The log was moved away in between, as logrotate does.
+	// The log was moved away meanwhile, as logrotate does.
 	before := o.audit()
 	path := filepath.Join(o.dir, "audit", "audit.log")
 	if err := os.Rename(path, path+".moved"); err != nil {

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// On a full disk nobody is shown what is not recorded, and a command whose output was kept back has not ended well, though it
-// has written everything into its pipe and left with code 0.
+// TestNothingIsShownUnrecorded checks that on a full disk nobody sees what is not recorded. A command whose output was held
+// back has not succeeded, even if it has written everything into its pipe and exited with 0.
 func TestNothingIsShownUnrecorded(t *testing.T) {
 	config := strings.Replace(operatedConfig, "non_tty = true", "non_tty = true\non_failure = \"deny\"", 1)
 	o := start(t, "unrec", config)
@@ -33,7 +33,7 @@ func TestNothingIsShownUnrecorded(t *testing.T) {
 	if err := complete.end(t); err != nil || complete.out.String() != "fits\n" {
 		t.Errorf("with room on the disk: %q, %v", complete.out, err)
 	}
-	const amount = 60000 // which a pipe takes at once
+	const amount = 60000 // a pipe accepts it at once
 	cut := o.exec("web", false, "sh", "-c", "head -c 60000 /dev/zero | tr '\\0' y")
 	cut.in.Close()
 	err := cut.end(t)

@@ -7,5 +7,5 @@ import (
 	"github.com/streamshim/streamshim/test/internal/harness"
 )
 
-// The tests share a node; the one that measures streamshim has one of its own.
+// The tests share a node. The test that measures streamshim has its own streamshim.
 func TestMain(m *testing.M) { os.Exit(harness.Main(m, "portforward")) }

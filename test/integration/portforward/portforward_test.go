@@ -1,5 +1,5 @@
-// Package portforward tests port-forwards in their real place: the streamshim program in front of
-// containerd, pods with network namespaces of their own, and stock client-go as the client.
+// Package portforward tests port-forwards on a real node: the streamshim program in front of containerd, pods with their
+// own network namespaces, and stock client-go as the client.
 package portforward
 
 import (
@@ -19,10 +19,10 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// TestPortForward is what users report of port-forward (known in other runtimes as kubernetes#74551,
-// #111825, #8766, #99850, #72488, #59816), on real pods.
+// TestPortForward checks what users report of port-forward, on real pods. In other runtimes it is known as
+// kubernetes#74551, #111825, #8766, #99850, #72488 and #59816.
 func TestPortForward(t *testing.T) {
-	t.Parallel() // for the late answers
+	t.Parallel() // because of the late answers
 	n := harness.Shared.Node
 	for _, transport := range harness.Transports {
 		p := harness.NewPod(t, n, node.PodSpec{Name: strings.ToLower(transport)})
@@ -49,7 +49,7 @@ func TestPortForward(t *testing.T) {
 				t.Fatal(err)
 			}
 			removed := make(chan error, 1)
-			go func() { removed <- n.RemovePod(t.Context(), p.ID) }() // which is bounded
+			go func() { removed <- n.RemovePod(t.Context(), p.ID) }() // RemovePod bounds its own time
 			select {
 			case err := <-f.Ended:
 				f.Ended <- err
@@ -97,7 +97,7 @@ func testPortForward(t *testing.T, shared *harness.Pod, transport string) {
 			if err != nil {
 				return
 			}
-			time.Sleep(65 * time.Second) // longer than any idle limit on the way that is known of
+			time.Sleep(65 * time.Second) // longer than any known idle limit on the way
 			fmt.Fprintf(c, "%d bytes %s", len(all), strings.Repeat("x", 1<<20))
 		})
 		conn, err := p.Forward(transport, port).Dial(port)
@@ -145,7 +145,7 @@ func testPortForward(t *testing.T, shared *harness.Pod, transport string) {
 		p := p.For(t)
 		uploaded := make(chan int64, 1)
 		port := p.Listen("127.0.0.1", func(c *net.TCPConn) {
-			// Not before the byte is there: a client-go that is told of the end drops what it has not sent.
+			// Not before the byte has arrived: client-go drops what it has not sent when it is told of the end.
 			first, _ := io.ReadFull(c, make([]byte, 1)) //nolint:errcheck // counted
 			io.WriteString(c, "enough")
 			c.CloseWrite()
@@ -172,12 +172,12 @@ func testPortForward(t *testing.T, shared *harness.Pod, transport string) {
 	})
 }
 
-// TestTenThousandConnectionsLeaveNothing leave nothing behind in streamshim: no descriptor, no thread, no memory
-// that grows with their number.
+// TestTenThousandConnectionsLeaveNothing checks that ten thousand connections leave nothing in streamshim: no descriptor,
+// no thread, no memory that grows with their number.
 func TestTenThousandConnectionsLeaveNothing(t *testing.T) {
 	t.Parallel()
 	const connections, atOnce = 10_000, 20
-	shim := harness.StartStreamshim(t, "") // nobody else's
+	shim := harness.StartStreamshim(t, "") // no other test uses it
 	p := harness.NewPod(t, harness.Shared.Node, node.PodSpec{Name: "thousands"}).Through(shim)
 	port := p.Listen("127.0.0.1", harness.Answer)
 	pid := shim.PID()
@@ -203,7 +203,7 @@ func TestTenThousandConnectionsLeaveNothing(t *testing.T) {
 				close(work)
 				workers.Wait()
 			}
-			many(500) // what is made once is there now
+			many(500) // after this, what is made once exists
 			before := harness.UsageOf(t, pid)
 			many(connections)
 			deadline := time.Now().Add(testutil.Patience)

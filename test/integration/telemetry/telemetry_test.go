@@ -1,5 +1,4 @@
-// Package telemetry tests metrics, dashboard and traces with the real program in front of real
-// containerd and runc.
+// Package telemetry tests metrics, dashboard and traces with the real program in front of real containerd and runc.
 package telemetry
 
 import (
@@ -35,7 +34,7 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// client keeps no connection between requests, which would be taken for a leak.
+// client keeps no connection between requests, because that would count as a leak.
 var client = http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 
 // measured is a node whose streamshim serves metrics and sends traces.
@@ -83,7 +82,7 @@ func (m *measured) run(name, namespace string) (pod, container string) {
 	return pod, container
 }
 
-// bounded is a crictl that is killed if it does not end.
+// bounded returns a crictl command that is killed if it does not end.
 func (m *measured) bounded(args ...string) *exec.Cmd {
 	m.t.Helper()
 	template := m.Crictl(args...)
@@ -94,7 +93,7 @@ func (m *measured) bounded(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// crictl runs crictl to its end, whatever that is.
+// crictl runs crictl to its end, whatever its exit code is.
 func (m *measured) crictl(stdin string, args ...string) string {
 	m.t.Helper()
 	cmd := m.bounded(args...)
@@ -140,7 +139,7 @@ func (m *measured) get(path string) (int, string) {
 	return response.StatusCode, string(body)
 }
 
-// series are the samples of one scrape: for each name the sets of labels and the value.
+// series are the samples of one scrape: for each name, the sets of labels and their values.
 type series map[string][]sample
 
 type sample struct {
@@ -179,7 +178,7 @@ func (m *measured) scrape() series {
 	return found
 }
 
-// sum adds up the series of a metric that have the labels, given as name, value, name, value...
+// sum adds up the series of a metric with these labels, given as name, value, name, value...
 func (s series) sum(name string, labels ...string) (sum float64) {
 	for _, sample := range s[name] {
 		matches := true
@@ -215,8 +214,8 @@ kill_after = "2s"
 namespaces = ["forbidden"]
 `
 
-// TestMetrics sends every kind of traffic through a node and looks at the numbers, and then at the
-// dashboard, whose every query must find data.
+// TestMetrics sends every kind of traffic through a node and checks the numbers. Then it checks that every query of the
+// dashboard finds data.
 func TestMetrics(t *testing.T) {
 	node.Require(t)
 	leak.Check(t)
@@ -228,7 +227,7 @@ func TestMetrics(t *testing.T) {
 	m.crictl("", "exec", m.container, "sh", "-c", "exit 3")
 	m.crictl("", "exec", m.container, "no-such-command")
 	m.crictl("", "exec", denied, "true")
-	m.crictl("", "exec", m.container, "sh", "-c", "sleep 2147483000 & echo child") // which holds the output
+	m.crictl("", "exec", m.container, "sh", "-c", "sleep 2147483000 & echo child") // the child keeps the output open
 	m.crictl("", "exec", "--sync", m.container, "true")
 	m.crictl("", "exec", "--sync", m.container, "false")
 	m.crictl("", "exec", "--sync", "--timeout", "1", m.container, "sleep", "100")
@@ -319,7 +318,7 @@ func (m *measured) forward() {
 	_ = cmd.Wait() // killed
 }
 
-// health: the runtime's absence makes the node not ready, but the process is alive.
+// health checks that without the runtime the node is not ready, but the process is alive.
 func (m *measured) health() {
 	m.t.Helper()
 	if code, body := m.get("/readyz"); code != http.StatusOK {
@@ -350,7 +349,7 @@ var (
 	matcher    = regexp.MustCompile(`([a-z_]+)\s*(?:=~|!~|!=|=)`)
 )
 
-// checkDashboard checks that each query of each panel finds data, with the labels it names.
+// checkDashboard checks that each query of each panel finds data with the labels that it names.
 func checkDashboard(t *testing.T, found series) {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("..", "..", "..", "deploy", "grafana", "streamshim.json"))
@@ -403,7 +402,7 @@ func checkDashboard(t *testing.T, found series) {
 	}
 }
 
-// receiver is an OTLP receiver that keeps what it gets.
+// receiver is an OTLP receiver that stores what it receives.
 type receiver struct {
 	collector.UnimplementedTraceServiceServer
 	address string
@@ -443,7 +442,7 @@ func newReceiver(t *testing.T) *receiver {
 	return r
 }
 
-// find waits for the span of a name in a trace.
+// find waits for the span with a name in a trace.
 func (r *receiver) find(t *testing.T, traceID, name string) (span *tracepb.Span) {
 	t.Helper()
 	testutil.Eventually(t, "a span "+name, func() bool {
@@ -516,10 +515,10 @@ func TestTraces(t *testing.T) {
 		end = phase.GetEndTimeUnixNano()
 	}
 
-	// A call without a trace context is traced by the ratio, which is none here.
+	// The ratio decides whether a call without a trace context is traced. Here it is zero.
 	m.crictl("", "exec", m.container, "true")
 	m.atLeast(2, "streamshim_sessions_total", "kind", "exec")
-	if err := m.StopStreamshim(testutil.Patience); err != nil { // sends what waits
+	if err := m.StopStreamshim(testutil.Patience); err != nil { // sends what is still queued
 		t.Fatal(err)
 	}
 	r.mu.Lock()
@@ -529,8 +528,8 @@ func TestTraces(t *testing.T) {
 	}
 }
 
-// redeem serves the URL's session to its end, as the smallest possible client: WebSocket frames are
-// read until the server closes.
+// redeem serves the URL's session to its end, as the smallest possible client: it reads WebSocket frames until the server
+// closes.
 func redeem(t *testing.T, url string) {
 	t.Helper()
 	address := strings.TrimPrefix(url, "http://")

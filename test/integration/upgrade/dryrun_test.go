@@ -8,7 +8,8 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// A dry run says what a hand-over would cost and what the last one did, and touches nothing: neither sessions nor metrics.
+// TestDryRun checks that a dry run prints what a hand-over would cost and what the last one did, and changes nothing:
+// neither sessions nor metrics.
 func TestDryRun(t *testing.T) {
 	first, second := build(t, "first"), build(t, "second")
 	metrics := harness.UnusedAddress(t)

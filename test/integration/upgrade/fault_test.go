@@ -13,8 +13,8 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// A new program that goes wrong at any step before it takes over leaves the old one serving, which says why. Sessions notice a pause
-// at most.
+// TestProgramsThatCannotTakeOver checks that the old program keeps serving, and says why, if the new one fails at any step
+// before it takes over. Sessions notice a pause at most.
 func TestProgramsThatCannotTakeOver(t *testing.T) {
 	good, faulty := build(t, "first"), build(t, "faulty", "-tags", "handoverfault")
 	shim := harness.StartInstalled(t, "", good)
@@ -70,7 +70,7 @@ func TestProgramsThatCannotTakeOver(t *testing.T) {
 			}
 		})
 	}
-	// A configuration that the new one refuses, as the old one would.
+	// A configuration that the new program refuses, as the old one would.
 	file := filepath.Join(shim.Folder, "config.toml")
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -95,7 +95,8 @@ func TestProgramsThatCannotTakeOver(t *testing.T) {
 	l.finish()
 }
 
-// A new program that dies once it has taken over is a crash, and "streamshim upgrade" says so.
+// TestProgramThatDiesAfterTakingOver checks that a new program that dies after it has taken over is a crash, and that
+// "streamshim upgrade" says so.
 func TestProgramThatDiesAfterTakingOver(t *testing.T) {
 	good, faulty := build(t, "first"), build(t, "faulty", "-tags", "handoverfault")
 	shim := harness.StartInstalled(t, "", good)
@@ -121,7 +122,8 @@ func TestProgramThatDiesAfterTakingOver(t *testing.T) {
 	}
 }
 
-// SIGKILL after a hand-over is what it is without one: no client takes it for success, and the next start ends what is left.
+// TestKillAfterUpgrade checks that SIGKILL after a hand-over has the same effect as without one: no client takes it for
+// success, and the next start ends what is left.
 func TestKillAfterUpgrade(t *testing.T) {
 	first, second := build(t, "first"), build(t, "second")
 	shim := harness.StartInstalled(t, "", first)

@@ -25,14 +25,14 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// load is sessions that move data until they are told to come to their end.
+// load is a set of sessions that move data until they are told to end.
 type load struct {
 	t         *testing.T
 	shim      *harness.Streamshim
 	container string
-	stop      chan struct{} // closed when the sessions are to end
+	stop      chan struct{} // closed when the sessions must end
 	running   sync.WaitGroup
-	live      atomic.Int64 // sessions that have shown that they are there
+	live      atomic.Int64 // sessions that have shown that they work
 	moved     atomic.Int64 // bytes
 	forwards  []*harness.Forward
 }
@@ -41,7 +41,7 @@ func newLoad(t *testing.T, shim *harness.Streamshim, container string) *load {
 	return &load{t: t, shim: shim, container: container, stop: make(chan struct{})}
 }
 
-// finish has all sessions end as they should and waits for that.
+// finish tells all sessions to end as they should, and waits for that.
 func (l *load) finish() {
 	close(l.stop)
 	done := make(chan struct{})
@@ -68,7 +68,7 @@ func (l *load) stopping() bool {
 	}
 }
 
-// slowly is the pause of a session that pauses so long when it is in a hurry.
+// slowly returns the pause at this run's pace. pause is that at a pace of 1.
 func slowly(pause time.Duration) time.Duration { return time.Duration(*pace) * pause }
 
 // begin runs one session of a kind.
@@ -80,7 +80,7 @@ func (l *load) begin(name string, run func() error) {
 	})
 }
 
-// session is one whose stdin and stdout are the test's.
+// session is a session whose stdin and stdout are the test's.
 type session struct {
 	in    *io.PipeWriter
 	out   *bufio.Reader
@@ -102,7 +102,7 @@ func (l *load) exec(transport string, tty bool, args ...string) *session {
 	return s
 }
 
-// wantExit tells that a session has ended with something else than an exit code.
+// wantExit returns an error unless the session has ended with this exit code.
 func (s *session) wantExit(code int) error {
 	select {
 	case err := <-s.ended:
@@ -115,7 +115,7 @@ func (s *session) wantExit(code int) error {
 	}
 }
 
-// terminal types a line into a shell and waits for what comes of it, again and again.
+// terminal types a line into a shell and waits for its output, again and again.
 func (l *load) terminal(transport string) {
 	s := l.exec(transport, true, "sh")
 	l.begin("terminal over "+transport, func() error {
@@ -150,7 +150,7 @@ func (l *load) terminal(transport string) {
 	})
 }
 
-// echo sends numbered bytes through cat and looks whether each comes back.
+// echo sends numbered bytes through cat and checks that each comes back.
 func (l *load) echo(transport string) {
 	s := l.exec(transport, false, "cat")
 	l.begin("cat over "+transport, func() error {
@@ -161,7 +161,7 @@ func (l *load) echo(transport string) {
 			for i := 0; !l.stopping(); i++ {
 				block := numbered(i, 16<<10)
 				if _, err := s.in.Write(block); err != nil {
-					return // seen by what comes back
+					return // shows in what comes back
 				}
 				sent.Write(block)
 				n.Add(int64(len(block)))
@@ -183,7 +183,7 @@ func (l *load) echo(transport string) {
 	})
 }
 
-// copy counts a session as live with the first byte.
+// copy copies, and counts a session as live with the first byte.
 func (l *load) copy(to hash.Hash, from io.Reader) (n int64, err error) {
 	buffer := make([]byte, 64<<10)
 	for {
@@ -203,7 +203,7 @@ func (l *load) copy(to hash.Hash, from io.Reader) (n int64, err error) {
 	}
 }
 
-// numbered is a block of which each part is another one.
+// numbered returns a block. No two parts of it are equal.
 func numbered(i, size int) []byte {
 	block := make([]byte, 0, size+32)
 	for n := 0; len(block) < size; n++ {
@@ -242,7 +242,7 @@ func (l *load) upload(transport string) {
 	})
 }
 
-// count reads lines of numbers that follow each other, from a command that ends when its stdin does.
+// count reads lines with consecutive numbers from a command that ends with its stdin.
 func (l *load) count(transport string) {
 	script := fmt.Sprintf("i=0; while true; do seq $i $((i+999)) || exit; i=$((i+1000)); sleep %f; done & cat >/dev/null; kill $!; wait $!; echo end; exit 5",
 		slowly(20*time.Millisecond).Seconds())
@@ -258,7 +258,7 @@ func (l *load) count(transport string) {
 				go io.Copy(io.Discard, s.out)
 				return s.wantExit(5)
 			}
-			// The last one may be cut by the signal.
+			// The signal may cut the last one.
 			if want := strconv.Itoa(i) + "\n"; line != want && !l.stopping() {
 				return fmt.Errorf("%q instead of %q", line, want)
 			}
@@ -272,7 +272,7 @@ func (l *load) count(transport string) {
 	})
 }
 
-// silent does nothing until its end, which it tells by its exit code.
+// silent does nothing until its end, which its exit code shows.
 func (l *load) silent(transport string) {
 	s := l.exec(transport, false, "sh", "-c", "echo ready; read -r word; exit $word")
 	l.begin("silent over "+transport, func() error {
@@ -287,7 +287,7 @@ func (l *load) silent(transport string) {
 	})
 }
 
-// short runs a command after the other, each with input and output.
+// short runs one command after the other, each with input and output.
 func (l *load) short(transport string) {
 	l.begin("short over "+transport, func() error {
 		for i := 0; !l.stopping(); i++ {
@@ -347,7 +347,7 @@ func (l *load) attach(transport, container string) {
 	})
 }
 
-// forward opens connections to an echo in the pod over one port-forward, which send and read back until the end.
+// forward opens connections to an echo server in the pod over one port-forward. They send and read back until the end.
 func (l *load) forward(pod *harness.Pod, transport string, connections int) {
 	port := pod.Listen("127.0.0.1", func(conn *net.TCPConn) {
 		io.Copy(conn, conn)
@@ -387,7 +387,7 @@ func (l *load) forward(pod *harness.Pod, transport string, connections int) {
 	}
 }
 
-// probe is what the kubelet does, each 200 ms.
+// probe does what the kubelet does, every 200 ms.
 func (l *load) probe() {
 	l.begin("probe", func() error {
 		ticker := time.NewTicker(200 * time.Millisecond)
@@ -410,12 +410,12 @@ func (l *load) probe() {
 	})
 }
 
-// await waits until so many sessions have shown that they are there.
+// await waits until this many sessions have shown that they work.
 func (l *load) await(n int64) {
 	testutil.Eventually(l.t, fmt.Sprintf("%d sessions are live", n), func() bool { return l.live.Load() >= n || l.t.Failed() })
 }
 
-// counter is a container whose main process prints numbers.
+// counter runs a container whose main process prints numbers.
 func counter(t *testing.T) string {
 	return harness.RunContainer(t, node.ContainerSpec{Command: []string{"sh", "-c", "i=0; while true; do echo $i; i=$((i+1)); sleep 0.05; done"}})
 }

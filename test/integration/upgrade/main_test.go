@@ -1,5 +1,5 @@
 // Package upgrade tests that another program takes over from a streamshim with all that goes on in it, with stock clients
-// against a real node.
+// on a real node.
 package upgrade
 
 import (
@@ -22,14 +22,14 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// built are the programs of a run, by their version.
+// built are the programs of a run, by version.
 var built struct {
 	folder string
 	mu     sync.Mutex
 	paths  map[string]string
 }
 
-// build is a streamshim of its own version, with more arguments for the Go tool.
+// build builds a streamshim with its own version, with more arguments for the Go tool.
 func build(t *testing.T, version string, args ...string) string {
 	t.Helper()
 	built.mu.Lock()

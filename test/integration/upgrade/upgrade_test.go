@@ -23,15 +23,15 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// For a proof: -sessions 200 -times 20 -pace 20. Thirty sessions at a pace of 1 keep two cores busy, and what is measured then is
-// how long a program waits for a core.
+// For a proof: -sessions 200 -times 20 -pace 20. Thirty sessions at a pace of 1 keep two cores busy, and then the times
+// measure how long a program waits for a core.
 var (
 	sessions = flag.Int("sessions", 30, "sessions that are live at the same time, about")
 	times    = flag.Int("times", 6, "hand-overs in a row")
 	pace     = flag.Int("pace", 1, "how many times longer each session pauses between two blocks, lines or commands")
 )
 
-// pauses are those of the hand-overs that a streamshim's log tells of, and how much of each the old program took, both sorted.
+// pauses returns those of the hand-overs in a streamshim's log, and how much of each the old program took, both sorted.
 func pauses(t *testing.T, shim *harness.Streamshim) (whole, old []time.Duration) {
 	t.Helper()
 	log, err := os.ReadFile(shim.Log)
@@ -52,8 +52,8 @@ func pauses(t *testing.T, shim *harness.Streamshim) (whole, old []time.Duration)
 	return durations(`has taken over".* pause=(\S+)`), durations(`stand still for the other program".* after=(\S+)`)
 }
 
-// Two programs take over from each other, time and again, with sessions of all kinds: none ends, no byte is lost, no probe fails,
-// and nothing is left behind.
+// TestNoSessionNoticesAnUpgrade has two programs take over from each other again and again, with sessions of all kinds.
+// None may end, no byte may be lost, no probe may fail, and nothing may be left behind.
 func TestNoSessionNoticesAnUpgrade(t *testing.T) {
 	first, second := build(t, "first"), build(t, "second")
 	metrics := harness.UnusedAddress(t)
@@ -92,7 +92,7 @@ func TestNoSessionNoticesAnUpgrade(t *testing.T) {
 			t.Fatalf("hand-over %d: %v: %s", i, err, out)
 		}
 		carried = append(carried, strings.TrimSpace(out))
-		// A URL that was out stays good.
+		// A URL that was issued before stays good.
 		ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
 		err = harness.Stream(ctx, harness.Transports[i%2], waiting.String(), remotecommand.StreamOptions{Stdout: io.Discard})
 		cancel()
@@ -120,7 +120,8 @@ func TestNoSessionNoticesAnUpgrade(t *testing.T) {
 	testutil.Eventually(t, "no files are left", func() bool { return len(harness.Glob(filepath.Join(shim.Folder, "state", "exec", "*"))) == 0 })
 }
 
-// SIGHUP has another program take over when one is installed, and is a reload of the configuration otherwise.
+// TestReloadTakesOver checks that at SIGHUP another program takes over if one is installed, and that otherwise the
+// configuration is reloaded.
 func TestReloadTakesOver(t *testing.T) {
 	first, second := build(t, "first"), build(t, "second")
 	shim := harness.StartInstalled(t, "", first)
@@ -159,7 +160,7 @@ func logFrom(t *testing.T, shim *harness.Streamshim, begin int) string {
 	return string(text[begin:])
 }
 
-// environment is what a process was started with.
+// environment returns what a process was started with.
 func environment(t *testing.T, pid int) []string {
 	t.Helper()
 	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ")
@@ -169,7 +170,8 @@ func environment(t *testing.T, pid int) []string {
 	return strings.Split(strings.TrimSuffix(string(text), "\x00"), "\x00")
 }
 
-// What a process has from its start stays: arguments, limits, umask, working directory, what systemd is told by.
+// TestUpgradeKeepsTheProcess checks that a process keeps what it has from its start: arguments, limits, umask, working
+// directory, and its connection to systemd.
 func TestUpgradeKeepsTheProcess(t *testing.T) {
 	first, second := build(t, "first"), build(t, "second")
 	shim := harness.StartInstalled(t, "", first)

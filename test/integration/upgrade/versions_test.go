@@ -17,10 +17,10 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// change is a text of a source file that is another one in another version.
+// change is a text in a source file that differs in another version.
 type change struct{ file, from, to string }
 
-// buildChanged builds a program of which some source is another one: a version of streamshim that does not exist yet.
+// buildChanged builds a program with changed source: a version of streamshim that does not exist yet.
 func buildChanged(t *testing.T, version string, changes ...change) string {
 	t.Helper()
 	folder := t.TempDir()
@@ -61,7 +61,8 @@ func buildChanged(t *testing.T, version string, changes ...change) string {
 	return build(t, version, "-overlay", file)
 }
 
-// trio is one live session of each kind over a transport: two commands, one of them on a terminal, and a port-forward with a connection.
+// trio is one live session of each kind over a transport: two commands, one of them on a terminal, and a port-forward with
+// a connection.
 type trio struct {
 	t            *testing.T
 	transport    string
@@ -94,7 +95,7 @@ func (l *load) trio(transport string, pod *harness.Pod, port int) *trio {
 	return s
 }
 
-// talk says something to a session and waits for its echo.
+// talk sends something to a session and waits for its echo.
 func (s *trio) talk(kind string) error {
 	s.said++
 	line := fmt.Sprintf("line %d\n", s.said)
@@ -118,7 +119,7 @@ func (s *trio) talk(kind string) error {
 	return err
 }
 
-// goesOn says why a session has not gone on, or has not ended as it should.
+// goesOn returns why a session has not gone on, or has not ended as it should.
 func (s *trio) goesOn(kind string) error {
 	if err := s.talk(kind); err != nil {
 		return err
@@ -145,7 +146,7 @@ func (s *trio) goesOn(kind string) error {
 	}
 }
 
-// endsWith says why a session has not ended with an error that says what it should.
+// endsWith returns why a session has not ended with the error that it should.
 func (s *trio) endsWith(kind, want string) error {
 	var err error
 	switch kind {
@@ -155,7 +156,7 @@ func (s *trio) endsWith(kind, want string) error {
 	case "terminal":
 		go io.Copy(io.Discard, s.tty.out)
 		err = testutil.Receive(s.t, "the terminal's end", s.tty.ended)
-	case "forward": // kubectl prints the text of the error stream; what its library returns says only that it is over
+	case "forward": // kubectl prints the text of the error stream; what its library returns only says that it is over
 		err = testutil.Receive(s.t, "the port-forward's end", s.forward.Ended)
 		s.forward.Ended <- err // for Close
 		if err == nil {
@@ -169,7 +170,7 @@ func (s *trio) endsWith(kind, want string) error {
 	return nil
 }
 
-// outcome is one session's, by the audit log.
+// outcome is that of one session in the audit log.
 type outcome struct {
 	starts, ends int
 	reason       string
@@ -206,8 +207,9 @@ func audited(t *testing.T, file string) map[string]*outcome {
 	return all
 }
 
-// Two versions of streamshim meet, each of them as the older one and as the newer one: sessions that both know go on, with all
-// that they say. One that the other does not know ends alone, and its client is told why; the audit log has its end.
+// TestVersionsMeet has two versions of streamshim take over from each other, in both directions. Sessions that both know go
+// on, with all that they have. A session that the other version does not know ends alone, its client is told why, and the
+// audit log has its end.
 func TestVersionsMeet(t *testing.T) {
 	const (
 		commands = "pkg/streaming/remotecommand/state.go"
@@ -222,7 +224,7 @@ func TestVersionsMeet(t *testing.T) {
 	for _, test := range []struct {
 		name    string
 		changes []change
-		ended   []string // kinds
+		ended   []string // their kinds
 	}{
 		{"commands", []change{{commands, "const stateVersion = 1", "const stateVersion = 2"}}, []string{"command", "terminal"}},
 		{"port-forwards", []change{{forwards, "const stateVersion = 1", "const stateVersion = 2"}}, []string{"forward"}},
@@ -233,7 +235,7 @@ func TestVersionsMeet(t *testing.T) {
 		}, []string{"forward"}},
 		{"connections", []change{{"pkg/streaming/internal/transport/handover.go", "const version = 1", "const version = 2"}}, []string{"command", "terminal", "forward"}},
 		{"sessions", []change{{sessions, "const StateVersion = 1", "const StateVersion = 2"}}, []string{"command", "terminal", "forward"}},
-		// Fields that the other one does not have, in both directions.
+		// Fields that the other version does not have, in both directions.
 		{"fields", []change{
 			field("pkg/handover/state.go", "State"), field(server, "State"), field(server, "SessionState"), field(sessions, "State"),
 			field(commands, "State"), field(commands, "ClientState"), field("pkg/streaming/remotecommand/internal/stdin/stdin.go", "State"), field("pkg/streaming/remotecommand/internal/drain/drain.go", "State"), field("pkg/streaming/remotecommand/internal/drain/drain.go", "OutputState"), field(forwards, "State"), field(forwards, "ConnectionState"),
@@ -301,8 +303,8 @@ func TestVersionsMeet(t *testing.T) {
 	}
 }
 
-// A state that another version cannot read at all, or processes that it does not know, are a reason not to hand over: the old
-// one goes on, with everything.
+// TestVersionsThatCannotMeet checks that there is no hand-over if another version cannot read the state at all, or does not
+// know its processes: the old program goes on with everything.
 func TestVersionsThatCannotMeet(t *testing.T) {
 	first := build(t, "first")
 	shim := harness.StartInstalled(t, "", first)
@@ -322,7 +324,7 @@ func TestVersionsThatCannotMeet(t *testing.T) {
 		if err == nil || !strings.Contains(out, test.want) || !strings.Contains(out, "streamshim first goes on as it was") {
 			t.Errorf("%s: %v: %s; want %q", test.name, err, out, test.want)
 		}
-		time.Sleep(10 * time.Millisecond) // of which the sessions make use
+		time.Sleep(10 * time.Millisecond) // the sessions go on meanwhile
 	}
 	l.finish()
 }

@@ -32,7 +32,7 @@ func (w *written) String() string {
 	return w.text.String()
 }
 
-// An operator who watches a session goes on watching it when another program takes over.
+// TestWatchGoesOn checks that an operator who watches a session goes on watching it when another program takes over.
 func TestWatchGoesOn(t *testing.T) {
 	first, second := build(t, "first"), build(t, "second")
 	shim := harness.StartInstalled(t, "", first)
@@ -68,7 +68,7 @@ func TestWatchGoesOn(t *testing.T) {
 		t.Fatal(err)
 	}
 	lines := 0
-	shows := func() { // what is typed, once the watcher is there
+	shows := func() { // shows what is typed, once the watcher is there
 		t.Helper()
 		testutil.Eventually(t, "what is typed is watched", func() bool {
 			lines++
@@ -82,7 +82,7 @@ func TestWatchGoesOn(t *testing.T) {
 		if out, err := shim.Upgrade(t); err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
-		lines += 10 // nothing that was shown before is taken for it
+		lines += 10 // so that nothing that was shown before is taken for it
 		shows()
 	}
 	io.WriteString(s.in, "exit 3\n")
