@@ -21,7 +21,7 @@ type Ending struct {
 	Reasons []string
 }
 
-// Endings are all the ways.
+// Endings are the ways in which a container may end.
 var Endings = []Ending{
 	{Name: "stopped", End: StopContainer, Reasons: []string{"container exited with code 137"}},
 	{Name: "removed", End: removeContainer, Reasons: []string{"container exited with code 137", "container was removed"}},

@@ -122,7 +122,7 @@ func conversation() []byte {
 }
 
 // talk sends the conversation to a connection that is handed over after each of the given numbers of bytes. It returns, in
-// words, what the connection has received.
+// words, what has become of the connection.
 func talk(t *testing.T, ours, peer net.Conn, cuts ...int) string {
 	t.Helper()
 	var opened []string

@@ -257,7 +257,7 @@ func (w *writer) sendFrameLocked(s *Stream, b *buffer.Buffer, room int, fin, com
 		return 0, err
 	}
 	n := min(b.Len(), room)
-	// A stream that sends what it reads is not counted in senders while it reads. But then the last frame was its.
+	// A stream that sends what it reads is not counted in senders while it reads. Then w.last shows that there is another stream.
 	if w.senders.Load() > 1 || w.last != s.id {
 		n = min(n, sharedFrame)
 	}

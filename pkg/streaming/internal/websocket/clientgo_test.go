@@ -30,7 +30,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
-// The sessions of the streaming server use a Channel as this.
+// A Channel implements what the sessions of the streaming server use.
 var _ workload.Stream = (*websocket.Channel)(nil)
 
 // serve runs an HTTP server whose handlers have returned when the test ends.

@@ -108,7 +108,7 @@ func conversation(protocol Protocol) []byte {
 }
 
 // talk sends the conversation to a connection that is handed over after each of the given numbers of bytes. It returns, in
-// words, what the connection has received.
+// words, what has become of the connection.
 func talk(t *testing.T, protocol Protocol, cuts ...int) string {
 	t.Helper()
 	ours, peer := net.Pipe()

@@ -11,8 +11,8 @@ import (
 	"github.com/streamshim/streamshim/pkg/streaming/internal/socket"
 )
 
-// Source reads what is to be sent. Its buffers grow and shrink with what there is to read: a terminal never has more than 4
-// KiB at once, a pipe may have 1 MiB. One goroutine uses it.
+// Source reads what is to be sent. Its buffers grow and shrink with what there is to read: a terminal has at most 4 KiB
+// at once, a pipe may have 1 MiB. One goroutine uses it.
 type Source struct {
 	r     io.Reader
 	raw   syscall.RawConn // nil if only r can be read
