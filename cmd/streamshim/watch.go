@@ -89,6 +89,15 @@ func watch(ctx context.Context, c *admin.Client, id string, to screen) error {
 		case end == admin.WatchShutdown:
 			return errors.New("streamshim has ended; the session goes on for no longer than shutdown.drain")
 		}
+		text := "streamshim: the watch was interrupted by a hand-over; "
+		if current.End() != admin.WatchHandover {
+			text = "streamshim: the watch was interrupted; "
+			select { // not at once again: it may be lost each time
+			case <-ctx.Done():
+				return nil
+			case <-time.After(watchPause):
+			}
+		}
 		next, err := continueWatch(ctx, c, s.ID)
 		switch {
 		case isGone(err):
@@ -96,7 +105,7 @@ func watch(ctx context.Context, c *admin.Client, id string, to screen) error {
 		case err != nil:
 			return err
 		}
-		if err := to.remark("streamshim: the watch was interrupted by a hand-over; " + missed(next, current)); err != nil {
+		if err := to.remark(text + missed(next, current)); err != nil {
 			next.Close() //nolint:errcheck // not read
 			return err
 		}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/asciicast"
 	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/session/recording"
 	"github.com/streamshim/streamshim/pkg/session/transcript"
@@ -240,10 +241,15 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 		if controls := live.Controls(); controls != nil {
 			told := make(chan struct{})
 			defer func() { <-told }() // Notice returns at the latest when the session ends
-			go func() {
+			rescue.Go(rescue.Die, func() {
 				defer close(told)
-				controls.Notice("an operator of this node is watching this session") //nolint:errcheck // its user has gone
-			}()
+				rescue.Call(func(fault *rescue.Panic) {
+					live.Log().Error("the notice of a watch has panicked: the session ends", "panic", fault.Value, "stack", string(fault.Stack))
+					live.Stop(&session.EndError{Reason: "panic", Message: "the session was ended because of a fault in streamshim, which its log tells of"})
+				}, func() {
+					controls.Notice("an operator of this node is watching this session") //nolint:errcheck // its user has gone
+				})
+			})
 		}
 	}
 

@@ -5,11 +5,14 @@ import (
 	"errors"
 	"io"
 	"strings"
+	"sync/atomic"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"github.com/streamshim/streamshim/pkg/rescue"
 )
 
 // forwardDesc describes a forwarded call of unknown kind as a bidirectional stream, of which all other kinds are
@@ -40,12 +43,20 @@ func (s *Server) forward(_ any, client grpc.ServerStream) error {
 
 	// The upstream may answer, or end the call, before the client has finished sending. Do not wait for this
 	// goroutine: when forward returns, gRPC ends the client's stream and thus RecvMsg, and cancel ends SendMsg.
-	go func() {
+	var fault atomic.Pointer[rescue.Panic]
+	rescue.Go(func(p *rescue.Panic) {
+		fault.Store(p)
+		cancel()
+	}, func() {
 		if err := copyRequests(upstream, client); err != nil {
 			cancel()
 		}
-	}()
-	return s.upstream.nameEndpoint(copyResponses(client, upstream))
+	})
+	err = s.upstream.nameEndpoint(copyResponses(client, upstream))
+	if p := fault.Load(); p != nil {
+		panic(p) // of this call
+	}
+	return err
 }
 
 // forwardUnary relays a call that is known to be unary, as nearly all are. Each side sends its part in one write,

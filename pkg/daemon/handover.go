@@ -379,7 +379,7 @@ func (p *process) execute(ctx context.Context, check *handover.Check, h admin.Ha
 	if err := state.Put(processPart, own); err != nil {
 		return err
 	}
-	p.keepUntilServing(files)
+	keepProgram(files)
 	state.Descriptors = files.Descriptors()
 	verdict, size, err := check.Read(ctx, state)
 	if err != nil {
@@ -400,14 +400,13 @@ func (p *process) execute(ctx context.Context, check *handover.Check, h admin.Ha
 	return check.Exec(files)
 }
 
-// keepUntilServing keeps open what the kernel takes long to let go of, up to 20 ms each: execve would wait for it while the
-// sessions stand still. No part of the state refers to these files, and the new program closes them when it serves.
-func (p *process) keepUntilServing(files *handover.Files) {
-	files.Keep(p.watcher) //nolint:errcheck // the pause is longer then
-	// The file of this program has mostly been deleted by the installation of the next one, and its blocks are freed.
+// keepProgram keeps the file of this program open until the new one serves. It has mostly been deleted by the installation of the
+// new one. The kernel frees its blocks when nobody has it open, and execve would wait for that, some 20 ms, while
+// the sessions stand still. No part of the state refers to it.
+func keepProgram(files *handover.Files) {
 	program, err := os.Open("/proc/self/exe")
 	if err != nil {
-		return
+		return // the pause is longer then
 	}
 	defer program.Close() //nolint:errcheck // was only read
 	files.Keep(program)   //nolint:errcheck // as above

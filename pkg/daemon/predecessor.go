@@ -3,12 +3,14 @@ package daemon
 import (
 	"cmp"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 
 	"github.com/streamshim/streamshim/pkg/admin"
 	"github.com/streamshim/streamshim/pkg/endpoint"
 	"github.com/streamshim/streamshim/pkg/handover"
+	"github.com/streamshim/streamshim/pkg/portforward"
 )
 
 // The parts of a state.
@@ -26,6 +28,7 @@ type processState struct {
 	Streams, Metrics addressState
 	StateDir         string
 	Lock             handover.Descriptor // of the state directory
+	Inotify          handover.Descriptor // of the portforward.Watcher; zero means none
 	Upstream         string
 	Handover         admin.Handover // the one that this state is for
 	Totals           handoverTotals
@@ -97,6 +100,18 @@ func (p *predecessor) lock(dir string) (*os.File, error) {
 		return nil, err
 	}
 	return p.files.Take(p.own.Lock, "lock of the state directory")
+}
+
+// watcher returns a watcher of network namespaces, with the predecessor's inotify instance if it had one.
+func (p *predecessor) watcher(log *slog.Logger) (*portforward.Watcher, error) {
+	if p == nil || p.own.Inotify == 0 {
+		return portforward.NewWatcher(log)
+	}
+	inotify, err := p.files.Take(p.own.Inotify, "inotify")
+	if err != nil {
+		return nil, err
+	}
+	return portforward.ResumeWatcher(inotify), nil
 }
 
 // mayUse returns an error if the state directory has changed: running commands have their records in the old one.

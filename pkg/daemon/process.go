@@ -64,7 +64,7 @@ func serve(ctx context.Context, version string, c config.Config, load func() (co
 	end.begin()
 	p.resume(before)
 	p.start()
-	before.close() // after the start, because the kernel takes its time: see keepUntilServing
+	before.close() // after the start, because the kernel takes its time: see keepProgram
 	sayReady(c, p.streamListener.Addr())
 	if before != nil {
 		// Also answers a "systemctl reload" that came during the hand-over: the configuration has just been read.
@@ -116,7 +116,7 @@ func (p *process) build(ctx context.Context, load func() (config.Config, error),
 	}
 	p.onClose(func() { p.runner.Close() }) // Shutdown is the orderly end
 
-	if p.watcher, err = portforward.NewWatcher(log); err != nil {
+	if p.watcher, err = before.watcher(log); err != nil {
 		return err
 	}
 	p.onClose(func() { p.watcher.Close() }) // nothing depends on it any more
@@ -260,6 +260,9 @@ func (p *process) state(files *handover.Files, h admin.Handover) (processState, 
 	s.Metrics.Descriptor = keep(p.telemetry.listener)
 	if err == nil {
 		s.Streams.Descriptor, err = p.streams.KeepListener(files)
+	}
+	if err == nil {
+		s.Inotify, err = p.watcher.Keep(files)
 	}
 	if err == nil {
 		s.Lock, err = files.Keep(p.lock)

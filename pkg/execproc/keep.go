@@ -54,10 +54,7 @@ func (p *Process) keepStream(k *stdio.Kept) {
 	r := p.runner
 	r.countKept(p, 1)
 	started := r.background(p.panicked, func() {
-		defer close(k.Done)
-		if !k.Keep(r.ctx, p.watch.Exited, p.freezing) {
-			r.countKept(p, -1)
-		}
+		k.Keep(r.ctx, p.watch.Exited, p.freezing, func() { r.countKept(p, -1) })
 	})
 	if !started {
 		k.Stream.Close()

@@ -7,7 +7,9 @@
 package metrics
 
 import (
+	"maps"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -272,10 +274,10 @@ func (m *Metrics) PhaseChanged(s *session.Session, phase session.Phase) {
 
 // Ended implements session.Observer.
 func (m *Metrics) Ended(s *session.Session, o session.Outcome) {
+	received, sent := s.Transferred() // without the lock, which all sessions share: a faulty one may never answer
 	m.mu.Lock()
 	lingering := m.live[s]
 	delete(m.live, s)
-	received, sent := s.Transferred()
 	total := m.moved[s.Kind]
 	m.moved[s.Kind] = transferred{total.received + received, total.sent + sent}
 	m.mu.Unlock()
@@ -329,18 +331,15 @@ var (
 
 func (m *Metrics) collectLive(to chan<- prometheus.Metric) {
 	live := make(map[session.Kind]int)
-	moved := make(map[session.Kind]transferred)
 	m.mu.Lock() // so that a session that ends now is counted once, either as live or as ended
-	for _, kind := range kinds {
-		moved[kind] = m.moved[kind]
-	}
-	for s := range m.live {
+	moved, sessions := maps.Clone(m.moved), slices.Collect(maps.Keys(m.live))
+	m.mu.Unlock()
+	for _, s := range sessions { // without the lock, as in Ended
 		live[s.Kind]++
 		received, sent := s.Transferred()
 		total := moved[s.Kind]
 		moved[s.Kind] = transferred{total.received + received, total.sent + sent}
 	}
-	m.mu.Unlock()
 	for _, kind := range kinds {
 		to <- prometheus.MustNewConstMetric(liveDesc, prometheus.GaugeValue, float64(live[kind]), string(kind))
 		to <- prometheus.MustNewConstMetric(receivedDesc, prometheus.CounterValue, float64(moved[kind].received), string(kind))

@@ -42,6 +42,7 @@ type connection struct {
 
 	// copyErr is the result of the copy towards the pod, valid once copied is closed.
 	copied  chan struct{}
+	endCopy func() // closes copied; may be called repeatedly
 	sent    int64
 	copyErr error
 
@@ -55,6 +56,7 @@ type connection struct {
 
 func newConnection(pod *net.TCPConn, stream workload.Stream, halfClosedIdle time.Duration) *connection {
 	c := &connection{pod: pod, stream: stream, copied: make(chan struct{})}
+	c.endCopy = sync.OnceFunc(func() { close(c.copied) })
 	c.idle = halfClosedTimer{limit: halfClosedIdle, progress: c.progress, expired: func() { c.abort(ErrHalfClosedIdle) }}
 	c.late = halfClosedTimer{limit: resetGrace, progress: c.progress, expired: c.clientReset}
 	c.left = halfClosedTimer{limit: leftGrace, progress: c.progress, expired: c.clientReset}
@@ -95,11 +97,14 @@ func (c *connection) forward(ctx context.Context) (sent, received int64, err err
 	rescue.Go(rescue.Die, func() {
 		defer close(uploadEnded)
 		if !c.uploaded {
-			rescue.Call(c.panicked, c.upload)
+			rescue.Call(func(p *rescue.Panic) {
+				c.panicked(p)
+				c.endCopy()
+			}, c.upload)
 		}
 	})
 	if !c.podFinished.Load() {
-		c.download()
+		rescue.Call(c.panicked, c.download)
 	}
 	<-uploadEnded
 
@@ -134,7 +139,7 @@ func (c *connection) upload() {
 	c.copyErr = err
 	c.uploadFrozen = c.isFrozen(err)
 	c.uploaded = !c.uploadFrozen
-	close(c.copied)
+	c.endCopy()
 	switch {
 	case c.uploadFrozen:
 	case c.copyErr == nil:

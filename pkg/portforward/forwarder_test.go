@@ -100,7 +100,7 @@ func TestGone(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			watcher := startWatcher(never)
+			watcher := startWatcher(os.NewFile(uintptr(never), "never readable"), true)
 			t.Cleanup(func() { watcher.Close() })
 			pod := newSandbox(t)
 			f := newForwarder(t, pod.path, Config{Watcher: watcher})

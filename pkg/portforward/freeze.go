@@ -107,7 +107,7 @@ func (c *connection) resume(state ConnectionState) {
 		if !state.ClientFinished {
 			c.copyErr = unix.Errno(state.Fault) //nolint:gosec // a small number
 		}
-		close(c.copied)
+		c.endCopy()
 	}
 	c.idle.resume(state.Idle)
 	c.late.resume(state.Late)

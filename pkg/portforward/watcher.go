@@ -7,11 +7,11 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/rescue"
 )
 
@@ -27,8 +27,9 @@ const (
 // Watcher notices when network namespaces are gone from their paths, for all Forwarders of a process, with one
 // inotify instance (a node has only 128 by default) and one goroutine. Its methods are safe for concurrent use.
 type Watcher struct {
-	file *os.File // inotify
-	done chan struct{}
+	file  *os.File // inotify, or one that is never readable
+	polls bool     // there is no inotify
+	done  chan struct{}
 
 	mu      sync.Mutex
 	watched map[*watchedNamespace]struct{}
@@ -52,7 +53,8 @@ type watchedFolder struct {
 // after the Forwarders that use it.
 func NewWatcher(log *slog.Logger) (*Watcher, error) {
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
-	if err != nil {
+	polls := err != nil
+	if polls {
 		log.Warn("inotify is not available: the end of a pod is noticed by polling, up to a second late; "+
 			"raising fs.inotify.max_user_instances helps", "error", err)
 		// A file that is never readable, so that only deadlines wake the goroutine.
@@ -60,12 +62,18 @@ func NewWatcher(log *slog.Logger) (*Watcher, error) {
 			return nil, fmt.Errorf("watch network namespaces: %w", os.NewSyscallError("eventfd", err))
 		}
 	}
-	return startWatcher(fd), nil
+	return startWatcher(os.NewFile(uintptr(fd), "inotify"), polls), nil
 }
 
-func startWatcher(fd int) *Watcher {
+// ResumeWatcher starts a Watcher with the inotify instance of another one, from Keep. It takes the file. A node may have no
+// instance left for a new one, and the kernel takes up to 20 ms to let go of the old one. Directories that no
+// Forwarder uses any more stay watched: their events say to look at what is used.
+func ResumeWatcher(inotify *os.File) *Watcher { return startWatcher(inotify, false) }
+
+func startWatcher(file *os.File, polls bool) *Watcher {
 	w := &Watcher{
-		file:    os.NewFile(uintptr(fd), "inotify"),
+		file:    file,
+		polls:   polls,
 		done:    make(chan struct{}),
 		watched: map[*watchedNamespace]struct{}{},
 		folders: map[string]*watchedFolder{},
@@ -81,8 +89,13 @@ func (w *Watcher) Close() error {
 	return err
 }
 
-// SyscallConn implements syscall.Conn, for the inotify instance.
-func (w *Watcher) SyscallConn() (syscall.RawConn, error) { return w.file.SyscallConn() }
+// Keep adds the inotify instance to the files, for ResumeWatcher in another program. It returns zero if there is none.
+func (w *Watcher) Keep(files *handover.Files) (handover.Descriptor, error) {
+	if w.polls {
+		return 0, nil
+	}
+	return files.Keep(w.file)
+}
 
 // watch calls gone, once and from the Watcher's goroutine, when the namespace is no longer at its path. It may
 // miss for lookInterval what happened before it was set up, so callers check once themselves. stop ends the watch;

@@ -163,7 +163,7 @@ func (s *Server) Frozen() handover.Instant {
 // awaitStarts waits until no session is starting its command, so that no frozen session waits for another one's start.
 func (s *Server) awaitStarts(ctx context.Context) error {
 	for _, each := range s.all() {
-		if starting, ok := each.running.(interface{ AwaitStarted(context.Context) error }); ok && !lifetime.HasPanicked(each.live) {
+		if starting, ok := each.running.(interface{ AwaitStarted(context.Context) error }); ok && !each.terms.Fault.Happened() {
 			if err := starting.AwaitStarted(ctx); err != nil {
 				return fmt.Errorf("session %s: %w", each.live.ID, err)
 			}
@@ -312,11 +312,28 @@ func (s *Server) freezeSessions(ctx context.Context, files *handover.Files) ([]S
 
 // freezeSession returns the state of a session, or nil if the session has ended instead. It returns an error only when the
 // context is done.
-func (s *Server) freezeSession(ctx context.Context, each *served, files *handover.Files) (*SessionState, error) {
-	if lifetime.HasPanicked(each.live) { // it may never come to a point where it could be frozen
-		s.awaitEnd(each, panickedGrace)
-		return nil, nil
+func (s *Server) freezeSession(ctx context.Context, each *served, files *handover.Files) (state *SessionState, err error) {
+	if !each.terms.Fault.Happened() {
+		rescue.Call(each.reportPanic, func() { state, err = s.freezeSound(ctx, each, files) })
 	}
+	if state != nil || !each.terms.Fault.Happened() {
+		return state, err
+	}
+	// It may never come to a point where it could be frozen, and its end may wait for a lock that was left.
+	ended := make(chan struct{})
+	rescue.Go(each.reportPanic, func() {
+		defer close(ended)
+		s.awaitEnd(each, panickedGrace)
+	})
+	select {
+	case <-ended:
+	case <-ctx.Done():
+	}
+	return nil, nil
+}
+
+// freezeSound is freezeSession for a session none of whose goroutines has panicked.
+func (s *Server) freezeSound(ctx context.Context, each *served, files *handover.Files) (*SessionState, error) {
 	state, err := each.freeze(ctx, files)
 	if err == nil {
 		<-each.done
@@ -455,13 +472,17 @@ func (s *Server) resumeSession(state SessionState, files *handover.Files) error 
 	}
 	terms := s.shared()
 	terms.Limits, terms.Bandwidth = state.Limits, state.Bandwidth
-	running, err := s.resumeRunning(live, state.State, files, terms)
+	var resumed running
+	rescue.Call(func(p *rescue.Panic) {
+		live.Log().Error("the resume of a session has panicked", "panic", p.Value, "stack", string(p.Stack))
+		err = p
+	}, func() { resumed, err = s.resumeRunning(live, state.State, files, terms) })
 	if err != nil {
 		terms.Buffers.Close()
 		live.End(session.Outcome{Reason: reasonNotCarried, ExitCode: -1, Err: err})
 		return fmt.Errorf("session %s: %w", live.ID, err)
 	}
-	s.run(live, running, terms)
+	s.run(live, resumed, terms)
 	return nil
 }
 

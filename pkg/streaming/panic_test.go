@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -14,18 +15,21 @@ import (
 
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/event"
-	"github.com/streamshim/streamshim/pkg/streaming/internal/lifetime"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
 // faulty is a process one of whose methods panics.
 type faulty struct {
 	*hostProcess
-	in string
+	in   string
+	gate chan struct{} // what the fault waits for; nil for nothing
 }
 
 func (f *faulty) fault(method string) {
 	if f.in == method {
+		if f.gate != nil {
+			<-f.gate
+		}
 		panic("a fault of the test in " + method)
 	}
 }
@@ -102,7 +106,7 @@ func TestPanicEndsOneSession(t *testing.T) {
 						if err != nil {
 							return nil, err
 						}
-						return &faulty{p.(*hostProcess), in}, nil
+						return &faulty{p.(*hostProcess), in, nil}, nil
 					}), options, command...)
 					if err := stream(t.Context(), t, transport, u, options); err == nil || !strings.Contains(err.Error(), "Internal error") {
 						t.Errorf("the client got %v", err)
@@ -143,17 +147,25 @@ func (s *stuck) Disconnect() {
 func TestPanicThatLeavesALock(t *testing.T) {
 	for _, in := range []string{"Read", "StandIn", "ExitCode"} {
 		t.Run(in, func(t *testing.T) {
-			t.Run("hand-over", func(t *testing.T) { giveUp(t, in, true) })
-			t.Run("grace", func(t *testing.T) { giveUp(t, in, false) })
+			t.Run("hand-over", func(t *testing.T) { giveUp(t, in, true, false) })
+			t.Run("grace", func(t *testing.T) { giveUp(t, in, false, false) })
 		})
 	}
+	t.Run("told to end before", func(t *testing.T) {
+		t.Run("hand-over", func(t *testing.T) { giveUp(t, "Read", true, true) })
+		t.Run("grace", func(t *testing.T) { giveUp(t, "Read", false, true) })
+	})
 }
 
-func giveUp(t *testing.T, in string, handOver bool) {
+func giveUp(t *testing.T, in string, handOver, told bool) {
 	s := startCarried(t, Config{})
 	port := pod(t, answer)
 	neighbour := s.portForward(t, "SPDY", port)
 	executor, released := &hostExecutor{t: t}, make(chan struct{})
+	var gate chan struct{}
+	if told {
+		gate = make(chan struct{})
+	}
 	release := sync.OnceFunc(func() { close(released) })
 	t.Cleanup(release)
 	options := remotecommand.StreamOptions{Stdin: strings.NewReader("line\n"), Stdout: io.Discard}
@@ -162,7 +174,7 @@ func giveUp(t *testing.T, in string, handOver bool) {
 		if err != nil {
 			return nil, err
 		}
-		return &stuck{&faulty{p.(*hostProcess), in}, released}, nil
+		return &stuck{&faulty{p.(*hostProcess), in, gate}, released}, nil
 	}), options, "sh", "-c", "read line; exit 0")
 	ended := make(chan error, 1)
 	go func() { ended <- stream(context.Background(), t, "SPDY", u, options) }()
@@ -174,9 +186,13 @@ func giveUp(t *testing.T, in string, handOver bool) {
 		}
 		return nil
 	}
+	if told {
+		eventually(t, "the command's start", func() bool { return executor.count() == 1 && live() != nil })
+		live().Stop(&session.EndError{Reason: "test", Message: "the test says so"})
+		close(gate)
+	}
 	eventually(t, "the panic", func() bool {
-		each := live()
-		return each != nil && lifetime.HasPanicked(each)
+		return slices.ContainsFunc(s.all(), func(each *served) bool { return each.terms.Fault.Happened() })
 	})
 	if handOver {
 		began := time.Now()

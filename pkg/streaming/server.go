@@ -435,7 +435,8 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, up transport.Upgr
 func (s *Server) run(live *session.Session, running running, terms lifetime.Terms) {
 	each := &served{live: live, running: running, terms: terms, done: make(chan struct{})}
 	live.Connect(running)
-	each.unwatch = context.AfterFunc(live.Context(), func() { rescue.Call(each.reportPanic, func() { s.endStuck(each) }) })
+	// What has panicked may have left a lock for which the others wait for ever.
+	each.unwatch = terms.Fault.After(each.reportPanic, func() { s.awaitEnd(each, lifetime.StuckGrace) })
 	s.mu.Lock()
 	s.served[each] = struct{}{}
 	s.mu.Unlock()
@@ -468,15 +469,7 @@ func (s *Server) over(each *served, outcome session.Outcome) {
 	})
 }
 
-// endStuck gives a session up that was told to end because of a panic and does not: what has panicked may have left a lock for
-// which the others wait for ever.
-func (s *Server) endStuck(each *served) {
-	if lifetime.HasPanicked(each.live) {
-		s.awaitEnd(each, lifetime.StuckGrace)
-	}
-}
-
-// awaitEnd waits for the end of a session, which is given up when it takes longer: it is no session any more, whatever is left
+// awaitEnd waits for the end of a session that has panicked, which is given up when it takes longer: it is no session any more, whatever is left
 // of its goroutines.
 func (s *Server) awaitEnd(each *served, limit time.Duration) {
 	timer := time.NewTimer(limit)
@@ -525,7 +518,7 @@ func (s *Server) terms(kind session.Kind) lifetime.Terms {
 
 // shared returns the terms that are the same for all sessions.
 func (s *Server) shared() lifetime.Terms {
-	return lifetime.Terms{Buffers: s.config.Buffers.Share(), Observe: s.config.Observe}
+	return lifetime.Terms{Buffers: s.config.Buffers.Share(), Observe: s.config.Observe, Fault: lifetime.NewFault()}
 }
 
 // upgrade passes a connection to the package that serves its kind of request. If it returns no session, the outcome

@@ -46,7 +46,7 @@ var allowed = map[string][]string{
 		"pkg/streaming/event", "pkg/streaming/portforward", "pkg/streaming/remotecommand", "pkg/tracing", "pkg/workload",
 	},
 	"cmd/kubectl-streamshim": {"pkg/admin", "pkg/session"},
-	"pkg/admin":              {"pkg/asciicast", "pkg/handover", "pkg/session", "pkg/session/recording", "pkg/session/transcript"},
+	"pkg/admin":              {"pkg/asciicast", "pkg/handover", "pkg/rescue", "pkg/session", "pkg/session/recording", "pkg/session/transcript"},
 	"pkg/check":              {"pkg/config", "pkg/cri", "pkg/endpoint", "pkg/handover"},
 	"pkg/config":             {"pkg/endpoint"},
 	"pkg/cri":                {"pkg/cri/internal/quiet", "pkg/endpoint", "pkg/rescue", "pkg/session", "pkg/streaming/portforward", "pkg/streaming/remotecommand", "pkg/workload"},

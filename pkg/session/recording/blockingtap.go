@@ -3,6 +3,7 @@ package recording
 import (
 	"bytes"
 	"errors"
+	"sync"
 	"time"
 
 	"github.com/streamshim/streamshim/pkg/session"
@@ -24,7 +25,8 @@ type blockingTap struct {
 	room     session.TapRoom // nil means no bound
 	patience time.Duration
 	events   chan blockingEvent // received by the writer
-	ended    chan struct{}      // closed when the writer receives no more
+	ended    chan struct{}      // closed by end when the writer receives no more
+	end      func()             // may be called repeatedly
 }
 
 type blockingEvent struct {
@@ -33,7 +35,9 @@ type blockingEvent struct {
 }
 
 func newBlockingTap(rec *recording, room session.TapRoom) *blockingTap {
-	return &blockingTap{rec: rec, room: room, patience: diskPatience, events: make(chan blockingEvent), ended: make(chan struct{})}
+	t := &blockingTap{rec: rec, room: room, patience: diskPatience, events: make(chan blockingEvent), ended: make(chan struct{})}
+	t.end = sync.OnceFunc(func() { close(t.ended) })
+	return t
 }
 
 // Output implements session.Tap.

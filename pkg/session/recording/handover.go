@@ -156,7 +156,7 @@ func (r *Recorder) resumeEnded(rec *recording) {
 	rec.over = true
 	close(rec.ended)
 	r.listen(rec)
-	close(rec.blocking.ended)
+	rec.blocking.end()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.recordings[rec.session] = rec

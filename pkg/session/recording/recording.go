@@ -233,7 +233,10 @@ func (rec *recording) panicked(fault *rescue.Panic) {
 	rec.flawed()
 	if rec.config.Deny {
 		rec.failed()
+		rec.blocking.end()
 	}
+	rec.over = true
+	rec.place.end(filepath.Base(rec.path), rec.size)
 	rec.queue.Close()
 	rec.queue.Release()
 	rec.file.Close() //nolint:errcheck // it is incomplete either way
@@ -414,7 +417,7 @@ func (rec *recording) run() (over bool) {
 		rec.failed() // before whoever waits for the write continues
 	}
 	if rec.blocking != nil {
-		close(rec.blocking.ended) // the tap stays until the session has ended, so nothing more is delivered
+		rec.blocking.end() // the tap stays until the session has ended, so nothing more is delivered
 	} else {
 		rec.remove()
 	}

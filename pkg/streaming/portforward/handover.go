@@ -74,12 +74,16 @@ func (s *Session) Carriable() error {
 	return nil
 }
 
+func notCarried(err error) session.Outcome {
+	return session.Outcome{Reason: reasonNotCarried, ExitCode: -1, Err: err}
+}
+
 // Freeze stops the session and returns its state for Resume, in this program or the next one. Run then returns
-// session.Frozen. It waits only until the connections know what they have moved, and does not use the context.
+// session.Frozen. It waits only until the connections know what they have moved.
 //
 // If the error is Carriable's, the session continues. If it is ErrEnded, or says what could not be handed over, Run
-// returns how the session ended.
-func (s *Session) Freeze(_ context.Context, files *handover.Files) ([]byte, error) {
+// returns how the session ended. So it does when the connections did not stop before the context was done.
+func (s *Session) Freeze(ctx context.Context, files *handover.Files) ([]byte, error) {
 	if err := s.Carriable(); err != nil {
 		return nil, err
 	}
@@ -89,11 +93,16 @@ func (s *Session) Freeze(_ context.Context, files *handover.Files) ([]byte, erro
 	case <-s.still:
 	case <-s.ended:
 		return nil, ErrEnded
+	case <-ctx.Done():
+		err := fmt.Errorf("the port-forward does not come to a halt: %w", context.Cause(ctx))
+		s.client.Discard()
+		s.result <- notCarried(err)
+		return nil, err
 	}
 	encoded, err := s.collect(files)
 	if err != nil {
 		s.discardFrozen()
-		s.result <- session.Outcome{Reason: reasonNotCarried, ExitCode: -1, Err: err}
+		s.result <- notCarried(err)
 		return nil, err
 	}
 	s.result <- session.Frozen

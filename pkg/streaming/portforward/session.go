@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -94,7 +93,7 @@ const maxWaiting = 1024
 func (s *Session) Run() (outcome session.Outcome) {
 	defer func() {
 		if value := recover(); value != nil {
-			outcome = s.crash(&rescue.Panic{Value: value, Stack: debug.Stack()})
+			outcome = s.crash(rescue.Caught(value))
 		}
 	}()
 	// Not cancelled with the session's context: the client is told why the session ends before its connections end.

@@ -72,9 +72,9 @@ func (s *Session) awaitOutput(ctx context.Context) phase {
 	if s.ending.stopped {
 		return telling
 	}
-	if outcome := lifetime.Stopped(ctx); ctx.Err() != nil && outcome.Reason == lifetime.Panicked {
+	if s.terms.Fault.Happened() {
 		s.ending.hold = false
-		return s.stopped(outcome) // output may have been lost in the goroutine that has panicked
+		return s.stopped(lifetime.Stopped(ctx)) // output may have been lost in the goroutine that has panicked
 	}
 	if s.withheld.Load() { // even if the command has succeeded
 		code := s.ending.outcome.ExitCode

@@ -4,7 +4,6 @@ import (
 	"context"
 	"net"
 	"os"
-	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -122,7 +121,7 @@ func newSession(request *Request, live *session.Session, config Config, terms li
 func (s *Session) Run() (outcome session.Outcome) {
 	defer func() {
 		if value := recover(); value != nil {
-			outcome = s.crash(&rescue.Panic{Value: value, Stack: debug.Stack()})
+			outcome = s.crash(rescue.Caught(value))
 		}
 	}()
 	ctx := s.session.Context()

@@ -136,6 +136,7 @@ func ExecPassing(ctx context.Context, c workload.Container, spec *specs.Process,
 		rescue.Call(func(fault *rescue.Panic) { err = fault }, func() { tree.New(runtime, 0, tree.StreamEnds{}).Kill() })
 		return errors.Join(err, command.Process.Kill()) // in case /proc could not be read
 	}
+	score := containerOOMScoreAdj(spec, c.InitPid)
 	if err := command.Start(); err != nil {
 		if ctx.Err() != nil {
 			return 0, context.Cause(ctx)
@@ -143,7 +144,7 @@ func ExecPassing(ctx context.Context, c workload.Container, spec *specs.Process,
 		return 0, fmt.Errorf("run the OCI runtime: %w", err)
 	}
 	// The pid belongs to the runtime until Wait below.
-	giveOOMScoreAdj(command.Process.Pid, spec, c.InitPid)
+	giveOOMScoreAdj(command.Process.Pid, score)
 	if stat, err := proc.ReadStat(command.Process.Pid); err == nil {
 		runtime = stat.Identity
 	} else {
@@ -166,6 +167,7 @@ func ExecPassing(ctx context.Context, c workload.Container, spec *specs.Process,
 		if pidErr != nil {
 			return 0, fmt.Errorf("%w, but gave no pid: %w", ErrProcessUnknown, pidErr)
 		}
+		giveOOMScoreAdj(pid, score) // the runtime may have been too quick for us
 		return pid, nil
 	}
 	// It may have got as far as starting the process.

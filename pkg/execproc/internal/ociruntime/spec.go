@@ -1,6 +1,7 @@
 package ociruntime
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -91,19 +92,27 @@ func CompleteLimits(limits []specs.POSIXRlimit, initPid int) []specs.POSIXRlimit
 	return complete
 }
 
-// giveOOMScoreAdj gives the OCI runtime the container's oom_score_adj: that of the spec, or else of the main
-// process. crun does not set it for a command, which would inherit streamshim's (-999 in its unit) and be the last
-// in the container that the kernel kills. It is best effort: lowering the value needs CAP_SYS_RESOURCE. runc sets
-// it itself.
-func giveOOMScoreAdj(runtimePid int, spec *specs.Process, initPid int) {
-	var value []byte
+// containerOOMScoreAdj returns the container's oom_score_adj: that of the spec, or else of the main process. It is empty if
+// that has ended.
+func containerOOMScoreAdj(spec *specs.Process, initPid int) []byte {
 	if spec.OOMScoreAdj != nil {
-		value = strconv.AppendInt(nil, int64(*spec.OOMScoreAdj), 10)
-	} else if initPid > 0 {
-		value, _ = os.ReadFile(oomScoreAdj(initPid)) //nolint:errcheck // it has ended
+		return strconv.AppendInt(nil, int64(*spec.OOMScoreAdj), 10)
 	}
-	if len(value) > 0 {
-		os.WriteFile(oomScoreAdj(runtimePid), value, 0) //nolint:errcheck // see above
+	if initPid <= 0 {
+		return nil
+	}
+	value, _ := os.ReadFile(oomScoreAdj(initPid)) //nolint:errcheck // it has ended
+	return value
+}
+
+// giveOOMScoreAdj gives a process that still has the oom_score_adj of this one the container's. crun does not set it for a
+// command, which would inherit streamshim's (-999 in its unit) and be the last in the container that the kernel
+// kills. It is best effort: lowering the value needs CAP_SYS_RESOURCE. runc sets it itself.
+func giveOOMScoreAdj(pid int, value []byte) {
+	inherited, err := os.ReadFile(oomScoreAdj(os.Getpid()))
+	now, nowErr := os.ReadFile(oomScoreAdj(pid))
+	if len(value) > 0 && err == nil && nowErr == nil && bytes.Equal(now, inherited) {
+		os.WriteFile(oomScoreAdj(pid), value, 0) //nolint:errcheck // see above
 	}
 }
 

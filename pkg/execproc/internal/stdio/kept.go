@@ -27,8 +27,16 @@ func NewKept(stream Keepable, input, shared bool) *Kept {
 }
 
 // Keep serves the stream until it ends, or ctx is done, and closes it. If it is frozen first, Keep leaves it open.
-// It reports whether it was frozen.
-func (k *Kept) Keep(ctx context.Context, exited, frozen <-chan struct{}) bool {
+// If it was not frozen it calls ended, also after a panic. Then it closes Done.
+func (k *Kept) Keep(ctx context.Context, exited, frozen <-chan struct{}, ended func()) {
+	defer close(k.Done)
+	stays := false
+	defer func() { // also after a panic
+		if !stays {
+			k.Stream.Close()
+			ended()
+		}
+	}()
 	if k.Input {
 		select {
 		case <-exited:
@@ -40,11 +48,7 @@ func (k *Kept) Keep(ctx context.Context, exited, frozen <-chan struct{}) bool {
 		_, _ = io.Copy(io.Discard, k.Stream)
 		stop()
 	}
-	if closed(frozen) {
-		return true
-	}
-	k.Stream.Close()
-	return false
+	stays = closed(frozen)
 }
 
 // Freeze stops Keep, which then leaves the stream open.

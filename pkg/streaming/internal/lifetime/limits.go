@@ -29,6 +29,7 @@ type Terms struct {
 	Bandwidth int64          // bytes a second in each direction; 0 is no limit
 	Buffers   *buffers.Share // closed by the server
 	Observe   func(event.Event)
+	Fault     Fault
 }
 
 // Limit stops the session at the end of its maximum lifetime. The returned function cancels that.

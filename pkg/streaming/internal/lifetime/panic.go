@@ -2,7 +2,6 @@ package lifetime
 
 import (
 	"context"
-	"errors"
 	"net"
 	"time"
 
@@ -21,10 +20,24 @@ const panicGrace = 2 * ShutdownGrace
 // reset by then, and what it waits for does not come.
 const StuckGrace = panicGrace + ShutdownGrace
 
-// HasPanicked tells whether the session was told to end by Panic.
-func HasPanicked(s *session.Session) bool {
-	var end *session.EndError
-	return errors.As(context.Cause(s.Context()), &end) && end.Reason == Panicked
+// Fault records that a goroutine of a session has panicked, whatever the session was told to end for. Use NewFault.
+type Fault struct {
+	happened context.Context
+	set      context.CancelFunc
+}
+
+// NewFault returns the Fault of a session none of whose goroutines has panicked.
+func NewFault() Fault {
+	happened, set := context.WithCancel(context.Background())
+	return Fault{happened, set}
+}
+
+// Happened reports whether Panic was called for the session.
+func (f Fault) Happened() bool { return f.happened.Err() != nil }
+
+// After calls do after the first panic, with report, in a goroutine of its own. stop is that of context.AfterFunc.
+func (f Fault) After(report rescue.Report, do func()) (stop func() bool) {
+	return context.AfterFunc(f.happened, func() { rescue.Call(report, do) })
 }
 
 // Panic ends a session after one of its goroutines has panicked. The goroutine may have left a lock held, which keeps
@@ -34,6 +47,7 @@ func Panic(s *session.Session, t Terms, network net.Conn, p *rescue.Panic) {
 	if t.Observe != nil {
 		t.Observe(event.Panicked)
 	}
+	t.Fault.set()
 	s.Stop(&session.EndError{Reason: Panicked, Message: "the session was ended because of a fault in streamshim, which its log tells of"})
 	if network != nil {
 		time.AfterFunc(panicGrace, func() { Reset(network) })

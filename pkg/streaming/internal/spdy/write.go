@@ -107,8 +107,10 @@ func (w *writer) flush() {
 		if !w.mu.TryLock() {
 			return // the holder flushes after unlocking
 		}
-		written := w.writeQueueLocked(false)
-		w.mu.Unlock()
+		written := func() bool {
+			defer w.mu.Unlock()
+			return w.writeQueueLocked(false)
+		}()
 		if !written {
 			w.startFlusher()
 			return
@@ -231,14 +233,18 @@ func (w *writer) send(s *Stream, b *buffer.Buffer, fin, committed bool) (sent in
 		if b.Len() > 0 {
 			room = w.c.awaitReceipts(s)
 		}
-		w.mu.Lock()
-		n, err := w.sendFrameLocked(s, b, room, fin, committed || sent > 0)
-		w.unlock()
+		n, err := w.sendFrame(s, b, room, fin, committed || sent > 0)
 		sent += n
 		if err != nil || b.Len() == 0 {
 			return sent, err
 		}
 	}
+}
+
+func (w *writer) sendFrame(s *Stream, b *buffer.Buffer, room int, fin, committed bool) (int, error) {
+	w.mu.Lock()
+	defer w.unlock() // also after a panic: the end of the session writes, too
+	return w.sendFrameLocked(s, b, room, fin, committed)
 }
 
 // sendFrameLocked sends one frame of at most room bytes.

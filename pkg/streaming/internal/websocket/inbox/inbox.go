@@ -223,9 +223,11 @@ func (in *Inbox) reserve(channel int) ([]byte, error) {
 			}
 		}
 		in.waiting = true
-		in.mu.Unlock()
-		err := in.Wait(in.room, atMost)
-		in.mu.Lock()
+		err := func() error {
+			in.mu.Unlock()
+			defer in.mu.Lock() // also after a panic: the caller unlocks
+			return in.Wait(in.room, atMost)
+		}()
 		in.waiting = false
 		if err != nil {
 			return nil, err
