@@ -117,7 +117,7 @@ func TestProgramThatDiesAfterTakingOver(t *testing.T) {
 	<-ended
 	shim.Install(t, good)
 	shim.Start(t) // as systemd does
-	if out := <-done; !strings.Contains(out, "has ended after it had taken over") {
+	if out := <-done; !strings.Contains(out, "ended after it had taken over") {
 		t.Error(out)
 	}
 }
