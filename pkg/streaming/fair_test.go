@@ -32,11 +32,7 @@ func newFairTest(t *testing.T, transport string, config Config) *fairTest {
 	}
 	t.Cleanup(func() { close(release) })
 	u := s.portForwardURL(make(chan struct{}))
-	if transport == "WebSocket" {
-		f.rawClient = dialTunnel(t, u)
-	} else {
-		f.rawClient = dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
-	}
+	f.rawClient = dialForward(t, u, transport)
 	return f
 }
 
@@ -128,7 +124,7 @@ func TestSlowConnectionIsNotReset(t *testing.T) {
 		}
 	}))
 	u := s.portForwardURL(make(chan struct{}))
-	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+	c := dialForward(t, u, "SPDY")
 	data, _ := c.openPair(port, "1")
 	chunk := strings.Repeat("x", 1<<20)
 	for range size >> 20 {

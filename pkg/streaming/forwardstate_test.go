@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"slices"
 	"sync"
 	"testing"
@@ -42,7 +41,7 @@ func clocksAfter(t *testing.T, drop func(*portforward.State)) error {
 		Bandwidth: 1 << 20, IdleTimeout: map[session.Kind]time.Duration{session.PortForward: time.Hour},
 	}})
 	u := s.portForwardURL(make(chan struct{}))
-	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+	c := dialForward(t, u, "SPDY")
 	data, _ := c.openPair(fmt.Sprint(pod(t, answer)), "1")
 	c.send(data, "abc", true)
 	c.finished(data)
@@ -207,7 +206,7 @@ func wordsAfter(t *testing.T, drop func(*portforward.State)) error {
 	flooding, stop := flood(t)
 	defer stop()
 	u := s.portForwardURL(make(chan struct{}))
-	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+	c := dialForward(t, u, "SPDY")
 	data, _ := c.openPair(fmt.Sprint(flooding), "flood")
 	delete(c.streams, data) // it takes much memory
 	refused := unusedPort(t)

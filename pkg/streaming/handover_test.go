@@ -9,7 +9,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"net/http"
 	"os"
 	"reflect"
 	"slices"
@@ -493,7 +492,7 @@ func TestURLsSurviveHandOvers(t *testing.T) {
 	}
 	answered := make(chan *rawClient, 1)
 	go func() {
-		answered <- dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+		answered <- dialForward(t, u, "SPDY")
 	}()
 	select {
 	case <-answered:
@@ -517,7 +516,7 @@ func TestHalfAPairSurvivesHandOvers(t *testing.T) {
 	s := startCarried(t, Config{PortForwards: forwardConfig{StreamCreation: creation}})
 	port := fmt.Sprint(pod(t, answer))
 	u := s.portForwardURL(make(chan struct{}))
-	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+	c := dialForward(t, u, "SPDY")
 	failure := c.open(headerStreamType, streamTypeError, headerPort, port, headerRequestID, "1")
 	lonely := c.open(headerStreamType, streamTypeError, headerPort, port, headerRequestID, "2")
 	eventually(t, "two halves", func() bool { return s.forwarded() == 2 })
@@ -596,7 +595,7 @@ func TestUncarriedSessionsAreTold(t *testing.T) {
 	port := pod(t, answer)
 	sound := s.portForward(t, "WebSocket", port)
 	u := s.portForwardURL(make(chan struct{}))
-	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+	c := dialForward(t, u, "SPDY")
 	data, failure := c.openPair(fmt.Sprint(pod(t, func(c *net.TCPConn) { io.Copy(c, c) })), "1")
 	c.send(data, "abc", false)
 	c.until("the echo", func() bool { return string(c.streams[data].data) == "abc" }) // only a complete pair is told
@@ -743,7 +742,7 @@ func endingForwardAfter(t *testing.T, drop func(*portforward.State)) error {
 	s := startCarried(t, Config{})
 	port := pod(t, func(c *net.TCPConn) { io.Copy(c, c) })
 	u := s.portForwardURL(make(chan struct{}))
-	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+	c := dialForward(t, u, "SPDY")
 	data, failure := c.openPair(fmt.Sprint(port), "1")
 	c.send(data, "abc", false)
 	c.until("the echo", func() bool { return string(c.streams[data].data) == "abc" }) // only a complete pair is told
@@ -775,7 +774,7 @@ func forwardAfter(t *testing.T, drop func(*portforward.State), patience time.Dur
 	s := startCarried(t, Config{})
 	answering, echo := fmt.Sprint(pod(t, answer)), fmt.Sprint(pod(t, func(c *net.TCPConn) { io.Copy(c, c) }))
 	u := s.portForwardURL(make(chan struct{}))
-	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+	c := dialForward(t, u, "SPDY")
 	over, _ := c.openPair(answering, "1")
 	c.send(over, "abc", true)
 	c.finished(over)

@@ -209,12 +209,7 @@ func TestGoroutinesOfAForwardedConnection(t *testing.T) {
 		s := startServer(t, Config{})
 		port := pod(t, func(c *net.TCPConn) { io.Copy(c, c) })
 		u := s.portForwardURL(make(chan struct{}))
-		var c *rawClient
-		if transport == "WebSocket" {
-			c = dialTunnel(t, u)
-		} else {
-			c = dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
-		}
+		c := dialForward(t, u, transport)
 		const connections = 40
 		before := settled(t, ourGoroutines)
 		for i := range connections {
@@ -313,7 +308,7 @@ func TestOpenAndDropThousands(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			u := s.portForwardURL(make(chan struct{}))
-			c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+			c := dialForward(t, u, "SPDY")
 			goroutines := settled(t, ourGoroutines)
 			before := memoryInUse()
 			for i := range pairs {

@@ -171,7 +171,7 @@ func TestPortForwardOddStreams(t *testing.T) {
 	s := startServer(t, Config{})
 	port := pod(t, answer)
 	u := s.portForwardURL(make(chan struct{}))
-	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+	c := dialForward(t, u, "SPDY")
 	for name, headers := range map[string][]string{
 		"no port":        {headerStreamType, streamTypeData, headerRequestID, "1"},
 		"port 0":         {headerStreamType, streamTypeData, headerPort, "0", headerRequestID, "1"},
@@ -226,12 +226,7 @@ func TestErrorStreamEndsWithPodsEOF(t *testing.T) {
 		s := startServer(t, Config{})
 		port := pod(t, answer)
 		u := s.portForwardURL(make(chan struct{}))
-		var c *rawClient
-		if transport == "WebSocket" {
-			c = dialTunnel(t, u)
-		} else {
-			c = dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
-		}
+		c := dialForward(t, u, transport)
 		data, failure := c.openPair(strconv.Itoa(port), "1")
 		c.send(data, "abc", false)
 		if got := c.finished(data); got != "answer to abc" {
@@ -251,7 +246,7 @@ func TestRefusedPortIsAcceptedThenReset(t *testing.T) {
 		f, err := podforward.NewForwarder("", podforward.Config{})
 		return refuser{f}, err
 	})))
-	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+	c := dialForward(t, u, "SPDY")
 	for i := range 1000 {
 		data, failure := c.openPair("80", strconv.Itoa(i))
 		c.finished(data)
@@ -279,7 +274,7 @@ func TestSandboxGoneIsSaidOnErrorStreams(t *testing.T) {
 	port := strconv.Itoa(pod(t, func(c *net.TCPConn) { io.Copy(c, c) }))
 	gone := make(chan struct{})
 	u := s.portForwardURL(gone)
-	c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+	c := dialForward(t, u, "SPDY")
 	var pairs [][2]spdy.StreamId
 	for i := range 3 {
 		data, failure := c.openPair(port, strconv.Itoa(i))

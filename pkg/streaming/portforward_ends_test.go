@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -167,12 +166,7 @@ func TestPortForwardUploadsOfAClientThatLeaves(t *testing.T) {
 						port, uploads := uploadPod(t, time.Second)
 						cutPort, cut := uploadPod(t, 0)
 						u := s.portForwardURL(nil)
-						var client *rawClient
-						if transport == "tunnel" {
-							client = dialTunnel(t, u)
-						} else {
-							client = dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
-						}
+						client := dialForward(t, u, transport)
 						stream, _ := client.openPair(itoa(port), "1")
 						other, _ := client.openPair(itoa(cutPort), "2")
 						client.until("the replies", func() bool { return client.streams[stream].replied && client.streams[other].replied })

@@ -76,6 +76,15 @@ func dialRaw(t testing.TB, u *url.URL, head []byte) *rawClient {
 	return c
 }
 
+// dialForward begins a port-forward over SPDY, or else through the tunnel over WebSocket.
+func dialForward(t testing.TB, u *url.URL, transport string) *rawClient {
+	t.Helper()
+	if transport != "SPDY" {
+		return dialTunnel(t, u)
+	}
+	return dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
+}
+
 // dialTunnel is like dialRaw, through the tunnel of port-forward over WebSocket.
 func dialTunnel(t testing.TB, u *url.URL) *rawClient {
 	t.Helper()

@@ -74,12 +74,7 @@ func TestLimitsEndSessionsWithAStatus(t *testing.T) {
 					s := startServer(t, limit.config(session.PortForward))
 					port := pod(t, func(c *net.TCPConn) { io.Copy(io.Discard, c) })
 					u := s.portForwardURL(make(chan struct{}))
-					var c *rawClient
-					if transport == "WebSocket" {
-						c = dialTunnel(t, u)
-					} else {
-						c = dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines(portForwardProtocol)...))
-					}
+					c := dialForward(t, u, transport)
 					data, failure := c.openPair(itoa(port), "1")
 					if got := c.finished(failure); !strings.Contains(got, limit.says) {
 						t.Errorf("the error stream says %q", got)
