@@ -15,12 +15,12 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
-	"golang.org/x/sys/unix"
 
 	"github.com/streamshim/streamshim/pkg/admin"
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/metrics"
 	"github.com/streamshim/streamshim/pkg/session"
+	"github.com/streamshim/streamshim/pkg/session/limits"
 )
 
 // Limits of a hand-over, in addition to those of pkg/handover.
@@ -436,15 +436,15 @@ func (p *process) rehearse(ctx context.Context, check *handover.Check, h admin.H
 		return err
 	}
 	read := time.Since(begun)
-	descriptors, limit, err := openDescriptors()
+	descriptors, err := limits.OpenDescriptors()
 	if err != nil {
-		return err
+		return fmt.Errorf("count descriptors: %w", err)
 	}
 	carried, refused := p.streams.Carriable()
 	p.handovers.rehearsed(func(h *admin.Handover) {
 		h.Carried, h.EndedSessions = carried, lines(refused)
 		h.State = size + carried*sessionState + int(p.operation.buffers.Used())
-		h.Descriptors, h.DescriptorLimit = descriptors, limit
+		h.Descriptors, h.DescriptorLimit = descriptors, limits.DescriptorLimit()
 		h.Pause = (started + read + time.Duration(carried)*sessionPause).Seconds()
 	})
 	return nil
@@ -459,17 +459,4 @@ func (h *handovers) rehearsed(record func(*admin.Handover)) {
 		last := h.done
 		h.current.Last = &last
 	}
-}
-
-// openDescriptors returns how many descriptors this process has open, and how many it may have.
-func openDescriptors() (open int, limit uint64, err error) {
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		return 0, 0, fmt.Errorf("count descriptors: %w", err)
-	}
-	var most unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &most); err != nil {
-		return 0, 0, fmt.Errorf("limit of descriptors: %w", err)
-	}
-	return len(entries) - 1, most.Cur, nil // without the one that has read the folder
 }

@@ -25,7 +25,7 @@ type descriptors struct {
 	counted time.Time
 	open    int
 	since   int // assumed to be opened since the count, for what was admitted
-	// count and limit are countDescriptors and descriptorLimit; tests replace them.
+	// count and limit are OpenDescriptors and DescriptorLimit; tests replace them.
 	count func() (int, error)
 	limit func() uint64
 }
@@ -58,9 +58,9 @@ func (d *descriptors) check(spare int) error {
 // admitted counts files that will be opened.
 func (d *descriptors) admitted(files int) { d.since += files }
 
-// descriptorLimit returns how many files this process may have open. It is read anew because it can be changed
+// DescriptorLimit returns how many files this process may have open. It is read anew because it can be changed
 // from outside.
-func descriptorLimit() uint64 {
+func DescriptorLimit() uint64 {
 	var allowed unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &allowed); err != nil {
 		return 1 << 30
@@ -68,8 +68,8 @@ func descriptorLimit() uint64 {
 	return allowed.Cur
 }
 
-// countDescriptors counts the files that this process has open.
-func countDescriptors() (int, error) {
+// OpenDescriptors counts the files that this process has open.
+func OpenDescriptors() (int, error) {
 	// Since Linux 6.2 the directory's size is the number.
 	if info, err := os.Stat("/proc/self/fd"); err == nil && info.Size() > 0 {
 		return int(info.Size()), nil

@@ -75,7 +75,7 @@ func TestSpareDescriptors(t *testing.T) {
 }
 
 func TestCountDescriptors(t *testing.T) {
-	before, err := countDescriptors()
+	before, err := OpenDescriptors()
 	if err != nil || before < 3 {
 		t.Fatal(before, err)
 	}
@@ -87,7 +87,7 @@ func TestCountDescriptors(t *testing.T) {
 		defer r.Close()
 		defer w.Close()
 	}
-	after, err := countDescriptors()
+	after, err := OpenDescriptors()
 	if err != nil || after < before+40 {
 		t.Errorf("%d, then %d, %v", before, after, err)
 	}

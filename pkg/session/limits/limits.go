@@ -45,7 +45,7 @@ type Limiter struct {
 func New(config Config) *Limiter {
 	return &Limiter{
 		config: config, pods: make(map[string]int), containers: make(map[string]int),
-		descriptors: descriptors{count: countDescriptors, limit: descriptorLimit},
+		descriptors: descriptors{count: OpenDescriptors, limit: DescriptorLimit},
 	}
 }
 
