@@ -92,11 +92,7 @@ func watch(ctx context.Context, c *admin.Client, id string, to screen) error {
 		text := "streamshim: the watch was interrupted by a hand-over; "
 		if current.End() != admin.WatchHandover {
 			text = "streamshim: the watch was interrupted; "
-			select { // not at once again: it may be lost each time
-			case <-ctx.Done():
-				return nil
-			case <-time.After(watchPause):
-			}
+			pauseWatch(ctx) // not at once again: it may be lost each time
 		}
 		next, err := continueWatch(ctx, c, s.ID)
 		switch {
@@ -133,13 +129,15 @@ func continueWatch(ctx context.Context, c *admin.Client, id string) (*admin.Watc
 		if err == nil || isGone(err) || ctx.Err() != nil || time.Now().After(limit) {
 			return next, err
 		}
-		timer := time.NewTimer(watchPause)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return nil, ctx.Err()
-		}
+		pauseWatch(ctx)
+	}
+}
+
+// pauseWatch waits for watchPause, or until the context is done.
+func pauseWatch(ctx context.Context) {
+	select {
+	case <-time.After(watchPause):
+	case <-ctx.Done():
 	}
 }
 

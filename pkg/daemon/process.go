@@ -300,14 +300,15 @@ func (p *process) resume(before *predecessor) {
 		exec = []byte{}
 	}
 	carried := p.resumeSessions(before.files, exec, before.part(streamsPart))
-	p.handovers.takenOver(carried, before.state.Size, len(before.state.Descriptors), handover.Since(before.state.Frozen))
+	pause := handover.Since(before.state.Frozen)
+	p.handovers.takenOver(carried, before.state.Size, len(before.state.Descriptors), pause)
 	if err := p.operation.audit.Settle(before.part(auditPart)); err != nil {
 		p.log.Warn("numbers of the audit log begin anew", "error", err)
 	}
 	last, _ := p.handovers.lastOne()
-	p.operation.audit.HandedOver(last.Carried, len(last.EndedSessions), time.Duration(last.Pause*float64(time.Second)))
+	p.operation.audit.HandedOver(last.Carried, len(last.EndedSessions), pause)
 	p.log.Info("this program has taken over", "from", last.From, "version", p.version, "reason", last.Reason,
-		"carried", last.Carried, "ended", len(last.EndedSessions), "pause", time.Duration(last.Pause*float64(time.Second)), "state", last.State, "descriptors", last.Descriptors)
+		"carried", last.Carried, "ended", len(last.EndedSessions), "pause", pause, "state", last.State, "descriptors", last.Descriptors)
 }
 
 // resumeSessions resumes processes and sessions, in the program that has frozen them or in the next one. It returns the
