@@ -240,15 +240,10 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 	if s.config.Settings().NotifyWatch {
 		if controls := live.Controls(); controls != nil {
 			told := make(chan struct{})
-			defer func() { <-told }() // Notice returns at the latest when the session ends
-			rescue.Go(rescue.Die, func() {
+			defer func() { <-told }()      // Notice returns at the latest when the session ends
+			rescue.Go(rescue.Die, func() { // the session deals with a panic itself
 				defer close(told)
-				rescue.Call(func(fault *rescue.Panic) {
-					live.Log().Error("the notice of a watch has panicked: the session ends", "panic", fault.Value, "stack", string(fault.Stack))
-					live.Stop(&session.EndError{Reason: "panic", Message: "the session was ended because of a fault in streamshim, which its log tells of"})
-				}, func() {
-					controls.Notice("an operator of this node is watching this session") //nolint:errcheck // its user has gone
-				})
+				controls.Notice("an operator of this node is watching this session") //nolint:errcheck // its user has gone
 			})
 		}
 	}

@@ -344,7 +344,7 @@ type Controls interface {
 	// Signal signals the session's process. It returns ErrNotSupported if the process is not ours.
 	Signal(syscall.Signal) error
 	// Notice shows a line of text to a terminal's user. It may wait for the client to read, until the session ends
-	// at the latest.
+	// at the latest. A panic ends the session and becomes an error.
 	Notice(text string) error
 }
 

@@ -3,6 +3,7 @@ package remotecommand
 import (
 	"io"
 
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/streaming/internal/bandwidth"
 	"github.com/streamshim/streamshim/pkg/workload"
@@ -18,7 +19,7 @@ func (s *Session) beginOperating(p Process) {
 	if s.bandwidth == nil {
 		s.bandwidth = bandwidth.New(s.terms.Bandwidth, s.client.Done(), s.freezer.frozen)
 	}
-	s.session.SetControls(&controls{Process: p, tty: s.request.Command.TTY, stdout: s.client.stdout})
+	s.session.SetControls(&controls{Process: p, tty: s.request.Command.TTY, stdout: s.client.stdout, panicked: s.panicked})
 }
 
 // operatedOutput returns the client's stream for the output's copier, with taps and bandwidth limit.
@@ -50,15 +51,19 @@ func (s *Session) operatedInput(from workload.Stream, shown *int) workload.Strea
 // controls implements session.Controls.
 type controls struct {
 	Process
-	tty    bool
-	stdout workload.Stream
+	tty      bool
+	stdout   workload.Stream
+	panicked rescue.Report
 }
 
 // Notice implements session.Controls.
-func (c *controls) Notice(text string) error {
+func (c *controls) Notice(text string) (err error) {
 	if !c.tty || c.stdout == nil {
 		return nil
 	}
-	_, err := io.WriteString(c.stdout, "\r\n[streamshim: "+text+"]\r\n")
+	rescue.Call(func(p *rescue.Panic) {
+		c.panicked(p)
+		err = p
+	}, func() { _, err = io.WriteString(c.stdout, "\r\n[streamshim: "+text+"]\r\n") })
 	return err
 }
