@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -34,6 +35,7 @@ type load struct {
 	running   sync.WaitGroup
 	live      atomic.Int64 // sessions that have shown that they work
 	moved     atomic.Int64 // bytes
+	handovers atomic.Int64 // so far
 	forwards  []*harness.Forward
 }
 
@@ -239,6 +241,106 @@ func (l *load) upload(transport string) {
 			return fmt.Errorf("sum %q, want %s", line, want)
 		}
 		return s.wantExit(0)
+	})
+}
+
+const blockSize = 1 << 20 // bytes, so that -size counts blocks
+
+// putBlock puts a file of random bytes into the container and returns its content.
+func (l *load) putBlock() []byte {
+	l.t.Helper()
+	block := make([]byte, blockSize)
+	rand.Read(block)
+	options := remotecommand.StreamOptions{Stdin: bytes.NewReader(block), Stdout: io.Discard}
+	if err := l.shim.Exec(l.t, "SPDY", l.container, options, "sh", "-c", "cat > /tmp/block"); err != nil {
+		l.t.Fatal(err)
+	}
+	return block
+}
+
+// awaitTurn returns when block i of -size may be moved. The blocks are spread evenly over all hand-overs, and the last one
+// waits for the last hand-over. When the sessions must end, what is left is moved at once.
+func (l *load) awaitTurn(i int) {
+	pause := time.NewTimer(time.Duration(*times) * *apart / time.Duration(*size))
+	defer pause.Stop()
+	select {
+	case <-pause.C:
+	case <-l.stop:
+		return
+	}
+	phase := int64(i * (*times + 1) / *size) // the time after so many hand-overs
+	for l.handovers.Load() < phase {
+		select {
+		case <-time.After(time.Millisecond):
+		case <-l.stop:
+			return
+		}
+	}
+}
+
+// heading comes before each block that is moved, so that a block that is lost or doubled shows.
+func heading(i int) string { return fmt.Sprintf("block %d\n", i) }
+
+// largeOutput has one session write -size blocks to its client, and checks their sum. The command writes a block for each line
+// that it gets.
+func (l *load) largeOutput(transport string, block []byte) {
+	s := l.exec(transport, false, "sh", "-c", "i=0; while read -r line; do echo block $i; cat /tmp/block; i=$((i+1)); done; exit 6")
+	l.begin("large output over "+transport, func() error {
+		want := sha256.New()
+		go func() {
+			defer s.in.Close()
+			for i := range *size {
+				l.awaitTurn(i)
+				if _, err := io.WriteString(s.in, "next\n"); err != nil {
+					return // shows in what comes
+				}
+			}
+		}()
+		for i := range *size {
+			io.WriteString(want, heading(i))
+			want.Write(block)
+		}
+		got := sha256.New()
+		n, err := l.copy(got, s.out)
+		if err != nil {
+			return err
+		}
+		if !bytes.Equal(got.Sum(nil), want.Sum(nil)) {
+			return fmt.Errorf("%d bytes have come that are not the %d blocks", n, *size)
+		}
+		return s.wantExit(6)
+	})
+}
+
+// largeInput has one session read -size blocks from its client, and checks their sum.
+func (l *load) largeInput(transport string, block []byte) {
+	s := l.exec(transport, false, "sh", "-c", "sha256sum; exit 8")
+	l.begin("large input over "+transport, func() error {
+		sent := sha256.New()
+		for i := range *size {
+			l.awaitTurn(i)
+			to := io.MultiWriter(sent, s.in)
+			if _, err := io.WriteString(to, heading(i)); err != nil {
+				return fmt.Errorf("block %d: %w", i, err)
+			}
+			if _, err := to.Write(block); err != nil {
+				return fmt.Errorf("block %d: %w", i, err)
+			}
+			l.moved.Add(blockSize)
+			if i == 0 {
+				l.live.Add(1)
+			}
+		}
+		s.in.Close()
+		line, err := s.out.ReadString('\n')
+		if err != nil {
+			return err
+		}
+		go io.Copy(io.Discard, s.out)
+		if want := hex.EncodeToString(sent.Sum(nil)); !strings.HasPrefix(line, want) {
+			return fmt.Errorf("sum %q, want %s", line, want)
+		}
+		return s.wantExit(8)
 	})
 }
 

@@ -23,12 +23,14 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// For a proof: -sessions 200 -times 20 -pace 20. Thirty sessions at a pace of 1 keep two cores busy, and then the times
-// measure how long a program waits for a core.
+// For a proof: -sessions 200 -times 20 -pace 400 -size 1024 -apart 2s. Thirty sessions at a pace of 1 keep two cores busy, and
+// then the times measure how long a program waits for a core.
 var (
 	sessions = flag.Int("sessions", 30, "sessions that are live at the same time, about")
 	times    = flag.Int("times", 6, "hand-overs in a row")
 	pace     = flag.Int("pace", 1, "how many times longer each session pauses between two blocks, lines or commands")
+	size     = flag.Int("size", 24, "MiB that one session of each transport moves to its client, and one more to its command, through all hand-overs")
+	apart    = flag.Duration("apart", 400*time.Millisecond, "the longest time between two hand-overs")
 )
 
 // pauses returns those of the hand-overs in a streamshim's log, and how much of each the old program took, both sorted.
@@ -62,7 +64,8 @@ func TestNoSessionNoticesAnUpgrade(t *testing.T) {
 	pid := shim.PID()
 	container, ticks := harness.RunContainer(t, node.ContainerSpec{}), counter(t)
 	pod := harness.NewPod(t, harness.Shared.Node, node.PodSpec{Name: harness.Unique("echo")})
-	shim.MustSync(t, container, "true")
+	inContainer := processesIn(t, shim, container)
+	testutil.Eventually(t, "no children and no zombies", func() bool { return len(harness.Children(pid)) == 0 })
 	descriptors, goroutines := harness.Descriptors(pid), harness.Goroutines(t, metrics)
 
 	l := newLoad(t, shim, container)
@@ -78,19 +81,26 @@ func TestNoSessionNoticesAnUpgrade(t *testing.T) {
 			expected += 2
 		}
 	}
+	block := l.putBlock()
+	for _, transport := range harness.Transports {
+		l.largeOutput(transport, block)
+		l.largeInput(transport, block)
+		expected += 2
+	}
 	l.probe()
 	l.await(expected)
 	t.Logf("%d sessions and connections are live", expected)
 
 	var carried []string
 	for i := range *times {
-		time.Sleep(time.Duration(rand.IntN(400)) * time.Millisecond)
+		time.Sleep(rand.N(*apart))
 		waiting := shim.ExecURL(t, container, remotecommand.StreamOptions{Stdout: io.Discard}, "sh", "-c", "exit 9")
 		shim.Install(t, []string{second, first}[i%2])
 		out, err := shim.Upgrade(t)
 		if err != nil {
 			t.Fatalf("hand-over %d: %v: %s", i, err, out)
 		}
+		l.handovers.Add(1)
 		carried = append(carried, strings.TrimSpace(out))
 		// A URL that was issued before stays good.
 		ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
@@ -114,10 +124,25 @@ func TestNoSessionNoticesAnUpgrade(t *testing.T) {
 	if shim.PID() != pid {
 		t.Errorf("process %d instead of %d", shim.PID(), pid)
 	}
-	testutil.Eventually(t, "no children and no zombies are left", func() bool { return len(harness.Zombies(pid)) == 0 })
+	testutil.Eventually(t, "no children and no zombies are left", func() bool { return len(harness.Children(pid)) == 0 })
+	testutil.Eventually(t, "no process is left in the container", func() bool { return processesIn(t, shim, container) == inContainer })
 	testutil.Eventually(t, fmt.Sprintf("descriptors are back to about %d", descriptors), func() bool { return harness.Descriptors(pid) <= descriptors+5 })
 	testutil.Eventually(t, fmt.Sprintf("goroutines are back to about %d", goroutines), func() bool { return harness.Goroutines(t, metrics) <= goroutines+5 })
 	testutil.Eventually(t, "no files are left", func() bool { return len(harness.Glob(filepath.Join(shim.Folder, "state", "exec", "*"))) == 0 })
+}
+
+// processesIn names the processes that run in a container, without zombies: the container's main process reaps none.
+func processesIn(t *testing.T, shim *harness.Streamshim, container string) string {
+	t.Helper()
+	return shim.MustSync(t, container, `for p in /proc/[0-9]*; do
+		while read -r key value; do
+			case "$key $value" in
+			Name:*) name=$value;;
+			"State: Z"*) ;;
+			State:*) echo $name;;
+			esac
+		done <$p/status
+	done`)
 }
 
 // TestReloadTakesOver checks that at SIGHUP another program takes over if one is installed, and that otherwise the

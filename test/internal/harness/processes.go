@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -93,6 +94,14 @@ func CommandLine(pid int) string {
 
 // Zombies returns the children of a process that have ended and were not reaped.
 func Zombies(parent int) []string {
+	return slices.DeleteFunc(Children(parent), func(stat string) bool {
+		_, rest, _ := strings.Cut(stat, ") ")
+		return !strings.HasPrefix(rest, "Z ")
+	})
+}
+
+// Children returns a line of each child of a process, from its /proc/PID/stat.
+func Children(parent int) []string {
 	var found []string
 	for _, path := range Glob("/proc/[0-9]*/stat") {
 		text, err := os.ReadFile(path)
@@ -100,7 +109,7 @@ func Zombies(parent int) []string {
 			continue
 		}
 		_, rest, ok := strings.Cut(string(text), ") ")
-		if fields := strings.Fields(rest); ok && len(fields) > 1 && fields[0] == "Z" && fields[1] == strconv.Itoa(parent) {
+		if fields := strings.Fields(rest); ok && len(fields) > 1 && fields[1] == strconv.Itoa(parent) {
 			found = append(found, strings.TrimSpace(string(text)))
 		}
 	}
