@@ -94,7 +94,7 @@ func watch(ctx context.Context, c *admin.Client, id string, to screen) error {
 			text = "streamshim: the watch was interrupted; "
 			pauseWatch(ctx) // not at once again: it may be lost each time
 		}
-		next, err := continueWatch(ctx, c, s.ID)
+		next, err := continueWatch(ctx, c, s.ID, current.Name())
 		switch {
 		case isGone(err):
 			return to.remark("streamshim: the session has ended, and its end was not seen")
@@ -122,10 +122,10 @@ func missed(next, before *admin.Watch) string {
 }
 
 // continueWatch watches a session again. It waits for the program that serves it.
-func continueWatch(ctx context.Context, c *admin.Client, id string) (*admin.Watch, error) {
+func continueWatch(ctx context.Context, c *admin.Client, id, before string) (*admin.Watch, error) {
 	limit := time.Now().Add(watchAgain)
 	for {
-		next, err := c.Watch(ctx, id)
+		next, err := c.WatchAgain(ctx, id, before)
 		if err == nil || isGone(err) || ctx.Err() != nil || time.Now().After(limit) {
 			return next, err
 		}

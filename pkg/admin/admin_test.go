@@ -265,6 +265,59 @@ func TestEndOfAWatch(t *testing.T) {
 	f.live.End(session.Outcome{})
 }
 
+// TestUserIsToldOnce checks that a terminal's user is told of an operator who watches once, however many hand-overs the watch
+// goes through, and is told of each other one.
+func TestUserIsToldOnce(t *testing.T) {
+	f := newFixture(t)
+	f.settings.NotifyWatch = true
+	c := &controls{}
+	f.live.SetControls(c)
+	f.live.Taps.Open()
+	told := func() int {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return len(c.notices)
+	}
+	watch := func(before string) *Watch {
+		t.Helper()
+		w, err := f.WatchAgain(t.Context(), f.live.ID, before)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { w.Close() })
+		return w
+	}
+	handOver := func(w *Watch) {
+		t.Helper()
+		f.server.Quiesce(t.Context())
+		f.server.Resume()
+		io.Copy(io.Discard, w)
+		if w.End() != WatchHandover {
+			t.Fatalf("the watch ends with %q", w.End())
+		}
+	}
+	first := watch("")
+	for range 3 {
+		handOver(first)
+		first = watch(first.Name())
+	}
+	handOver(first)
+	if n := told(); n != 1 {
+		t.Errorf("of one watch the user was told %d times", n)
+	}
+	second := watch("")
+	handOver(second)
+	if n := told(); n != 2 {
+		t.Errorf("of two watches the user was told %d times", n)
+	}
+	// A name that the session does not know proves nothing.
+	third := watch("made up")
+	handOver(third)
+	if n := told(); n != 3 {
+		t.Errorf("of three watches the user was told %d times", n)
+	}
+}
+
 // A watcher that does not read costs its session no time, and its streamshim no more than a buffer.
 func TestWatcherThatDoesNotRead(t *testing.T) {
 	f := newFixture(t)

@@ -75,6 +75,10 @@ const (
 	trailerBytesOut = "Streamshim-End-Bytes-Out"
 )
 
+// HeaderWatch has the name of a watch in the answer to GET .../watch. Who goes on watching behind a hand-over sends it with the
+// next request, so that the terminal's user is not told twice.
+const HeaderWatch = "Streamshim-Watch"
+
 // RecordingList is the answer to GET /v1/recordings, newest first.
 type RecordingList struct {
 	Recordings []Recording `json:"recordings"`

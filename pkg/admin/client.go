@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -59,7 +60,17 @@ func (c *Client) Kill(ctx context.Context, id string, request KillRequest) error
 // Watch returns what the session's terminal shows from now on, as an asciicast that ends with the
 // session, or with the program that serves it. The caller closes it.
 func (c *Client) Watch(ctx context.Context, id string) (*Watch, error) {
-	response, err := c.ask(ctx, http.MethodGet, "/v1/sessions/"+url.PathEscape(id)+"/watch", http.NoBody) //nolint:bodyclose // Watch.Close does
+	return c.WatchAgain(ctx, id, "")
+}
+
+// WatchAgain is Watch after an earlier watch of the session has ended, whose name it takes. If the terminal's user was told of
+// that one, this one is not announced.
+func (c *Client) WatchAgain(ctx context.Context, id, before string) (*Watch, error) {
+	header := http.Header{}
+	if before != "" {
+		header.Set(HeaderWatch, before)
+	}
+	response, err := c.ask(ctx, http.MethodGet, "/v1/sessions/"+url.PathEscape(id)+"/watch", header, http.NoBody) //nolint:bodyclose // Watch.Close does
 	if err != nil {
 		return nil, err
 	}
@@ -78,6 +89,9 @@ func (w *Watch) Read(p []byte) (int, error) {
 	w.over = w.over || err != nil
 	return n, err
 }
+
+// Name returns the name of the watch, for WatchAgain. It is empty if streamshim is of a version that gives none.
+func (w *Watch) Name() string { return w.response.Header.Get(HeaderWatch) }
 
 // Close ends the watch.
 func (w *Watch) Close() error { return w.response.Body.Close() }
@@ -160,7 +174,7 @@ func (c *Client) call(ctx context.Context, method, path string, body io.Reader, 
 
 // do returns the body of the answer. The caller closes it.
 func (c *Client) do(ctx context.Context, method, path string, body io.Reader) (io.ReadCloser, error) {
-	response, err := c.ask(ctx, method, path, body)
+	response, err := c.ask(ctx, method, path, nil, body)
 	if err != nil {
 		return nil, err
 	}
@@ -168,11 +182,12 @@ func (c *Client) do(ctx context.Context, method, path string, body io.Reader) (i
 }
 
 // ask is do for those who need more of the response than its body, which the caller closes.
-func (c *Client) ask(ctx context.Context, method, path string, body io.Reader) (*http.Response, error) {
+func (c *Client) ask(ctx context.Context, method, path string, header http.Header, body io.Reader) (*http.Response, error) {
 	request, err := http.NewRequestWithContext(ctx, method, "http://streamshim"+path, body)
 	if err != nil {
 		return nil, err
 	}
+	maps.Copy(request.Header, header)
 	response, err := c.http.Do(request)
 	if err != nil {
 		var call *url.Error

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -237,13 +238,19 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 		return &Error{Code: http.StatusTooManyRequests, Message: fmt.Sprintf("%d operators and recorders listen to this session already", maxTaps)}
 	}
 	live.Log().Info("an operator watches the session")
-	if s.config.Settings().NotifyWatch {
+	watch, before := rand.Text(), r.Header.Get(HeaderWatch)
+	switch {
+	case before != "" && live.TakeTold(before):
+		live.Told(watch)
+	case s.config.Settings().NotifyWatch:
 		if controls := live.Controls(); controls != nil {
 			told := make(chan struct{})
 			defer func() { <-told }()      // Notice returns at the latest when the session ends
 			rescue.Go(rescue.Die, func() { // the session deals with a panic itself
 				defer close(told)
-				controls.Notice("an operator of this node is watching this session") //nolint:errcheck // its user has gone
+				if err := controls.Notice("an operator of this node is watching this session"); err == nil {
+					live.Told(watch)
+				}
 			})
 		}
 	}
@@ -253,6 +260,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 	w.Header().Set("Connection", "close") // who watches again behind a hand-over is to connect to the next program
 	w.Header().Set("Trailer", trailerWatchEnd+", "+trailerBytesOut)
 	w.Header().Set(headerBytesOut, bytesOut(live))
+	w.Header().Set(HeaderWatch, watch)
 	size := live.Taps.Size()
 	now := time.Now()
 	cast, err := asciicast.NewWriter(w, asciicast.Header{

@@ -26,6 +26,7 @@ type State struct {
 	Stopped *EndError // nil unless the session was told to end
 	Tapped  bool      // Taps.Open was called
 	Size    workload.Size
+	Told    []string          // ids of watches; see Session.Told
 	Guards  map[string][]byte // by Carrier.Carried
 }
 
@@ -71,7 +72,7 @@ func (s *Session) Freeze(files *handover.Files) State {
 	}
 	state.Tapped, state.Size = s.Taps.Opened(), s.Taps.Size()
 	s.mu.Lock()
-	state.Phase, state.Helper = s.phase, s.helper
+	state.Phase, state.Helper, state.Told = s.phase, s.helper, slices.Clone(s.told)
 	s.mu.Unlock()
 	if s.ctx.Err() != nil {
 		state.Stopped = s.endError()
@@ -154,7 +155,7 @@ func (r *Registry) restore(ctx context.Context, state State) (s *Session, known 
 	}
 	s = &Session{
 		Info: state.Info, ID: state.ID, Start: time.Unix(0, state.Start),
-		registry: r, phase: state.Phase, helper: state.Helper,
+		registry: r, phase: state.Phase, helper: state.Helper, told: state.Told[max(0, len(state.Told)-maxTold):],
 	}
 	s.Taps.open, s.Taps.size = state.Tapped, state.Size
 	s.ctx, s.cancel = context.WithCancelCause(ctx)

@@ -84,6 +84,7 @@ func TestSessionGoesOnElsewhere(t *testing.T) {
 		}
 		s.SetPhase(Running)
 		s.SetHelper("tar")
+		s.Told("a watch")
 		s.Taps.Open()
 		s.Taps.Resize(workload.Size{Width: 1, Height: 2})
 		s.Stop(&EndError{Reason: "operator", Message: "told to end"})
@@ -107,6 +108,8 @@ func TestSessionGoesOnElsewhere(t *testing.T) {
 			return fmt.Errorf("it ends for %v", context.Cause(resumed.Context()))
 		case len(after.List()) != 1:
 			return errors.New("it is not in the list")
+		case resumed.TakeTold("another watch") || !resumed.TakeTold("a watch") || resumed.TakeTold("a watch"):
+			return errors.New("its user has been told of other watches")
 		}
 		empty := after.Empty()
 		resumed.End(Outcome{Reason: "exited"})

@@ -124,6 +124,7 @@ type Session struct {
 	phase    Phase
 	helper   string
 	controls Controls // nil until the process runs
+	told     []string // ids of watches that the user has been told of, the latest last
 }
 
 // Outcome says how a session ended.
@@ -363,6 +364,26 @@ func (s *Session) Controls() Controls {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.controls
+}
+
+// maxTold bounds how many watches are remembered that the user has been told of. Watches are far fewer at a time.
+const maxTold = 16
+
+// Told records that the terminal's user is told of a watch.
+func (s *Session) Told(watch string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.told = append(s.told, watch)
+	s.told = s.told[max(0, len(s.told)-maxTold):]
+}
+
+// TakeTold forgets a watch, and reports whether the user has been told of it, perhaps by an earlier program.
+func (s *Session) TakeTold(watch string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before := len(s.told)
+	s.told = slices.DeleteFunc(s.told, func(other string) bool { return other == watch })
+	return len(s.told) < before
 }
 
 // SetHelper records that a helper of ours runs in place of a command that the container lacks.

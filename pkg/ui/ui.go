@@ -262,8 +262,16 @@ func (s *Server) endSession(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
+// watchSession sends a watch of a session. A page that goes on watching behind a hand-over names the one before.
 func (s *Server) watchSession(w http.ResponseWriter, r *http.Request) error {
-	return s.stream(w, func() (io.ReadCloser, error) { return s.config.Admin.Watch(r.Context(), r.PathValue("id")) })
+	return s.stream(w, func() (io.ReadCloser, error) {
+		watch, err := s.config.Admin.WatchAgain(r.Context(), r.PathValue("id"), r.URL.Query().Get("before"))
+		if err != nil {
+			return nil, err
+		}
+		w.Header().Set(admin.HeaderWatch, watch.Name())
+		return watch, nil
+	})
 }
 
 func (s *Server) listRecordings(w http.ResponseWriter, r *http.Request) error {

@@ -320,13 +320,15 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// TestWatchIsSentAsItComes checks that output is sent at once, without waiting for more or for the end.
+// TestWatchIsSentAsItComes checks that output is sent at once, without waiting for more or for the end, and that names of
+// watches are passed on in both directions.
 func TestWatchIsSentAsItComes(t *testing.T) {
 	f := newFixture(t, "")
 	f.signIn()
 	lines, gone := make(chan string), make(chan struct{})
 	f.admin.HandleFunc("GET /v1/sessions/{id}/watch", func(w http.ResponseWriter, r *http.Request) {
 		defer close(gone)
+		w.Header().Set(admin.HeaderWatch, "behind "+r.Header.Get(admin.HeaderWatch))
 		for {
 			select {
 			case line := <-lines:
@@ -338,7 +340,10 @@ func TestWatchIsSentAsItComes(t *testing.T) {
 		}
 	})
 	go func() { lines <- "first" }()
-	response := f.do(http.MethodGet, "/api/sessions/3f6f/watch", nil, nil)
+	response := f.do(http.MethodGet, "/api/sessions/3f6f/watch?before=another+one", nil, nil)
+	if name := response.Header.Get(admin.HeaderWatch); name != "behind another one" {
+		t.Errorf("the watch is named %q", name)
+	}
 	reader := bufio.NewReader(response.Body)
 	for _, want := range []string{"first", "second", "third"} {
 		if want != "first" {

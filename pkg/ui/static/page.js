@@ -342,9 +342,11 @@ async function watch(id) {
   };
   window.addEventListener("resize", fit);
   stop.addEventListener("abort", () => { window.removeEventListener("resize", fit); terminal.dispose(); });
+  let before = ""; // the name of the watch that this one goes on with
   for (let tries = 0; ; tries++) {
     try {
-      const response = await call("sessions/" + encodeURIComponent(id) + "/watch", { signal: stop });
+      const response = await call("sessions/" + encodeURIComponent(id) + "/watch?before=" + encodeURIComponent(before), { signal: stop });
+      before = response.headers.get("Streamshim-Watch") || "";
       note("Read-only. What was shown before is not here.");
       tries = 0;
       let header = false;

@@ -32,14 +32,16 @@ func (w *written) String() string {
 	return w.text.String()
 }
 
-// TestWatchGoesOn checks that an operator who watches a session goes on watching it when another program takes over.
+// TestWatchGoesOn checks that an operator who watches a session goes on watching it when another program takes over, and that
+// the session's user is told of it once.
 func TestWatchGoesOn(t *testing.T) {
 	first, second := build(t, "first"), build(t, "second")
-	shim := harness.StartInstalled(t, "", first)
+	shim := harness.StartInstalled(t, "notify_watch = true\n", first)
 	container := harness.RunContainer(t, node.ContainerSpec{})
 	l := newLoad(t, shim, container)
 	s := l.exec("SPDY", true, "sh")
-	go io.Copy(io.Discard, s.out)
+	var shown written
+	go io.Copy(&shown, s.out)
 	admin := "unix://" + filepath.Join(shim.Folder, "admin.sock")
 	id := ""
 	testutil.Eventually(t, "the session", func() bool {
@@ -88,6 +90,9 @@ func TestWatchGoesOn(t *testing.T) {
 	io.WriteString(s.in, "exit 3\n")
 	if err := s.wantExit(3); err != nil {
 		t.Error(err)
+	}
+	if n := strings.Count(shown.String(), "an operator of this node is watching this session"); n != 1 {
+		t.Errorf("the user was told %d times: %s", n, shown.String())
 	}
 	if err := watch.Wait(); err != nil {
 		t.Errorf("the watch: %v: %s", err, remarks.String())
