@@ -64,7 +64,8 @@ func (s *Session) Freeze(files *handover.Files) State {
 		if !ok {
 			continue
 		}
-		kept, err := carrier.Freeze(s, files)
+		var kept []byte
+		err := s.rescued(func() (err error) { kept, err = carrier.Freeze(s, files); return err })
 		if err != nil {
 			s.stopUncarried(carrier.Carried(), err)
 		}
@@ -130,13 +131,13 @@ func (r *Registry) Resume(ctx context.Context, state State, files *handover.File
 		if !ok {
 			continue
 		}
-		if err := carrier.Resume(s, state.Guards[carrier.Carried()], files); err != nil {
+		if err := s.rescued(func() error { return carrier.Resume(s, state.Guards[carrier.Carried()], files) }); err != nil {
 			s.stopUncarried(carrier.Carried(), err)
 		}
 	}
 	if !known {
 		for _, o := range r.observers {
-			o.Resumed(s)
+			s.tell(func() { o.Resumed(s) })
 		}
 		r.log.Info("session goes on", s.attributes()...)
 	}

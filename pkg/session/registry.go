@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/workload"
 )
 
@@ -223,12 +224,12 @@ func (r *Registry) Begin(ctx context.Context, info Info) (*Session, error) {
 	r.sessions[s.ID] = s
 	r.mu.Unlock()
 	for i, g := range r.guards {
-		if err := g.Admit(ctx, s); err != nil {
+		if err := s.rescued(func() error { return g.Admit(ctx, s) }); err != nil {
 			for _, admitted := range slices.Backward(r.guards[:i]) {
-				admitted.Ended(s, Outcome{Reason: "refused", ExitCode: -1, Err: err})
+				s.tell(func() { admitted.Ended(s, Outcome{Reason: "refused", ExitCode: -1, Err: err}) })
 			}
 			for _, later := range r.guards[i+1:] {
-				later.Refused(info, err)
+				s.tell(func() { later.Refused(info, err) })
 			}
 			s.cancel(err)
 			r.remove(s)
@@ -238,10 +239,24 @@ func (r *Registry) Begin(ctx context.Context, info Info) (*Session, error) {
 		}
 	}
 	for _, o := range r.observers {
-		o.Began(s)
+		s.tell(func() { o.Began(s) })
 	}
 	r.log.Info("session start", s.attributes()...)
 	return s, nil
+}
+
+// rescued calls a guard or an observer. A panic of it concerns only this session: it becomes an error.
+func (s *Session) rescued(call func() error) (err error) {
+	rescue.Call(func(p *rescue.Panic) {
+		s.Log().Error("what accompanies a session has panicked", "panic", p.Value, "stack", string(p.Stack))
+		err = p
+	}, func() { err = call() })
+	return err
+}
+
+// tell is rescued for a call that cannot fail. After a panic the others are told nevertheless.
+func (s *Session) tell(call func()) {
+	s.rescued(func() error { call(); return nil }) //nolint:errcheck // it is logged
 }
 
 // refused tells the other guards that one of them refused a session.
@@ -410,14 +425,14 @@ func (s *Session) SetPhase(p Phase) {
 		return
 	}
 	for _, o := range s.registry.observers {
-		o.PhaseChanged(s, p)
+		s.tell(func() { o.PhaseChanged(s, p) })
 	}
 }
 
 // Log returns a logger that names the session in each line.
 func (s *Session) Log() *slog.Logger { return s.registry.log.With("session", s.ID) }
 
-// End removes the session from the registry and logs how it ended.
+// End removes the session from the registry and logs how it ended, also if a guard or an observer panics.
 func (s *Session) End(o Outcome) {
 	s.cancel(nil)
 	s.mu.Lock()
@@ -425,10 +440,10 @@ func (s *Session) End(o Outcome) {
 	s.mu.Unlock()
 	r := s.registry
 	for _, g := range slices.Backward(r.guards) {
-		g.Ended(s, o)
+		s.tell(func() { g.Ended(s, o) })
 	}
 	for _, observer := range r.observers {
-		observer.Ended(s, o)
+		s.tell(func() { observer.Ended(s, o) })
 	}
 	r.remove(s)
 	received, sent := s.Transferred()

@@ -94,28 +94,34 @@ func (q *TapQueue) Resize(size workload.Size) {
 
 func (q *TapQueue) put(event TapEvent, p []byte) {
 	event.At = time.Now()
+	kept, overflows := q.keep(event, p)
+	if kept {
+		q.signal()
+	}
+	if overflows && q.overflow != nil {
+		q.overflow()
+	}
+}
+
+// keep adds an event. It reports whether it has, and whether the queue begins to lose events with this one.
+func (q *TapQueue) keep(event TapEvent, p []byte) (kept, overflows bool) {
 	q.mu.Lock()
+	defer q.mu.Unlock() // also after a panic of the room: the end of the session closes the queue
 	if q.closed {
-		q.mu.Unlock()
-		return
+		return false, false
 	}
 	size := len(q.filling.data) + len(p) + eventCost*(len(q.filling.events)+1)
 	if size > q.limit || !q.takeLocked(size) {
 		first := q.lost == 0
 		q.lost += int64(len(p))
-		q.mu.Unlock()
-		if first && q.overflow != nil {
-			q.overflow()
-		}
-		return
+		return false, first
 	}
 	q.markGap(event.At)
 	b := &q.filling
 	b.offsets = append(b.offsets, len(b.data))
 	b.events = append(b.events, event)
 	b.data = append(b.data, p...)
-	q.mu.Unlock()
-	q.signal()
+	return true, false
 }
 
 // takeLocked reserves room for the batch being filled to have the given size.

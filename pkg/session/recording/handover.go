@@ -71,7 +71,10 @@ func (rec *recording) freeze(files *handover.Files) (State, error) {
 	rec.frozen.Store(true)
 	rec.remove()
 	rec.queue.Close()
-	<-rec.ended
+	if !rec.awaitWriter() {
+		rec.flawed()
+		return State{}, errSlowDisk
+	}
 	c := rec.config
 	state := State{
 		Version: stateVersion, Path: rec.path, Over: rec.over, Flawed: rec.isFlawed.Load(),
@@ -92,6 +95,26 @@ func (rec *recording) freeze(files *handover.Files) (State, error) {
 	state.Size, state.Last, state.Cut = rec.size, rec.cast.Last(), rec.encoder.State()
 	state.Events, state.LastSize = rec.events, rec.lastSize
 	return state, nil
+}
+
+// freezePatience is how long a freeze waits for the last write of a recording. All sessions stand still meanwhile.
+const freezePatience = time.Second
+
+// awaitWriter waits until the writer has ended, and reports whether it has. A writer that is too slow finishes the recording by
+// itself once its disk answers.
+func (rec *recording) awaitWriter() bool {
+	patience := time.NewTimer(freezePatience)
+	defer patience.Stop()
+	select {
+	case <-rec.ended:
+		return true
+	case <-patience.C:
+	}
+	if !rec.left.Swap(true) {
+		return false
+	}
+	<-rec.ended // it was about to
+	return true
 }
 
 // Resume implements session.Carrier: the recording continues in the same file.

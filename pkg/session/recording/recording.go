@@ -286,6 +286,7 @@ type recording struct {
 
 	isFlawed atomic.Bool
 	frozen   atomic.Bool   // the writer is to end without finishing the recording
+	left     atomic.Bool   // what is left to do with the file after frozen is claimed: by freeze, or by the writer
 	ended    chan struct{} // closed when the writer has ended
 	over     bool          // nothing more is written; valid once ended
 
@@ -409,8 +410,11 @@ func (rec *recording) failed() {
 func (rec *recording) run() (over bool) {
 	err := rec.copy()
 	if errors.Is(err, handover.ErrFrozen) {
-		rec.queue.Release()
-		return false
+		if !rec.left.Swap(true) {
+			rec.queue.Release()
+			return false
+		}
+		err = errSlowDisk // freeze waits no more
 	}
 	defer rec.file.Close() //nolint:errcheck // see finish
 	if err != nil && rec.config.Deny {

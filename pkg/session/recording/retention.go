@@ -149,23 +149,43 @@ func (d *directory) retain(config Config) {
 	if config.MaxFiles == 0 && config.MaxTotal == 0 {
 		return
 	}
+	if !d.beginCleaning(config) {
+		return
+	}
+	done := false
+	defer func() {
+		if !done { // a panic: the next call is to clean up
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			d.cleaning = false
+		}
+	}()
+	for !done {
+		d.clean(config)
+		config, done = d.cleaned()
+	}
+}
+
+// beginCleaning reports whether the caller is to clean up. If another call is at work, it is made to look once more.
+func (d *directory) beginCleaning(config Config) bool {
 	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.settings = config
 	if d.cleaning {
 		d.again = true
-		d.mu.Unlock()
-		return
+		return false
 	}
 	d.cleaning = true
-	for again := true; again; again = d.again {
-		d.again = false
-		config = d.settings
-		d.mu.Unlock()
-		d.clean(config)
-		d.mu.Lock()
-	}
-	d.cleaning = false
-	d.mu.Unlock()
+	return true
+}
+
+// cleaned reports whether a clean-up was the last one, and otherwise the settings of the next one.
+func (d *directory) cleaned() (next Config, done bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.cleaning = d.again
+	d.again = false
+	return d.settings, !d.cleaning
 }
 
 // clean does one clean-up. It lists and removes files without the lock, which recordings would wait for.

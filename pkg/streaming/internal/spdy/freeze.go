@@ -78,10 +78,12 @@ func (c *Conn) Discard() {
 // returnRoom releases the room of a connection whose streams nobody reads any more.
 func (c *Conn) returnRoom() {
 	for _, s := range c.openStreams() {
-		s.mu.Lock()
-		s.readClosed = true
-		s.dropLocked()
-		s.mu.Unlock()
+		func() {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.readClosed = true
+			s.dropLocked()
+		}()
 	}
 }
 

@@ -109,15 +109,21 @@ func (s *Stream) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
+	n, err := s.read(p)
+	if err == nil {
+		s.madeRoom()
+	}
+	return n, err
+}
+
+func (s *Stream) read(p []byte) (int, error) {
 	s.mu.Lock()
+	defer s.mu.Unlock() // as everywhere here also after a panic, behind which the session still ends
 	if err := s.awaitLocked(); err != nil {
-		s.mu.Unlock()
 		return 0, err
 	}
 	n := s.unread.Read(p)
 	s.settleLocked()
-	s.mu.Unlock()
-	s.madeRoom()
 	return n, nil
 }
 
@@ -199,7 +205,16 @@ func (s *Stream) writeBuffer(w io.Writer, b *buffer.Buffer) (written int, err er
 // take waits for data and takes the oldest buffer out of the stream. While it waits, the read loop writes as much as
 // possible directly.
 func (s *Stream) take(directly *direct.Writer) (*buffer.Buffer, error) {
+	b, err := s.takeOne(directly)
+	if err == nil {
+		s.madeRoom()
+	}
+	return b, err
+}
+
+func (s *Stream) takeOne(directly *direct.Writer) (*buffer.Buffer, error) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.direct, s.slow = directly, false
 	if s.unread.Empty() && s.caughtUp != nil {
 		close(s.caughtUp)
@@ -208,13 +223,10 @@ func (s *Stream) take(directly *direct.Writer) (*buffer.Buffer, error) {
 	err := s.awaitLocked()
 	s.direct = nil
 	if err != nil {
-		s.mu.Unlock()
 		return nil, err
 	}
 	b := s.unread.Take()
 	s.settleLocked()
-	s.mu.Unlock()
-	s.madeRoom()
 	return b, nil
 }
 
@@ -370,12 +382,14 @@ func (s *Stream) CloseWrite() error {
 
 // CloseRead discards what is buffered and what the peer still sends. The peer is not told.
 func (s *Stream) CloseRead() {
-	s.mu.Lock()
-	s.readClosed = true
-	s.dropLocked()
-	s.settleLocked()
-	s.arrived.Broadcast()
-	s.mu.Unlock()
+	func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.readClosed = true
+		s.dropLocked()
+		s.settleLocked()
+		s.arrived.Broadcast()
+	}()
 	s.madeRoom()
 }
 
@@ -493,14 +507,19 @@ func (s *Stream) peerReset(status ResetStatus) {
 // connEnded ends the stream because the connection is gone. If discard is set, it discards unread data.
 func (s *Stream) connEnded(err error, discard bool) {
 	if discard {
-		s.mu.Lock()
-		if !s.unread.Empty() {
-			s.dropLocked()
-			s.readErr = err
-		}
-		s.mu.Unlock()
+		s.discard(err)
 	}
 	s.end(err, err)
+}
+
+// discard drops unread data. Read returns err instead.
+func (s *Stream) discard(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.unread.Empty() {
+		s.dropLocked()
+		s.readErr = err
+	}
 }
 
 // end records the end of reading and, unless writeErr is nil, of writing. The first end counts: after FIN and RST_STREAM a

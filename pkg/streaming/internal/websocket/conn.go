@@ -284,8 +284,7 @@ func (c *conn) lock(committed bool) error {
 // by whoever sees it first: its maker, the next owner, or this loop.
 func (c *conn) unlock() {
 	for {
-		c.writeControlFrames()
-		<-c.writeLock
+		c.unlockOnce()
 		if !c.controlDue() {
 			return
 		}
@@ -295,6 +294,12 @@ func (c *conn) unlock() {
 			return
 		}
 	}
+}
+
+// unlockOnce releases the write lock also after a panic: the end of the session writes, too.
+func (c *conn) unlockOnce() {
+	defer func() { <-c.writeLock }()
+	c.writeControlFrames()
 }
 
 // pong answers a Ping, now or right after the message that is being written. Of several unanswered Pings only the
