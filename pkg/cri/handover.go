@@ -12,7 +12,6 @@ import (
 // queue: for Resume, or for another program that has the same socket. Until then it serves calls with only brief
 // pauses. Calls that outlast ctx end as Unavailable, as watches do at once. It fails if the listener cannot be
 // paused; the server then keeps serving.
-// cannot be paused; then the server serves on.
 func (s *Server) Quiesce(ctx context.Context) error { return s.server.Quiesce(ctx) }
 
 // Resume serves again after Quiesce.

@@ -1,16 +1,21 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"runtime/debug"
 
 	"github.com/streamshim/streamshim/pkg/config"
+	"github.com/streamshim/streamshim/pkg/cri"
 	"github.com/streamshim/streamshim/pkg/endpoint"
 	"github.com/streamshim/streamshim/pkg/execproc"
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/session/audit"
+	"github.com/streamshim/streamshim/pkg/session/limits"
+	"github.com/streamshim/streamshim/pkg/session/recording"
 	"github.com/streamshim/streamshim/pkg/streaming"
 )
 
@@ -25,15 +30,42 @@ func Check(o Options) error {
 		if c, err = o.Load(); err != nil {
 			return err
 		}
-		return audit.Try(auditConfig(c))
+		fault("parts")
+		return errors.Join(audit.Try(auditConfig(c)), tryParts(o.Version, c))
 	}, func(state *handover.State) handover.Verdict {
 		fault("read")
+		again, err := o.Load() // the wait for a moment without calls may have been long
+		if err != nil {
+			return handover.Verdict{Error: err.Error()}
+		}
+		c = again
 		verdict, err := judge(state, c)
 		if err != nil {
 			return handover.Verdict{Error: err.Error()}
 		}
 		return verdict
 	})
+}
+
+// tryParts makes the parts that may refuse a configuration and that have no effects outside this process.
+func tryParts(version string, c config.Config) error {
+	log := slog.New(slog.DiscardHandler)
+	limits.New(limitsConfig(c))
+	recording.New(recordingConfig(c), limits.NewRoom(budgetsOf(c, availableMemory()).recordings), log).Close()
+	var errs []error
+	if c.Upstream != "" {
+		upstream, err := cri.NewUpstream(c.Upstream, 0)
+		if errs = append(errs, err); err == nil {
+			upstream.Close() //nolint:errcheck // was only a trial
+		}
+	}
+	if c.Traces.Endpoint != "" {
+		tracer, err := newTracer(context.Background(), version, c, log)
+		if errs = append(errs, err); err == nil {
+			tracer.Close(context.Background()) //nolint:errcheck // there are no spans
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // judge reads a whole state and returns what this program would do with it.

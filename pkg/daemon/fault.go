@@ -8,6 +8,9 @@ import (
 	"time"
 )
 
+// takeOverLimit bounds how long a program may take to take over, from its start until it serves.
+const takeOverLimit = 5 * time.Second
+
 // fault goes wrong at a step of the way to a hand-over, as STREAMSHIM_FAULT says: "exit check", "hang read", "panic resume". It
 // is only in programs that tests build.
 func fault(step string) {

@@ -19,6 +19,7 @@ import (
 	"github.com/streamshim/streamshim/pkg/admin"
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/metrics"
+	"github.com/streamshim/streamshim/pkg/rescue"
 	"github.com/streamshim/streamshim/pkg/session"
 	"github.com/streamshim/streamshim/pkg/session/limits"
 )
@@ -220,7 +221,11 @@ func (p *process) handOver(ctx context.Context, r handoverRequest) {
 	} else {
 		defer close(r.failed)
 	}
-	err := p.tryHandOver(ctx, r.begun)
+	var err error
+	rescue.Call(func(fault *rescue.Panic) { // what it has begun is undone by then, and all sessions go on
+		p.log.Error("the hand-over has panicked", "panic", fault.Value, "stack", string(fault.Stack))
+		err = fault
+	}, func() { err = p.tryHandOver(ctx, r.begun) })
 	if err != nil {
 		p.handovers.failed(err)
 		p.log.Error("no other program takes over, this one goes on", "reason", r.begun.Reason, "dry run", r.begun.DryRun, "error", err)
@@ -376,7 +381,7 @@ func (p *process) execute(ctx context.Context, check *handover.Check, h admin.Ha
 	if err != nil {
 		return err
 	}
-	if err := state.Put(processPart, own); err != nil {
+	if err := errors.Join(state.Put(processPart, own), state.Put(configPart, *p.reloader.current.Load())); err != nil {
 		return err
 	}
 	keepProgram(files)

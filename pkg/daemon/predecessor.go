@@ -6,8 +6,10 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"time"
 
 	"github.com/streamshim/streamshim/pkg/admin"
+	"github.com/streamshim/streamshim/pkg/config"
 	"github.com/streamshim/streamshim/pkg/endpoint"
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/portforward"
@@ -20,6 +22,7 @@ const (
 	execPart    = "exec"    // execproc.Runner.Freeze
 	streamsPart = "streams" // streaming.Server.Freeze
 	auditPart   = "audit"   // audit.Log.Freeze
+	configPart  = "config"  // config.Config, as it was in force
 )
 
 // processState is the state of the process as a whole: its sockets, and the hand-over itself.
@@ -51,6 +54,7 @@ type predecessor struct {
 	state *handover.State
 	files *handover.Files
 	own   processState
+	limit *time.Timer // of taking over
 }
 
 // received returns the predecessor of this program, nil if there is none.
@@ -59,7 +63,7 @@ func received() (*predecessor, error) {
 	if state == nil || err != nil {
 		return nil, err
 	}
-	p := &predecessor{state: state, files: files}
+	p := &predecessor{state: state, files: files, limit: time.AfterFunc(takeOverLimit, giveUp)}
 	if err := state.Get(processPart, &p.own); err != nil {
 		files.Close()
 		return nil, err
@@ -67,11 +71,34 @@ func received() (*predecessor, error) {
 	return p, nil
 }
 
-// close closes the descriptors that were not taken.
+// giveUp ends a program that hangs while it takes over, with sessions that stand still. systemd starts it again.
+func giveUp() {
+	slog.Error("this program has not taken over in time and ends", "limit", takeOverLimit)
+	os.Exit(1)
+}
+
+// close closes the descriptors that were not taken. It is called when this program serves.
 func (p *predecessor) close() {
 	if p != nil {
+		p.limit.Stop()
 		p.files.Close()
 	}
+}
+
+// configuration returns that of the predecessor, or err if there is none. It takes the place of one that cannot be read for the
+// reason err, but could when this program was checked: without it all sessions would end.
+func (p *predecessor) configuration(err error) (config.Config, error) {
+	encoded := p.part(configPart)
+	if encoded == nil {
+		return config.Config{}, err
+	}
+	c := config.Default()
+	if handover.Decode(encoded, &c) != nil {
+		return config.Config{}, err
+	}
+	log, _ := newLogger(c)
+	log.Error("the configuration cannot be read any more; that of the program before stays in force", "error", err)
+	return c, nil
 }
 
 // part returns an encoded part of the state, nil without a predecessor.

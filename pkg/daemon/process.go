@@ -63,6 +63,7 @@ func serve(ctx context.Context, version string, c config.Config, load func() (co
 	// Before this point a signal ends the process at once: nothing is served yet that would need an orderly end.
 	end.begin()
 	p.resume(before)
+	fault("serve")
 	p.start()
 	before.close() // after the start, because the kernel takes its time: see keepProgram
 	sayReady(c, p.streamListener.Addr())
@@ -85,6 +86,7 @@ func (p *process) close() {
 
 // build makes all parts. None of them serves yet.
 func (p *process) build(ctx context.Context, load func() (config.Config, error), before *predecessor) (err error) {
+	fault("build")
 	c := p.config
 	log, level := newLogger(c)
 	p.log = log

@@ -53,12 +53,16 @@ func Serve(ctx context.Context, o Options) error {
 		return err
 	}
 	defer before.close()
+	fault("received")
 	end := newTermination(ctx)
 	defer end.stop()
 	if before != nil {
 		end.begin() // the sessions that were handed over need an orderly end
 	}
 	c, err := o.Load()
+	if err != nil {
+		c, err = before.configuration(err)
+	}
 	if err != nil {
 		return err
 	}

@@ -41,10 +41,7 @@ func newTelemetry(ctx context.Context, version string, c config.Config, o *opera
 		}
 	}()
 	if c.Traces.Endpoint != "" {
-		t.tracer, err = tracing.New(ctx, tracing.Config{
-			Endpoint: c.Traces.Endpoint, Insecure: c.Traces.Insecure, SampleRatio: c.Traces.SampleRatio, Version: version, Log: log,
-		})
-		if err != nil {
+		if t.tracer, err = newTracer(ctx, version, c, log); err != nil {
 			return nil, err
 		}
 	}
@@ -77,6 +74,12 @@ func newTelemetry(ctx context.Context, version string, c config.Config, o *opera
 		},
 	})
 	return t, nil
+}
+
+func newTracer(ctx context.Context, version string, c config.Config, log *slog.Logger) (*tracing.Tracer, error) {
+	return tracing.New(ctx, tracing.Config{
+		Endpoint: c.Traces.Endpoint, Insecure: c.Traces.Insecure, SampleRatio: c.Traces.SampleRatio, Version: version, Log: log,
+	})
 }
 
 // hooks are functions by which the parts report events. They are nil where telemetry is off.
