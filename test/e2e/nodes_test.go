@@ -351,16 +351,23 @@ func checkUpgrade(ctx context.Context, t *target) (string, error) {
 			return "", err
 		}
 		node, err := t.must(ctx, "get", "node", t.node.Address, "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status} since {.status.conditions[?(@.type=="Ready")].lastTransitionTime}`)
-		return "pod " + pod + " restarts " + restarts + ", node " + node, err
+		if err != nil {
+			return "", err
+		}
+		failures, err := t.must(ctx, "get", "events", "--field-selector", "reason=Unhealthy,involvedObject.name="+probed, "-o", "jsonpath={.items[*].count}")
+		return "pod " + pod + " restarts " + restarts + ", failed probes (" + failures + "), node " + node, err
 	}
 	var before string
 	if err := until(ctx, func() (err error) { before, err = steady(); return err }); err != nil {
 		return "", err
 	}
-	const upgrades = 5
+	const upgrades, apart = 10, time.Second // so that probes come before, in and behind them
 	var said []string
 	result, err := sessionsGoOn(ctx, t, func(*forwarding) (whileDown, err error) {
+		ticker := time.NewTicker(apart)
+		defer ticker.Stop()
 		for range upgrades {
+			<-ticker.C
 			out, err := exec.CommandContext(ctx, t.streamshim, "upgrade", "--admin", "unix://"+t.node.AdminSocket()).CombinedOutput()
 			if err != nil {
 				return nil, fmt.Errorf("streamshim upgrade: %w: %s", err, out)

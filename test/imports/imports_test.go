@@ -42,7 +42,7 @@ var allowed = map[string][]string{
 	"pkg/ui": {"pkg/admin"},
 	"pkg/daemon": {
 		"pkg/admin", "pkg/config", "pkg/cri", "pkg/endpoint", "pkg/execproc", "pkg/handover", "pkg/helper", "pkg/metrics", "pkg/portforward",
-		"pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming", "pkg/streaming/buffers",
+		"pkg/rescue", "pkg/session", "pkg/session/audit", "pkg/session/limits", "pkg/session/recording", "pkg/streaming", "pkg/streaming/buffers",
 		"pkg/streaming/event", "pkg/streaming/portforward", "pkg/streaming/remotecommand", "pkg/tracing", "pkg/workload",
 	},
 	"cmd/kubectl-streamshim": {"pkg/admin", "pkg/session"},
@@ -61,7 +61,7 @@ var allowed = map[string][]string{
 	"pkg/execproc/internal/tree":       {"pkg/execproc/internal/proc", "pkg/execproc/internal/reaper", "pkg/handover", "pkg/rescue"},
 	"pkg/metrics":                      {"pkg/handover", "pkg/session"},
 	"pkg/portforward":                  {"pkg/handover", "pkg/rescue", "pkg/workload"},
-	"pkg/session":                      {"pkg/handover", "pkg/workload"},
+	"pkg/session":                      {"pkg/handover", "pkg/rescue", "pkg/workload"},
 	"pkg/session/audit":                {"pkg/handover", "pkg/rescue", "pkg/session"},
 	"pkg/session/limits":               {"pkg/handover", "pkg/session"},
 	"pkg/session/recording":            {"pkg/asciicast", "pkg/handover", "pkg/rescue", "pkg/session", "pkg/session/transcript", "pkg/workload"},
