@@ -210,6 +210,65 @@ func (p stubborn) Freeze(files *handover.Files) ([]byte, error) {
 	return freezeFiles(p, files, p.stdin, p.stdout, p.stderr)
 }
 
+// leaving is a process whose Close, with which the phase of the output ends, waits for the test.
+type leaving struct {
+	*hostProcess
+	begun, goOn chan struct{}
+}
+
+func (p *leaving) Close() error {
+	if p.begun != nil {
+		close(p.begun)
+		<-p.goOn
+		p.begun = nil
+	}
+	return p.hostProcess.Close()
+}
+
+// tellingIsHandedOver freezes a session between the end of its output and the line for its user. It reports whether the freeze has
+// come before the line.
+func tellingIsHandedOver(t *testing.T, transport string) (caught bool) {
+	s := startServer(t, Config{})
+	executor := &hostExecutor{t: t}
+	process := &leaving{begun: make(chan struct{}), goOn: make(chan struct{})}
+	begun := process.begun
+	request := s.localRequest(executorFunc(func(c workload.Command) (remoteProcess, error) {
+		p, err := executor.Start(t.Context(), c)
+		if err != nil {
+			return nil, err
+		}
+		process.hostProcess = p.(*hostProcess)
+		return process, nil
+	}), streamsOf(remotecommand.StreamOptions{Stdout: io.Discard, Stderr: io.Discard}, "sleep", "600"))
+	s.reasons[request.Container.ContainerID] = func(context.Context) string { return "it was the test" }
+	var stderr syncBuffer
+	ended := make(chan error, 1)
+	u := s.url(s.Exec(request))
+	go func() {
+		ended <- stream(t.Context(), t, transport, u, remotecommand.StreamOptions{Stdout: io.Discard, Stderr: &stderr})
+	}()
+	eventually(t, "the start", func() bool { return executor.count() == 1 })
+	close(executor.last().containerExited)
+	receive(t, begun, "the end of the output")
+	before := s.Frozen()
+	go func() {
+		for s.Frozen() == before {
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(10 * time.Millisecond) // the session itself is frozen by another goroutine; the caller tries again
+		close(process.goOn)
+	}()
+	s.handedOver(func(state commands.State) {
+		if caught = state.Phase == "telling"; caught && (state.Process != nil || !strings.Contains(state.Ending.Line, "it was the test")) {
+			t.Errorf("its state has the process %v and the line %q", state.Process, state.Ending.Line)
+		}
+	})
+	if err := receive(t, ended, "the end"); exitCode(t, err) != 137 || strings.Count(stderr.String(), "it was the test") != 1 {
+		t.Errorf("ended with %v, %q", err, stderr.String())
+	}
+	return caught
+}
+
 // TestEachPhaseIsHandedOver hands over in each phase. The phase must end as it would have.
 func TestEachPhaseIsHandedOver(t *testing.T) {
 	options := remotecommand.StreamOptions{Stdin: strings.NewReader(""), Stdout: io.Discard}
@@ -402,6 +461,11 @@ func TestEachPhaseIsHandedOver(t *testing.T) {
 		if err := receive(t, ended, "the end"); exitCode(t, err) != 3 || reader.taken != 240_000 {
 			t.Errorf("%d bytes, %v", reader.taken, err)
 		}
+	})
+	forEachTransport(t, func(t *testing.T, transport string) {
+		t.Run("telling", func(t *testing.T) {
+			eventually(t, "a freeze in this phase", func() bool { return tellingIsHandedOver(t, transport) })
+		})
 	})
 	// These phases last only until the client reads what is sent, which fits into every socket. So the state says that they
 	// have just begun.
