@@ -23,8 +23,8 @@ import (
 	"github.com/streamshim/streamshim/test/internal/node"
 )
 
-// For a proof: -sessions 200 -times 20 -pace 400 -size 1024 -apart 2s. Thirty sessions at a pace of 1 keep two cores busy, and
-// then the times measure how long a program waits for a core.
+// For a proof: -sessions 200 -times 20 -pace 400 -size 1024 -apart 20s. Thirty sessions at a pace of 1 keep two cores busy, as do
+// the large ones without long times between the hand-overs, and then the pauses measure how long a program waits for a core.
 var (
 	sessions = flag.Int("sessions", 30, "sessions that are live at the same time, about")
 	times    = flag.Int("times", 6, "hand-overs in a row")
