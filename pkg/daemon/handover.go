@@ -221,11 +221,7 @@ func (p *process) handOver(ctx context.Context, r handoverRequest) {
 	} else {
 		defer close(r.failed)
 	}
-	var err error
-	rescue.Call(func(fault *rescue.Panic) { // what it has begun is undone by then, and all sessions go on
-		p.log.Error("the hand-over has panicked", "panic", fault.Value, "stack", string(fault.Stack))
-		err = fault
-	}, func() { err = p.tryHandOver(ctx, r.begun) })
+	err := p.tryHandOver(ctx, r.begun)
 	if err != nil {
 		p.handovers.failed(err)
 		p.log.Error("no other program takes over, this one goes on", "reason", r.begun.Reason, "dry run", r.begun.DryRun, "error", err)
@@ -305,9 +301,17 @@ func (p *process) startCheck(ctx context.Context) (*handover.Check, error) {
 	return handover.StartCheck(ctx, program, append(slices.Clone(os.Args[1:]), "--check-state"))
 }
 
-// freezeAndExecute hands over to the program that is checked. After an error all sessions go on. It is a *refusedError if the
-// program cannot carry some of them, unless it is to be executed anyway: then it ends them as well as it can.
-func (p *process) freezeAndExecute(ctx context.Context, check *handover.Check, h admin.Handover, anyway bool) error {
+// freezeAndExecute hands over to the program that is checked. After an error, which a panic becomes, all sessions go on. It is a
+// *refusedError if the program cannot carry some of them, unless it is to be executed anyway: then it ends them as well as it can.
+func (p *process) freezeAndExecute(ctx context.Context, check *handover.Check, h admin.Handover, anyway bool) (err error) {
+	rescue.Call(func(fault *rescue.Panic) {
+		p.log.Error("the hand-over has panicked", "panic", fault.Value, "stack", string(fault.Stack))
+		err = fault
+	}, func() { err = p.tryToExecute(ctx, check, h, anyway) })
+	return err
+}
+
+func (p *process) tryToExecute(ctx context.Context, check *handover.Check, h admin.Handover, anyway bool) error {
 	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // as in resume
 	files := handover.NewFiles()
 	defer files.Close()
@@ -335,20 +339,29 @@ func (p *process) freeze(ctx context.Context, state *handover.State, files *hand
 	}
 	state.Frozen = p.streams.Frozen()
 	var exec []byte
-	if err = p.runner.Quiesce(ctx); err == nil {
-		exec, err = p.runner.Freeze(files)
-	}
-	if err != nil {
-		p.runner.Continue()
-		p.resumeSessions(files, nil, streams)
-		return nil, err
-	}
-	state.Parts[streamsPart], state.Parts[execPart] = streams, exec
+	frozen := false
 	thaw = func() { p.resumeSessions(files, exec, streams) }
-	if err := p.settle(ctx, state); err != nil {
-		thaw()
+	defer func() {
+		if frozen {
+			return
+		}
+		if exec == nil {
+			p.runner.Continue()
+		}
+		thaw() // after a panic, too
+	}()
+	if err := p.runner.Quiesce(ctx); err != nil {
 		return nil, err
 	}
+	if exec, err = p.runner.Freeze(files); err != nil {
+		return nil, err
+	}
+	fault("freeze")
+	state.Parts[streamsPart], state.Parts[execPart] = streams, exec
+	if err := p.settle(ctx, state); err != nil {
+		return nil, err
+	}
+	frozen = true
 	return thaw, nil
 }
 
@@ -374,6 +387,7 @@ func (p *process) settle(ctx context.Context, state *handover.State) error {
 
 // execute lets the child read the state, and then executes the new program.
 func (p *process) execute(ctx context.Context, check *handover.Check, h admin.Handover, state *handover.State, files *handover.Files, anyway bool) error {
+	fault("execute")
 	if err := state.Put(criPart, p.cri.State()); err != nil {
 		return err
 	}

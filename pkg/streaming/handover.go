@@ -116,7 +116,10 @@ func (s *Server) Freeze(ctx context.Context, files *handover.Files) ([]byte, err
 	states, err := s.freeze(ctx, files)
 	if err == nil {
 		var encoded []byte
-		if encoded, err = handover.Encode(State{Version: stateVersion, Tokens: s.tokens.state(), Sessions: states}); err == nil {
+		rescue.Call(func(p *rescue.Panic) { err = p }, func() {
+			encoded, err = handover.Encode(State{Version: stateVersion, Tokens: s.tokens.state(), Sessions: states})
+		})
+		if err == nil {
 			return encoded, nil
 		}
 	}

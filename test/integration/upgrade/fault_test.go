@@ -163,6 +163,34 @@ func TestProgramThatDiesAfterTakingOver(t *testing.T) {
 	l.finish()
 }
 
+// TestHandOverThatPanics checks that a panic of the old program, with all sessions standing still, costs none of them.
+func TestHandOverThatPanics(t *testing.T) {
+	faulty := build(t, "faulty", "-tags", "handoverfault")
+	for _, step := range []string{"freeze", "execute"} {
+		t.Run(step, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "script")
+			if err := os.WriteFile(path, []byte("#!/bin/sh\nSTREAMSHIM_FAULT='panic "+step+"' exec "+faulty+" \"$@\"\n"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			shim := harness.StartInstalled(t, "", path)
+			container := harness.RunContainer(t, node.ContainerSpec{})
+			l := newLoad(t, shim, container)
+			for _, transport := range harness.Transports {
+				l.terminal(transport)
+				l.echo(transport)
+			}
+			l.probe()
+			l.await(4)
+			for range 2 {
+				if out, err := shim.Upgrade(t); err == nil || !strings.Contains(out, "panic: a fault at "+step) || !strings.Contains(out, "streamshim faulty goes on as it was") {
+					t.Errorf("%v: %s", err, out)
+				}
+			}
+			l.finish()
+		})
+	}
+}
+
 // TestConfigurationThatIsDamagedMeanwhile checks that a configuration that was good when the new program was checked, and cannot
 // be read when it has been executed, costs no session: that of the program before stays in force.
 func TestConfigurationThatIsDamagedMeanwhile(t *testing.T) {
