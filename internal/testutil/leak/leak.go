@@ -18,7 +18,7 @@ import (
 const (
 	// settleTime bounds the wait for what is ending: a goroutine after its last action, or a child that is about to be
 	// reaped. Only a test that fails waits so long.
-	settleTime = 10 * time.Second
+	settleTime = time.Minute
 	settlePoll = 10 * time.Millisecond
 )
 

@@ -958,7 +958,11 @@ func TestEndOfConnectionAfterClose(t *testing.T) {
 				c.CloseAndWait(t.Context())
 			})
 			client := s.dialRaw(t, protocol)
-			client.SetReadDeadline(time.Now().Add(4 * closedQuiet))
+			limit := 4 * closedQuiet // for what must not come
+			if ends {
+				limit = patience
+			}
+			client.SetReadDeadline(time.Now().Add(limit))
 			if _, err := io.Copy(io.Discard, client); (err == nil) != ends {
 				t.Fatalf("reading ended with %v", err)
 			}
