@@ -51,7 +51,7 @@ func run() error {
 	flag.BoolVar(&o.quick, "quick", false, "few rounds and small amounts: a look, not a measurement")
 	flag.IntVar(&o.rounds, "rounds", 0, "number of rounds (default 9, with -quick 2)")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 
 	only, err := regexp.Compile(o.only)
