@@ -25,7 +25,7 @@ import (
 )
 
 // testTimeout bounds every wait of a test; it is long because the machine may be busy.
-const testTimeout = 30 * time.Second
+const testTimeout = 2 * time.Minute
 
 func testContext(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)

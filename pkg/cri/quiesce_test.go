@@ -118,7 +118,8 @@ func TestQuiesceFailsNoCall(t *testing.T) {
 			}
 		})
 	}
-	for range 40 {
+	begin := time.Now()
+	for i := 0; i < 40 && (i < 5 || time.Since(begin) < testTimeout/4); i++ { // on a busy machine fewer times
 		limited, cancel := context.WithTimeout(ctx, testTimeout)
 		if err := q.Quiesce(limited); err != nil {
 			t.Error(err)

@@ -34,6 +34,7 @@ import (
 const (
 	actorVariable = "EXECPROC_TEST_ACTOR" // the state directory
 	stateVariable = "EXECPROC_TEST_STATE" // the descriptor of the state
+	afterVariable = "EXECPROC_TEST_AFTER" // how long a command that is hung up has until SIGTERM, and as long again until SIGKILL
 )
 
 func init() {
@@ -85,7 +86,11 @@ type actorProgram struct {
 // act does not return.
 func act(dir string) {
 	a := &actorProgram{config: testConfig(dir), in: bufio.NewReaderSize(os.Stdin, 1<<20), processes: map[string]*Process{}}
-	a.config.TermAfter, a.config.KillAfter, a.config.OnDisconnect = 2*time.Second, 4*time.Second, Policy(os.Getenv("EXECPROC_TEST_POLICY"))
+	after := 2 * time.Second
+	if given, err := time.ParseDuration(os.Getenv(afterVariable)); err == nil {
+		after = given
+	}
+	a.config.TermAfter, a.config.KillAfter, a.config.OnDisconnect = after, 2*after, Policy(os.Getenv("EXECPROC_TEST_POLICY"))
 	if stat, err := proc.ReadStat(os.Getpid()); err == nil {
 		a.self = stat.Identity
 	}

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/streamshim/streamshim/pkg/execproc/internal/tree"
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/workload"
@@ -204,18 +206,19 @@ func TestQuiesce(t *testing.T) {
 	r := newRunner(t)
 	c := newContainer(t)
 	done := make(chan error, 1)
-	slow := make(chan struct{})
+	marker := newMarker()
 	go func() {
-		close(slow)
-		_, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: shell("sleep 1")})
+		_, err := r.RunSync(context.Background(), c, workload.SyncCommand{Args: []string{"sleep", marker}})
 		done <- err
 	}()
-	<-slow
-	eventually(t, "the command runs", func() bool { return len(r.watched()) == 1 })
+	eventually(t, "the command runs", func() bool { return len(r.watched()) == 1 && len(marked(t, "sleep\x00"+marker)) == 1 })
 	short, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
 	if err := r.Quiesce(short); err == nil {
 		t.Error("quiet while a command is run")
+	}
+	for _, pid := range marked(t, marker) {
+		unix.Kill(pid, unix.SIGKILL)
 	}
 	if err := r.Quiesce(t.Context()); err != nil {
 		t.Fatal(err)

@@ -320,8 +320,7 @@ func (r *Runner) startWithTerminal(ctx context.Context, p *Process, spec *specs.
 	defer socket.Close()
 	f.Socket = socket.Path
 	if err := r.launchAndWatch(ctx, p, launch, spec, f, own.Process, own.Stderr); err != nil {
-		const queued = 10 * time.Millisecond // a terminal that was sent is queued already
-		if file, receiveErr := socket.Receive(queued); receiveErr == nil {
+		if file, queuedErr := socket.Queued(); queuedErr == nil {
 			terminal := stdio.NewTerminal(file, nil)
 			if ends, endsErr := terminal.Slave(); endsErr == nil && terminal.Held() {
 				r.killHolders(p, ends)

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -240,11 +239,23 @@ func TestLongStateDirectory(t *testing.T) {
 // TestConsoleSocketClosesWhatElseArrives checks that no descriptor stays open, whatever a runtime sends over the console
 // socket.
 func TestConsoleSocketClosesWhatElseArrives(t *testing.T) {
+	for name, receive := range map[string]func(*ociruntime.ConsoleSocket) (*os.File, error){
+		"awaited": func(s *ociruntime.ConsoleSocket) (*os.File, error) { return s.Receive(patience) },
+		"queued":  (*ociruntime.ConsoleSocket).Queued,
+	} {
+		t.Run(name, func(t *testing.T) { consoleSocketCloses(t, receive) })
+	}
+}
+
+func consoleSocketCloses(t *testing.T, receive func(*ociruntime.ConsoleSocket) (*os.File, error)) {
 	noLeaks(t)
 	for count := range 4 {
 		socket, err := ociruntime.NewConsoleSocket(filepath.Join(t.TempDir(), "s"))
 		if err != nil {
 			t.Fatal(err)
+		}
+		if file, err := socket.Queued(); err == nil {
+			t.Errorf("%s was queued before anything was sent", file.Name())
 		}
 		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
@@ -268,7 +279,7 @@ func TestConsoleSocketClosesWhatElseArrives(t *testing.T) {
 		if err := unix.Sendmsg(fd, []byte("/dev/pts/0"), control, nil, 0); err != nil {
 			t.Fatal(err)
 		}
-		file, err := socket.Receive(5 * time.Second)
+		file, err := receive(socket)
 		if (err == nil) != (count == 1) {
 			t.Errorf("%d descriptors: %v", count, err)
 		}

@@ -71,12 +71,16 @@ func TestPause(t *testing.T) {
 func TestPauseWaitsForTheOneWhoAccepts(t *testing.T) {
 	l := listen(t)
 	defer l.Close()
-	begin := time.Now()
-	l.Pause()
-	if took := time.Since(begin); took >= pauseLimit {
-		t.Errorf("nobody has accepted yet, and the pause took %v", took)
+	soonest := time.Hour
+	for attempts := 0; soonest >= pauseLimit && attempts < 10; attempts++ { // a busy machine may delay some of them
+		begin := time.Now()
+		l.Pause()
+		soonest = min(soonest, time.Since(begin))
+		l.Resume()
 	}
-	l.Resume()
+	if soonest >= pauseLimit {
+		t.Errorf("nobody has accepted yet, and the pause took %v", soonest)
+	}
 	conn, err := net.Dial("tcp", l.Addr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -87,7 +91,7 @@ func TestPauseWaitsForTheOneWhoAccepts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer accepted.Close()
-	begin = time.Now()
+	begin := time.Now()
 	l.Pause()
 	if took := time.Since(begin); took < pauseLimit {
 		t.Errorf("the one who accepts is still at work, and the pause took %v", took)

@@ -27,7 +27,7 @@ import (
 func init() { runtime.LockOSThread() }
 
 // patience is how long a test waits for what has to happen. Only a failing test waits so long.
-const patience = 10 * time.Second
+const patience = time.Minute
 
 // sandbox is a network namespace bind-mounted to a path, as container runtimes make them.
 type sandbox struct {

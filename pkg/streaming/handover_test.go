@@ -85,10 +85,7 @@ func (s *testServer) serve(listener net.Listener) {
 	}
 	server := s.Server
 	go func() { s.served <- server.Serve(pausable) }()
-	eventually(s.t, "the listener in use", func() bool {
-		_, ok := server.pausable()
-		return ok
-	})
+	s.awaitListener(server)
 }
 
 // upgradeForward is like upgrade, with a change to the state of the only session, a port-forward. It does not call change
@@ -126,20 +123,24 @@ func (s *testServer) thaw() {
 // startCarried is like startServer, with a listener that can be paused.
 func startCarried(t *testing.T, config Config) *testServer {
 	t.Helper()
-	s := startServer(t, config)
-	address := s.base.Host
-	s.stop()
-	<-s.served
-	config = s.started
-	config.Sessions = session.NewRegistry(config.Log)
-	listener, err := net.Listen("tcp", address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.started = config
-	s.Server = NewServer(config, listener.Addr())
-	s.serve(listener)
+	s := startServerOn(t, config, func(listener net.Listener) net.Listener {
+		pausable, err := handover.NewListener(listener)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return pausable
+	})
+	s.awaitListener(s.Server)
 	return s
+}
+
+// awaitListener waits until a server uses a listener that can be paused.
+func (s *testServer) awaitListener(server *Server) {
+	s.t.Helper()
+	eventually(s.t, "the listener in use", func() bool {
+		_, ok := server.pausable()
+		return ok
+	})
 }
 
 // upgrades hands the server over at random moments, to another one or to itself.

@@ -219,6 +219,18 @@ func ordinary(c Config) Config {
 
 func startServer(t *testing.T, config Config) *testServer {
 	t.Helper()
+	var serving *accepting
+	s := startServerOn(t, config, func(listener net.Listener) net.Listener {
+		serving = &accepting{Listener: listener, begun: make(chan struct{})}
+		return serving
+	})
+	receive(t, serving.begun, "the server to accept") // so that the leak check of another server counts this one's goroutines
+	return s
+}
+
+// startServerOn is like startServer, with a change to the listener. It does not wait until the server accepts.
+func startServerOn(t *testing.T, config Config, change func(net.Listener) net.Listener) *testServer {
+	t.Helper()
 	config = ordinary(config)
 	if !together(t) {
 		leak.Check(t)
@@ -230,9 +242,8 @@ func startServer(t *testing.T, config Config) *testServer {
 		t.Fatal(err)
 	}
 	s := newTestServer(t, config, listener.Addr())
-	serving := &accepting{Listener: listener, begun: make(chan struct{})}
+	serving := change(listener)
 	go func() { s.served <- s.Serve(serving) }()
-	receive(t, serving.begun, "the server to accept") // so that the leak check of another server counts this one's goroutines
 	t.Cleanup(s.stop)
 	if *restless > 0 {
 		t.Cleanup(s.beRestless(*restless))

@@ -364,7 +364,7 @@ func TestSilentPeersAreLetGo(t *testing.T) {
 	s := startServer(t, Config{
 		Commands:     commandConfig{Waits: commandWaits{StreamCreation: 200 * time.Millisecond}},
 		PortForwards: forwardConfig{StreamCreation: 200 * time.Millisecond},
-		Settings:     Settings{IdleTimeout: map[session.Kind]time.Duration{session.PortForward: 2 * time.Second}},
+		Settings:     Settings{IdleTimeout: map[session.Kind]time.Duration{session.PortForward: 5 * time.Second}},
 	})
 	run := s.execURL(&hostExecutor{t: t}, remotecommand.StreamOptions{Stdout: io.Discard}, "true")
 	c := dialRaw(t, run, upgradeRequest(http.MethodPost, run, spdyLines("v4.channel.k8s.io")...))
@@ -373,9 +373,11 @@ func TestSilentPeersAreLetGo(t *testing.T) {
 	forward := s.portForwardURL(make(chan struct{}))
 	c = dialRaw(t, forward, upgradeRequest(http.MethodPost, forward, spdyLines(portForwardProtocol)...))
 	half := c.open(headerStreamType, streamTypeError, headerPort, "80", headerRequestID, "1")
-	for c.read() {
+	for c.streams[half].reset == 0 && c.read() {
 	}
 	if c.streams[half].reset == 0 {
 		t.Error("half a connection was not reset")
+	}
+	for c.read() { // until the session has been idle for too long
 	}
 }

@@ -71,7 +71,7 @@ func TestLiveSizeCounts(t *testing.T) {
 	live := f.begin(t, info)
 	live.Taps.Output(session.Stdout, make([]byte, 4000))
 	place := f.place(f.config.Directory)
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
 		place.mu.Lock()
 		size := place.liveBytes
 		place.mu.Unlock()

@@ -26,7 +26,7 @@ import (
 )
 
 // waitTimeout bounds every wait of a test. It is long because the machine may be busy.
-const waitTimeout = 30 * time.Second
+const waitTimeout = 2 * time.Minute
 
 // The tests share a node, one after the other: none is parallel, and each removes its pods.
 func TestMain(m *testing.M) {

@@ -338,7 +338,7 @@ func TestProbeTimeoutLeavesNoProcess(t *testing.T) {
 				t.Errorf("%v, want DeadlineExceeded", err)
 			}
 			t.Logf("answered after %v, for a timeout of 3 s", took)
-			if took < 2900*time.Millisecond || took > 10*time.Second {
+			if took < 2900*time.Millisecond || took > 20*time.Second {
 				t.Errorf("answered after %v", took)
 			}
 			t.Logf("nothing left %v later", harness.AwaitNone(t, mark, goneLimit))

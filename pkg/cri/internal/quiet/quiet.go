@@ -26,6 +26,9 @@ const (
 	// off.
 	drainPatience    = 300 * time.Millisecond
 	maxDrainPatience = 5 * time.Second
+	// silentPatience is how long a client that waits for no call may take to answer a GOAWAY. On a busy machine its
+	// next call may be on the way, and would be broken off.
+	silentPatience = 2 * time.Second
 	// beginPatience is how long gRPC may take to notice new connections.
 	beginPatience = time.Second
 	// watchPause delays the end of a watch that arrives while the others are being ended: its client has not read
@@ -202,8 +205,10 @@ func (s *Server) pause(listener pausable) error {
 }
 
 // awaitDrained waits until the calls of all draining generations have ended. After patience it breaks off what is
-// left if cut is set, and otherwise returns false if there are calls in progress.
+// left if cut is set, and otherwise returns false if there are calls in progress. Clients that have none, and do not
+// answer, are disconnected after silentPatience.
 func (s *Server) awaitDrained(patience time.Duration, cut bool) bool {
+	begin := time.Now()
 	timer := time.NewTimer(patience)
 	defer timer.Stop()
 	for {
@@ -218,8 +223,13 @@ func (s *Server) awaitDrained(patience time.Duration, cut bool) bool {
 		case <-g.drained:
 		case <-timer.C:
 			// A client that does not answer, and waits for nothing, must not hold up others.
-			if n, _, _ := s.calls.look(time.Now()); n > 0 && !cut {
+			n, _, _ := s.calls.look(time.Now())
+			if n > 0 && !cut {
 				return false
+			}
+			if left := silentPatience - time.Since(begin); n == 0 && left > 0 {
+				timer.Reset(min(left, patience))
+				continue
 			}
 			timer.Reset(0)
 			g.stop()

@@ -57,13 +57,49 @@ func (s *ConsoleSocket) Receive(timeout time.Duration) (*os.File, error) {
 	if err := conn.SetDeadline(deadline); err != nil {
 		return nil, err
 	}
-	const maxDescriptors = 8 // one is expected; leave room to receive, and close, a few extra
-	name, control := make([]byte, 4096), make([]byte, unix.CmsgSpace(4*maxDescriptors))
+	name, control := messageBuffers()
 	_, n, _, _, err := conn.ReadMsgUnix(name, control) // sets MSG_CMSG_CLOEXEC
 	if err != nil {
 		return nil, fmt.Errorf("read console socket: %w", err)
 	}
-	fds, err := parseDescriptors(control[:n])
+	return terminalOf(control[:n])
+}
+
+// Queued returns the terminal if it was sent, without waiting. Receive with a short timeout would not do: on a busy
+// machine the time may be over before the queue is looked at.
+func (s *ConsoleSocket) Queued() (*os.File, error) {
+	raw, err := s.listener.SyscallConn()
+	if err != nil {
+		return nil, fmt.Errorf("console socket: %w", err)
+	}
+	var conn int
+	var acceptErr error
+	if err := raw.Control(func(fd uintptr) {
+		conn, _, acceptErr = unix.Accept4(int(fd), unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
+	}); err != nil {
+		return nil, fmt.Errorf("console socket: %w", err)
+	}
+	if acceptErr != nil {
+		return nil, fmt.Errorf("the runtime did not connect to the console socket: %w", acceptErr)
+	}
+	defer unix.Close(conn) //nolint:errcheck // nothing was written
+	name, control := messageBuffers()
+	_, n, _, _, err := unix.Recvmsg(conn, name, control, unix.MSG_CMSG_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("read console socket: %w", err)
+	}
+	return terminalOf(control[:n])
+}
+
+// messageBuffers returns room for what a runtime sends: the terminal's name and its descriptor.
+func messageBuffers() (name, control []byte) {
+	const maxDescriptors = 8 // one is expected; leave room to receive, and close, a few extra
+	return make([]byte, 4096), make([]byte, unix.CmsgSpace(4*maxDescriptors))
+}
+
+// terminalOf returns the one descriptor of a message.
+func terminalOf(control []byte) (*os.File, error) {
+	fds, err := parseDescriptors(control)
 	if err == nil && len(fds) != 1 {
 		err = fmt.Errorf("the runtime sent %d descriptors over the console socket, not one", len(fds))
 	}

@@ -61,8 +61,9 @@ type Reaper struct {
 	unseen     bool                // SIGCHLD came during a Start and nobody has looked since
 	looked     time.Time
 	names      uint64
-	reserved   map[int]bool // frozen processes; they stay zombies until they are resumed
-	adopting   int          // Runners that have yet to learn what their predecessor froze; until then no zombie is an orphan
+	reserved   map[int]bool                                        // frozen processes; they stay zombies until they are resumed
+	children   func(known func(pid int) bool) ([]proc.Stat, error) // of this process, see proc.OwnChildren
+	adopting   int                                                 // Runners that have yet to learn what their predecessor froze; until then no zombie is an orphan
 }
 
 // Watch is a process being waited for.
@@ -175,6 +176,7 @@ func newReaper(successor bool) (*Reaper, error) {
 		orphans:    map[int]uint64{},
 		held:       map[*Watch]struct{}{},
 		reserved:   map[int]bool{},
+		children:   proc.OwnChildren,
 	}
 	if successor {
 		r.adopting = 1
@@ -265,6 +267,16 @@ func (r *Reaper) waitForExits(raw syscall.RawConn) {
 
 func (r *Reaper) waitForOrphans() {
 	defer r.loops.Done()
+	again, pause := time.NewTimer(time.Hour), firstLookPause
+	defer again.Stop()
+	look := func() {
+		if !r.ReapOrphans() {
+			pause = firstLookPause
+			return
+		}
+		again.Reset(pause)
+		pause = min(2*pause, maxLookPause)
+	}
 	for {
 		select {
 		case <-r.signals:
@@ -274,10 +286,12 @@ func (r *Reaper) waitForOrphans() {
 			r.unseen = r.unseen || busy
 			r.mu.Unlock()
 			if !busy {
-				r.ReapOrphans()
+				look()
 			}
 		case <-r.startEnded:
-			r.ReapOrphans()
+			look()
+		case <-again.C:
+			look()
 		case <-r.stop:
 			return
 		}
@@ -409,6 +423,13 @@ func (r *Reaper) BeginStart() uint64 {
 
 // lookInterval is the minimum time between looks for orphans while starts never cease.
 const lookInterval = 100 * time.Millisecond
+
+// A look that leaves zombies is repeated after a pause, which doubles from the first to the longest. The kernel's list
+// of children omits some while others are being reaped (proc_pid_children(5)), and no SIGCHLD would come for them again.
+const (
+	firstLookPause = time.Second
+	maxLookPause   = 8 * time.Second
+)
 
 // EndStart ends a start that BeginStart began.
 func (r *Reaper) EndStart(start uint64) {
@@ -585,23 +606,22 @@ func (r *Reaper) Name() uint64 {
 }
 
 // ReapOrphans reaps the zombies that nobody waits for; the comment on Reaper says how they are known. It holds the
-// lock throughout, so no pid can change its meaning in between.
-func (r *Reaper) ReapOrphans() {
+// lock throughout, so no pid can change its meaning in between. left reports whether there are zombies afterwards,
+// whoever waits for them.
+func (r *Reaper) ReapOrphans() (left bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.adopting > 0 {
-		return // Adopted will look
+		return false // Adopted will look
 	}
 	r.unseen, r.looked = false, time.Now()
-	var info unix.Siginfo
-	err := unix.Waitid(unix.P_ALL, 0, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
-	if err == unix.ECHILD || (err == nil && info.Signo == 0) {
+	if !haveZombie() {
 		clear(r.orphans)
-		return // no zombies, as usual: processes are reaped through their pidfds
+		return false // as usual: processes are reaped through their pidfds
 	}
-	children, err := proc.OwnChildren(r.waitsForLocked)
+	children, err := r.children(r.waitsForLocked)
 	if err != nil {
-		return // no free descriptor; the next SIGCHLD looks again
+		return true // no free descriptor
 	}
 	seen := make(map[int]uint64)
 	for _, child := range children {
@@ -620,6 +640,14 @@ func (r *Reaper) ReapOrphans() {
 		_, _ = unix.Wait4(child.Pid, nil, unix.WNOHANG, nil)
 	}
 	r.orphans = seen
+	return haveZombie()
+}
+
+// haveZombie reports whether any child is a zombie.
+func haveZombie() bool {
+	var info unix.Siginfo
+	err := unix.Waitid(unix.P_ALL, 0, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+	return err != unix.ECHILD && (err != nil || info.Signo != 0)
 }
 
 // underWay reports whether a Start up to and including last is still in progress.

@@ -75,6 +75,39 @@ func TestZombieWaitsForStartUnderWay(t *testing.T) {
 	testutil.Eventually(t, "an orphan is reaped at once when nothing is under way", reaped(orphan))
 }
 
+// TestOmittedZombieIsReaped checks that a zombie that the kernel's list of children has omitted when its SIGCHLD came is
+// reaped later, although nothing else happens.
+func TestOmittedZombieIsReaped(t *testing.T) {
+	testutil.Slow(t)
+	leak.Check(t)
+	r, err := Acquire()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Release()
+	omitted := make(chan struct{})
+	r.mu.Lock()
+	r.children = func(known func(pid int) bool) ([]proc.Stat, error) {
+		select {
+		case <-omitted:
+			return proc.OwnChildren(known)
+		default:
+			close(omitted)
+			return nil, nil
+		}
+	}
+	r.mu.Unlock()
+	command := exec.Command("true")
+	command.SysProcAttr = &unix.SysProcAttr{Setsid: true} // as if from a runtime
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid := command.Process.Pid
+	command.Process.Release()
+	testutil.Receive(t, "a look that omits it", omitted)
+	testutil.Eventually(t, "it is reaped", func() bool { _, err := proc.ReadStat(pid); return err != nil })
+}
+
 // TestOwnChildIsNoOrphan checks that the status of a child of os/exec is left alone, even if it is a zombie for a long time
 // because nobody asks os/exec.
 func TestOwnChildIsNoOrphan(t *testing.T) {

@@ -118,10 +118,8 @@ func TestReceiptsFollowTheReader(t *testing.T) {
 				}
 				// A frame is sent before it is counted.
 				ahead := s.Sent() - read.Load()
-				for range 100 { // the longest trip may not be reported yet
-					if ahead <= 2*window() {
-						break
-					}
+				// The longest trip may not be reported yet.
+				for end := time.Now().Add(testTimeout); ahead > 2*window() && time.Now().Before(end); {
 					time.Sleep(time.Millisecond)
 				}
 				if ahead > 2*window() {

@@ -8,7 +8,7 @@ import (
 	"github.com/streamshim/streamshim/internal/testutil"
 )
 
-const testTimeout = 30 * time.Second
+const testTimeout = 2 * time.Minute
 
 // wait waits in a goroutine whose condition is never true. It returns when that goroutine waits.
 func wait(t *testing.T, w *Waiter) (returned <-chan error) {

@@ -635,11 +635,12 @@ func fields(t *testing.T, s State, f func(name string, without State)) {
 	}
 }
 
-// expectation is a state and what a connection resumed from it must do. The error tells what it did not do.
+// expectation is a state and what a connection resumed from it must do. The error tells what it did not do. limit is how
+// long to wait for each of these things.
 type expectation struct {
 	name  string
 	state State
-	check func(c *Conn, peer net.Conn) error
+	check func(c *Conn, peer net.Conn, limit time.Duration) error
 }
 
 func expectations() []expectation {
@@ -661,7 +662,7 @@ func expectations() []expectation {
 				{ID: 5, Replied: true, FinSent: true, ReadClosed: true},
 				{ID: 7, ReadEnd: writeFailure(&ResetError{Status: ResetCancel, Remote: true}), WriteEnd: writeFailure(&ResetError{Status: ResetCancel, Remote: true}), Replied: true},
 			},
-		}, func(c *Conn, peer net.Conn) error {
+		}, func(c *Conn, peer net.Conn, limit time.Duration) error {
 			if c.LastActivity().UnixNano() != now-1e9 || c.LastReceived().UnixNano() != now-2e9 {
 				return errors.New("times")
 			}
@@ -675,7 +676,7 @@ func expectations() []expectation {
 				return errors.New("stream 1")
 			}
 			defer c.Close() // also ends reads that wait
-			ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+			ctx, cancel := context.WithTimeout(context.Background(), limit)
 			defer cancel()
 			if err := s[2].WaitAccepted(ctx); err != nil {
 				return err
@@ -683,10 +684,10 @@ func expectations() []expectation {
 			if !s[3].InputEnded() || s[7].Err() == nil {
 				return errors.New("ends")
 			}
-			if err := readSoon(s[7]); err == nil || err == io.EOF {
+			if err := readSoon(s[7], limit); err == nil || err == io.EOF {
 				return errors.New("the end of stream 7")
 			}
-			if err := readSoon(s[5]); err != ErrReadClosed {
+			if err := readSoon(s[5], limit); err != ErrReadClosed {
 				return errors.New("CloseRead")
 			}
 			if _, err := s[5].Write([]byte("x")); err != ErrWriteClosed {
@@ -697,7 +698,7 @@ func expectations() []expectation {
 			served := make(chan error, 1)
 			go func() { served <- c.Serve(context.Background()) }()
 			defer func() { c.Close(); peer.Close(); <-served }()
-			peer.SetDeadline(time.Now().Add(time.Second))
+			peer.SetDeadline(time.Now().Add(limit))
 			if _, err := peer.Write([]byte("345")); err != nil {
 				return err
 			}
@@ -708,7 +709,7 @@ func expectations() []expectation {
 				if got != "unread12345" {
 					return fmt.Errorf("stream 1 has %q", got)
 				}
-			case <-time.After(time.Second):
+			case <-time.After(limit):
 				return errors.New("stream 1 does not end")
 			}
 			if _, err := peer.Write(next); err != nil {
@@ -722,7 +723,7 @@ func expectations() []expectation {
 			case err := <-served:
 				served <- err
 				return err
-			case <-time.After(time.Second):
+			case <-time.After(limit):
 				return errors.New("no stream")
 			}
 			sent := func(want []byte) error {
@@ -746,12 +747,12 @@ func expectations() []expectation {
 			return sent(slices.Concat(dataFrame(1, 0, "x"), dataFrame(3, 0, "x"),
 				frames.AppendSynStream(nil, 4, 0, frames.AppendHeaderBlock(nil, false, nil)), ping(8)))
 		}},
-		{"refusing", State{Server: true, RefuseStreams: true, OpenNext: 2, PingNext: 2}, func(c *Conn, peer net.Conn) error {
+		{"refusing", State{Server: true, RefuseStreams: true, OpenNext: 2, PingNext: 2}, func(c *Conn, peer net.Conn, limit time.Duration) error {
 			c.cfg.OnStream = func(*Stream) {}
 			served := make(chan error, 1)
 			go func() { served <- c.Serve(context.Background()) }()
 			defer func() { c.Close(); peer.Close(); <-served }()
-			peer.SetDeadline(time.Now().Add(time.Second))
+			peer.SetDeadline(time.Now().Add(limit))
 			peer.Write(next)
 			want := frames.AppendRstStream(nil, 9, ResetRefusedStream)
 			got := make([]byte, len(want))
@@ -764,7 +765,7 @@ func expectations() []expectation {
 			Server: true, OpenNext: 2, PingNext: 2, LastPeerStream: 1,
 			Gone: writeFailure(ErrPeerClosed), Ended: writeFailure(ErrPeerClosed), Unwanted: writeFailure(ErrPeerClosed),
 			Streams: []StreamState{{ID: 1, Replied: true}},
-		}, func(c *Conn, peer net.Conn) error {
+		}, func(c *Conn, peer net.Conn, limit time.Duration) error {
 			defer peer.Close()
 			defer c.Close()
 			if c.Err() != ErrPeerClosed {
@@ -782,17 +783,17 @@ func expectations() []expectation {
 				if err != ErrPeerClosed {
 					return err
 				}
-			case <-time.After(100 * time.Millisecond):
+			case <-time.After(limit):
 				peer.Close()
 				<-served
 				return errors.New("it is served")
 			}
 			return nil
 		}},
-		{"closed", State{Server: true, Closed: true, OpenNext: 2, PingNext: 2, Gone: writeFailure(ErrClosed)}, func(c *Conn, peer net.Conn) error {
+		{"closed", State{Server: true, Closed: true, OpenNext: 2, PingNext: 2, Gone: writeFailure(ErrClosed)}, func(c *Conn, peer net.Conn, limit time.Duration) error {
 			defer peer.Close()
 			defer c.Close()
-			peer.SetDeadline(time.Now().Add(100 * time.Millisecond))
+			peer.SetDeadline(time.Now().Add(limit))
 			go c.Ping()
 			if c.conn.LocalAddr().Network() != "pipe" {
 				return errors.New("it has a socket")
@@ -803,7 +804,7 @@ func expectations() []expectation {
 }
 
 // readSoon returns the error of a read, or nil if the read waits.
-func readSoon(s *Stream) error {
+func readSoon(s *Stream, limit time.Duration) error {
 	read := make(chan error, 1)
 	go func() {
 		_, err := s.Read(make([]byte, 1))
@@ -812,7 +813,7 @@ func readSoon(s *Stream) error {
 	select {
 	case err := <-read:
 		return err
-	case <-time.After(100 * time.Millisecond):
+	case <-time.After(limit):
 		return nil
 	}
 }
@@ -821,7 +822,7 @@ func readSoon(s *Stream) error {
 func TestEachFieldOfAState(t *testing.T) {
 	noticed := map[string]bool{}
 	for _, e := range expectations() {
-		run := func(s State) error {
+		run := func(s State, limit time.Duration) error {
 			ours, peer := testutil.TCPPair(t)
 			defer ours.Close()
 			c, err := Resume(ours, testutil.Reread(t, s), Config{OnStream: func(*Stream) {}})
@@ -829,13 +830,13 @@ func TestEachFieldOfAState(t *testing.T) {
 				peer.Close()
 				return err
 			}
-			return e.check(c, peer)
+			return e.check(c, peer, limit)
 		}
-		if err := run(e.state); err != nil {
+		if err := run(e.state, testTimeout); err != nil {
 			t.Fatalf("%s: %v", e.name, err)
 		}
 		fields(t, e.state, func(name string, without State) {
-			if err := run(without); err != nil {
+			if err := run(without, time.Second); err != nil {
 				noticed[name] = true
 			} else {
 				t.Logf("%s: nobody misses %s", e.name, name)

@@ -550,7 +550,8 @@ type expectation struct {
 	check func(c *ChannelConn, peer net.Conn) error
 }
 
-func expectations() []expectation {
+// expectations waits up to limit for each thing that a connection must do.
+func expectations(limit time.Duration) []expectation {
 	now := time.Now().UnixNano()
 	mask := uint32(0x04030201)
 	masked := []byte("12345")
@@ -572,7 +573,7 @@ func expectations() []expectation {
 		over := make(chan struct{})
 		go func() { defer close(over); result <- c.Serve(context.Background()) }()
 		defer func() { c.CloseNow(); peer.Close(); <-over }()
-		peer.SetDeadline(time.Now().Add(200 * time.Millisecond))
+		peer.SetDeadline(time.Now().Add(limit))
 		return check(result)
 	}
 	expect := func(peer net.Conn, want []byte) error {
@@ -592,7 +593,7 @@ func expectations() []expectation {
 		select {
 		case r := <-read:
 			return string(r.p), r.err
-		case <-time.After(200 * time.Millisecond):
+		case <-time.After(limit):
 			return "", errors.New("a read waits")
 		}
 	}
@@ -666,7 +667,7 @@ func expectations() []expectation {
 					if err := c.Err(); !errors.As(err, &violation) || violation.Code != frames.CloseTooBig {
 						return fmt.Errorf("ended with %w", err)
 					}
-				case <-time.After(200 * time.Millisecond):
+				case <-time.After(limit):
 					return errors.New("it is taken in")
 				}
 				return nil
@@ -710,7 +711,7 @@ func expectations() []expectation {
 					if err := c.Err(); !errors.As(err, &violation) || violation.Code != frames.CloseInvalidPayload {
 						return fmt.Errorf("ended with %w", err)
 					}
-				case <-time.After(200 * time.Millisecond):
+				case <-time.After(limit):
 					return errors.New("it is taken in")
 				}
 				return nil
@@ -729,7 +730,7 @@ func expectations() []expectation {
 					if err != nil {
 						return err
 					}
-				case <-time.After(200 * time.Millisecond):
+				case <-time.After(limit):
 					return errors.New("it is served")
 				}
 				if got, err := readSoon(c.Channel(Stdin)); got != "unread" || err != ErrClientVanished {
@@ -761,8 +762,9 @@ func TestEachFieldOfAState(t *testing.T) {
 	noticed := map[string]bool{}
 	all := map[string]bool{}
 	eachField("", reflect.ValueOf(&ChannelsState{Channels: make([]ChannelState, 1)}).Elem(), func(name string, _ reflect.Value) { all[name] = true })
-	for _, e := range expectations() {
-		run := func(s ChannelsState) error {
+	patient := expectations(patience)
+	for i, e := range expectations(200 * time.Millisecond) {
+		run := func(e expectation, s ChannelsState) error {
 			a, b := testutil.TCPPair(t)
 			defer a.Close()
 			c, err := Resume(a, s, Config{})
@@ -773,7 +775,7 @@ func TestEachFieldOfAState(t *testing.T) {
 			defer c.CloseNow() // also ends reads that wait
 			return e.check(c, b)
 		}
-		if err := run(testutil.Reread(t, e.state)); err != nil {
+		if err := run(patient[i], testutil.Reread(t, patient[i].state)); err != nil {
 			t.Fatalf("%s: %v", e.name, err)
 		}
 		number := 0
@@ -791,7 +793,7 @@ func TestEachFieldOfAState(t *testing.T) {
 			if zero || noticed[name] {
 				continue
 			}
-			if err := run(without); err != nil {
+			if err := run(e, without); err != nil {
 				noticed[name] = true
 			}
 		}
@@ -805,7 +807,7 @@ func TestEachFieldOfAState(t *testing.T) {
 
 // FuzzResume checks that a damaged state gives an error or a connection that fails, and never a panic.
 func FuzzResume(f *testing.F) {
-	for _, e := range expectations() {
+	for _, e := range expectations(patience) {
 		encoded, err := handover.Encode(e.state)
 		if err != nil {
 			f.Fatal(err)

@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 }
 
 // patience bounds the wait for what must happen. No test that passes waits that long.
-const patience = 30 * time.Second
+const patience = 2 * time.Minute
 
 // testServer is an HTTP server that accepts channel connections and plays a session on each.
 type testServer struct {

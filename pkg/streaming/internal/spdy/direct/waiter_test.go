@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-const testTimeout = 30 * time.Second
+const testTimeout = 2 * time.Minute
 
 // fullPipe returns both ends of a full pipe, and a Writer to it.
 func fullPipe(t *testing.T) (write, read *os.File, to *Writer) {
