@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/streamshim/streamshim/internal/testutil"
 	"github.com/streamshim/streamshim/internal/testutil/leak"
 	"github.com/streamshim/streamshim/pkg/asciicast"
 	"github.com/streamshim/streamshim/pkg/session"
@@ -310,11 +311,18 @@ func TestUserIsToldOnce(t *testing.T) {
 	if n := told(); n != 2 {
 		t.Errorf("of two watches the user was told %d times", n)
 	}
-	// A name that the session does not know proves nothing.
+	// Who leaves and comes back is announced again, and a name that the session does not know proves nothing.
+	left := watch("")
+	left.Close()
+	testutil.Eventually(t, "the watcher has gone", func() bool { return f.live.Taps.Count() == 0 })
+	handOver(watch(left.Name()))
+	if n := told(); n != 4 {
+		t.Errorf("of four watches the user was told %d times", n)
+	}
 	third := watch("made up")
 	handOver(third)
-	if n := told(); n != 3 {
-		t.Errorf("of three watches the user was told %d times", n)
+	if n := told(); n != 5 {
+		t.Errorf("of five watches the user was told %d times", n)
 	}
 }
 

@@ -239,6 +239,12 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 	}
 	live.Log().Info("an operator watches the session")
 	watch, before := rand.Text(), r.Header.Get(HeaderWatch)
+	handedOver := false
+	defer func() {
+		if !handedOver { // who left is announced when it comes back
+			live.TakeTold(watch)
+		}
+	}()
 	switch {
 	case before != "" && live.TakeTold(before):
 		live.Told(watch)
@@ -285,6 +291,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 		case <-watches.Done():
 			var all *watchesEnd
 			if errors.As(context.Cause(watches), &all) {
+				handedOver = all.end == WatchHandover
 				w.Header().Set(trailerWatchEnd, string(all.end))
 				w.Header().Set(trailerBytesOut, bytesOut(live))
 			}
