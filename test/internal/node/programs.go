@@ -16,7 +16,11 @@ var programs = []string{
 
 // DefaultPrograms returns the folder that test/internal/peers/build.sh puts the programs in:
 // $STREAMSHIM_CACHE/peers/bin, where STREAMSHIM_CACHE defaults to ~/.cache/streamshim.
+// $STREAMSHIM_PROGRAMS is another folder, as test/matrix makes it for other versions.
 func DefaultPrograms() string {
+	if folder := os.Getenv("STREAMSHIM_PROGRAMS"); folder != "" {
+		return folder
+	}
 	cache := os.Getenv("STREAMSHIM_CACHE")
 	if cache == "" {
 		base, err := os.UserCacheDir()
