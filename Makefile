@@ -84,6 +84,13 @@ vm: peers kubernetes build bin/nfpm bin/cyclonedx-gomod ## a booted Debian node 
 	@test/internal/setup.sh vm $(VM_ARCH)
 	STREAMSHIM_VM=1 STREAMSHIM_VM_ARCH=$(VM_ARCH) STREAMSHIM_VM_REPORT=$(CURDIR)/docs/compatibility.md go test -v -count 1 -timeout 180m ./test/vm
 
+# What to try in another version: all, or for instance MATRIX='containerd-1.7 runc-1.1 crun'
+MATRIX ?= all
+.PHONY: matrix
+matrix: peers build ## critest's streaming specs and the integration tests with older containerds and runcs, and crun; writes docs/compatibility.md
+	STREAMSHIM_MATRIX='$(MATRIX)' STREAMSHIM_MATRIX_REPORT=$(if $(filter all,$(MATRIX)),$(CURDIR)/docs/compatibility.md) \
+		go test -v -count 1 -timeout 600m ./test/matrix
+
 # How many commands each attack meets, and more flags: test/hostile/README.md
 COUNT ?= 2000
 HOSTILE ?=
