@@ -62,6 +62,14 @@ imports = []
         BinaryName = '{{.Programs}}/runc'
         Root = '{{.Dir}}/run/runc'
         SystemdCgroup = false
+{{- if .GVisor}}
+    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.gvisor]
+      runtime_type = 'io.containerd.runsc.v1'
+      runtime_path = '{{.Programs}}/containerd-shim-runsc-v1'
+      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.gvisor.options]
+        TypeUrl = 'io.containerd.runsc.v1.options'
+        ConfigPath = '{{.Dir}}/runsc.toml'
+{{- end}}
 
 [plugins.'io.containerd.grpc.v1.cri']
   disable_tcp_service = true
@@ -146,6 +154,14 @@ func configurationFor(programs string) (*template.Template, error) {
 	return containerdConfiguration, nil
 }
 
+// gVisorConfiguration is for gVisor's shim.
+var gVisorConfiguration = template.Must(template.New("runsc").Parse(`binary_name = '{{.Programs}}/runsc'
+root = '{{.Dir}}/run/runsc'
+[runsc_config]
+  # It cannot make a sandbox's cgroup where a container has controllers of its own, as on cgroup v1 without systemd.
+  ignore-cgroups = 'true'
+`))
+
 // networkConfiguration is a CNI network of a bridge, an address and host ports.
 var networkConfiguration = template.Must(template.New("cni").Parse(`{
   "cniVersion": "1.0.0",
@@ -181,6 +197,14 @@ image-endpoint: {{.Socket}}
 timeout: 60
 `))
 
+// GVisorHandler is the runtime handler of pods that gVisor runs, on a node whose programs have it.
+const GVisorHandler = "gvisor"
+
+func (n *Node) hasGVisor() bool {
+	_, err := os.Stat(n.Program("containerd-shim-runsc-v1"))
+	return err == nil
+}
+
 // The names of the node's traces outside its folder.
 func (n *Node) bridge() string  { return "ss-" + n.state.Name }
 func (n *Node) network() string { return "streamshim-" + n.state.Name }
@@ -210,7 +234,7 @@ func (n *Node) writeConfiguration() error {
 	values := map[string]any{
 		"Dir": n.dir, "Programs": n.state.Programs, "Registry": n.state.Registry, "Socket": n.Socket(),
 		"SandboxImage": Image(images.Sandbox), "NoAppArmor": err != nil, "ShimSockets": n.shimSockets(),
-		"Network": n.network(), "Bridge": n.bridge(), "Subnet": n.subnet(),
+		"GVisor": n.hasGVisor(), "Network": n.network(), "Bridge": n.bridge(), "Subnet": n.subnet(),
 	}
 	for _, folder := range []string{n.path("run"), n.path("tmp"), n.path("cdi"), n.path("opt"), n.path("pods"), n.shimSockets()} {
 		if err := os.MkdirAll(folder, 0o711); err != nil {
@@ -222,6 +246,7 @@ func (n *Node) writeConfiguration() error {
 		"cni/10-streamshim.conflist":  networkConfiguration,
 		"certs.d/_default/hosts.toml": registryConfiguration,
 		"crictl.yaml":                 crictlConfiguration,
+		"runsc.toml":                  gVisorConfiguration,
 	} {
 		var text bytes.Buffer
 		if err := content.Execute(&text, values); err != nil {

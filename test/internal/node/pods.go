@@ -28,7 +28,8 @@ type PodSpec struct {
 	// UserNamespace maps the pod's users 0-65535 to 100000-165535 of the host. These need execute permission (x) for every
 	// folder above the node's.
 	UserNamespace bool
-	Privileged    bool // needed for privileged containers
+	Privileged    bool   // needed for privileged containers
+	Handler       string // such as GVisorHandler; runc by default
 
 	PortMappings []*runtimeapi.PortMapping
 
@@ -66,7 +67,7 @@ type ContainerSpec struct {
 // RunPod runs a pod sandbox and returns its ID.
 func (n *Node) RunPod(ctx context.Context, spec PodSpec) (string, error) {
 	config := n.sandboxConfig(spec)
-	response, err := n.Runtime().RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: config})
+	response, err := n.Runtime().RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: config, RuntimeHandler: spec.Handler})
 	if err != nil {
 		return "", fmt.Errorf("run pod %s: %w", config.Metadata.Name, err)
 	}
