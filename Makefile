@@ -84,7 +84,7 @@ vm: peers kubernetes build bin/nfpm bin/cyclonedx-gomod ## a booted Debian node 
 	@test/internal/setup.sh vm $(VM_ARCH)
 	STREAMSHIM_VM=1 STREAMSHIM_VM_ARCH=$(VM_ARCH) STREAMSHIM_VM_REPORT=$(CURDIR)/docs/compatibility.md go test -v -count 1 -timeout 180m ./test/vm
 
-# What to try in another version: all, or for instance MATRIX='containerd-1.7 runc-1.1 crun gvisor'
+# What to try in another version: all, for instance 'containerd-1.7 runc-1.1 crun gvisor', or oldest, as CI does
 MATRIX ?= all
 .PHONY: matrix
 matrix: peers build ## critest's streaming specs and the integration tests with older containerds and runcs, crun and gVisor; writes docs/compatibility.md

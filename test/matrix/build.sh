@@ -11,14 +11,27 @@ export GOFLAGS=-buildvcs=false GOWORK=off # what the caller's environment sets m
 
 # build NAME MODULE VERSION: every tool of the go.mod here into $out.tmp.
 build() {
-  local cgo=0 tags=() ldflags="-s -w"
+  local cgo=0 flags=() ldflags="-s -w"
   case $1 in
   containerd-*) ldflags+=" -X $2/version.Version=$3" ;;
-  runc-*) cgo=1 tags=(-tags seccomp) ldflags+=" -X main.version=${3#v}" ;;
-  gvisor) ldflags+=" -X gvisor.dev/gvisor/runsc/version.version=$3" ;;
+  runc-*) cgo=1 flags=(-tags seccomp) ldflags+=" -X main.version=${3#v}" ;;
+  gvisor)
+    ldflags+=" -X gvisor.dev/gvisor/runsc/version.version=$3"
+    # Its shim ends if it may not lower its oom_score_adj, as on a machine without CAP_SYS_RESOURCE. Here it goes on.
+    cp -r "$(go list -m -f '{{.Dir}}' github.com/containerd/containerd/v2)" "$out.containerd"
+    chmod -R u+w "$out.containerd"
+    sed -i 's/if os.IsPermission(err) && (.*) {/if os.IsPermission(err) \&\& (true || !runningPrivileged() || userns.RunningInUserNS()) {/' "$out.containerd/pkg/sys/oom_linux.go"
+    grep -q 'true ||' "$out.containerd/pkg/sys/oom_linux.go" || { echo "build.sh: oom_linux.go has changed" >&2; return 1; }
+    cp go.mod "$out.containerd.mod" && cp go.sum "$out.containerd.sum"
+    go mod edit -replace "github.com/containerd/containerd/v2=$out.containerd" "$out.containerd.mod"
+    flags=(-modfile "$out.containerd.mod")
+    ;;
   esac
-  CGO_ENABLED=$cgo go build -mod=readonly -trimpath "${tags[@]}" -ldflags "$ldflags" -o "$out.tmp/" tool
-  if [ "$1" = gvisor ]; then mv "$out.tmp/shim" "$out.tmp/containerd-shim-runsc-v1"; fi # named after its folder otherwise
+  CGO_ENABLED=$cgo go build -mod=readonly -trimpath "${flags[@]}" -ldflags "$ldflags" -o "$out.tmp/" tool
+  if [ "$1" = gvisor ]; then
+    mv "$out.tmp/shim" "$out.tmp/containerd-shim-runsc-v1" # named after its folder otherwise
+    rm -r "$out".containerd*
+  fi
 }
 
 if [ $# = 0 ]; then
@@ -41,7 +54,7 @@ for name; do
   if [ ! -d "$out" ]; then
     start=$SECONDS
     echo "building $name: $version (once; kept in $cache)" >&2
-    rm -rf "$out.tmp"
+    rm -rf "$out".*
     mkdir -p "$out.tmp"
     build "$name" "$module" "$version"
     mv "$out.tmp" "$out"

@@ -24,8 +24,10 @@ import (
 )
 
 const (
-	// variable lists what to try, such as "containerd-1.7 crun"; "all" is everything.
+	// variable lists what to try, such as "containerd-1.7 crun"; "all" is everything. "oldest" is a short run of a node whose
+	// containerd and runc are both the oldest, for CI.
 	variable = "STREAMSHIM_MATRIX"
+	oldest   = "oldest"
 	// part is the part of docs/compatibility.md that a run writes.
 	part = "matrix"
 	// streamingSpecs is how many critest has.
@@ -81,7 +83,7 @@ func TestMatrix(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := try(t, name)
 			// Each row as soon as it is known: all of them together take hours.
-			if path := os.Getenv("STREAMSHIM_MATRIX_REPORT"); path != "" && !t.Failed() {
+			if path := os.Getenv("STREAMSHIM_MATRIX_REPORT"); path != "" && name != oldest && !t.Failed() {
 				if err := report(path, r, all(t)); err != nil {
 					t.Error(err)
 				}
@@ -107,7 +109,8 @@ func report(path string, r row, names []string) error {
 
 By `+"`make matrix`"+`. Each row is a node of which one part is another than in the other tables, and the rest the newest (containerd
 2.4, runc 1.5). Commands started by: whose child a command of exec is. critest: how many of its %d streaming specs pass at the
-runtime's own endpoint, and through streamshim over each transport. Tests: those of %s through streamshim; for
+runtime's own endpoint, and through streamshim over each transport (for gVisor without port-forward, which containerd cannot do
+there). Tests: those of %s through streamshim; for
 gVisor, those of %s.
 
 | | version | commands started by | critest, bare | critest, SPDY | critest, WebSocket | tests | on |
@@ -126,10 +129,13 @@ func try(t *testing.T, name string) row {
 	var options []string
 	if name == "gvisor" {
 		handler, tests = node.GVisorHandler, relayedPackages
-		options = []string{"-runtime-handler", handler}
+		// containerd cannot forward ports into gVisor, and critest would wait a minute for each (TestPortForward of relay).
+		options = []string{"-runtime-handler", handler, "-ginkgo.skip", "portforward"}
 	}
 	t.Run("critest", func(t *testing.T) {
-		n := node.StartForTest(t, node.Config{Name: "matrix", Streamshim: node.Binary(t), Programs: programs})
+		// Rows may be tried at the same time, but for critest, which has ports of the host: each has a node of its own name.
+		kind, number, _ := strings.Cut(name, "-")
+		n := node.StartForTest(t, node.Config{Name: kind[:1] + strings.ReplaceAll(number, ".", ""), Streamshim: node.Binary(t), Programs: programs})
 		result.starter = starter(t, n, handler)
 		output, err := filepath.Abs("../../.artefacts/matrix/" + name)
 		if err != nil {
@@ -149,6 +155,10 @@ func try(t *testing.T, name string) row {
 		}
 		bare := specs("bare", n.ContainerdSocket())
 		result.bare = passed(bare)
+		want := streamingSpecs
+		if handler != "" {
+			want = bare.Count(critest.Passed)
+		}
 		for _, through := range []struct {
 			cell    *string
 			results critest.Results
@@ -157,14 +167,17 @@ func try(t *testing.T, name string) row {
 			{&result.websocket, specs("websocket", n.Socket(), "-websocket-exec", "-websocket-attach", "-websocket-portforward")},
 		} {
 			*through.cell = passed(through.results)
-			for _, spec := range through.results.Failures() {
-				t.Errorf("%s %s: %s", spec.State, spec.Name, spec.Message)
-			}
-			if count := through.results.Count(critest.Passed); count != streamingSpecs {
-				t.Errorf("%d specs passed, want %d", count, streamingSpecs)
+			if count := through.results.Count(critest.Passed); count < want || count == 0 {
+				t.Errorf("%d specs passed, want %d", count, want)
+				for _, spec := range through.results.Failures() {
+					t.Errorf("%s %s: %s", spec.State, spec.Name, spec.Message)
+				}
 			}
 		}
 	})
+	if name == oldest {
+		return result
+	}
 	t.Run("integration", func(t *testing.T) { result.tests = integration(t, programs, tests) })
 	return result
 }
@@ -219,7 +232,7 @@ func starter(t *testing.T, n *node.Node, handler string) string {
 	return "containerd, relayed"
 }
 
-// assemble makes a folder of links to the programs of a node, of which one is another version, and says which version.
+// assemble makes a folder of links to the programs of a node, of which some are another version, and says which version.
 func assemble(t *testing.T, name string) (folder, version string) {
 	t.Helper()
 	folder = t.TempDir()
@@ -265,18 +278,26 @@ func assemble(t *testing.T, name string) (folder, version string) {
 		first, _, _ := strings.Cut(string(said), "\n")
 		return folder, strings.TrimPrefix(first, "crun version ") + ", Debian's"
 	}
-	build := exec.Command("./build.sh", name)
-	build.Stderr = os.Stderr
-	out, err := build.Output()
-	if err != nil {
-		t.Fatal(err)
+	names := []string{name}
+	if name == oldest {
+		names = []string{"containerd-1.7", "runc-1.1"}
 	}
-	fields := strings.Fields(string(out)) // containerd-1.7 v1.7.35 FOLDER
-	if len(fields) != 3 {
-		t.Fatalf("build.sh says %q", out)
+	var versions []string
+	for _, name := range names {
+		build := exec.Command("./build.sh", name)
+		build.Stderr = os.Stderr
+		out, err := build.Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		fields := strings.Fields(string(out)) // containerd-1.7 v1.7.35 FOLDER
+		if len(fields) != 3 {
+			t.Fatalf("build.sh says %q", out)
+		}
+		versions = append(versions, fields[1])
+		linkAll(fields[2])
 	}
-	linkAll(fields[2])
-	return folder, fields[1]
+	return folder, strings.Join(versions, ", ")
 }
 
 // integration runs the packages with the programs and returns how many tests passed.

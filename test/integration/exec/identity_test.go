@@ -84,6 +84,9 @@ func TestCommandHasTheContainersIdentity(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
+			if test.pod.UserNamespace && !harness.Shared.Node.HasUserNamespaces(t) {
+				t.Skip("the runtime has no user namespaces for pods")
+			}
 			pod := harness.RunPod(t, test.pod)
 			container := harness.RunContainerIn(t, pod, test.container)
 			main := initPid(t, container)

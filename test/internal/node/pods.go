@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
+	"testing"
 	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -75,6 +77,25 @@ func (n *Node) RunPod(ctx context.Context, spec PodSpec) (string, error) {
 	defer n.mu.Unlock()
 	n.pods[response.PodSandboxId] = config
 	return response.PodSandboxId, nil
+}
+
+// HasUserNamespaces reports whether pods can have user namespaces. Only a runtime of other programs than the default ones may
+// say no, for instance runc 1.1, which has no idmapped mounts.
+func (n *Node) HasUserNamespaces(t testing.TB) bool {
+	t.Helper()
+	if os.Getenv(programsVariable) == "" {
+		return true
+	}
+	status, err := n.Upstream().Status(t.Context(), &runtimeapi.StatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, handler := range status.RuntimeHandlers {
+		if handler.Name == "" {
+			return handler.GetFeatures().GetUserNamespaces()
+		}
+	}
+	return true // containerd 1.7 does not say
 }
 
 func (n *Node) sandboxConfig(spec PodSpec) *runtimeapi.PodSandboxConfig {

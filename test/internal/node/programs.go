@@ -14,11 +14,14 @@ var programs = []string{
 	"bridge", "host-local", "loopback", "portmap", "busybox",
 }
 
+// programsVariable is a folder of programs of other versions.
+const programsVariable = "STREAMSHIM_PROGRAMS"
+
 // DefaultPrograms returns the folder of the programs: $STREAMSHIM_PROGRAMS, which test/matrix sets for other versions, or
 // $STREAMSHIM_CACHE/peers/bin, where test/internal/peers/build.sh puts them. STREAMSHIM_CACHE defaults to
 // ~/.cache/streamshim.
 func DefaultPrograms() string {
-	if folder := os.Getenv("STREAMSHIM_PROGRAMS"); folder != "" {
+	if folder := os.Getenv(programsVariable); folder != "" {
 		return folder
 	}
 	cache := os.Getenv("STREAMSHIM_CACHE")
