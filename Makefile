@@ -52,7 +52,7 @@ critest: peers build ## run only the CRI conformance suite, through streamshim a
 .PHONY: e2e
 e2e: peers kubernetes build ## kubectl against containerd and streamshim side by side; writes docs/compatibility.md (E2E=full: all of it)
 	STREAMSHIM_E2E=$(E2E) STREAMSHIM_E2E_REPORT=$(if $(filter shim,$(E2E)),,$(CURDIR)/docs/compatibility.md) \
-		go test -v -count 1 -timeout 60m ./test/e2e
+		go test -v -count 1 -parallel 8 -timeout 60m ./test/e2e
 
 .PHONY: clients
 clients: client-packages peers kubernetes build test/clients/javascript/node_modules ## stock clients of other languages (Python, JavaScript) against a cluster with streamshim

@@ -57,7 +57,7 @@ func run() error {
 	flag.DurationVar(&o.length, "length", time.Minute, "with -sizing: how long each line of the table is measured")
 	flag.StringVar(&o.report, "report", "", "with -sizing: the `document` whose part is written")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 
 	only, err := regexp.Compile(o.only)

@@ -25,6 +25,8 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 type check struct {
 	name string
 	run  func(context.Context, *target) (string, error)
+	// waits is whether it mostly waits. Such checks run beside each other, after those that do not.
+	waits bool
 }
 
 // errImpossible is what a check returns that the machine cannot run.
@@ -42,7 +44,7 @@ var sessionChecks = []check{
 	{name: "exec -i", run: checkExecStdin},
 	{name: "exec -it", run: checkExecTerminal},
 	{name: "exec -it -- stty size, right at once", run: checkTerminalSize},
-	{name: "the same, 200 ms away from the API server", run: checkTerminalSizeFarAway},
+	{name: "the same, 200 ms away from the API server", run: checkTerminalSizeFarAway, waits: true},
 	{name: "exec of a missing command ends with 127", run: checkMissingCommand},
 	{name: "exec that leaves a child in the background ends", run: checkBackgroundChild},
 	{name: "attach -i", run: checkAttach},
@@ -54,8 +56,8 @@ var sessionChecks = []check{
 	{name: "port-forward of two ports", run: checkForward},
 	{name: "port-forward: a port that refuses", run: checkForwardRefused},
 	{name: "port-forward: a port that resets", run: checkForwardReset},
-	{name: "port-forward: a server that stalls beside one that does not", run: checkForwardStalledPod},
-	{name: "port-forward: a client that stalls beside one that does not (2)", run: checkForwardStalledClient},
+	{name: "port-forward: a server that stalls beside one that does not", run: checkForwardStalledPod, waits: true},
+	{name: "port-forward: a client that stalls beside one that does not (2)", run: checkForwardStalledClient, waits: true},
 	{name: "container killed during exec -it", run: checkContainerRestart},
 	{name: "pod deleted during exec -it, also with shareProcessNamespace", run: checkPodDeletion},
 	{name: "debug -it with an ephemeral container", run: checkDebug},
@@ -71,7 +73,7 @@ var gateChecks = []check{
 	{name: "exec -i", run: checkExecStdin},
 	{name: "exec -it", run: checkExecTerminal},
 	{name: "exec -it -- stty size, right at once", run: checkTerminalSize},
-	{name: "the same, 200 ms away from the API server", run: checkTerminalSizeFarAway},
+	{name: "the same, 200 ms away from the API server", run: checkTerminalSizeFarAway, waits: true},
 	{name: "attach -i", run: checkAttach},
 	{name: "cp of a file, both ways", run: checkCopyFile},
 	{name: "20 MB of output, read at 1.25 MB per second (1)", run: checkSlowReader},
@@ -221,7 +223,7 @@ func newRun(t *testing.T, mode string) *run {
 	return r
 }
 
-// runAll runs checks on all nodes at the same time, one after the other on each.
+// runAll runs checks on all nodes at the same time, one after the other on each but for those that wait.
 func (r *run) runAll(t *testing.T, phase string, s *section, checks []check) {
 	protocols := s.protocols
 	if len(protocols) == 0 {
@@ -234,7 +236,12 @@ func (r *run) runAll(t *testing.T, phase string, s *section, checks []check) {
 				for _, c := range checks {
 					for _, protocol := range protocols {
 						where := cell{c.name, name, protocol}
-						t.Run(strings.TrimSuffix(c.name+"/"+string(protocol), "/"), func(t *testing.T) { r.runOne(t, s, where, c) })
+						t.Run(strings.TrimSuffix(c.name+"/"+string(protocol), "/"), func(t *testing.T) {
+							if c.waits {
+								t.Parallel()
+							}
+							r.runOne(t, s, where, c)
+						})
 					}
 				}
 			})

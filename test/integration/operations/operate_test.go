@@ -361,6 +361,7 @@ func TestOperateSessions(t *testing.T) {
 	if err := u.end(t); !errors.As(err, &exit) || exit.Code != 137 {
 		t.Errorf("after kill --signal 9: %v", err)
 	}
+	testutil.Eventually(t, "no session is left, so its end is audited", func() bool { return len(o.sessions()) == 0 })
 
 	// ExecSync with an audit ID (KEP-6035) is audited.
 	sync, err := o.Runtime().ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{ContainerId: o.containers["db"], Cmd: []string{"sh", "-c", "echo hi; exit 3"}})
