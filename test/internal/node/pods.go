@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/kubelet/pkg/types"
 
@@ -174,9 +176,12 @@ func (n *Node) CreateContainer(ctx context.Context, podID string, spec Container
 	if err := n.pull(ctx, config.Image); err != nil {
 		return "", err
 	}
-	response, err := n.Runtime().CreateContainer(ctx, &runtimeapi.CreateContainerRequest{
-		PodSandboxId: podID, Config: config, SandboxConfig: pod,
-	})
+	request := &runtimeapi.CreateContainerRequest{PodSandboxId: podID, Config: config, SandboxConfig: pod}
+	response, err := n.Runtime().CreateContainer(ctx, request)
+	if pod.Linux.SecurityContext.NamespaceOptions.UsernsOptions != nil && status.Code(err) == codes.AlreadyExists {
+		// containerd 1.7 cannot prepare an image for two user namespaces at once. The kubelet tries again, too.
+		response, err = n.Runtime().CreateContainer(ctx, request)
+	}
 	if err != nil {
 		return "", fmt.Errorf("create container %s: %w", config.Metadata.Name, err)
 	}
