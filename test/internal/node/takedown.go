@@ -141,6 +141,9 @@ func (n *Node) deleteContainers() error {
 	}
 	errs := []error{err}
 	for _, entry := range entries {
+		if strings.HasPrefix(entry.Name(), ".") {
+			continue // what a newer crun keeps there for itself
+		}
 		n.logf("deleting a container that was left: %s", entry.Name())
 		ctx, cancel := context.WithTimeout(context.Background(), removeTimeout)
 		output, err := exec.CommandContext(ctx, n.Program("runc"), "--root", n.RuncRoot(), "delete", "--force", entry.Name()).CombinedOutput()
