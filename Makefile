@@ -84,6 +84,13 @@ vm: peers kubernetes build bin/nfpm bin/cyclonedx-gomod ## a booted Debian node 
 	@test/internal/setup.sh vm $(VM_ARCH)
 	STREAMSHIM_VM=1 STREAMSHIM_VM_ARCH=$(VM_ARCH) STREAMSHIM_VM_REPORT=$(CURDIR)/docs/compatibility.md go test -v -count 1 -timeout 180m ./test/vm
 
+# What to try in another version: all, for instance 'containerd-1.7 runc-1.1 crun gvisor', or oldest, as CI does
+MATRIX ?= all
+.PHONY: matrix
+matrix: peers build ## critest's streaming specs and the integration tests with older containerds and runcs, crun and gVisor; writes docs/compatibility.md
+	STREAMSHIM_MATRIX='$(MATRIX)' STREAMSHIM_MATRIX_REPORT=$(CURDIR)/docs/compatibility.md \
+		go test -v -count 1 -timeout 600m ./test/matrix
+
 # How many commands each attack meets, and more flags: test/hostile/README.md
 COUNT ?= 2000
 HOSTILE ?=
@@ -111,6 +118,13 @@ fuzz: setup ## run every fuzz test for FUZZTIME (20s)
 bench: peers build ## measure streamshim beside the containerd behind it; flags: make bench BENCHFLAGS=-quick
 	@go build -buildvcs=false -o bin/bench ./test/bench
 	@bin/bench $(BENCHFLAGS)
+
+# How many pods, at most 250
+PODS ?= 110 250
+.PHONY: sizing
+sizing: peers build ## what the exec probes of PODS (110 250) cost, with streamshim and without; writes docs/sizing.md (half an hour, on a machine with nothing else to do)
+	@go build -buildvcs=false -o bin/bench ./test/bench
+	@bin/bench -sizing '$(PODS)' -report docs/sizing.md
 
 .PHONY: chaos
 chaos: peers build ## ten minutes of everything going wrong on one node, with invariants; CHAOSFLAGS='-seed N' runs it again

@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -38,6 +39,8 @@ func main() {
 // options are the command line.
 type options struct {
 	program, output, only, config string
+	sizing, report                string
+	length                        time.Duration
 	quick                         bool
 	rounds                        int
 }
@@ -50,6 +53,9 @@ func run() error {
 	flag.StringVar(&o.config, "config", "", "configuration `file` of streamshim")
 	flag.BoolVar(&o.quick, "quick", false, "few rounds and small amounts: a look, not a measurement")
 	flag.IntVar(&o.rounds, "rounds", 0, "number of rounds (default 9, with -quick 2)")
+	flag.StringVar(&o.sizing, "sizing", "", "instead of the groups, measure exec probes with so many `pods`, for instance \"110 250\"")
+	flag.DurationVar(&o.length, "length", time.Minute, "with -sizing: how long each line of the table is measured")
+	flag.StringVar(&o.report, "report", "", "with -sizing: the `document` whose part is written")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
@@ -71,11 +77,18 @@ func run() error {
 	if o.rounds > 0 {
 		amount.rounds = o.rounds
 	}
+	numbers, err := parseNumbers(o.sizing)
+	if err != nil {
+		return err
+	}
 	b, done, err := newBench(ctx, o, amount)
 	if err != nil {
 		return err
 	}
-	if err = b.runGroups(ctx, only); err == nil {
+	if len(numbers) > 0 {
+		z := &sizing{bench: b, numbers: numbers, length: o.length, report: o.report}
+		err = z.run(ctx)
+	} else if err = b.runGroups(ctx, only); err == nil {
 		err = b.write(o.output)
 	}
 	progress("taking the node down")

@@ -42,7 +42,10 @@ if [ "${1:-}" = vm ]; then
   arm64) need qemu-system-arm has qemu-system-aarch64 ;;
   esac
   # Packages of another architecture are configured by their own programs.
-  [ "$2" = "$(dpkg --print-architecture)" ] || need qemu-user-static has qemu-aarch64-static
+  if [ "$2" != "$(dpkg --print-architecture)" ]; then
+    need qemu-user-static has qemu-aarch64-static
+    need arch-test has arch-test
+  fi
 fi
 
 if [ -n "${missing[*]}" ]; then
@@ -58,6 +61,12 @@ if [ -n "${missing[*]}" ]; then
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -q >&2
   apt-get install -q -y --no-install-recommends "${missing[@]}" >&2
+fi
+
+# Where no systemd has booted, nobody has told the kernel who runs the programs of the other architecture.
+if [ "${1:-}" = vm ] && [ "$2" != "$(dpkg --print-architecture)" ] && [ ! -e /proc/sys/fs/binfmt_misc/qemu-aarch64 ]; then
+  [ -e /proc/sys/fs/binfmt_misc/register ] || mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
+  /usr/lib/systemd/systemd-binfmt /usr/lib/binfmt.d/qemu-aarch64.conf
 fi
 
 if ! has go >/dev/null; then

@@ -16,7 +16,7 @@ import (
 func TestContainerdAPIAndVerboseStatusAgree(t *testing.T) {
 	n := harness.Shared.Node
 	var containers []string
-	for _, spec := range []node.PodSpec{{Name: "plain"}, {Name: "userns", UserNamespace: true}} {
+	for _, spec := range []node.PodSpec{{Name: "plain"}, {Name: "userns", UserNamespace: n.HasUserNamespaces(t)}} {
 		pod, id := runContainer(t, n, spec, node.ContainerSpec{Env: map[string]string{"COLOUR": "green"}, Stdin: true, StdinOnce: true})
 		containers = append(containers, pod+"/"+id)
 	}

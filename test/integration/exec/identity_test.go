@@ -2,6 +2,7 @@ package exec
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"os"
 	"slices"
@@ -84,12 +85,17 @@ func TestCommandHasTheContainersIdentity(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
+			if test.pod.UserNamespace && !harness.Shared.Node.HasUserNamespaces(t) {
+				t.Skip("the runtime has no user namespaces for pods")
+			}
 			pod := harness.RunPod(t, test.pod)
 			container := harness.RunContainerIn(t, pod, test.container)
 			main := initPid(t, container)
 			// StartContainer returns a moment before runc's own process has become the container's.
 			testutil.Eventually(t, "the main process runs", func() bool { return strings.HasPrefix(harness.CommandLine(main), "sleep ") })
 			want := identity(t, main)
+			// As the specification says: with crun 1.8 the container itself has the shim's.
+			want["oom_score_adj"] = specifiedOOMScoreAdj(t, container)
 			for _, transport := range harness.Transports {
 				for _, tty := range []bool{false, true} {
 					mark := harness.Unique("identity")
@@ -157,6 +163,24 @@ func initPid(t *testing.T, container string) int {
 		t.Fatalf("no pid in %s", response.Info["info"])
 	}
 	return pid
+}
+
+// specifiedOOMScoreAdj returns a container's oom_score_adj as the kernel would show it.
+func specifiedOOMScoreAdj(t *testing.T, container string) string {
+	t.Helper()
+	response, err := harness.Shared.Node.Upstream().ContainerStatus(t.Context(), &runtimeapi.ContainerStatusRequest{ContainerId: container, Verbose: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var info struct {
+		RuntimeSpec struct {
+			Process struct{ OOMScoreAdj *int }
+		}
+	}
+	if err := json.Unmarshal([]byte(response.Info["info"]), &info); err != nil || info.RuntimeSpec.Process.OOMScoreAdj == nil {
+		t.Fatalf("no oomScoreAdj in %s: %v", response.Info["info"], err)
+	}
+	return fmt.Sprintln(*info.RuntimeSpec.Process.OOMScoreAdj)
 }
 
 // TestCommandHasEnvironmentOfItsOwn checks that a command can have its own environment (kubernetes#11815, E15): field 7 of

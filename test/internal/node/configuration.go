@@ -22,7 +22,7 @@ const ImageHost = "streamshim.test"
 // Image returns the full reference of one of the images of test/internal/images, such as images.Busybox.
 func Image(reference string) string { return ImageHost + "/" + reference }
 
-// containerdConfiguration is containerd 2.4's config.toml.
+// containerdConfiguration is the config.toml of containerd 2.3 and later.
 var containerdConfiguration = template.Must(template.New("containerd").Parse(`version = 4
 root = '{{.Dir}}/root'
 state = '{{.Dir}}/run/state'
@@ -62,6 +62,14 @@ imports = []
         BinaryName = '{{.Programs}}/runc'
         Root = '{{.Dir}}/run/runc'
         SystemdCgroup = false
+{{- if .GVisor}}
+    [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.gvisor]
+      runtime_type = 'io.containerd.runsc.v1'
+      runtime_path = '{{.Programs}}/containerd-shim-runsc-v1'
+      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.gvisor.options]
+        TypeUrl = 'io.containerd.runsc.v1.options'
+        ConfigPath = '{{.Dir}}/runsc.toml'
+{{- end}}
 
 [plugins.'io.containerd.grpc.v1.cri']
   disable_tcp_service = true
@@ -78,6 +86,80 @@ imports = []
   disable = true
 [plugins.'io.containerd.shim.v1.manager']
   socket_dir = '{{.ShimSockets}}'
+`))
+
+// olderContainerdConfiguration is the same for containerd 1.7, which later ones before 2.3 understand.
+var olderContainerdConfiguration = template.Must(template.New("containerd").Parse(`version = 2
+root = '{{.Dir}}/root'
+state = '{{.Dir}}/run/state'
+temp = '{{.Dir}}/tmp'
+imports = []
+
+[debug]
+  level = 'info'
+[grpc]
+  address = '{{.Dir}}/run/containerd.sock'
+[ttrpc]
+  address = '{{.Dir}}/run/containerd.sock.ttrpc'
+
+[plugins.'io.containerd.grpc.v1.cri']
+  sandbox_image = '{{.SandboxImage}}'
+  restrict_oom_score_adj = true
+  disable_apparmor = {{.NoAppArmor}}
+  netns_mounts_under_state_dir = true
+  cdi_spec_dirs = ['{{.Dir}}/cdi']
+  disable_tcp_service = true
+  stream_server_address = '127.0.0.1'
+  stream_server_port = '0'
+  enable_tls_streaming = false
+  [plugins.'io.containerd.grpc.v1.cri'.registry]
+    config_path = '{{.Dir}}/certs.d'
+  [plugins.'io.containerd.grpc.v1.cri'.cni]
+    bin_dir = '{{.Programs}}'
+    conf_dir = '{{.Dir}}/cni'
+  [plugins.'io.containerd.grpc.v1.cri'.containerd]
+    snapshotter = 'overlayfs'
+    default_runtime_name = 'runc'
+    [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc]
+      runtime_type = 'io.containerd.runc.v2'
+      runtime_path = '{{.Programs}}/containerd-shim-runc-v2'
+      [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc.options]
+        BinaryName = '{{.Programs}}/runc'
+        Root = '{{.Dir}}/run/runc'
+        SystemdCgroup = false
+
+[plugins.'io.containerd.internal.v1.opt']
+  path = '{{.Dir}}/opt'
+[plugins.'io.containerd.nri.v1.nri']
+  disable = true
+`))
+
+// configurationFor returns the template that the containerd in the folder of programs understands.
+func configurationFor(programs string) (*template.Template, error) {
+	out, err := exec.Command(filepath.Join(programs, "containerd"), "--version").Output()
+	if err != nil {
+		return nil, fmt.Errorf("ask containerd for its version: %w", err)
+	}
+	var major, minor int
+	fields := strings.Fields(string(out)) // containerd MODULE v2.4.2 REVISION
+	if len(fields) < 3 {
+		return nil, fmt.Errorf("containerd says of its version: %q", out)
+	}
+	if _, err := fmt.Sscanf(fields[2], "v%d.%d", &major, &minor); err != nil {
+		return nil, fmt.Errorf("containerd's version %q: %w", fields[2], err)
+	}
+	if major < 2 || major == 2 && minor < 3 {
+		return olderContainerdConfiguration, nil
+	}
+	return containerdConfiguration, nil
+}
+
+// gVisorConfiguration is for gVisor's shim.
+var gVisorConfiguration = template.Must(template.New("runsc").Parse(`binary_name = '{{.Programs}}/runsc'
+root = '{{.Dir}}/run/runsc'
+[runsc_config]
+  # It cannot make a sandbox's cgroup where a container has controllers of its own, as on cgroup v1 without systemd.
+  ignore-cgroups = 'true'
 `))
 
 // networkConfiguration is a CNI network of a bridge, an address and host ports.
@@ -115,6 +197,14 @@ image-endpoint: {{.Socket}}
 timeout: 60
 `))
 
+// GVisorHandler is the runtime handler of pods that gVisor runs, on a node whose programs have it.
+const GVisorHandler = "gvisor"
+
+func (n *Node) hasGVisor() bool {
+	_, err := os.Stat(n.Program("containerd-shim-runsc-v1"))
+	return err == nil
+}
+
 // The names of the node's traces outside its folder.
 func (n *Node) bridge() string  { return "ss-" + n.state.Name }
 func (n *Node) network() string { return "streamshim-" + n.state.Name }
@@ -136,11 +226,15 @@ func (n *Node) shimSockets() string {
 }
 
 func (n *Node) writeConfiguration() error {
-	_, err := os.Stat("/sys/kernel/security/apparmor/profiles")
+	forContainerd, err := configurationFor(n.state.Programs)
+	if err != nil {
+		return err
+	}
+	_, err = os.Stat("/sys/kernel/security/apparmor/profiles")
 	values := map[string]any{
 		"Dir": n.dir, "Programs": n.state.Programs, "Registry": n.state.Registry, "Socket": n.Socket(),
 		"SandboxImage": Image(images.Sandbox), "NoAppArmor": err != nil, "ShimSockets": n.shimSockets(),
-		"Network": n.network(), "Bridge": n.bridge(), "Subnet": n.subnet(),
+		"GVisor": n.hasGVisor(), "Network": n.network(), "Bridge": n.bridge(), "Subnet": n.subnet(),
 	}
 	for _, folder := range []string{n.path("run"), n.path("tmp"), n.path("cdi"), n.path("opt"), n.path("pods"), n.shimSockets()} {
 		if err := os.MkdirAll(folder, 0o711); err != nil {
@@ -148,10 +242,11 @@ func (n *Node) writeConfiguration() error {
 		}
 	}
 	for name, content := range map[string]*template.Template{
-		"containerd.toml":             containerdConfiguration,
+		"containerd.toml":             forContainerd,
 		"cni/10-streamshim.conflist":  networkConfiguration,
 		"certs.d/_default/hosts.toml": registryConfiguration,
 		"crictl.yaml":                 crictlConfiguration,
+		"runsc.toml":                  gVisorConfiguration,
 	} {
 		var text bytes.Buffer
 		if err := content.Execute(&text, values); err != nil {

@@ -5,10 +5,14 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
+	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/kubelet/pkg/types"
 
@@ -28,7 +32,8 @@ type PodSpec struct {
 	// UserNamespace maps the pod's users 0-65535 to 100000-165535 of the host. These need execute permission (x) for every
 	// folder above the node's.
 	UserNamespace bool
-	Privileged    bool // needed for privileged containers
+	Privileged    bool   // needed for privileged containers
+	Handler       string // such as GVisorHandler; runc by default
 
 	PortMappings []*runtimeapi.PortMapping
 
@@ -66,7 +71,7 @@ type ContainerSpec struct {
 // RunPod runs a pod sandbox and returns its ID.
 func (n *Node) RunPod(ctx context.Context, spec PodSpec) (string, error) {
 	config := n.sandboxConfig(spec)
-	response, err := n.Runtime().RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: config})
+	response, err := n.Runtime().RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: config, RuntimeHandler: spec.Handler})
 	if err != nil {
 		return "", fmt.Errorf("run pod %s: %w", config.Metadata.Name, err)
 	}
@@ -74,6 +79,25 @@ func (n *Node) RunPod(ctx context.Context, spec PodSpec) (string, error) {
 	defer n.mu.Unlock()
 	n.pods[response.PodSandboxId] = config
 	return response.PodSandboxId, nil
+}
+
+// HasUserNamespaces reports whether pods can have user namespaces. Only a runtime of other programs than the default ones may
+// say no, for instance runc 1.1, which has no idmapped mounts.
+func (n *Node) HasUserNamespaces(t testing.TB) bool {
+	t.Helper()
+	if os.Getenv(programsVariable) == "" {
+		return true
+	}
+	status, err := n.Upstream().Status(t.Context(), &runtimeapi.StatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, handler := range status.RuntimeHandlers {
+		if handler.Name == "" {
+			return handler.GetFeatures().GetUserNamespaces()
+		}
+	}
+	return true // containerd 1.7 does not say
 }
 
 func (n *Node) sandboxConfig(spec PodSpec) *runtimeapi.PodSandboxConfig {
@@ -152,9 +176,12 @@ func (n *Node) CreateContainer(ctx context.Context, podID string, spec Container
 	if err := n.pull(ctx, config.Image); err != nil {
 		return "", err
 	}
-	response, err := n.Runtime().CreateContainer(ctx, &runtimeapi.CreateContainerRequest{
-		PodSandboxId: podID, Config: config, SandboxConfig: pod,
-	})
+	request := &runtimeapi.CreateContainerRequest{PodSandboxId: podID, Config: config, SandboxConfig: pod}
+	response, err := n.Runtime().CreateContainer(ctx, request)
+	if pod.Linux.SecurityContext.NamespaceOptions.UsernsOptions != nil && status.Code(err) == codes.AlreadyExists {
+		// containerd 1.7 cannot prepare an image for two user namespaces at once. The kubelet tries again, too.
+		response, err = n.Runtime().CreateContainer(ctx, request)
+	}
 	if err != nil {
 		return "", fmt.Errorf("create container %s: %w", config.Metadata.Name, err)
 	}

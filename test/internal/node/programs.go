@@ -14,9 +14,16 @@ var programs = []string{
 	"bridge", "host-local", "loopback", "portmap", "busybox",
 }
 
-// DefaultPrograms returns the folder that test/internal/peers/build.sh puts the programs in: $STREAMSHIM_CACHE/peers/bin.
-// STREAMSHIM_CACHE defaults to ~/.cache/streamshim.
+// programsVariable is a folder of programs of other versions.
+const programsVariable = "STREAMSHIM_PROGRAMS"
+
+// DefaultPrograms returns the folder of the programs: $STREAMSHIM_PROGRAMS, which test/matrix sets for other versions, or
+// $STREAMSHIM_CACHE/peers/bin, where test/internal/peers/build.sh puts them. STREAMSHIM_CACHE defaults to
+// ~/.cache/streamshim.
 func DefaultPrograms() string {
+	if folder := os.Getenv(programsVariable); folder != "" {
+		return folder
+	}
 	cache := os.Getenv("STREAMSHIM_CACHE")
 	if cache == "" {
 		base, err := os.UserCacheDir()

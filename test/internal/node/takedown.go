@@ -99,12 +99,13 @@ func (n *Node) removeAllPods() error {
 	return errors.Join(errs...)
 }
 
-// killShims ends the shims of this node's containerd. They have no parent and no record, but their command line has the
-// socket of this containerd.
+// killShims ends the shims of this node's containerd, and gVisor's processes. They have no parent and no record, but their
+// command line has the socket of this containerd, or the root of this node's gVisor.
 func (n *Node) killShims() error {
 	var errs []error
 	for pid, arguments := range commandLines() {
-		if filepath.Base(arguments[0]) != "containerd-shim-runc-v2" || !slices.Contains(arguments, n.containerdSocketPath()) {
+		shims := strings.HasPrefix(filepath.Base(arguments[0]), "containerd-shim-") && slices.Contains(arguments, n.containerdSocketPath())
+		if !shims && !slices.Contains(arguments, "--root="+n.path("run/runsc/k8s.io")) {
 			continue
 		}
 		shim, err := identify(pid)
@@ -140,6 +141,9 @@ func (n *Node) deleteContainers() error {
 	}
 	errs := []error{err}
 	for _, entry := range entries {
+		if strings.HasPrefix(entry.Name(), ".") {
+			continue // what a newer crun keeps there for itself
+		}
 		n.logf("deleting a container that was left: %s", entry.Name())
 		ctx, cancel := context.WithTimeout(context.Background(), removeTimeout)
 		output, err := exec.CommandContext(ctx, n.Program("runc"), "--root", n.RuncRoot(), "delete", "--force", entry.Name()).CombinedOutput()

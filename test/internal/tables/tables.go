@@ -29,6 +29,30 @@ func Replace(path, name, text string) error {
 	return os.WriteFile(path, []byte(replaced), 0o644)
 }
 
+// Rows returns the rows of the first table in the part called name, each with its cells. There are none if there is no such
+// part, table or document.
+func Rows(path, name string) ([][]string, error) {
+	document, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	_, part, _ := strings.Cut(string(document), fmt.Sprintf("<!-- begin %s: ", name))
+	part, _, _ = strings.Cut(part, fmt.Sprintf("<!-- end %s -->", name))
+	_, body, _ := strings.Cut(part, "\n| --- |") // what follows the heading
+	var rows [][]string
+	for line := range strings.Lines(body) {
+		cells, isRow := strings.CutPrefix(strings.TrimSpace(line), "| ")
+		if !isRow {
+			if len(rows) > 0 {
+				break
+			}
+			continue
+		}
+		rows = append(rows, strings.Split(strings.TrimSuffix(cells, " |"), " | "))
+	}
+	return rows, nil
+}
+
 // Cell makes text fit into a cell of a table: on one line, at most 160 characters, with what would end the cell escaped.
 func Cell(text string) string {
 	text = strings.ReplaceAll(strings.Join(strings.Fields(text), " "), "|", "\\|")

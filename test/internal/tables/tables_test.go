@@ -3,6 +3,7 @@ package tables
 import (
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 )
@@ -50,5 +51,24 @@ func TestCell(t *testing.T) {
 	}
 	if got := Cell(strings.Repeat("ä", 200)); len([]rune(got)) != 161 {
 		t.Errorf("%q", got)
+	}
+}
+
+func TestRows(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "doc.md")
+	if rows, err := Rows(path, "b"); err != nil || rows != nil {
+		t.Errorf("without a document: %q, %v", rows, err)
+	}
+	for _, part := range [][2]string{
+		{"a", "| | |\n| --- | --- |\n| other | 1 |\n"},
+		{"b", "About it.\n\n| | seen |\n| --- | --- |\n| first | 1 of 2 |\n| second |  |\n\n| | |\n| --- | --- |\n| third | 3 |\n"},
+	} {
+		if err := Replace(path, part[0], part[1]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rows, err := Rows(path, "b")
+	if want := [][]string{{"first", "1 of 2"}, {"second", ""}}; err != nil || !reflect.DeepEqual(rows, want) {
+		t.Errorf("%q, %v, want %q", rows, err, want)
 	}
 }
