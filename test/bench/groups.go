@@ -27,7 +27,8 @@ type group struct {
 func once(scale) int { return 1 }
 
 // groups in the order they are measured: memory first, as long as the servers have none that they
-// have freed and not given back; the hog before the sessions that are cut, because containerd leaves their commands; the call with 500 containers last, as they weigh on containerd.
+// have freed and not given back; the hog before the sessions that are cut, because containerd leaves
+// their commands; the call with 500 containers last, as they weigh on containerd.
 var groups = []group{
 	{name: "warm", rounds: once, each: (*bench).warm},
 	{name: "idle-forward", rounds: once, each: (*bench).idleConnections},
