@@ -27,8 +27,7 @@ type group struct {
 func once(scale) int { return 1 }
 
 // groups in the order they are measured: memory first, as long as the servers have none that they
-// have freed and not given back; the hog before the sessions that are cut, because containerd leaves
-// their commands; the call with 500 containers last, as they weigh on containerd.
+// have freed and not given back; the call with 500 containers last, as they weigh on containerd.
 var groups = []group{
 	{name: "warm", rounds: once, each: (*bench).warm},
 	{name: "idle-forward", rounds: once, each: (*bench).idleConnections},
@@ -38,8 +37,8 @@ var groups = []group{
 	{name: "seccomp", each: (*bench).execConfined},
 	{name: "runc", round: (*bench).runtimeFloors},
 	{name: "storm", each: (*bench).storm},
-	{name: "hog", rounds: once, each: (*bench).hog},
 	{name: "cut", rounds: once, each: (*bench).cut},
+	{name: "hog", rounds: once, each: (*bench).hog},
 	{name: "floor", round: func(b *bench, _ context.Context) error { return b.floorRates() }},
 	{name: "stdout", each: (*bench).stdout},
 	{name: "stdin", each: (*bench).stdin},
