@@ -238,7 +238,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 		return &Error{Code: http.StatusTooManyRequests, Message: fmt.Sprintf("%d operators and recorders listen to this session already", maxTaps)}
 	}
 	live.Log().Info("an operator watches the session")
-	watch, before := rand.Text(), r.Header.Get(HeaderWatch)
+	watch := rand.Text()
 	handedOver := false
 	defer func() {
 		if !handedOver { // who left is announced when it comes back
@@ -246,7 +246,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
 		}
 	}()
 	switch {
-	case before != "" && live.TakeTold(before):
+	case live.TakeTold(r.Header.Get(HeaderWatch)):
 		live.Told(watch)
 	case s.config.Settings().NotifyWatch:
 		if controls := live.Controls(); controls != nil {

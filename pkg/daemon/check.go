@@ -14,8 +14,6 @@ import (
 	"github.com/streamshim/streamshim/pkg/execproc"
 	"github.com/streamshim/streamshim/pkg/handover"
 	"github.com/streamshim/streamshim/pkg/session/audit"
-	"github.com/streamshim/streamshim/pkg/session/limits"
-	"github.com/streamshim/streamshim/pkg/session/recording"
 	"github.com/streamshim/streamshim/pkg/streaming"
 )
 
@@ -47,11 +45,8 @@ func Check(o Options) error {
 	})
 }
 
-// tryParts makes the parts that may refuse a configuration and that have no effects outside this process.
+// tryParts makes the parts that may refuse a configuration and have no effects outside this process.
 func tryParts(version string, c config.Config) error {
-	log := slog.New(slog.DiscardHandler)
-	limits.New(limitsConfig(c))
-	recording.New(recordingConfig(c), limits.NewRoom(budgetsOf(c, availableMemory()).recordings), log).Close()
 	var errs []error
 	if c.Upstream != "" {
 		upstream, err := cri.NewUpstream(c.Upstream, 0)
@@ -60,7 +55,7 @@ func tryParts(version string, c config.Config) error {
 		}
 	}
 	if c.Traces.Endpoint != "" {
-		tracer, err := newTracer(context.Background(), version, c, log)
+		tracer, err := newTracer(context.Background(), version, c, slog.New(slog.DiscardHandler))
 		if errs = append(errs, err); err == nil {
 			tracer.Close(context.Background()) //nolint:errcheck // there are no spans
 		}

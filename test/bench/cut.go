@@ -60,20 +60,18 @@ func (b *bench) cutAtOnce(ctx context.Context, s side, n int, tty bool) (err err
 	if err != nil {
 		return err
 	}
-	err = atOnce(4, func(i int) error {
-		for ; i < n; i += 4 {
-			session, err := wire.StartExec(ctx, s.client, b.containerID, wire.Command{
-				Args: []string{"sh", "-c", "sleep 100000 & echo ready; wait"}, Stdin: true, TTY: tty,
-			})
-			if err != nil {
-				return err
-			}
-			sessions[i] = session
-			if err := session.Expect(session.Stdout, "ready"); err != nil {
-				return err
-			}
-			session.Release()
+	err = fourAtOnce(n, func(i int) error {
+		session, err := wire.StartExec(ctx, s.client, b.containerID, wire.Command{
+			Args: []string{"sh", "-c", "sleep 100000 & echo ready; wait"}, Stdin: true, TTY: tty,
+		})
+		if err != nil {
+			return err
 		}
+		sessions[i] = session
+		if err := session.Expect(session.Stdout, "ready"); err != nil {
+			return err
+		}
+		session.Release()
 		return nil
 	})
 	if err != nil {

@@ -116,14 +116,9 @@ func (b *bench) runGroup(ctx context.Context, g group, round int) error {
 
 // fillList creates the containers, not started, that make ListContainers a large call.
 func (b *bench) fillList(ctx context.Context) error {
-	return atOnce(4, func(i int) error {
-		for ; i < b.scale.containers; i += 4 {
-			_, err := b.node.CreateContainer(ctx, b.sandbox, node.ContainerSpec{Name: fmt.Sprintf("listed-%d", i)})
-			if err != nil {
-				return err
-			}
-		}
-		return nil
+	return fourAtOnce(b.scale.containers, func(i int) error {
+		_, err := b.node.CreateContainer(ctx, b.sandbox, node.ContainerSpec{Name: fmt.Sprintf("listed-%d", i)})
+		return err
 	})
 }
 

@@ -175,6 +175,18 @@ func atOnce(n int, do func(i int) error) error {
 	return errors.Join(errs...)
 }
 
+// fourAtOnce calls do for each number below n, four at the same time. Each of the four ends with its first error.
+func fourAtOnce(n int, do func(i int) error) error {
+	return atOnce(4, func(i int) error {
+		for ; i < n; i += 4 {
+			if err := do(i); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
 // rate measures the throughput of do and what the servers spend; the program in the container, the
 // same for both sides, is not counted.
 func (b *bench) rate(id string, who subject, do func() error) error {

@@ -78,17 +78,14 @@ func (z *sizing) run(ctx context.Context) error {
 func (z *sizing) fill(ctx context.Context, number int) error {
 	first := len(z.containers)
 	z.containers = append(z.containers, make([]string, number-first)...)
-	err := atOnce(4, func(i int) error {
-		for i += first; i < number; i += 4 {
-			pod, err := z.node.RunPod(ctx, node.PodSpec{Name: fmt.Sprintf("sized-%d", i)})
-			if err != nil {
-				return err
-			}
-			if z.containers[i], err = z.node.RunContainer(ctx, pod, node.ContainerSpec{}); err != nil {
-				return err
-			}
+	added := z.containers[first:]
+	err := fourAtOnce(len(added), func(i int) error {
+		pod, err := z.node.RunPod(ctx, node.PodSpec{Name: fmt.Sprintf("sized-%d", first+i)})
+		if err != nil {
+			return err
 		}
-		return nil
+		added[i], err = z.node.RunContainer(ctx, pod, node.ContainerSpec{})
+		return err
 	})
 	if err != nil || z.pods != nil {
 		return err

@@ -105,6 +105,21 @@ func (l *load) exec(transport string, tty bool, args ...string) *session {
 	return s
 }
 
+// wantSum ends the input of a command that then prints a sum, and returns an error unless it is this one and the session ends
+// with this exit code.
+func (s *session) wantSum(sum []byte, code int) error {
+	s.in.Close()
+	line, err := s.out.ReadString('\n')
+	if err != nil {
+		return err
+	}
+	go io.Copy(io.Discard, s.out)
+	if want := hex.EncodeToString(sum); !strings.HasPrefix(line, want) {
+		return fmt.Errorf("sum %q, want %s", line, want)
+	}
+	return s.wantExit(code)
+}
+
 // wantExit returns an error unless the session has ended with this exit code.
 func (s *session) wantExit(code int) error {
 	select {
@@ -232,16 +247,7 @@ func (l *load) upload(transport string) {
 			}
 			time.Sleep(slowly(time.Millisecond))
 		}
-		s.in.Close()
-		line, err := s.out.ReadString('\n')
-		if err != nil {
-			return err
-		}
-		go io.Copy(io.Discard, s.out)
-		if want := hex.EncodeToString(sent.Sum(nil)); !strings.HasPrefix(line, want) {
-			return fmt.Errorf("sum %q, want %s", line, want)
-		}
-		return s.wantExit(0)
+		return s.wantSum(sent.Sum(nil), 0)
 	})
 }
 
@@ -335,16 +341,7 @@ func (l *load) largeInput(transport string, block []byte) {
 				l.live.Add(1)
 			}
 		}
-		s.in.Close()
-		line, err := s.out.ReadString('\n')
-		if err != nil {
-			return err
-		}
-		go io.Copy(io.Discard, s.out)
-		if want := hex.EncodeToString(sent.Sum(nil)); !strings.HasPrefix(line, want) {
-			return fmt.Errorf("sum %q, want %s", line, want)
-		}
-		return s.wantExit(8)
+		return s.wantSum(sent.Sum(nil), 8)
 	})
 }
 
